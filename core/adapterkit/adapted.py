@@ -1,0 +1,233 @@
+"""The surgery: how a module of the model comes to call its adapters, and how that is undone.
+
+The module keeps its identity. Its class becomes a cached subclass with the same name, so `isinstance`,
+parameter names, hooks and ties hold; what its adapters own is registered below it in containers. Where
+`forward` was replaced on the instance (accelerate's hooks), the instance's callable is wrapped instead,
+because a class-level `forward` would be passed over in silence.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterkit.errors import StateError
+from adapterkit.keys import BIASES, CONTAINERS, HEADS, LAYERS
+
+_ACTIVE = "_adapter_active"
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+class Active:
+    """Which adapters act now. One per model, read by every adapted module in each forward.
+
+    Attributes:
+        names: active adapters; the first is the innermost.
+        heads: those of them whose heads act.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.heads: tuple[str, ...] = ()
+
+
+class Slots(nn.Module):
+    """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Torch's TransformerEncoderLayer has a fast path that reads weights and would pass our forward
+        # over; it is not taken when a module below it has a hook. Nothing ever calls this one.
+        self._forward_pre_hooks[-1] = _no_hook
+
+    def __getitem__(self, name: str) -> nn.Module:
+        module = self._modules[name]
+        assert module is not None
+        return module
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def _no_hook(module: nn.Module, args: object) -> None:
+    return None
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether some adapter is installed at this very module."""
+    return _ACTIVE in module.__dict__
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it was adapted."""
+    return getattr(type(module), "_adapted_from", type(module))
+
+
+def install(module: nn.Module, container: str, name: str, part: nn.Module, active: Active) -> None:
+    """Register `part` as adapter `name`'s at `module`, which calls it from now on while `active` names it."""
+    if not is_adapted(module):
+        _adapt(module, active)
+    slots = module._modules.get(container)
+    if slots is None:
+        slots = module._modules[container] = Slots()
+    assert isinstance(slots, Slots)
+    slots.training = module.training
+    part.train(module.training)
+    slots[name] = part
+
+
+def uninstall(module: nn.Module, container: str, name: str) -> None:
+    """Take adapter `name`'s part away; a module without parts is again what it was."""
+    slots = module._modules[container]
+    assert isinstance(slots, Slots)
+    del slots[name]
+    if not len(slots):
+        del module._modules[container]
+    if not any(c in module._modules for c in CONTAINERS):
+        _release(module)
+
+
+def check_free(module: nn.Module, path: str, active: Active) -> None:
+    """Raise `StateError` if `module` cannot be adapted by the holder of `active`."""
+    owner = module.__dict__.get(_ACTIVE)
+    if owner is not None and owner is not active:
+        raise StateError(
+            f"{path!r} is already adapted through another model that shares it. "
+            "Use the adapters of that model (ak.attach on it), or detach them first."
+        )
+    for container in CONTAINERS:
+        if owner is None and (container in module._modules or hasattr(module, container)):
+            raise StateError(
+                f"{path!r} has an attribute {container!r} of its own, which adapterkit would overwrite. "
+                "Leave this layer out with exclude_modules."
+            )
+
+
+def strip(root: nn.Module) -> None:
+    """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
+    for module in list(root.modules()):
+        if is_adapted(module):
+            for container in CONTAINERS:
+                module._modules.pop(container, None)
+            _release(module)
+
+
+def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`original(*args, **kwargs)` with the active heads, biases and adapter layers of `module` at work."""
+    active: Active | None = getattr(module, _ACTIVE, None)
+    if active is None or not active.names:  # None: a class of ours that a wrapper's class outlived
+        return original(*args, **kwargs)
+    names = active.names
+    parts = module._modules
+    if HEADS in parts:
+        for head in _of(parts[HEADS], active.heads):
+            original = head
+    layers = list(_of(parts.get(LAYERS), names))
+    biases = list(_of(parts.get(BIASES), names))
+    if not layers and not biases:
+        return original(*args, **kwargs)
+    if not args:  # the input came by keyword: a layer that is adapted has one
+        args = (kwargs.pop(next(iter(kwargs))),)
+    x, rest = args[0], args[1:]
+    if all(layer.additive for layer in layers):
+        out = base_out = original(x, *rest, **kwargs)
+        for layer in layers:
+            out = out + layer.delta(x)
+    else:
+        base = _Inner(original, rest, kwargs)
+        for layer in layers[:-1]:
+            base = _Inner(layer, (base,), {})
+        out = base_out = layers[-1](x, base)
+    for bias in biases:
+        out = out + bias.change(module.bias, base_out)
+    return out.to(base_out.dtype)
+
+
+class _Inner:
+    """A callable of the input alone: what the next adapter layer gets as its `base`."""
+
+    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.call(x, *self.args, **self.kwargs)
+
+
+def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[Any]:
+    if slots is not None:
+        for name in names:
+            part = slots._modules.get(name)
+            if part is not None:
+                yield part
+
+
+class _WrappedForward:
+    """Stands where an instance's own `forward` stood."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
+        self.module, self.original = module, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return run(self.module, self.original, args, kwargs)
+
+
+def _adapt(module: nn.Module, active: Active) -> None:
+    module.__dict__[_ACTIVE] = active
+    if "forward" in module.__dict__:
+        # Inside accelerate's hook, where the weights are on their device and the input has been moved.
+        name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        module.__dict__[name] = _WrappedForward(module, module.__dict__[name])
+    else:
+        module.__class__ = adapted_class(type(module))
+
+
+def _release(module: nn.Module) -> None:
+    del module.__dict__[_ACTIVE]
+    adapted, original = type(module), original_class(module)
+    if "_adapted_from" in adapted.__dict__:  # else someone made a class of our class since: leave it be
+        module.__class__ = original
+    for name in ("forward", "_old_forward"):
+        value = module.__dict__.get(name)
+        if isinstance(value, _WrappedForward):
+            module.__dict__[name] = value.original
+        elif isinstance(value, types.MethodType) and value.__func__ is adapted.__dict__.get("forward"):
+            # A hook that was put on after the adapters, and so had kept our forward.
+            module.__dict__[name] = types.MethodType(original.forward, module)
+
+
+def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `cls` whose `forward` runs adapters; made once per class, with the same name."""
+    found = _classes.get(cls)
+    if found is not None:
+        return found
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, super(adapted, self).forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The subclass has no name to be found under, so copies and pickles make it again.
+        reduced = super(adapted, self).__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _new, (cls,), *reduced[2:]
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_adapted_from": cls}
+    adapted: type[nn.Module] = type(
+        cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
+    _classes[cls] = adapted
+    return adapted
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    adapted = adapted_class(cls)
+    return adapted.__new__(adapted)

@@ -1,0 +1,60 @@
+"""Trained biases: a copy per adapter, so that disabling gives the base back and each adapter has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.kinds import LayerKind
+
+TrainedBiases = Literal["none", "targets", "all"]
+
+# Where the bias stands in the output of layers that are no layer kind: (type, dimensions after the bias's).
+# Exact types: a subclass may lay its output out in another way.
+_LAST_DIM = (nn.Linear, nn.LayerNorm)
+_CHANNEL_DIM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+_CONV_DIMS: Mapping[type[nn.Module], int] = {
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
+
+
+class BiasLayer(nn.Module):
+    """One adapter's own bias of one module; acts as `output + (own - base)`, so several adapters add up.
+
+    Args:
+        bias: the initial value, shape `(out,)`.
+        trailing: dimensions of the output behind the bias's own; `-1`: the bias's is dimension 1.
+    """
+
+    def __init__(self, bias: Tensor, trailing: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.trailing = trailing
+
+    def change(self, base: Tensor, out: Tensor) -> Tensor:
+        """`own - base` in the shape that broadcasts over `out`."""
+        trailing = out.dim() - 2 if self.trailing < 0 else self.trailing
+        return (self.bias - base).view(-1, *(1,) * trailing)
+
+
+def bias_place(cls: type[nn.Module], kind: LayerKind | None) -> int | None:
+    """How many dimensions of a layer's output stand behind its bias's; `None` if that is not known."""
+    if kind is not None:
+        return kind.spread(torch.empty(kind.out_features, device="meta")).dim() - 1
+    if cls in _LAST_DIM:
+        return 0
+    if cls in _CHANNEL_DIM:
+        return -1
+    return _CONV_DIMS.get(cls)
+
+
+def modules_with_bias(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that has a parameter called `bias`, with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module._parameters.get("bias"), nn.Parameter):
+            yield path, module

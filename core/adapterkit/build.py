@@ -1,0 +1,157 @@
+"""Making an adapter's parts for a model, without touching the model yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.adapted import Active, check_free, original_class
+from adapterkit.biases import BiasLayer, bias_place
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import PluginError, SelectionError
+from adapterkit.heads import copy_head
+from adapterkit.layer import AdapterLayer
+from adapterkit.loading import module_slots
+from adapterkit.method import Method
+from adapterkit.offload import execution_device, real_value
+from adapterkit.record import AdapterRecord, SharedTensors, SharedView
+from adapterkit.registry import default_registry
+from adapterkit.selection import Match, Selection
+from adapterkit.target import Target
+from adapterkit.walk import Uncalled, Walk
+
+
+class Builder:
+    """Builds one adapter for one model from a config and its selection.
+
+    Args:
+        load: layers are made empty, for a file's tensors.
+        dtype: of the adapter layers' parameters; `None`: the target's own, but float32 where that has less.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        config: AdapterConfig,
+        selection: Selection,
+        *,
+        load: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.method, self.config, self.selection = method, config, selection
+        self.walk = Walk(model)
+        self.load, self.dtype = load, dtype
+        self.targets = {m.path: self._target(m) for m in selection.targets}
+
+    def build(self, name: str, active: Active) -> tuple[AdapterRecord, list[str]]:
+        """The adapter, not installed yet, and notes for whoever added it.
+
+        Raises:
+            SelectionError: a layer kind that the method does not support.
+            PluginError: the method broke its contract.
+            StateError: a module that cannot be adapted from here.
+        """
+        record = AdapterRecord(name, self.config)
+        shared = dict(self.method.prepare(list(self.targets.values()), self.config))
+        self._check_shared(shared)
+        record.shared = SharedTensors(shared) if shared else None
+        for path, target in self.targets.items():
+            self._add_host(record, path, target.module, active)
+            record.layers[path] = self.make_layer(target, record.shared)
+        for path in self.selection.heads:
+            self.add_head(record, path, active)
+        notes = self._add_biases(record, active)
+        return record, notes
+
+    def make_layer(self, target: Target, shared: SharedTensors | None) -> AdapterLayer:
+        """The method's layer for one target, checked."""
+        view = SharedView(shared) if shared is not None else {}
+        layer = self.method.inject(target, self.config, view)
+        if layer is None:
+            raise SelectionError(
+                f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
+                "Leave it out with exclude_modules."
+            )
+        rule = self.method.key_rule(self.config)
+        names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
+        wrong = [n for n in names if not rule.owns(n)]
+        if wrong:
+            raise PluginError(
+                f"The method {self.method.name!r} ({self.method.provider}): its hook inject made {wrong[0]!r} for "
+                f"{target.path!r}; every parameter and buffer must begin with its prefix {rule.prefix!r}."
+            )
+        return layer
+
+    def add_head(self, record: AdapterRecord, path: str, active: Active) -> nn.Module:
+        """Give the adapter its own copy of the module at `path`."""
+        module = self.walk.model.get_submodule(path)
+        self._add_host(record, path, module, active)
+        head = record.heads[path] = copy_head(module)
+        return head
+
+    def fill(self, record: AdapterRecord) -> None:
+        """Give layers that a file left without values those of a new adapter."""
+        for path, layer in record.layers.items():
+            if (
+                any(p.is_meta for p in (*layer.parameters(), *layer.buffers()))
+                and self.targets[path].device.type != "meta"
+            ):
+                fresh = self.make_layer(dataclasses.replace(self.targets[path], load=False), record.shared)
+                for (_, own), (_, new) in zip(module_slots(layer), module_slots(fresh), strict=True):
+                    if own.tensor.is_meta:
+                        own.assign(new.tensor.detach())
+
+    def _target(self, match: Match) -> Target:
+        weight = match.module.weight
+        assert isinstance(weight, torch.Tensor)
+        dtype = self.dtype or _trained_dtype(weight.dtype)
+        device = execution_device(match.module, weight)
+        return Target(match.path, match.module, match.kind, dtype, device, self.load)
+
+    def _add_host(self, record: AdapterRecord, path: str, module: nn.Module, active: Active) -> None:
+        check_free(module, path, active)
+        record.hosts[path] = module
+        others = tuple(p for p in self.walk.aliases[module] if p != path)
+        if others:
+            record.aliases[path] = others
+
+    def _check_shared(self, shared: dict[str, torch.Tensor]) -> None:
+        declared = self.method.key_rule(self.config).shared
+        if set(shared) - set(declared):
+            raise PluginError(
+                f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "
+                f"{sorted(shared)}, but its key rule declares the shared tensors {sorted(declared)}."
+            )
+
+    def _add_biases(self, record: AdapterRecord, active: Active) -> list[str]:
+        which = self.config.trained_biases
+        if which == "none":
+            return []
+        uncalled, skipped = Uncalled(self.walk), []
+        seen: set[Any] = set()
+        for module, paths in self.walk.aliases.items():
+            path, bias = paths[0], module._parameters.get("bias")
+            if bias is None or bias in seen or (which == "targets" and path not in record.layers):
+                continue
+            if any(path == h or path.startswith(h + ".") for h in record.heads):
+                continue
+            trailing = bias_place(original_class(module), default_registry.kind_of(module))
+            if trailing is None or uncalled.reason(path, module):
+                skipped.append(path)
+                continue
+            seen.add(bias)
+            self._add_host(record, path, module, active)
+            value = real_value(module, "bias")
+            record.biases[path] = BiasLayer(value.to(_trained_dtype(value.dtype), copy=True), trailing)
+        if not skipped:
+            return []
+        return [f"biases not trained, because it is not known where they act: {', '.join(skipped)}"]
+
+
+def _trained_dtype(dtype: torch.dtype) -> torch.dtype:
+    """PEFT's rule: half precision, and less, is too coarse to train small numbers in."""
+    return torch.float32 if dtype.itemsize < 4 else dtype

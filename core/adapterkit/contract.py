@@ -1,0 +1,145 @@
+"""What is checked of a plugin when it is registered, so that its mistakes are named before it is used."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from adapterkit import hookspecs
+from adapterkit.errors import PluginError, nearest
+
+if TYPE_CHECKING:
+    from adapterkit.method import Method
+
+
+def check_plugin(plugin: object, manager: pluggy.PluginManager, who: str) -> None:
+    """Hook names exist, arguments and annotations agree with the specs. The plugin is not registered yet.
+
+    Raises:
+        PluginError: names the hook and what is wrong with it.
+    """
+    if manager.is_registered(plugin):
+        raise PluginError(f"{who} is registered already.")
+    for name, function, options in _implementations(plugin):
+        hook = options.get("specname") or name
+        spec = getattr(hookspecs, hook, None)
+        if spec is None or not hasattr(spec, f"{hookspecs.PROJECT}_spec"):
+            close = nearest(hook, _hook_names(), 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise PluginError(f"{who} implements {name!r}, which is no hook.{hint} Hooks: {', '.join(_hook_names())}.")
+        _check_signature(who, hook, function, spec, bool(options.get("wrapper") or options.get("hookwrapper")))
+
+
+def check_method(method: Method, others: Mapping[str, Method]) -> None:
+    """The required hooks are there, names agree, and no prefix begins another method's.
+
+    Raises:
+        PluginError: names the method, its package and what is wrong.
+    """
+    who = f"The method {method.name!r} ({method.provider})"
+    missing = [hook for hook in hookspecs.REQUIRED if hook not in method.hooks]
+    if missing:
+        raise PluginError(f"{who} lacks the required hook{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    config_type = method.config_type()
+    if not config_type.method or config_type.method != method.name:
+        raise PluginError(
+            f"{who}: {config_type.__name__}.method is {config_type.method!r}; it must be the method's name, "
+            f"{method.name!r}."
+        )
+    if method.name in others:
+        raise PluginError(f"{who}: the name is taken by {others[method.name].provider}.")
+    prefix = _prefix(method)
+    if not prefix or "." in prefix:
+        raise PluginError(f"{who}: its key prefix {prefix!r} must be a name without dots, such as 'lora_'.")
+    for other in others.values():
+        theirs = _prefix(other)
+        if prefix.startswith(theirs) or theirs.startswith(prefix):
+            raise PluginError(
+                f"{who}: its key prefix {prefix!r} and {theirs!r} of {other.name!r} ({other.provider}) begin alike, "
+                "so their parameters could not be told apart."
+            )
+
+
+def _prefix(method: Method) -> str:
+    return method.key_rule(method.config_type()()).prefix
+
+
+def _implementations(plugin: object) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    for name in dir(plugin):
+        function = inspect.getattr_static(plugin, name)
+        function = getattr(function, "__func__", function)
+        options = getattr(function, f"{hookspecs.PROJECT}_impl", None)
+        if isinstance(options, dict):
+            yield name, function, options
+
+
+def _hook_names() -> list[str]:
+    return [n for n in dir(hookspecs) if hasattr(getattr(hookspecs, n), f"{hookspecs.PROJECT}_spec")]
+
+
+def _check_signature(who: str, hook: str, function: Any, spec: Any, wrapper: bool) -> None:
+    allowed = list(inspect.signature(spec).parameters)
+    given = [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
+    extra = [p for p in given if p not in allowed]
+    if extra:
+        raise PluginError(
+            f"{who}: hook {hook}({', '.join(given)}) takes {', '.join(map(repr, extra))}, which its spec does not "
+            f"give. It gives: {', '.join(allowed) or 'nothing'}."
+        )
+    ours, theirs = _hints(spec), _hints(function)
+    for name, hint in theirs.items():
+        if (name == "return" and wrapper) or name not in ours:
+            continue
+        if not _agree(hint, ours[name]):
+            what = "returns" if name == "return" else f"takes {name} as"
+            raise PluginError(f"{who}: hook {hook} {what} {_show(hint)}; the spec says {_show(ours[name])}.")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Resolved annotations; those that only a type checker can resolve are left out."""
+    from adapterkit import config, factors, keys, layer, target
+
+    names: dict[str, Any] = {"Mapping": Mapping, "Sequence": typing.Sequence}
+    for module in (config, factors, keys, layer, target):
+        names.update({k: v for k, v in vars(module).items() if isinstance(v, type)})
+    names = {**names, **getattr(function, "__globals__", {})}
+    found = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        try:
+            found[name] = eval(hint, names) if isinstance(hint, str) else hint
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            continue
+    return found
+
+
+def _agree(theirs: Any, ours: Any) -> bool:
+    """Whether two annotations can describe one value: equal, related classes, or such members of a union."""
+    if theirs in (Any, object) or ours in (Any, object) or theirs == ours:
+        return True
+    if _members(theirs) != [theirs] or _members(ours) != [ours]:
+        return all(any(_agree(t, o) for o in _members(ours)) for t in _members(theirs))
+    theirs, ours = _class(theirs), _class(ours)
+    if not isinstance(theirs, type) or not isinstance(ours, type):
+        return True
+    return issubclass(theirs, ours) or issubclass(ours, theirs)
+
+
+def _members(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+def _class(hint: Any) -> Any:
+    if hint is None:
+        return type(None)
+    return typing.get_origin(hint) or hint
+
+
+def _show(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)

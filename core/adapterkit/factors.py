@@ -1,0 +1,28 @@
+"""Factors: the exact low-rank form of a weight's change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The change of a layer in low-rank form, `dW = up @ down`, every scaling included.
+
+    `up` has shape `(out, r)` and `down` shape `(r, in)`, on the canonical `(out, in)` weight of the
+    layer (see `LayerKind`). `bias`, of shape `(out,)`, is the change of the layer's bias, or `None`.
+    """
+
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner size `r`: an upper bound of the rank of `dW`."""
+        return int(self.down.shape[0])
+
+    def delta(self) -> Tensor:
+        """The dense `dW`, shape `(out, in)`, in the dtype of the factors."""
+        return self.up @ self.down

@@ -1,0 +1,202 @@
+"""Adapter folders: `adapter_config.json` beside `adapter_model.safetensors`, read safely and written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from adapterkit.errors import CheckpointError, SaveError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter folder holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_folder(folder: Path) -> AdapterFiles:
+    """Read an adapter folder. Tensors of a safetensors file are mapped, not copied.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another layout or of another format.
+    """
+    config = read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if weights.is_file():
+        tensors, metadata = _read_safetensors(weights)
+    elif (folder / PICKLE_FILE).is_file():
+        tensors, metadata = _read_pickle(folder / PICKLE_FILE), {}
+    else:
+        raise CheckpointError(_no_weights(folder))
+    return AdapterFiles(folder, config, tensors, metadata)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in `adapter_config.json`.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+        what = (
+            f"It holds {', '.join(found)}."
+            if found
+            else "There is no such folder."
+            if not folder.is_dir()
+            else "It is empty."
+        )
+        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {what}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
+    return config
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is no readable safetensors file: {error}. "
+            "It is damaged or of another format; fetch or save it again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+    ):
+        raise CheckpointError(f"{path} holds no mapping from names to tensors.")
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
+    if any(".index." in n or "-of-" in n for n in others):
+        advice = "It is sharded, which no adapter format is: join the shards into one file."
+    elif others:
+        advice = f"Rename the adapter's weights to {WEIGHTS_FILE} if one of these holds them."
+    else:
+        advice = "Only its config is there."
+    return f"{folder} has no {WEIGHTS_FILE} (nor {PICKLE_FILE}). Found: {', '.join(names)}. {advice}"
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter folder so that at any moment it holds the old adapter whole or the new one whole.
+
+    Both files are written beside the folder first. A new folder appears by one rename. Over an old one the
+    weights replace the weights in one rename if the config is the same; if it is not, the two files
+    change places with the old ones by one exchange of folders, other files in the folder being kept.
+
+    Raises:
+        SaveError: it cannot be written there; nothing has changed.
+    """
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    try:
+        parent = folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+        try:
+            _write_into(fresh, text, tensors, metadata)
+            _put(fresh, folder, text)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SaveError(
+            f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
+        ) from error
+
+
+def _write_into(folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    folder.chmod(0o777 & ~_umask())
+    safetensors.torch.save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
+        path.chmod(0o666 & ~_umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put(fresh: Path, folder: Path, text: str) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is read-only")
+    old = folder / CONFIG_FILE
+    if not old.exists() or old.read_text(encoding="utf-8", errors="replace") == text:
+        _replace_files(fresh, folder)
+        return
+    for other in folder.iterdir():
+        if other.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+            _link(other, fresh / other.name)
+    if not exchange(fresh, folder.absolute()):
+        _replace_files(fresh, folder)
+
+
+def _replace_files(fresh: Path, folder: Path) -> None:
+    (fresh / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+    (fresh / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    with suppress(FileNotFoundError):  # weights of the old format would be read by others
+        (folder / PICKLE_FILE).unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file, or a folder of the same files, under another name."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for child in source.iterdir():
+            _link(child, target / child.name)
+    else:
+        os.link(source, target, follow_symlinks=False)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux's `renameat2`); `False` if the system cannot."""
+    import ctypes
+
+    exchange_flag, at_cwd = 2, -100
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0)
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,153 @@
+"""Heads: modules trained in full and kept with the adapter (PEFT's `modules_to_save`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapted import strip
+from adapterkit.errors import ConfigError, SelectionError, nearest
+from adapterkit.matching import Names
+from adapterkit.offload import hook_objects, remove_hooks
+from adapterkit.walk import Uncalled, Walk
+
+AUTO = "auto"
+
+_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+# Names of the head where a model does not say which child is its body.
+_HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
+
+
+def head_paths(walk: Walk, modules_to_save: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Paths of the modules that `modules_to_save` names; a module inside another named one is left to it.
+
+    Raises:
+        SelectionError: an entry matches nothing, or a module that is never called.
+    """
+    if modules_to_save is None:
+        return ()
+    if modules_to_save == AUTO:
+        return task_heads(walk.model)
+    names = Names([modules_to_save] if isinstance(modules_to_save, str) else modules_to_save)
+    uncalled = Uncalled(walk)
+    found = []
+    for module, paths in walk.aliases.items():
+        entry = next(filter(None, map(names.match, paths)), None)
+        if entry is None:
+            continue
+        reason = uncalled.reason(paths[0], module)
+        if reason is not None:
+            raise SelectionError(f"modules_to_save {entry!r} cannot be trained as a copy: {reason}.")
+        found.append(paths[0])
+    unused = [n for n in names.names if n not in names.used]
+    if unused:
+        close = [c for n in unused for c in nearest(n, walk.paths)]
+        hint = f" Nearest: {', '.join(map(repr, close))}." if close else ""
+        raise SelectionError(
+            f"modules_to_save {', '.join(map(repr, unused))} matched no module; an entry is an exact path or a "
+            f"suffix at a dot.{hint}"
+        )
+    return outermost(found)
+
+
+def outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """The paths that lie inside none of the others, in their order."""
+    known = list(paths)
+    return tuple(p for p in known if not any(p.startswith(other + ".") for other in known))
+
+
+def task_heads(model: nn.Module) -> tuple[str, ...]:
+    """The task head of a transformers model: the children with parameters beside the body.
+
+    Covers what is fresh after `from_pretrained`: `classifier`, `score`, but also DistilBERT's `pre_classifier`.
+    """
+    if not any(c.__name__.endswith(_TASKS) for c in type(model).__mro__):
+        return ()
+    body = getattr(model, "base_model_prefix", "")
+    children = {n: c for n, c in model.named_children() if any(True for _ in c.parameters())}
+    if body in children:
+        return tuple(n for n in children if n != body and not isinstance(children[n], nn.ModuleList))
+    return tuple(n for n in children if n in _HEAD_NAMES)
+
+
+def output_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that `"all-linear"` leaves alone: the output embedding and everything in the task head."""
+    layers: set[nn.Module] = set()
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    if isinstance(output, nn.Module):
+        layers.add(output)
+    for path in task_heads(model):
+        layers.update(model.get_submodule(path).modules())
+    return layers
+
+
+def copy_head(module: nn.Module) -> nn.Module:
+    """A copy of `module` without adapters and without accelerate's hooks, holding real values."""
+    # Shared while copying: the hooks hold the whole model's offloaded weights.
+    head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hook_objects(module)})
+    remove_hooks(head, module)
+    strip(head)
+    return head.requires_grad_(True)
+
+
+def resize_output(head: nn.Module, old: int, new: int, model: nn.Module) -> None:
+    """Give the head's last linear layer with `old` rows `new` rows, initialised as the model does it.
+
+    Raises:
+        ConfigError: no linear layer of the head has `old` rows.
+    """
+    outputs = [m for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
+    if not outputs:
+        raise ConfigError(
+            f"num_labels={new}: no linear layer of the head {type(head).__name__} has {old} outputs, so it is not "
+            "known which one to resize. Resize the model's head before adding the adapter."
+        )
+    layer = outputs[-1]
+    weight = layer.weight
+    set_rows(layer, torch.empty(new, layer.in_features, dtype=weight.dtype, device=weight.device))
+    for flagged in (layer, *layer._parameters.values()):
+        if flagged is not None and hasattr(flagged, "_is_hf_initialized"):
+            del flagged._is_hf_initialized
+    initialise = getattr(model, "_init_weights", None)
+    with torch.no_grad():
+        layer.reset_parameters()
+        if callable(initialise):
+            initialise(layer)
+
+
+def set_rows(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Replace a linear layer's parameters by ones with other rows; `out_features` follows."""
+    layer.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        fresh = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
+        layer.bias = nn.Parameter(fresh)
+    layer.out_features = weight.shape[0]
+
+
+def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let linear layers of the head take another number of rows if that is what a file has for them.
+
+    Only rows may differ, and where there is a bias it must have as many; anything else stays and is
+    reported as mismatched.
+    """
+    for path, layer in head.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        prefix = f"{path}." if path else ""
+        weight, bias = tensors.get(prefix + "weight"), tensors.get(prefix + "bias")
+        if weight is None or weight.dim() != 2 or weight.shape == layer.weight.shape:
+            continue
+        fits = weight.shape[1] == layer.in_features and weight.shape[0] > 0
+        if fits and (layer.bias is None or (bias is not None and bias.shape == weight.shape[:1])):
+            own = layer.weight
+            set_rows(layer, torch.empty(weight.shape, dtype=own.dtype, device=own.device))

@@ -1,0 +1,140 @@
+"""The contract between adapterkit and adapter methods: every hook a plugin can implement.
+
+One plugin is one method. The hooks marked *required* must be there; the others have the default that
+their text gives. Every hook is called for exactly one method, never for all of them, and never from a
+`forward`. An exception raised in a hook reaches the caller wrapped in a `PluginError` that names the
+package and the hook, unless it is an `AdapterError`; the model is then as it was before the call.
+
+A hook implementation may leave out arguments it does not need (pluggy's rule), and its annotations are
+compared with the ones here when it is registered. Shapes are `(out, in)` throughout.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from adapterkit.config import AdapterConfig
+    from adapterkit.factors import Factors
+    from adapterkit.keys import KeyRule
+    from adapterkit.kinds import LayerKind
+    from adapterkit.layer import AdapterLayer
+    from adapterkit.target import Target
+
+PROJECT = "adapterkit"
+METHODS_GROUP = "adapterkit.methods"
+EXTENSIONS_GROUP = "adapterkit.extensions"
+REQUIRED = ("config_type", "key_rule", "inject")
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def config_type() -> type[AdapterConfig]:  # type: ignore[empty-body]
+    """*Required.* The dataclass a user writes for this method.
+
+    A subclass of `AdapterConfig`, frozen, whose `method` equals the name of the entry point. It is
+    called once, at registration.
+    """
+
+
+@hookspec(firstresult=True)
+def key_rule(config: AdapterConfig) -> KeyRule:  # type: ignore[empty-body]
+    """*Required.* The key prefix of the method's parameters, its shared tensors, and what files may lack.
+
+    Called with a default config at registration, where no prefix may begin another method's, and with
+    the adapter's own config on every save and load: what is exempt may depend on it.
+    """
+
+
+@hookspec(firstresult=True)
+def prepare(targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Tensor] | None:
+    """Tensors that all targets of one adapter share, made once, before any layer.
+
+    The core owns the one copy, registers it with the model so that `.to(...)` moves it, and hands it to
+    `inject` as `shared`. The names must be the `shared` names of the key rule. `None`, the default, and
+    an empty mapping mean that there are none. When an adapter is loaded, `prepare` is called as well and the
+    file's tensors replace what it returned.
+    """
+
+
+@hookspec(firstresult=True)
+def inject(target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
+    """*Required.* The adapter layer for one target.
+
+    Its parameters begin with the rule's prefix, have `target.dtype` and `target.device`, and hold
+    their initial values, unless `target.load` is true: then a file's values are about to be assigned
+    and they may be left empty. Must not change the target: the core does the surgery.
+    `shared` is a live view: read a shared tensor from it in each `forward`, because `.to(...)` replaces it.
+    `None` says that the method does not support this layer kind; the core turns it into an error that
+    names the layer.
+    """
+
+
+@hookspec(firstresult=True)
+def factors(layer: AdapterLayer) -> Factors | None:
+    """Merge rule of an additive method: the exact low-rank form `dW = up @ down`, scaling included.
+
+    The result has shapes `up (out, r)`, `down (r, in)`, `bias (out,)` or `None`. `None`, the default,
+    says that there is no such form; then `merge` is asked.
+    """
+
+
+@hookspec(firstresult=True)
+def merge(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """Merge rule of any other method: the weight and bias after the adapter is worked in.
+
+    Pure: `weight`, canonical `(out, in)` in float32, and `bias` `(out,)` are not changed. `None`, the
+    default, says that this method cannot be merged.
+    """
+
+
+@hookspec(firstresult=True)
+def to_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Save rule: which tensors go to a file, and under which names.
+
+    Keys are `<path>.<local>` for adapter layers and `<name>` for shared tensors, without PEFT's
+    `base_model.model.`. Heads and biases are the core's and are not here. `None`, the default: all as they are.
+    """
+
+
+@hookspec(firstresult=True)
+def file_config(config: AdapterConfig) -> AdapterConfig | None:
+    """Save rule: the config that describes what `to_file` wrote, where that is not `config` itself.
+
+    LoRA writes PiSSA and OLoRA adapters as plain LoRA of twice the rank. `None`, the default: as it is.
+    """
+
+
+@hookspec(firstresult=True)
+def from_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """The reverse of `to_file`, and the door for other programs' formats.
+
+    Gets every tensor of the file, PEFT's prefix removed where it was there. `None`, the default: all as
+    they are.
+    """
+
+
+@hookspec(firstresult=True)
+def from_factors(target: Target, config: AdapterConfig, factors: Factors) -> Mapping[str, Tensor] | None:
+    """Lets a method be the result of `combine` and `convert`: the parameters of a layer with this `dW`.
+
+    `None`, the default, says that the method cannot represent these factors.
+    """
+
+
+@hookspec
+def layer_kinds() -> Sequence[type[LayerKind]]:  # type: ignore[empty-body]
+    """New layer kinds, asked before the built-in ones, latest registered first. For extensions."""
+
+
+@hookspec
+def combiners() -> Mapping[str, object]:  # type: ignore[empty-body]
+    """New ways to combine adapters, by name. For extensions."""

@@ -1,0 +1,113 @@
+"""Host: what the adapters change on the model as a whole, and how it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from adapterkit.adapted import Slots
+from adapterkit.checkpointing import InputGradients
+from adapterkit.keys import SHARED
+from adapterkit.labels import LabelSet
+from adapterkit.record import AdapterRecord
+
+_IGNORED = "_keys_to_ignore_on_save"
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Host:
+    """The model and what is restored by `detach`.
+
+    Attributes:
+        labels: the model's own label set.
+        labels_of: the adapter whose label set the model's config follows now; `None`: its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.labels = LabelSet.of(model)
+        self.labels_of: str | None = None
+        self.size = 0
+        self._trained: list[str] | None = None
+        self._ignored: Any = None
+        self._handle: RemovableHandle | None = None
+
+    def freeze(self) -> None:
+        """Freeze the base, once, and remember what was not frozen."""
+        if self._trained is not None:
+            return
+        self._trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.model.parameters())
+        self.model.requires_grad_(False)
+        self._handle = InputGradients.install(self.model)
+        if hasattr(self.model, _IGNORED):
+            self._ignored = getattr(self.model, _IGNORED)
+            setattr(self.model, _IGNORED, set(self._ignored or ()))
+
+    def remember(self, record: AdapterRecord) -> None:
+        """Register an adapter's shared tensors, and keep its keys out of the base model's checkpoints."""
+        if record.shared is not None:
+            slots = self.model._modules.get(SHARED)
+            if slots is None:
+                slots = self.model._modules[SHARED] = Slots()
+            slots._modules[record.name] = record.shared
+        if hasattr(self.model, _IGNORED):
+            getattr(self.model, _IGNORED).update(record.memory_keys())
+
+    def forget(self, record: AdapterRecord) -> None:
+        """Undo `remember`."""
+        if hasattr(self.model, _IGNORED):
+            getattr(self.model, _IGNORED).difference_update(record.memory_keys())
+        slots = self.model._modules.get(SHARED)
+        if record.shared is not None and slots is not None:
+            del slots._modules[record.name]
+            if not slots._modules:
+                del self.model._modules[SHARED]
+
+    def restore(self) -> None:
+        """Give the model back what `freeze` took."""
+        parameters = dict(self.model.named_parameters())
+        for name in self._trained or ():
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        if self._handle is not None:
+            self._handle.remove()
+        if self._trained is not None and hasattr(self.model, _IGNORED):
+            setattr(self.model, _IGNORED, self._ignored)
+
+    def follow_labels(self, records: Mapping[str, AdapterRecord], heads: tuple[str, ...]) -> None:
+        """Make the model's config follow the label set of the head that acts."""
+        if self.labels is None:
+            return
+        owner = next((name for name in reversed(heads) if records[name].labels is not None), None)
+        if owner == self.labels_of:
+            return
+        before = records.get(self.labels_of) if self.labels_of is not None else None
+        if before is not None and before.labels is not None:
+            before.labels = before.labels.seen(self.model)
+        elif self.labels_of is None:
+            self.labels = self.labels.seen(self.model)
+        wanted = self.labels if owner is None else records[owner].labels
+        assert wanted is not None
+        wanted.apply(self.model)
+        self.labels_of = owner
+
+    def notes(self, record: AdapterRecord) -> list[str]:
+        """What whoever adds an adapter to this model should know."""
+        norms = [
+            path
+            for path, module in self.model.named_modules()
+            if isinstance(module, _NORMS)
+            and module.track_running_stats
+            and not any(path == head or path.startswith(head + ".") for head in record.heads)
+        ]
+        if not norms:
+            return []
+        return [
+            f"{len(norms)} batch norms, such as {norms[0]!r}, update their running statistics in training mode. These "
+            "are the base's and are not saved with the adapter: keep the batch norms in eval mode, or name them in "
+            "modules_to_save."
+        ]

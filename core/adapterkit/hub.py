@@ -1,0 +1,56 @@
+"""Finding an adapter folder: on this machine, or on the Hugging Face hub and in its local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapterkit.errors import CheckpointError
+from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+
+
+def adapter_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The local folder of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
+
+    Raises:
+        CheckpointError: neither a folder nor something the hub, or its cache, has.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / subfolder if subfolder else path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    text = str(source)
+    if isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or not text:
+        raise CheckpointError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")
+    return _fetch(text, revision, subfolder, cache_dir, token)
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+    try:
+        root = huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
+            f"cache: {type(error).__name__}: {error}"
+        ) from error
+    return Path(root) / subfolder if subfolder else Path(root)

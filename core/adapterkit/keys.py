@@ -1,0 +1,63 @@
+"""Key rules: which parameters are a method's, and what they are called in memory and in files.
+
+In memory a parameter of adapter `a` at target `p` is `p.adapters.a.<local>`; a head's is
+`p.adapter_heads.a.<local>`, a trained bias `p.adapter_biases.a.bias`, a shared tensor
+`adapter_shared.a.<name>`. In a file (PEFT's format) they are `base_model.model.p.<local>`,
+`base_model.model.p.<local>`, `base_model.model.p.base_layer.bias` and `base_model.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LAYERS, HEADS, BIASES, SHARED = "adapters", "adapter_heads", "adapter_biases", "adapter_shared"
+CONTAINERS = (LAYERS, HEADS, BIASES)
+
+FILE_PREFIX = "base_model.model."
+FILE_SHARED_PREFIX = "base_model."
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """What a method's parameters are called.
+
+    Args:
+        prefix: every parameter an adapter layer owns begins with it (`lora_`, `hada_`, `vera_lambda_`).
+        shared: names of the tensors that all targets of one adapter use (VeRA's `vera_A`, `vera_B`).
+        exempt: names, shared or local, that a file may lack by rule; what the file lacks then is not missing.
+    """
+
+    prefix: str
+    shared: tuple[str, ...] = ()
+    exempt: frozenset[str] = frozenset()
+
+    def owns(self, local: str) -> bool:
+        """Whether a name inside an adapter layer (`lora_A.weight`) is the method's."""
+        return local.startswith(self.prefix)
+
+
+def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
+    """`(container, path, local)` of a full state dict's key if it is adapter `name`'s, else `None`.
+
+    The key is read part by part, from the right: an adapter may be called like a module of the model.
+    """
+    parts = key.split(".")
+    if parts[:2] == [SHARED, name] and len(parts) > 2:
+        return SHARED, "", ".".join(parts[2:])
+    for i in range(len(parts) - 3, -1, -1):
+        if parts[i] in CONTAINERS and parts[i + 1] == name:
+            return parts[i], ".".join(parts[:i]), ".".join(parts[i + 2 :])
+    return None
+
+
+def file_key(path: str, local: str) -> str:
+    """PEFT's key of `local` at module `path`; an empty path is the place of shared tensors."""
+    return f"{FILE_PREFIX}{path}.{local}" if path else f"{FILE_SHARED_PREFIX}{local}"
+
+
+def strip_file_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without PEFT's `base_model.model.` (or, for shared tensors, `base_model.`), which is optional."""
+    return {k.removeprefix(FILE_PREFIX).removeprefix(FILE_SHARED_PREFIX): v for k, v in tensors.items()}

@@ -1,0 +1,84 @@
+"""What a layer kind is: all that the library knows of one sort of layer, whatever the adapter method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapterkit.factors import Factors
+
+
+@dataclass(frozen=True)
+class LayerKind(ABC):
+    """One target's sort and geometry, without its weights: plain values, so it is copied, pickled and compiled.
+
+    Every kind presents its layer as a linear map with a canonical weight of shape
+    `(out_features, in_features)`; methods work on that and never ask what the layer is.
+
+    Attributes:
+        name: what users read, such as `"Linear"`.
+        lookup: the input is row numbers, which stand for one-hot vectors (embeddings).
+        all_linear: whether `target_modules="all-linear"` takes layers of this kind.
+        out_features, in_features: sizes of the canonical weight.
+    """
+
+    name: ClassVar[str]
+    lookup: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
+
+    out_features: int
+    in_features: int
+
+    @classmethod
+    @abstractmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """The kind of `module` if it is of this sort, else `None`. Reads shapes, never values."""
+
+    def up_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of an up factor as files hold it; it flattens to `(out_features, rank)`."""
+        return (self.out_features, rank)
+
+    def down_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of a down factor as files hold it; it flattens to `(rank, in_features)`."""
+        return (rank, self.in_features)
+
+    def read(self, module: nn.Module) -> Tensor:
+        """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
+        return self._weight(module)
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """Set the layer's weight from a canonical `(out, in)` tensor, cast to the layer's dtype, in place."""
+        self._weight(module).copy_(weight)
+
+    @staticmethod
+    def _weight(module: nn.Module) -> Tensor:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """What the layer would add to its output if `dW = up @ down` were added to its weight.
+
+        Never forms `dW`. `x` is the layer's input; `dropout` is the probability of dropping each of its
+        entries (the rest is scaled by `1 / (1 - p)`). The result has the factors' dtype, or autocast's.
+        """
+        x = x.to(factors.down.dtype)
+        if dropout > 0.0:
+            x = F.dropout(x, dropout)
+        return F.linear(F.linear(x, factors.down), factors.up, factors.bias)
+
+    def spread(self, bias: Tensor) -> Tensor:
+        """A `(out,)` bias in the shape that broadcasts over the layer's output."""
+        return bias
+
+
+def is_floating_weight(module: nn.Module, dim: int) -> bool:
+    """Whether `module.weight` is a plain floating tensor of `dim` dimensions (quantised ones are not)."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
+        return False
+    return weight.is_floating_point() and weight.dim() == dim

@@ -1,0 +1,117 @@
+"""Convolutions in one, two and three dimensions, with groups, dilation and every padding mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapterkit.factors import Factors
+from adapterkit.kinds.base import LayerKind, is_floating_weight
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Conv(LayerKind):
+    """`torch.nn.ConvNd`: canonical weight `(out_channels, in_channels / groups * prod(kernel))`.
+
+    A down factor is a convolution of its own with the layer's geometry, an up factor a 1 x 1
+    convolution. With groups, row `o` of the weight reads the channels of `o`'s group only: the down
+    factor runs on every group and the up factor takes each output's own group.
+    """
+
+    dims: ClassVar[int]
+    module_type: ClassVar[type[nn.Module]]
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    pad_mode: str
+    pad_amount: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """See `LayerKind.of`."""
+        if not isinstance(module, cls.module_type) or not is_floating_weight(module, cls.dims + 2):
+            return None
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        pad = () if module.padding_mode == "zeros" else tuple(module._reversed_padding_repeated_twice)
+        return cls(
+            out_features=module.out_channels,
+            in_features=module.in_channels // module.groups * math.prod(module.kernel_size),
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+            pad_mode=module.padding_mode,
+            pad_amount=pad,
+        )
+
+    def up_shape(self, rank: int) -> tuple[int, ...]:
+        """See `LayerKind.up_shape`: a 1 x 1 kernel."""
+        return (self.out_features, rank, *(1,) * self.dims)
+
+    def down_shape(self, rank: int) -> tuple[int, ...]:
+        """See `LayerKind.down_shape`: the layer's kernel."""
+        return (rank, self.in_features // math.prod(self.kernel), *self.kernel)
+
+    def read(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.read`: a view, but a copy of a channels-last weight."""
+        return self._weight(module).flatten(1)
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """See `LayerKind.write`."""
+        own = self._weight(module)
+        own.copy_(weight.reshape(own.shape))
+
+    def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """See `LayerKind.apply`."""
+        up, down = factors.up, factors.down
+        x = x.to(down.dtype)
+        if dropout > 0.0:
+            x = F.dropout(x, dropout)
+        down = down.reshape(self.down_shape(down.shape[0]))
+        if self.groups > 1:
+            down = down.repeat(self.groups, *(1,) * (self.dims + 1))
+        hidden = self.convolve(x, down, self.groups)
+        return _CONV[self.dims](hidden, up.reshape(self.up_shape(factors.rank)), factors.bias, groups=self.groups)
+
+    def convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        """`x` convolved with `kernel` in the layer's own geometry, without a bias."""
+        padding: tuple[int, ...] | str | int = self.padding
+        if self.pad_amount:
+            x, padding = F.pad(x, self.pad_amount, mode=self.pad_mode), 0
+        return _CONV[self.dims](x, kernel, None, self.stride, padding, self.dilation, groups)
+
+    def spread(self, bias: Tensor) -> Tensor:
+        """See `LayerKind.spread`."""
+        return bias.view(-1, *(1,) * self.dims)
+
+
+@dataclass(frozen=True)
+class Conv1d(Conv):
+    """`torch.nn.Conv1d`."""
+
+    name, dims, module_type = "Conv1d", 1, nn.Conv1d
+
+
+@dataclass(frozen=True)
+class Conv2d(Conv):
+    """`torch.nn.Conv2d`."""
+
+    name, dims, module_type = "Conv2d", 2, nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Conv3d(Conv):
+    """`torch.nn.Conv3d`."""
+
+    name, dims, module_type = "Conv3d", 3, nn.Conv3d

@@ -1,0 +1,66 @@
+"""Embeddings, scaled ones included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapterkit.factors import Factors
+from adapterkit.kinds.base import LayerKind, is_floating_weight
+
+
+@dataclass(frozen=True)
+class Embedding(LayerKind):
+    """`torch.nn.Embedding`: the linear map on one-hot rows, canonical weight `(dim, num_embeddings)`.
+
+    Gemma, BART and others multiply the rows by an `embed_scale` inside the layer; the change is
+    multiplied as well. A table with `max_norm` is none: it rewrites its own rows while it is read.
+    """
+
+    name = "Embedding"
+    lookup = True
+
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+    scale: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """See `LayerKind.of`."""
+        if not isinstance(module, nn.Embedding) or not is_floating_weight(module, 2):
+            return None
+        if module.max_norm is not None:
+            return None
+        return cls(
+            out_features=module.embedding_dim,
+            in_features=module.num_embeddings,
+            padding_idx=module.padding_idx,
+            scale_grad_by_freq=module.scale_grad_by_freq,
+            scale=_embed_scale(module),
+        )
+
+    def read(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.read`: a transposed view."""
+        return self._weight(module).t()
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """See `LayerKind.write`."""
+        self._weight(module).copy_(weight.t())
+
+    def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
+        """See `LayerKind.apply`. Dropping an entry of a one-hot input drops its whole row."""
+        hidden = F.embedding(x, factors.down.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        if dropout > 0.0:
+            hidden = hidden * F.dropout(torch.ones_like(hidden[..., :1]), dropout)
+        out = F.linear(hidden, factors.up, factors.bias)
+        return out if self.scale == 1.0 else out * self.scale
+
+
+def _embed_scale(module: nn.Module) -> float:
+    # Gemma 3 keeps the number beside a buffer, which holds nothing on the meta device.
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return 1.0 if scale is None else float(scale)

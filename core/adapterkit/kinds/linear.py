@@ -1,0 +1,51 @@
+"""Linear layers: torch's, and transformers' `Conv1D`, which keeps its weight as `(in, out)`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor, nn
+
+from adapterkit.kinds.base import LayerKind, is_floating_weight
+
+
+@dataclass(frozen=True)
+class Linear(LayerKind):
+    """`torch.nn.Linear` and its subclasses with a floating weight."""
+
+    name = "Linear"
+    all_linear = True
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """See `LayerKind.of`."""
+        if isinstance(module, nn.Linear) and is_floating_weight(module, 2):
+            return cls(module.out_features, module.in_features)
+        return None
+
+
+@dataclass(frozen=True)
+class TransposedLinear(LayerKind):
+    """transformers' `Conv1D` (GPT-2): a linear layer with its weight stored as `(in, out)`."""
+
+    name = "Conv1D"
+    all_linear = True
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """See `LayerKind.of`. Imports nothing: if transformers is not loaded, no such layer exists."""
+        utils = sys.modules.get("transformers.pytorch_utils")
+        if utils is None or not isinstance(module, utils.Conv1D) or not is_floating_weight(module, 2):
+            return None
+        in_features, out_features = module.weight.shape
+        return cls(out_features, in_features)
+
+    def read(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.read`: a transposed view."""
+        return self._weight(module).t()
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """See `LayerKind.write`."""
+        self._weight(module).copy_(weight.t())

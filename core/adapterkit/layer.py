@@ -1,0 +1,40 @@
+"""AdapterLayer: the small module that one adapter has at one target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from adapterkit.kinds import LayerKind
+
+Base = Callable[[Tensor], Tensor]
+
+
+class AdapterLayer(nn.Module):
+    """What a method puts at one target. It owns parameters, and never the target's.
+
+    An additive method defines `delta(x)`, what is added to the layer's output; several such layers at
+    one target are summed. Any other method overrides `forward(x, base)`; of several, the first active
+    is the innermost.
+    """
+
+    kind: LayerKind
+
+    def __init__(self, kind: LayerKind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What this adapter adds to the layer's output for the layer's input `x`."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta(x) or override forward(x, base)")
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The layer's output, where `base(x)` is what it is without this adapter (the layer's bias included)."""
+        out = base(x)
+        return (out + self.delta(x)).to(out.dtype)
+
+    @property
+    def additive(self) -> bool:
+        """Whether the adapter's effect is `base(x) + delta(x)` and nothing else."""
+        return type(self).forward is AdapterLayer.forward

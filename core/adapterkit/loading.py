@@ -1,0 +1,253 @@
+"""Giving tensors to an adapter: which key is whose, judged by the adapter's own structure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import CheckpointError
+from adapterkit.keys import (
+    BIASES,
+    HEADS,
+    LAYERS,
+    SHARED,
+    KeyRule,
+    file_key,
+    split_memory_key,
+    strip_file_prefix,
+)
+from adapterkit.method import Method
+from adapterkit.record import AdapterRecord
+from adapterkit.reports import LoadReport, Mismatch
+
+# Names that wrappers put into the paths of the modules they wrap.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_BASE_LAYER = ".base_layer."
+
+
+@dataclass
+class Slot:
+    """One place for a tensor: a parameter or buffer of some module of an adapter."""
+
+    key: str
+    owner: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is there now."""
+        found: Tensor | None = self.owner._parameters.get(self.name)
+        if found is None:
+            found = self.owner._buffers[self.name]
+        assert found is not None
+        return found
+
+    def assign(self, value: Tensor) -> None:
+        """Put `value` there as it is, without a copy."""
+        if self.name in self.owner._parameters:
+            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+        else:
+            self.owner._buffers[self.name] = value
+
+
+def slots(record: AdapterRecord) -> dict[str, Slot]:
+    """Every tensor of the adapter by its key in a file, PEFT's prefix left out."""
+    found: dict[str, Slot] = {}
+    for container, path, module in record.parts():
+        place = path
+        if path in record.layers and container != LAYERS:
+            place = f"{path}.base_layer"
+        for local, slot in module_slots(module):
+            slot.key = f"{place}.{local}"
+            found[slot.key] = slot
+    if record.shared is not None:
+        for local, slot in module_slots(record.shared):
+            slot.key = local
+            found[local] = slot
+    return found
+
+
+def module_slots(module: nn.Module) -> Iterable[tuple[str, Slot]]:
+    """Every parameter and persistent buffer of a module, by its name there."""
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield prefix + name, Slot("", owner, name)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield prefix + name, Slot("", owner, name)
+
+
+def _method_keys(record: AdapterRecord) -> set[str]:
+    """Keys of the adapter layers and shared tensors: what the method's save rule is asked about."""
+    keys = {f"{path}.{local}" for path, layer in record.layers.items() for local, _ in module_slots(layer)}
+    return keys | {local for local, _ in module_slots(record.shared)} if record.shared is not None else keys
+
+
+def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under the keys of PEFT's file format.
+
+    Args:
+        source: a full state dict of the model to take the values from; the model's own if `None`.
+    """
+    if source is None:
+        values = {key: slot.tensor.detach() for key, slot in slots(record).items()}
+    else:
+        values = _from_full(record, source)
+        lacking = sorted(set(slots(record)) - set(values))
+        if lacking:
+            raise CheckpointError(
+                f"The state dict lacks {len(lacking)} of adapter {record.name!r}'s tensors, such as {lacking[0]!r}."
+            )
+    own = _method_keys(record)
+    written = method.to_file(record.config, {k: v for k, v in values.items() if k in own})
+    shared = set(method.key_rule(record.config).shared)
+    result = {file_key("", k) if k in shared else _full_key(k): v for k, v in written.items()}
+    return result | {_full_key(k): v for k, v in values.items() if k not in own}
+
+
+def _full_key(key: str) -> str:
+    return file_key(*key.rsplit(".", 1)) if "." in key else file_key("", key)
+
+
+def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This adapter's tensors in a full state dict, under their keys in a file; other keys are passed over."""
+    known = {path: path for path in record.hosts}
+    known |= {alias: path for path, aliases in record.aliases.items() for alias in aliases}
+    found = {}
+    for key, tensor in source.items():
+        split = split_memory_key(key, record.name)
+        if split is None:
+            continue
+        container, path, local = split
+        path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        path = known.get(path, known.get(path.removeprefix("module."), ""))
+        if container == SHARED:
+            found[local] = tensor
+        elif path:
+            inside = container in (HEADS, BIASES) and path in record.layers
+            found[f"{path}{_BASE_LAYER if inside else '.'}{local}"] = tensor
+    return found
+
+
+@dataclass
+class Fit:
+    """How given tensors fit an adapter, before anything is changed."""
+
+    report: LoadReport
+    values: list[tuple[Slot, Tensor]]
+
+
+def fit(
+    record: AdapterRecord,
+    method: Method,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    from_file: bool = True,
+    optional: Collection[str] = (),
+) -> Fit:
+    """Find the place of every given tensor.
+
+    Args:
+        tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
+        from_file: whether the method's `from_file` is still to be asked.
+        optional: keys that are not missed, and not reported either.
+    """
+    rule = method.key_rule(record.config)
+    full = any(split_memory_key(key, record.name) for key in tensors)
+    base_keys: tuple[str, ...] = ()
+    if full:
+        base_keys = tuple(k for k in tensors if split_memory_key(k, record.name) is None)
+        tensors = _from_full(record, tensors)
+    else:
+        tensors = strip_file_prefix(tensors)
+        if from_file:
+            tensors = method.from_file(record.config, tensors)
+    places = slots(record)
+    aliased = _aliased(record, places)
+    values, rest, mismatched = [], {}, []
+    for key, tensor in tensors.items():
+        slot = places.get(key) or aliased.get(key)
+        if slot is None:
+            rest[key] = tensor
+        elif slot.tensor.shape != tensor.shape:
+            mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
+        else:
+            values.append((slot, tensor))
+    given = {slot.key for slot, _ in values} | {m.key for m in mismatched}
+    absent = [key for key in places if key not in given and key not in optional]
+    exempt = tuple(key for key in absent if _is_exempt(key, rule))
+    ignored = tuple(key for key, tensor in rest.items() if equals_base(model, key, tensor))
+    report = LoadReport(
+        missing=tuple(key for key in absent if key not in exempt),
+        unexpected=tuple(key for key in rest if key not in ignored),
+        mismatched=tuple(mismatched),
+        exempt=exempt,
+        ignored=ignored + base_keys,
+    )
+    return Fit(report, values)
+
+
+def _aliased(record: AdapterRecord, places: Mapping[str, Slot]) -> dict[str, Slot]:
+    return {
+        alias + key.removeprefix(path): slot
+        for path, aliases in record.aliases.items()
+        for key, slot in places.items()
+        if key.startswith(path + ".")
+        for alias in aliases
+    }
+
+
+def _is_exempt(key: str, rule: KeyRule) -> bool:
+    return any(key == name or key.endswith("." + name) for name in rule.exempt)
+
+
+def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor under a key of the base model equals what the model has there."""
+    path, _, name = key.replace(_BASE_LAYER, ".").rpartition(".")
+    try:
+        own = getattr(model.get_submodule(path), name, None)
+    except AttributeError:
+        return False
+    if not isinstance(own, Tensor) or own.shape != tensor.shape or own.is_meta:
+        return False
+    return torch.equal(own.detach().to(tensor.dtype), tensor.to(own.device))
+
+
+def refuse(report: LoadReport, name: str, where: str) -> None:
+    """Raise what a strict load raises when something does not fit.
+
+    Raises:
+        CheckpointError: always, naming the first keys of each sort.
+    """
+    reasons = []
+    if report.missing:
+        reasons.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
+    if report.mismatched:
+        reasons.append("some have other shapes (another base model size, or another rank?)")
+    if report.unexpected:
+        reasons.append("some belong to nothing on this model")
+    raise CheckpointError(
+        f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "
+        f"fits.\n{report}"
+    )
+
+
+def put(
+    values: Iterable[tuple[Slot, Tensor]], *, assign: bool, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Move tensors to their places: assigned to a new adapter, copied into one that is in use."""
+    with torch.no_grad():
+        for slot, tensor in values:
+            own = slot.tensor
+            if not assign:
+                own.copy_(tensor)
+                continue
+            device = tensor.device if own.is_meta else own.device
+            dtype = (dtypes or {}).get(slot.key, own.dtype)
+            slot.assign(tensor.to(device, dtype).contiguous())

@@ -1,0 +1,106 @@
+"""Method: the one typed door through which the core calls a plugin's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pluggy
+from torch import Tensor
+
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import AdapterError, PluginError
+from adapterkit.factors import Factors
+from adapterkit.keys import KeyRule
+from adapterkit.layer import AdapterLayer
+from adapterkit.target import Target
+
+T = TypeVar("T")
+_MAPPING: type[Mapping[str, Tensor]] = Mapping  # type: ignore[type-abstract]
+
+
+class Method:
+    """One adapter method, provided by one plugin.
+
+    Attributes:
+        name: the method's name, such as `"lora"`.
+        provider: who provides it, for messages: the distribution and version, or the module.
+    """
+
+    def __init__(self, name: str, plugin: object, provider: str, manager: pluggy.PluginManager) -> None:
+        self.name, self.plugin, self.provider = name, plugin, provider
+        self._manager = manager
+
+    def __repr__(self) -> str:
+        return f"<method {self.name!r} from {self.provider}>"
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the hooks that this method implements."""
+        callers = self._manager.get_hookcallers(self.plugin) or []
+        return tuple(sorted(c.name for c in callers))
+
+    def config_type(self) -> type[AdapterConfig]:
+        """See `hookspecs.config_type`."""
+        found = self._call("config_type", object)
+        if not (isinstance(found, type) and issubclass(found, AdapterConfig)):
+            raise self._fault("config_type", f"returned {found!r}; it must return a subclass of AdapterConfig")
+        return found
+
+    def key_rule(self, config: AdapterConfig) -> KeyRule:
+        """See `hookspecs.key_rule`."""
+        return self._required("key_rule", KeyRule, config=config)
+
+    def prepare(self, targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Tensor]:
+        """See `hookspecs.prepare`."""
+        return self._call("prepare", _MAPPING, targets=targets, config=config) or {}
+
+    def inject(self, target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
+        """See `hookspecs.inject`."""
+        return self._call("inject", AdapterLayer, target=target, config=config, shared=shared)
+
+    def factors(self, layer: AdapterLayer) -> Factors | None:
+        """See `hookspecs.factors`."""
+        return self._call("factors", Factors, layer=layer)
+
+    def to_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `hookspecs.to_file`."""
+        found = self._call("to_file", _MAPPING, config=config, tensors=tensors)
+        return tensors if found is None else found
+
+    def file_config(self, config: AdapterConfig) -> AdapterConfig:
+        """See `hookspecs.file_config`."""
+        return self._call("file_config", AdapterConfig, config=config) or config
+
+    def from_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `hookspecs.from_file`."""
+        found = self._call("from_file", _MAPPING, config=config, tensors=tensors)
+        return tensors if found is None else found
+
+    def _required(self, hook: str, kind: type[T], **arguments: Any) -> T:
+        found = self._call(hook, kind, **arguments)
+        if found is None:
+            raise self._fault(hook, f"returned None; it must return a {kind.__name__}")
+        return found
+
+    def _call(self, hook: str, kind: type[T], /, **arguments: Any) -> T | None:
+        """Call this method's implementation of `hook`, and check the type of what it returns."""
+        # Made anew at each call: a kept caller would let methods registered later answer too.
+        others = [p for p in self._manager.get_plugins() if p is not self.plugin and _is_method(p)]
+        caller = self._manager.subset_hook_caller(hook, others)
+        try:
+            found = caller(**arguments)
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise self._fault(hook, f"raised {type(error).__name__}: {error}") from error
+        if found is not None and not isinstance(found, kind):
+            raise self._fault(hook, f"returned a {type(found).__name__}; it must return a {kind.__name__} or None")
+        return found
+
+    def _fault(self, hook: str, what: str) -> PluginError:
+        return PluginError(f"The method {self.name!r} ({self.provider}): its hook {hook} {what}.")
+
+
+def _is_method(plugin: object) -> bool:
+    return hasattr(plugin, "config_type")

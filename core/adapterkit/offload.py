@@ -1,0 +1,57 @@
+"""accelerate's hooks: where an offloaded module computes, and the weights it keeps elsewhere meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where the module computes with `tensor`: offloaded weights are on the meta device between forwards."""
+    if tensor.is_meta:
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return tensor.device
+
+
+def real_value(module: nn.Module, name: str) -> Tensor:
+    """The module's own parameter `name`, fetched from where accelerate offloaded it if need be."""
+    tensor = module._parameters[name]
+    assert tensor is not None
+    if tensor.is_meta:
+        for hook in _hooks(module):
+            weights = getattr(hook, "weights_map", None)
+            if weights is not None:
+                value: Tensor = weights[name]
+                return value.to(execution_device(module, tensor))
+    return tensor.detach()
+
+
+def hook_objects(root: nn.Module) -> list[Any]:
+    """Every hook of `root` and below: they refer to the whole model's offloaded weights."""
+    return [hook for module in root.modules() for hook in _hooks(module)]
+
+
+def remove_hooks(root: nn.Module, original: nn.Module) -> None:
+    """Free a copy of `original` of accelerate's hooks, its offloaded parameters replaced by their values."""
+    for copy, source in zip(root.modules(), original.modules(), strict=True):
+        if "_hf_hook" not in source.__dict__:
+            continue
+        from accelerate.hooks import remove_hook_from_module
+
+        values = {name: real_value(source, name) for name, p in source._parameters.items() if p is not None}
+        remove_hook_from_module(copy)
+        copy.__dict__.pop("forward", None)
+        for name, value in values.items():
+            copy._parameters[name] = nn.Parameter(value.clone())
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))

@@ -1,0 +1,208 @@
+"""Saving an adapter to a folder, and building one from a folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapted import Active
+from adapterkit.build import Builder
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
+from adapterkit.files import AdapterFiles, write_folder
+from adapterkit.heads import adopt_rows
+from adapterkit.hookspecs import METHODS_GROUP
+from adapterkit.keys import strip_file_prefix
+from adapterkit.labels import LabelSet
+from adapterkit.loading import equals_base, fit, put, refuse, slots, to_file
+from adapterkit.matching import Names
+from adapterkit.method import Method
+from adapterkit.record import AdapterRecord
+from adapterkit.registry import default_registry
+from adapterkit.reports import LoadReport
+from adapterkit.selection import ALL_LINEAR, select
+from adapterkit.walk import Walk
+
+
+def save_record(record: AdapterRecord, model: nn.Module, folder: Path) -> None:
+    """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
+
+    Raises:
+        SaveError: the folder cannot be written; what was there is untouched.
+        StateError: the adapter is on the meta device and has no values.
+    """
+    method = default_registry.method_of(record.config)
+    tensors = to_file(record, method)
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
+    metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
+    config = file_config(record, method, model).to_dict()
+    write_folder(folder, config, {k: v.contiguous() for k, v in _apart(tensors).items()}, metadata)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that do not share memory: safetensors refuses those that do."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return result
+
+
+def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> AdapterConfig:
+    """The config that goes to the file: one that PEFT reads, and that selects exactly these layers."""
+    config = method.file_config(record.config)
+    changes: dict[str, Any] = {
+        "modules_to_save": tuple(p for p in record.heads if p not in record.layers) or None,
+        "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
+    }
+    if config.target_modules in (None, ALL_LINEAR) or config.layers_to_transform is not None:
+        changes |= {
+            "target_modules": _short_names(record.layers, Walk(model).paths),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    return config.replace(**changes)
+
+
+def _short_names(targets: Collection[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """Last parts of the targets' paths if those name nothing else in the model, else the whole paths."""
+    tails = {path.rpartition(".")[2] for path in targets}
+    others = any(path.rpartition(".")[2] in tails and path not in targets for path in paths)
+    return tuple(sorted(targets if others else tails))
+
+
+def _name_of(model: nn.Module) -> str | None:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def method_in_file(config: Mapping[str, Any], folder: Path) -> Method:
+    """The method that an `adapter_config.json` is of.
+
+    Raises:
+        CheckpointError: it names none.
+        UnknownNameError: no installed plugin provides it.
+    """
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or not peft_type:
+        raise CheckpointError(f"{folder}: adapter_config.json has no 'peft_type', so its method is not known.")
+    try:
+        return default_registry.method(peft_type.lower())
+    except UnknownNameError as error:
+        installed = ", ".join(map(str, default_registry.methods().values())) or "none"
+        raise UnknownNameError(
+            f"{folder} is an adapter of type {peft_type!r}, and no plugin provides the method {peft_type.lower()!r}. "
+            f"Installed methods: {installed} (entry-point group {METHODS_GROUP!r}). Install the package of that one."
+        ) from error
+
+
+def load_record(
+    model: nn.Module,
+    name: str,
+    files: AdapterFiles,
+    active: Active,
+    *,
+    strict: bool,
+    dtype: torch.dtype | str | None,
+) -> tuple[AdapterRecord, LoadReport]:
+    """Build the adapter that a folder holds, with its values, not installed yet.
+
+    Raises:
+        CheckpointError: with `strict`, anything missing, unexpected or mismatched.
+        SelectionError: its config selects nothing on this model.
+    """
+    method = method_in_file(files.config, files.folder)
+    config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+    tensors = method.from_file(config, strip_file_prefix(files.tensors))
+    walk = Walk(model)
+    config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
+    selection = select(model, config)
+    given = dtype if isinstance(dtype, torch.dtype) else None
+    builder = Builder(model, method, config, selection, load=True, dtype=given)
+    record, _ = builder.build(name, active)
+    embeddings = _embeddings_in_file(model, walk, record, tensors)
+    for path in embeddings:
+        builder.add_head(record, path, active)
+    for path, head in record.heads.items():
+        adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
+    optional = {f"{path}.bias" for path in embeddings}
+    found = fit(record, method, model, tensors, from_file=False, optional=optional)
+    if not found.report.ok:
+        if strict:
+            refuse(found.report, name, str(files.folder))
+        warnings.warn(f"{files.folder}: {found.report}", AdapterWarning, stacklevel=4)
+    dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
+    put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
+    builder.fill(record)
+    record.labels = LabelSet.from_metadata(files.metadata) or _labels_by_size(model, record)
+    return record, found.report
+
+
+def _of_head(key: str, record: AdapterRecord) -> bool:
+    return any(key.startswith(path + ".") for path in record.heads)
+
+
+def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> tuple[str, ...] | str | None:
+    """`modules_to_save` without the entries that PEFT writes on suspicion: no such module, and no such key."""
+    wanted = config.modules_to_save
+    if wanted is None or isinstance(wanted, str):
+        return wanted
+    names = Names(wanted)
+    for path in walk.paths:
+        names.match(path)
+    kept = [n for n in wanted if n in names.used or any(f".{n}." in f".{key}" for key in keys)]
+    return tuple(kept) or None
+
+
+def _embeddings_in_file(
+    model: nn.Module, walk: Walk, record: AdapterRecord, tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Embeddings whose full weights the file holds: PEFT writes them when the vocabulary was resized.
+
+    Raises:
+        CheckpointError: their rows are not the model's.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    known, found = slots(record), []
+    for module, paths in walk.aliases.items():
+        if not isinstance(module, nn.Embedding) and module is not output:
+            continue
+        for path in paths:
+            keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors and k not in known]
+            if not keys or paths[0] in record.heads or equals_base(model, keys[0], tensors[keys[0]]):
+                continue
+            rows, own = tensors[keys[0]].shape[0], module.weight
+            assert isinstance(own, Tensor)
+            if rows != own.shape[0]:
+                raise CheckpointError(
+                    f"The file holds its own {path!r} with {rows:,} rows; the model's has {own.shape[0]:,}. It was "
+                    f"trained with a resized vocabulary: call model.resize_token_embeddings({rows}) first."
+                )
+            found.append(paths[0])
+            break
+    return found
+
+
+def _labels_by_size(model: nn.Module, record: AdapterRecord) -> LabelSet | None:
+    """For files without a label set: numbered classes if the head has other rows than the model's labels."""
+    own = LabelSet.of(model)
+    if own is None:
+        return None
+    for path, head in record.heads.items():
+        before = dict(record.hosts[path].named_modules())
+        for local, layer in head.named_modules():
+            base = before.get(local)
+            if isinstance(layer, nn.Linear) and isinstance(base, nn.Linear) and layer.out_features != base.out_features:
+                return LabelSet.numbered(layer.out_features)
+    return own if record.heads else None

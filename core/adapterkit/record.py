@@ -1,0 +1,142 @@
+"""AdapterRecord: everything that belongs to one adapter on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from adapterkit.adapted import Active, install, uninstall
+from adapterkit.biases import BiasLayer
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import ConfigError, unknown
+from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
+from adapterkit.labels import LabelSet
+from adapterkit.layer import AdapterLayer
+from adapterkit.reports import AdapterStatus
+
+
+class SharedTensors(nn.Module):
+    """The one copy of the tensors that all targets of an adapter use; `.to(...)` moves it with the model."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+class SharedView(Mapping[str, Tensor]):
+    """What a method's layers hold of the shared tensors: names, looked up anew each time."""
+
+    def __init__(self, module: SharedTensors) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._module._buffers[name]
+        assert tensor is not None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._module._buffers)
+
+    def __len__(self) -> int:
+        return len(self._module._buffers)
+
+
+@dataclass
+class AdapterRecord:
+    """One adapter: its config and, by module path, its layers, heads and trained biases.
+
+    Attributes:
+        hosts: the adapted modules of the model, by path.
+        aliases: for hosts that several paths lead to, the others, by path.
+        labels: the label set of its heads, or `None` if it has none of its own.
+    """
+
+    name: str
+    config: AdapterConfig
+    hosts: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    heads: dict[str, nn.Module] = field(default_factory=dict)
+    biases: dict[str, BiasLayer] = field(default_factory=dict)
+    shared: SharedTensors | None = None
+    labels: LabelSet | None = None
+    trainable: bool = False
+
+    def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """`(container, path, module)` of everything that is installed at a host."""
+        for container, group in ((LAYERS, self.layers), (HEADS, self.heads), (BIASES, self.biases)):
+            for path, module in group.items():
+                yield container, path, module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(<path>.<local>, parameter)` of everything that trains."""
+        for _, path, module in self.parts():
+            for local, parameter in module.named_parameters():
+                yield f"{path}.{local}", parameter
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Set `requires_grad` of all parameters; nothing to do if that is how they are."""
+        if trainable != self.trainable:
+            for _, parameter in self.named_parameters():
+                parameter.requires_grad_(trainable)
+            self.trainable = trainable
+
+    def status(self, active: bool) -> AdapterStatus:
+        """This adapter's row in the table of all."""
+        parameters = [p for _, p in self.named_parameters()]
+        return AdapterStatus(
+            name=self.name,
+            method=self.config.method,
+            targets=len(self.layers),
+            heads=tuple(self.heads),
+            parameters=sum(p.numel() for p in parameters),
+            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            devices=tuple(sorted({str(p.device) for p in parameters})),
+            active=active,
+            trainable=self.trainable,
+        )
+
+    def memory_keys(self) -> Iterator[str]:
+        """Every key that this adapter has in the model's own state dict."""
+        for container, path, module in self.parts():
+            for place in (path, *self.aliases.get(path, ())):
+                for local in module.state_dict(keep_vars=True):
+                    yield f"{place}.{container}.{self.name}.{local}"
+        if self.shared is not None:
+            for local in self.shared.state_dict(keep_vars=True):
+                yield f"{SHARED}.{self.name}.{local}"
+
+    def install(self, active: Active) -> None:
+        """Register every part at its host."""
+        for container, path, module in self.parts():
+            install(self.hosts[path], container, self.name, module, active)
+
+    def uninstall(self) -> None:
+        """Take every part away from its host."""
+        for container, path, _ in self.parts():
+            uninstall(self.hosts[path], container, self.name)
+
+
+def acting_heads(records: Sequence[AdapterRecord], chosen: str | None) -> tuple[str, ...]:
+    """Whose heads act when these adapters are active together; the chosen one's win.
+
+    Raises:
+        UnknownNameError: the chosen one is not among them.
+        ConfigError: two have a head at one module, and none is chosen.
+    """
+    if chosen is not None and chosen not in [r.name for r in records]:
+        raise unknown("adapter to be activated", chosen, [r.name for r in records])
+    owners: dict[str, str] = {}
+    for record in records:
+        for path in record.heads:
+            other = owners.setdefault(path, record.name)
+            if other != record.name and chosen is None:
+                raise ConfigError(
+                    f"{other!r} and {record.name!r} each have their own {path!r}, and only one can act. Say which: "
+                    f"activate(..., heads={other!r})."
+                )
+    # The last head at a module is the one that acts.
+    return tuple(sorted((r.name for r in records if r.heads), key=lambda name: name == chosen))

@@ -1,0 +1,189 @@
+"""The registry: which methods and extensions there are, found late and checked when they are registered."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any
+
+import pluggy
+from torch import nn
+
+from adapterkit import contract, hookspecs, kinds
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import ConfigError, PluginError, unknown
+from adapterkit.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, PROJECT
+from adapterkit.kinds import LayerKind
+from adapterkit.method import Method
+
+DISABLE_VARIABLE = "ADAPTERKIT_DISABLE_PLUGINS"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One method that can be asked for: its name, the distribution (or module) it is from, and its version."""
+
+    name: str
+    provider: str
+    version: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.provider}{' ' + self.version if self.version else ''})"
+
+
+class Registry:
+    """Adapter methods, layer kinds and combiners, from entry points and from `register`.
+
+    A method's plugin is imported when it is first asked for, so one that is broken breaks only itself.
+    """
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._methods: dict[str, Method] = {}
+        self._kinds: tuple[type[LayerKind], ...] | None = None
+
+    def methods(self) -> Mapping[str, Installed]:
+        """Every method by name: registered ones and those that installed packages announce. Imports none."""
+        found = {name: Installed(name, m.provider, None) for name, m in self._methods.items()}
+        for entry in _entries(METHODS_GROUP):
+            if entry.name not in found:
+                dist = entry.dist
+                found[entry.name] = Installed(entry.name, *((dist.name, dist.version) if dist else (entry.value, None)))
+        return dict(sorted(found.items()))
+
+    def method(self, name: str) -> Method:
+        """The method called `name`, its plugin imported if need be.
+
+        Raises:
+            UnknownNameError: no such method; lists what there is and the entry-point group searched.
+            PluginError: it cannot be imported, breaks the contract, or two packages claim the name.
+        """
+        if name in self._methods:
+            return self._methods[name]
+        claims = {(e.dist.name if e.dist else "", e.value): e for e in _entries(METHODS_GROUP) if e.name == name}
+        if not claims:
+            advice = f"Methods come from installed packages (entry-point group {METHODS_GROUP!r}) or ak.register."
+            if name in _disabled():
+                advice = f"It is switched off by {DISABLE_VARIABLE}. {advice}"
+            raise unknown("adapter method", name, self.methods(), advice)
+        if len(claims) > 1:
+            owners = " and ".join(sorted(f"{dist or '?'} ({value})" for dist, value in claims))
+            raise PluginError(f"Two packages provide the method {name!r}: {owners}. Uninstall one of them.")
+        return self._load(next(iter(claims.values())))
+
+    def register(self, plugin: object, name: str | None = None) -> Method:
+        """Make a plugin's method available without an entry point: from a notebook, or in tests.
+
+        Args:
+            plugin: a module, or any object with `@hookimpl` functions.
+            name: the method's name; its config's `method` if `None`.
+
+        Raises:
+            PluginError: the plugin breaks the contract, or its name or prefix is taken.
+        """
+        provider = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
+        return self._add(plugin, name, provider)
+
+    def unregister(self, name: str) -> None:
+        """Forget a method that `register` or discovery made available.
+
+        Raises:
+            UnknownNameError: it is not registered.
+        """
+        if name not in self._methods:
+            raise unknown("registered method", name, self._methods)
+        self._manager.unregister(self._methods.pop(name).plugin)
+
+    def extend(self, plugin: object) -> None:
+        """Add a plugin that is no method: layer kinds, combiners, or wrappers around hooks."""
+        contract.check_plugin(plugin, self._manager, "the extension")
+        self._manager.register(plugin)
+        self._kinds = None
+
+    def kinds(self) -> tuple[type[LayerKind], ...]:
+        """Every layer kind, extensions' first."""
+        if self._kinds is None:
+            for entry in _entries(EXTENSIONS_GROUP):
+                if not self._manager.has_plugin(entry.name):
+                    self._manager.register(_import(entry, "extension"), entry.name)
+            added = [kind for group in self._manager.hook.layer_kinds() for kind in group]
+            self._kinds = (*added, *kinds.BUILTIN)
+        return self._kinds
+
+    def kind_of(self, module: nn.Module) -> LayerKind | None:
+        """What sort of layer `module` is, or `None` if it can hold no adapter."""
+        for kind in self.kinds():
+            found = kind.of(module)
+            if found is not None:
+                return found
+        return None
+
+    def config(self, method: str, **fields: Any) -> AdapterConfig:
+        """A config by the method's name: `config("lora", r=8)`."""
+        return self.method(method).config_type()(**fields)
+
+    def method_of(self, config: object) -> Method:
+        """The method that a config is for.
+
+        Raises:
+            ConfigError: not a config, or a config class that the registered method does not use.
+        """
+        if not isinstance(config, AdapterConfig):
+            raise ConfigError(
+                f"{config!r} is no adapter config. Make one with its class, such as LoraConfig(r=8), or with "
+                "ak.config('lora', r=8)."
+            )
+        method = self.method(config.method)
+        if not isinstance(config, method.config_type()):
+            raise ConfigError(
+                f"{type(config).__name__} says it is for {config.method!r}, but that method "
+                f"({method.provider}) uses {method.config_type().__name__}."
+            )
+        return method
+
+    def _load(self, entry: EntryPoint) -> Method:
+        dist = entry.dist
+        provider = f"{dist.name} {dist.version}" if dist else entry.value
+        return self._add(_import(entry, "method"), entry.name, provider)
+
+    def _add(self, plugin: object, name: str | None, provider: str) -> Method:
+        contract.check_plugin(plugin, self._manager, f"The method {name!r} ({provider})" if name else provider)
+        self._manager.register(plugin)
+        try:
+            method = Method(name or "?", plugin, provider, self._manager)
+            method.name = name or method.config_type().method
+            contract.check_method(method, self._methods)
+        except Exception:
+            self._manager.unregister(plugin)
+            raise
+        self._methods[method.name] = method
+        return method
+
+
+def _import(entry: EntryPoint, what: str) -> object:
+    owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
+    try:
+        return entry.load()
+    except Exception as error:
+        raise PluginError(
+            f"The {what} {entry.name!r} of {owner} cannot be imported from {entry.value!r}: "
+            f"{type(error).__name__}: {error}. Other methods are not affected; reinstall or remove that package, or "
+            f"set {DISABLE_VARIABLE}={entry.name}."
+        ) from error
+
+
+def _disabled() -> frozenset[str]:
+    return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
+
+
+def _entries(group: str) -> Iterator[EntryPoint]:
+    disabled = _disabled()
+    return (e for e in importlib.metadata.entry_points(group=group) if e.name not in disabled)
+
+
+default_registry = Registry()

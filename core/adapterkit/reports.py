@@ -1,0 +1,141 @@
+"""What calls report: plain records that print as readable text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What `Adapters.add` did.
+
+    Attributes:
+        name: the adapter.
+        targets: paths of the layers that were adapted.
+        heads: paths of the modules trained in full with it.
+        parameters: numbers it trains.
+        total: numbers of the base model.
+        unmatched: entries of the config that matched nothing.
+        notes: other things worth knowing.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    heads: tuple[str, ...]
+    parameters: int
+    total: int
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of the base model's."""
+        return self.parameters / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapter {self.name!r}: {len(self.targets)} layers, {self.parameters:,} parameters, "
+            f"{self.share:.2%} of the base model's {self.total:,}"
+        ]
+        lines += [f"  trained in full: {path}" for path in self.heads]
+        lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One tensor whose shape in the file is not the adapter's."""
+
+    key: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.found} in the file, {self.expected} on this model"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What fitted when tensors were given to an adapter. Only the adapter's own keys are judged.
+
+    Attributes:
+        missing: tensors the adapter needs and the file lacks.
+        unexpected: tensors of the file that are nobody's.
+        mismatched: tensors of another shape than the adapter's.
+        exempt: tensors that are absent and may be, by the method's rule.
+        ignored: base-model tensors that were passed over.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    exempt: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing, unexpected or mismatched."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        groups = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mismatched": self.mismatched,
+            "exempt": self.exempt,
+            "ignored": self.ignored,
+        }
+        lines = ["every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"]
+        for title, rows in groups.items():
+            if rows:
+                shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
+                lines += [f"  {title} ({len(rows)}):", *shown]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter's row in `Status`."""
+
+    name: str
+    method: str
+    targets: int
+    heads: tuple[str, ...]
+    parameters: int
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    active: bool
+    trainable: bool
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """The adapters of a model, a row each. Prints as a table."""
+
+    rows: tuple[AdapterStatus, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no adapters"
+        titles = (
+            "adapter",
+            "method",
+            "layers",
+            "heads",
+            "parameters",
+            "dtype",
+            "device",
+            "active",
+            "trainable",
+            "merged",
+        )
+        table: list[tuple[str, ...]] = [titles]
+        for r in self.rows:
+            flags = tuple("yes" if flag else "no" for flag in (r.active, r.trainable, r.merged))
+            heads = ", ".join(r.heads) or "-"
+            dtypes, devices = ", ".join(r.dtypes), ", ".join(r.devices)
+            table.append((r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, *flags))
+        widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)

@@ -1,0 +1,213 @@
+"""Which layers a config adapts on a model, and why: `ak.select`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adapterkit import defaults
+from adapterkit.adapted import original_class
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import SelectionError, nearest
+from adapterkit.heads import head_paths, output_layers
+from adapterkit.kinds import LayerKind
+from adapterkit.matching import PatternTable, Rule
+from adapterkit.registry import default_registry
+from adapterkit.stacks import LayerFilter
+from adapterkit.walk import Uncalled, Walk
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One layer that a config adapts."""
+
+    path: str
+    module: nn.Module
+    kind: LayerKind
+    rule: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config would adapt on a model, and why. Prints as a table.
+
+    Attributes:
+        targets: the layers that get an adapter layer, in the order of the model.
+        heads: paths of the modules trained in full with the adapter.
+        skipped: `(path, reason)` of layers that a rule named but another rule, or their place, left out.
+        unmatched: entries of the config that matched nothing.
+    """
+
+    targets: tuple[Match, ...]
+    heads: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    unmatched: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the targets."""
+        return tuple(m.path for m in self.targets)
+
+    def __str__(self) -> str:
+        width = max((len(m.path) for m in self.targets), default=0)
+        lines = [f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"]
+        lines += [f"  {m.path:<{width}}  {_describe(m.kind)}  by {m.rule}" for m in self.targets]
+        lines += [f"  {path:<{width}}  trained in full" for path in self.heads]
+        for title, rows in (
+            ("left out:", [f"  {path}: {reason}" for path, reason in self.skipped]),
+            ("matched nothing:", [f"  {rule}" for rule in self.unmatched]),
+        ):
+            lines += [title, *rows] if rows else []
+        return "\n".join(lines)
+
+
+def select(model: nn.Module, config: AdapterConfig) -> Selection:
+    """What `config` would adapt on `model`, and why. Changes nothing; works on the meta device.
+
+    Args:
+        model: any module; adapters it has already are not looked at.
+        config: a method's config; only its selection fields are read.
+
+    Returns:
+        The selection; it has at least one target.
+
+    Raises:
+        SelectionError: nothing matched, or a layer was named that cannot be adapted.
+        ConfigError: a malformed rule.
+    """
+    walk = Walk(model)
+    heads = head_paths(walk, config.modules_to_save)
+    found, skipped, unmatched = _candidates(walk, config, heads)
+    layers = LayerFilter(config, walk.paths)
+    targets = []
+    for match in found:
+        reason = layers.refuse(match.path)
+        if reason:
+            skipped.append((match.path, reason))
+        else:
+            targets.append(match)
+    if not targets:
+        raise SelectionError(_nothing(walk, config, skipped, unmatched))
+    unmatched += layers.unused + _unused_patterns(config, targets)
+    return Selection(tuple(targets), heads, tuple(skipped), tuple(unmatched))
+
+
+def _candidates(
+    walk: Walk, config: AdapterConfig, heads: Sequence[str]
+) -> tuple[list[Match], list[tuple[str, str]], list[str]]:
+    """Layers that target_modules names and nothing but layer numbers may still leave out."""
+    rule, why = _target_rule(walk.model, config)
+    exclude = Rule("exclude_modules", config.exclude_modules) if config.exclude_modules else None
+    uncalled = Uncalled(walk)
+    outputs = output_layers(walk.model)
+    matches: list[Match] = []
+    skipped: list[tuple[str, str]] = []
+    for module, paths in walk.aliases.items():
+        path = paths[0]
+        kind = default_registry.kind_of(module) if rule is None else None
+        if rule is None:
+            by = why if kind is not None and kind.all_linear else None
+        else:
+            by = next((f"{why}{r}" for r in map(rule.match, paths) if r), None)
+        if by is None:
+            continue
+        reason = _left_out(path, paths, heads, exclude)
+        uncalled_reason = uncalled.reason(path, module)
+        if reason is None and rule is None:
+            reason = "the output head" if module in outputs else uncalled_reason
+        if reason is not None:
+            skipped.append((path, reason))
+            continue
+        if uncalled_reason is not None:
+            raise SelectionError(f"{path!r}, taken by {by}, cannot be adapted: {uncalled_reason}. Leave it out.")
+        kind = kind or default_registry.kind_of(module)
+        if kind is None:
+            raise SelectionError(_unsupported(path, module, by))
+        matches.append(Match(path, module, kind, by))
+    unused = rule.unused if rule else []
+    return matches, skipped, unused + (exclude.unused if exclude else [])
+
+
+def _target_rule(model: nn.Module, config: AdapterConfig) -> tuple[Rule | None, str]:
+    """The rule of `target_modules` and a prefix for its name; no rule: every linear layer."""
+    targets, why = config.target_modules, ""
+    if targets == ALL_LINEAR:
+        return None, f"target_modules {ALL_LINEAR!r}"
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = config.default_targets.get(str(model_type), defaults.TARGETS.get(str(model_type)))
+        why = f"the default for {model_type!r}: "
+        if targets is None:
+            kind = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no model_type"
+            raise SelectionError(
+                f"There is no default for target_modules on {kind}. Name the layers to adapt, for example "
+                f"target_modules={ALL_LINEAR!r} or a list of names such as {_example_names(model)}."
+            )
+    return Rule("target_modules", targets), why
+
+
+def _left_out(path: str, paths: Sequence[str], heads: Sequence[str], exclude: Rule | None) -> str | None:
+    for head in heads:
+        if path == head or path.startswith(head + "."):
+            return f"modules_to_save trains {head!r} in full"
+    if exclude is not None:
+        return next((rule for rule in map(exclude.match, paths) if rule), None)
+    return None
+
+
+def _unused_patterns(config: AdapterConfig, targets: Sequence[Match]) -> list[str]:
+    unused = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        table: PatternTable = PatternTable(getattr(config, field, {}), field)
+        for match in targets:
+            table.get(match.path, None)
+        unused += table.unused
+    return unused
+
+
+def _describe(kind: LayerKind) -> str:
+    return f"{kind.name}({kind.in_features} -> {kind.out_features})"
+
+
+def _unsupported(path: str, module: nn.Module, by: str) -> str:
+    kinds = ", ".join(kind.name for kind in default_registry.kinds())
+    advice = "Leave it out with exclude_modules, or name the layers inside it."
+    weight: Any = getattr(module, "weight", None)
+    if getattr(module, "max_norm", None) is not None:
+        advice = "An embedding with max_norm rewrites its own rows. " + advice
+    elif weight is not None and hasattr(weight, "dtype") and not weight.is_floating_point():
+        advice = f"Its weight is quantised ({weight.dtype}); no installed extension knows that kind. " + advice
+    return (
+        f"{path!r}, taken by {by}, is a {original_class(module).__name__}, which cannot be adapted "
+        f"(layer kinds: {kinds}). {advice}"
+    )
+
+
+def _example_names(model: nn.Module) -> list[str]:
+    tails = [p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear) and p]
+    return list(dict.fromkeys(tails))[:4] or ["name"]
+
+
+def _nothing(walk: Walk, config: AdapterConfig, skipped: Sequence[tuple[str, str]], unmatched: Sequence[str]) -> str:
+    if skipped:
+        path, reason = skipped[0]
+        return (
+            f"Every layer that {config.target_modules!r} names is left out; {len(skipped)} in all, "
+            f"for example {path!r}: {reason}."
+        )
+    adaptable = [p for m, paths in walk.aliases.items() if default_registry.kind_of(m) for p in paths]
+    if not adaptable:
+        return f"{type(walk.model).__name__} has no layer that can be adapted."
+    wanted = config.target_modules
+    names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    close = [c for n in names for c in nearest(n, adaptable)] or _example_names(walk.model)
+    return (
+        f"target_modules {wanted!r} matched none of the {len(adaptable)} layers that can be adapted. "
+        f"Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; "
+        "a string is a regular expression for the full path."
+    )

@@ -1,0 +1,49 @@
+"""Target: one layer of the model that an adapter is about to change, as a method sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.kinds import LayerKind
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt.
+
+    Attributes:
+        path: its module path in the model, such as `"encoder.layer.0.attention.self.query"`.
+        kind: what it is; has the sizes, and applies factors to inputs.
+        dtype, device: what the adapter's parameters are to be made with.
+        load: a file's values are about to be assigned: parameters may be left empty.
+    """
+
+    path: str
+    module: nn.Module
+    kind: LayerKind
+    dtype: torch.dtype
+    device: torch.device
+    load: bool = False
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the canonical weight."""
+        return self.kind.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the canonical weight."""
+        return self.kind.in_features
+
+    def weight(self) -> Tensor:
+        """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation."""
+        weight = self.kind.read(self.module)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """A new parameter of this shape, uninitialised, with the adapter's dtype and device."""
+        device = torch.device("meta") if self.load else self.device
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device))

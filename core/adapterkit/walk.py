@@ -1,0 +1,59 @@
+"""The model's own modules, seen without the adapters that are on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from adapterkit import defaults
+from adapterkit.keys import CONTAINERS, SHARED
+
+
+class Walk:
+    """Every module of a model but the root, once, with all the paths that lead to it.
+
+    Attributes:
+        model: the root.
+        aliases: each module's paths, in the order of the model; the first is the one it is known by.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.aliases: dict[nn.Module, list[str]] = {}
+        for path, module in _named_modules(model, ""):
+            if path:
+                self.aliases.setdefault(module, []).append(path)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every path of every module."""
+        return [path for paths in self.aliases.values() for path in paths]
+
+
+def _named_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name not in CONTAINERS and name != SHARED:
+            yield from _named_modules(child, f"{path}.{name}" if path else name)
+
+
+class Uncalled:
+    """Layers whose `forward` is never called, so that an adapter there would be ignored."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._attention = {m.out_proj for m in walk.aliases if isinstance(m, nn.MultiheadAttention)}
+        if isinstance(walk.model, nn.MultiheadAttention):
+            self._attention.add(walk.model.out_proj)
+        model_type = getattr(getattr(walk.model, "config", None), "model_type", None)
+        self._fused = model_type if model_type in defaults.FUSED_MODEL_TYPES else None
+
+    def reason(self, path: str, module: nn.Module) -> str | None:
+        """Why an adapter at `module` would not act, or `None` if it would."""
+        if module in self._attention:
+            return "torch's MultiheadAttention reads its weight and never calls it"
+        if self._fused and path.rpartition(".")[2] in defaults.FUSED_LAYERS:
+            return f"fused kernels of {self._fused} models read its weight and never call it"
+        if type(module).forward is nn.Module.forward:
+            return f"a {type(module).__name__} is a container that is never called itself"
+        return None

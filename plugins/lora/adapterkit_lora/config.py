@@ -1,0 +1,116 @@
+"""The config of LoRA: PEFT's fields that change plain LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapterkit import AdapterConfig, ConfigError, UnsupportedError
+
+_INITS = ("gaussian", "orthogonal", "pissa", "olora")
+_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
+# PEFT has these too; they need data or another library.
+_FOREIGN_INITS = ("eva", "loftq", "corda", "lora_ga", "mica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """Low-rank adaptation: `dW = scaling * B @ A`, A `(r, in)`, B `(out, r)` (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        r: the rank.
+        lora_alpha: `scaling = lora_alpha / r`.
+        use_rslora: `scaling = lora_alpha / sqrt(r)` instead (Kalajdzievski 2023, arXiv 2312.03732).
+        lora_dropout: probability of dropping each input entry of A, in training.
+        bias: which biases of the base are trained with the adapter, each adapter its own copy:
+            `"none"`, `"lora_only"` (the adapted layers') or `"all"`.
+        lora_bias: B has a bias of its own, `(out,)`, scaled as B is.
+        rank_pattern, alpha_pattern: other values for some layers: a regular expression for the end of a
+            path at a dot, and the value; the first that matches counts.
+        init_lora_weights: `True`: A Kaiming-uniform, B zero. `False`: both as `nn.Linear` (embeddings: normal).
+            `"gaussian"`: A normal with deviation 1/r, B zero. `"orthogonal"`: A and B span orthogonal spaces; even r.
+            `"pissa"`, `"pissa_niter_N"`: the weight's leading singular vectors, exactly or by N subspace
+            iterations (Meng et al. 2024, arXiv 2404.02948). `"olora"`: its QR factors (Büyükakyüz 2024, arXiv
+            2406.01775). These two train the weight's own leading part; the base itself is not changed.
+        fan_in_fan_out: of no effect: the layer kind knows its layout. Kept for files.
+
+    The other fields are `AdapterConfig`'s.
+    """
+
+    method = "lora"
+    not_implemented = {  # noqa: RUF012 - a class variable by its base
+        "use_dora": False,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "velora_config": None,
+        "kasa_config": None,
+        "arrow_config": None,
+        "monteclora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "use_bdlora": None,
+        "layer_replication": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "ensure_weight_tying": False,
+        "runtime_config": None,
+    }
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+
+    @property
+    def trained_biases(self) -> Literal["none", "targets", "all"]:
+        """See `AdapterConfig.trained_biases`."""
+        return "targets" if self.bias == "lora_only" else self.bias
+
+    @property
+    def trains_residual(self) -> bool:
+        """Whether the initial factors are a part of the weight itself (PiSSA, OLoRA)."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """N of `"pissa_niter_N"`, else `None`."""
+        match = _PISSA_NITER.fullmatch(str(self.init_lora_weights))
+        return int(match[1]) if match else None
+
+    def check(self) -> None:
+        """See `AdapterConfig.check`."""
+        for name, rank in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):
+            if rank < 1:
+                raise ConfigError(f"{name} = {rank!r}: a rank must be at least 1.")
+            if self.init_lora_weights == "orthogonal" and rank % 2:
+                raise ConfigError(f"{name} = {rank}: init_lora_weights='orthogonal' needs an even rank.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout} must be a probability, at least 0 and below 1.")
+        self._check_init(self.init_lora_weights)
+
+    def _check_init(self, init: Any) -> None:
+        if isinstance(init, bool) or init in _INITS or self.pissa_iterations is not None:
+            if self.lora_bias and not isinstance(init, bool):
+                raise ConfigError(f"lora_bias needs init_lora_weights True or False, not {init!r}.")
+            return
+        if init in _FOREIGN_INITS:
+            raise UnsupportedError(
+                f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. A file that "
+                "was trained from it loads if the field is set to true in its adapter_config.json."
+            )
+        raise ConfigError(
+            f"init_lora_weights = {init!r} must be True, False, {', '.join(map(repr, _INITS))} or 'pissa_niter_N'."
+        )

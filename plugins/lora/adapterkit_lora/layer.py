@@ -1,0 +1,151 @@
+"""The LoRA layer: its parameters, its initial values and its factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import AdapterLayer, Factors, StateError, Target
+from adapterkit_lora.config import LoraConfig
+
+
+class Factor(nn.Module):
+    """One factor; holds `weight` (and `bias`), so that keys read `lora_A.weight`."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+
+class LoraLayer(AdapterLayer):
+    """`delta(x) = scaling * B A dropout(x)`: A `(r, in)`, B `(out, r)`, in the shapes of the layer kind's files.
+
+    With PiSSA or OLoRA, A0 and B0 are the initial factors, and the layer adds
+    `scaling * (B A dropout(x) - B0 A0 x)`: the same as training A, B beside the residual
+    `W - scaling * B0 A0`, but without touching W, which other adapters use too. At the start the two
+    terms cancel exactly.
+    """
+
+    lora_init_A: Tensor
+    lora_init_B: Tensor
+
+    def __init__(self, target: Target, r: int, scaling: float, config: LoraConfig) -> None:
+        super().__init__(target.kind)
+        self.r, self.scaling, self.dropout = r, scaling, config.lora_dropout
+        down, up = target.empty(*target.kind.down_shape(r)), target.empty(*target.kind.up_shape(r))
+        bias = target.empty(target.out_features) if config.lora_bias else None
+        self.lookup = target.kind.lookup
+        if self.lookup:  # PEFT's names for embeddings, without `.weight`
+            self.lora_embedding_A, self.lora_embedding_B = down, up
+        else:
+            self.lora_A, self.lora_B = Factor(down), Factor(up, bias)
+        if config.trains_residual:
+            self.register_buffer("lora_init_A", torch.empty_like(down))
+            self.register_buffer("lora_init_B", torch.empty_like(up))
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`A (r, in)`, `B (out, r)` and B's bias, without the scaling."""
+        if self.lookup:
+            return self.lora_embedding_A, self.lora_embedding_B, None
+        return self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1), self.lora_B.bias
+
+    def initial(self) -> tuple[Tensor, Tensor] | None:
+        """`A0 (r, in)` and `B0 (out, r)` of PiSSA or OLoRA, else `None`."""
+        if "lora_init_A" not in self._buffers:
+            return None
+        return self.lora_init_A.flatten(1), self.lora_init_B.flatten(1)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """See `AdapterLayer.delta`."""
+        down, up, bias = self.matrices()
+        out = self.kind.apply(x, Factors(up, down, bias), self.dropout if self.training else 0.0)
+        first = self.initial()
+        if first is not None:
+            out = out - self.kind.apply(x, Factors(first[1], first[0]))
+        return out * self.scaling
+
+    def factors(self) -> Factors:
+        """The exact `dW`, scaling included; of rank `2 r` with PiSSA or OLoRA."""
+        down, up, bias = self.matrices()
+        first = self.initial()
+        if first is not None:
+            down, up = torch.cat([down, first[0]]), torch.cat([up, -first[1]], dim=1)
+        return Factors(up * self.scaling, down, None if bias is None else bias * self.scaling)
+
+
+@torch.no_grad()
+def initialise(layer: LoraLayer, target: Target, config: LoraConfig) -> None:
+    """Give a new layer the values that `config.init_lora_weights` says."""
+    down, up, bias = layer.matrices()
+    init = config.init_lora_weights
+    if bias is not None:
+        bound = 1 / math.sqrt(layer.r)
+        nn.init.zeros_(bias) if init else nn.init.uniform_(bias, -bound, bound)
+    if config.trains_residual:
+        _residual(layer, target, config)
+    elif init == "orthogonal":
+        _orthogonal(down, up)
+    elif layer.lookup:
+        nn.init.zeros_(down) if init else nn.init.normal_(down)
+        nn.init.normal_(up)
+    elif init == "gaussian":
+        nn.init.normal_(down, std=1 / layer.r)
+        nn.init.zeros_(up)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        nn.init.zeros_(up) if init else nn.init.kaiming_uniform_(up, a=math.sqrt(5))
+
+
+def _orthogonal(down: Tensor, up: Tensor) -> None:
+    """A and B from the odd and the even rows of one orthogonal matrix, so that `B A = 0`."""
+    r = down.shape[0]
+    if down.is_meta:
+        return
+    q, _ = torch.linalg.qr(torch.randn(r, r, device=down.device))
+    half = r // 2
+    down.copy_((torch.randn(down.shape[1], half, device=down.device) @ q[0::2] / 10).t())
+    up.copy_(torch.randn(up.shape[0], half, device=up.device) @ q[1::2] / 10)
+
+
+def _residual(layer: LoraLayer, target: Target, config: LoraConfig) -> None:
+    if target.kind.lookup or len(target.kind.down_shape(1)) > 2:
+        raise StateError(
+            f"init_lora_weights={config.init_lora_weights!r} is for linear layers; {target.path!r} is a "
+            f"{target.kind.name}. Leave it out with exclude_modules."
+        )
+    first_down, first_up = leading_factors(target, layer.r, layer.scaling, config)
+    down, up, _ = layer.matrices()
+    for matrix, buffer, value in ((down, layer.lora_init_A, first_down), (up, layer.lora_init_B, first_up)):
+        matrix.copy_(value)
+        buffer.copy_(matrix)
+
+
+def leading_factors(target: Target, r: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """`A0 (r, in)` and `B0 (out, r)` that PiSSA or OLoRA takes from the weight.
+
+    PiSSA: `scaling * B0 A0` is the best approximation of W of rank r. OLoRA: `A0, B0` are the leading parts of
+    `W = Q R`.
+    """
+    weight = target.weight()
+    if weight.is_meta:
+        raise StateError(
+            f"init_lora_weights={config.init_lora_weights!r} needs the weight of {target.path!r}, which is on the meta "
+            "device. Load the base first."
+        )
+    if r > min(weight.shape):
+        raise StateError(
+            f"init_lora_weights={config.init_lora_weights!r} takes r <= min(in, out) = {min(weight.shape)} at "
+            f"{target.path!r}, not {r}."
+        )
+    if config.init_lora_weights == "olora":
+        q, rest = torch.linalg.qr(weight)
+        return rest[:r], q[:, :r]
+    if config.pissa_iterations is not None:
+        u, s, v = torch.svd_lowrank(weight, r, niter=config.pissa_iterations)
+        vh = v.t()
+    else:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:r] / scaling).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root

@@ -1,0 +1,109 @@
+"""The hooks through which adapterkit uses LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adapterkit import (
+    AdapterConfig,
+    AdapterLayer,
+    CheckpointError,
+    ConfigError,
+    Factors,
+    KeyRule,
+    PatternTable,
+    Target,
+    hookimpl,
+)
+from adapterkit_lora.config import LoraConfig
+from adapterkit_lora.layer import LoraLayer, initialise
+
+
+@hookimpl
+def config_type() -> type[AdapterConfig]:
+    return LoraConfig
+
+
+@hookimpl
+def key_rule(config: LoraConfig) -> KeyRule:
+    # A file of PEFT's has only the trained factors of PiSSA and OLoRA; the first ones come from the base again.
+    first = frozenset({"lora_init_A", "lora_init_B"}) if config.trains_residual else frozenset[str]()
+    return KeyRule(prefix="lora_", exempt=first)
+
+
+@hookimpl
+def inject(target: Target, config: LoraConfig) -> AdapterLayer:
+    rank = _rank(config, target.path)
+    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.lora_alpha)
+    if config.lora_bias and target.kind.lookup:
+        raise ConfigError(f"lora_bias has no meaning at {target.path!r}: an embedding has no bias. Leave it out.")
+    layer = LoraLayer(target, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank), config)
+    if not target.load:
+        initialise(layer, target, config)
+    return layer
+
+
+@hookimpl
+def factors(layer: LoraLayer) -> Factors:
+    return layer.factors()
+
+
+@hookimpl
+def to_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """PiSSA and OLoRA as plain LoRA of rank 2 r, which loads onto the unchanged base: `[B, -B0] [A; A0]`."""
+    if not config.trains_residual:
+        return tensors
+    written = {}
+    for key, tensor in tensors.items():
+        first = tensors.get(key.replace("lora_A.weight", "lora_init_A").replace("lora_B.weight", "lora_init_B"))
+        if key.endswith("lora_A.weight") and first is not None:
+            written[key] = torch.cat([tensor, first])
+        elif key.endswith("lora_B.weight") and first is not None:
+            written[key] = torch.cat([tensor, -first], dim=1)
+    return written
+
+
+@hookimpl
+def from_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The reverse, for an adapter that is PiSSA or OLoRA here."""
+    if not config.trains_residual:
+        return tensors
+    read = dict(tensors)
+    for key, tensor in tensors.items():
+        path, found, _ = key.rpartition(".lora_A.weight")
+        rank = _rank(config, path)
+        if not found or tensor.shape[0] != 2 * rank:
+            continue
+        up = tensors.get(f"{path}.lora_B.weight")
+        read[key], read[f"{path}.lora_init_A"] = tensor[:rank], tensor[rank:]
+        if up is not None:
+            read[f"{path}.lora_B.weight"], read[f"{path}.lora_init_B"] = up[:, :rank], -up[:, rank:]
+    if config.pissa_iterations is not None and len(read) == len(tensors):
+        raise CheckpointError(
+            f"These are the trained factors of init_lora_weights={config.init_lora_weights!r} alone. That start is "
+            "random, so it cannot be computed again from the base; save the adapter in its converted form instead."
+        )
+    return read
+
+
+@hookimpl
+def file_config(config: LoraConfig) -> LoraConfig:
+    """Twice the rank at the same scaling, for what `to_file` writes."""
+    if not config.trains_residual:
+        return config
+    grow = math.sqrt(2) if config.use_rslora else 2
+    return config.replace(
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=grow * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: grow * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+
+
+def _rank(config: LoraConfig, path: str) -> int:
+    return PatternTable(config.rank_pattern, "rank_pattern").get(path, config.r)
