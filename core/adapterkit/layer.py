@@ -34,6 +34,10 @@ class AdapterLayer(nn.Module):
         out = base(x)
         return (out + self.delta(x)).to(out.dtype)
 
+    def accepts(self, local: str, shape: tuple[int, ...]) -> bool:
+        """Whether a file may give the parameter `local` another shape than it has; none by default."""
+        return False
+
     @property
     def additive(self) -> bool:
         """Whether the adapter's effect is `base(x) + delta(x)` and nothing else."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from adapterkit.keys import (
     split_memory_key,
     strip_file_prefix,
 )
+from adapterkit.layer import AdapterLayer
 from adapterkit.method import Method
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
@@ -35,6 +37,7 @@ class Slot:
     key: str
     owner: nn.Module
     name: str
+    other_shape: Callable[[tuple[int, ...]], bool] = lambda shape: False
 
     @property
     def tensor(self) -> Tensor:
@@ -44,6 +47,10 @@ class Slot:
             found = self.owner._buffers[self.name]
         assert found is not None
         return found
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has a shape that can stand here."""
+        return self.tensor.shape == tensor.shape or self.other_shape(tuple(tensor.shape))
 
     def assign(self, value: Tensor) -> None:
         """Put `value` there as it is, without a copy."""
@@ -62,6 +69,8 @@ def slots(record: AdapterRecord) -> dict[str, Slot]:
             place = f"{path}.base_layer"
         for local, slot in module_slots(module):
             slot.key = f"{place}.{local}"
+            if isinstance(module, AdapterLayer):
+                slot.other_shape = partial(module.accepts, local)
             found[slot.key] = slot
     if record.shared is not None:
         for local, slot in module_slots(record.shared):
@@ -175,7 +184,7 @@ def fit(
         slot = places.get(key) or aliased.get(key)
         if slot is None:
             rest[key] = tensor
-        elif slot.tensor.shape != tensor.shape:
+        elif not slot.takes(tensor):
             mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
         else:
             values.append((slot, tensor))
@@ -245,7 +254,7 @@ def put(
     with torch.no_grad():
         for slot, tensor in values:
             own = slot.tensor
-            if not assign:
+            if not assign and own.shape == tensor.shape:
                 own.copy_(tensor)
                 continue
             device = tensor.device if own.is_meta else own.device

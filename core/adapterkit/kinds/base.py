@@ -46,6 +46,17 @@ class LayerKind(ABC):
         """Shape of a down factor as files hold it; it flattens to `(rank, in_features)`."""
         return (rank, self.in_features)
 
+    def is_ungrouped(self, factors: Factors) -> bool:
+        """Whether these factors act across groups, so that no `dW` of the layer's own shape equals them.
+
+        PEFT's files have such factors for convolutions with groups: they act, but cannot be merged.
+        """
+        return False
+
+    def ungrouped_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shapes of the up and the down factor in that form; `None` if the layer has no groups."""
+        return None
+
     def read(self, module: nn.Module) -> Tensor:
         """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
         return self._weight(module)

@@ -78,11 +78,30 @@ class Conv(LayerKind):
         x = x.to(down.dtype)
         if dropout > 0.0:
             x = F.dropout(x, dropout)
+        if self.is_ungrouped(factors):
+            return self._apply_ungrouped(x, factors)
         down = down.reshape(self.down_shape(down.shape[0]))
         if self.groups > 1:
             down = down.repeat(self.groups, *(1,) * (self.dims + 1))
         hidden = self.convolve(x, down, self.groups)
         return _CONV[self.dims](hidden, up.reshape(self.up_shape(factors.rank)), factors.bias, groups=self.groups)
+
+    def is_ungrouped(self, factors: Factors) -> bool:
+        """See `LayerKind.is_ungrouped`."""
+        return self.groups > 1 and factors.down.shape[1] == self.groups * self.in_features
+
+    def ungrouped_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """See `LayerKind.ungrouped_shapes`: A reads every channel, B each group's own part of A's output."""
+        if self.groups == 1 or rank % self.groups:
+            return None
+        channels = self.groups * self.in_features // math.prod(self.kernel)
+        return (self.out_features, rank // self.groups, *(1,) * self.dims), (rank, channels, *self.kernel)
+
+    def _apply_ungrouped(self, x: Tensor, factors: Factors) -> Tensor:
+        shapes = self.ungrouped_shapes(factors.rank)
+        assert shapes is not None
+        hidden = self.convolve(x, factors.down.reshape(shapes[1]), 1)
+        return _CONV[self.dims](hidden, factors.up.reshape(shapes[0]), factors.bias, groups=self.groups)
 
     def convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
         """`x` convolved with `kernel` in the layer's own geometry, without a bias."""

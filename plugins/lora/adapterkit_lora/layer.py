@@ -66,9 +66,16 @@ class LoraLayer(AdapterLayer):
             out = out - self.kind.apply(x, Factors(first[1], first[0]))
         return out * self.scaling
 
-    def factors(self) -> Factors:
-        """The exact `dW`, scaling included; of rank `2 r` with PiSSA or OLoRA."""
+    def accepts(self, local: str, shape: tuple[int, ...]) -> bool:
+        """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups."""
+        shapes = self.kind.ungrouped_shapes(self.r)
+        return shapes is not None and (local, shape) in (("lora_B.weight", shapes[0]), ("lora_A.weight", shapes[1]))
+
+    def factors(self) -> Factors | None:
+        """The exact `dW`, scaling included; of rank `2 r` with PiSSA or OLoRA. `None`: it has no such form."""
         down, up, bias = self.matrices()
+        if self.kind.is_ungrouped(Factors(up, down)):
+            return None
         first = self.initial()
         if first is not None:
             down, up = torch.cat([down, first[0]]), torch.cat([up, -first[1]], dim=1)

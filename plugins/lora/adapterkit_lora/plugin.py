@@ -48,7 +48,7 @@ def inject(target: Target, config: LoraConfig) -> AdapterLayer:
 
 
 @hookimpl
-def factors(layer: LoraLayer) -> Factors:
+def factors(layer: LoraLayer) -> Factors | None:
     return layer.factors()
 
 

@@ -1,0 +1,236 @@
+"""Tiny models for tests: made from configs, seeded, in eval mode; each with inputs and one output tensor.
+
+`build(name)` gives the same weights at every call with the same seed, and touches no global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, LABELS, BATCH, LENGTH = 32, 3, 2, 6
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One tiny model.
+
+    Attributes:
+        make: builds it, with torch's global random state.
+        inputs: keyword arguments for its forward.
+        targets: suffixes of layers of every sort it has, embeddings left out, that PEFT adapts rightly too.
+        embedding: suffix of an embedding, if it has one.
+        head: suffix of a module to train in full.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+    targets: tuple[str, ...]
+    embedding: str | None = None
+    head: str | None = None
+
+
+class ConvNet(nn.Module):
+    """Every sort of convolution in a row. Input `(batch, 4, 12)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = nn.Conv1d(4, 8, 3, padding=1)
+        self.conv2d = nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=1)
+        self.conv3d = nn.Conv3d(1, 4, (1, 3, 2), padding=(0, 1, 0))
+        self.grouped = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.dilated = nn.Conv2d(8, 4, 3, padding=2, dilation=2)
+        self.circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 6)
+        self.head = nn.Linear(6, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, labels)`."""
+        x = torch.tanh(self.conv1d(x)).unflatten(1, (2, 4))
+        x = torch.tanh(self.conv2d(x)).unsqueeze(1)
+        x = torch.tanh(self.conv3d(x)).mean(2)
+        x = torch.tanh(self.dilated(torch.tanh(self.grouped(x))))
+        x = self.norm(torch.tanh(self.circular(x))).mean((2, 3))
+        return self.head(torch.tanh(self.fc(x)))
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding with a padding row, two layers in a stack, and modules whose names are alike. Input: numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8, padding_idx=0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.overhead = nn.Linear(8, 8)
+        self.head = nn.Linear(8, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, labels)`."""
+        h = self.embed(x)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        return self.head(torch.tanh(self.overhead(h)).mean(1))
+
+
+def tokens(batch: int = BATCH) -> Tensor:
+    """Token numbers `(batch, length)`; none is the padding token 0."""
+    return torch.randint(1, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1
+        )
+    )
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            num_labels=LABELS,
+        )
+    )
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            num_labels=LABELS,
+        )
+    )
+
+
+def _gemma3() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+
+
+def _bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=16,
+            scale_embedding=True,
+        )
+    )
+
+
+def _ids() -> dict[str, Tensor]:
+    return {"input_ids": tokens()}
+
+
+def _seq2seq() -> dict[str, Tensor]:
+    return {"input_ids": tokens(), "decoder_input_ids": tokens().flip(1)}
+
+
+MODELS: dict[str, Tiny] = {
+    "gpt2": Tiny(_gpt2, _ids, ("c_attn", "mlp.c_proj"), "wte", "ln_f"),
+    "llama": Tiny(_llama, _ids, ("q_proj", "v_proj", "down_proj"), "embed_tokens", "lm_head"),
+    "bert": Tiny(_bert, _ids, ("query", "value", "intermediate.dense"), "word_embeddings", "classifier"),
+    "t5": Tiny(_t5, _seq2seq, ("q", "v", "wo"), None, "final_layer_norm"),
+    "vit": Tiny(
+        _vit, lambda: {"pixel_values": _normal(BATCH, 3, 8, 8)}, ("q_proj", "projection"), None, "classifier"
+    ),
+    "gemma3": Tiny(_gemma3, _ids, ("q_proj", "v_proj"), "embed_tokens", "norm"),
+    "bart": Tiny(_bart, _seq2seq, ("q_proj", "fc2"), "encoder.embed_positions", "layernorm_embedding"),
+    "convnet": Tiny(ConvNet, lambda: {"x": _normal(BATCH, 4, 12)}, ("conv1d", "conv2d", "conv3d", "fc"), None, "head"),
+    "embednet": Tiny(EmbeddingNet, lambda: {"x": tokens()}, ("layers.0", "layers.1", "overhead"), "embed", "head"),
+}
+NAMES = tuple(MODELS)
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """The model `name`, in eval mode, with the weights of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name].make().eval()
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """Keyword arguments for `name`'s forward, the same at every call."""
+    return MODELS[name].inputs()
+
+
+def run(model: nn.Module, name: str) -> Tensor:
+    """The model's output for `inputs(name)`: its logits, floating, without a graph."""
+    with torch.no_grad():
+        out = model(**_cast(inputs(name), model))
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def _cast(values: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Floating inputs in the dtype of the model's weights."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}

@@ -1,0 +1,30 @@
+"""The examples are run as a user would run them, on less data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--rows", "192"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    differences = re.findall(r"by at most (\S+)", done.stdout)
+    assert len(differences) == 2
+    assert all(float(d) < 1e-5 for d in differences)
+    shares = re.findall(r"accuracy there ([\d.]+)% before training, ([\d.]+)% after", done.stdout)
+    assert all(float(after) > float(before) + 20 for before, after in shares)
+
+
+def test_quickstart_can_be_read_in_one_go() -> None:
+    text = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    assert text.count("\n") <= 80
