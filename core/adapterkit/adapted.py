@@ -136,7 +136,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     biases = list(_of(parts.get(BIASES), names))
     if not layers and not biases:
         return original(*args, **kwargs)
-    if not args:  # the input came by keyword: a layer that is adapted has one
+    if not args and kwargs:  # the input came by keyword: a layer that is adapted has one
         args = (kwargs.pop(next(iter(kwargs))),)
     x, rest = args[0], args[1:]
     if all(layer.additive for layer in layers):

@@ -62,6 +62,7 @@ class Adapters:
     def __init__(self, model: nn.Module) -> None:
         self._records: dict[str, AdapterRecord] = {}
         self._active = Active()
+        self._trainable: tuple[str, ...] = ()
         self._host: Host | None = Host(model)
 
     # What there is
@@ -153,6 +154,7 @@ class Adapters:
         """Remove an adapter and all that was its own. If it was active it no longer is."""
         record = self._record(name)
         self._set_active(*(tuple(n for n in names if n != name) for names in (self._active.names, self._active.heads)))
+        self._trainable = tuple(n for n in self._trainable if n != name)
         record.uninstall()
         self._live.forget(record)
         del self._records[name]
@@ -170,6 +172,7 @@ class Adapters:
         swap = {old: new}
         self._active.names = tuple(swap.get(n, n) for n in self._active.names)
         self._active.heads = tuple(swap.get(n, n) for n in self._active.heads)
+        self._trainable = tuple(swap.get(n, n) for n in self._trainable)
         self._live.labels_of = swap.get(self._live.labels_of or "", self._live.labels_of)
 
     def copy(self, source: str, target: str) -> None:
@@ -223,8 +226,7 @@ class Adapters:
     @contextmanager
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:
         """`activate` for the length of a `with` block; afterwards all is as it was before."""
-        before, trained = self._active.names, tuple(n for n, r in self._records.items() if r.trainable)
-        before_heads = self._active.heads
+        before, before_heads, trained = self._active.names, self._active.heads, self._trainable
         self.activate(*names, trainable=trainable, heads=heads)
         try:
             yield
@@ -276,8 +278,11 @@ class Adapters:
         put(found.values, assign=False)
         return found.report
 
-    def save(self, name: str, folder: str | Path) -> Path:
+    def save(self, name: str, folder: str | Path, *, source: Mapping[str, Tensor] | None = None) -> Path:
         """Write an adapter to a folder, in PEFT's format, all or nothing.
+
+        Args:
+            source: a full state dict of the adapted model to take the tensors from, as for `state_dict`.
 
         Returns:
             The folder.
@@ -286,7 +291,7 @@ class Adapters:
             SaveError: it cannot be written there; what was there is untouched.
         """
         path = Path(folder).expanduser()
-        persistence.save_record(self._record(name), self.model, path)
+        persistence.save_record(self._record(name), self.model, path, source)
         return path
 
     def load(  # noqa: PLR0913 - the last four are the hub's
@@ -383,8 +388,10 @@ class Adapters:
         self._live.follow_labels(self._records, self._active.heads)
 
     def _set_trainable(self, names: tuple[str, ...]) -> None:
-        for name in {*(n for n, r in self._records.items() if r.trainable), *names} & set(self._records):
+        names = tuple(n for n in names if n in self._records)
+        for name in {*self._trainable, *names}:
             self._records[name].set_trainable(name in names)
+        self._trainable = names
 
     @staticmethod
     def _warn_unmatched(unmatched: tuple[str, ...]) -> None:

@@ -60,6 +60,8 @@ class AdapterConfig:
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Refuse unknown fields in our words, before `__init__` would in Python's."""
+        if args:
+            raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
         for name, value in fields.items():
             if name not in cls.__dataclass_fields__:
                 cls._refuse_field(name, value)

@@ -13,6 +13,7 @@ from adapterkit.checkpointing import InputGradients
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.record import AdapterRecord
+from adapterkit.walk import Walk
 
 _IGNORED = "_keys_to_ignore_on_save"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -98,11 +99,11 @@ class Host:
     def notes(self, record: AdapterRecord) -> list[str]:
         """What whoever adds an adapter to this model should know."""
         norms = [
-            path
-            for path, module in self.model.named_modules()
+            paths[0]
+            for module, paths in Walk(self.model).aliases.items()
             if isinstance(module, _NORMS)
             and module.track_running_stats
-            and not any(path == head or path.startswith(head + ".") for head in record.heads)
+            and not any(paths[0] == head or paths[0].startswith(head + ".") for head in record.heads)
         ]
         if not norms:
             return []

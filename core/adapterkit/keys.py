@@ -60,4 +60,12 @@ def file_key(path: str, local: str) -> str:
 
 def strip_file_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keys without PEFT's `base_model.model.` (or, for shared tensors, `base_model.`), which is optional."""
-    return {k.removeprefix(FILE_PREFIX).removeprefix(FILE_SHARED_PREFIX): v for k, v in tensors.items()}
+    return {_stripped(key): tensor for key, tensor in tensors.items()}
+
+
+def _stripped(key: str) -> str:
+    if key.startswith(FILE_PREFIX):
+        return key.removeprefix(FILE_PREFIX)
+    # A module of the model may be called `base_model`; shared tensors have no path.
+    shared = key.removeprefix(FILE_SHARED_PREFIX)
+    return key if "." in shared else shared

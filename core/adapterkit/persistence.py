@@ -29,7 +29,9 @@ from adapterkit.selection import ALL_LINEAR, select
 from adapterkit.walk import Walk
 
 
-def save_record(record: AdapterRecord, model: nn.Module, folder: Path) -> None:
+def save_record(
+    record: AdapterRecord, model: nn.Module, folder: Path, source: Mapping[str, Tensor] | None = None
+) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
 
     Raises:
@@ -37,7 +39,7 @@ def save_record(record: AdapterRecord, model: nn.Module, folder: Path) -> None:
         StateError: the adapter is on the meta device and has no values.
     """
     method = default_registry.method_of(record.config)
-    tensors = to_file(record, method)
+    tensors = to_file(record, method, source)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")

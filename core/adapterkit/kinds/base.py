@@ -93,3 +93,9 @@ def is_floating_weight(module: nn.Module, dim: int) -> bool:
     if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
         return False
     return weight.is_floating_point() and weight.dim() == dim
+
+
+def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether `module` computes as `cls` does: a subclass with a `forward` of its own may pad or look up otherwise."""
+    own = getattr(type(module), "_adapted_from", type(module))
+    return bool(own.forward is cls.forward)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.factors import Factors
-from adapterkit.kinds.base import LayerKind, is_floating_weight
+from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -38,8 +38,10 @@ class Conv(LayerKind):
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """See `LayerKind.of`."""
+        """See `LayerKind.of`. A subclass with a `forward` of its own, such as a causal one, is none."""
         if not isinstance(module, cls.module_type) or not is_floating_weight(module, cls.dims + 2):
+            return None
+        if not runs_forward_of(module, cls.module_type):
             return None
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         pad = () if module.padding_mode == "zeros" else tuple(module._reversed_padding_repeated_twice)

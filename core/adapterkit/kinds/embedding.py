@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.factors import Factors
-from adapterkit.kinds.base import LayerKind, is_floating_weight
+from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Embedding(LayerKind):
     """`torch.nn.Embedding`: the linear map on one-hot rows, canonical weight `(dim, num_embeddings)`.
 
     Gemma, BART and others multiply the rows by an `embed_scale` inside the layer; the change is
-    multiplied as well. A table with `max_norm` is none: it rewrites its own rows while it is read.
+    multiplied as well. A table with `max_norm` is none: it rewrites its own rows while it is read. Nor is
+    a subclass with another `forward`, such as the positions of BART: it looks up other rows than it is given.
     """
 
     name = "Embedding"
@@ -33,7 +34,7 @@ class Embedding(LayerKind):
         """See `LayerKind.of`."""
         if not isinstance(module, nn.Embedding) or not is_floating_weight(module, 2):
             return None
-        if module.max_norm is not None:
+        if module.max_norm is not None or not (_is_scaled(module) or runs_forward_of(module, nn.Embedding)):
             return None
         return cls(
             out_features=module.embedding_dim,
@@ -58,6 +59,10 @@ class Embedding(LayerKind):
             hidden = hidden * F.dropout(torch.ones_like(hidden[..., :1]), dropout)
         out = F.linear(hidden, factors.up, factors.bias)
         return out if self.scale == 1.0 else out * self.scale
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    return hasattr(module, "scalar_embed_scale") or hasattr(module, "embed_scale")
 
 
 def _embed_scale(module: nn.Module) -> float:
