@@ -13,9 +13,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
-from adapterkit.errors import StateError
+from adapterkit.errors import SelectionError, StateError
 from adapterkit.keys import BIASES, CONTAINERS, HEADS, LAYERS
 
 _ACTIVE = "_adapter_active"
@@ -41,8 +43,12 @@ class Slots(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # Torch's TransformerEncoderLayer has a fast path that reads weights and would pass our forward
-        # over; it is not taken when a module below it has a hook. Nothing ever calls this one.
+        # over; it is not taken when a module below it has a hook. This one does nothing.
         self._forward_pre_hooks[-1] = _no_hook
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: a head may be an `nn.Sequential`, which calls each of its children in turn."""
+        return x
 
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[name]
@@ -105,6 +111,16 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
             f"{path!r} is already adapted through another model that shares it. "
             "Use the adapters of that model (ak.attach on it), or detach them first."
         )
+    if isinstance(module, ScriptModule):
+        raise StateError(f"{path!r} is scripted (torch.jit); nothing can be added to it. Adapt the model unscripted.")
+    if owner is None and "forward" not in module.__dict__:
+        try:
+            adapted_class(type(module))
+        except Exception as error:
+            raise StateError(
+                f"{path!r} is a {type(module).__name__}, a class that cannot be extended ({type(error).__name__}: "
+                f"{error}), so no adapter can be put there. Leave this layer out with exclude_modules."
+            ) from error
     for container in CONTAINERS:
         if owner is None and (container in module._modules or hasattr(module, container)):
             raise StateError(
@@ -125,32 +141,51 @@ def strip(root: nn.Module) -> None:
 def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`original(*args, **kwargs)` with the active heads, biases and adapter layers of `module` at work."""
     active: Active | None = getattr(module, _ACTIVE, None)
-    if active is None or not active.names:  # None: a class of ours that a wrapper's class outlived
+    if active is None or not (active.names or active.heads):  # None: our class, kept by a wrapper's class
         return original(*args, **kwargs)
-    names = active.names
     parts = module._modules
-    if HEADS in parts:
-        for head in _of(parts[HEADS], active.heads):
-            original = head
-    layers = list(_of(parts.get(LAYERS), names))
-    biases = list(_of(parts.get(BIASES), names))
+    names = active.names
+    for head, owner in _of(parts.get(HEADS), active.heads):
+        # In place of the module for everyone: what others change in it has nothing to act on.
+        original, names = head, tuple(n for n in active.names if n == owner)
+    layers = [layer for layer, _ in _of(parts.get(LAYERS), names)]
+    biases = [bias for bias, _ in _of(parts.get(BIASES), names)]
     if not layers and not biases:
         return original(*args, **kwargs)
-    if not args and kwargs:  # the input came by keyword: a layer that is adapted has one
-        args = (kwargs.pop(next(iter(kwargs))),)
-    x, rest = args[0], args[1:]
-    if all(layer.additive for layer in layers):
-        out = base_out = original(x, *rest, **kwargs)
-        for layer in layers:
-            out = out + layer.delta(x)
-    else:
-        base = _Inner(original, rest, kwargs)
+    if not args and kwargs:  # the input came by keyword
+        original, x = _by_keyword(original, kwargs)
+        args = (x,)
+    out, dtype = _through(layers, _Inner(original, args[1:], kwargs), args[0], module)
+    for bias in biases:
+        out = out + bias.change(out)
+    return out.to(dtype)
+
+
+def _through(
+    layers: list[Any], base: Callable[[Tensor], Any], x: Tensor, module: nn.Module
+) -> tuple[Tensor, torch.dtype]:
+    """What `layers` around `base` make of `x`, and the dtype it is to have; a sum is rounded to that once."""
+    if not all(layer.additive for layer in layers):
         for layer in layers[:-1]:
             base = _Inner(layer, (base,), {})
-        out = base_out = layers[-1](x, base)
-    for bias in biases:
-        out = out + bias.change(module.bias, base_out)
-    return out.to(base_out.dtype)
+        out = layers[-1](x, base)
+        return out, out.dtype
+    out = base(x)
+    if not isinstance(out, Tensor):
+        raise SelectionError(
+            f"A {type(module).__name__} is adapted that returns a {type(out).__name__}, and an adapter can only be "
+            "added to a tensor. Leave this layer out with exclude_modules."
+        )
+    dtype = out.dtype
+    for layer in layers:
+        out = out + layer.delta(x)
+    return out, dtype
+
+
+def _by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
+    """`original` as a function of its input, which is the first tensor in `kwargs` and is taken out of it."""
+    name = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), next(iter(kwargs)))
+    return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
 
 
 class _Inner:
@@ -163,12 +198,12 @@ class _Inner:
         return self.call(x, *self.args, **self.kwargs)
 
 
-def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[Any]:
+def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
     if slots is not None:
         for name in names:
             part = slots._modules.get(name)
             if part is not None:
-                yield part
+                yield part, name
 
 
 class _WrappedForward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -27,19 +27,23 @@ class BiasLayer(nn.Module):
     """One adapter's own bias of one module; acts as `output + (own - base)`, so several adapters add up.
 
     Args:
-        bias: the initial value, shape `(out,)`.
+        base: the module's bias, shape `(out,)`: the initial value. It is kept, because the module's own
+            changes when another adapter is merged.
         trailing: dimensions of the output behind the bias's own; `-1`: the bias's is dimension 1.
     """
 
-    def __init__(self, bias: Tensor, trailing: int) -> None:
+    base: Tensor
+
+    def __init__(self, base: Tensor, trailing: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(bias)
+        self.bias = nn.Parameter(base.clone())
+        self.register_buffer("base", base.clone(), persistent=False)
         self.trailing = trailing
 
-    def change(self, base: Tensor, out: Tensor) -> Tensor:
+    def change(self, out: Tensor) -> Tensor:
         """`own - base` in the shape that broadcasts over `out`."""
         trailing = out.dim() - 2 if self.trailing < 0 else self.trailing
-        return (self.bias - base).view(-1, *(1,) * trailing)
+        return (self.bias - self.base).view(-1, *(1,) * trailing)
 
 
 def bias_place(cls: type[nn.Module], kind: LayerKind | None) -> int | None:
@@ -51,10 +55,3 @@ def bias_place(cls: type[nn.Module], kind: LayerKind | None) -> int | None:
     if cls in _CHANNEL_DIM:
         return -1
     return _CONV_DIMS.get(cls)
-
-
-def modules_with_bias(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that has a parameter called `bias`, with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module._parameters.get("bias"), nn.Parameter):
-            yield path, module

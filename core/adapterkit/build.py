@@ -146,7 +146,7 @@ class Builder:
             seen.add(bias)
             self._add_host(record, path, module, active)
             value = real_value(module, "bias")
-            record.biases[path] = BiasLayer(value.to(_trained_dtype(value.dtype), copy=True), trailing)
+            record.biases[path] = BiasLayer(value.to(_trained_dtype(value.dtype)), trailing)
         if not skipped:
             return []
         return [f"biases not trained, because it is not known where they act: {', '.join(skipped)}"]

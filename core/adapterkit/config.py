@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -131,18 +132,21 @@ class AdapterConfig:
             neutral = value in _NEUTRAL or value == cls.not_implemented.get(name, _NEUTRAL)
             if name not in _BOOKKEEPING and not neutral:
                 raise UnsupportedError(
-                    f"adapter_config.json: {name} = {value!r} is not implemented by the method {cls.method!r} here, "
-                    "and may change the adapter's outputs. If it does not, remove it from the file."
+                    f"adapter_config.json: {name} = {reprlib.repr(value)} is not implemented by the method "
+                    f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
                 )
             if name not in ("peft_type", "inference_mode"):
                 extra[name] = value
-        return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+        except RecursionError as error:
+            raise ConfigError("adapter_config.json: a value is nested too deeply.") from error
 
 
 def _plain(value: Any) -> Any:
     """Sequences and sets as tuples, so that a frozen config is, and equals what its JSON gives back."""
     if isinstance(value, Set):
-        return tuple(sorted(value))
+        return tuple(sorted(value, key=lambda v: v if isinstance(v, str) else repr(v)))
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

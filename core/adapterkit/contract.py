@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from adapterkit import hookspecs
 from adapterkit.errors import PluginError, nearest
+from adapterkit.kinds import LayerKind
 
 if TYPE_CHECKING:
     from adapterkit.method import Method
@@ -23,6 +25,8 @@ def check_plugin(plugin: object, manager: pluggy.PluginManager, who: str) -> Non
     Raises:
         PluginError: names the hook and what is wrong with it.
     """
+    if getattr(plugin, "__hash__", None) is None:
+        raise PluginError(f"{who}: a plugin must be hashable, as modules are, not a {type(plugin).__name__}.")
     if manager.is_registered(plugin):
         raise PluginError(f"{who} is registered already.")
     for name, function, options in _implementations(plugin):
@@ -35,16 +39,74 @@ def check_plugin(plugin: object, manager: pluggy.PluginManager, who: str) -> Non
         _check_signature(who, hook, function, spec, bool(options.get("wrapper") or options.get("hookwrapper")))
 
 
+def check_extension(plugin: object, who: str) -> None:
+    """What is no method only wraps the hooks of methods: an answer of its own would be given for all of them.
+
+    Raises:
+        PluginError: names the hook.
+    """
+    for name, _, options in _implementations(plugin):
+        hook = options.get("specname") or name
+        if hook not in ("layer_kinds", "combiners") and not (options.get("wrapper") or options.get("hookwrapper")):
+            raise PluginError(
+                f"{who} is no method, so it may not answer hook {hook}: it would for every method. Make it a wrapper "
+                "(@hookimpl(wrapper=True)), or register the plugin as a method (ak.register)."
+            )
+
+
+def added_kinds(manager: pluggy.PluginManager) -> list[type[LayerKind]]:
+    """The layer kinds of all extensions, latest registered first.
+
+    Raises:
+        PluginError: a hook raised, or returned something else.
+    """
+    found: list[type[LayerKind]] = []
+    for plugin in [implementation.plugin for implementation in reversed(manager.hook.layer_kinds.get_hookimpls())]:
+        who = f"The extension {manager.get_name(plugin)!r}: its hook layer_kinds"
+        others = [p for p in manager.get_plugins() if p is not plugin]
+        try:
+            groups = manager.subset_hook_caller("layer_kinds", others)()
+        except Exception as error:
+            raise PluginError(f"{who} raised {type(error).__name__}: {error}.") from error
+        for group in groups:
+            if not isinstance(group, Sequence) or not all(
+                isinstance(k, type) and issubclass(k, LayerKind) for k in group
+            ):
+                raise PluginError(f"{who} returned {group!r}; it must return a list of LayerKind classes.")
+            found += group
+    return found
+
+
+def check_required(method: Method) -> None:
+    """The required hooks are there.
+
+    Raises:
+        PluginError: names those that are not.
+    """
+    missing = [hook for hook in hookspecs.REQUIRED if hook not in method.hooks]
+    if missing:
+        raise PluginError(f"{_who(method)} lacks the required hook{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+
+
+def check_not_installed(method: Method, installed: Mapping[str, EntryPoint]) -> None:
+    """No installed package provides a method of that name.
+
+    Raises:
+        PluginError: names the package.
+    """
+    entry = installed.get(method.name)
+    if entry is not None:
+        owner = entry.dist.name if entry.dist else entry.value
+        raise PluginError(f"{_who(method)}: the name is taken by the installed package {owner}. Choose another name.")
+
+
 def check_method(method: Method, others: Mapping[str, Method]) -> None:
-    """The required hooks are there, names agree, and no prefix begins another method's.
+    """Names agree, and no prefix begins another method's.
 
     Raises:
         PluginError: names the method, its package and what is wrong.
     """
-    who = f"The method {method.name!r} ({method.provider})"
-    missing = [hook for hook in hookspecs.REQUIRED if hook not in method.hooks]
-    if missing:
-        raise PluginError(f"{who} lacks the required hook{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    who = _who(method)
     config_type = method.config_type()
     if not config_type.method or config_type.method != method.name:
         raise PluginError(
@@ -66,7 +128,18 @@ def check_method(method: Method, others: Mapping[str, Method]) -> None:
 
 
 def _prefix(method: Method) -> str:
-    return method.key_rule(method.config_type()()).prefix
+    try:
+        config = method.config_type()()
+    except Exception as error:
+        raise PluginError(
+            f"{_who(method)}: {method.config_type().__name__}() raised {type(error).__name__}: {error}. Every field of "
+            "a config needs a default."
+        ) from error
+    return method.key_rule(config).prefix
+
+
+def _who(method: Method) -> str:
+    return f"The method {method.name!r} ({method.provider})"
 
 
 def _implementations(plugin: object) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,11 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapterkit.errors import CheckpointError, SaveError
+from adapterkit.errors import CheckpointError, ConfigError, SaveError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+# Another process may save to the folder between the reading of its two files; then both are read again.
+_READ_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,38 @@ class AdapterFiles:
     metadata: dict[str, str]
 
 
+def local_path(source: object) -> Path:
+    """The path that a caller means, `~` expanded.
+
+    Raises:
+        ConfigError: not text or a path, empty, or the home of somebody unknown.
+    """
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ConfigError(f"{source!r} is no folder: give its path, as text or as a pathlib.Path.")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{source!r} is no folder: {error}") from error
+
+
 def read_folder(folder: Path) -> AdapterFiles:
     """Read an adapter folder. Tensors of a safetensors file are mapped, not copied.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another layout or of another format.
     """
-    config = read_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if weights.is_file():
-        tensors, metadata = _read_safetensors(weights)
-    elif (folder / PICKLE_FILE).is_file():
-        tensors, metadata = _read_pickle(folder / PICKLE_FILE), {}
-    else:
-        raise CheckpointError(_no_weights(folder))
-    return AdapterFiles(folder, config, tensors, metadata)
+    for _ in range(_READ_ATTEMPTS):
+        config = read_config(folder)
+        weights = folder / WEIGHTS_FILE
+        if weights.is_file():
+            tensors, metadata = _read_safetensors(weights)
+        elif (folder / PICKLE_FILE).is_file():
+            tensors, metadata = _read_pickle(folder / PICKLE_FILE), {}
+        else:
+            raise CheckpointError(_no_weights(folder))
+        if read_config(folder) == config:
+            return AdapterFiles(folder, config, tensors, metadata)
+    raise CheckpointError(f"{folder} is being written again and again; load it when that is over.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -71,6 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {what}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -89,13 +111,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+# What torch.load raises on files that are no pickle of tensors.
+_PICKLE_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError),
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, struct.error),
+)
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except _PICKLE_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in tensors.items()
     ):
         raise CheckpointError(f"{path} holds no mapping from names to tensors.")
     return tensors
@@ -125,20 +154,30 @@ def write_folder(
     Raises:
         SaveError: it cannot be written there; nothing has changed.
     """
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
-        parent = folder.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
+    try:
+        folder = folder.resolve()  # behind a link is the folder that changes
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=_place_for_new(folder)))
         try:
             _write_into(fresh, text, tensors, metadata)
             _put(fresh, folder, text)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
         ) from error
+
+
+def _place_for_new(folder: Path) -> Path:
+    """Where files can be written first and renamed from: beside the folder, else inside it."""
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    beside = os.access(parent, os.W_OK) and (not folder.exists() or folder.stat().st_dev == parent.stat().st_dev)
+    return folder if not beside and folder.is_dir() else parent
 
 
 def _write_into(folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -161,10 +200,7 @@ def _put(fresh: Path, folder: Path, text: str) -> None:
     if not old.exists() or old.read_text(encoding="utf-8", errors="replace") == text:
         _replace_files(fresh, folder)
         return
-    for other in folder.iterdir():
-        if other.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
-            _link(other, fresh / other.name)
-    if not exchange(fresh, folder.absolute()):
+    if not (_can_move(fresh, folder) and _link_others(folder, fresh) and exchange(fresh, folder)):
         _replace_files(fresh, folder)
 
 
@@ -175,12 +211,30 @@ def _replace_files(fresh: Path, folder: Path) -> None:
         (folder / PICKLE_FILE).unlink()
 
 
+def _can_move(fresh: Path, folder: Path) -> bool:
+    """Whether the folder may be exchanged: `fresh` is beside it, and this process does not work inside it."""
+    return fresh.parent == folder.parent and not Path.cwd().is_relative_to(folder)
+
+
+def _link_others(folder: Path, fresh: Path) -> bool:
+    """Give `fresh` the folder's mode and its other files; `False` where the file system has no such links."""
+    try:
+        for other in folder.iterdir():
+            if other.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+                _link(other, fresh / other.name)
+        shutil.copymode(folder, fresh)
+    except OSError:
+        return False
+    return True
+
+
 def _link(source: Path, target: Path) -> None:
     """The same file, or a folder of the same files, under another name."""
     if source.is_dir() and not source.is_symlink():
         target.mkdir()
         for child in source.iterdir():
             _link(child, target / child.name)
+        shutil.copystat(source, target)
     else:
         os.link(source, target, follow_symlinks=False)
 

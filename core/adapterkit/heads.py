@@ -15,6 +15,7 @@ from adapterkit.offload import hook_objects, remove_hooks
 from adapterkit.walk import Uncalled, Walk
 
 AUTO = "auto"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _TASKS = (
     "ForSequenceClassification",
@@ -41,7 +42,7 @@ def head_paths(walk: Walk, modules_to_save: str | Sequence[str] | None) -> tuple
     uncalled = Uncalled(walk)
     found = []
     for module, paths in walk.aliases.items():
-        entry = next(filter(None, map(names.match, paths)), None)
+        entry = next(filter(None, list(map(names.match, paths))), None)  # all: each may use another entry
         if entry is None:
             continue
         reason = uncalled.reason(paths[0], module)
@@ -93,23 +94,26 @@ def output_layers(model: nn.Module) -> set[nn.Module]:
 
 def copy_head(module: nn.Module) -> nn.Module:
     """A copy of `module` without adapters and without accelerate's hooks, holding real values."""
-    # Shared while copying: the hooks hold the whole model's offloaded weights.
-    head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hook_objects(module)})
+    # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
+    hooks = [*hook_objects(module), *(hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())]
+    head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hooks})
     remove_hooks(head, module)
+    for kind in _HOOKS:  # the module's own fire there; the copy is called by it
+        getattr(head, kind).clear()
     strip(head)
     return head.requires_grad_(True)
 
 
-def resize_output(head: nn.Module, old: int, new: int, model: nn.Module) -> None:
-    """Give the head's last linear layer with `old` rows `new` rows, initialised as the model does it.
+def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Module) -> None:
+    """Give the heads' last linear layer with `old` rows `new` rows, initialised as the model does it.
 
     Raises:
-        ConfigError: no linear layer of the head has `old` rows.
+        ConfigError: no linear layer of the heads has `old` rows.
     """
-    outputs = [m for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
+    outputs = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
     if not outputs:
         raise ConfigError(
-            f"num_labels={new}: no linear layer of the head {type(head).__name__} has {old} outputs, so it is not "
+            f"num_labels={new}: no linear layer of the head ({', '.join(type(head).__name__ for head in heads)}) has {old} outputs, so it is not "
             "known which one to resize. Resize the model's head before adding the adapter."
         )
     layer = outputs[-1]

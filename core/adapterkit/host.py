@@ -13,8 +13,11 @@ from adapterkit.checkpointing import InputGradients
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.record import AdapterRecord
-from adapterkit.walk import Walk
+from adapterkit.walk import Walk, base_parameters
 
+# Where a model keeps its `Adapters`.
+ATTRIBUTE = "_adapterkit"
+_TIED = "all_tied_weights_keys"
 _IGNORED = "_keys_to_ignore_on_save"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -35,14 +38,17 @@ class Host:
         self._trained: list[str] | None = None
         self._ignored: Any = None
         self._handle: RemovableHandle | None = None
+        self._tied: dict[str, Any] | None = None
 
     def freeze(self) -> None:
         """Freeze the base, once, and remember what was not frozen."""
         if self._trained is not None:
             return
-        self._trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.size = sum(p.numel() for p in self.model.parameters())
-        self.model.requires_grad_(False)
+        parameters = list(base_parameters(self.model))
+        self._trained = [name for name, p in parameters if p.requires_grad]
+        self.size = sum(p.numel() for p in {p for _, p in parameters})
+        for _, parameter in parameters:
+            parameter.requires_grad_(False)
         self._handle = InputGradients.install(self.model)
         if hasattr(self.model, _IGNORED):
             self._ignored = getattr(self.model, _IGNORED)
@@ -70,7 +76,7 @@ class Host:
 
     def restore(self) -> None:
         """Give the model back what `freeze` took."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(base_parameters(self.model))
         for name in self._trained or ():
             if name in parameters:
                 parameters[name].requires_grad_(True)
@@ -78,6 +84,28 @@ class Host:
             self._handle.remove()
         if self._trained is not None and hasattr(self.model, _IGNORED):
             setattr(self.model, _IGNORED, self._ignored)
+
+    def untie(self) -> None:
+        """Tell transformers that the model's weights are not tied any more: it would leave one of them out of files."""
+        config = getattr(self.model, "config", None)
+        if self._tied is None and getattr(config, "tie_word_embeddings", False):
+            self._tied = {_TIED: getattr(self.model, _TIED, None)}
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            if hasattr(self.model, _TIED):
+                setattr(self.model, _TIED, {})
+
+    def tie(self) -> None:
+        """Undo `untie`."""
+        if self._tied is not None:
+            config: Any = self.model.config
+            config.tie_word_embeddings = True
+            if hasattr(self.model, _TIED):
+                setattr(self.model, _TIED, self._tied[_TIED])
+            self._tied = None
+
+    def keep_labels(self) -> None:
+        """The label set that the model's config follows now becomes the model's own."""
+        self.labels, self.labels_of = LabelSet.of(self.model), None
 
     def follow_labels(self, records: Mapping[str, AdapterRecord], heads: tuple[str, ...]) -> None:
         """Make the model's config follow the label set of the head that acts."""

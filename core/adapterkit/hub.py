@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from adapterkit.errors import CheckpointError
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
 
 
 def adapter_folder(
@@ -21,10 +22,10 @@ def adapter_folder(
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on names that are too long
         return path / subfolder if subfolder else path
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - as above
         raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     text = str(source)
     if isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or not text:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adapterkit.errors import CheckpointError
+
 LAYERS, HEADS, BIASES, SHARED = "adapters", "adapter_heads", "adapter_biases", "adapter_shared"
 CONTAINERS = (LAYERS, HEADS, BIASES)
 
@@ -45,10 +47,8 @@ def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
     The key is read part by part, from the right: an adapter may be called like a module of the model.
     """
     parts = key.split(".")
-    if parts[:2] == [SHARED, name] and len(parts) > 2:
-        return SHARED, "", ".".join(parts[2:])
     for i in range(len(parts) - 3, -1, -1):
-        if parts[i] in CONTAINERS and parts[i + 1] == name:
+        if parts[i] in (*CONTAINERS, SHARED) and parts[i + 1] == name:
             return parts[i], ".".join(parts[:i]), ".".join(parts[i + 2 :])
     return None
 
@@ -59,8 +59,18 @@ def file_key(path: str, local: str) -> str:
 
 
 def strip_file_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without PEFT's `base_model.model.` (or, for shared tensors, `base_model.`), which is optional."""
-    return {_stripped(key): tensor for key, tensor in tensors.items()}
+    """Keys without PEFT's `base_model.model.` (or, for shared tensors, `base_model.`), which is optional.
+
+    Raises:
+        CheckpointError: a tensor is there with the prefix and without.
+    """
+    stripped: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        short = _stripped(key)
+        if short in stripped:
+            raise CheckpointError(f"There are two tensors for {short!r}: with and without PEFT's prefix.")
+        stripped[short] = tensor
+    return stripped
 
 
 def _stripped(key: str) -> str:

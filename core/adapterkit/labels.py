@@ -21,10 +21,12 @@ class LabelSet:
     Attributes:
         id2label: class names by number, from 0 up.
         problem_type: transformers' `config.problem_type`, which it sets at the first loss and keeps.
+        label2id: `config.label2id` where it may be more than the reverse of `id2label`: the model's own.
     """
 
     id2label: Mapping[int, str]
     problem_type: str | None = None
+    label2id: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -33,7 +35,12 @@ class LabelSet:
         id2label = getattr(config, "id2label", None)
         if not isinstance(id2label, Mapping) or not id2label:
             return None
-        return cls({int(k): str(v) for k, v in id2label.items()}, getattr(config, "problem_type", None))
+        try:
+            numbered = {int(k): str(v) for k, v in id2label.items()}
+        except (TypeError, ValueError):  # some other thing of that name
+            return None
+        label2id = getattr(config, "label2id", None)
+        return cls(numbered, getattr(config, "problem_type", None), label2id)
 
     @classmethod
     def numbered(cls, count: int) -> Self:
@@ -54,8 +61,10 @@ class LabelSet:
         if id2label is None:
             assert num_labels is not None
             return cls.numbered(num_labels)
-        if sorted(id2label) != list(range(len(id2label))) or not id2label:
-            raise ConfigError(f"id2label must number its classes 0, 1, 2, ... without gaps, not {sorted(id2label)}.")
+        if not isinstance(id2label, Mapping):
+            raise ConfigError(f"id2label = {id2label!r} must be a mapping from class numbers to names.")
+        if set(id2label) != set(range(len(id2label))) or not id2label:
+            raise ConfigError(f"id2label must number its classes 0, 1, 2, ... without gaps, not {list(id2label)}.")
         if num_labels not in (None, len(id2label)):
             raise ConfigError(f"num_labels = {num_labels} disagrees with id2label, which has {len(id2label)} classes.")
         return cls({i: str(id2label[i]) for i in range(len(id2label))})
@@ -64,7 +73,8 @@ class LabelSet:
         """Make the model's config, and what it computes its loss from, follow this label set."""
         config: Any = model.config
         config.id2label = dict(self.id2label)
-        config.label2id = {name: i for i, name in self.id2label.items()}
+        reverse = {name: i for i, name in self.id2label.items()}
+        config.label2id = reverse if self.label2id is None else self.label2id
         config.problem_type = self.problem_type
         if "num_labels" in model.__dict__:
             model.num_labels = len(self.id2label)  # type: ignore[assignment]
@@ -90,5 +100,5 @@ class LabelSet:
         try:
             found = {int(i): str(name) for i, name in json.loads(text).items()}
             return cls.chosen(None, found)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"The file's label set is malformed: {text[:80]!r}.") from error

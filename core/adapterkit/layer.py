@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from adapterkit.errors import UnsupportedError
 from adapterkit.kinds import LayerKind
 
 Base = Callable[[Tensor], Tensor]
@@ -27,7 +28,7 @@ class AdapterLayer(nn.Module):
 
     def delta(self, x: Tensor) -> Tensor:
         """What this adapter adds to the layer's output for the layer's input `x`."""
-        raise NotImplementedError(f"{type(self).__name__} must define delta(x) or override forward(x, base)")
+        raise UnsupportedError(f"{type(self).__name__} must define delta(x) or override forward(x, base).")
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The layer's output, where `base(x)` is what it is without this adapter (the layer's bias included)."""

@@ -106,7 +106,9 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     if source is None:
         values = {key: slot.tensor.detach() for key, slot in slots(record).items()}
     else:
-        values = _from_full(record, source)
+        check_tensors(source)
+        found, _ = _from_full(record, source)
+        values = {key: found[key] for key in slots(record) if key in found}
         lacking = sorted(set(slots(record)) - set(values))
         if lacking:
             raise CheckpointError(
@@ -123,14 +125,15 @@ def _full_key(key: str) -> str:
     return file_key(*key.rsplit(".", 1)) if "." in key else file_key("", key)
 
 
-def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This adapter's tensors in a full state dict, under their keys in a file; other keys are passed over."""
+def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """This adapter's tensors in a full state dict, under their keys in a file, and the keys of no adapter."""
     known = {path: path for path in record.hosts}
     known |= {alias: path for path, aliases in record.aliases.items() for alias in aliases}
-    found = {}
+    found, others = {}, []
     for key, tensor in source.items():
         split = split_memory_key(key, record.name)
         if split is None:
+            others.append(key)
             continue
         container, path, local = split
         path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
@@ -140,7 +143,9 @@ def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> dict[str,
         elif path:
             inside = container in (HEADS, BIASES) and path in record.layers
             found[f"{path}{_BASE_LAYER if inside else '.'}{local}"] = tensor
-    return found
+        else:  # at a layer that this adapter has not
+            found[key] = tensor
+    return found, others
 
 
 @dataclass
@@ -164,26 +169,28 @@ def fit(
 
     Args:
         tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
-        from_file: whether the method's `from_file` is still to be asked.
+        from_file: whether the prefix is still to be removed and the method's `from_file` to be asked.
         optional: keys that are not missed, and not reported either.
     """
+    check_tensors(tensors)
     rule = method.key_rule(record.config)
-    full = any(split_memory_key(key, record.name) for key in tensors)
-    base_keys: tuple[str, ...] = ()
-    if full:
-        base_keys = tuple(k for k in tensors if split_memory_key(k, record.name) is None)
-        tensors = _from_full(record, tensors)
-    else:
-        tensors = strip_file_prefix(tensors)
-        if from_file:
-            tensors = method.from_file(record.config, tensors)
     places = slots(record)
+    own, others = _from_full(record, tensors)
+    base_keys: tuple[str, ...] = ()
+    if own.keys() & places.keys():  # a full state dict
+        tensors, base_keys = own, tuple(others)
+    elif from_file:
+        tensors = method.from_file(record.config, strip_file_prefix(tensors))
     aliased = _aliased(record, places)
     values, rest, mismatched = [], {}, []
     for key, tensor in tensors.items():
         slot = places.get(key) or aliased.get(key)
         if slot is None:
             rest[key] = tensor
+        elif slot.tensor.is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
+            )
         elif not slot.takes(tensor):
             mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
         else:
@@ -191,7 +198,7 @@ def fit(
     given = {slot.key for slot, _ in values} | {m.key for m in mismatched}
     absent = [key for key in places if key not in given and key not in optional]
     exempt = tuple(key for key in absent if _is_exempt(key, rule))
-    ignored = tuple(key for key, tensor in rest.items() if equals_base(model, key, tensor))
+    ignored = tuple(k for k, tensor in rest.items() if equals_base(model, k, tensor) or _is_head_again(k, record))
     report = LoadReport(
         missing=tuple(key for key in absent if key not in exempt),
         unexpected=tuple(key for key in rest if key not in ignored),
@@ -200,6 +207,17 @@ def fit(
         ignored=ignored + base_keys,
     )
     return Fit(report, values)
+
+
+def check_tensors(tensors: object) -> None:
+    """Raise `CheckpointError` if this is no mapping from names to tensors."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"A state dict is a mapping from names to tensors, not a {type(tensors).__name__}.")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"A state dict is a mapping from names to tensors; at {key!r} there is a {type(tensor).__name__}."
+            )
 
 
 def _aliased(record: AdapterRecord, places: Mapping[str, Slot]) -> dict[str, Slot]:
@@ -216,16 +234,22 @@ def _is_exempt(key: str, rule: KeyRule) -> bool:
     return any(key == name or key.endswith("." + name) for name in rule.exempt)
 
 
+def _is_head_again(key: str, record: AdapterRecord) -> bool:
+    """PEFT writes biases of heads twice more with `bias="all"`: the same value, and one that does not act."""
+    return any(key.startswith((f"{path}.modules_to_save.", f"{path}.original_module.")) for path in record.heads)
+
+
 def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether a tensor under a key of the base model equals what the model has there."""
-    path, _, name = key.replace(_BASE_LAYER, ".").rpartition(".")
-    try:
-        own = getattr(model.get_submodule(path), name, None)
-    except AttributeError:
+    *path, name = key.replace(_BASE_LAYER, ".").split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    own = None if module is None else {**module._buffers, **module._parameters}.get(name)
+    if own is None or own.shape != tensor.shape or own.is_meta:
         return False
-    if not isinstance(own, Tensor) or own.shape != tensor.shape or own.is_meta:
-        return False
-    return torch.equal(own.detach().to(tensor.dtype), tensor.to(own.device))
+    wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.dtype.itemsize < 2 else tensor.dtype
+    return torch.equal(own.detach().to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
 def refuse(report: LoadReport, name: str, where: str) -> None:

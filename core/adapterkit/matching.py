@@ -62,13 +62,13 @@ class Names:
 
     def match(self, path: str) -> str | None:
         """The longest entry that is `path` or ends it at a dot."""
-        tail = path
+        found, tail = None, path
         while tail:
             if tail in self._known:
                 self.used.add(tail)
-                return tail
+                found = found or tail
             tail = tail.partition(".")[2]
-        return None
+        return found
 
 
 class Rule:

@@ -9,7 +9,7 @@ import pluggy
 from torch import Tensor
 
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import AdapterError, PluginError
+from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.keys import KeyRule
 from adapterkit.layer import AdapterLayer
@@ -63,6 +63,19 @@ class Method:
         """See `hookspecs.factors`."""
         return self._call("factors", Factors, layer=layer)
 
+    def merge(self, layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `hookspecs.merge`; `weight` must come back with its shape.
+
+        Raises:
+            UnsupportedError: the method says that this layer cannot be merged.
+        """
+        found = self._call("merge", tuple, layer=layer, weight=weight, bias=bias)
+        if found is None:
+            raise UnsupportedError(f"The method {self.name!r} cannot merge this layer. Leave it active.")
+        if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].shape != weight.shape:
+            raise self._fault("merge", "must return (weight, bias), the weight of the shape it was given")
+        return found
+
     def to_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `hookspecs.to_file`."""
         found = self._call("to_file", _MAPPING, config=config, tensors=tensors)
@@ -86,8 +99,8 @@ class Method:
     def _call(self, hook: str, kind: type[T], /, **arguments: Any) -> T | None:
         """Call this method's implementation of `hook`, and check the type of what it returns."""
         # Made anew at each call: a kept caller would let methods registered later answer too.
-        others = [p for p in self._manager.get_plugins() if p is not self.plugin and _is_method(p)]
-        caller = self._manager.subset_hook_caller(hook, others)
+        methods = [i.plugin for i in self._manager.hook.config_type.get_hookimpls() if not (i.wrapper or i.hookwrapper)]
+        caller = self._manager.subset_hook_caller(hook, [plugin for plugin in methods if plugin is not self.plugin])
         try:
             found = caller(**arguments)
         except AdapterError:
@@ -100,7 +113,3 @@ class Method:
 
     def _fault(self, hook: str, what: str) -> PluginError:
         return PluginError(f"The method {self.name!r} ({self.provider}): its hook {hook} {what}.")
-
-
-def _is_method(plugin: object) -> bool:
-    return hasattr(plugin, "config_type")

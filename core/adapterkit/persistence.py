@@ -155,7 +155,11 @@ def _of_head(key: str, record: AdapterRecord) -> bool:
 
 
 def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> tuple[str, ...] | str | None:
-    """`modules_to_save` without the entries that PEFT writes on suspicion: no such module, and no such key."""
+    """The modules that `modules_to_save` named to PEFT.
+
+    Without the entries that it writes on suspicion: no such module, and no such key. With the modules that it took
+    because their name merely ends like an entry (`"head"`: `overhead`), if the file holds all their parameters.
+    """
     wanted = config.modules_to_save
     if wanted is None or isinstance(wanted, str):
         return wanted
@@ -163,6 +167,10 @@ def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> 
     for path in walk.paths:
         names.match(path)
     kept = [n for n in wanted if n in names.used or any(f".{n}." in f".{key}" for key in keys)]
+    for module, (path, *_) in walk.aliases.items():
+        held = [f"{path}.{local}" in keys for local, _ in module.named_parameters()]
+        if held and all(held) and path.endswith(tuple(kept)) and names.match(path) is None:
+            kept.append(path)
     return tuple(kept) or None
 
 
@@ -184,6 +192,11 @@ def _embeddings_in_file(
             keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors and k not in known]
             if not keys or paths[0] in record.heads or equals_base(model, keys[0], tensors[keys[0]]):
                 continue
+            if tensors[keys[0]].dim() != 2:
+                raise CheckpointError(
+                    f"The file holds {keys[0]!r} of shape {tuple(tensors[keys[0]].shape)}; a table "
+                    "of embeddings has two dimensions."
+                )
             rows, own = tensors[keys[0]].shape[0], module.weight
             assert isinstance(own, Tensor)
             if rows != own.shape[0]:

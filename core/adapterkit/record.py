@@ -84,7 +84,7 @@ class AdapterRecord:
                 parameter.requires_grad_(trainable)
             self.trainable = trainable
 
-    def status(self, active: bool) -> AdapterStatus:
+    def status(self, *, active: bool, merged: bool) -> AdapterStatus:
         """This adapter's row in the table of all."""
         parameters = [p for _, p in self.named_parameters()]
         return AdapterStatus(
@@ -97,6 +97,7 @@ class AdapterRecord:
             devices=tuple(sorted({str(p.device) for p in parameters})),
             active=active,
             trainable=self.trainable,
+            merged=merged,
         )
 
     def memory_keys(self) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
@@ -15,7 +16,7 @@ from torch import nn
 
 from adapterkit import contract, hookspecs, kinds
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import ConfigError, PluginError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, PluginError, unknown
 from adapterkit.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, PROJECT
 from adapterkit.kinds import LayerKind
 from adapterkit.method import Method
@@ -63,6 +64,8 @@ class Registry:
             UnknownNameError: no such method; lists what there is and the entry-point group searched.
             PluginError: it cannot be imported, breaks the contract, or two packages claim the name.
         """
+        if not isinstance(name, str):
+            raise unknown("adapter method", name, self.methods())
         if name in self._methods:
             return self._methods[name]
         claims = {(e.dist.name if e.dist else "", e.value): e for e in _entries(METHODS_GROUP) if e.name == name}
@@ -87,7 +90,8 @@ class Registry:
             PluginError: the plugin breaks the contract, or its name or prefix is taken.
         """
         provider = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
-        return self._add(plugin, name, provider)
+        installed = {e.name: e for e in _entries(METHODS_GROUP)}
+        return self._add(plugin, name, provider, installed)
 
     def unregister(self, name: str) -> None:
         """Forget a method that `register` or discovery made available.
@@ -100,9 +104,12 @@ class Registry:
         self._manager.unregister(self._methods.pop(name).plugin)
 
     def extend(self, plugin: object) -> None:
-        """Add a plugin that is no method: layer kinds, combiners, or wrappers around hooks."""
-        contract.check_plugin(plugin, self._manager, "the extension")
-        self._manager.register(plugin)
+        """Add a plugin that is no method: layer kinds, combiners, or wrappers around hooks.
+
+        Raises:
+            PluginError: it breaks the contract.
+        """
+        self._extend(plugin, f"The extension {getattr(plugin, '__name__', type(plugin).__name__)!r}")
         self._kinds = None
 
     def kinds(self) -> tuple[type[LayerKind], ...]:
@@ -110,9 +117,11 @@ class Registry:
         if self._kinds is None:
             for entry in _entries(EXTENSIONS_GROUP):
                 if not self._manager.has_plugin(entry.name):
-                    self._manager.register(_import(entry, "extension"), entry.name)
-            added = [kind for group in self._manager.hook.layer_kinds() for kind in group]
-            self._kinds = (*added, *kinds.BUILTIN)
+                    try:
+                        self._extend(_import(entry, "extension"), f"The extension {entry.name!r}", entry.name)
+                    except PluginError as error:  # it breaks only itself
+                        warnings.warn(str(error), AdapterWarning, stacklevel=2)
+            self._kinds = (*contract.added_kinds(self._manager), *kinds.BUILTIN)
         return self._kinds
 
     def kind_of(self, module: nn.Module) -> LayerKind | None:
@@ -146,18 +155,25 @@ class Registry:
             )
         return method
 
+    def _extend(self, plugin: object, who: str, name: str | None = None) -> None:
+        contract.check_plugin(plugin, self._manager, who)
+        contract.check_extension(plugin, who)
+        self._manager.register(plugin, name)
+
     def _load(self, entry: EntryPoint) -> Method:
         dist = entry.dist
         provider = f"{dist.name} {dist.version}" if dist else entry.value
-        return self._add(_import(entry, "method"), entry.name, provider)
+        return self._add(_import(entry, "method"), entry.name, provider, {})
 
-    def _add(self, plugin: object, name: str | None, provider: str) -> Method:
+    def _add(self, plugin: object, name: str | None, provider: str, installed: Mapping[str, EntryPoint]) -> Method:
         contract.check_plugin(plugin, self._manager, f"The method {name!r} ({provider})" if name else provider)
         self._manager.register(plugin)
         try:
-            method = Method(name or "?", plugin, provider, self._manager)
+            method = Method(name or provider, plugin, provider, self._manager)
+            contract.check_required(method)
             method.name = name or method.config_type().method
             contract.check_method(method, self._methods)
+            contract.check_not_installed(method, installed)
         except Exception:
             self._manager.unregister(plugin)
             raise

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterkit import defaults
 from adapterkit.adapted import original_class
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import SelectionError, nearest
+from adapterkit.errors import ConfigError, SelectionError, nearest
 from adapterkit.heads import head_paths, output_layers
 from adapterkit.kinds import LayerKind
 from adapterkit.matching import PatternTable, Rule
@@ -80,6 +81,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         SelectionError: nothing matched, or a layer was named that cannot be adapted.
         ConfigError: a malformed rule.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
     walk = Walk(model)
     heads = head_paths(walk, config.modules_to_save)
     found, skipped, unmatched = _candidates(walk, config, heads)
@@ -113,7 +118,7 @@ def _candidates(
         if rule is None:
             by = why if kind is not None and kind.all_linear else None
         else:
-            by = next((f"{why}{r}" for r in map(rule.match, paths) if r), None)
+            by = next((f"{why}{r}" for r in list(map(rule.match, paths)) if r), None)  # all: each may use another entry
         if by is None:
             continue
         reason = _left_out(path, paths, heads, exclude)
@@ -180,7 +185,11 @@ def _unsupported(path: str, module: nn.Module, by: str) -> str:
     weight: Any = getattr(module, "weight", None)
     if getattr(module, "max_norm", None) is not None:
         advice = "An embedding with max_norm rewrites its own rows. " + advice
-    elif weight is not None and hasattr(weight, "dtype") and not weight.is_floating_point():
+    elif nn.parameter.is_lazy(weight):
+        advice = "It has no sizes yet: run the model once, then add the adapter. Or leave it out with exclude_modules."
+    elif isinstance(weight, torch.Tensor) and weight.is_complex():
+        advice = f"Its weight is complex ({weight.dtype}). " + advice
+    elif isinstance(weight, torch.Tensor) and not weight.is_floating_point():
         advice = f"Its weight is quantised ({weight.dtype}); no installed extension knows that kind. " + advice
     return (
         f"{path!r}, taken by {by}, is a {original_class(module).__name__}, which cannot be adapted "

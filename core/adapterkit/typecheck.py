@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ def _is_plain(value: object, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     if hint is None:
         return value is None
-    return isinstance(value, hint)
+    return not isinstance(hint, type) or isinstance(value, hint)  # what is no class is its author's to check
 
 
 def readable(hint: Any) -> str:

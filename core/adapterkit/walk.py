@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from adapterkit import defaults
-from adapterkit.keys import CONTAINERS, SHARED
+from adapterkit.adapted import Slots
 
 
 class Walk:
@@ -34,8 +34,16 @@ class Walk:
 def _named_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in module._modules.items():
-        if child is not None and name not in CONTAINERS and name != SHARED:
+        if child is not None and not isinstance(child, Slots):
             yield from _named_modules(child, f"{path}.{name}" if path else name)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names, without those of adapters (a model inside may have its own)."""
+    for path, module in _named_modules(model, ""):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 class Uncalled:
@@ -46,7 +54,7 @@ class Uncalled:
         if isinstance(walk.model, nn.MultiheadAttention):
             self._attention.add(walk.model.out_proj)
         model_type = getattr(getattr(walk.model, "config", None), "model_type", None)
-        self._fused = model_type if model_type in defaults.FUSED_MODEL_TYPES else None
+        self._fused = model_type if str(model_type) in defaults.FUSED_MODEL_TYPES else None
 
     def reason(self, path: str, module: nn.Module) -> str | None:
         """Why an adapter at `module` would not act, or `None` if it would."""
@@ -54,6 +62,6 @@ class Uncalled:
             return "torch's MultiheadAttention reads its weight and never calls it"
         if self._fused and path.rpartition(".")[2] in defaults.FUSED_LAYERS:
             return f"fused kernels of {self._fused} models read its weight and never call it"
-        if type(module).forward is nn.Module.forward:
+        if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
             return f"a {type(module).__name__} is a container that is never called itself"
         return None

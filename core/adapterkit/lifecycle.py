@@ -1,0 +1,146 @@
+"""Lifecycle: adapters come and go."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from adapterkit.activation import Activation
+from adapterkit.build import Builder
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import AdapterWarning, ConfigError
+from adapterkit.heads import resize_output
+from adapterkit.host import ATTRIBUTE
+from adapterkit.labels import LabelSet
+from adapterkit.record import AdapterRecord
+from adapterkit.registry import default_registry
+from adapterkit.reports import AddReport
+from adapterkit.selection import select
+
+
+class Lifecycle(Activation):
+    """The part of `Adapters` that adds and removes."""
+
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        activate: bool = True,
+    ) -> AddReport:
+        """Add a new adapter. The first one freezes the base; `detach` gives that back.
+
+        Args:
+            name: any text without a dot.
+            config: says the method, the layers and the sizes.
+            num_labels, id2label: the label set of the adapter's own head, whose output layer is then made
+                with that many rows. `None`: the model's own.
+            activate: make it the one active adapter, trainable.
+
+        Raises:
+            ConfigError: a name that is taken or not allowed, or a malformed config.
+            SelectionError: the config selects nothing here, or something that cannot be adapted.
+            PluginError: the method's plugin failed.
+        """
+        self._check_new_name(name)
+        method = default_registry.method_of(config)
+        labels = LabelSet.chosen(num_labels, id2label)
+        selection = select(self.model, config)
+        record, notes = Builder(self.model, method, config, selection).build(name, self._active)
+        notes += self._live.notes(record)
+        record.labels = self._own_labels(record, labels)
+        self._warn_unmatched(selection.unmatched)
+        self._install(record)
+        if activate:
+            self.activate(name)
+        parameters = sum(p.numel() for _, p in record.named_parameters())
+        heads = tuple(record.heads)
+        return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter and all that was its own. If it was active it no longer is."""
+        record = self._record(name)
+        self._check_not_merged(name)
+        self._set_active(*(tuple(n for n in names if n != name) for names in (self._active.names, self._active.heads)))
+        self._trainable = tuple(n for n in self._trainable if n != name)
+        record.uninstall()
+        self._live.forget(record)
+        del self._records[name]
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        record = self._record(old)
+        self._check_not_merged(old)
+        self._check_new_name(new)
+        self._live.forget(record)
+        record.uninstall()
+        record.name = new
+        record.install(self._active)
+        self._live.remember(record)
+        self._records = {record.name: record for record in self._records.values()}
+        swap = {old: new}
+        self._active.names = tuple(swap.get(n, n) for n in self._active.names)
+        self._active.heads = tuple(swap.get(n, n) for n in self._active.heads)
+        self._trainable = tuple(swap.get(n, n) for n in self._trainable)
+        self._live.labels_of = swap.get(self._live.labels_of or "", self._live.labels_of)
+
+    def copy(self, source: str, target: str) -> None:
+        """Add a copy of an adapter under another name, independent of it, and not active."""
+        record = self._record(source)
+        self._check_new_name(target)
+        # The modules they are on are the model's and stay; the rest is the adapter's own.
+        memo = {id(module): module for module in record.hosts.values()}
+        duplicate = copy.deepcopy(record, memo)
+        duplicate.name = target
+        duplicate.set_trainable(False)
+        self._install(duplicate)
+
+    def detach(self) -> nn.Module:
+        """Remove every adapter and every trace of them: classes, parameters, hooks, `requires_grad`, labels.
+
+        Returns:
+            The model, as it was before `attach`. This object is of no use afterwards.
+        """
+        model = self.model
+        for name in self.names:
+            self.remove(name)
+        self._live.restore()
+        del model.__dict__[ATTRIBUTE]
+        self._host = None
+        return model
+
+    def _install(self, record: AdapterRecord) -> None:
+        if not self._records:
+            self._live.freeze()
+        record.trainable = True  # as modules are made
+        record.set_trainable(False)
+        record.install(self._active)
+        self._records[record.name] = record
+        self._live.remember(record)
+
+    def _own_labels(self, record: AdapterRecord, chosen: LabelSet | None) -> LabelSet | None:
+        """The new adapter's label set; its head's output layer is resized to it."""
+        base = self._live.labels
+        if chosen is None:
+            return base if record.heads else None
+        if not record.heads or base is None:
+            why = "it has no head (modules_to_save)" if base is not None else "the model's config has no labels"
+            raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}.")
+        old, new = len(base.id2label), len(chosen.id2label)
+        if old != new:
+            resize_output(list(record.heads.values()), old, new, self.model)
+        return chosen
+
+    @staticmethod
+    def _warn_unmatched(unmatched: tuple[str, ...]) -> None:
+        if unmatched:
+            warnings.warn(
+                f"These entries of the config matched nothing: {', '.join(unmatched)}.",
+                AdapterWarning,
+                stacklevel=4,
+            )

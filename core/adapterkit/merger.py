@@ -1,0 +1,127 @@
+"""Merger: adapters go into the weights, and come out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from adapterkit.errors import ConfigError, StateError
+from adapterkit.merging import Merged, carry_out, give_back, plan, take_heads
+from adapterkit.record import AdapterRecord, acting_heads
+from adapterkit.storage import Storage
+from adapterkit.walk import Walk
+
+
+class Merger(Storage):
+    """The part of `Adapters` that merges.
+
+    A merged adapter is a part of the weights: it is not active any more, costs nothing in a forward, and
+    acts under whatever is activated beside it, until `unmerge`. Its head, which no weight can take in, goes
+    on acting. While anything is merged there is no bare model, so `disabled()` is an error.
+    """
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The merged adapters, the first merged first."""
+        return self._merged.names
+
+    def merge(
+        self,
+        *names: str,
+        safe: bool = False,
+        keep_base: bool = True,
+        untie: bool = False,
+        heads: str | None = None,
+    ) -> None:
+        """Work adapters into the weights: `W + sum of dW_i`, in float32 (float64 for float64), rounded once.
+
+        Additive adapters are added in place from their factors. Others follow in the order given, by their own
+        merge rule.
+
+        Args:
+            safe: check for values that are not finite, and change nothing if there is one.
+            keep_base: keep the replaced weights, for `unmerge`; `False` saves that memory.
+            untie: give a target whose weight is tied to another module a weight of its own.
+            heads: whose head acts, where two have their own copy of one module.
+
+        Raises:
+            StateError: merged already, weights that are tied or not in memory, or values that are not finite.
+            UnsupportedError: an adapter that cannot be merged.
+        """
+        records = self._to_merge(names)
+        rest = [self._record(n) for n in self.active if n not in names]
+        acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
+        walk = Walk(self.model)
+        changes = plan(records, walk, untie=untie)
+        carry_out(changes, self._merged, walk, safe=safe, keep_base=keep_base)
+        if untie:
+            self._live.untie()
+        state = self._merged
+        state.were_active += tuple(n for n in names if n in self.active)
+        state.names += names
+        state.keeps_base &= keep_base
+        self._set_trainable(tuple(n for n in self._trainable if n not in names))
+        self._set_active(tuple(r.name for r in rest), acting)
+
+    def unmerge(self) -> None:
+        """Give the weights back, every bit as they were before the first merge.
+
+        The adapters that were active when they were merged are active again, before those active now.
+
+        Raises:
+            StateError: nothing is merged, or the base was not kept.
+        """
+        state = self._merged
+        if not state.names:
+            raise StateError("Nothing is merged.")
+        if not state.keeps_base:
+            raise StateError(
+                f"{', '.join(map(repr, state.names))} cannot be unmerged: with keep_base=False the base is gone. "
+                "Load the base model again."
+            )
+        give_back(state)
+        self._live.tie()
+        self._merged = Merged()
+        names = (*state.were_active, *self.active)
+        self._set_active(names, tuple(n for n in self._active.heads if n in names))
+
+    def merge_and_detach(
+        self, *names: str, safe: bool = False, untie: bool = False, heads: str | None = None
+    ) -> nn.Module:
+        """The plain model with these adapters (or, without names, those that act now) in it for good.
+
+        Their heads become the model's own modules, and their label set its config's. All other adapters go.
+
+        Returns:
+            The model, without a trace of adapters.
+        """
+        wanted = names or self.active
+        if not wanted and not self.merged:
+            raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
+        if names:
+            self.activate(*(n for n in self.active if n in names), trainable=False)
+        if wanted:
+            self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
+        acting = [self._records[name] for name in self._active.heads]
+        model, host = self.model, self._live
+        host.keep_labels()
+        self._merged = Merged()
+        take_heads(acting, model)
+        return self.detach()
+
+    def detach(self) -> nn.Module:
+        """See `Lifecycle.detach`; what is merged is unmerged first.
+
+        Raises:
+            StateError: something was merged with `keep_base=False`; `merge_and_detach` keeps it instead.
+        """
+        if self.merged:
+            self.unmerge()
+        return super().detach()
+
+    def _to_merge(self, names: tuple[str, ...]) -> list[AdapterRecord]:
+        records = [self._record(name) for name in names]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"merge{names!r} must name adapters, each once. There is {self.names}.")
+        for name in names:
+            self._check_not_merged(name)
+        return records

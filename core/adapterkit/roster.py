@@ -1,0 +1,102 @@
+"""Roster: the adapters of one model, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from adapterkit.adapted import Active
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import ConfigError, StateError, unknown
+from adapterkit.host import Host
+from adapterkit.merging import Merged
+from adapterkit.record import AdapterRecord
+from adapterkit.reports import Status
+
+
+class Roster:
+    """Which adapters there are; what the other parts of `Adapters` stand on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._records: dict[str, AdapterRecord] = {}
+        self._active = Active()
+        self._trainable: tuple[str, ...] = ()
+        self._merged = Merged()
+        self._host: Host | None = Host(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        return self._live.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every adapter, in the order they were added."""
+        return tuple(self._records)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that act now; the first is the innermost."""
+        return self._active.names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __repr__(self) -> str:
+        if self._host is None:
+            return "<Adapters, detached>"
+        return f"<Adapters of {type(self.model).__name__}: {', '.join(map(repr, self.names)) or 'none'}>"
+
+    def config(self, name: str) -> AdapterConfig:
+        """The config of an adapter."""
+        return self._record(name).config
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters an adapter trains: its layers', its heads' and its biases'."""
+        return (parameter for _, parameter in self.named_parameters(name))
+
+    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with their names, `<module path>.<parameter>`."""
+        return self._record(name).named_parameters()
+
+    def status(self) -> Status:
+        """A table of the adapters; prints as one."""
+        return Status(
+            tuple(
+                record.status(active=name in self.active, merged=name in self._merged.names)
+                for name, record in self._records.items()
+            )
+        )
+
+    @property
+    def _live(self) -> Host:
+        if self._host is None:
+            raise StateError("These adapters were detached; call ak.attach(model) for new ones.")
+        return self._host
+
+    def _check_live(self) -> None:
+        _ = self._live
+
+    def _record(self, name: str) -> AdapterRecord:
+        self._check_live()
+        if not isinstance(name, str) or name not in self._records:
+            raise unknown("adapter", name, self._records)
+        return self._records[name]
+
+    def _check_new_name(self, name: object) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ConfigError(f"{name!r} cannot be an adapter's name: it must be text, not empty, without a dot.")
+        self._check_live()
+        if name in self._records:
+            raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
+
+    def _check_not_merged(self, name: str) -> None:
+        if name in self._merged.names:
+            raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")

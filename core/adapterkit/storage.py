@@ -1,0 +1,114 @@
+"""Storage: the tensors of a model's adapters, and their files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapterkit import persistence
+from adapterkit.errors import AdapterWarning, ConfigError
+from adapterkit.files import local_path, read_folder
+from adapterkit.hub import adapter_folder
+from adapterkit.lifecycle import Lifecycle
+from adapterkit.loading import fit, put, refuse, to_file
+from adapterkit.registry import default_registry
+from adapterkit.reports import LoadReport
+
+
+class Storage(Lifecycle):
+    """The part of `Adapters` that saves and loads."""
+
+    def state_dict(self, name: str, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """An adapter's tensors under the keys they have in a file.
+
+        Args:
+            source: a full state dict of the adapted model to take them from, such as FSDP or a `Trainer`
+                hands over; the model's own tensors if `None`.
+
+        Raises:
+            CheckpointError: `source` lacks some of them.
+        """
+        record = self._record(name)
+        return to_file(record, default_registry.method_of(record.config), source)
+
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
+        """Copy tensors into an existing adapter.
+
+        Args:
+            tensors: keys as in a file, or a full state dict of an adapted model.
+            strict: raise if anything is missing, unexpected or mismatched; else warn, and load what fits.
+
+        Raises:
+            CheckpointError: with `strict`, if something does not fit; nothing has changed then.
+        """
+        record = self._record(name)
+        self._check_not_merged(name)
+        found = fit(record, default_registry.method_of(record.config), self.model, tensors)
+        if not found.report.ok:
+            if strict:
+                refuse(found.report, name, "The state dict")
+            warnings.warn(str(found.report), AdapterWarning, stacklevel=2)
+        put(found.values, assign=False)
+        return found.report
+
+    def save(self, name: str, folder: str | Path, *, source: Mapping[str, Tensor] | None = None) -> Path:
+        """Write an adapter to a folder, in PEFT's format, all or nothing.
+
+        Args:
+            source: a full state dict of the adapted model to take the tensors from, as for `state_dict`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SaveError: it cannot be written there; what was there is untouched.
+        """
+        path = local_path(folder)
+        persistence.save_record(self._record(name), self.model, path, source)
+        return path
+
+    def load(  # noqa: PLR0913 - the last four are the hub's
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        activate: bool = True,
+        trainable: bool = False,
+        strict: bool = True,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+    ) -> LoadReport:
+        """Add the adapter that a folder, or a repository of the hub, holds.
+
+        Args:
+            source: a folder with `adapter_config.json` and the weights, or a hub id such as `"user/name"`.
+            name: what it is called here.
+            activate: make it the one active adapter.
+            trainable: whether it is to be trained further.
+            strict: raise if anything is missing, unexpected or mismatched; else warn, and load what fits.
+            dtype: of its layers; `None` follows the model, but float32 for a half-precision one; `"file"`
+                keeps the file's.
+            revision, subfolder, cache_dir, token: where to look on the hub.
+
+        Raises:
+            CheckpointError: damaged or foreign files, or tensors that do not fit.
+            UnknownNameError: no plugin provides its method.
+        """
+        self._check_new_name(name)
+        if dtype not in (None, "file") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, 'file' or None.")
+        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
+        record, report = persistence.load_record(
+            self.model, name, read_folder(folder), self._active, strict=strict, dtype=dtype
+        )
+        self._install(record)
+        if activate:
+            self.activate(name, trainable=trainable)
+        return report

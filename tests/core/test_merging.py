@@ -1,0 +1,349 @@
+"""Merging: the weights after it, and after it is undone."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+class Net(nn.Module):
+    """One layer of each kind that a merge can meet."""
+
+    def __init__(self, size: int = 6, out: int = 5) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, size)
+        self.linear = nn.Linear(size, out)
+        self.conv = nn.Conv1d(out, 4, 3, padding=1, groups=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.conv(self.linear(self.embed(ids)).transpose(1, 2))
+
+
+TARGETS = ["embed", "linear", "conv"]
+IDS = torch.arange(14).view(2, 7) % 7
+
+
+def network(dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int) -> Net:
+    torch.manual_seed(seed)
+    return Net(**sizes).to(dtype).eval()
+
+
+def adapted(model: nn.Module, *names: str, **fields: object) -> ak.Adapters:
+    adapters = ak.attach(model)
+    for name in names:
+        config = LoraConfig(**{"target_modules": TARGETS, "r": 3, "modules_to_save": None, **fields})
+        adapters.add(name, config)
+        for parameter in adapters.parameters(name):
+            nn.init.normal_(parameter, std=0.2)
+    return adapters
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes)).eval()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@given(
+    names=st.permutations("abc"), size=st.integers(1, 9), out=st.integers(1, 9), bias=st.sampled_from(["none", "all"])
+)
+@settings(deadline=None, max_examples=10)
+def test_merged_output_is_the_adapted_output(
+    dtype: torch.dtype, names: list[str], size: int, out: int, bias: str
+) -> None:
+    model = network(dtype, size=size, out=out)
+    adapters = adapted(model, *names, bias=bias)
+    adapters.activate(*names, trainable=False)
+    expected = model(IDS)
+    adapters.merge(*names[:2])
+    torch.testing.assert_close(model(IDS), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    adapters.merge(names[2])
+    torch.testing.assert_close(model(IDS), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_unmerge_restores_every_bit(dtype: torch.dtype) -> None:
+    model = network(dtype)
+    adapters = adapted(model, "a", "b", bias="all")
+    before = snapshot(model)
+    for _ in range(3):
+        adapters.merge("a")
+        adapters.merge("b")
+        adapters.unmerge()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@given(scale=st.floats(-1e3, 1e3), rank=st.integers(1, 12))
+@settings(deadline=None, max_examples=15)
+def test_merge_is_linear_in_the_change(scale: float, rank: int) -> None:
+    model = network()
+    adapters = adapted(model, "a", r=rank)
+    base = model.linear.weight.detach().clone()
+    delta = ak.method("lora").factors(model.linear.adapters["a"]).delta()
+    with torch.no_grad():
+        model.linear.adapters["a"].lora_B.weight.mul_(scale)
+    adapters.merge("a")
+    torch.testing.assert_close(model.linear.weight, base + scale * delta, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_the_float32_result_rounded_once(dtype: torch.dtype) -> None:
+    model = network(dtype)
+    adapters = adapted(model, "a", "b")
+    base = model.linear.weight.detach().float()
+    deltas = [ak.method("lora").factors(model.linear.adapters[n]) for n in "ab"]
+    expected = torch.addmm(torch.addmm(base, deltas[0].up, deltas[0].down), deltas[1].up, deltas[1].down)
+    adapters.merge("a", "b")
+    assert torch.equal(model.linear.weight, expected.to(dtype))
+
+
+def test_merge_changes_parameters_in_place() -> None:
+    model = network()
+    adapters = adapted(model, "a")
+    weight = model.linear.weight
+    place = weight.data_ptr()
+    adapters.merge("a")
+    assert model.linear.weight is weight
+    assert weight.data_ptr() == place
+
+
+def test_channels_last_weights_are_merged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(1, 4, 5, 5)
+    expected = model(x)
+    adapters.merge("a")
+    torch.testing.assert_close(model(x), expected)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_merged_adapters_and_active_ones_act_together() -> None:
+    model = network()
+    adapters = adapted(model, "a", "b")
+    adapters.activate("a", "b")
+    expected = model(IDS)
+    adapters.merge("a")
+    assert adapters.merged == ("a",)
+    assert adapters.active == ("b",)
+    torch.testing.assert_close(model(IDS), expected)
+
+
+def test_unmerge_activates_again_what_was_active() -> None:
+    adapters = adapted(network(), "a", "b")
+    adapters.activate("a", "b", trainable=False)
+    adapters.merge("a")
+    adapters.unmerge()
+    assert adapters.active == ("a", "b")
+
+
+def test_a_merged_adapter_keeps_its_head() -> None:
+    model = classifier()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"]), num_labels=5)
+    adapters.merge("a")
+    assert model(IDS).logits.shape == (2, 5)
+    assert model.config.num_labels == 5
+    adapters.unmerge()
+    adapters.activate()
+    assert model(IDS).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("names", [(), ("a",)])
+def test_merge_and_detach_gives_a_plain_model_with_the_adapter_in_it(names: tuple[str, ...], tmp_path: Path) -> None:
+    model = classifier()
+    keys = list(model.state_dict())
+    adapters = ak.attach(model)
+    adapters.add("b", LoraConfig(target_modules=["value"]))
+    adapters.add(
+        "a", LoraConfig(target_modules="all-linear", init_lora_weights=False), id2label=dict(enumerate("vwxyz"))
+    )
+    expected = model(IDS).logits
+    plain = adapters.merge_and_detach(*names)
+    assert plain is model
+    assert list(plain.state_dict()) == keys
+    assert not any(hasattr(type(m), "_adapted_from") for m in plain.modules())
+    torch.testing.assert_close(plain(IDS).logits, expected)
+    plain.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(IDS).logits, expected)
+    assert list(again.config.id2label.values()) == list("vwxyz")
+
+
+def test_detach_unmerges_first() -> None:
+    model = network()
+    before = snapshot(model)
+    adapters = adapted(model, "a")
+    adapters.merge("a")
+    adapters.detach()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_safe_finds_values_that_are_not_finite_and_changes_nothing(keep_base: bool) -> None:
+    model = network()
+    adapters = adapted(model, "a")
+    before = snapshot(model)
+    with torch.no_grad():
+        model.conv.adapters["a"].lora_B.weight.fill_(float("inf"))
+        before["conv.adapters.a.lora_B.weight"].fill_(float("inf"))
+    with pytest.raises(ak.StateError, match="Merging 'a' into 'conv' gives values that are not finite"):
+        adapters.merge("a", safe=True, keep_base=keep_base)
+    assert adapters.merged == ()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def tied() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, **ids)).eval()
+
+
+def test_tied_weights_are_not_merged_in_silence() -> None:
+    model = tied()
+    adapters = adapted(model, "a", target_modules=["wte"])
+    with pytest.raises(ak.StateError, match=r"'transformer\.wte\.weight' is tied to another module"):
+        adapters.merge("a")
+
+
+def test_untie_gives_the_target_a_weight_of_its_own_until_unmerge(tmp_path: Path) -> None:
+    model = tied()
+    adapters = adapted(model, "a", target_modules=["wte"])
+    head, expected = model.lm_head.weight.detach().clone(), model(IDS).logits
+    adapters.merge("a", untie=True)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert torch.equal(model.lm_head.weight, head)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path).eval()(IDS).logits, expected)
+    adapters.unmerge()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is True
+
+
+def scaling_method() -> ModuleType:
+    """Multiplies outputs by learned factors: not additive, so it has a merge rule of its own."""
+
+    class ScaleConfig(ak.AdapterConfig):
+        method = "scale"
+
+    class ScaleLayer(ak.AdapterLayer):
+        def __init__(self, target: ak.Target) -> None:
+            super().__init__(target.kind)
+            self.scale_out = target.empty(target.out_features)
+            if not target.load:
+                nn.init.ones_(self.scale_out)
+
+        def forward(self, x: Tensor, base: object) -> Tensor:
+            return base(x) * self.kind.spread(self.scale_out)
+
+    @ak.hookimpl
+    def config_type() -> type[ak.AdapterConfig]:
+        return ScaleConfig
+
+    @ak.hookimpl
+    def key_rule(config: ak.AdapterConfig) -> ak.KeyRule:
+        return ak.KeyRule(prefix="scale_")
+
+    @ak.hookimpl
+    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
+        return ScaleLayer(target)
+
+    @ak.hookimpl
+    def merge(layer: ak.AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = layer.scale_out.detach().to(weight.dtype)
+        return weight * scale[:, None], None if bias is None else bias * scale
+
+    plugin = ModuleType("scale_plugin")
+    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, merge=merge, config=ScaleConfig)
+    return plugin
+
+
+@pytest.fixture
+def scale() -> Iterator[ModuleType]:
+    plugin = scaling_method()
+    ak.register(plugin)
+    yield plugin
+    ak.default_registry.unregister("scale")
+
+
+@pytest.mark.parametrize("order", [("a", "s"), ("s", "a")], ids="-".join)
+def test_other_methods_merge_by_their_own_rule_in_the_order_given(scale: ModuleType, order: tuple[str, str]) -> None:
+    model = network()
+    adapters = adapted(model, "a")
+    adapters.add("s", scale.config(target_modules=TARGETS, modules_to_save=None))
+    for parameter in adapters.parameters("s"):
+        nn.init.uniform_(parameter, 0.5, 2.0)
+    adapters.activate(*order)
+    expected = model(IDS)
+    before = snapshot(model)
+    adapters.merge(*order)
+    torch.testing.assert_close(model(IDS), expected)
+    adapters.unmerge()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_adapters_are_merged_into_a_deep_copy_alone() -> None:
+    model = network()
+    adapted(model, "a")
+    before = snapshot(model)
+    ak.attach(copy.deepcopy(model)).merge("a")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+MISUSES = {
+    "twice": (
+        lambda a: (a.merge("a"), a.merge("a")),
+        r"Adapter 'a' is merged into the weights\. Call unmerge\(\) first",
+    ),
+    "activate": (lambda a: (a.merge("a"), a.activate("a")), r"Adapter 'a' is merged"),
+    "remove": (lambda a: (a.merge("a"), a.remove("a")), r"Adapter 'a' is merged"),
+    "rename": (lambda a: (a.merge("a"), a.rename("a", "c")), r"Adapter 'a' is merged"),
+    "load": (lambda a: (a.merge("a"), a.load_state_dict("a", {})), r"Adapter 'a' is merged"),
+    "disabled": (lambda a: (a.merge("a"), a.disabled().__enter__()), r"no bare model while 'a' is merged"),
+    "nothing to unmerge": (lambda a: a.unmerge(), r"Nothing is merged"),
+    "base gone": (lambda a: (a.merge("a", keep_base=False), a.unmerge()), r"'a' cannot be unmerged: with keep_base"),
+    "no name": (lambda a: a.merge(), r"merge\(\) must name adapters, each once\. There is \('a', 'b'\)"),
+    "unknown": (lambda a: a.merge("x"), r"No adapter 'x'\. There is: 'a', 'b'"),
+    "nothing active": (lambda a: (a.activate(), a.merge_and_detach()), r"nothing to merge: no adapter is active"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_says_what_to_do(misuse: str) -> None:
+    call, message = MISUSES[misuse]
+    with pytest.raises(ak.AdapterError, match=message):
+        call(adapted(network(), "a", "b"))
+
+
+def test_a_bias_of_the_adapter_needs_one_of_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    adapters = adapted(model, "a", target_modules=["0"], lora_bias=True)
+    with pytest.raises(ak.StateError, match="'0' has no bias to merge the adapter's into"):
+        adapters.merge("a")
+
+
+def test_meta_weights_cannot_be_merged() -> None:
+    model = network().to("meta")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["linear"]))
+    with pytest.raises(ak.StateError, match=r"'linear\.weight' is not in memory"):
+        adapters.merge("a")
