@@ -200,11 +200,9 @@ MODELS: dict[str, Tiny] = {
     "llama": Tiny(_llama, _ids, ("q_proj", "v_proj", "down_proj"), "embed_tokens", "lm_head"),
     "bert": Tiny(_bert, _ids, ("query", "value", "intermediate.dense"), "word_embeddings", "classifier"),
     "t5": Tiny(_t5, _seq2seq, ("q", "v", "wo"), None, "final_layer_norm"),
-    "vit": Tiny(
-        _vit, lambda: {"pixel_values": _normal(BATCH, 3, 8, 8)}, ("q_proj", "projection"), None, "classifier"
-    ),
+    "vit": Tiny(_vit, lambda: {"pixel_values": _normal(BATCH, 3, 8, 8)}, ("q_proj", "projection"), None, "classifier"),
     "gemma3": Tiny(_gemma3, _ids, ("q_proj", "v_proj"), "embed_tokens", "norm"),
-    "bart": Tiny(_bart, _seq2seq, ("q_proj", "fc2"), "encoder.embed_positions", "layernorm_embedding"),
+    "bart": Tiny(_bart, _seq2seq, ("q_proj", "fc2"), "encoder.embed_tokens", "layernorm_embedding"),
     "convnet": Tiny(ConvNet, lambda: {"x": _normal(BATCH, 4, 12)}, ("conv1d", "conv2d", "conv3d", "fc"), None, "head"),
     "embednet": Tiny(EmbeddingNet, lambda: {"x": tokens()}, ("layers.0", "layers.1", "overhead"), "embed", "head"),
 }
@@ -213,9 +211,15 @@ NAMES = tuple(MODELS)
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """The model `name`, in eval mode, with the weights of `seed`."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        return MODELS[name].make().eval()
+        model = MODELS[name].make().eval()
+        for parameter in model.parameters():  # transformers starts near zero, where differences are hard to see
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
 
 
 def inputs(name: str) -> dict[str, Tensor]:

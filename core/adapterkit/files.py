@@ -160,7 +160,7 @@ def write_folder(
         raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
     try:
         folder = folder.resolve()  # behind a link is the folder that changes
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=_place_for_new(folder)))
+        fresh = _new_beside(folder)
         try:
             _write_into(fresh, text, tensors, metadata)
             _put(fresh, folder, text)
@@ -172,12 +172,17 @@ def write_folder(
         ) from error
 
 
-def _place_for_new(folder: Path) -> Path:
-    """Where files can be written first and renamed from: beside the folder, else inside it."""
-    parent = folder.parent
+def _new_beside(folder: Path) -> Path:
+    """An empty folder that files can be renamed from: beside `folder`, or inside it where only that works."""
+    parent, prefix = folder.parent, f".{folder.name}."
     parent.mkdir(parents=True, exist_ok=True)
-    beside = os.access(parent, os.W_OK) and (not folder.exists() or folder.stat().st_dev == parent.stat().st_dev)
-    return folder if not beside and folder.is_dir() else parent
+    if not folder.is_dir() or folder.stat().st_dev == parent.stat().st_dev:
+        try:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
 
 
 def _write_into(folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

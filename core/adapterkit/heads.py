@@ -95,7 +95,8 @@ def output_layers(model: nn.Module) -> set[nn.Module]:
 def copy_head(module: nn.Module) -> nn.Module:
     """A copy of `module` without adapters and without accelerate's hooks, holding real values."""
     # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
-    hooks = [*hook_objects(module), *(hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())]
+    own = (hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())
+    hooks = [*hook_objects(module), *own]
     head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hooks})
     remove_hooks(head, module)
     for kind in _HOOKS:  # the module's own fire there; the copy is called by it
@@ -112,8 +113,9 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
     """
     outputs = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
     if not outputs:
+        names = ", ".join(type(head).__name__ for head in heads)
         raise ConfigError(
-            f"num_labels={new}: no linear layer of the head ({', '.join(type(head).__name__ for head in heads)}) has {old} outputs, so it is not "
+            f"num_labels={new}: no linear layer of the head {names} has {old} outputs, so it is not "
             "known which one to resize. Resize the model's head before adding the adapter."
         )
     layer = outputs[-1]

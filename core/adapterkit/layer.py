@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -35,8 +35,8 @@ class AdapterLayer(nn.Module):
         out = base(x)
         return (out + self.delta(x)).to(out.dtype)
 
-    def accepts(self, local: str, shape: tuple[int, ...]) -> bool:
-        """Whether a file may give the parameter `local` another shape than it has; none by default."""
+    def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a file may give the parameters named these other shapes than they have; by default not."""
         return False
 
     @property

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class Slot:
     key: str
     owner: nn.Module
     name: str
-    other_shape: Callable[[tuple[int, ...]], bool] = lambda shape: False
+    layer: AdapterLayer | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -48,9 +47,16 @@ class Slot:
         assert found is not None
         return found
 
-    def takes(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has a shape that can stand here."""
-        return self.tensor.shape == tensor.shape or self.other_shape(tuple(tensor.shape))
+    def takes(self, tensors: Mapping[str, Tensor], key: str) -> bool:
+        """Whether the tensor under `key`, seen beside its layer's others, has a shape that can stand here."""
+        if self.tensor.shape == tensors[key].shape:
+            return True
+        if self.layer is None:
+            return False
+        local = next(name for name, _ in module_slots(self.layer) if key.endswith("." + name))
+        path = key.removesuffix(local)
+        names = [name for name, _ in module_slots(self.layer) if path + name in tensors]
+        return self.layer.accepts({name: tuple(tensors[path + name].shape) for name in names})
 
     def assign(self, value: Tensor) -> None:
         """Put `value` there as it is, without a copy."""
@@ -70,7 +76,7 @@ def slots(record: AdapterRecord) -> dict[str, Slot]:
         for local, slot in module_slots(module):
             slot.key = f"{place}.{local}"
             if isinstance(module, AdapterLayer):
-                slot.other_shape = partial(module.accepts, local)
+                slot.layer = module
             found[slot.key] = slot
     if record.shared is not None:
         for local, slot in module_slots(record.shared):
@@ -191,7 +197,7 @@ def fit(
             raise CheckpointError(
                 f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
             )
-        elif not slot.takes(tensor):
+        elif not slot.takes(tensors, key):
             mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
         else:
             values.append((slot, tensor))

@@ -146,7 +146,7 @@ def load_record(
     dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
     put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
     builder.fill(record)
-    record.labels = LabelSet.from_metadata(files.metadata) or _labels_by_size(model, record)
+    record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
 
 
@@ -207,6 +207,24 @@ def _embeddings_in_file(
             found.append(paths[0])
             break
     return found
+
+
+def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles) -> LabelSet | None:
+    """The label set the file holds.
+
+    Raises:
+        CheckpointError: it has another size than the model's, and no layer of the adapter's heads has that many rows.
+    """
+    labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
+    if labels is None or own is None or not record.heads or len(labels.id2label) == len(own.id2label):
+        return labels
+    rows = [m.out_features for head in record.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
+    if rows and len(labels.id2label) not in rows:
+        raise CheckpointError(
+            f"{files.folder}: the file's label set has {len(labels.id2label)} classes, and no layer of its heads has "
+            "that many rows. It is damaged; save the adapter again."
+        )
+    return labels
 
 
 def _labels_by_size(model: nn.Module, record: AdapterRecord) -> LabelSet | None:

@@ -214,9 +214,10 @@ def _nothing(walk: Walk, config: AdapterConfig, skipped: Sequence[tuple[str, str
         return f"{type(walk.model).__name__} has no layer that can be adapted."
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    shown = wanted if isinstance(wanted, str) else names
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(walk.model)
     return (
-        f"target_modules {wanted!r} matched none of the {len(adaptable)} layers that can be adapted. "
+        f"target_modules {shown!r} matched none of the {len(adaptable)} layers that can be adapted. "
         f"Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; "
         "a string is a regular expression for the full path."
     )

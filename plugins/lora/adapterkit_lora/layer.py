@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,10 @@ class LoraLayer(AdapterLayer):
             out = out - self.kind.apply(x, Factors(first[1], first[0]))
         return out * self.scaling
 
-    def accepts(self, local: str, shape: tuple[int, ...]) -> bool:
-        """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups."""
-        shapes = self.kind.ungrouped_shapes(self.r)
-        return shapes is not None and (local, shape) in (("lora_B.weight", shapes[0]), ("lora_A.weight", shapes[1]))
+    def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups, of both factors together."""
+        own = self.kind.ungrouped_shapes(self.r)
+        return own is not None and (shapes.get("lora_B.weight"), shapes.get("lora_A.weight")) == own
 
     def factors(self) -> Factors | None:
         """The exact `dW`, scaling included; of rank `2 r` with PiSSA or OLoRA. `None`: it has no such form."""

@@ -1,0 +1,361 @@
+"""LoRA's mathematics: scaling, initial values, dropout and biases."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from tests.models import MODELS, build, run
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+RESIDUAL = ("pissa", "olora", "pissa_niter_4")
+LAYERS = {
+    "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
+    "Conv1D": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), lambda: torch.randn(2, 4, 7)),
+    "Conv2d": (lambda: nn.Conv2d(3, 4, (2, 3), 2, padding_mode="circular"), lambda: torch.randn(2, 3, 6, 6)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2), lambda: torch.randn(1, 2, 4, 4, 4)),
+    "Embedding": (lambda: nn.Embedding(7, 5, padding_idx=0), lambda: torch.randint(0, 7, (2, 3))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def one(layer: nn.Module, name: str = "fc") -> nn.Module:
+    """A model of one layer."""
+    return nn.Sequential(OrderedDict([(name, layer)]))
+
+
+def adapt(model: nn.Module, **fields: Any) -> ak.Adapters:
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(**fields))
+    return adapters
+
+
+def layer_of(model: nn.Module, path: str = "fc") -> Any:
+    return model.get_submodule(f"{path}.adapters.a")
+
+
+def randomise(adapters: ak.Adapters) -> None:
+    with torch.no_grad():
+        for parameter in adapters.parameters("a"):
+            parameter.normal_(std=0.5)
+
+
+def matrices(layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B, flat."""
+    down, up, _ = layer.matrices()
+    return down.detach(), up.detach()
+
+
+# Scaling
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank", "scaling"),
+    [
+        ({}, 8, 1.0),
+        ({"r": 4, "lora_alpha": 6}, 4, 1.5),
+        ({"r": 4, "lora_alpha": 0.5}, 4, 0.125),
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, 4, 3.0),
+        ({"r": 4, "lora_alpha": 6, "rank_pattern": {"fc": 2}}, 2, 3.0),
+        ({"r": 4, "lora_alpha": 6, "alpha_pattern": {"fc": 2}}, 4, 0.5),
+        ({"r": 4, "rank_pattern": {"^fc": 16}, "use_rslora": True}, 16, 2.0),
+        ({"r": 4, "rank_pattern": {"c": 5, "f.": 2, "fc": 3}, "alpha_pattern": {".*c": 5}}, 2, 2.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:These entries of the config matched nothing:adapterkit.AdapterWarning")
+def test_the_scaling_is_alpha_over_r_or_its_root_with_patterns(
+    fields: dict[str, Any], rank: int, scaling: float
+) -> None:
+    model = one(nn.Linear(6, 5))
+    randomise(adapt(model, target_modules=["fc"], **fields))
+    down, up = matrices(layer_of(model))
+    x = torch.randn(3, 6)
+    assert down.shape == (rank, 6)
+    torch.testing.assert_close(layer_of(model).delta(x), scaling * x @ down.t() @ up.t())
+
+
+def test_a_pattern_ends_a_path_at_a_dot_only() -> None:
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), lfc=nn.Linear(4, 4)))
+    adapt(model, target_modules=["fc", "lfc"], r=4, rank_pattern={"fc": 2})
+    assert (layer_of(model).r, layer_of(model, "lfc").r) == (2, 4)
+
+
+# The delta
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"), [(kind, bias) for kind in LAYERS for bias in (False, True) if not bias or kind != "Embedding"]
+)
+def test_the_layers_output_changes_by_its_factors(kind: str, bias: bool) -> None:
+    make, inputs = LAYERS[kind]
+    model, x = one(make().double()), inputs()
+    x = x.double() if x.is_floating_point() else x
+    base = copy.deepcopy(model)
+    randomise(adapt(model, target_modules=["fc"], r=2, lora_alpha=6, lora_bias=bias))
+    layer = layer_of(model)
+    factors = layer.factors()
+    with torch.no_grad():
+        layer.kind.write(base.fc, layer.kind.read(base.fc) + factors.delta())
+        expected = base(x)
+        if bias:
+            expected = expected + layer.kind.spread(factors.bias)
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_the_factors_of_a_trained_residual_are_its_exact_delta(init: str) -> None:
+    model, x = one(nn.Linear(6, 5, dtype=torch.float64)), torch.randn(3, 6, dtype=torch.float64)
+    randomise(adapt(model, target_modules=["fc"], r=2, init_lora_weights=init))
+    factors = layer_of(model).factors()
+    assert factors.rank == 4
+    torch.testing.assert_close(layer_of(model).delta(x), x @ factors.delta().t())
+
+
+def test_lora_bias_is_scaled_as_b_is() -> None:
+    model = one(nn.Linear(6, 5))
+    adapt(model, target_modules=["fc"], r=2, lora_alpha=6, lora_bias=True)
+    with torch.no_grad():
+        layer_of(model).lora_B.bias.fill_(1.0)
+    torch.testing.assert_close(layer_of(model).delta(torch.randn(3, 6)), torch.full((3, 5), 3.0))
+
+
+def test_lora_bias_is_refused_on_an_embedding() -> None:
+    with pytest.raises(ak.ConfigError, match="lora_bias has no meaning at 'fc': an embedding has no bias"):
+        adapt(one(nn.Embedding(4, 3)), target_modules=["fc"], lora_bias=True)
+
+
+# Initial values
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_b_times_a_is_zero_at_the_start(kind: str, init: Any) -> None:
+    model = one(LAYERS[kind][0]())
+    adapt(model, target_modules=["fc"], r=2, init_lora_weights=init, lora_bias=kind != "Embedding" and init is True)
+    delta = layer_of(model).factors().delta()
+    torch.testing.assert_close(delta, torch.zeros_like(delta), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_init_false_changes_the_model_at_once(kind: str) -> None:
+    model = one(LAYERS[kind][0]())
+    adapt(model, target_modules=["fc"], r=2, init_lora_weights=False)
+    assert all(matrix.abs().min() > 0 for matrix in matrices(layer_of(model)))
+
+
+def test_the_default_a_is_drawn_as_nn_linear_draws_its_weight() -> None:
+    model = one(nn.Linear(400, 3))
+    adapt(model, target_modules=["fc"], r=50)
+    down, _ = matrices(layer_of(model))
+    bound = 1 / math.sqrt(400)
+    assert 0.95 * bound < down.abs().max() <= bound
+    assert down.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_a_convolutions_default_a_is_bounded_by_its_whole_fan_in() -> None:
+    model = one(nn.Conv2d(40, 3, 3))
+    adapt(model, target_modules=["fc"], r=50)
+    down, _ = matrices(layer_of(model))
+    assert 0.95 / math.sqrt(360) < down.abs().max() <= 1 / math.sqrt(360)
+
+
+def test_gaussian_draws_a_with_deviation_one_over_r() -> None:
+    model = one(nn.Linear(2000, 3))
+    adapt(model, target_modules=["fc"], r=4, init_lora_weights="gaussian")
+    assert matrices(layer_of(model))[0].std().item() == pytest.approx(0.25, rel=0.05)
+
+
+def test_orthogonal_gives_both_factors_values_and_needs_an_even_rank() -> None:
+    model = one(nn.Linear(6, 5))
+    adapt(model, target_modules=["fc"], r=4, init_lora_weights="orthogonal")
+    assert all(matrix.norm() > 0 for matrix in matrices(layer_of(model)))
+    with pytest.raises(ak.ConfigError, match="init_lora_weights='orthogonal' needs an even rank"):
+        LoraConfig(r=3, init_lora_weights="orthogonal")
+
+
+def test_an_embedding_starts_with_a_zero_and_b_normal() -> None:
+    model = one(nn.Embedding(5, 400))
+    adapt(model, target_modules=["fc"], r=4)
+    down, up = matrices(layer_of(model))
+    assert down.count_nonzero() == 0
+    assert up.std().item() == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"rank_pattern": {"fc": 3}}])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: Conv1D(5, 6)], ids=["Linear", "Conv1D"])
+def test_pissa_takes_the_best_approximation_of_its_rank(make: Any, fields: dict[str, Any]) -> None:
+    model = one(make().double())
+    nn.init.normal_(model.fc.weight)
+    adapt(model, target_modules=["fc"], r=2, lora_alpha=5, init_lora_weights="pissa", **fields)
+    layer = layer_of(model)
+    weight = layer.kind.read(model.fc)
+    taken = layer.scaling * matrices(layer)[1] @ matrices(layer)[0]
+    assert torch.linalg.matrix_rank(taken) == layer.r
+    rest = torch.linalg.svdvals(weight)[layer.r :]
+    torch.testing.assert_close((weight - taken).norm(), rest.norm())  # Eckart and Young
+
+
+def test_pissa_niter_comes_near_the_best_approximation() -> None:
+    model = one(nn.Linear(30, 20, dtype=torch.float64))
+    nn.init.normal_(model.fc.weight)
+    adapt(model, target_modules=["fc"], r=4, init_lora_weights="pissa_niter_8")
+    down, up = matrices(layer_of(model))
+    best = torch.linalg.svdvals(model.fc.weight.detach())[4:].norm()
+    rest = (model.fc.weight.detach() - 2 * up @ down).norm()
+    assert best <= rest * (1 + 1e-9)
+    assert rest <= best * 1.02
+
+
+def test_olora_starts_from_the_leading_parts_of_the_weights_qr() -> None:
+    model = one(nn.Linear(6, 5, dtype=torch.float64))
+    adapt(model, target_modules=["fc"], r=5, init_lora_weights="olora")
+    down, up = matrices(layer_of(model))
+    torch.testing.assert_close(up.t() @ up, torch.eye(5, dtype=torch.float64))
+    assert torch.equal(down, down.triu())
+    torch.testing.assert_close(up @ down, model.fc.weight.detach())
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", *RESIDUAL])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_a_new_adapter_is_the_identity(name: str, init: Any) -> None:
+    model = build(name)
+    before = run(model, name)
+    targets = list(MODELS[name].targets)
+    adapt(model, target_modules=targets, r=2, init_lora_weights=init)
+    assert torch.equal(run(model, name), before)
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_an_initialisation_from_the_weight_leaves_the_weight_alone(init: str) -> None:
+    model = build("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    adapt(model, target_modules=["q_proj"], r=2, init_lora_weights=init)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_a_first_step_with_pissa_or_olora_trains_both_factors(init: str) -> None:
+    model = one(nn.Linear(6, 5))
+    adapters = adapt(model, target_modules=["fc"], r=2, init_lora_weights=init)
+    model(torch.randn(3, 6)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in adapters.parameters("a"))
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_initialisations_from_the_weight_say_when_the_rank_is_too_large(init: str) -> None:
+    with pytest.raises(ak.StateError, match=r"takes r <= min\(in, out\) = 5 at 'fc', not 6"):
+        adapt(one(nn.Linear(6, 5)), target_modules=["fc"], r=6, init_lora_weights=init)
+
+
+@pytest.mark.parametrize("kind", ["Conv2d", "Embedding"])
+def test_initialisations_from_the_weight_are_for_linear_layers(kind: str) -> None:
+    with pytest.raises(ak.StateError, match=f"init_lora_weights='pissa' is for linear layers; 'fc' is a {kind}"):
+        adapt(one(LAYERS[kind][0]()), target_modules=["fc"], r=1, init_lora_weights="pissa")
+
+
+# Dropout
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, x = one(nn.Linear(6, 5)), torch.randn(3, 6)
+    randomise(adapt(model, target_modules=["fc"], lora_dropout=0.5))
+    whole = run_twice(model.eval(), x)
+    assert torch.equal(*whole)
+    assert not torch.equal(*run_twice(model.train(), x))
+
+
+def run_twice(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return model(x), model(x)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dropout_is_unbiased_and_leaves_the_base_path_alone(kind: str) -> None:
+    make, inputs = LAYERS[kind]
+    model, x = one(make()), inputs()[:1]
+    randomise(adapt(model, target_modules=["fc"], r=2, lora_dropout=0.3))
+    many = x.repeat(4000, *(1,) * (x.dim() - 1))
+    with torch.no_grad():
+        dropped, whole = model.train()(many), model.eval()(x)[0]
+    spread = dropped.std(0)
+    assert spread.max() > 0.01
+    error = (dropped.mean(0) - whole).abs()
+    assert (error <= 5 * spread / math.sqrt(4000) + 1e-5).all()
+
+
+@pytest.mark.parametrize("init", RESIDUAL)
+def test_the_subtracted_start_of_pissa_is_not_dropped(init: str) -> None:
+    model, x = one(nn.Linear(6, 5)), torch.randn(1, 6)
+    adapt(model, target_modules=["fc"], r=2, lora_dropout=0.3, init_lora_weights=init)
+    with torch.no_grad():
+        base = model.eval()(x)
+        dropped = model.train()(x.expand(4000, 6))
+    torch.testing.assert_close(dropped.mean(0), base[0], rtol=0, atol=0.1 * dropped.std().item())
+
+
+# Biases
+
+
+def bias_names(mode: str, name: str = "bert", **fields: Any) -> set[str]:
+    model = build(name)
+    adapters = adapt(model, target_modules=["query"], bias=mode, modules_to_save=None, **fields)
+    return {n for n, _ in adapters.named_parameters("a") if n.endswith(".bias")}
+
+
+def test_bias_none_trains_no_bias() -> None:
+    assert bias_names("none") == set()
+
+
+def test_bias_lora_only_trains_the_biases_of_the_targets() -> None:
+    assert bias_names("lora_only") == {f"bert.encoder.layer.{i}.attention.self.query.bias" for i in range(2)}
+
+
+def test_bias_all_trains_every_bias_of_the_model() -> None:
+    assert bias_names("all") == {n for n, _ in build("bert").named_parameters() if n.endswith(".bias")}
+
+
+@pytest.mark.parametrize("kind", [k for k in LAYERS if k != "Embedding"])
+def test_a_trained_bias_stands_in_for_the_layers_own(kind: str) -> None:
+    make, inputs = LAYERS[kind]
+    model, x = one(make()), inputs()
+    base = copy.deepcopy(model)
+    adapters = adapt(model, target_modules=["fc"], bias="lora_only")
+    own = torch.randn_like(base.fc.bias)
+    with torch.no_grad():
+        dict(adapters.named_parameters("a"))["fc.bias"].copy_(own)
+        base.fc.bias.copy_(own)
+        torch.testing.assert_close(model(x), base(x))
+
+
+@pytest.mark.parametrize("name", ["bert", "convnet", "gpt2"])
+def test_all_trained_biases_stand_in_for_the_models_own(name: str) -> None:
+    model, changed = build(name), build(name)
+    adapters = adapt(model, target_modules=MODELS[name].targets[:1], bias="all", modules_to_save=None)
+    own = {n: p for n, p in adapters.named_parameters("a") if n.endswith(".bias")}
+    with torch.no_grad():
+        for key, bias in own.items():
+            bias.add_(torch.randn_like(bias))
+            changed.get_parameter(key).copy_(bias)
+    torch.testing.assert_close(run(model, name), run(changed, name))
+
+
+def test_disabling_gives_the_bases_biases_back() -> None:
+    model = build("bert")
+    before = run(model, "bert")
+    adapters = adapt(model, target_modules=["query"], bias="all")
+    randomise(adapters)
+    with adapters.disabled():
+        assert torch.equal(run(model, "bert"), before)
