@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from adapterkit import offload
 from adapterkit.errors import SelectionError, StateError
 from adapterkit.keys import BIASES, CONTAINERS, HEADS, LAYERS
 
@@ -150,14 +151,23 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         original, names = head, tuple(n for n in active.names if n == owner)
     layers = [layer for layer, _ in _of(parts.get(LAYERS), names)]
     biases = [bias for bias, _ in _of(parts.get(BIASES), names)]
-    if not layers and not biases:
+    if not (layers or biases) or not (args or kwargs):
         return original(*args, **kwargs)
-    if not args and kwargs:  # the input came by keyword
+    if not args:  # the input came by keyword
         original, x = _by_keyword(original, kwargs)
         args = (x,)
-    out, dtype = _through(layers, _Inner(original, args[1:], kwargs), args[0], module)
+    base = _Inner(original, args[1:], kwargs)
+    if "_hf_hook" in module.__dict__:
+        with offload.fetched(*layers, *biases):
+            return _changed(layers, biases, base, args[0], module)
+    return _changed(layers, biases, base, args[0], module)
+
+
+def _changed(layers: list[Any], biases: list[Any], base: _Inner, x: Tensor, module: nn.Module) -> Tensor:
+    """`base(x)` with these adapter layers and trained biases at work."""
+    out, dtype = _through(layers, base, x, module)
     for bias in biases:
-        out = out + bias.change(out)
+        out = out + bias.change(module.bias, out)
     return out.to(dtype)
 
 

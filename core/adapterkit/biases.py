@@ -28,22 +28,31 @@ class BiasLayer(nn.Module):
 
     Args:
         base: the module's bias, shape `(out,)`: the initial value. It is kept, because the module's own
-            changes when another adapter is merged.
+            changes when another adapter is merged; on the meta device only from then on, for it has no values yet.
         trailing: dimensions of the output behind the bias's own; `-1`: the bias's is dimension 1.
     """
 
-    base: Tensor
+    base: Tensor | None
 
     def __init__(self, base: Tensor, trailing: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(base.clone())
-        self.register_buffer("base", base.clone(), persistent=False)
+        self.register_buffer("base", None if base.is_meta else base.clone(), persistent=False)
         self.trailing = trailing
 
-    def change(self, out: Tensor) -> Tensor:
+    def shift(self, bias: Tensor) -> Tensor:
+        """`own - base`; `bias` is the module's, which is the base where that is not kept."""
+        return self.bias - (bias if self.base is None else self.base)
+
+    def keep_base(self, bias: Tensor) -> None:
+        """The module's `bias` is about to change: keep it as the base if none is kept."""
+        if self.base is None:
+            self.base = bias.detach().clone()
+
+    def change(self, bias: Tensor, out: Tensor) -> Tensor:
         """`own - base` in the shape that broadcasts over `out`."""
         trailing = out.dim() - 2 if self.trailing < 0 else self.trailing
-        return (self.bias - self.base).view(-1, *(1,) * trailing)
+        return self.shift(bias).view(-1, *(1,) * trailing)
 
 
 def bias_place(cls: type[nn.Module], kind: LayerKind | None) -> int | None:

@@ -64,7 +64,7 @@ class AdapterConfig:
         if args:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
         for name, value in fields.items():
-            if name not in cls.__dataclass_fields__:
+            if name not in _field_names(cls):
                 cls._refuse_field(name, value)
         return super().__new__(cls)
 
@@ -100,7 +100,7 @@ class AdapterConfig:
                 f"{cls.__name__}: {name} = {value!r} is an option of PEFT that adapterkit does not implement. "
                 "Leave it out."
             )
-        close = nearest(name, cls.__dataclass_fields__, 1)
+        close = nearest(name, _field_names(cls), 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UnknownNameError(
             f"{cls.__name__} has no field {name!r}.{hint} "
@@ -124,7 +124,7 @@ class AdapterConfig:
             UnsupportedError: a field that is unknown, or not implemented, at a value that may change numbers.
             ConfigError: a known field of the wrong type or value.
         """
-        known = set(cls.__dataclass_fields__) - {"extra"}
+        known = _field_names(cls) - {"extra"}
         extra = {}
         for name, value in values.items():
             if name in known:
@@ -141,6 +141,11 @@ class AdapterConfig:
             return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
         except RecursionError as error:
             raise ConfigError("adapter_config.json: a value is nested too deeply.") from error
+
+
+def _field_names(cls: type[AdapterConfig]) -> set[str]:
+    """What a user may write; `__dataclass_fields__` has class variables too."""
+    return {f.name for f in dataclasses.fields(cls)}
 
 
 def _plain(value: Any) -> Any:

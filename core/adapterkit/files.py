@@ -149,7 +149,9 @@ def write_folder(
 
     Both files are written beside the folder first. A new folder appears by one rename. Over an old one the
     weights replace the weights in one rename if the config is the same; if it is not, the two files
-    change places with the old ones by one exchange of folders, other files in the folder being kept.
+    change places with the old ones by one exchange of folders, other files in the folder being kept. Where
+    that is not possible (not on Linux, a mount, the working directory, a file system without links) they are two
+    renames, and a crash just between them leaves the new weights beside the old config.
 
     Raises:
         SaveError: it cannot be written there; nothing has changed.
@@ -199,7 +201,7 @@ def _put(fresh: Path, folder: Path, text: str) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(f"{folder} is read-only")
     old = folder / CONFIG_FILE
     if not old.exists() or old.read_text(encoding="utf-8", errors="replace") == text:

@@ -115,7 +115,7 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
     if not outputs:
         names = ", ".join(type(head).__name__ for head in heads)
         raise ConfigError(
-            f"num_labels={new}: no linear layer of the head {names} has {old} outputs, so it is not "
+            f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is not "
             "known which one to resize. Resize the model's head before adding the adapter."
         )
     layer = outputs[-1]

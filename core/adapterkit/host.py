@@ -19,7 +19,27 @@ from adapterkit.walk import Walk, base_parameters
 ATTRIBUTE = "_adapterkit"
 _TIED = "all_tied_weights_keys"
 _IGNORED = "_keys_to_ignore_on_save"
+_SAVE = "save_pretrained"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class BaseSaver:
+    """Stands for a transformers model's `save_pretrained`: the base's weights go to a file with the base's labels."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, whichever adapter's label set the model's config follows now."""
+        model: Any = self.host.model
+        own, acting = self.host.labels, LabelSet.of(model)
+        if own is None or acting is None or self.host.labels_of is None:
+            return type(model).save_pretrained(model, *args, **kwargs)
+        own.apply(model)
+        try:
+            return type(model).save_pretrained(model, *args, **kwargs)
+        finally:
+            acting.apply(model)
 
 
 class Host:
@@ -37,6 +57,7 @@ class Host:
         self.size = 0
         self._trained: list[str] | None = None
         self._ignored: Any = None
+        self._ignored_here = False
         self._handle: RemovableHandle | None = None
         self._tied: dict[str, Any] | None = None
 
@@ -50,7 +71,10 @@ class Host:
         for _, parameter in parameters:
             parameter.requires_grad_(False)
         self._handle = InputGradients.install(self.model)
+        if hasattr(type(self.model), _SAVE) and _SAVE not in self.model.__dict__:
+            self.model.__dict__[_SAVE] = BaseSaver(self)
         if hasattr(self.model, _IGNORED):
+            self._ignored_here = _IGNORED in self.model.__dict__
             self._ignored = getattr(self.model, _IGNORED)
             setattr(self.model, _IGNORED, set(self._ignored or ()))
 
@@ -84,6 +108,10 @@ class Host:
             self._handle.remove()
         if self._trained is not None and hasattr(self.model, _IGNORED):
             setattr(self.model, _IGNORED, self._ignored)
+            if not self._ignored_here:
+                delattr(self.model, _IGNORED)
+        if isinstance(self.model.__dict__.get(_SAVE), BaseSaver):
+            del self.model.__dict__[_SAVE]
 
     def untie(self) -> None:
         """Tell transformers that the model's weights are not tied any more: it would leave one of them out of files."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, StateError
 from adapterkit.keys import (
     BIASES,
     HEADS,
@@ -21,6 +21,7 @@ from adapterkit.keys import (
 )
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Method
+from adapterkit.offload import hook_objects, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
 
@@ -61,7 +62,7 @@ class Slot:
     def assign(self, value: Tensor) -> None:
         """Put `value` there as it is, without a copy."""
         if self.name in self.owner._parameters:
-            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
         else:
             self.owner._buffers[self.name] = value
 
@@ -110,7 +111,7 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
         source: a full state dict of the model to take the values from; the model's own if `None`.
     """
     if source is None:
-        values = {key: slot.tensor.detach() for key, slot in slots(record).items()}
+        values = {key: real_value(slot.owner, slot.name) for key, slot in slots(record).items()}
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
@@ -254,7 +255,7 @@ def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     own = None if module is None else {**module._buffers, **module._parameters}.get(name)
     if own is None or own.shape != tensor.shape or own.is_meta:
         return False
-    wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.dtype.itemsize < 2 else tensor.dtype
+    wide = torch.float32 if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.dtype
     return torch.equal(own.detach().to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
@@ -281,10 +282,17 @@ def put(
     values: Iterable[tuple[Slot, Tensor]], *, assign: bool, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> None:
     """Move tensors to their places: assigned to a new adapter, copied into one that is in use."""
+    values = list(values)
+    for slot, _ in values:
+        if slot.tensor.is_meta and hook_objects(slot.owner):
+            raise StateError(
+                f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
+                "offload the model then, or load it under another name."
+            )
     with torch.no_grad():
         for slot, tensor in values:
             own = slot.tensor
-            if not assign and own.shape == tensor.shape:
+            if not assign and own.shape == tensor.shape and not own.is_meta:
                 own.copy_(tensor)
                 continue
             device = tensor.device if own.is_meta else own.device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapterkit.biases import BiasLayer
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.factors import Factors
+from adapterkit.keys import BIASES
 from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
 from adapterkit.record import AdapterRecord
@@ -181,6 +182,10 @@ def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
 
 def _keep(change: Change, owners: Mapping[nn.Parameter, int], *, values: bool) -> Kept:
     touched = _touched(change)
+    biases = change.module._modules.get(BIASES)
+    for layer in biases.children() if biases is not None and "bias" in touched else ():
+        assert isinstance(layer, BiasLayer)
+        layer.keep_base(touched["bias"])
     kept = Kept(change.module, touched, {n: p.detach().clone() for n, p in touched.items()} if values else {})
     for name, parameter in touched.items():
         if owners.get(parameter, 1) > 1:
@@ -237,7 +242,7 @@ def _add_biases(change: Change, shifts: Sequence[Tensor]) -> None:
     for shift in shifts:
         total += shift.to(work)
     for layer in change.biases:
-        total += layer.bias.to(work) - layer.base.to(work)
+        total += layer.shift(bias).to(work)
     bias.copy_(total)
 
 
@@ -260,7 +265,8 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
             weight, bias = default_registry.method_of(record.config).merge(layer, weight, bias)
     for trained in change.biases:
         assert bias is not None
-        bias = bias + (trained.bias - trained.base).to(bias.dtype)
+        assert own is not None
+        bias = bias + trained.shift(own).to(bias.dtype)
     return weight, bias
 
 

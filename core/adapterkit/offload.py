@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
 
 
 def real_value(module: nn.Module, name: str) -> Tensor:
-    """The module's own parameter `name`, fetched from where accelerate offloaded it if need be."""
-    tensor = module._parameters[name]
+    """The module's own parameter or buffer `name`, fetched from where accelerate offloaded it if need be."""
+    tensor: Tensor | None = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers[name]
     assert tensor is not None
     if tensor.is_meta:
         for hook in _hooks(module):
@@ -30,6 +33,23 @@ def real_value(module: nn.Module, name: str) -> Tensor:
                 value: Tensor = weights[name]
                 return value.to(execution_device(module, tensor))
     return tensor.detach()
+
+
+@contextmanager
+def fetched(*parts: nn.Module) -> Iterator[None]:
+    """Have the tensors of `parts` in place, where hooks that came after the adapters offload them as well.
+
+    An adapter layer reads the parameters of modules below it without calling them, so the hooks there would
+    never run.
+    """
+    hooked = [(m, m.__dict__["_hf_hook"]) for part in parts for m in part.modules() if "_hf_hook" in m.__dict__]
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooked:
+            hook.post_forward(module, None)
 
 
 def hook_objects(root: nn.Module) -> list[Any]:

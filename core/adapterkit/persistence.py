@@ -36,7 +36,7 @@ def save_record(
 
     Raises:
         SaveError: the folder cannot be written; what was there is untouched.
-        StateError: the adapter is on the meta device and has no values.
+        CheckpointError: the adapter is on the meta device and has no values.
     """
     method = default_registry.method_of(record.config)
     tensors = to_file(record, method, source)

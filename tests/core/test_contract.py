@@ -1,0 +1,444 @@
+"""What a plugin is checked for when it is registered, and what its hooks may do wrong later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tests.core.test_errors import unchanged
+from tests.models import EmbeddingNet
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit import hookspecs
+from adapterkit_lora import LoraConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(ak.AdapterConfig):
+    """Adds one trained number to each output."""
+
+    method = "shift"
+
+
+class ShiftLayer(ak.AdapterLayer):
+    def __init__(self, target: ak.Target) -> None:
+        super().__init__(target.kind)
+        self.shift_by = target.empty(target.out_features)
+        if not target.load:
+            nn.init.zeros_(self.shift_by)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.shift_by.expand(*x.shape[:-1], -1)
+
+
+@ak.hookimpl
+def config_type() -> type[ak.AdapterConfig]:
+    return ShiftConfig
+
+
+@ak.hookimpl
+def key_rule(config: ShiftConfig) -> ak.KeyRule:
+    return ak.KeyRule(prefix="shift_")
+
+
+@ak.hookimpl
+def inject(target: ak.Target, config: ShiftConfig) -> ak.AdapterLayer:
+    return ShiftLayer(target)
+
+
+class Plugin:
+    """An object with these hooks; pluggy needs it to be hashable."""
+
+    def __init__(self, **hooks: Any) -> None:
+        self.__dict__.update(hooks)
+
+
+def plugin(**changes: Any) -> Plugin:
+    """A plugin that is right but for `changes`; `None` leaves a hook out."""
+    hooks = {"config_type": config_type, "key_rule": key_rule, "inject": inject} | changes
+    return Plugin(**{name: hook for name, hook in hooks.items() if hook is not None})
+
+
+def config_class(method: str) -> Any:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ak.AdapterConfig):
+        pass
+
+    Config.method = method
+    return Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needy(ak.AdapterConfig):
+    method = "shift"
+
+    size: int
+
+
+def returning(value: object) -> Callable[..., Any]:
+    """An implementation, without annotations, that returns `value`."""
+
+    @ak.hookimpl
+    def hook() -> Any:
+        return value
+
+    return hook
+
+
+@ak.hookimpl
+def of_no_spec() -> None:
+    pass
+
+
+@ak.hookimpl
+def injekt(target: ak.Target) -> ak.AdapterLayer:
+    raise AssertionError
+
+
+@ak.hookimpl
+def with_more_arguments(target: ak.Target, rank: int, device: str) -> ak.AdapterLayer:
+    raise AssertionError
+
+
+@ak.hookimpl
+def returns_text(target: ak.Target) -> str:
+    return ""
+
+
+@ak.hookimpl
+def takes_text(target: str) -> ak.AdapterLayer:
+    raise AssertionError
+
+
+@ak.hookimpl
+def without_annotations(config):  # type: ignore[no-untyped-def]
+    return ak.KeyRule(prefix="shift_")
+
+
+@ak.hookimpl
+def fails() -> Any:
+    raise ZeroDivisionError("division by zero")
+
+
+WHO = "The method 'shift' (Plugin)"
+
+REGISTERED_WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no inject": ({"inject": None}, (f"{WHO} lacks the required hook inject.",)),
+    "no hooks": (
+        {"inject": None, "key_rule": None, "config_type": None},
+        (f"{WHO} lacks the required hooks config_type, key_rule, inject.",),
+    ),
+    "misspelt hook": (
+        {"injekt": injekt},
+        (f"{WHO} implements 'injekt', which is no hook. Did you mean 'inject'? Hooks: combiners, ",),
+    ),
+    "a hook of no name": ({"xyzzy": of_no_spec}, ("implements 'xyzzy', which is no hook. Hooks: ",)),
+    "arguments": (
+        {"inject": with_more_arguments},
+        (
+            "hook inject(target, rank, device) takes 'rank', 'device', which its spec does not give. "
+            "It gives: target, config, shared.",
+        ),
+    ),
+    "returns": ({"inject": returns_text}, ("hook inject returns str; the spec says ",)),
+    "takes": ({"inject": takes_text}, ("hook inject takes target as str; the spec says Target.",)),
+    "no config": ({"config_type": returning(None)}, ("its hook config_type returned None; it must return a subclass",)),
+    "no class": (
+        {"config_type": returning(3)},
+        ("its hook config_type returned 3; it must return a subclass of Adapter",),
+    ),
+    "another class": ({"config_type": returning(dict)}, ("returned <class 'dict'>; it must return a subclass of",)),
+    "config that fails": (
+        {"config_type": fails},
+        ("its hook config_type raised ZeroDivisionError: division by zero.",),
+    ),
+    "config of another name": (
+        {"config_type": returning(config_class("shiift"))},
+        (f"{WHO}: Config.method is 'shiift'; it must be the method's name, 'shift'.",),
+    ),
+    "config without a name": ({"config_type": returning(config_class(""))}, ("Config.method is ''; it must be",)),
+    "config without defaults": (
+        {"config_type": returning(Needy)},
+        ("Needy() raised TypeError: ", "Every field of a config needs a default."),
+    ),
+    "no rule": ({"key_rule": returning(None)}, ("its hook key_rule returned None; it must return a KeyRule.",)),
+    "rule of another type": (
+        {"key_rule": returning("shift_")},
+        ("its hook key_rule returned a str; it must return a KeyRule or None.",),
+    ),
+    "rule that fails": ({"key_rule": fails}, ("its hook key_rule raised ZeroDivisionError",)),
+    "no prefix": (
+        {"key_rule": returning(ak.KeyRule(prefix=""))},
+        ("its key prefix '' must be a name without dots, such as 'lora_'.",),
+    ),
+    "prefix with a dot": ({"key_rule": returning(ak.KeyRule(prefix="a.b"))}, ("its key prefix 'a.b' must be a name",)),
+}
+
+
+@pytest.mark.parametrize(("changes", "texts"), REGISTERED_WRONG.values(), ids=REGISTERED_WRONG.keys())
+def test_plugin_that_is_refused(changes: dict[str, Any], texts: tuple[str, ...]) -> None:
+    registry = ak.Registry()
+    with pytest.raises(ak.PluginError) as caught:
+        registry.register(plugin(**changes), "shift")
+    for text in texts:
+        assert text in str(caught.value)
+    with pytest.raises(ak.UnknownNameError):
+        registry.method("shift")
+    registry.register(plugin())  # nothing of the first attempt is in the way
+
+
+def test_plugin_without_a_config_and_a_name_is_told_the_hook() -> None:
+    with pytest.raises(ak.PluginError, match="lacks the required hook config_type"):
+        ak.Registry().register(plugin(config_type=None))
+
+
+def test_plugin_that_is_right_is_registered() -> None:
+    registry = ak.Registry()
+    method = registry.register(plugin())
+    assert method.name == "shift"
+    assert registry.method("shift") is method
+    assert repr(method) == "<method 'shift' from Plugin>"
+    assert str(registry.methods()["shift"]) == "shift (Plugin)"
+    assert registry.config("shift") == ShiftConfig()
+
+
+def test_hook_without_annotations_is_taken() -> None:
+    ak.Registry().register(plugin(key_rule=without_annotations))
+
+
+def test_name_that_a_registered_method_has() -> None:
+    registry = ak.Registry()
+    registry.register(plugin())
+    with pytest.raises(ak.PluginError, match=r"the name is taken by Plugin\."):
+        registry.register(plugin(key_rule=returning(ak.KeyRule(prefix="other_"))))
+
+
+def test_name_that_an_installed_package_has() -> None:
+    registry = ak.Registry()
+    fake = plugin(config_type=returning(config_class("lora")))
+    with pytest.raises(ak.PluginError, match="the name is taken by the installed package adapterkit"):
+        registry.register(fake)
+    assert registry.method("lora").config_type() is LoraConfig
+
+
+@pytest.mark.parametrize("prefix", ["lora_", "lora_x_", "lo"])
+def test_prefix_that_begins_like_anothers(prefix: str) -> None:
+    registry = ak.Registry()
+    registry.method("lora")
+    with pytest.raises(ak.PluginError) as caught:
+        registry.register(plugin(key_rule=returning(ak.KeyRule(prefix=prefix))))
+    text = f"its key prefix {prefix!r} and 'lora_' of 'lora' (adapterkit {ak.__version__}) begin alike, so their"
+    assert text in str(caught.value)
+    assert registry.method("lora")
+
+
+def test_plugin_twice() -> None:
+    registry, shift = ak.Registry(), plugin()
+    registry.register(shift)
+    with pytest.raises(ak.PluginError, match="Plugin is registered already"):
+        registry.register(shift)
+
+
+def test_specname_is_the_hook_that_is_checked() -> None:
+    @ak.hookimpl(specname="injekt")
+    def inject(target: ak.Target) -> ak.AdapterLayer:
+        raise AssertionError
+
+    with pytest.raises(ak.PluginError, match="Did you mean 'inject'"):
+        ak.Registry().register(plugin(inject=inject))
+
+
+# What hooks do later
+
+
+def net() -> nn.Module:
+    model = EmbeddingNet().eval()
+    ak.attach(model).add("before", LoraConfig(r=2, target_modules=["layers.0"]))
+    return model
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ak.AdapterConfig]:
+    """`registered(inject=...)`: a plugin with these hooks is the method `"shift"`; gives a config for it."""
+    from adapterkit.registry import default_registry
+
+    done = []
+
+    def make(**hooks: Any) -> ak.AdapterConfig:
+        done.append(default_registry.register(plugin(**hooks)).name)
+        return ShiftConfig(target_modules=["layers.0", "layers.1", "overhead"])
+
+    yield make  # type: ignore[misc]
+    for name in done:
+        default_registry.unregister(name)
+
+
+@dataclass
+class Third:
+    """A hook `inject` that does what it should twice, and then something else."""
+
+    then: Callable[[ak.Target], Any]
+    calls: int = 0
+
+    def hook(self) -> Any:
+        @ak.hookimpl
+        def inject(target: ak.Target, config: ak.AdapterConfig) -> Any:
+            self.calls += 1
+            return self.then(target) if self.calls == 3 else ShiftLayer(target)
+
+        return inject
+
+
+class WrongPrefix(ShiftLayer):
+    def __init__(self, target: ak.Target) -> None:
+        super().__init__(target)
+        self.other = target.empty(2)
+
+
+class WrongBuffer(ShiftLayer):
+    def __init__(self, target: ak.Target) -> None:
+        super().__init__(target)
+        self.register_buffer("mask", torch.ones(2))
+
+
+def raise_error(target: ak.Target) -> Any:
+    raise ZeroDivisionError(target.path)
+
+
+def raise_ours(target: ak.Target) -> Any:
+    raise ak.ConfigError("not at this layer")
+
+
+INJECTED_WRONG: dict[str, tuple[Callable[[ak.Target], Any], type[Exception], str]] = {
+    "raises": (raise_error, ak.PluginError, f"{WHO}: its hook inject raised ZeroDivisionError: overhead."),
+    "raises ours": (raise_ours, ak.ConfigError, "not at this layer"),
+    "another type": (
+        lambda target: nn.Linear(2, 2),
+        ak.PluginError,
+        f"{WHO}: its hook inject returned a Linear; it must return a AdapterLayer or None.",
+    ),
+    "no such kind": (
+        lambda target: None,
+        ak.SelectionError,
+        "The method 'shift' does not support Linear layers, such as 'overhead'. Leave it out with exclude_modules.",
+    ),
+    "a parameter of another prefix": (
+        WrongPrefix,
+        ak.PluginError,
+        "its hook inject made 'other' for 'overhead'; every parameter and buffer must begin with its prefix 'shift_'.",
+    ),
+    "a buffer of another prefix": (WrongBuffer, ak.PluginError, "its hook inject made 'mask' for 'overhead'"),
+}
+
+
+@pytest.mark.parametrize(("then", "error", "message"), INJECTED_WRONG.values(), ids=INJECTED_WRONG.keys())
+def test_injection_that_fails_half_way_changes_nothing(
+    registered: Callable[..., Any], then: Callable[[ak.Target], Any], error: type[Exception], message: str
+) -> None:
+    third = Third(then)
+    config = registered(inject=third.hook())
+    model = net()
+    with unchanged(model), pytest.raises(error) as caught:
+        ak.attach(model).add("x", config)
+    assert message in str(caught.value)
+    assert third.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (returning(3), f"{WHO}: its hook prepare returned a int; it must return a Mapping or None."),
+        (fails, "its hook prepare raised ZeroDivisionError"),
+        (
+            returning({"shift_B": torch.ones(1), "shift_C": torch.ones(1)}),
+            "its hook prepare returned ['shift_B', 'shift_C'], but its key rule declares the shared tensors [].",
+        ),
+    ],
+    ids=["type", "raises", "undeclared"],
+)
+def test_prepare_that_is_wrong_changes_nothing(registered: Callable[..., Any], prepare: Any, message: str) -> None:
+    model, config = net(), registered(prepare=prepare)
+    with unchanged(model), pytest.raises(ak.PluginError) as caught:
+        ak.attach(model).add("x", config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("hook", ["to_file", "file_config"])
+@pytest.mark.parametrize("implementation", [returning(3), fails], ids=["type", "raises"])
+def test_saving_with_a_hook_that_is_wrong_writes_nothing(
+    registered: Callable[..., Any], tmp_path: Any, hook: str, implementation: Any
+) -> None:
+    model, config = net(), registered()
+    ak.attach(model).add("x", config)
+    from adapterkit.registry import default_registry
+
+    default_registry.unregister("shift")
+    default_registry.register(plugin(**{hook: implementation}))
+    with pytest.raises(ak.PluginError, match=f"its hook {hook} (returned a int|raised ZeroDivisionError)"):
+        ak.attach(model).save("x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_that_says_nothing_of_its_effect(registered: Callable[..., Any]) -> None:
+    class Nothing(ak.AdapterLayer):
+        pass
+
+    third = Third(lambda target: Nothing(target.kind), calls=2)
+    registered(inject=third.hook())
+    model = net()
+    ak.attach(model).add("x", ShiftConfig(target_modules=["overhead"]))
+    with pytest.raises(ak.UnsupportedError, match="Nothing must define delta"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_plugin_that_is_not_hashable() -> None:
+    with pytest.raises(ak.PluginError, match="a plugin must be hashable, as modules are, not a dict"):
+        ak.Registry().register({})
+
+
+# The specs themselves
+
+
+def specs() -> dict[str, Any]:
+    return {n: f for n, f in vars(hookspecs).items() if hasattr(f, f"{hookspecs.PROJECT}_spec")}
+
+
+def test_specs_are_those_of_the_design() -> None:
+    methods = {
+        "config_type",
+        "key_rule",
+        "prepare",
+        "inject",
+        "factors",
+        "merge",
+        "to_file",
+        "file_config",
+        "from_file",
+    }
+    assert set(specs()) == methods | {"from_factors", "layer_kinds", "combiners"}
+    assert set(hookspecs.REQUIRED) == {"config_type", "key_rule", "inject"}
+
+
+@pytest.mark.parametrize("name", specs())
+def test_spec_says_what_it_is_for(name: str) -> None:
+    assert len(specs()[name].__doc__ or "") > 50
+    assert ("*Required.*" in specs()[name].__doc__) == (name in hookspecs.REQUIRED)
+
+
+Answer = Mapping[str, Tensor]
+
+
+def test_annotations_of_related_types_agree() -> None:
+    @ak.hookimpl
+    def to_file(config: ShiftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    @ak.hookimpl
+    def prepare(targets: Sequence[ak.Target]) -> Answer | None:
+        return None
+
+    ak.Registry().register(plugin(to_file=to_file, prepare=prepare))

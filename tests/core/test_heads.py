@@ -1,0 +1,546 @@
+"""Heads and label sets: an adapter's own copy of the output layers, which comes and goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
+from tests.models import build, run, tokens
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+Trained = Callable[..., ak.Adapters]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+IDS = {"input_ids": tokens()}
+PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+T5_SIZES = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+BART_SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "max_position_embeddings": 16,
+    **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))},
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
+ENDING = {"input_ids": torch.tensor([[3, 4, 5, 1], [6, 7, 8, 1]])}
+
+# name -> (class, config, inputs, heads, targets)
+TASKS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig, dict[str, Tensor], tuple[str, ...], list[str]]] = {
+    "bert": (BertForSequenceClassification, BertConfig(**SIZES, num_labels=3), IDS, ("classifier",), ["query"]),
+    "roberta": (
+        RobertaForSequenceClassification,
+        RobertaConfig(**SIZES, num_labels=3),
+        IDS,
+        ("classifier",),
+        ["query"],
+    ),
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        DistilBertConfig(vocab_size=32, dim=16, hidden_dim=24, n_layers=1, n_heads=2, num_labels=3),
+        IDS,
+        ("pre_classifier", "classifier"),
+        ["q_lin"],
+    ),
+    "gpt2": (
+        GPT2ForSequenceClassification,
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, num_labels=3, pad_token_id=0),
+        IDS,
+        ("score",),
+        ["c_attn"],
+    ),
+    "t5": (
+        T5ForSequenceClassification,
+        T5Config(**T5_SIZES, num_labels=3, decoder_start_token_id=0),
+        ENDING,
+        ("classification_head",),
+        ["q"],
+    ),
+    "bart": (
+        BartForSequenceClassification,
+        BartConfig(**BART_SIZES, num_labels=3, eos_token_id=1, pad_token_id=0, bos_token_id=2),
+        ENDING,
+        ("classification_head",),
+        ["q_proj"],
+    ),
+    "tokens": (BertForTokenClassification, BertConfig(**SIZES, num_labels=3), IDS, ("classifier",), ["query"]),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig(
+            **{k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")},
+            image_size=32,
+            patch_size=8,
+            num_labels=3,
+        ),
+        PIXELS,
+        ("classifier",),
+        [r"q_proj"],
+    ),
+    "resnet": (
+        ResNetForImageClassification,
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3, layer_type="basic"),
+        PIXELS,
+        ("classifier",),
+        ["convolution"],
+    ),
+    "questions": (BertForQuestionAnswering, BertConfig(**SIZES), IDS, ("qa_outputs",), ["query"]),
+    "choices": (
+        BertForMultipleChoice,
+        BertConfig(**SIZES),
+        {"input_ids": tokens().unsqueeze(0)},
+        ("classifier",),
+        ["query"],
+    ),
+}
+SIZED = [name for name in TASKS if name not in ("questions", "choices")]
+
+
+def task_model(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TASKS[name][0](TASKS[name][1]).eval()
+
+
+def outputs(model: nn.Module, name: str) -> Tensor:
+    with torch.no_grad():
+        out = model(**TASKS[name][2])
+    return torch.stack([out.start_logits, out.end_logits]) if name == "questions" else out.logits
+
+
+def add(adapters: ak.Adapters, name: str, seed: int = 1, **arguments: Any) -> ak.AddReport:
+    """Add an adapter on `query` with the model's own head, as if trained, and activate it."""
+    fields = {k: arguments.pop(k) for k in ("modules_to_save", "bias", "target_modules") if k in arguments}
+    report = adapters.add(name, LoraConfig(**{"r": 2, "target_modules": ["query"], **fields}), **arguments)
+    set_parameters(adapters, name, seed)
+    return report
+
+
+# Which module is the head
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_task_head_is_found_and_reported(name: str) -> None:
+    _, _, _, heads, targets = TASKS[name]
+    report = ak.attach(task_model(name)).add("a", LoraConfig(r=2, target_modules=targets))
+    assert report.heads == heads
+    assert all(f"trained in full: {head}" in str(report) for head in heads)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_head_acts_is_disabled_saved_loaded_and_removed_with_its_adapter(name: str, tmp_path: Path) -> None:
+    model = task_model(name)
+    before, base = snapshot(model), outputs(model, name)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=TASKS[name][4]))
+    with torch.no_grad():
+        for path, parameter in adapters.named_parameters("a"):
+            if "lora_" not in path:  # the head alone: lora_B is zero
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected = outputs(model, name)
+    assert different(expected, base)
+    with adapters.disabled():
+        assert torch.equal(outputs(model, name), base)
+    adapters.save("a", tmp_path)
+    fresh = task_model(name)
+    assert ak.attach(fresh).load(tmp_path, "b").ok
+    assert torch.equal(outputs(fresh, name), expected)
+    adapters.remove("a")
+    assert torch.equal(outputs(model, name), base)
+    assert_as_before(adapters.detach(), before)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_num_labels_gives_the_adapter_a_head_of_its_own_size(name: str, tmp_path: Path) -> None:
+    model = task_model(name)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=TASKS[name][4]), num_labels=5)
+    expected = outputs(model, name)
+    assert expected.shape[-1] == 5
+    adapters.save("a", tmp_path)
+    fresh = ak.attach(task_model(name))
+    fresh.load(tmp_path, "b")
+    assert torch.equal(outputs(fresh.model, name), expected)
+    assert fresh.model.config.num_labels == 5
+
+
+@pytest.mark.parametrize("name", [n for n in SIZED if n != "tokens"])
+def test_the_loss_is_computed_with_the_active_adapters_number_of_classes(name: str) -> None:
+    model = task_model(name)
+    adapters = ak.attach(model)
+    adapters.add("five", LoraConfig(r=2, target_modules=TASKS[name][4]), num_labels=5)
+    labels = torch.tensor([4, 0])
+    out = model(**TASKS[name][2], labels=labels)
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits, labels))
+    adapters.activate()
+    labels = torch.tensor([2, 0])
+    out = model(**TASKS[name][2], labels=labels)
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits, labels))
+
+
+def test_token_classification_loss_uses_the_active_adapters_number_of_classes() -> None:
+    model = task_model("tokens")
+    ak.attach(model).add("a", LoraConfig(r=2, target_modules=["query"]), num_labels=7)
+    labels = torch.full((2, 6), 6)
+    out = model(**IDS, labels=labels)
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits.view(-1, 7), labels.view(-1)))
+
+
+def test_no_head_is_taken_where_modules_to_save_is_none() -> None:
+    report = add(ak.attach(build("bert")), "a", modules_to_save=None)
+    assert report.heads == ()
+    assert "trained in full" not in str(report)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_a_language_model_has_no_task_head(name: str) -> None:
+    assert ak.attach(build(name)).add("a", LoraConfig()).heads == ()
+
+
+def test_a_head_inside_another_named_module_is_left_to_it() -> None:
+    report = add(ak.attach(task_model("roberta")), "a", modules_to_save=["classifier.dense", "classifier"])
+    assert report.heads == ("classifier",)
+
+
+def test_a_nested_head_is_saved_under_its_whole_path(tmp_path: Path) -> None:
+    model = task_model("roberta")
+    adapters = ak.attach(model)
+    add(adapters, "a", modules_to_save=["classifier.dense", "encoder.layer.0.output"])
+    expected = outputs(model, "roberta")
+    adapters.save("a", tmp_path)
+    keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.classifier.dense.weight" in keys
+    assert "base_model.model.roberta.encoder.layer.0.output.LayerNorm.weight" in keys
+    fresh = ak.attach(task_model("roberta"))
+    assert fresh.load(tmp_path, "a").ok
+    assert torch.equal(outputs(fresh.model, "roberta"), expected)
+
+
+def test_a_head_holds_no_part_of_another_adapter() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", target_modules=["classifier"], modules_to_save=None, bias="all")
+    add(adapters, "b")
+    assert not [key for key, _ in adapters.named_parameters("b") if "adapter" in key]
+    expected = run(model, "bert")
+    adapters.remove("a")
+    assert torch.equal(run(model, "bert"), expected)
+
+
+# Switching
+
+
+def test_each_adapter_acts_with_its_own_head() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    base = run(model, "bert")
+    add(adapters, "a", seed=1)
+    first = run(model, "bert")
+    add(adapters, "b", seed=2)
+    second = run(model, "bert")
+    assert different(first, base)
+    assert different(second, first)
+    adapters.activate("a")
+    assert torch.equal(run(model, "bert"), first)
+    adapters.activate()
+    assert torch.equal(run(model, "bert"), base)
+
+
+def test_a_head_trains_and_the_base_does_not() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a")
+    before = model.classifier.weight.clone()
+    loss = model(**IDS, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    torch.optim.SGD(adapters.parameters("a"), lr=1.0).step()
+    assert model.classifier.weight.grad is None
+    assert torch.equal(model.classifier.weight, before)
+    assert different(model.classifier.adapter_heads["a"].weight, before)
+
+
+def test_two_heads_for_one_module_are_an_error_that_says_how_to_choose() -> None:
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a")
+    add(adapters, "b")
+    with pytest.raises(ak.ConfigError) as error:
+        adapters.activate("a", "b")
+    assert str(error.value) == (
+        "'a' and 'b' each have their own 'classifier', and only one can act. Say which: activate(..., heads='a')."
+    )
+    assert adapters.active == ("b",)
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize(("chosen", "labels"), [("a", 5), ("b", 7)])
+def test_heads_chooses_whose_head_and_labels_act(chosen: str, labels: int, order: tuple[str, str]) -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", num_labels=5)
+    add(adapters, "b", num_labels=7)
+    adapters.activate(*order, heads=chosen)
+    assert run(model, "bert").shape[-1] == model.config.num_labels == model.num_labels == labels
+
+
+def test_heads_must_name_one_of_the_adapters_to_be_activated() -> None:
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a")
+    add(adapters, "b")
+    with pytest.raises(ak.UnknownNameError, match=r"No adapter to be activated 'a'.*'b'"):
+        adapters.activate("b", heads="a")
+
+
+def test_adapters_with_and_without_heads_act_together() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", num_labels=5)
+    add(adapters, "b", modules_to_save=None, target_modules=["value"])
+    adapters.activate("a", trainable=False)
+    alone = run(model, "bert")
+    adapters.activate("b", "a", trainable=False)
+    together = run(model, "bert")
+    assert together.shape == (2, 5)
+    assert different(alone, together)
+
+
+@pytest.mark.parametrize("target", ["classifier", "classifier.dense"])
+def test_a_head_acts_in_place_of_its_module_and_of_what_others_change_in_it(target: str) -> None:
+    name = "bert" if target == "classifier" else "roberta"
+    model = task_model(name)
+    adapters = ak.attach(model)
+    add(adapters, "a", seed=1)
+    add(adapters, "b", seed=2, target_modules=[target], modules_to_save=None)
+    base = outputs(model, name)
+    adapters.activate("a", trainable=False)
+    alone = outputs(model, name)
+    adapters.activate("a", "b", trainable=False)
+    assert torch.equal(outputs(model, name), alone)
+    assert different(base, alone)
+
+
+def test_a_hook_on_the_head_fires_once_whichever_head_acts() -> None:
+    model = build("bert")
+    calls = []
+    model.classifier.register_forward_hook(lambda module, args, output: calls.append(module))
+    adapters = ak.attach(model)
+    add(adapters, "a")
+    run(model, "bert")
+    adapters.activate()
+    run(model, "bert")
+    assert [module is model.classifier for module in calls] == [True, True]
+
+
+def test_a_hook_inside_the_head_fires_whichever_head_acts() -> None:
+    model = task_model("roberta")
+    calls = []
+    model.classifier.dense.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    adapters = ak.attach(model)
+    add(adapters, "a")
+    outputs(model, "roberta")
+    adapters.activate()
+    outputs(model, "roberta")
+    assert len(calls) == 2
+
+
+# Label sets
+
+
+def test_labels_follow_the_active_adapter_and_go_back() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    before = model.config.to_dict()
+    names = {0: "sport", 1: "science", 2: "art", 3: "war"}
+    add(adapters, "topic", id2label=names)
+    assert model.config.id2label == names
+    assert model.config.label2id == {"sport": 0, "science": 1, "art": 2, "war": 3}
+    assert model.config.num_labels == model.num_labels == 4
+    with adapters.disabled():
+        assert model.config.to_dict() == before
+        assert model.num_labels == 3
+    assert model.num_labels == 4
+    adapters.activate()
+    assert model.config.to_dict() == before
+
+
+def test_labels_follow_a_removed_and_a_renamed_adapter() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", num_labels=5)
+    adapters.rename("a", "b")
+    assert model.config.num_labels == 5
+    with adapters.disabled():
+        pass
+    assert model.config.num_labels == 5
+    adapters.remove("b")
+    assert model.config.num_labels == model.num_labels == 3
+
+
+def test_labels_survive_save_and_load_in_the_safetensors_header(tmp_path: Path) -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    names = {0: "no", 1: "ja", 2: "ça va", 3: "?"}
+    add(adapters, "a", id2label=names)
+    adapters.save("a", tmp_path)
+    with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert "ja" in file.metadata()["adapterkit.id2label"]
+    assert "ja" not in (tmp_path / "adapter_config.json").read_text()
+    fresh = build("bert")
+    ak.attach(fresh).load(tmp_path, "x")
+    assert fresh.config.id2label == names
+    assert fresh.num_labels == 4
+
+
+def test_labels_of_the_models_own_size_survive_too(tmp_path: Path) -> None:
+    names = {0: "no", 1: "yes", 2: "maybe"}
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a", id2label=names)
+    adapters.save("a", tmp_path)
+    fresh = build("bert")
+    ak.attach(fresh).load(tmp_path, "a")
+    assert fresh.config.id2label == names
+
+
+def test_a_file_with_another_number_of_rows_and_no_labels_loads_at_its_size(tmp_path: Path) -> None:
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a", num_labels=6)
+    expected = run(adapters.model, "bert")
+    adapters.save("a", tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights, metadata={"format": "pt"})
+    fresh = build("bert")
+    assert ak.attach(fresh).load(tmp_path, "a").ok
+    assert torch.equal(run(fresh, "bert"), expected)
+    assert fresh.config.num_labels == fresh.num_labels == 6
+    assert fresh.config.id2label[5] == "LABEL_5"
+
+
+def test_regression_does_not_leak_into_a_classification_adapter_or_the_base() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "score", num_labels=1)
+    out = model(**IDS, labels=torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(out.loss, nn.functional.mse_loss(out.logits.squeeze(), torch.tensor([0.5, 2.0])))
+    assert model.config.problem_type == "regression"
+    add(adapters, "topic", num_labels=4)
+    labels = torch.tensor([3, 1])
+    out = model(**IDS, labels=labels)
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits, labels))
+    with adapters.disabled():
+        assert model.config.problem_type is None
+    adapters.activate("score")
+    assert model.config.problem_type == "regression"
+    adapters.detach()
+    assert model.config.problem_type is None
+
+
+def test_a_copy_has_its_own_head_and_the_same_labels() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", id2label={0: "x", 1: "y"})
+    expected = run(model, "bert")
+    adapters.copy("a", "b")
+    set_parameters(adapters, "a", seed=8)
+    adapters.activate("b")
+    assert torch.equal(run(model, "bert"), expected)
+    assert model.config.id2label == {0: "x", 1: "y"}
+
+
+def test_num_labels_finds_the_output_layer_whatever_other_heads_come_after_it() -> None:
+    class Reordered(BertForSequenceClassification):
+        def __init__(self, config: BertConfig) -> None:
+            super().__init__(config)
+            self.extra = nn.LayerNorm(config.hidden_size)
+
+    model = Reordered(BertConfig(**SIZES, num_labels=3)).eval()
+    report = add(ak.attach(model), "a", num_labels=5)
+    assert set(report.heads) == {"classifier", "extra"}
+    assert outputs(model, "bert").shape == (2, 5)
+
+
+def test_a_new_head_of_another_size_is_initialised_as_the_model_does_it() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"]), num_labels=500)
+    head = model.classifier.adapter_heads["a"]
+    assert head.out_features == 500
+    assert head.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert not head.bias.any()
+
+
+# Batch norms, biases and dtypes
+
+
+def test_the_report_says_that_batch_norms_keep_counting() -> None:
+    report = ak.attach(task_model("resnet")).add("a", LoraConfig(r=2, target_modules=["convolution"]))
+    (note,) = [n for n in report.notes if "batch norms" in n]
+    assert "running statistics" in note
+    assert f"note: {note}" in str(report)
+
+
+def test_a_batch_norm_in_modules_to_save_has_its_own_statistics(tmp_path: Path) -> None:
+    model = build("convnet")
+    base = run(model, "convnet")
+    adapters = ak.attach(model)
+    report = adapters.add("a", LoraConfig(r=2, target_modules=["fc"], modules_to_save=["norm"]))
+    assert report.notes == ()
+    model.train()
+    for _ in range(3):
+        model(torch.randn(4, 4, 12) + 2)
+    model.eval()
+    expected = run(model, "convnet")
+    assert different(expected, base)
+    with adapters.disabled():
+        assert torch.equal(run(model, "convnet"), base)
+    adapters.save("a", tmp_path)
+    fresh = ak.attach(build("convnet"))
+    fresh.load(tmp_path, "a")
+    assert torch.equal(run(fresh.model, "convnet"), expected)
+
+
+def test_a_head_keeps_its_models_dtype(tmp_path: Path) -> None:
+    model = build("bert").to(torch.bfloat16)
+    adapters = ak.attach(model)
+    add(adapters, "a")
+    assert model.classifier.adapter_heads["a"].weight.dtype == torch.bfloat16
+    expected = run(model, "bert")
+    adapters.save("a", tmp_path)
+    fresh = ak.attach(build("bert").to(torch.bfloat16))
+    fresh.load(tmp_path, "a")
+    assert torch.equal(run(fresh.model, "bert"), expected)

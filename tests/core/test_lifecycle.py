@@ -1,0 +1,664 @@
+"""Each method of `Adapters` by itself: what it does, what it leaves alone, what it costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
+from tests.models import build, run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+Trained = Callable[..., ak.Adapters]
+
+# Names that PEFT loses tensors for, that `ModuleDict` refuses, or that are parts of keys.
+AWKWARD = (
+    "keys",
+    "model",
+    "query",
+    "forward",
+    "classifier",
+    "adapters",
+    "lora_A",
+    "weight",
+    "base_layer",
+    "0",
+    "ä b/ö",
+)
+
+
+class Shared(nn.Module):
+    """One linear layer under two paths, called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.other = nn.Linear(6, 6)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))
+
+
+class ByKeyword(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def alone(adapters: ak.Adapters, name: str, model: str = "bert") -> Tensor:
+    with adapters.activated(name, trainable=False):
+        return run(adapters.model, model)
+
+
+# Several adapters
+
+
+@pytest.mark.parametrize("model_name", ["bert", "gpt2", "convnet"])
+def test_active_adapters_of_one_layer_add_up(model_name: str, trained: Trained) -> None:
+    model = build(model_name)
+    path = {"bert": "bert.encoder.layer.1.attention.self.value", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
+        model_name, "dilated"
+    )
+    layer = model.get_submodule(path)
+    adapters = trained(model, "a", "b", target_modules=[path], modules_to_save=None)
+    size = {"bert": (2, 3, 16), "gpt2": (2, 3, 64)}.get(model_name, (2, 8, 7, 7))
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    outputs = {}
+    for names in ((), ("a",), ("b",), ("a", "b")):
+        adapters.activate(*names, trainable=False)
+        outputs[names] = layer(x)
+    change = outputs["a",] + outputs["b",] - 2 * outputs[()]
+    assert different(outputs["a",], outputs[()])
+    torch.testing.assert_close(outputs["a", "b"] - outputs[()], change, atol=1e-5, rtol=1e-5)
+
+
+def test_the_order_of_additive_adapters_does_not_matter(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", "c", target_modules="all-linear", modules_to_save=None, bias="lora_only")
+    adapters.activate("a", "b", "c")
+    forward = run(model, "bert")
+    adapters.activate("c", "b", "a")
+    torch.testing.assert_close(run(model, "bert"), forward, atol=1e-5, rtol=1e-5)
+    assert different(forward, alone(adapters, "a"))
+
+
+def test_trained_biases_of_several_adapters_add_up(trained: Trained) -> None:
+    model = seeded(ByKeyword)
+    adapters = trained(model, "a", "b", target_modules=["layer"], bias="lora_only")
+    own = [dict(adapters.named_parameters(name))["layer.bias"].detach() for name in ("a", "b")]
+    with torch.no_grad():
+        for name in ("a", "b"):
+            dict(adapters.named_parameters(name))["layer.lora_B.weight"].zero_()
+    adapters.activate("a", "b", trainable=False)
+    zero = torch.zeros(1, 4)
+    torch.testing.assert_close(model(zero)[0], own[0] + own[1] - model.layer.bias)
+
+
+def test_activating_nothing_gives_the_base(trained: Trained) -> None:
+    model = build("bert")
+    base = run(model, "bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a")
+    assert different(run(model, "bert"), base)
+    adapters.activate()
+    assert torch.equal(run(model, "bert"), base)
+    assert adapters.active == ()
+
+
+# Switching
+
+
+@pytest.fixture
+def no_walks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called: from then on, every way to go through a model's modules raises."""
+
+    def refuse(self: nn.Module, *args: object, **kwargs: object) -> Iterator[Any]:
+        raise AssertionError(f"a walk over {type(self).__name__}")
+
+    def start() -> None:
+        for name in ("modules", "named_modules", "children", "named_children", "parameters", "named_parameters"):
+            monkeypatch.setattr(nn.Module, name, refuse)
+        for name in ("buffers", "named_buffers", "apply", "train", "requires_grad_", "state_dict", "get_submodule"):
+            monkeypatch.setattr(nn.Module, name, refuse)
+
+    return start
+
+
+def test_switching_for_inference_walks_over_nothing(no_walks: Callable[[], None], trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", target_modules="all-linear")
+    no_walks()
+    adapters.activate("a", trainable=False)
+    adapters.activate("b", trainable=False)
+    with adapters.activated("a", trainable=False):
+        assert adapters.active == ("a",)
+    with adapters.disabled():
+        assert adapters.active == ()
+    assert adapters.active == ("b",)
+
+
+def test_activating_what_is_trainable_already_sets_nothing(no_walks: Callable[[], None], trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a")
+    no_walks()
+    adapters.activate("a", trainable=True)
+
+
+def test_only_active_trainable_adapters_require_gradients(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", target_modules=["query"], bias="all")
+    adapters.activate("a", trainable=True)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, adapters.parameters("a")))
+    adapters.activate("a", trainable=False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_activated_gives_back_what_was_active_and_trainable(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", "c", target_modules=["query"])
+    adapters.activate("a", "b", heads="a")
+    before = run(model, "bert")
+    with adapters.activated("c"):
+        assert different(run(model, "bert"), before)
+    assert adapters.active == ("a", "b")
+    assert [r.trainable for r in adapters.status().rows] == [True, True, False]
+    assert torch.equal(run(model, "bert"), before)
+
+
+@pytest.mark.parametrize("context", ["activated", "disabled"])
+def test_a_context_ends_when_its_block_raises(context: str, trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", target_modules=["query"])
+    adapters.activate("a")
+    block = adapters.disabled() if context == "disabled" else adapters.activated(trainable=False)
+    with pytest.raises(ZeroDivisionError), block:
+        raise ZeroDivisionError
+    assert adapters.active == ("a",)
+
+
+def test_disabled_leaves_requires_grad_alone(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a", trainable=False)
+    with adapters.disabled():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("context", ["activated", "disabled"])
+def test_an_adapter_renamed_inside_a_context_is_active_again_after_it(context: str, trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", target_modules=["query"])
+    adapters.activate("a")
+    with adapters.disabled() if context == "disabled" else adapters.activated():
+        adapters.rename("a", "b")
+    assert adapters.active == ("b",)
+    assert all(p.requires_grad for p in adapters.parameters("b"))
+
+
+@pytest.mark.parametrize("context", ["activated", "disabled"])
+def test_an_adapter_removed_inside_a_context_is_gone_after_it(context: str, trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", "b", target_modules=["query"], modules_to_save=None)
+    adapters.activate("a", "b")
+    with adapters.disabled() if context == "disabled" else adapters.activated("b"):
+        adapters.remove("a")
+    assert adapters.active == ("b",)
+
+
+def test_an_adapter_added_inside_disabled_is_not_left_trainable(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a")
+    with adapters.disabled():
+        adapters.add("b", LoraConfig(r=2, target_modules=["query"]))
+        assert adapters.active == ("b",)
+    assert adapters.active == ("a",)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, adapters.parameters("a")))
+
+
+# Names and files
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_no_adapter_name_loses_anything_on_save_and_load(name: str, tmp_path: Path, trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "x", name, target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="all")
+    expected = alone(adapters, name)
+    adapters.save(name, tmp_path / "saved")
+    assert len(adapters.state_dict(name)) == len(list(adapters.parameters(name)))
+    fresh = ak.attach(build("bert"))
+    assert fresh.load(tmp_path / "saved", name).ok
+    assert torch.equal(run(fresh.model, "bert"), expected)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_no_adapter_name_loses_anything_in_a_full_state_dict(name: str, trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "x", name, target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="all")
+    own = adapters.state_dict(name)
+    taken = adapters.state_dict(name, source=model.state_dict())
+    assert own.keys() == taken.keys()
+    assert all(torch.equal(own[key], taken[key]) for key in own)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_an_adapter_is_taken_from_a_wrapped_models_state_dict(prefix: str, trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="lora_only")
+    full = {prefix + key: value + 1 for key, value in model.state_dict().items()}
+    taken, own = adapters.state_dict("a", source=full), adapters.state_dict("a")
+    assert taken.keys() == own.keys()
+    assert all(torch.equal(taken[key], own[key] + 1) for key in own)
+
+
+def test_a_full_state_dict_that_lacks_tensors_is_refused(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    full = {k: v for k, v in model.state_dict().items() if not k.endswith("lora_B.weight")}
+    with pytest.raises(ak.CheckpointError, match=r"lacks 2 of adapter 'a'.*lora_B"):
+        adapters.state_dict("a", source=full)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_load_state_dict_takes_a_full_state_dict_and_ignores_the_base(prefix: str, trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", target_modules=["query"], bias="lora_only")
+    expected = alone(adapters, "a")
+    full = {prefix + key: value.clone() for key, value in model.state_dict().items()}
+    other = trained(build("bert"), "a", target_modules=["query"], bias="lora_only")
+    set_parameters(other, "a", seed=9)
+    base = run(build("bert"), "bert")
+    report = other.load_state_dict("a", full)
+    assert report.ok
+    assert set(report.ignored) == {prefix + key for key in model.state_dict() if ".a." not in key}
+    assert torch.equal(alone(other, "a"), expected)
+    with other.disabled():
+        assert torch.equal(run(other.model, "bert"), base)
+
+
+def test_state_dict_and_load_state_dict_are_each_others_reverse(trained: Trained) -> None:
+    adapters = trained(build("gpt2"), "a", target_modules=["c_attn", "wte"], modules_to_save=["ln_f"])
+    expected, tensors = alone(adapters, "a", "gpt2"), {k: v.clone() for k, v in adapters.state_dict("a").items()}
+    set_parameters(adapters, "a", seed=5)
+    assert different(alone(adapters, "a", "gpt2"), expected)
+    assert adapters.load_state_dict("a", tensors).ok
+    assert torch.equal(alone(adapters, "a", "gpt2"), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
+def test_save_pretrained_writes_the_base_models_keys_only(name: str, tmp_path: Path, trained: Trained) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path / "base")
+    trained(model, "a", "b", target_modules="all-linear", bias="all", modules_to_save=None).activate("a")
+    model.save_pretrained(tmp_path / "adapted")
+    base, adapted = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("base", "adapted"))
+    assert base.keys() == adapted.keys()
+    assert all(torch.equal(base[key], adapted[key]) for key in base)
+
+
+def test_save_pretrained_writes_the_base_models_keys_only_with_a_shared_module(tmp_path: Path) -> None:
+    model = build("bert")
+    layers = model.bert.encoder.layer
+    layers[1] = layers[0]
+    names = [name for name, _ in layers[0].named_parameters()]
+    model._tied_weights_keys = {f"bert.encoder.layer.1.{n}": f"bert.encoder.layer.0.{n}" for n in names}
+    model.save_pretrained(tmp_path / "base")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"], bias="lora_only"))
+    adapters.rename("a", "b")
+    model.save_pretrained(tmp_path / "adapted")
+    base, adapted = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("base", "adapted"))
+    assert base.keys() == adapted.keys()
+
+
+def test_a_checkpoint_saved_while_an_adapter_has_its_own_labels_loads_as_the_base(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = build("bert")
+    base = run(model, "bert")
+    ak.attach(model).add("a", LoraConfig(target_modules=["query"]), num_labels=5)
+    model.save_pretrained(tmp_path)
+    assert model.config.num_labels == model.num_labels == 5
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(run(again, "bert"), base)
+
+
+# Modules
+
+
+def test_a_module_that_several_paths_share_is_adapted_once(tmp_path: Path, trained: Trained) -> None:
+    model = seeded(Shared)
+    before = snapshot(model)
+    adapters = ak.attach(model)
+    report = adapters.add("a", LoraConfig(r=2, target_modules=["first", "second"], bias="lora_only"))
+    assert report.targets == ("first",)
+    assert report.parameters == 2 * 2 * 6 + 6
+    set_parameters(adapters, "a")
+    adapters.save("a", tmp_path / "saved")
+    x = torch.ones(1, 6)
+    expected = model(x)
+    fresh = ak.attach(seeded(Shared))
+    assert fresh.load(tmp_path / "saved", "b").ok
+    assert torch.equal(fresh.model(x), expected)
+    own, taken = adapters.state_dict("a"), adapters.state_dict("a", source=model.state_dict())
+    assert own.keys() == taken.keys()
+    assert_as_before(adapters.detach(), before)
+
+
+@pytest.mark.parametrize("path", ["first", "second"])
+def test_a_shared_module_is_found_by_each_of_its_paths(path: str) -> None:
+    model = seeded(Shared)
+    assert ak.attach(model).add("a", LoraConfig(target_modules=[path])).targets == ("first",)
+
+
+@pytest.mark.parametrize("targets", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+def test_tied_weights_stay_tied(targets: list[str], trained: Trained) -> None:
+    model = build("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    adapters = trained(model, "a", target_modules=targets)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    duplicate = copy.deepcopy(model)
+    assert duplicate.lm_head.weight is duplicate.transformer.wte.weight
+    adapters.detach()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_head_copied_from_a_tied_embedding_leaves_the_tie(trained: Trained) -> None:
+    model = build("gpt2")
+    base = run(model, "gpt2")
+    adapters = trained(model, "a", target_modules=["c_attn"], modules_to_save=["lm_head"])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert different(alone(adapters, "a", "gpt2"), base)
+    assert torch.equal(run(model, "gpt2"), base)
+
+
+def test_an_input_given_by_keyword_reaches_the_adapter(trained: Trained) -> None:
+    model = seeded(ByKeyword)
+    adapters = trained(model, "a", target_modules=["layer"])
+    x = torch.ones(2, 4)
+    adapters.activate("a", trainable=False)
+    assert torch.equal(model(x), model.layer(x))
+    assert different(model(x), nn.functional.linear(x, model.layer.weight, model.layer.bias))
+
+
+def test_hooks_on_a_target_stay_and_fire_once_with_the_adapted_output(trained: Trained) -> None:
+    model = build("bert")
+    layer = model.bert.encoder.layer[0].attention.self.query
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    adapters = trained(model, "a", target_modules=["query"], modules_to_save=None)
+    run(model, "bert")
+    adapters.activate("a", trainable=False)
+    run(model, "bert")
+    (before_in, before), (after_in, after) = seen[:2], seen[2:]
+    assert torch.equal(before_in, after_in)
+    assert different(before, after)
+    adapters.detach()
+    run(model, "bert")
+    assert torch.equal(seen[-1], before)
+
+
+def test_backward_hooks_on_a_target_fire(trained: Trained) -> None:
+    model = build("bert")
+    layer = model.bert.encoder.layer[1].attention.self.query
+    seen: list[Tensor] = []
+    layer.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_out[0]))
+    trained(model, "a", target_modules=["query"]).activate("a")
+    model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_models_own_module_called_adapters_is_the_models() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleDict({"down": nn.Linear(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.adapters["down"](x)
+
+    model = seeded(Own)
+    before = snapshot(model)
+    adapters = ak.attach(model)
+    assert adapters.add("down", LoraConfig(r=2, target_modules=["down"])).targets == ("adapters.down",)
+    set_parameters(adapters, "down")
+    own, taken = adapters.state_dict("down"), adapters.state_dict("down", source=model.state_dict())
+    assert own.keys() == taken.keys()
+    assert adapters.load_state_dict("down", own).ok
+    assert_as_before(adapters.detach(), before)
+
+
+# Life
+
+
+def test_detach_gives_back_what_required_gradients() -> None:
+    model = build("bert")
+    model.bert.embeddings.requires_grad_(False)
+    before = snapshot(model)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"], bias="all"))
+    assert not any(p.requires_grad for k, p in model.named_parameters() if ".adapter" not in k)
+    assert_as_before(adapters.detach(), before)
+
+
+def test_detach_gives_a_plain_module_back_as_it_was() -> None:
+    model = build("convnet")
+    before = snapshot(model)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules="all-linear", modules_to_save=["head"], bias="all"))
+    assert_as_before(adapters.detach(), before)
+
+
+def test_detach_gives_back_the_label_names_as_they_were() -> None:
+    model = build("bert")
+    model.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    model.config.label2id = {"no": 0, "yes": 1, "maybe": 2, "perhaps": 2}
+    before = snapshot(model)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"]), num_labels=4)
+    assert_as_before(adapters.detach(), before)
+
+
+def test_the_adapters_of_a_detached_model_are_of_no_use() -> None:
+    adapters = ak.attach(build("bert"))
+    adapters.detach()
+    for call in (
+        lambda: adapters.add("a", LoraConfig()),
+        lambda: adapters.activate("a"),
+        adapters.detach,
+        lambda: adapters.model,
+    ):
+        with pytest.raises(ak.StateError, match=r"detached; call ak\.attach"):
+            call()
+
+
+def test_attach_gives_the_same_object_twice_and_a_new_one_after_detach() -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    assert ak.attach(model) is adapters
+    adapters.detach()
+    assert ak.attach(model) is not adapters
+
+
+def test_attach_changes_nothing_but_its_own_attribute() -> None:
+    model = build("bert")
+    before = snapshot(model)
+    ak.attach(model)
+    del model.__dict__["_adapterkit"]
+    assert_as_before(model, before)
+
+
+def test_remove_leaves_the_other_adapters_alone(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", target_modules=["query"], bias="all")
+    expected = alone(adapters, "b")
+    adapters.activate("a", "b", heads="a")
+    adapters.remove("a")
+    assert adapters.active == ("b",)
+    assert adapters.names == ("b",)
+    assert torch.equal(run(model, "bert"), expected)
+    assert not any(".a." in key for key in model.state_dict())
+
+
+def test_rename_keeps_outputs_place_and_state(trained: Trained, tmp_path: Path) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", "c", target_modules=["query"], bias="lora_only")
+    expected = alone(adapters, "b")
+    adapters.activate("b", trainable=True)
+    adapters.rename("b", "new")
+    assert adapters.names == ("a", "new", "c")
+    assert adapters.active == ("new",)
+    assert torch.equal(run(model, "bert"), expected)
+    assert all(p.requires_grad for p in adapters.parameters("new"))
+    assert not any(".b." in key for key in model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert not any(".new." in key for key in safetensors.torch.load_file(tmp_path / "model.safetensors"))
+
+
+def test_rename_keeps_an_optimizer_valid(trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", target_modules=["query"])
+    before = list(adapters.parameters("a"))
+    adapters.rename("a", "b")
+    assert all(p is q for p, q in zip(before, adapters.parameters("b"), strict=True))
+
+
+def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"], bias="all")
+    adapters.activate("a")
+    expected = alone(adapters, "a")
+    adapters.copy("a", "b")
+    assert adapters.active == ("a",)
+    assert torch.equal(alone(adapters, "b"), expected)
+    assert not any(p.requires_grad for p in adapters.parameters("b"))
+    set_parameters(adapters, "b", seed=3)
+    assert torch.equal(alone(adapters, "a"), expected)
+    assert different(alone(adapters, "b"), expected)
+
+
+def test_adding_an_adapter_leaves_the_others_alone(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    expected = alone(adapters, "a")
+    adapters.add("b", LoraConfig(target_modules=["query"]))
+    assert torch.equal(alone(adapters, "a"), expected)
+
+
+def test_a_new_adapter_is_the_identity_until_it_is_trained() -> None:
+    model = build("bert")
+    base = run(model, "bert")
+    ak.attach(model).add("a", LoraConfig(target_modules="all-linear", bias="all"))
+    assert torch.equal(run(model, "bert"), base)
+
+
+def test_adapters_follow_the_models_training_mode() -> None:
+    model = build("bert").train()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    layer = model.bert.encoder.layer[0].attention.self.query.adapters["a"]
+    assert layer.training
+    model.eval()
+    assert not layer.training
+    adapters.add("b", LoraConfig(target_modules=["query"]))
+    assert not model.bert.encoder.layer[0].attention.self.query.adapters["b"].training
+
+
+def test_the_container_protocol_speaks_of_names(trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", "b", target_modules=["query"])
+    assert len(adapters) == 2
+    assert list(adapters) == ["a", "b"]
+    assert "a" in adapters
+    assert "c" not in adapters
+    assert repr(adapters) == "<Adapters of BertForSequenceClassification: 'a', 'b'>"
+
+
+def test_status_is_a_table_of_what_there_is(trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", target_modules=["query"])
+    adapters.add("b", LoraConfig(r=4, target_modules=["value"], modules_to_save=None))
+    a, b = adapters.status().rows
+    assert (a.name, a.method, a.targets, a.heads) == ("a", "lora", 2, ("classifier",))
+    assert not a.active
+    assert not a.trainable
+    assert (b.targets, b.heads, b.parameters, b.dtypes, b.devices) == (2, (), 2 * 4 * 32, ("float32",), ("cpu",))
+    assert b.active
+    assert b.trainable
+    lines = str(adapters.status()).splitlines()
+    assert lines[0].split()[:3] == ["adapter", "method", "layers"]
+    assert len(lines) == 3
+
+
+# Wrapped models, and models inside models
+
+
+def test_a_compiled_models_adapters_are_those_of_the_model_inside() -> None:
+    model = build("bert")
+    assert ak.attach(torch.compile(model)) is ak.attach(model)
+
+
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("gloo")
+def test_adapters_train_through_ddp_and_are_those_of_the_model_inside(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a")
+    wrapped = DistributedDataParallel(model)
+    assert ak.attach(wrapped) is adapters
+    wrapped(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+    assert all(p.grad is not None for p in adapters.parameters("a"))
+    taken, own = adapters.state_dict("a", source=wrapped.state_dict()), adapters.state_dict("a")
+    assert taken.keys() == own.keys()
+
+
+def test_a_layer_is_not_adapted_through_two_models() -> None:
+    model = build("bert")
+    ak.attach(model).add("a", LoraConfig(target_modules=["query"]))
+    before = snapshot(model)
+    with pytest.raises(ak.StateError, match=r"'encoder\.layer\.0\.attention\.self\.query' is already adapted"):
+        ak.attach(model.bert).add("b", LoraConfig(target_modules=["query"]))
+    del model.bert.__dict__["_adapterkit"]
+    assert_as_before(model, before)
+
+
+def test_adapters_of_a_model_inside_another_are_left_alone_by_it(trained: Trained) -> None:
+    model = build("bert")
+    before = snapshot(model)
+    inner = trained(model.bert, "a", target_modules=["query"])
+    inner.activate("a")
+    outer = trained(model, "b", target_modules=["value"])
+    outer.activate("b")
+    assert all(p.requires_grad for p in inner.parameters("a"))
+    outer.detach()
+    assert all(p.requires_grad for p in inner.parameters("a"))
+    inner.detach()
+    assert_as_before(model, before)

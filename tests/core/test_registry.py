@@ -1,0 +1,630 @@
+"""Which methods and extensions there are: found late, by name, each broken one by itself."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.core.conftest import assert_as_before, set_parameters, snapshot
+from tests.core.test_contract import Plugin, ShiftConfig, plugin
+from tests.core.test_errors import unchanged
+from tests.models import EmbeddingNet
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.kinds import BUILTIN, Linear
+from adapterkit.registry import DISABLE_VARIABLE, default_registry
+from adapterkit_lora import LoraConfig
+
+METHOD = """
+    from dataclasses import dataclass
+    import adapterkit as ak
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ak.AdapterConfig):
+        method = "{name}"
+
+    @ak.hookimpl
+    def config_type():
+        return Config
+
+    @ak.hookimpl
+    def key_rule(config):
+        return ak.KeyRule(prefix="{name}_")
+
+    @ak.hookimpl
+    def inject(target):
+        return None
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`install("dist", "name", code)`: a distribution on `sys.path` with one plugin in an entry-point group."""
+    modules: list[str] = []
+
+    def make(dist: str, name: str, code: str, group: str = "adapterkit.methods") -> None:
+        site = tmp_path / dist
+        module = f"plugin_of_{dist}"
+        info = site / f"{dist}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+        (site / f"{module}.py").write_text(textwrap.dedent(code))
+        monkeypatch.syspath_prepend(site)
+        modules.append(module)
+
+    yield make
+    for module in modules:
+        sys.modules.pop(module, None)
+    importlib.invalidate_caches()
+
+
+# Discovery
+
+
+def test_methods_lists_what_is_installed_without_importing_it(install: Any) -> None:
+    install("foo_dist", "foo", "raise ImportError('must not be imported to be listed')")
+    found = ak.Registry().methods()
+    assert [str(found[name]) for name in ("foo", "lora")] == [
+        "foo (foo_dist 1.2)",
+        f"lora (adapterkit {ak.__version__})",
+    ]
+    assert "plugin_of_foo_dist" not in sys.modules
+
+
+def test_method_of_another_distribution_is_found_when_it_is_asked_for(install: Any) -> None:
+    registry = ak.Registry()
+    install("foo_dist", "foo", METHOD.format(name="foo"))
+    method = registry.method("foo")
+    assert method.provider == "foo_dist 1.2"
+    assert type(registry.config("foo", target_modules=["a"])).__name__ == "Config"
+    assert registry.method("foo") is method
+
+
+def test_method_that_does_not_exist() -> None:
+    with pytest.raises(ak.UnknownNameError) as caught:
+        ak.method("lorra")
+    assert "No adapter method 'lorra'. There is: 'lora'" in str(caught.value)
+    assert "Did you mean 'lora'?" in str(caught.value)
+    assert "Methods come from installed packages (entry-point group 'adapterkit.methods') or ak.register." in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("name", [None, 3, ["lora"], ""], ids=repr)
+def test_method_of_a_name_that_is_none(name: Any) -> None:
+    with pytest.raises(ak.UnknownNameError, match="No adapter method"):
+        ak.method(name)
+    with pytest.raises(ak.UnknownNameError, match="No adapter method"):
+        ak.config(name)
+
+
+def test_two_distributions_of_one_name_are_named_to_who_asks_for_it(install: Any) -> None:
+    install("foo_dist", "foo", METHOD.format(name="foo"))
+    install("other_dist", "foo", METHOD.format(name="foo"))
+    registry = ak.Registry()
+    with pytest.raises(ak.PluginError) as caught:
+        registry.method("foo")
+    assert (
+        "Two packages provide the method 'foo': foo_dist (plugin_of_foo_dist) and other_dist (plugin_of_other_dist). "
+        "Uninstall one of them."
+    ) in str(caught.value)
+    assert registry.method("lora").name == "lora"
+
+
+@pytest.mark.parametrize("code", ["import no_such_module_at_all", "1 / 0", "def f(:"])
+def test_plugin_that_cannot_be_imported_breaks_only_itself(install: Any, code: str) -> None:
+    install("foo_dist", "foo", code)
+    registry = ak.Registry()
+    assert registry.method("lora").name == "lora"
+    with pytest.raises(ak.PluginError) as caught:
+        registry.method("foo")
+    message = str(caught.value)
+    assert "The method 'foo' of foo_dist 1.2 cannot be imported from 'plugin_of_foo_dist': " in message
+    assert f"set {DISABLE_VARIABLE}=foo." in message
+    assert "Other methods are not affected; reinstall or remove that package" in message
+    assert isinstance(caught.value.__cause__, ImportError | ZeroDivisionError | SyntaxError)
+    assert "foo" in registry.methods()
+
+
+def test_plugin_of_another_name_than_its_entry_point(install: Any) -> None:
+    install("foo_dist", "foo", METHOD.format(name="bar"))
+    with pytest.raises(ak.PluginError, match=r"The method 'foo' \(foo_dist 1.2\): Config.method is 'bar'"):
+        ak.Registry().method("foo")
+
+
+def test_disabled_plugins_are_not_there(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("foo_dist", "foo", "raise ImportError")
+    monkeypatch.setenv(DISABLE_VARIABLE, " foo , bar,")
+    registry = ak.Registry()
+    assert "foo" not in registry.methods()
+    with pytest.raises(ak.UnknownNameError, match=f"It is switched off by {DISABLE_VARIABLE}. Methods come from"):
+        registry.method("foo")
+    assert registry.method("lora").name == "lora"
+
+
+def test_disabling_a_builtin_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLE_VARIABLE, "lora")
+    with pytest.raises(ak.UnknownNameError, match=r"No adapter method 'lora'\. .*switched off"):
+        ak.Registry().method("lora")
+
+
+def test_unregister_forgets_a_method() -> None:
+    registry = ak.Registry()
+    registry.register(plugin())
+    registry.unregister("shift")
+    assert "shift" not in registry.methods()
+    with pytest.raises(ak.UnknownNameError, match="No registered method 'shift'"):
+        registry.unregister("shift")
+    registry.register(plugin())
+
+
+def test_discovered_method_can_be_unregistered_and_found_again() -> None:
+    registry = ak.Registry()
+    registry.method("lora")
+    registry.unregister("lora")
+    assert registry.method("lora").name == "lora"
+
+
+# Configs and methods
+
+
+def test_config_class_that_another_plugin_uses() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Impostor(ak.AdapterConfig):
+        method = "lora"
+
+    model = EmbeddingNet()
+    with unchanged(model), pytest.raises(ak.ConfigError) as caught:
+        ak.attach(model).add("a", Impostor(target_modules=["head"]))
+    assert f"Impostor says it is for 'lora', but that method (adapterkit {ak.__version__}) uses LoraConfig." in str(
+        caught.value
+    )
+
+
+def test_config_of_a_method_that_is_not_installed() -> None:
+    model = EmbeddingNet()
+    with unchanged(model), pytest.raises(ak.UnknownNameError, match="No adapter method 'shift'"):
+        ak.attach(model).add("a", ShiftConfig(target_modules=["head"]))
+
+
+def test_methods_do_not_answer_for_each_other() -> None:
+    """A hook that one method leaves out is not answered by another that was registered later."""
+
+    @ak.hookimpl
+    def prepare() -> dict[str, Tensor]:
+        return {"x": torch.ones(1)}
+
+    registry = ak.Registry()
+    lora = registry.method("lora")
+    registry.register(plugin(prepare=prepare))
+    assert lora.prepare([], LoraConfig()) == {}
+
+
+def test_methods_do_not_answer_for_each_other_whatever_their_functions_are_called() -> None:
+    @ak.hookimpl(specname="config_type")
+    def which() -> type[ak.AdapterConfig]:
+        return ShiftConfig
+
+    @ak.hookimpl(specname="key_rule")
+    def rule() -> ak.KeyRule:
+        return ak.KeyRule(prefix="shift_")
+
+    @ak.hookimpl
+    def inject() -> None:
+        return None
+
+    registry = ak.Registry()
+    lora = registry.method("lora")
+    assert registry.register(Plugin(which=which, rule=rule, inject=inject)).name == "shift"
+    assert lora.config_type() is LoraConfig
+    assert lora.key_rule(LoraConfig()).prefix == "lora_"
+
+
+# Two methods of third parties, beside LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig(ak.AdapterConfig):
+    """(IA)3-like: the output, bias included, times a trained vector."""
+
+    method = "scale"
+
+
+class ScaleLayer(ak.AdapterLayer):
+    def __init__(self, target: ak.Target) -> None:
+        super().__init__(target.kind)
+        self.scale_by = target.empty(target.out_features)
+        if not target.load:
+            nn.init.ones_(self.scale_by)
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        out: Tensor = base(x)
+        return out * self.scale_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveConfig(ak.AdapterConfig):
+    """Changes the layer's input, and has a shared tensor."""
+
+    method = "move"
+
+
+class MoveLayer(ak.AdapterLayer):
+    def __init__(self, target: ak.Target, shared: Any) -> None:
+        super().__init__(target.kind)
+        self.shared = shared
+        self.move_by = target.empty(target.in_features)
+        if not target.load:
+            nn.init.zeros_(self.move_by)
+
+    def forward(self, x: Tensor, base: Any) -> Tensor:
+        out: Tensor = base(x + self.move_by * self.shared["move_all"])
+        return out
+
+
+class Scale:
+    @ak.hookimpl
+    def config_type(self) -> type[ak.AdapterConfig]:
+        return ScaleConfig
+
+    @ak.hookimpl
+    def key_rule(self) -> ak.KeyRule:
+        return ak.KeyRule(prefix="scale_")
+
+    @ak.hookimpl
+    def inject(self, target: ak.Target) -> ak.AdapterLayer:
+        return ScaleLayer(target)
+
+
+class Move:
+    @ak.hookimpl
+    def config_type(self) -> type[ak.AdapterConfig]:
+        return MoveConfig
+
+    @ak.hookimpl
+    def key_rule(self) -> ak.KeyRule:
+        return ak.KeyRule(prefix="move_", shared=("move_all",))
+
+    @ak.hookimpl
+    def prepare(self, targets: Sequence[ak.Target]) -> dict[str, Tensor]:
+        return {"move_all": torch.arange(1.0, 1.0 + targets[0].in_features)}
+
+    @ak.hookimpl
+    def inject(self, target: ak.Target, shared: Any) -> ak.AdapterLayer:
+        return MoveLayer(target, shared)
+
+
+@pytest.fixture
+def third_parties() -> Iterator[None]:
+    """Three methods from outside: additive, one that scales the output, one that changes the input."""
+    for method in (plugin(), Scale(), Move()):
+        ak.register(method)
+    yield
+    for name in ("shift", "scale", "move"):
+        default_registry.unregister(name)
+
+
+def linear(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).eval()
+
+
+def configs() -> dict[str, ak.AdapterConfig]:
+    return {
+        "lora": LoraConfig(r=2, target_modules=["0", "1"]),
+        "shift": ak.config("shift", target_modules=["0", "1"]),
+        "scale": ak.config("scale", target_modules=["0", "1"]),
+        "move": ak.config("move", target_modules=["0", "1"]),
+    }
+
+
+@pytest.fixture
+def mixed(third_parties: None) -> nn.Module:
+    """A model with one adapter of each method, as if trained, none active."""
+    model = linear()
+    for i, (name, config) in enumerate(configs().items()):
+        ak.attach(model).add(name, config, activate=False)
+        set_parameters(ak.attach(model), name, seed=i)
+    return model
+
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+
+
+def by_hand(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """The output from the formulas: the first adapter is the innermost."""
+    h = X
+    for i, base in enumerate(linear().children()):
+
+        def run(x: Tensor, base: Any = base) -> Tensor:
+            return F.linear(x, base.weight, base.bias)
+
+        for name in names:
+            p = {k.removeprefix(f"{i}."): v for k, v in ak.attach(model).named_parameters(name) if k[0] == str(i)}
+            if name == "lora":
+                a, b = p["lora_A.weight"], p["lora_B.weight"]
+                run = lambda x, run=run, a=a, b=b: run(x) + x @ a.T @ b.T * 4.0  # noqa: E731
+            elif name == "shift":
+                run = lambda x, run=run, p=p: run(x) + p["shift_by"]  # noqa: E731
+            elif name == "scale":
+                run = lambda x, run=run, p=p: run(x) * p["scale_by"]  # noqa: E731
+            else:
+                run = lambda x, run=run, p=p: run(x + p["move_by"] * torch.arange(1.0, 7.0))  # noqa: E731
+        h = run(h)
+    return h
+
+
+@pytest.mark.parametrize("name", ["lora", "shift", "scale", "move"])
+def test_method_of_a_third_party_is_the_identity_at_first(third_parties: None, name: str) -> None:
+    model = linear()
+    ak.attach(model).add("a", configs()[name])
+    assert torch.equal(model(X), linear()(X))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("shift",),
+        ("scale",),
+        ("move",),
+        ("lora", "shift"),
+        ("lora", "scale"),
+        ("scale", "lora"),
+        ("lora", "move"),
+        ("move", "lora"),
+        ("shift", "scale", "lora", "move"),
+    ],
+    ids="+".join,
+)
+def test_methods_compose_from_the_inside_out(mixed: nn.Module, names: tuple[str, ...]) -> None:
+    ak.attach(mixed).activate(*names)
+    torch.testing.assert_close(mixed(X), by_hand(mixed, names))
+
+
+def test_methods_train_side_by_side(mixed: nn.Module) -> None:
+    adapters = ak.attach(mixed)
+    adapters.activate("lora", "scale", "move")
+    mixed(X).sum().backward()
+    for name in adapters:
+        trained = [p.grad is not None and bool(p.grad.any()) for p in adapters.parameters(name)]
+        assert all(trained) if name != "shift" else not any(trained), name
+
+
+@pytest.mark.parametrize("name", ["shift", "scale", "move"])
+def test_method_of_a_third_party_saves_and_loads(mixed: nn.Module, tmp_path: Path, name: str) -> None:
+    folder = ak.attach(mixed).save(name, tmp_path / name)
+    other = linear()
+    assert ak.attach(other).load(folder, "again").ok
+    ak.attach(mixed).activate(name)
+    assert torch.equal(other(X), mixed(X))
+    keys = set(ak.attach(other).state_dict("again"))
+    assert keys - {"base_model.move_all"} == {f"base_model.model.{i}.{name}_by" for i in (0, 1)}
+
+
+def test_loaded_shared_tensor_is_the_files(mixed: nn.Module, tmp_path: Path) -> None:
+    adapters = ak.attach(mixed)
+    adapters.load_state_dict("move", adapters.state_dict("move") | {"base_model.move_all": torch.full((6,), 3.0)})
+    adapters.save("move", tmp_path / "a")
+    other = linear()
+    ak.attach(other).load(tmp_path / "a", "again")
+    adapters.activate("move")
+    assert torch.equal(other(X), mixed(X))
+
+
+def test_removing_one_method_leaves_the_others(mixed: nn.Module) -> None:
+    adapters = ak.attach(mixed)
+    adapters.activate("lora", "scale", "move")
+    adapters.remove("scale")
+    assert adapters.active == ("lora", "move")
+    torch.testing.assert_close(mixed(X), by_hand(mixed, ("lora", "move")))
+
+
+def test_model_with_every_method_is_given_back(third_parties: None) -> None:
+    model = linear()
+    before = snapshot(model)
+    for name, config in configs().items():
+        ak.attach(model).add(name, config)
+    ak.attach(model).activate("lora", "scale", "shift", "move")
+    model(X)
+    ak.attach(model).detach()
+    assert_as_before(model, before)
+
+
+def test_file_of_a_method_that_is_gone(mixed: nn.Module, tmp_path: Path) -> None:
+    ak.attach(mixed).save("shift", tmp_path / "a")
+    default_registry.unregister("shift")
+    model = linear()
+    try:
+        with unchanged(model), pytest.raises(ak.UnknownNameError, match="no plugin provides the method 'shift'"):
+            ak.attach(model).load(tmp_path / "a", "x")
+    finally:
+        ak.register(plugin())
+
+
+# Extensions
+
+
+class Doubled(nn.Module):
+    """A layer of a kind that nobody knows: linear, its weight kept twice as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / 2)
+
+
+@dataclass(frozen=True)
+class DoubledKind(ak.LayerKind):
+    name = "Doubled"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        return cls(4, 6) if isinstance(module, Doubled) else None
+
+    def read(self, module: nn.Module) -> Tensor:
+        return self._weight(module) / 2
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        self._weight(module).copy_(weight * 2)
+
+
+class MyLinear(Linear):
+    name = "MyLinear"
+
+
+def kinds_plugin(answer: object) -> Plugin:
+    @ak.hookimpl
+    def layer_kinds() -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return Plugin(layer_kinds=layer_kinds)
+
+
+@pytest.fixture
+def extend() -> Iterator[Any]:
+    """`extend(plugin)` on the default registry, undone afterwards."""
+    done: list[object] = []
+
+    def add(extension: object) -> None:
+        default_registry.extend(extension)
+        done.append(extension)
+
+    yield add
+    for extension in done:
+        default_registry._manager.unregister(extension)
+    default_registry._kinds = None
+
+
+def test_layer_kind_of_an_extension_works_with_a_method_that_never_saw_it(extend: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(Doubled()).eval()
+    with pytest.raises(ak.SelectionError, match="is a Doubled, which cannot be adapted"):
+        ak.attach(model).add("a", LoraConfig(target_modules=["0"]))
+    extend(kinds_plugin([DoubledKind]))
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    set_parameters(adapters, "a")
+    a, b = (p.detach() for p in adapters.parameters("a"))
+    with adapters.disabled():
+        base = model(X)
+    torch.testing.assert_close(model(X), base + X @ a.T @ b.T * 4.0)
+    assert adapters.load(adapters.save("a", tmp_path / "a"), "b").ok
+
+
+def test_layer_kind_of_an_extension_is_asked_first(extend: Any) -> None:
+    extend(kinds_plugin([MyLinear]))
+    assert default_registry.kinds() == (MyLinear, *BUILTIN)
+    assert type(default_registry.kind_of(nn.Linear(2, 2))) is MyLinear
+    assert ak.select(linear(), LoraConfig(target_modules="all-linear")).targets[0].kind.name == "MyLinear"
+
+
+WRONG_KINDS: dict[str, tuple[object, str]] = {
+    "a class alone": (DoubledKind, "it must return a list of LayerKind classes."),
+    "other classes": ([nn.Linear], "it must return a list of LayerKind classes."),
+    "instances": ([DoubledKind(4, 6)], "it must return a list of LayerKind classes."),
+    "an error": (ZeroDivisionError("no kinds"), "its hook layer_kinds raised ZeroDivisionError: no kinds."),
+}
+
+
+@pytest.mark.parametrize(("answer", "message"), WRONG_KINDS.values(), ids=WRONG_KINDS.keys())
+def test_layer_kinds_that_are_wrong(extend: Any, answer: object, message: str) -> None:
+    extend(kinds_plugin(answer))
+    with pytest.raises(ak.PluginError) as caught:
+        ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
+    assert message in str(caught.value)
+    assert "The extension " in str(caught.value)
+
+
+def test_extension_that_answers_for_methods_is_refused() -> None:
+    registry = ak.Registry()
+    with pytest.raises(ak.PluginError) as caught:
+        registry.extend(Plugin(inject=Scale().inject))
+    assert "is no method, so it may not answer hook inject: it would for every method." in str(caught.value)
+    assert "Make it a wrapper (@hookimpl(wrapper=True)), or register the plugin as a method" in str(caught.value)
+
+
+def test_extension_with_a_misspelt_hook() -> None:
+    @ak.hookimpl
+    def layer_kind() -> list[Any]:
+        return []
+
+    with pytest.raises(ak.PluginError, match="implements 'layer_kind', which is no hook"):
+        ak.Registry().extend(Plugin(layer_kind=layer_kind))
+
+
+def test_extension_that_cannot_be_imported_breaks_only_itself(install: Any) -> None:
+    install("ext_dist", "ext", "import no_such_module_at_all", group="adapterkit.extensions")
+    registry = ak.Registry()
+    with pytest.warns(ak.AdapterWarning, match="The extension 'ext' of ext_dist 1.2 cannot be imported"):
+        assert registry.kinds() == BUILTIN
+    assert registry.kinds() == BUILTIN
+
+
+def test_extension_of_an_installed_package_is_found(install: Any) -> None:
+    code = """
+        import adapterkit as ak
+        from adapterkit.kinds import Linear
+
+        class Theirs(Linear):
+            name = "Theirs"
+
+        @ak.hookimpl
+        def layer_kinds():
+            return [Theirs]
+    """
+    install("ext_dist", "ext", code, group="adapterkit.extensions")
+    assert [k.name for k in ak.Registry().kinds()][:2] == ["Theirs", "Linear"]
+
+
+def test_wrapper_sees_every_methods_calls() -> None:
+    seen = []
+
+    @ak.hookimpl(wrapper=True)
+    def key_rule(config: ak.AdapterConfig) -> Any:
+        rule = yield
+        seen.append(rule.prefix)
+        return rule
+
+    registry = ak.Registry()
+    registry.extend(Plugin(key_rule=key_rule))
+    lora, shift = registry.method("lora"), registry.register(plugin())
+    seen.clear()
+    assert lora.key_rule(LoraConfig()).prefix == "lora_"
+    assert shift.key_rule(ShiftConfig()).prefix == "shift_"
+    assert seen == ["lora_", "shift_"]
+
+
+def test_wrapper_of_config_type_is_no_method() -> None:
+    seen = []
+
+    @ak.hookimpl(wrapper=True)
+    def config_type() -> Any:
+        found = yield
+        seen.append(found)
+        return found
+
+    registry = ak.Registry()
+    registry.extend(Plugin(config_type=config_type))
+    assert registry.method("lora").config_type() is LoraConfig
+    assert LoraConfig in seen
+
+
+def test_registries_are_apart() -> None:
+    one, other = ak.Registry(), ak.Registry()
+    one.register(plugin())
+    assert "shift" in one.methods()
+    assert "shift" not in other.methods()

@@ -1,0 +1,185 @@
+"""The shape of the project: who imports whom, what the package holds, how long its parts are."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapterkit as ak
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "core" / "adapterkit"
+PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if p.is_dir())
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CORE_FILES = sorted(CORE.rglob("*.py"))
+SOURCES = [*CORE_FILES, *sorted((ROOT / "plugins").rglob("*.py"))]
+HEAVY = ("transformers", "adapterkit_lora", "huggingface_hub", "regex", "tqdm", "accelerate", "peft")
+
+
+def package(plugin: Path) -> str:
+    return f"adapterkit_{plugin.name}"
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every `(module, name)` that a file imports, wherever in it; the name is empty for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+# Who imports whom
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=ids(CORE_FILES))
+def test_core_imports_no_plugin(path: Path) -> None:
+    assert not [module for module, _ in imports(path) if module.startswith("adapterkit_")]
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=ids(CORE_FILES))
+def test_core_names_no_method(path: Path) -> None:
+    """Messages may give LoRA as an example; code may not ask for it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for given in [node.left, *node.comparators] if isinstance(node, ast.Compare) else []:
+            text = given.value if isinstance(given, ast.Constant) else None
+            assert not (isinstance(text, str) and re.search("lora|loha|hada|vera", text)), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_plugin_imports_public_names_torch_and_the_standard_library_only(plugin: Path) -> None:
+    own = package(plugin)
+    for path in plugin.rglob("*.py"):
+        for module, name in imports(path):
+            top = module.partition(".")[0]
+            if top == "adapterkit":
+                assert module == "adapterkit", f"{path}: {module} is not public"
+                assert name in ak.__all__, f"{path}: {name!r} is not public"
+            else:
+                assert top in {own, "torch", *sys.stdlib_module_names}, f"{path}: imports {module}"
+
+
+def test_public_names_are_those_of_the_package() -> None:
+    assert sorted(ak.__all__) == ak.__all__
+    assert all(hasattr(ak, name) for name in ak.__all__)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which heavy packages are loaded after `code` has run in a new process."""
+    command = f"{code}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_the_core_imports_nothing_heavy() -> None:
+    assert loaded_after("import adapterkit") <= loaded_after("import torch")
+
+
+def test_listing_and_naming_methods_imports_no_plugin() -> None:
+    code = "import adapterkit as ak; ak.methods(); ak.AdapterConfig()"
+    assert loaded_after(code) <= loaded_after("import torch")
+
+
+@pytest.mark.parametrize("name", ["adapterkit_lora", "regex"])
+def test_the_test_of_imports_can_fail(name: str) -> None:
+    assert name in loaded_after(f"import adapterkit, {name}") - loaded_after("import torch")
+
+
+# What the package holds
+
+
+def test_packages_are_the_folders() -> None:
+    wanted = ["core/adapterkit", *(f"plugins/{p.name}/{package(p)}" for p in PLUGINS)]
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == wanted
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in wanted)
+
+
+def test_entry_points_are_the_folders() -> None:
+    entries = PYPROJECT["project"]["entry-points"]["adapterkit.methods"]
+    assert entries == {p.name: f"{package(p)}.plugin" for p in PLUGINS}
+
+
+def test_installed_metadata_are_those_of_pyproject() -> None:
+    """Those of an editable install go stale until it is installed again: `make setup`."""
+    distribution = importlib.metadata.distribution("adapterkit")
+    assert distribution.version == PYPROJECT["project"]["version"]
+    installed = {e.name: e.value for e in distribution.entry_points if e.group == "adapterkit.methods"}
+    assert installed == PYPROJECT["project"]["entry-points"]["adapterkit.methods"]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_builtin_method_is_found_like_any_other(plugin: Path) -> None:
+    assert ak.methods()[plugin.name].provider == "adapterkit"
+    assert ak.method(plugin.name).config_type().__module__.startswith(package(plugin))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built here without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (built,) = folder.iterdir()
+    return built
+
+
+def test_wheel_holds_every_source_file_and_no_other(wheel: Path) -> None:
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    folders = [CORE, *(p / package(p) for p in PLUGINS)]
+    files = [f for folder in folders for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    wanted = {str(f.relative_to(next(d for d in folders if f.is_relative_to(d)).parent)) for f in files}
+    assert held == wanted
+    assert {f"{d.name}/py.typed" for d in folders} <= held
+
+
+def test_wheel_announces_every_method(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
+    text = archive.read(name).decode()
+    assert "[adapterkit.methods]" in text
+    assert all(f"{p.name} = {package(p)}.plugin" in text for p in PLUGINS)
+
+
+# How long its parts are
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_file_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_functions_are_short(path: Path) -> None:
+    """Fifty lines of code at most; the docstring, which may be long, is not counted."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            length = (node.end_lineno or 0) - first.lineno + 1
+            assert length <= 50, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_nothing_is_left_to_do(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"TODO|FIXME|XXX|HACK", text)
+    assert "# type: ignore\n" not in text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_file_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
