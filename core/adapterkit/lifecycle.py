@@ -11,7 +11,7 @@ from torch import nn
 from adapterkit.activation import Activation
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import AdapterWarning, ConfigError
+from adapterkit.errors import AdapterWarning, ConfigError, StateError
 from adapterkit.heads import resize_output
 from adapterkit.host import ATTRIBUTE
 from adapterkit.labels import LabelSet
@@ -115,6 +115,11 @@ class Lifecycle(Activation):
         return model
 
     def _install(self, record: AdapterRecord) -> None:
+        if record.biases and self._merged.names:
+            raise StateError(
+                f"Adapter {record.name!r} trains biases, which start from the base's, and those are merged with others' "
+                "now. Call unmerge() first."
+            )
         if not self._records:
             self._live.freeze()
         record.trainable = True  # as modules are made

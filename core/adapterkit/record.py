@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit.adapted import Active, install, uninstall
 from adapterkit.biases import BiasLayer
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import ConfigError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
@@ -139,5 +140,22 @@ def acting_heads(records: Sequence[AdapterRecord], chosen: str | None) -> tuple[
                     f"{other!r} and {record.name!r} each have their own {path!r}, and only one can act. Say which: "
                     f"activate(..., heads={other!r})."
                 )
+    for path, name in owners.items():
+        _warn_of_passed_over(path, name, records)
     # The last head at a module is the one that acts.
     return tuple(sorted((r.name for r in records if r.heads), key=lambda name: name == chosen))
+
+
+def _warn_of_passed_over(head: str, owner: str, records: Sequence[AdapterRecord]) -> None:
+    """A head stands in place of its module, so what another adapter changes in that module does not act."""
+    for record in records:
+        if record.name == owner or head in record.heads:
+            continue
+        inside = [p for p in (*record.layers, *record.biases) if p == head or p.startswith(head + ".")]
+        if inside:
+            warnings.warn(
+                f"While {owner!r} has its head at {head!r}, what {record.name!r} changes at {inside[0]!r} "
+                "does not act.",
+                AdapterWarning,
+                stacklevel=4,
+            )

@@ -347,3 +347,11 @@ def test_meta_weights_cannot_be_merged() -> None:
     adapters.add("a", LoraConfig(target_modules=["linear"]))
     with pytest.raises(ak.StateError, match=r"'linear\.weight' is not in memory"):
         adapters.merge("a")
+
+
+def test_trained_biases_are_not_added_onto_merged_ones() -> None:
+    adapters = adapted(network(), "a")
+    adapters.merge("a")
+    with pytest.raises(ak.StateError, match=r"'b' trains biases, .* merged with others' now"):
+        adapters.add("b", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))
+    assert adapters.names == ("a",)
