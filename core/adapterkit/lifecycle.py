@@ -117,7 +117,7 @@ class Lifecycle(Activation):
     def _install(self, record: AdapterRecord) -> None:
         if record.biases and self._merged.names:
             raise StateError(
-                f"Adapter {record.name!r} trains biases, which start from the base's, and those are merged with others' "
+                f"Adapter {record.name!r} trains biases, which start from the base's; others' are merged into those "
                 "now. Call unmerge() first."
             )
         if not self._records:

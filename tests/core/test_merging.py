@@ -352,6 +352,6 @@ def test_meta_weights_cannot_be_merged() -> None:
 def test_trained_biases_are_not_added_onto_merged_ones() -> None:
     adapters = adapted(network(), "a")
     adapters.merge("a")
-    with pytest.raises(ak.StateError, match=r"'b' trains biases, .* merged with others' now"):
+    with pytest.raises(ak.StateError, match=r"'b' trains biases, .* others' are merged into those now"):
         adapters.add("b", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))
     assert adapters.names == ("a",)
