@@ -77,10 +77,32 @@ class LayerKind(ABC):
         Never forms `dW`. `x` is the layer's input; `dropout` is the probability of dropping each of its
         entries (the rest is scaled by `1 / (1 - p)`). The result has the factors' dtype, or autocast's.
         """
-        x = x.to(factors.down.dtype)
+        return self.expand(self.project(x, factors.down, dropout), factors.up, factors.bias)
+
+    def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
+        """The first half of `apply`: the input through a down factor `(r, in)`.
+
+        `r` numbers at each place of the output, where the output's features stand.
+        """
+        x = x.to(down.dtype)
         if dropout > 0.0:
             x = F.dropout(x, dropout)
-        return F.linear(F.linear(x, factors.down), factors.up, factors.bias)
+        return F.linear(x, down)
+
+    def expand(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The second half of `apply`: what `project` gave through an up factor `(out, r)`."""
+        return F.linear(hidden, up, bias)
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""
+        return F.linear(x.to(weight.dtype), weight)
+
+    def work(self, x: Tensor, rank: int | None = None) -> int:
+        """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""
+        places = x.numel() // self.in_features
+        if rank is None:
+            return places * self.out_features * self.in_features
+        return places * rank * (self.out_features + self.in_features)
 
     def spread(self, bias: Tensor) -> Tensor:
         """A `(out,)` bias in the shape that broadcasts over the layer's output."""

@@ -74,23 +74,38 @@ class Conv(LayerKind):
         own = self._weight(module)
         own.copy_(weight.reshape(own.shape))
 
-    def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        """See `LayerKind.apply`."""
-        up, down = factors.up, factors.down
+    def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `LayerKind.project`: `r` channels for each group, or `r` in all from a factor that is ungrouped."""
         x = x.to(down.dtype)
         if dropout > 0.0:
             x = F.dropout(x, dropout)
-        if self.is_ungrouped(factors):
-            return self._apply_ungrouped(x, factors)
-        down = down.reshape(self.down_shape(down.shape[0]))
+        kernel = down.reshape(down.shape[0], -1, *self.kernel)
+        if self._reads_every_group(down):
+            return self.convolve(x, kernel, 1)
         if self.groups > 1:
-            down = down.repeat(self.groups, *(1,) * (self.dims + 1))
-        hidden = self.convolve(x, down, self.groups)
-        return _CONV[self.dims](hidden, up.reshape(self.up_shape(factors.rank)), factors.bias, groups=self.groups)
+            kernel = kernel.repeat(self.groups, *(1,) * (self.dims + 1))
+        return self.convolve(x, kernel, self.groups)
+
+    def expand(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `LayerKind.expand`: a 1 x 1 convolution."""
+        return _CONV[self.dims](hidden, up.reshape(*up.shape, *(1,) * self.dims), bias, groups=self.groups)
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `LayerKind.apply_weight`."""
+        kernel = weight.reshape(weight.shape[0], -1, *self.kernel)
+        return self.convolve(x.to(weight.dtype), kernel, self.groups)
+
+    def work(self, x: Tensor, rank: int | None = None) -> int:
+        """See `LayerKind.work`; the places are counted without regard to padding."""
+        channels = self.groups * self.in_features // math.prod(self.kernel)
+        places = x.numel() // channels // math.prod(self.stride)
+        if rank is None:
+            return places * self.out_features * self.in_features
+        return places * rank * (self.out_features + self.groups * self.in_features)
 
     def is_ungrouped(self, factors: Factors) -> bool:
         """See `LayerKind.is_ungrouped`."""
-        return self.groups > 1 and factors.down.shape[1] == self.groups * self.in_features
+        return self._reads_every_group(factors.down)
 
     def ungrouped_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """See `LayerKind.ungrouped_shapes`: A reads every channel, B each group's own part of A's output."""
@@ -99,11 +114,8 @@ class Conv(LayerKind):
         channels = self.groups * self.in_features // math.prod(self.kernel)
         return (self.out_features, rank // self.groups, *(1,) * self.dims), (rank, channels, *self.kernel)
 
-    def _apply_ungrouped(self, x: Tensor, factors: Factors) -> Tensor:
-        shapes = self.ungrouped_shapes(factors.rank)
-        assert shapes is not None
-        hidden = self.convolve(x, factors.down.reshape(shapes[1]), 1)
-        return _CONV[self.dims](hidden, factors.up.reshape(shapes[0]), factors.bias, groups=self.groups)
+    def _reads_every_group(self, down: Tensor) -> bool:
+        return self.groups > 1 and down.shape[1] == self.groups * self.in_features
 
     def convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
         """`x` convolved with `kernel` in the layer's own geometry, without a bias."""

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit.factors import Factors
 from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 
 
@@ -52,12 +51,29 @@ class Embedding(LayerKind):
         """See `LayerKind.write`."""
         self._weight(module).copy_(weight.t())
 
-    def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        """See `LayerKind.apply`. Dropping an entry of a one-hot input drops its whole row."""
-        hidden = F.embedding(x, factors.down.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+    def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
+        """See `LayerKind.project`. Dropping an entry of a one-hot input drops its whole row."""
+        hidden = self._rows(x, down)
         if dropout > 0.0:
             hidden = hidden * F.dropout(torch.ones_like(hidden[..., :1]), dropout)
-        out = F.linear(hidden, factors.up, factors.bias)
+        return hidden
+
+    def expand(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `LayerKind.expand`."""
+        return self._scaled(F.linear(hidden, up, bias))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `LayerKind.apply_weight`."""
+        return self._scaled(self._rows(x, weight))
+
+    def work(self, x: Tensor, rank: int | None = None) -> int:
+        """See `LayerKind.work`: reading rows is none."""
+        return 0 if rank is None else x.numel() * rank * self.out_features
+
+    def _rows(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(x, matrix.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def _scaled(self, out: Tensor) -> Tensor:
         return out if self.scale == 1.0 else out * self.scale
 
 
