@@ -17,9 +17,10 @@ from adapterkit.layer import AdapterLayer
 from adapterkit.loading import module_slots
 from adapterkit.method import Method
 from adapterkit.offload import execution_device, real_value
-from adapterkit.record import AdapterRecord, SharedTensors, SharedView
+from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.selection import Match, Selection
+from adapterkit.shared import SharedTensors, SharedView
 from adapterkit.target import Target
 from adapterkit.walk import Uncalled, Walk
 
@@ -58,7 +59,7 @@ class Builder:
         record = AdapterRecord(name, self.config)
         shared = dict(self.method.prepare(list(self.targets.values()), self.config))
         self._check_shared(shared)
-        record.shared = SharedTensors(shared) if shared else None
+        record.shared = SharedView(SharedTensors(shared)) if shared else None
         for path, target in self.targets.items():
             self._add_host(record, path, target.module, active)
             record.layers[path] = self.make_layer(target, record.shared)
@@ -67,10 +68,9 @@ class Builder:
         notes = self._add_biases(record, active)
         return record, notes
 
-    def make_layer(self, target: Target, shared: SharedTensors | None) -> AdapterLayer:
+    def make_layer(self, target: Target, shared: SharedView | None) -> AdapterLayer:
         """The method's layer for one target, checked."""
-        view = SharedView(shared) if shared is not None else {}
-        layer = self.method.inject(target, self.config, view)
+        layer = self.method.inject(target, self.config, {} if shared is None else shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
@@ -94,16 +94,19 @@ class Builder:
         return head
 
     def fill(self, record: AdapterRecord) -> None:
-        """Give layers that a file left without values those of a new adapter."""
-        for path, layer in record.layers.items():
-            if (
-                any(p.is_meta for p in (*layer.parameters(), *layer.buffers()))
-                and self.targets[path].device.type != "meta"
-            ):
-                fresh = self.make_layer(dataclasses.replace(self.targets[path], load=False), record.shared)
-                for (_, own), (_, new) in zip(module_slots(layer), module_slots(fresh), strict=True):
-                    if own.tensor.is_meta:
-                        own.assign(new.tensor.detach())
+        """Give what a file left without values those of a new adapter, and move the rest to where it computes."""
+        new = [dataclasses.replace(target, load=False) for target in self.targets.values()]
+        if record.shared is not None and new[0].device.type != "meta":
+            if _lacks_values(record.shared.module):
+                _assign(record.shared.module, SharedTensors(self.method.prepare(new, self.config)))
+            record.shared.module.to(new[0].device)
+        for target in new:
+            layer = record.layers[target.path]
+            if target.device.type == "meta":
+                continue
+            if _lacks_values(layer):
+                _assign(layer, self.make_layer(target, record.shared))
+            layer.to(target.device)
 
     def _target(self, match: Match) -> Target:
         weight = match.module.weight
@@ -150,6 +153,16 @@ class Builder:
         if not skipped:
             return []
         return [f"biases not trained, because it is not known where they act: {', '.join(skipped)}"]
+
+
+def _lacks_values(module: nn.Module) -> bool:
+    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def _assign(module: nn.Module, fresh: nn.Module) -> None:
+    for (_, own), (_, new) in zip(module_slots(module), module_slots(fresh), strict=True):
+        if own.tensor.is_meta:
+            own.assign(new.tensor.detach())
 
 
 def _trained_dtype(dtype: torch.dtype) -> torch.dtype:

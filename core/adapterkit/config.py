@@ -46,6 +46,8 @@ class AdapterConfig:
     method: ClassVar[str] = ""
     # PEFT's fields that are not implemented, each with the value at which it changes nothing.
     not_implemented: ClassVar[Mapping[str, object]] = {}
+    # Fields below that PEFT's config of this method lacks. A file lists the layers that they leave instead.
+    not_in_files: ClassVar[tuple[str, ...]] = ()
     # Defaults for a `model_type` where the method differs from `adapterkit.defaults`.
     default_targets: ClassVar[Mapping[str, Sequence[str] | str]] = {}
 
@@ -113,7 +115,9 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, with `peft_type` and what `extra` kept."""
-        own = {f.name: _jsonable(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        names = [f.name for f in dataclasses.fields(self) if f.name != "extra"]
+        own = {name: _jsonable(getattr(self, name)) for name in names}
+        own = {name: value for name, value in own.items() if value is not None or name not in self.not_in_files}
         return dict(sorted({**self.extra, **own, "peft_type": self.method.upper(), "inference_mode": True}.items()))
 
     @classmethod

@@ -157,7 +157,7 @@ def write_folder(
         SaveError: it cannot be written there; nothing has changed.
     """
     try:
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that matches counts
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
     try:

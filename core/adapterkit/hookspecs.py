@@ -59,7 +59,8 @@ def prepare(targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Te
     """Tensors that all targets of one adapter share, made once, before any layer.
 
     The core owns the one copy, registers it with the model so that `.to(...)` moves it, and hands it to
-    `inject` as `shared`. The names must be the `shared` names of the key rule. `None`, the default, and
+    `inject` as `shared`. Adapters whose tensors are equal have one copy, so a method must never change them in
+    place. The names must be the `shared` names of the key rule. `None`, the default, and
     an empty mapping mean that there are none. When an adapter is loaded, `prepare` is called as well and the
     file's tensors replace what it returned.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from adapterkit.checkpointing import InputGradients
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.record import AdapterRecord
+from adapterkit.shared import SharedTensors
 from adapterkit.walk import Walk, base_parameters
 
 # Where a model keeps its `Adapters`.
@@ -84,9 +86,29 @@ class Host:
             slots = self.model._modules.get(SHARED)
             if slots is None:
                 slots = self.model._modules[SHARED] = Slots()
-            slots._modules[record.name] = record.shared
+            # Torch moves a module that has two names once, so it stays one copy.
+            record.shared.join(self._shared().values())
+            slots._modules[record.name] = record.shared.module
         if hasattr(self.model, _IGNORED):
             getattr(self.model, _IGNORED).update(record.memory_keys())
+
+    def _shared(self) -> dict[str, SharedTensors]:
+        slots = self.model._modules.get(SHARED)
+        found = {} if slots is None else slots._modules
+        return {name: module for name, module in found.items() if isinstance(module, SharedTensors)}
+
+    @contextmanager
+    def writing(self, record: AdapterRecord) -> Iterator[None]:
+        """While an adapter's tensors are written to, others that use the same shared tensors keep theirs."""
+        if record.shared is None:
+            yield
+            return
+        if any(module is record.shared.module for name, module in self._shared().items() if name != record.name):
+            record.shared.part()
+        try:
+            yield
+        finally:
+            self.remember(record)
 
     def forget(self, record: AdapterRecord) -> None:
         """Undo `remember`."""

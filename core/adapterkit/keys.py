@@ -30,15 +30,30 @@ class KeyRule:
         prefix: every parameter an adapter layer owns begins with it (`lora_`, `hada_`, `vera_lambda_`).
         shared: names of the tensors that all targets of one adapter use (VeRA's `vera_A`, `vera_B`).
         exempt: names, shared or local, that a file may lack by rule; what the file lacks then is not missing.
+        derived: names of those kinds that are made again from the config: never written to a file, exempt
+            where it lacks them, and ignored where it has them.
     """
 
     prefix: str
     shared: tuple[str, ...] = ()
     exempt: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
 
     def owns(self, local: str) -> bool:
         """Whether a name inside an adapter layer (`lora_A.weight`) is the method's."""
         return local.startswith(self.prefix)
+
+    def may_lack(self, key: str) -> bool:
+        """Whether a file may lack this key, `<name>` or `<path>.<local>`."""
+        return _names(self.exempt | self.derived, key)
+
+    def derives(self, key: str) -> bool:
+        """Whether what is under this key is made again from the config."""
+        return _names(self.derived, key)
+
+
+def _names(names: frozenset[str], key: str) -> bool:
+    return any(key == name or key.endswith("." + name) for name in names)
 
 
 def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:

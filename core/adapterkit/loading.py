@@ -14,7 +14,6 @@ from adapterkit.keys import (
     HEADS,
     LAYERS,
     SHARED,
-    KeyRule,
     file_key,
     split_memory_key,
     strip_file_prefix,
@@ -80,7 +79,7 @@ def slots(record: AdapterRecord) -> dict[str, Slot]:
                 slot.layer = module
             found[slot.key] = slot
     if record.shared is not None:
-        for local, slot in module_slots(record.shared):
+        for local, slot in module_slots(record.shared.module):
             slot.key = local
             found[local] = slot
     return found
@@ -101,7 +100,7 @@ def module_slots(module: nn.Module) -> Iterable[tuple[str, Slot]]:
 def _method_keys(record: AdapterRecord) -> set[str]:
     """Keys of the adapter layers and shared tensors: what the method's save rule is asked about."""
     keys = {f"{path}.{local}" for path, layer in record.layers.items() for local, _ in module_slots(layer)}
-    return keys | {local for local, _ in module_slots(record.shared)} if record.shared is not None else keys
+    return keys | set(record.shared or ())
 
 
 def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -110,21 +109,21 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     Args:
         source: a full state dict of the model to take the values from; the model's own if `None`.
     """
+    rule = method.key_rule(record.config)
     if source is None:
         values = {key: real_value(slot.owner, slot.name) for key, slot in slots(record).items()}
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
         values = {key: found[key] for key in slots(record) if key in found}
-        lacking = sorted(set(slots(record)) - set(values))
+        lacking = sorted(key for key in set(slots(record)) - set(values) if not rule.derives(key))
         if lacking:
             raise CheckpointError(
                 f"The state dict lacks {len(lacking)} of adapter {record.name!r}'s tensors, such as {lacking[0]!r}."
             )
     own = _method_keys(record)
-    written = method.to_file(record.config, {k: v for k, v in values.items() if k in own})
-    shared = set(method.key_rule(record.config).shared)
-    result = {file_key("", k) if k in shared else _full_key(k): v for k, v in written.items()}
+    written = method.to_file(record.config, {k: v for k, v in values.items() if k in own and not rule.derives(k)})
+    result = {file_key("", k) if k in rule.shared else _full_key(k): v for k, v in written.items()}
     return result | {_full_key(k): v for k, v in values.items() if k not in own}
 
 
@@ -184,10 +183,14 @@ def fit(
     places = slots(record)
     own, others = _from_full(record, tensors)
     base_keys: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
     if own.keys() & places.keys():  # a full state dict
         tensors, base_keys = own, tuple(others)
-    elif from_file:
-        tensors = method.from_file(record.config, strip_file_prefix(tensors))
+    else:
+        if from_file:
+            tensors = method.from_file(record.config, strip_file_prefix(tensors))
+        derived = tuple(key for key in tensors if key in places and rule.derives(key))
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in derived}
     aliased = _aliased(record, places)
     values, rest, mismatched = [], {}, []
     for key, tensor in tensors.items():
@@ -203,15 +206,15 @@ def fit(
         else:
             values.append((slot, tensor))
     given = {slot.key for slot, _ in values} | {m.key for m in mismatched}
-    absent = [key for key in places if key not in given and key not in optional]
-    exempt = tuple(key for key in absent if _is_exempt(key, rule))
+    absent = [key for key in places if key not in given and key not in optional and key not in derived]
+    exempt = tuple(key for key in absent if rule.may_lack(key))
     ignored = tuple(k for k, tensor in rest.items() if equals_base(model, k, tensor) or _is_head_again(k, record))
     report = LoadReport(
         missing=tuple(key for key in absent if key not in exempt),
         unexpected=tuple(key for key in rest if key not in ignored),
         mismatched=tuple(mismatched),
         exempt=exempt,
-        ignored=ignored + base_keys,
+        ignored=derived + ignored + base_keys,
     )
     return Fit(report, values)
 
@@ -235,10 +238,6 @@ def _aliased(record: AdapterRecord, places: Mapping[str, Slot]) -> dict[str, Slo
         if key.startswith(path + ".")
         for alias in aliases
     }
-
-
-def _is_exempt(key: str, rule: KeyRule) -> bool:
-    return any(key == name or key.endswith("." + name) for name in rule.exempt)
 
 
 def _is_head_again(key: str, record: AdapterRecord) -> bool:

@@ -66,7 +66,8 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> Adap
         "modules_to_save": tuple(p for p in record.heads if p not in record.layers) or None,
         "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
     }
-    if config.target_modules in (None, ALL_LINEAR) or config.layers_to_transform is not None:
+    resolved = ("layers_to_transform", *config.not_in_files)
+    if config.target_modules in (None, ALL_LINEAR) or any(getattr(config, name) is not None for name in resolved):
         changes |= {
             "target_modules": _short_names(record.layers, Walk(model).paths),
             "exclude_modules": None,

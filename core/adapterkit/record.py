@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from adapterkit.adapted import Active, install, uninstall
 from adapterkit.biases import BiasLayer
@@ -16,33 +16,7 @@ from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
 from adapterkit.reports import AdapterStatus
-
-
-class SharedTensors(nn.Module):
-    """The one copy of the tensors that all targets of an adapter use; `.to(...)` moves it with the model."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-
-class SharedView(Mapping[str, Tensor]):
-    """What a method's layers hold of the shared tensors: names, looked up anew each time."""
-
-    def __init__(self, module: SharedTensors) -> None:
-        self._module = module
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._module._buffers[name]
-        assert tensor is not None
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._module._buffers)
-
-    def __len__(self) -> int:
-        return len(self._module._buffers)
+from adapterkit.shared import SharedView
 
 
 @dataclass
@@ -62,7 +36,7 @@ class AdapterRecord:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     heads: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, BiasLayer] = field(default_factory=dict)
-    shared: SharedTensors | None = None
+    shared: SharedView | None = None
     labels: LabelSet | None = None
     trainable: bool = False
 
@@ -108,7 +82,7 @@ class AdapterRecord:
                 for local in module.state_dict(keep_vars=True):
                     yield f"{place}.{container}.{self.name}.{local}"
         if self.shared is not None:
-            for local in self.shared.state_dict(keep_vars=True):
+            for local in self.shared:
                 yield f"{SHARED}.{self.name}.{local}"
 
     def install(self, active: Active) -> None:

@@ -47,12 +47,13 @@ class Storage(Lifecycle):
         """
         record = self._record(name)
         self._check_not_merged(name)
-        found = fit(record, default_registry.method_of(record.config), self.model, tensors)
-        if not found.report.ok:
-            if strict:
-                refuse(found.report, name, "The state dict")
-            warnings.warn(str(found.report), AdapterWarning, stacklevel=2)
-        put(found.values, assign=False)
+        with self._live.writing(record):
+            found = fit(record, default_registry.method_of(record.config), self.model, tensors)
+            if not found.report.ok:
+                if strict:
+                    refuse(found.report, name, "The state dict")
+                warnings.warn(str(found.report), AdapterWarning, stacklevel=2)
+            put(found.values, assign=False)
         return found.report
 
     def save(self, name: str, folder: str | Path, *, source: Mapping[str, Tensor] | None = None) -> Path:
