@@ -1,0 +1,32 @@
+"""The hooks through which adapterkit uses LoHa."""
+
+from __future__ import annotations
+
+from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, PatternTable, Target, hookimpl
+from adapterkit_loha.config import LoHaConfig
+from adapterkit_loha.layer import LoHaLayer, initialise
+
+
+@hookimpl
+def config_type() -> type[AdapterConfig]:
+    return LoHaConfig
+
+
+@hookimpl
+def key_rule() -> KeyRule:
+    return KeyRule(prefix="hada_")
+
+
+@hookimpl
+def inject(target: Target, config: LoHaConfig) -> AdapterLayer:
+    rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
+    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
+    layer = LoHaLayer(target, rank, alpha / rank, config)
+    if not target.load:
+        initialise(layer, config)
+    return layer
+
+
+@hookimpl
+def factors(layer: LoHaLayer) -> Factors:
+    return layer.factors()

@@ -1,0 +1,57 @@
+"""The config of VeRA: PEFT's fields, and `exclude_modules`, which PEFT lacks here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from adapterkit import AdapterConfig, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(AdapterConfig):
+    """Vector-based random matrix adaptation: `dW = diag(b) B diag(d) A` (Kopiczko et al. 2023, arXiv 2310.11454).
+
+    A `(r, in)` and B `(out, r)` are random, frozen, and one for all layers of the adapter: as large as the
+    largest needs, and each layer uses its part. Only the vectors d `(r,)` and b `(out,)` of each layer train.
+
+    Args:
+        r: the rank; much larger than LoRA's, since it costs `r` parameters a layer.
+        projection_prng_key: the seed of A and B, which are PEFT's for the same key and sizes.
+        save_projection: whether files hold A and B. Without them they are made again from the key.
+        vera_dropout: probability of dropping each input entry of A, in training.
+        d_initial: what every entry of d starts at.
+        bias: which biases of the base are trained with the adapter, each adapter its own copy:
+            `"none"`, `"vera_only"` (the adapted layers') or `"all"`.
+        init_weights: `True`: b starts at zero. `False`: b at one and d normal.
+        fan_in_fan_out: of no effect: the layer kind knows its layout. Kept for files.
+
+    The other fields are `AdapterConfig`'s.
+    """
+
+    method = "vera"
+    not_in_files = ("exclude_modules",)
+    default_targets = {"phi": ("q_proj", "v_proj")}  # noqa: RUF012 - a class variable by its base
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    @property
+    def trained_biases(self) -> Literal["none", "targets", "all"]:
+        """See `AdapterConfig.trained_biases`."""
+        return "targets" if self.bias == "vera_only" else self.bias
+
+    def check(self) -> None:
+        """See `AdapterConfig.check`."""
+        if self.r < 1:
+            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
+        if not 0.0 <= self.vera_dropout < 1.0:
+            raise ConfigError(f"vera_dropout = {self.vera_dropout} must be a probability, at least 0 and below 1.")
+        if not -(2**63) <= self.projection_prng_key < 2**64:
+            raise ConfigError(f"projection_prng_key = {self.projection_prng_key} must be a seed of 64 bits.")

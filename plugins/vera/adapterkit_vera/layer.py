@@ -1,0 +1,111 @@
+"""VeRA's mathematics as pure functions, and the layer that holds its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from adapterkit import AdapterLayer, Factors, Target
+from adapterkit_vera.config import VeraConfig
+
+# Numbers in the layer's output up to which it costs more time than memory to make them again for the backward.
+SMALL = 2**16
+
+
+def projections(r: int, in_features: int, out_features: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The random A `(r, in)` and B `(out, r)` of a key, float32: uniform within `sqrt(6 / columns)`.
+
+    Bit for bit PEFT's: one stream of torch's CPU generator, A before B. On the meta device they have no values.
+    """
+    place = "meta" if device.type == "meta" else "cpu"
+    down = torch.empty(r, in_features, dtype=torch.float32, device=place)
+    up = torch.empty(out_features, r, dtype=torch.float32, device=place)
+    if device.type == "meta":
+        return down, up
+    generator = torch.Generator("cpu").manual_seed(key)
+    for matrix in (down, up):
+        # In this order of operations: a bound that is rounded otherwise gives other bits.
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(matrix.shape[1]))
+        matrix.uniform_(-bound, bound, generator=generator)
+    return down.to(device), up.to(device)
+
+
+def scaled_up(up: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
+    """`diag(b) B diag(d)`, shape `(out, r)`: the up factor of the change, whose down factor is A."""
+    return lambda_b[:, None] * up * lambda_d
+
+
+class _Expand(torch.autograd.Function):
+    """`b * (B (d * hidden))` with the features last. Keeps `hidden (tokens, r)` and nothing as wide as the output."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, up: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, up, lambda_d, lambda_b)
+        out = F.linear(hidden * lambda_d, up)
+        return out.mul_(lambda_b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dtypes = [t.dtype for t in ctx.saved_tensors]
+        hidden, up, lambda_d, lambda_b = (t.to(grad.dtype) for t in ctx.saved_tensors)  # autocast: its dtype
+        scaled = (grad * lambda_b) @ up
+        rows, grads = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        for_d = (scaled * hidden).reshape(rows.shape).sum(0)
+        # The gradient of b needs the output before b again. Summed over the tokens first, it is `(out, r)`.
+        if len(rows) > len(lambda_d):
+            for_b = ((grads.t() @ rows) * up) @ lambda_d
+        else:
+            for_b = (grads * F.linear(rows * lambda_d, up)).sum(0)
+        return (scaled * lambda_d).to(dtypes[0]), None, for_d.to(dtypes[2]), for_b.to(dtypes[3])
+
+
+class VeraLayer(AdapterLayer):
+    """`delta(x) = b * (B (d * (A dropout(x))))` with this layer's d `(r,)` and b `(out,)` and the shared A and B."""
+
+    def __init__(self, target: Target, config: VeraConfig, shared: Mapping[str, Tensor]) -> None:
+        super().__init__(target.kind)
+        self.shared, self.dropout = shared, config.vera_dropout
+        self.vera_lambda_d, self.vera_lambda_b = target.empty(config.r), target.empty(target.out_features)
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """This layer's part of A `(r, in)` and B `(out, r)`: views, unless the layer has another dtype or device."""
+        own = self.vera_lambda_d
+        down = self.shared["vera_A"][:, : self.kind.in_features]
+        up = self.shared["vera_B"][: self.kind.out_features]
+        return down.to(own.device, own.dtype), up.to(own.device, own.dtype)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """See `AdapterLayer.delta`."""
+        down, up = self.projections()
+        hidden = self.kind.project(x, down, self.dropout if self.training else 0.0)
+        lambda_d, lambda_b = self.vera_lambda_d, self.vera_lambda_b
+        # Where the features are not last; and compiled, where only what is as wide as the output costs memory.
+        if self.kind.spread(lambda_b).dim() > 1 or torch.compiler.is_compiling():
+            return self.kind.expand(hidden, scaled_up(up, lambda_d, lambda_b))
+        small = hidden.numel() // hidden.shape[-1] * len(lambda_b) <= SMALL
+        if self.kind.lookup or small or not torch.is_grad_enabled():
+            return self.kind.expand(hidden * lambda_d, up) * lambda_b
+        return _Expand.apply(hidden, up, lambda_d, lambda_b)  # type: ignore[no-untyped-call,no-any-return]
+
+    def factors(self) -> Factors:
+        """The exact `dW`, of rank `r`."""
+        down, up = self.projections()
+        return Factors(scaled_up(up, self.vera_lambda_d, self.vera_lambda_b), down)
+
+
+@torch.no_grad()
+def initialise(layer: VeraLayer, config: VeraConfig) -> None:
+    """Give a new layer the values that `config` says."""
+    if config.init_weights:
+        nn.init.constant_(layer.vera_lambda_d, config.d_initial)
+        nn.init.zeros_(layer.vera_lambda_b)
+    else:
+        nn.init.normal_(layer.vera_lambda_d)
+        nn.init.ones_(layer.vera_lambda_b)

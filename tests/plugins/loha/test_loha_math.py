@@ -1,0 +1,424 @@
+"""LoHa's mathematics against literal oracles in float64: factors, forward, gradients, dropouts, memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import adapterkit as ak
+from adapterkit_loha import LoHaConfig, LoHaLayer
+from adapterkit_loha import layer as mathematics
+
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
+    "Linear-tall": (lambda: nn.Linear(2, 9, bias=False), lambda: torch.randn(4, 2)),
+    "Conv1D": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), lambda: torch.randn(2, 4, 7)),
+    "Conv1d-reflect": (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 2, 7)),
+    "Conv2d": (lambda: nn.Conv2d(3, 4, (2, 3), 2, padding=1, padding_mode="circular"), lambda: torch.randn(2, 3, 6, 6)),
+    "Conv2d-1": (lambda: nn.Conv2d(3, 4, 1), lambda: torch.randn(2, 3, 2, 2)),
+    "Conv2d-depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5)),
+    "Conv2d-same": (lambda: nn.Conv2d(2, 4, 3, padding="same", dilation=2), lambda: torch.randn(1, 2, 5, 5)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2), lambda: torch.randn(1, 2, 4, 4, 4)),
+    "Embedding": (lambda: nn.Embedding(7, 5), lambda: torch.randint(0, 7, (2, 3))),
+}
+every_layer = pytest.mark.parametrize("sort", LAYERS)
+FORMS = (mathematics.factored, mathematics.dense)
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def one(layer: nn.Module) -> nn.Module:
+    """A model of one layer."""
+    return nn.Sequential(OrderedDict([("fc", layer)]))
+
+
+def adapted(sort: str, **fields: Any) -> tuple[nn.Module, LoHaLayer, Tensor]:
+    """A model of one layer, its adapter layer with random values, and an input."""
+    torch.manual_seed(0)
+    make, inputs = LAYERS[sort]
+    model = one(make()).eval()
+    adapters = ak.attach(model)
+    adapters.add("a", LoHaConfig(**{"r": 3, "alpha": 5, "init_weights": False, "target_modules": ["fc"], **fields}))
+    with torch.no_grad():
+        for parameter in adapters.parameters("a"):
+            parameter.normal_(std=0.7)
+    layer: Any = model.get_submodule("fc.adapters.a")
+    return model, layer, inputs()
+
+
+def oracle(layer: Any, shape: tuple[int, ...]) -> Tensor:
+    """The change, in the shape `(out, in, *kernel)`, one element at a time by the definition."""
+    result = torch.zeros(shape)
+    for index in itertools.product(*map(range, shape)):
+        o, i, *kernel = index
+        value = layer.scaling
+        for w in ("1", "2"):
+            a, b = (getattr(layer, f"hada_w{w}_{x}").detach() for x in "ab")
+            if layer.effective:
+                core = getattr(layer, f"hada_t{w}").detach()
+                core = core[(..., *kernel, 0)] if len(kernel) == 1 else core[(..., *kernel)]
+                value = value * sum(a[m, o] * core[m, n] * b[n, i] for m in range(3) for n in range(3)).sum()
+            else:
+                column = 0
+                for place, size in zip((i, *kernel), shape[1:], strict=True):
+                    column = column * size + place
+                value = value * (a[o] @ b[:, column])
+        result[index] = value
+    return result
+
+
+def effective_or_not(sort: str) -> list[bool]:
+    return [False, True] if "Conv" in sort and sort != "Conv1D" else [False]
+
+
+EVERY = [(sort, effective) for sort in LAYERS for effective in effective_or_not(sort)]
+
+
+def weight_of(model: nn.Module, sort: str) -> Tensor:
+    """The weight as `(out, in, *kernel)`."""
+    weight = model.fc.weight.detach()
+    return weight.t() if sort in ("Conv1D", "Embedding") else weight
+
+
+@pytest.mark.parametrize(("sort", "effective"), EVERY)
+def test_the_factors_are_the_change_by_its_definition(sort: str, effective: bool) -> None:
+    model, layer, _ = adapted(sort, use_effective_conv2d=effective)
+    found = ak.method("loha").factors(layer)
+    assert found is not None
+    assert found.rank == 9
+    expected = oracle(layer, tuple(weight_of(model, sort).shape))
+    torch.testing.assert_close(found.delta(), expected.flatten(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sort", "effective"), EVERY)
+@pytest.mark.parametrize("small", [0, 2**60], ids=["functions", "autograd"])
+@pytest.mark.parametrize("factored", [True, False])
+def test_the_output_is_that_of_the_changed_weight_in_every_form(
+    sort: str, effective: bool, small: int, factored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", small)
+    monkeypatch.setattr(mathematics, "factored_is_cheaper", lambda *_: factored)
+    model, layer, x = adapted(sort, use_effective_conv2d=effective)
+    found, inference = model(x), torch.no_grad()(model)(x)
+    delta = oracle(layer, tuple(weight_of(model, sort).shape))
+    bare = ak.attach(model).detach()
+    with torch.no_grad():
+        bare.fc.weight.add_(delta.t() if sort in ("Conv1D", "Embedding") else delta)
+    torch.testing.assert_close(found, bare(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inference, bare(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("sort", "effective"), EVERY)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_every_form(sort: str, effective: bool, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", 0)
+    monkeypatch.setattr(mathematics, "factored_is_cheaper", lambda *_: form is mathematics.factored)
+    _, layer, x = adapted(sort, r=2, use_effective_conv2d=effective)
+    names = [name for name, _ in layer.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+    if x.is_floating_point():
+        x.requires_grad_()
+
+    def call(given: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (given,), strict=True)
+
+    layer.forward = layer.delta  # type: ignore[method-assign]
+    if x.is_floating_point():
+        assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
+    else:
+        assert torch.autograd.gradcheck(lambda *v: call(x, *v), values, fast_mode=True)
+
+
+@pytest.mark.parametrize("function", [mathematics._Factored, mathematics._Dense])
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 5)] * 5), shape=st.sampled_from([(1,), (2, 3), ()]), frozen=st.integers(0, 31))
+def test_the_own_backwards_are_autograds(
+    function: Any, sizes: tuple[int, ...], shape: tuple[int, ...], frozen: int
+) -> None:
+    r1, r2, width, out, _ = sizes
+    x, up1, down1, up2, down2 = (
+        torch.randn(*s, dtype=torch.float64) for s in ((*shape, width), (out, r1), (r1, width), (out, r2), (r2, width))
+    )
+    tensors = [x, up1, down1, up2, down2]
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(not frozen >> i & 1)
+    if frozen == 31:
+        return
+    plain = F.linear(x, (up1 @ down1) * (up2 @ down2))
+    own = function.apply(*tensors)
+    torch.testing.assert_close(own, plain)
+    trained = [t for t in tensors if t.requires_grad]
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, trained, weights)
+    for found, grad in zip(torch.autograd.grad(own, trained, weights), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+@settings(max_examples=50, deadline=None)
+@given(out=st.integers(1, 9), width=st.integers(1, 9), r1=st.integers(1, 5), r2=st.integers(1, 5))
+def test_the_khatri_rao_products_are_exact_factors(out: int, width: int, r1: int, r2: int) -> None:
+    first = ak.Factors(torch.randn(out, r1).double(), torch.randn(r1, width).double())
+    second = ak.Factors(torch.randn(out, r2).double(), torch.randn(r2, width).double())
+    found = mathematics.khatri_rao(first, second)
+    assert found.up.shape == (out, r1 * r2)
+    assert found.down.shape == (r1 * r2, width)
+    torch.testing.assert_close(found.delta(), (first.up @ first.down) * (second.up @ second.down))
+
+
+# Scaling, initial values, fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank", "scaling"),
+    [
+        ({"r": 8, "alpha": 8}, 8, 1.0),
+        ({"r": 4, "alpha": 6}, 4, 1.5),
+        ({"r": 4, "alpha": 0.5}, 4, 0.125),
+        ({"r": 4, "alpha": 6, "rank_pattern": {"fc": 2}}, 2, 3.0),
+        ({"r": 4, "alpha": 6, "alpha_pattern": {"f.": 2}}, 4, 0.5),
+    ],
+)
+def test_the_scaling_is_alpha_over_r_with_patterns(fields: dict[str, Any], rank: int, scaling: float) -> None:
+    _, layer, _ = adapted("Linear", **fields)
+    assert (layer.r, layer.scaling, layer.hada_w1_a.shape[1]) == (rank, scaling, rank)
+
+
+@every_layer
+@pytest.mark.parametrize("effective", [True, False])
+def test_a_new_adapter_is_the_identity_unless_asked_otherwise(sort: str, effective: bool) -> None:
+    make, inputs = LAYERS[sort]
+    for init in (True, False):
+        model = one(make())
+        x = inputs()
+        before = model(x)
+        ak.attach(model).add(
+            "a", LoHaConfig(r=2, init_weights=init, use_effective_conv2d=effective, target_modules=["fc"])
+        )
+        assert torch.equal(model(x), before) == init
+
+
+def test_parameters_are_pefts_and_nothing_else_trains() -> None:
+    model, layer, x = adapted("Conv2d")
+    assert [n for n, _ in layer.named_parameters()] == ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]
+    model(x).sum().backward()
+    assert model.fc.weight.grad is None
+    assert all(p.grad is not None for p in layer.parameters())
+    _, layer, _ = adapted("Conv2d", use_effective_conv2d=True)
+    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
+        "hada_w1_a": (3, 4),
+        "hada_w1_b": (3, 3),
+        "hada_w2_a": (3, 4),
+        "hada_w2_b": (3, 3),
+        "hada_t1": (3, 3, 2, 3),
+        "hada_t2": (3, 3, 2, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r = 0: a rank must be at least 1."),
+        ({"rank_pattern": {"fc": 0}}, "rank_pattern = 0: a rank must be at least 1."),
+        ({"rank_dropout": 1.5}, "rank_dropout = 1.5 must be a probability, from 0 to 1."),
+        ({"module_dropout": -0.1}, "module_dropout = -0.1 must be a probability, from 0 to 1."),
+    ],
+)
+def test_what_a_config_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ak.ConfigError) as error:
+        LoHaConfig(**fields)
+    assert str(error.value) == message
+
+
+def test_loras_fields_are_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ak.UnknownNameError, match=r"LoHaConfig has no field 'lora_alpha'\. Did you mean 'alpha'\?"):
+        LoHaConfig(lora_alpha=8)  # type: ignore[call-arg]
+
+
+# Dropouts
+
+
+def test_rank_dropout_drops_rows_and_rescales_by_the_share_left() -> None:
+    model, _, x = adapted("Linear", rank_dropout=0.5)
+    with ak.attach(model).disabled():
+        base = model(x)
+    whole = model(x) - base
+    model.train()
+    counts = set()
+    for _ in range(30):
+        part = model(x) - base
+        kept = (part.abs() > 1e-12).any(0).any(0)
+        counts.add(int(kept.sum()))
+        if kept.any():
+            torch.testing.assert_close(part[..., kept], whole[..., kept] * 5 / kept.sum())
+        assert not part[..., ~kept].any()
+    assert len(counts) > 2
+    model.eval()
+    assert torch.equal(model(x) - base, whole)
+
+
+@pytest.mark.parametrize("probability", [0.9, 1.0])
+def test_rank_dropout_of_every_row_gives_no_change_and_finite_gradients(probability: float) -> None:
+    model, layer, x = adapted("Linear-tall", rank_dropout=probability)
+    model.train()
+    for _ in range(50):
+        out = model(x)
+        out.sum().backward()
+        assert out.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("sort", ["Linear", "Conv2d", "Embedding"])
+def test_module_dropout_leaves_the_whole_change_out_or_in(sort: str) -> None:
+    model, _, x = adapted(sort, module_dropout=0.5)
+    with ak.attach(model).disabled():
+        base = model(x)
+    whole = model(x)
+    model.train()
+    seen = [(torch.equal(out, base), torch.allclose(out, whole, rtol=1e-12)) for out in (model(x) for _ in range(40))]
+    assert set(seen) == {(True, False), (False, True)}
+    model.eval()
+    assert torch.equal(model(x), whole)
+
+
+def test_module_dropout_of_one_is_never_in() -> None:
+    model, layer, x = adapted("Linear", module_dropout=1.0)
+    with ak.attach(model).disabled():
+        base = model(x)
+    model.train()
+    out = model(x)
+    assert torch.equal(out, base)
+    out.sum().backward()
+    assert all(not p.grad.any() for p in layer.parameters())
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), rank=st.floats(0, 1), module=st.floats(0, 1))
+def test_kept_rows_have_a_mean_of_one_or_are_none(rows: int, rank: float, module: float) -> None:
+    found = mathematics.kept_rows(rows, rank, module, torch.zeros(1, dtype=torch.float64))
+    assert found.shape == (rows,)
+    assert math.isclose(float(found.mean()), 1.0) or not found.any()
+
+
+# The cost rule and memory
+
+
+def kept_bytes(run: Any, known: Any) -> int:
+    """What autograd keeps for the backward, the tensors in `known` apart."""
+    own = {t.untyped_storage().data_ptr() for t in known}
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    del out
+    return sum(s.nbytes() for s in storages.values())
+
+
+def shape_of(hidden: int, rank: int, tokens: int) -> tuple[Any, Tensor]:
+    torch.set_default_dtype(torch.float32)
+    model = one(nn.Linear(hidden, hidden, bias=False))
+    ak.attach(model).add("a", LoHaConfig(r=rank, init_weights=False, target_modules=["fc"]))
+    return model, torch.randn(tokens, hidden, requires_grad=True)
+
+
+@pytest.mark.parametrize(("rank", "tokens"), [(4, 256), (8, 256), (16, 128)])
+def test_the_factored_form_keeps_nothing_but_the_hidden_tensor(rank: int, tokens: int) -> None:
+    model, x = shape_of(1024, rank, tokens)
+    layer = model.fc.adapters["a"]
+    assert mathematics.factored_is_cheaper(layer.kind, x, rank)
+    found = kept_bytes(lambda: layer.delta(x), [x, *layer.parameters()])
+    scaled_up = 4 * 1024 * rank
+    assert found <= 4 * tokens * rank**2 + scaled_up
+
+
+def test_the_dense_form_keeps_no_matrix_either() -> None:
+    model, x = shape_of(512, 32, 256)
+    layer = model.fc.adapters["a"]
+    assert not mathematics.factored_is_cheaper(layer.kind, x, 32)
+    assert kept_bytes(lambda: layer.delta(x), [x, *layer.parameters()]) <= 4 * 512 * 32
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rank", "tokens", "factored"),
+    [
+        (2048, 8, 8, True),
+        (2048, 8, 1024, True),
+        (2048, 16, 1024, True),
+        (768, 8, 1024, True),
+        (768, 32, 1024, False),
+        (256, 8, 128, True),
+        (256, 16, 128, False),
+        (256, 32, 8, False),
+    ],
+)
+def test_the_cost_rule_chooses_what_the_benchmark_measured(hidden: int, rank: int, tokens: int, factored: bool) -> None:
+    kind = ak.kinds.Linear(hidden, hidden)
+    assert mathematics.factored_is_cheaper(kind, torch.empty(tokens, hidden, device="meta"), rank) == factored
+
+
+def test_a_depthwise_convolution_is_dense_and_a_lookup_never_makes_a_table() -> None:
+    kind = ak.kinds.Conv2d.of(nn.Conv2d(64, 64, 3, groups=64))
+    assert kind is not None
+    assert not mathematics.factored_is_cheaper(kind, torch.empty(4, 64, 32, 32, device="meta"), 8)
+    model = one(nn.Embedding(5000, 16))
+    ak.attach(model).add("a", LoHaConfig(r=2, init_weights=False, target_modules=["fc"]))
+    layer: Any = model.fc.adapters["a"]
+    rows = torch.arange(4)
+    assert kept_bytes(lambda: layer.delta(rows), [rows, *layer.parameters()]) < 5000
+
+
+@pytest.mark.parametrize("sort", ["Linear", "Conv2d", "Embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_models_have_float32_adapters_and_their_own_outputs(sort: str, dtype: torch.dtype) -> None:
+    make, inputs = LAYERS[sort]
+    model = one(make()).to(dtype)
+    ak.attach(model).add("a", LoHaConfig(r=2, target_modules=["fc"], init_weights=False))
+    x = inputs()
+    out = model(x.to(dtype) if x.is_floating_point() else x)
+    out.float().sum().backward()
+    assert out.dtype == dtype
+    assert {p.dtype for p in ak.attach(model).parameters("a")} == {torch.float32}
+
+
+@pytest.mark.parametrize("small", [0, 2**60])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_autocast_gives_the_gradients_of_float32_up_to_its_rounding(
+    small: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", small)
+    torch.set_default_dtype(torch.float32)
+    model = one(nn.Linear(16, 16))
+    adapters = ak.attach(model)
+    adapters.add("a", LoHaConfig(r=rank, target_modules=["fc"], init_weights=False))
+    x = torch.randn(64, 16, requires_grad=True)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        grads.append(torch.autograd.grad(out.float().square().sum(), [x, *adapters.parameters("a")]))
+    for exact, rough in zip(*grads, strict=True):
+        assert rough.dtype == torch.float32
+        assert (exact - rough).norm() < 0.05 * exact.norm()

@@ -1,0 +1,267 @@
+"""VeRA files against the real PEFT, both ways: the same outputs from the same files, the same random projections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import build, inputs, run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_vera import VeraConfig
+
+pytestmark = [
+    # PEFT's remarks on save_projection=False, and that it sets fan_in_fan_out for Conv1D.
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+TARGETS = {
+    "bert": ["query", "value", "intermediate.dense"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "t5": ["q", "wo"],
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"default-{name}": (name, {}) for name in TARGETS},
+    **{f"derived-{name}": (name, {"save_projection": False}) for name in TARGETS},
+    "r": ("llama", {"r": 3}),
+    "key": ("llama", {"projection_prng_key": 1234, "r": 5}),
+    "key-derived": ("gpt2", {"projection_prng_key": 7, "save_projection": False, "r": 4}),
+    "dropout": ("bert", {"vera_dropout": 0.5}),
+    "d_initial": ("bert", {"d_initial": 0.7}),
+    "init_false": ("bert", {"init_weights": False}),
+    "bias_all": ("bert", {"bias": "all"}),
+    "bias_vera_only": ("bert", {"bias": "vera_only"}),
+    "bias_vera_only-gpt2": ("gpt2", {"bias": "vera_only", "save_projection": False}),
+    "regex": ("bert", {"target_modules": r".*layer\.1\..*\.(query|key)"}),
+    "all_linear": ("llama", {"target_modules": "all-linear"}),
+    "default_targets": ("llama", {"target_modules": None, "save_projection": False}),
+    "layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers", "save_projection": False}),
+    "modules_to_save": ("bert", {"modules_to_save": ["classifier"], "save_projection": False}),
+}
+every_case = pytest.mark.parametrize(("name", "fields"), CASES.values(), ids=CASES)
+
+
+def fields_for(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"target_modules": TARGETS[name], "r": 6, **fields}
+
+
+def perturb(parameters: Iterable[nn.Parameter]) -> None:
+    """As training would: every trained number moves."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def saved_by_peft(folder: Path, name: str, **fields: Any) -> Tensor:
+    torch.manual_seed(3)
+    model = peft.get_peft_model(build(name), peft.VeraConfig(**fields_for(name, fields))).eval()
+    perturb(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(folder)
+    return run(model, name)
+
+
+def saved_by_us(folder: Path, name: str, **fields: Any) -> Tensor:
+    torch.manual_seed(3)
+    base = build(name)
+    adapters = ak.attach(base)
+    adapters.add("mine", VeraConfig(**{"modules_to_save": None, **fields_for(name, fields)}))
+    perturb(adapters.parameters("mine"))
+    adapters.save("mine", folder)
+    return run(base, name)
+
+
+def assert_same(found: Tensor, expected: Tensor, name: str) -> None:
+    """The same outputs, and none of the bare model's."""
+    assert (expected - run(build(name), name)).abs().max() > 1e-3, "the adapter changes nothing: nothing is shown"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def in_peft(folder: Path, name: str) -> Tensor:
+    return run(peft.PeftModel.from_pretrained(build(name), folder).eval(), name)
+
+
+@every_case
+def test_what_peft_saves_gives_the_same_outputs_here(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    expected = saved_by_peft(tmp_path, name, **fields)
+    base = build(name)
+    report = ak.attach(base).load(tmp_path, name="loaded")
+    assert report.ok
+    assert report.exempt == (() if fields.get("save_projection", True) else ("vera_A", "vera_B"))
+    assert_same(run(base, name), expected, name)
+
+
+@every_case
+def test_what_is_saved_here_gives_the_same_outputs_in_peft(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    expected = saved_by_us(tmp_path, name, **fields)
+    assert_same(in_peft(tmp_path, name), expected, name)
+
+
+@every_case
+def test_files_have_the_keys_shapes_and_projections_of_pefts(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    saved_by_us(tmp_path / "here", name, **fields)
+    saved_by_peft(tmp_path / "peft", name, **fields)
+    ours, theirs = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("here", "peft"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    for key in ("base_model.vera_A", "base_model.vera_B"):
+        assert (key in ours) == fields.get("save_projection", True)
+        assert key not in ours or torch.equal(ours[key], theirs[key])
+    ours_json, theirs_json = (
+        json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("here", "peft")
+    )
+    assert ours_json.keys() <= theirs_json.keys()
+    own = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "bias", "init_weights")
+    assert {k: ours_json[k] for k in own} == {k: theirs_json[k] for k in own}
+
+
+def test_fields_and_defaults_are_pefts() -> None:
+    ours, theirs = VeraConfig().to_dict(), peft.VeraConfig().to_dict()
+    ours["modules_to_save"] = None  # here "auto", which becomes a list or null in the file
+    theirs["peft_type"] = theirs["peft_type"].value
+    bookkeeping = {"peft_version", "auto_mapping", "inference_mode"}
+    assert {k: v for k, v in ours.items() if k not in bookkeeping} == {
+        k: v for k, v in theirs.items() if k not in bookkeeping
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"),
+    [
+        (["query", "value", "dense"], ["layer.0.attention.self.value", "output.dense", "pooler.dense"]),
+        ("all-linear", ["pooler.dense", "key"]),
+        (r".*layer\.[01]\..*\.(query|value)", r".*layer\.0\..*\.value"),
+    ],
+)
+def test_exclude_modules_reaches_peft_as_a_list_of_targets(targets: Any, excluded: Any, tmp_path: Path) -> None:
+    expected = saved_by_us(tmp_path, "bert", target_modules=targets, exclude_modules=excluded, save_projection=False)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "exclude_modules" not in written
+    assert isinstance(written["target_modules"], list)
+    assert_same(in_peft(tmp_path, "bert"), expected, "bert")
+    base = build("bert")
+    ak.attach(base).load(tmp_path, "again")
+    assert torch.equal(run(base, "bert"), expected)
+
+
+def test_new_adapters_have_pefts_initial_values() -> None:
+    for init in (True, False):
+        torch.manual_seed(0)
+        theirs = peft.get_peft_model(build("bert"), peft.VeraConfig(**fields_for("bert", {"init_weights": init})))
+        adapters = ak.attach(build("bert"))
+        adapters.add("mine", VeraConfig(**fields_for("bert", {"init_weights": init}), modules_to_save=None))
+        found, expected = adapters.state_dict("mine"), peft.get_peft_model_state_dict(theirs)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if init or not key.endswith("lambda_d"):
+                assert torch.equal(found[key], value), key
+            else:
+                assert found[key].std() > 0.3
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradients_are_pefts(name: str) -> None:
+    theirs = peft.get_peft_model(build(name), peft.VeraConfig(**fields_for(name, {"init_weights": False})))
+    perturb(p for p in theirs.parameters() if p.requires_grad)
+    base = build(name)
+    adapters = ak.attach(base)
+    adapters.add("mine", VeraConfig(**fields_for(name, {}), modules_to_save=None))
+    adapters.load_state_dict("mine", peft.get_peft_model_state_dict(theirs))
+    for model in (base.eval(), theirs.eval()):
+        model(**inputs(name)).logits.square().sum().backward()
+    expected = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
+    found = {k: p.grad for k, p in adapters.named_parameters("mine")}
+    assert len(found) == len(expected) > 0
+    for key, grad in found.items():
+        assert grad is not None
+        torch.testing.assert_close(grad, expected[f"base_model.model.{key}.default"], rtol=1e-3, atol=1e-4)
+
+
+# Which keys a file may lack
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def say(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def without_projections(tensors: dict[str, Tensor]) -> None:
+    del tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+
+
+def test_projections_that_should_be_there_and_are_not_are_an_error(tmp_path: Path) -> None:
+    saved_by_us(tmp_path, "bert")
+    edit(tmp_path, without_projections)
+    base = build("bert")
+    with pytest.raises(ak.CheckpointError, match=r"vera_A(.|\n)*vera_B"):
+        ak.attach(base).load(tmp_path, "a")
+    assert ak.attach(base).names == ()
+
+
+def test_without_strict_they_are_made_from_the_key(tmp_path: Path) -> None:
+    expected = saved_by_us(tmp_path, "bert", projection_prng_key=3)
+    edit(tmp_path, without_projections)
+    base = build("bert")
+    with pytest.warns(ak.AdapterWarning, match="vera_A"):
+        report = ak.attach(base).load(tmp_path, "a", strict=False)
+    assert report.missing == ("vera_A", "vera_B")
+    assert torch.equal(run(base, "bert"), expected)
+
+
+def test_the_files_projections_win_over_the_keys(tmp_path: Path) -> None:
+    saved_by_us(tmp_path, "bert", projection_prng_key=3)
+    edit(tmp_path, lambda tensors: tensors["base_model.vera_A"].mul_(-2))
+    base = build("bert")
+    assert ak.attach(base).load(tmp_path, "a").ok
+    assert_same(in_peft(tmp_path, "bert"), run(base, "bert"), "bert")
+    say(tmp_path, projection_prng_key=99)
+    other = build("bert")
+    ak.attach(other).load(tmp_path, "a")
+    assert torch.equal(run(other, "bert"), run(base, "bert"))
+
+
+def test_projections_that_need_not_be_there_are_ignored_as_peft_does(tmp_path: Path) -> None:
+    expected = saved_by_us(tmp_path, "bert", projection_prng_key=3)
+    say(tmp_path, save_projection=False)
+    base = build("bert")
+    report = ak.attach(base).load(tmp_path, "a")  # and no warning: they are those of the key
+    assert report.ok
+    assert (report.ignored, report.exempt) == (("vera_A", "vera_B"), ())
+    assert torch.equal(run(base, "bert"), expected)
+
+
+def test_ignored_projections_that_are_others_than_the_keys_are_warned_of(tmp_path: Path) -> None:
+    expected = saved_by_us(tmp_path, "bert", projection_prng_key=3)
+    say(tmp_path, save_projection=False)
+    edit(tmp_path, lambda tensors: tensors["base_model.vera_A"].mul_(-2))
+    base = build("bert")
+    with pytest.warns(ak.AdapterWarning) as caught:
+        ak.attach(base).load(tmp_path, "a")
+    assert str(caught[0].message) == (
+        "This file holds projections vera_A, vera_B that are not those of its projection_prng_key = 3, and says "
+        "save_projection = false, so they are not used. If the adapter was trained with them, set save_projection to "
+        "true in its adapter_config.json."
+    )
+    assert torch.equal(run(base, "bert"), expected)
+    assert_same(in_peft(tmp_path, "bert"), expected, "bert")
+
+
+def test_a_missing_vector_is_an_error_whatever_is_exempt(tmp_path: Path) -> None:
+    saved_by_us(tmp_path, "bert", save_projection=False)
+    edit(tmp_path, lambda tensors: tensors.pop(next(k for k in tensors if k.endswith("lambda_b"))))
+    with pytest.raises(ak.CheckpointError, match="vera_lambda_b"):
+        ak.attach(build("bert")).load(tmp_path, "a")
