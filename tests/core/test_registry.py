@@ -93,7 +93,7 @@ def test_method_of_another_distribution_is_found_when_it_is_asked_for(install: A
 def test_method_that_does_not_exist() -> None:
     with pytest.raises(ak.UnknownNameError) as caught:
         ak.method("lorra")
-    assert "No adapter method 'lorra'. There is: 'lora'" in str(caught.value)
+    assert "No adapter method 'lorra'. There is: 'loha', 'lora', 'vera'" in str(caught.value)
     assert "Did you mean 'lora'?" in str(caught.value)
     assert "Methods come from installed packages (entry-point group 'adapterkit.methods') or ak.register." in str(
         caught.value
