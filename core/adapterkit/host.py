@@ -48,13 +48,12 @@ class Host:
     """The model and what is restored by `detach`.
 
     Attributes:
-        labels: the model's own label set.
         labels_of: the adapter whose label set the model's config follows now; `None`: its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.labels = LabelSet.of(model)
+        self._labels = LabelSet.of(model)
         self.labels_of: str | None = None
         self.size = 0
         self._trained: list[str] | None = None
@@ -62,6 +61,13 @@ class Host:
         self._ignored_here = False
         self._handle: RemovableHandle | None = None
         self._tied: dict[str, Any] | None = None
+
+    @property
+    def labels(self) -> LabelSet | None:
+        """The model's own label set; its user may change it as long as no adapter's is followed."""
+        if self.labels_of is None:
+            self._labels = LabelSet.of(self.model)
+        return self._labels
 
     def freeze(self) -> None:
         """Freeze the base, once, and remember what was not frozen."""
@@ -155,11 +161,12 @@ class Host:
 
     def keep_labels(self) -> None:
         """The label set that the model's config follows now becomes the model's own."""
-        self.labels, self.labels_of = LabelSet.of(self.model), None
+        self.labels_of = None
 
     def follow_labels(self, records: Mapping[str, AdapterRecord], heads: tuple[str, ...]) -> None:
         """Make the model's config follow the label set of the head that acts."""
-        if self.labels is None:
+        base = self.labels
+        if base is None:
             return
         owner = next((name for name in reversed(heads) if records[name].labels is not None), None)
         if owner == self.labels_of:
@@ -167,9 +174,7 @@ class Host:
         before = records.get(self.labels_of) if self.labels_of is not None else None
         if before is not None and before.labels is not None:
             before.labels = before.labels.seen(self.model)
-        elif self.labels_of is None:
-            self.labels = self.labels.seen(self.model)
-        wanted = self.labels if owner is None else records[owner].labels
+        wanted = base if owner is None else records[owner].labels
         assert wanted is not None
         wanted.apply(self.model)
         self.labels_of = owner

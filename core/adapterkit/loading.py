@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, StateError
-from adapterkit.keys import (
-    BIASES,
-    HEADS,
-    LAYERS,
-    SHARED,
-    file_key,
-    split_memory_key,
-    strip_file_prefix,
-)
+from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED, file_key, split_memory_key, strip_file_prefix
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Method
 from adapterkit.offload import hook_objects, real_value
@@ -191,12 +183,29 @@ def fit(
             tensors = method.from_file(record.config, strip_file_prefix(tensors))
         derived = tuple(key for key in tensors if key in places and rule.derives(key))
         tensors = {key: tensor for key, tensor in tensors.items() if key not in derived}
-    aliased = _aliased(record, places)
-    values, rest, mismatched = [], {}, []
+    values, mismatched, rest = _place(tensors, places | _aliased(record, places))
+    given = {slot.key for slot, _ in values} | {m.key for m in mismatched} | set(derived) | set(optional)
+    absent = [key for key in places if key not in given]
+    ignored = tuple(k for k in rest if equals_base(model, k, tensors[k]) or _is_head_again(k, record))
+    report = LoadReport(
+        missing=tuple(key for key in absent if not rule.may_lack(key)),
+        unexpected=tuple(key for key in rest if key not in ignored),
+        mismatched=tuple(mismatched),
+        exempt=tuple(key for key in absent if rule.may_lack(key)),
+        ignored=derived + ignored + base_keys,
+    )
+    return Fit(report, values)
+
+
+def _place(
+    tensors: Mapping[str, Tensor], places: Mapping[str, Slot]
+) -> tuple[list[tuple[Slot, Tensor]], list[Mismatch], list[str]]:
+    """Tensors with their slots, those of a shape that does not fit there, and the keys that have no slot."""
+    values, mismatched, rest = [], [], []
     for key, tensor in tensors.items():
-        slot = places.get(key) or aliased.get(key)
+        slot = places.get(key)
         if slot is None:
-            rest[key] = tensor
+            rest.append(key)
         elif slot.tensor.is_floating_point() and not tensor.is_floating_point():
             raise CheckpointError(
                 f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
@@ -205,18 +214,7 @@ def fit(
             mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
         else:
             values.append((slot, tensor))
-    given = {slot.key for slot, _ in values} | {m.key for m in mismatched}
-    absent = [key for key in places if key not in given and key not in optional and key not in derived]
-    exempt = tuple(key for key in absent if rule.may_lack(key))
-    ignored = tuple(k for k, tensor in rest.items() if equals_base(model, k, tensor) or _is_head_again(k, record))
-    report = LoadReport(
-        missing=tuple(key for key in absent if key not in exempt),
-        unexpected=tuple(key for key in rest if key not in ignored),
-        mismatched=tuple(mismatched),
-        exempt=exempt,
-        ignored=derived + ignored + base_keys,
-    )
-    return Fit(report, values)
+    return values, mismatched, rest
 
 
 def check_tensors(tensors: object) -> None:

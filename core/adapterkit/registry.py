@@ -50,11 +50,12 @@ class Registry:
 
     def methods(self) -> Mapping[str, Installed]:
         """Every method by name: registered ones and those that installed packages announce. Imports none."""
-        found = {name: Installed(name, m.provider, None) for name, m in self._methods.items()}
+        found = {}
         for entry in _entries(METHODS_GROUP):
-            if entry.name not in found:
-                dist = entry.dist
-                found[entry.name] = Installed(entry.name, *((dist.name, dist.version) if dist else (entry.value, None)))
+            dist = entry.dist
+            found[entry.name] = Installed(entry.name, *((dist.name, dist.version) if dist else (entry.value, None)))
+        for name, method in self._methods.items():
+            found.setdefault(name, Installed(name, method.provider, None))
         return dict(sorted(found.items()))
 
     def method(self, name: str) -> Method:
