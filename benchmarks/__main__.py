@@ -17,9 +17,8 @@ def main(names: list[str]) -> None:
         sys.exit(f"No benchmark {', '.join(sorted(unknown))}. There is: {', '.join(BENCHMARKS)}.")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the peers', about deprecations
-    print(
-        f"torch {torch.__version__}, one thread, {platform.processor() or platform.machine()}; medians in ms, x of hand"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, one thread, {machine}; medians in ms, multiples of hand")
     for name in names or BENCHMARKS:
         for row in BENCHMARKS[name]():
             print(row, flush=True)

@@ -121,10 +121,14 @@ def _switching() -> Iterator[Row]:
 
         switch = {
             "adapterkit": lambda: lambda: adapters.activate(next(turn), trainable=False),  # noqa: B023 - used here
-            "adapterkit, trainable": lambda: lambda: adapters.activate(next(turn)),  # noqa: B023
+            "peft": lambda: lambda: other.set_adapter(next(turn), inference_mode=True),  # noqa: B023
+        }
+        yield compare(f"switch between {count} adapters, for inference", switch, calls=4)
+        train = {
+            "adapterkit": lambda: lambda: adapters.activate(next(turn)),  # noqa: B023
             "peft": lambda: lambda: other.set_adapter(next(turn)),  # noqa: B023
         }
-        yield compare(f"switch between {count} adapters", switch, calls=4)
+        yield compare(f"switch between {count} adapters, for training", train, calls=4)
         off = {"adapterkit": lambda d=disabled: d, "peft": lambda d=peft_disabled: d}
         yield compare(f"disabled() with {count} adapters", off, rounds=3)
 
