@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from adapterkit.adapters import Adapters, attach
+from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import (
     AdapterError,
@@ -16,6 +17,7 @@ from adapterkit.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from adapterkit.extract import extract
 from adapterkit.factors import Factors
 from adapterkit.hookspecs import hookimpl
 from adapterkit.keys import KeyRule
@@ -23,7 +25,7 @@ from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
 from adapterkit.matching import PatternTable
 from adapterkit.registry import Registry, default_registry
-from adapterkit.reports import AddReport, LoadReport, Status
+from adapterkit.reports import AddReport, CombineReport, LoadReport, Status
 from adapterkit.selection import Selection, select
 from adapterkit.target import Target
 
@@ -42,6 +44,8 @@ __all__ = [
     "Adapters",
     "AddReport",
     "CheckpointError",
+    "CombineReport",
+    "Combiner",
     "ConfigError",
     "Factors",
     "KeyRule",
@@ -60,6 +64,7 @@ __all__ = [
     "UnsupportedError",
     "attach",
     "config",
+    "extract",
     "hookimpl",
     "method",
     "methods",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from adapterkit.combination import Combination
 from adapterkit.errors import ConfigError
 from adapterkit.host import ATTRIBUTE
-from adapterkit.merger import Merger
 
 # Wrappers that only forward to the model inside: the adapters are the inner model's.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -33,7 +33,7 @@ def attach(model: nn.Module) -> Adapters:
     return found
 
 
-class Adapters(Merger):
+class Adapters(Combination):
     """The adapters of one model. Made by `attach`.
 
     A call that raises has changed nothing.

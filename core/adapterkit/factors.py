@@ -12,11 +12,14 @@ class Factors(NamedTuple):
 
     `up` has shape `(out, r)` and `down` shape `(r, in)`, on the canonical `(out, in)` weight of the
     layer (see `LayerKind`). `bias`, of shape `(out,)`, is the change of the layer's bias, or `None`.
+    `scale` is the part of `up` that is a method's scaling (LoRA's `alpha / r`); it is in `up` already, and
+    only what works on the parameters themselves divides it out.
     """
 
     up: Tensor
     down: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adapterkit.combiners import Combiner
     from adapterkit.config import AdapterConfig
     from adapterkit.factors import Factors
     from adapterkit.keys import KeyRule
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 PROJECT = "adapterkit"
 METHODS_GROUP = "adapterkit.methods"
 EXTENSIONS_GROUP = "adapterkit.extensions"
+# What a method needs to be the result of `combine` and `convert`.
+RESULT_HOOKS = ("config_from_ranks", "from_factors")
 REQUIRED = ("config_type", "key_rule", "inject")
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -131,11 +134,21 @@ def from_factors(target: Target, config: AdapterConfig, factors: Factors) -> Map
     """
 
 
+@hookspec(firstresult=True)
+def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> AdapterConfig | None:
+    """The config of a combined or converted adapter, for which `from_factors` then gives the parameters.
+
+    `ranks` has the rank of the change at each path; `bias` says whether the changes have biases; `trained_biases`
+    is what `AdapterConfig.trained_biases` is to be. The core sets `target_modules`. `None`, the default, says that
+    the method cannot be a result.
+    """
+
+
 @hookspec
 def layer_kinds() -> Sequence[type[LayerKind]]:  # type: ignore[empty-body]
     """New layer kinds, asked before the built-in ones, latest registered first. For extensions."""
 
 
 @hookspec
-def combiners() -> Mapping[str, object]:  # type: ignore[empty-body]
-    """New ways to combine adapters, by name. For extensions."""
+def combiners() -> Mapping[str, Combiner]:  # type: ignore[empty-body]
+    """New ways to combine adapters: `adapterkit.combiners.Combiner` by name. For extensions."""

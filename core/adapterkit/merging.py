@@ -219,8 +219,8 @@ def _add_factors(kind: LayerKind, module: nn.Module, factors: Sequence[Factors])
     for start in range(0, weight.shape[0], rows):
         block = weight[start : start + rows]
         total = block.to(work)  # the block itself where it has this dtype: then it is changed in place
-        for up, down, _ in factors:
-            total.addmm_(up[start : start + rows].to(work), down.to(work))
+        for f in factors:
+            total.addmm_(f.up[start : start + rows].to(work), f.down.to(work))
         if total is not block:
             block.copy_(total)
     if not _is_view(weight, module):

@@ -90,6 +90,14 @@ class Method:
         found = self._call("from_file", _MAPPING, config=config, tensors=tensors)
         return tensors if found is None else found
 
+    def config_from_ranks(self, ranks: Mapping[str, int], *, bias: bool, trained_biases: str) -> AdapterConfig:
+        """See `hookspecs.config_from_ranks`."""
+        return self._required("config_from_ranks", AdapterConfig, ranks=ranks, bias=bias, trained_biases=trained_biases)
+
+    def from_factors(self, target: Target, config: AdapterConfig, factors: Factors) -> Mapping[str, Tensor] | None:
+        """See `hookspecs.from_factors`."""
+        return self._call("from_factors", _MAPPING, target=target, config=config, factors=factors)
+
     def _required(self, hook: str, kind: type[T], **arguments: Any) -> T:
         found = self._call(hook, kind, **arguments)
         if found is None:

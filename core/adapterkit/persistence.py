@@ -69,7 +69,7 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> Adap
     resolved = ("layers_to_transform", *config.not_in_files)
     if config.target_modules in (None, ALL_LINEAR) or any(getattr(config, name) is not None for name in resolved):
         changes |= {
-            "target_modules": _short_names(record.layers, Walk(model).paths),
+            "target_modules": short_names(record.layers, Walk(model).paths),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -77,7 +77,7 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> Adap
     return config.replace(**changes)
 
 
-def _short_names(targets: Collection[str], paths: Iterable[str]) -> tuple[str, ...]:
+def short_names(targets: Collection[str], paths: Iterable[str]) -> tuple[str, ...]:
     """Last parts of the targets' paths if those name nothing else in the model, else the whole paths."""
     tails = {path.rpartition(".")[2] for path in targets}
     others = any(path.rpartition(".")[2] in tails and path not in targets for path in paths)

@@ -14,7 +14,8 @@ from typing import Any
 import pluggy
 from torch import nn
 
-from adapterkit import contract, hookspecs, kinds
+from adapterkit import combiners, contract, hookspecs, kinds
+from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, ConfigError, PluginError, unknown
 from adapterkit.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, PROJECT
@@ -132,6 +133,20 @@ class Registry:
             if found is not None:
                 return found
         return None
+
+    def combiner(self, name: str) -> Combiner:
+        """A way to combine, by name.
+
+        Raises:
+            UnknownNameError: there is none of that name.
+        """
+        self.kinds()  # which loads the extensions
+        known = dict(combiners.BUILTIN)
+        for group in self._manager.hook.combiners():
+            known |= group
+        if name not in known:
+            raise unknown("way to combine", name, known)
+        return known[name]
 
     def config(self, method: str, **fields: Any) -> AdapterConfig:
         """A config by the method's name: `config("lora", r=8)`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -91,6 +92,35 @@ class LoadReport:
             if rows:
                 shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
                 lines += [f"  {title} ({len(rows)}):", *shown]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What `Adapters.combine`, `convert` or `extract` made.
+
+    Attributes:
+        name: the new adapter.
+        method: its method.
+        ranks: the rank of its change at each target.
+        errors: the relative error there that truncation made, `|dW - result| / |dW|`.
+        heads: paths of its heads.
+    """
+
+    name: str
+    method: str
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+    heads: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        ranks = sorted(set(self.ranks.values()))
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines = [f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"]
+        if self.errors[worst] >= 1e-6:  # less is rounding
+            lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
+        lines += [f"  head: {path}" for path in self.heads]
         return "\n".join(lines)
 
 

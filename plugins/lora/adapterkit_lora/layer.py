@@ -80,7 +80,8 @@ class LoraLayer(AdapterLayer):
         first = self.initial()
         if first is not None:
             down, up = torch.cat([down, first[0]]), torch.cat([up, -first[1]], dim=1)
-        return Factors(up * self.scaling, down, None if bias is None else bias * self.scaling)
+        scaled_bias = None if bias is None else bias * self.scaling
+        return Factors(up * self.scaling, down, scaled_bias, self.scaling)
 
 
 @torch.no_grad()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from adapterkit import (
 )
 from adapterkit_lora.config import LoraConfig
 from adapterkit_lora.layer import LoraLayer, initialise
+
+_BIAS_FIELD: Mapping[str, Literal["none", "all", "lora_only"]] = {"none": "none", "targets": "lora_only", "all": "all"}
 
 
 @hookimpl
@@ -50,6 +55,36 @@ def inject(target: Target, config: LoraConfig) -> AdapterLayer:
 @hookimpl
 def factors(layer: LoraLayer) -> Factors | None:
     return layer.factors()
+
+
+@hookimpl
+def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> LoraConfig:
+    """Scaling 1 everywhere, `lora_alpha = r`; patterns where the rank is not the most frequent one."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=others,
+        alpha_pattern=others,
+        lora_bias=bias,
+        bias=_BIAS_FIELD[trained_biases],
+    )
+
+
+@hookimpl
+def from_factors(target: Target, config: LoraConfig, factors: Factors) -> Mapping[str, Tensor] | None:
+    """A is `down`, B is `up`."""
+    down = factors.down.reshape(target.kind.down_shape(factors.rank))
+    up = factors.up.reshape(target.kind.up_shape(factors.rank))
+    if target.kind.lookup:
+        return {"lora_embedding_A": down, "lora_embedding_B": up} if factors.bias is None else None
+    bias = {} if not config.lora_bias else {"lora_B.bias": _or_zeros(factors)}
+    return {"lora_A.weight": down, "lora_B.weight": up, **bias}
+
+
+def _or_zeros(factors: Factors) -> Tensor:
+    return factors.up.new_zeros(factors.up.shape[0]) if factors.bias is None else factors.bias
 
 
 @hookimpl

@@ -1,0 +1,119 @@
+"""Combining the changes of several adapters at one target, in the space that was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapterkit.combiners import Combiner, Options
+from adapterkit.errors import ConfigError
+from adapterkit.factors import Factors
+from adapterkit.lowrank import balanced, common_bases, exact, keep, svd, truncate, working
+
+Space = Literal["delta", "factors", "core"]
+SPACES = ("delta", "factors", "core")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to combine: the choices of one call, the same for every target."""
+
+    combiner: Combiner
+    linear: bool
+    space: Space
+    options: Options
+    rank: int | None = None
+    energy: float | None = None
+    isotropize: bool = False
+
+
+def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Factors, float]:
+    """One change out of several at one target.
+
+    Args:
+        sources: `(out, r_t)` and `(r_t, in)` of each; ranks may differ.
+        weights: one for each source; may be negative.
+
+    Returns:
+        The factors of the result, and the relative error that truncation made.
+    """
+    if recipe.space == "factors":
+        combined = _on_factors(sources, weights, recipe)
+    elif recipe.linear:
+        ups = [working(f.up) * w for f, w in zip(sources, weights, strict=True)]
+        combined = Factors(torch.cat(ups, dim=1), torch.cat([working(f.down) for f in sources]))
+    elif recipe.space == "core" or recipe.combiner.rotates:
+        combined = _in_core(sources, weights, recipe)
+    else:
+        combined = _on_dense(sources, weights, recipe)
+    if recipe.isotropize:
+        combined = isotropic(combined)
+    combined = combined._replace(bias=_combined_bias(sources, weights, recipe))
+    if recipe.rank is None and recipe.energy is None:
+        return _no_wider_than_needed(combined), 0.0
+    return truncate(combined, rank=recipe.rank, energy=recipe.energy)
+
+
+def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """A and B on their own, as PEFT does: weights `sqrt(|w s|)` on both, the sign on A, `s` the scaling."""
+    ranks = {f.rank for f in sources}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"space='factors' combines the factors entry by entry, so all ranks must be equal, not {sorted(ranks)}. "
+            "Use space='delta' or space='core'."
+        )
+    scaled = [w * f.scale for f, w in zip(sources, weights, strict=True)]
+    sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled])
+    signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled])
+    downs = torch.stack([working(f.down) for f in sources])
+    ups = torch.stack([working(f.up) / (f.scale or 1.0) for f in sources])
+    down = recipe.combiner.function(downs, sizes * signs, recipe.options)
+    return Factors(recipe.combiner.function(ups, sizes, recipe.options), down)
+
+
+def _in_core(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """The small matrices `M_t = U^T up_t down_t V`, combined, in their common bases."""
+    left, right = common_bases(sources)
+    cores = torch.stack([(left.t() @ working(f.up)) @ (working(f.down) @ right.t()) for f in sources])
+    return Factors(left @ _apply(recipe, cores, weights), right)
+
+
+def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    dense = torch.stack([working(f.up) @ working(f.down) for f in sources])
+    return balanced(*exact(_apply(recipe, dense, weights)))
+
+
+def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
+    """The combiner, a negative weight being taken as the negated source, so that signs are elected rightly."""
+    given = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
+    signs = torch.where(given < 0, -1.0, 1.0).to(stack).view(-1, *(1,) * (stack.dim() - 1))
+    return recipe.combiner.function(stack * signs, given.abs(), recipe.options)
+
+
+def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor | None:
+    """Changes of the bias: always their weighted sum; vectors have no singular vectors and few entries."""
+    found = [w * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
+    return torch.stack(found).sum(0) if found else None
+
+
+def _no_wider_than_needed(factors: Factors) -> Factors:
+    """The same change with a rank of at most `min(out, in)`."""
+    most = min(factors.up.shape[0], factors.down.shape[1])
+    if factors.rank <= most:
+        return factors
+    u, s, vh = svd(factors)
+    return keep(u, s, vh, factors.bias, rank=None, energy=None)[0]
+
+
+def isotropic(factors: Factors) -> Factors:
+    """All singular values of the change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959)."""
+    u, s, vh = svd(factors)
+    count = int((s > s.max() * 1e-6).sum())
+    if count == 0:
+        return factors
+    return balanced(u[:, :count], s[:count].mean().expand(count), vh[:count])

@@ -1,0 +1,120 @@
+"""Extraction: an adapter out of the difference between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import lowrank
+from adapterkit.adapters import attach
+from adapterkit.errors import ConfigError, SelectionError, StateError
+from adapterkit.factors import Factors
+from adapterkit.heads import copy_head
+from adapterkit.labels import LabelSet
+from adapterkit.registry import default_registry
+from adapterkit.reports import CombineReport
+from adapterkit.result import Changes, build_result, check_can_result
+from adapterkit.selection import Match, select
+
+# A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
+# the exact decomposition's cost grows with the cube of the shorter side.
+_LARGE = 1024
+_OVERSAMPLING, _ITERATIONS = 16, 4
+
+
+@torch.no_grad()
+def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
+    base: nn.Module,
+    tuned: nn.Module,
+    *,
+    name: str = "extracted",
+    rank: int | None = None,
+    energy: float | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = "auto",
+    to: str = "lora",
+) -> CombineReport:
+    """Add to `base` the adapter of low rank that comes closest to `tuned`, a full fine-tune of it.
+
+    At each target the best approximation of `W_tuned - W_base` in the Frobenius norm. Where both sides of the
+    weight are longer than 1,024 and a rank is given, it is found by randomised subspace iteration (Halko et al.
+    2011, arXiv 0909.4061). The report states each target's error, measured on the full difference. Biases that were
+    trained too go into the adapter where its method has them. Save it with `ak.attach(base).save(name, folder)`.
+
+    Args:
+        base, tuned: two models of one architecture; both in memory.
+        rank, energy: the size, one of them; see `Adapters.combine`.
+        target_modules, exclude_modules: which layers.
+        modules_to_save: modules taken over from `tuned` in full, such as its task head.
+        to: the method of the result.
+
+    Raises:
+        SelectionError: nothing selected, or models that do not match.
+        ConfigError: neither or both sizes, or a name that is taken.
+    """
+    lowrank.check_size(rank, energy)
+    if rank is None and energy is None:
+        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
+    adapters = attach(base)
+    adapters._check_new_name(name)
+    method = default_registry.method(to)
+    check_can_result(method)
+    config = method.config_type()(
+        target_modules=target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save
+    )
+    selection = select(base, config)
+    factors, errors, kinds = {}, {}, {}
+    for match in selection.targets:
+        other = _same_layer(tuned, match)
+        factors[match.path], errors[match.path] = _difference(match, other, rank, energy)
+        kinds[match.path] = match.kind
+    record = build_result(name, Changes(factors, kinds, {}), method, base, adapters._active)
+    for path in selection.heads:
+        record.heads[path] = copy_head(tuned.get_submodule(path))
+        record.hosts[path] = base.get_submodule(path)
+    record.labels = LabelSet.of(tuned) if record.heads else None
+    adapters._install(record)
+    ranks = {path: f.rank for path, f in factors.items()}
+    return CombineReport(name, to, ranks, errors, selection.heads)
+
+
+def _same_layer(tuned: nn.Module, match: Match) -> nn.Module:
+    try:
+        module = tuned.get_submodule(match.path)
+    except AttributeError as error:
+        raise SelectionError(
+            f"The tuned model has no module {match.path!r}: it is no fine-tune of the base."
+        ) from error
+    kind = default_registry.kind_of(module)
+    if kind != match.kind:
+        raise SelectionError(f"{match.path!r} is {match.kind} in the base, and {kind} in the tuned model.")
+    return module
+
+
+def _difference(match: Match, other: nn.Module, rank: int | None, energy: float | None) -> tuple[Factors, float]:
+    before, after = (match.kind.read(m) for m in (match.module, other))
+    if before.is_meta or after.is_meta:
+        raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")
+    delta = lowrank.working(after).to(before.device) - lowrank.working(before)
+    bias = _bias_difference(match.module, other)
+    most = min(delta.shape)
+    if rank is not None and rank > most:
+        raise ConfigError(f"rank = {rank} is more than {match.path!r} can have: min(out, in) = {most} there.")
+    if rank is None or most <= _LARGE:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        return lowrank.keep(u, s, vh, bias, rank=rank, energy=energy)
+    u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)
+    kept = lowrank.balanced(u[:, :rank], s[:rank], v[:, :rank].t())
+    size = float(delta.norm())
+    error = float((delta - kept.delta()).norm()) / size if size else 0.0
+    return kept._replace(bias=bias), error
+
+
+def _bias_difference(before: nn.Module, after: nn.Module) -> Tensor | None:
+    own, other = before._parameters.get("bias"), after._parameters.get("bias")
+    if own is None or other is None or torch.equal(own, other.to(own.device)):
+        return None
+    return lowrank.working(other).to(own.device) - lowrank.working(own)

@@ -1,0 +1,101 @@
+"""Linear algebra of factored matrices: singular values and optimal truncation, never the dense product.
+
+With `up = Qu Ru` and `down^T = Qd Rd` (QR, `Qu (out, k)`, `Qd (in, k)`), the singular values of `up @ down` are
+those of the small core `Ru Rd^T`, and its singular vectors are the core's, rotated by `Qu` and `Qd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import ConfigError
+from adapterkit.factors import Factors
+
+
+def working(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that sums and decompositions are made in: float32, or float64 as it is."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin singular value decomposition of `up @ down`.
+
+    Returns:
+        `u (out, k)`, `s (k,)` descending and `vh (k, in)`, with `k = min(r, out, in)`.
+    """
+    qu, ru = torch.linalg.qr(working(factors.up))
+    qd, rd = torch.linalg.qr(working(factors.down).t())
+    u, s, vh = torch.linalg.svd(ru @ rd.t(), full_matrices=False)
+    return qu @ u, s, vh @ qd.t()
+
+
+def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
+    """Factors of `u diag(s) vh` that share the singular values evenly: `up = u sqrt(s)`, `down = sqrt(s) vh`."""
+    root = s.sqrt()
+    return Factors(u * root, root[:, None] * vh)
+
+
+def truncate(factors: Factors, *, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
+    """The best approximation of `up @ down` of a given rank, in the Frobenius norm (Eckart and Young 1936).
+
+    Args:
+        rank: at most this many singular values.
+        energy: as few singular values as have this share of the sum of their squares.
+
+    Returns:
+        The factors, and the relative error `|dW - result| / |dW|`.
+    """
+    u, s, vh = svd(factors)
+    return keep(u, s, vh, factors.bias, rank=rank, energy=energy)
+
+
+def keep(
+    u: Tensor, s: Tensor, vh: Tensor, bias: Tensor | None, *, rank: int | None, energy: float | None
+) -> tuple[Factors, float]:
+    """The leading part of a singular value decomposition, at least one value of it; see `truncate`."""
+    squares = s.double().square()
+    total = float(squares.sum())
+    count = len(s) if rank is None else min(rank, len(s))
+    if energy is not None and total > 0:
+        reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
+        count = min(count, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(s))
+    count = max(count, 1)
+    left_out = float(squares[count:].sum())
+    kept = balanced(u[:, :count], s[:count], vh[:count])
+    return kept._replace(bias=bias), (left_out / total) ** 0.5 if total > 0 else 0.0
+
+
+def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a dense `(out, in)` matrix without its zero part."""
+    u, s, vh = torch.linalg.svd(working(matrix), full_matrices=False)
+    count = max(1, int((s > s.max() * max(matrix.shape) * torch.finfo(s.dtype).eps).sum()) if len(s) else 1)
+    return u[:, :count], s[:count], vh[:count]
+
+
+def common_bases(sources: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases that all these changes live in (Core Space, Panariello et al. 2025, arXiv 2509.17786).
+
+    Returns:
+        `u (out, k)`, the left singular vectors of `[up_1 ... up_T]`, and `vh (l, in)`, the right singular vectors of
+        the stacked downs; every `up_t @ down_t` equals `u u^T up_t down_t vh^T vh`.
+    """
+    ups = torch.cat([working(f.up) for f in sources], dim=1)
+    downs = torch.cat([working(f.down) for f in sources])
+    q, r = torch.linalg.qr(ups)
+    left = q @ torch.linalg.svd(r, full_matrices=False)[0]
+    q, r = torch.linalg.qr(downs.t())
+    right = q @ torch.linalg.svd(r, full_matrices=False)[0]
+    return left, right.t()
+
+
+def check_size(rank: object, energy: object) -> None:
+    """Raise `ConfigError` unless at most one is given, and that one makes sense."""
+    if rank is not None and energy is not None:
+        raise ConfigError("Give rank= or energy=, not both.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank = {rank!r} must be a whole number of at least 1.")
+    if energy is not None and (not isinstance(energy, int | float) or not 0.0 < energy <= 1.0):
+        raise ConfigError(f"energy = {energy!r} must be a share of the squared singular values: above 0, at most 1.")

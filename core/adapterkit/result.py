@@ -1,0 +1,101 @@
+"""Making an adapter out of changes that are known: the result of combining, converting and extracting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adapterkit.adapted import Active
+from adapterkit.build import Builder
+from adapterkit.errors import PluginError, UnsupportedError
+from adapterkit.factors import Factors
+from adapterkit.hookspecs import RESULT_HOOKS
+from adapterkit.kinds import LayerKind
+from adapterkit.loading import module_slots
+from adapterkit.method import Method
+from adapterkit.persistence import short_names
+from adapterkit.record import AdapterRecord
+from adapterkit.selection import Match, Selection
+from adapterkit.walk import Walk
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the new adapter is to do.
+
+    Attributes:
+        factors: the change at each target's path, in the order of the model.
+        kinds: what each target is.
+        biases: the trained bias of modules, by path.
+    """
+
+    factors: Mapping[str, Factors]
+    kinds: Mapping[str, LayerKind]
+    biases: Mapping[str, torch.Tensor]
+
+
+def check_can_result(method: Method) -> None:
+    """Raise `UnsupportedError` if the method cannot be made from factors."""
+    lacking = [hook for hook in RESULT_HOOKS if hook not in method.hooks]
+    if lacking:
+        raise UnsupportedError(
+            f"The method {method.name!r} cannot be a result: it has no hook {' and '.join(lacking)}, so no "
+            "change can be put into its form. Take to='lora', which can express every low-rank change."
+        )
+
+
+def build_result(name: str, changes: Changes, method: Method, model: nn.Module, active: Active) -> AdapterRecord:
+    """The adapter of this method whose change at each target is the one given; not installed yet.
+
+    Raises:
+        UnsupportedError: the method cannot express some of the changes.
+    """
+    check_can_result(method)
+    walk = Walk(model)
+    ranks = {path: f.rank for path, f in changes.factors.items()}
+    config = method.config_from_ranks(
+        ranks,
+        bias=any(f.bias is not None for f in changes.factors.values()),
+        trained_biases=_trained_biases(changes),
+    ).replace(target_modules=short_names(changes.factors, walk.paths), modules_to_save=None)
+    matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
+    builder = Builder(model, method, config, Selection(tuple(matches), (), (), ()), load=True)
+    record, _ = builder.build(name, active)
+    with torch.no_grad():
+        for path, factors in changes.factors.items():
+            _fill(record, builder, path, factors)
+        for path, bias in changes.biases.items():
+            record.biases[path].bias.copy_(bias)
+    return record
+
+
+def _trained_biases(changes: Changes) -> str:
+    if not changes.biases:
+        return "none"
+    return "targets" if set(changes.biases) <= set(changes.factors) else "all"
+
+
+def _fill(record: AdapterRecord, builder: Builder, path: str, factors: Factors) -> None:
+    target, method = builder.targets[path], builder.method
+    values = method.from_factors(target, record.config, factors)
+    if values is None:
+        raise UnsupportedError(
+            f"The method {method.name!r} cannot express the one at {path!r} ({target.kind.name}, rank {factors.rank})."
+        )
+    places = dict(module_slots(record.layers[path]))
+    if set(values) != set(places):
+        raise PluginError(
+            f"The method {method.name!r} ({method.provider}): its hook from_factors gave {sorted(values)} for "
+            f"{path!r}; the layer has {sorted(places)}."
+        )
+    for local, value in values.items():
+        places[local].assign(value.to(target.device, target.dtype).contiguous())
+
+
+def in_model_order(paths: Sequence[str], walk: Walk) -> list[str]:
+    """These paths in the order of the model's modules."""
+    order = {path: i for i, path in enumerate(walk.paths)}
+    return sorted(set(paths), key=order.__getitem__)
