@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapterkit import combiners, lowrank
 from adapterkit.combine import SPACES, Recipe, Space, combine_factors
 from adapterkit.combiners import MajoritySign, Options
-from adapterkit.errors import ConfigError, UnsupportedError
+from adapterkit.errors import ConfigError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.headmix import combine_heads
 from adapterkit.merger import Merger
@@ -23,6 +29,7 @@ from adapterkit.walk import Walk
 class Combination(Merger):
     """The part of `Adapters` that combines and converts."""
 
+    @torch.no_grad()
     def combine(  # noqa: PLR0913 - three independent choices and what they need
         self,
         name: str,
@@ -64,23 +71,26 @@ class Combination(Merger):
             ConfigError: arguments that make no sense; heads and no choice; adapters of different bases.
             UnknownNameError: no such adapter, method or space.
             UnsupportedError: an adapter whose change has no low-rank form.
+            StateError: an adapter, or a result, with values that are not finite.
         """
         self._check_new_name(name)
         records = self._sources(sources, same_base=same_base)
-        recipe = _recipe(method, space, rank, energy, Options(density or 1.0, majority_sign_method), isotropize)
-        combiners.check_options(method, recipe.combiner, density, majority_sign_method)
+        combiner = default_registry.combiner(method)
+        combiners.check_options(method, combiner, density, majority_sign_method)
+        _check_choices(space, rank, energy, seed)
+        options = Options(density or 1.0, majority_sign_method)
+        recipe = Recipe(combiner, method == "linear", space, options, rank, energy, isotropize)
         target_method = default_registry.method(to)
         check_can_result(target_method)
         new_heads, labels = combine_heads(records, heads)
-        changes, errors = self._changes(records, list(sources.values()), recipe, seed)
+        weights = [float(weight) for weight in sources.values()]
+        factors, errors = self._combined(records, weights, recipe, seed, new_heads)
+        kinds = {path: layer.kind for record in records for path, layer in record.layers.items()}
+        changes = Changes(factors, kinds, _biases(records, weights, new_heads), new_heads, labels)
         record = build_result(name, changes, target_method, self.model, self._active)
-        for path, head in new_heads.items():
-            record.heads[path] = head
-            record.hosts[path] = self.model.get_submodule(path)
-        record.labels = labels
+        record.config = record.config.replace(**_shared_fields(records, heads=bool(new_heads)))
         self._install(record)
-        ranks = {path: factors.rank for path, factors in changes.factors.items()}
-        return CombineReport(name, to, ranks, errors, tuple(new_heads))
+        return CombineReport(name, to, {path: f.rank for path, f in factors.items()}, errors, tuple(new_heads))
 
     def convert(
         self, source: str, *, to: str, name: str, rank: int | None = None, energy: float | None = None
@@ -100,7 +110,7 @@ class Combination(Merger):
             raise ConfigError(f"combine takes adapters and their weights, {{'a': 0.7, 'b': 0.3}}, not {sources!r}.")
         records = [self._record(name) for name in sources]
         for name, weight in sources.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
+            if not _is_finite(weight):
                 raise ConfigError(f"The weight of {name!r} is {weight!r}; it must be a finite number.")
         bases = {r.config.base_model_name_or_path: r.name for r in records if r.config.base_model_name_or_path}
         if len(bases) > 1 and not same_base:
@@ -111,71 +121,103 @@ class Combination(Merger):
             )
         return records
 
-    def _changes(
-        self, records: list[AdapterRecord], weights: list[float], recipe: Recipe, seed: int | None
-    ) -> tuple[Changes, dict[str, float]]:
-        walk = Walk(self.model)
+    def _combined(
+        self,
+        records: list[AdapterRecord],
+        weights: list[float],
+        recipe: Recipe,
+        seed: int | None,
+        heads: Collection[str],
+    ) -> tuple[dict[str, Factors], dict[str, float]]:
+        """The combined change and its error at each target, in the order of the model."""
         factors: dict[str, Factors] = {}
         errors: dict[str, float] = {}
-        kinds = {path: layer.kind for record in records for path, layer in record.layers.items()}
-        if recipe.rank is not None:
-            _check_rank_fits(recipe.rank, kinds)
-        for path in in_model_order(list(kinds), walk):
-            having = [(r, w) for r, w in zip(records, weights, strict=True) if path in r.layers]
+        for path in in_model_order([path for record in records for path in record.layers], Walk(self.model)):
+            pairs = zip(records, weights, strict=True)
+            having = [(r, w) for r, w in pairs if path in r.layers and not _replaced(path, r, heads)]
+            if not having:
+                continue
             found = [_factors_of(record, path) for record, _ in having]
-            options = _seeded(recipe, seed, path, found[0])
-            factors[path], errors[path] = combine_factors(found, [w for _, w in having], options)
-        return Changes(factors, kinds, _biases(records, weights)), errors
+            _check_rank_fits(recipe.rank, path, found[0])
+            seeded = _seeded(recipe, seed, path, found[0])
+            try:
+                factors[path], errors[path] = combine_factors(found, [w for _, w in having], seeded)
+            except ConfigError as error:
+                raise ConfigError(f"{path!r}: {error}") from error
+        if not factors:
+            raise ConfigError("The heads that were chosen take the place of every layer that the adapters change.")
+        return factors, errors
 
 
-def _recipe(
-    method: str, space: str, rank: int | None, energy: float | None, options: Options, isotropize: bool
-) -> Recipe:
-    combiner = default_registry.combiner(method)
+def _is_finite(weight: object) -> bool:
+    """Whether it is a number that a float can hold; `nan` compares as false."""
+    if isinstance(weight, bool):
+        return False
+    number: Any = weight if isinstance(weight, Real) else float("nan")
+    return bool(abs(number) <= sys.float_info.max)
+
+
+def _shared_fields(records: Sequence[AdapterRecord], *, heads: bool) -> dict[str, str]:
+    """Fields of the configs that say where the adapters are from, if all agree; the task needs its head."""
+    found = {}
+    for name in ("base_model_name_or_path", "revision", *(["task_type"] if heads else [])):
+        values = {getattr(record.config, name) for record in records}
+        if len(values) == 1 and None not in values:
+            (found[name],) = values
+    return found
+
+
+def _check_choices(space: object, rank: object, energy: object, seed: object) -> None:
     if space not in SPACES:
         raise ConfigError(f"space = {space!r} must be one of {', '.join(map(repr, SPACES))}.")
     lowrank.check_size(rank, energy)
-    return Recipe(combiner, method == "linear", space, options, rank, energy, isotropize)  # type: ignore[arg-type]
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed = {seed!r} must be a whole number or None.")
+
+
+def _replaced(path: str, record: AdapterRecord, heads: Collection[str]) -> bool:
+    """Whether a head of the result, which is not this adapter's, stands where its change at `path` would act."""
+    inside = [head for head in heads if path == head or path.startswith(head + ".")]
+    return any(head not in record.heads for head in inside)
 
 
 def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Recipe:
     """The recipe with a generator that depends on the seed and the target alone, not on what came before."""
     if seed is None:
         return recipe
-    generator = torch.Generator(factors.up.device).manual_seed(hash_of(seed, path))
-    options = Options(recipe.options.density, recipe.options.majority_sign_method, generator)
-    return Recipe(**{**recipe.__dict__, "options": options})
-
-
-def hash_of(seed: int, path: str) -> int:
-    """A number that is the same in every process."""
-    import zlib
-
-    return (seed * 0x9E3779B1 + zlib.crc32(path.encode())) % (1 << 63)
+    number = (seed * 0x9E3779B1 + zlib.crc32(path.encode())) % (1 << 63)  # the same in every process
+    generator = torch.Generator(factors.up.device).manual_seed(number)
+    return replace(recipe, options=replace(recipe.options, generator=generator))
 
 
 def _factors_of(record: AdapterRecord, path: str) -> Factors:
-    found = default_registry.method_of(record.config).factors(record.layers[path])
+    method = default_registry.method_of(record.config)
+    found = method.factors(record.layers[path])
     if found is None:
+        instead = "Merge it (adapters.merge), or activate" if "merge" in method.hooks else "Activate"
         raise UnsupportedError(
-            f"Adapter {record.name!r} ({record.config.method}) has no low-rank change at {path!r}, so it cannot be "
-            "combined. Merge it instead (adapters.merge), or activate it beside the others."
+            f"Adapter {record.name!r} ({record.config.method}) has no low-rank change of the weight at {path!r}, so it "
+            f"cannot be combined or converted. {instead} it beside the others instead."
         )
+    if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
+        raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
     return found
 
 
-def _check_rank_fits(rank: int, kinds: Mapping[str, object]) -> None:
-    for path, kind in kinds.items():
-        most = min(kind.out_features, kind.in_features)  # type: ignore[attr-defined]
-        if rank > most:
-            raise ConfigError(f"rank = {rank} is more than {path!r} can have: min(out, in) = {most} there.")
+def _check_rank_fits(rank: int | None, path: str, factors: Factors) -> None:
+    most = min(factors.up.shape[0], factors.down.shape[1])
+    if rank is not None and rank > most:
+        raise ConfigError(f"rank = {rank} is more than {path!r} can have: min(out, in) = {most} there.")
 
 
-def _biases(records: list[AdapterRecord], weights: list[float]) -> dict[str, torch.Tensor]:
-    """Trained biases: the base's and the weighted sum of what each adapter changed in it."""
-    found: dict[str, torch.Tensor] = {}
+def _biases(
+    records: list[AdapterRecord], weights: list[float], heads: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Trained biases: the base's, and with the weighted sum of what each adapter changed in it."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for record, weight in zip(records, weights, strict=True):
         for path, layer in record.biases.items():
-            start = found.get(path, layer.base.detach())
-            found[path] = start + weight * (layer.bias - layer.base).detach()
+            if not _replaced(path, record, heads):
+                base, so_far = found.get(path, (layer.base, layer.base))
+                found[path] = base, so_far + weight * (layer.bias.detach() - layer.base)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit.combiners import Combiner, Options
 from adapterkit.errors import ConfigError
 from adapterkit.factors import Factors
-from adapterkit.lowrank import balanced, common_bases, exact, keep, svd, truncate, working
+from adapterkit.lowrank import balanced, common_bases, exact, keep, numerical_rank, svd, truncate, working
 
 Space = Literal["delta", "factors", "core"]
 SPACES = ("delta", "factors", "core")
@@ -42,11 +42,12 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
     Returns:
         The factors of the result, and the relative error that truncation made.
     """
+    sources = _alike(sources)
     if recipe.space == "factors":
         combined = _on_factors(sources, weights, recipe)
     elif recipe.linear:
-        ups = [working(f.up) * w for f, w in zip(sources, weights, strict=True)]
-        combined = Factors(torch.cat(ups, dim=1), torch.cat([working(f.down) for f in sources]))
+        ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
+        combined = Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
     elif recipe.space == "core" or recipe.combiner.rotates:
         combined = _in_core(sources, weights, recipe)
     else:
@@ -59,6 +60,12 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
     return truncate(combined, rank=recipe.rank, energy=recipe.energy)
 
 
+def _alike(sources: Sequence[Factors]) -> list[Factors]:
+    """The same changes in one dtype, the one that sums are made in."""
+    dtype = working(torch.cat([f.up[:0, :0] for f in sources])).dtype
+    return [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
+
+
 def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
     """A and B on their own, as PEFT does: weights `sqrt(|w s|)` on both, the sign on A, `s` the scaling."""
     ranks = {f.rank for f in sources}
@@ -68,10 +75,10 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Re
             "Use space='delta' or space='core'."
         )
     scaled = [w * f.scale for f, w in zip(sources, weights, strict=True)]
-    sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled])
-    signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled])
-    downs = torch.stack([working(f.down) for f in sources])
-    ups = torch.stack([working(f.up) / (f.scale or 1.0) for f in sources])
+    sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled], dtype=torch.float64)
+    signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled], dtype=torch.float64)
+    downs = torch.stack([f.down for f in sources])
+    ups = torch.stack([f.up / (f.scale or 1.0) for f in sources])
     down = recipe.combiner.function(downs, sizes * signs, recipe.options)
     return Factors(recipe.combiner.function(ups, sizes, recipe.options), down)
 
@@ -79,17 +86,17 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Re
 def _in_core(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
     """The small matrices `M_t = U^T up_t down_t V`, combined, in their common bases."""
     left, right = common_bases(sources)
-    cores = torch.stack([(left.t() @ working(f.up)) @ (working(f.down) @ right.t()) for f in sources])
+    cores = torch.stack([(left.t() @ f.up) @ (f.down @ right.t()) for f in sources])
     return Factors(left @ _apply(recipe, cores, weights), right)
 
 
 def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    dense = torch.stack([working(f.up) @ working(f.down) for f in sources])
+    dense = torch.stack([f.delta() for f in sources])
     return balanced(*exact(_apply(recipe, dense, weights)))
 
 
 def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
-    """The combiner, a negative weight being taken as the negated source, so that signs are elected rightly."""
+    """The combiner, a source of negative weight being negated first, so that the signs elected are those of `w X`."""
     given = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
     signs = torch.where(given < 0, -1.0, 1.0).to(stack).view(-1, *(1,) * (stack.dim() - 1))
     return recipe.combiner.function(stack * signs, given.abs(), recipe.options)
@@ -111,9 +118,12 @@ def _no_wider_than_needed(factors: Factors) -> Factors:
 
 
 def isotropic(factors: Factors) -> Factors:
-    """All singular values of the change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959)."""
+    """All singular values of the change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
+
+    Those that are zero but for rounding stay zero.
+    """
     u, s, vh = svd(factors)
-    count = int((s > s.max() * 1e-6).sum())
+    count = numerical_rank(s, factors.rank)
     if count == 0:
         return factors
     return balanced(u[:, :count], s[:count].mean().expand(count), vh[:count])

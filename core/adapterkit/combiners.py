@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import ConfigError
+from adapterkit.lowrank import numerical_rank
 
 MajoritySign = Literal["total", "frequency"]
 
@@ -82,13 +83,16 @@ def tsv(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 
     Each source's leading singular vectors, as many as fit beside the others', are put side by side and made
     orthonormal together by Procrustes: `U = P Q^T` of `[U_1 ... U_T] = P D Q^T`, and `V` likewise. The result is
-    `U diag(w_1 S_1, ..., w_T S_T) V^T`.
+    `U diag(w_1 S_1, ..., w_T S_T) V^T`. Where all singular vectors fit, none is left out.
     """
     u, s, vh = torch.linalg.svd(stack, full_matrices=False)
-    ranks = [max(1, int((row > row.max() * 1e-6).sum())) for row in s]
-    most = min(stack.shape[1:])
+    # A source without a change, or of weight 0, has no directions that the others should make room for.
+    ranks = [numerical_rank(row, max(stack.shape[1:])) if w else 0 for row, w in zip(s, weights, strict=True)]
+    most, taking_part = min(stack.shape[1:]), sum(rank > 0 for rank in ranks)
+    if not taking_part:
+        return torch.zeros_like(stack[0])
     if sum(ranks) > most:
-        ranks = [min(rank, max(1, most // len(ranks))) for rank in ranks]
+        ranks = [min(rank, max(1, most // taking_part)) for rank in ranks]
     left = torch.cat([u[t, :, :k] for t, k in enumerate(ranks)], dim=1)
     right = torch.cat([vh[t, :k] for t, k in enumerate(ranks)])
     values = torch.cat([weights[t].to(s) * s[t, :k] for t, k in enumerate(ranks)])
@@ -99,7 +103,8 @@ def tsv(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 def _orthonormal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns (orthogonal Procrustes)."""
     p, _, qh = torch.linalg.svd(matrix, full_matrices=False)
-    return p @ qh
+    result: Tensor = p @ qh
+    return result
 
 
 def _keep_largest(stack: Tensor, density: float) -> Tensor:
@@ -116,8 +121,9 @@ def _keep_largest(stack: Tensor, density: float) -> Tensor:
 def _keep_some(stack: Tensor, options: Options) -> Tensor:
     if options.density >= 1.0:
         return stack
-    draw = torch.rand(stack.shape, generator=options.generator, device=stack.device)
-    return stack * (draw < options.density) / options.density
+    chance = torch.full_like(stack[0], options.density)
+    masks = [torch.bernoulli(chance, generator=options.generator) for _ in stack]  # one after another, as PEFT does
+    return stack * torch.stack(masks) / options.density
 
 
 def _elect(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
@@ -141,7 +147,10 @@ def check_options(name: str, combiner: Combiner, density: float | None, majority
     """Raise `ConfigError` for options that make no sense for this combiner."""
     if combiner.prunes and density is None:
         raise ConfigError(f"method {name!r} prunes: give density=, the share of entries to keep (0.2 is common).")
-    if density is not None and (isinstance(density, bool) or not 0.0 < density <= 1.0):
+    if density is not None and not combiner.prunes:
+        raise ConfigError(f"method {name!r} keeps every entry, so density = {density!r} says nothing. Leave it out.")
+    is_number = isinstance(density, int | float) and not isinstance(density, bool)
+    if density is not None and not (is_number and 0.0 < density <= 1.0):
         raise ConfigError(f"density = {density!r} must be above 0 and at most 1.")
     if majority_sign_method not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method = {majority_sign_method!r} must be 'total' or 'frequency'.")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from adapterkit import hookspecs
+from adapterkit import combiners, hookspecs
+from adapterkit.combiners import Combiner
 from adapterkit.errors import PluginError, nearest
 from adapterkit.kinds import LayerKind
 
@@ -74,6 +75,29 @@ def added_kinds(manager: pluggy.PluginManager) -> list[type[LayerKind]]:
             ):
                 raise PluginError(f"{who} returned {group!r}; it must return a list of LayerKind classes.")
             found += group
+    return found
+
+
+def added_combiners(manager: pluggy.PluginManager) -> dict[str, Combiner]:
+    """The combiners of all extensions by name.
+
+    Raises:
+        PluginError: a hook raised or returned something else, or a name is taken.
+    """
+    found: dict[str, Combiner] = {}
+    for plugin in [implementation.plugin for implementation in manager.hook.combiners.get_hookimpls()]:
+        who = f"The extension {manager.get_name(plugin)!r}: its hook combiners"
+        others = [p for p in manager.get_plugins() if p is not plugin]
+        try:
+            (group,) = manager.subset_hook_caller("combiners", others)() or ({},)
+        except Exception as error:
+            raise PluginError(f"{who} raised {type(error).__name__}: {error}.") from error
+        if not isinstance(group, Mapping) or not all(isinstance(c, Combiner) for c in group.values()):
+            raise PluginError(f"{who} returned {group!r}; it must return Combiners by name.")
+        taken = sorted(set(group) & {*combiners.BUILTIN, *found})
+        if taken:
+            raise PluginError(f"{who} gives {taken[0]!r}, a name that is taken. Choose another.")
+        found |= group
     return found
 
 

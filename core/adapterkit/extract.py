@@ -54,12 +54,16 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     Raises:
         SelectionError: nothing selected, or models that do not match.
         ConfigError: neither or both sizes, or a name that is taken.
+        StateError: weights that are not in memory or not finite, or a base with something merged into it.
     """
     lowrank.check_size(rank, energy)
     if rank is None and energy is None:
         raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
     adapters = attach(base)
     adapters._check_new_name(name)
+    if adapters.merged:
+        listed = ", ".join(map(repr, adapters.merged))
+        raise StateError(f"The base's weights have {listed} merged into them. Call unmerge() first.")
     method = default_registry.method(to)
     check_can_result(method)
     config = method.config_type()(
@@ -71,23 +75,22 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         other = _same_layer(tuned, match)
         factors[match.path], errors[match.path] = _difference(match, other, rank, energy)
         kinds[match.path] = match.kind
-    record = build_result(name, Changes(factors, kinds, {}), method, base, adapters._active)
-    for path in selection.heads:
-        record.heads[path] = copy_head(tuned.get_submodule(path))
-        record.hosts[path] = base.get_submodule(path)
-    record.labels = LabelSet.of(tuned) if record.heads else None
-    adapters._install(record)
+    heads = {path: copy_head(_module(tuned, path)) for path in selection.heads}
+    changes = Changes(factors, kinds, {}, heads, LabelSet.of(tuned) if heads else None)
+    adapters._install(build_result(name, changes, method, base, adapters._active))
     ranks = {path: f.rank for path, f in factors.items()}
     return CombineReport(name, to, ranks, errors, selection.heads)
 
 
-def _same_layer(tuned: nn.Module, match: Match) -> nn.Module:
+def _module(tuned: nn.Module, path: str) -> nn.Module:
     try:
-        module = tuned.get_submodule(match.path)
+        return tuned.get_submodule(path)
     except AttributeError as error:
-        raise SelectionError(
-            f"The tuned model has no module {match.path!r}: it is no fine-tune of the base."
-        ) from error
+        raise SelectionError(f"The tuned model has no module {path!r}: it is no fine-tune of the base.") from error
+
+
+def _same_layer(tuned: nn.Module, match: Match) -> nn.Module:
+    module = _module(tuned, match.path)
     kind = default_registry.kind_of(module)
     if kind != match.kind:
         raise SelectionError(f"{match.path!r} is {match.kind} in the base, and {kind} in the tuned model.")
@@ -99,6 +102,8 @@ def _difference(match: Match, other: nn.Module, rank: int | None, energy: float 
     if before.is_meta or after.is_meta:
         raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")
     delta = lowrank.working(after).to(before.device) - lowrank.working(before)
+    if not torch.isfinite(delta).all():
+        raise StateError(f"The models' difference at {match.path!r} has values that are not finite.")
     bias = _bias_difference(match.module, other)
     most = min(delta.shape)
     if rank is not None and rank > most:
@@ -106,7 +111,9 @@ def _difference(match: Match, other: nn.Module, rank: int | None, energy: float 
     if rank is None or most <= _LARGE:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         return lowrank.keep(u, s, vh, bias, rank=rank, energy=energy)
-    u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)
+    with torch.random.fork_rng([delta.device] if delta.is_cuda else []):  # the same result at every call
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)
     kept = lowrank.balanced(u[:, :rank], s[:rank], v[:, :rank].t())
     size = float(delta.norm())
     error = float((delta - kept.delta()).norm()) / size if size else 0.0

@@ -33,6 +33,9 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
     names = [record.name for record in records]
     if choice is not None and choice not in CHOICES and choice not in names:
         raise unknown("choice of heads", choice, [*names, *CHOICES])
+    if choice in names:  # before the other words: an adapter may be called "drop"
+        own = records[names.index(choice)]
+        return {path: copy.deepcopy(head) for path, head in own.heads.items()}, own.labels
     if not owners or choice == "drop":
         return {}, None
     if choice is None:
@@ -41,9 +44,6 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
             f"{', '.join(repr(o.name) for o in owners)} have heads, and which the result is to have is not said. "
             f"Choose one of {listed}."
         )
-    if choice in names:
-        own = records[names.index(choice)]
-        return {path: copy.deepcopy(head) for path, head in own.heads.items()}, own.labels
     return _average(owners) if choice == "average" else _concat(owners)
 
 

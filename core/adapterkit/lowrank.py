@@ -32,6 +32,11 @@ def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return qu @ u, s, vh @ qd.t()
 
 
+def numerical_rank(s: Tensor, size: int) -> int:
+    """How many singular values of a matrix with sides up to `size` are more than rounding: `s > eps size s_max`."""
+    return int((s > s.max() * size * torch.finfo(s.dtype).eps).sum()) if len(s) else 0
+
+
 def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
     """Factors of `u diag(s) vh` that share the singular values evenly: `up = u sqrt(s)`, `down = sqrt(s) vh`."""
     root = s.sqrt()
@@ -56,7 +61,8 @@ def keep(
     u: Tensor, s: Tensor, vh: Tensor, bias: Tensor | None, *, rank: int | None, energy: float | None
 ) -> tuple[Factors, float]:
     """The leading part of a singular value decomposition, at least one value of it; see `truncate`."""
-    squares = s.double().square()
+    s_max = float(s.max()) if len(s) else 0.0
+    squares = (s.cpu().double() / (s_max or 1.0)).square()  # divided first: squares of extreme values are 0 or inf
     total = float(squares.sum())
     count = len(s) if rank is None else min(rank, len(s))
     if energy is not None and total > 0:
@@ -71,7 +77,7 @@ def keep(
 def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of a dense `(out, in)` matrix without its zero part."""
     u, s, vh = torch.linalg.svd(working(matrix), full_matrices=False)
-    count = max(1, int((s > s.max() * max(matrix.shape) * torch.finfo(s.dtype).eps).sum()) if len(s) else 1)
+    count = max(1, numerical_rank(s, max(matrix.shape)))
     return u[:, :count], s[:count], vh[:count]
 
 
@@ -97,5 +103,7 @@ def check_size(rank: object, energy: object) -> None:
         raise ConfigError("Give rank= or energy=, not both.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank = {rank!r} must be a whole number of at least 1.")
-    if energy is not None and (not isinstance(energy, int | float) or not 0.0 < energy <= 1.0):
+    if energy is not None and (
+        isinstance(energy, bool) or not isinstance(energy, int | float) or not 0.0 < energy <= 1.0
+    ):
         raise ConfigError(f"energy = {energy!r} must be a share of the squared singular values: above 0, at most 1.")

@@ -258,7 +258,7 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for record, layer, factors in change.layers:
         if factors is not None:
-            weight = weight + factors.delta().to(weight.dtype)
+            weight = torch.addmm(weight, factors.up.to(weight.dtype), factors.down.to(weight.dtype))
             if factors.bias is not None and bias is not None:
                 bias = bias + factors.bias.to(bias.dtype)
         else:

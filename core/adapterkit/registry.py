@@ -114,6 +114,19 @@ class Registry:
         self._extend(plugin, f"The extension {getattr(plugin, '__name__', type(plugin).__name__)!r}")
         self._kinds = None
 
+    def retract(self, plugin: object) -> None:
+        """Undo `extend`.
+
+        Raises:
+            UnknownNameError: that plugin was not added.
+        """
+        methods = [method.plugin for method in self._methods.values()]
+        added = [p for p in self._manager.get_plugins() if not any(p is m for m in methods)]
+        if not any(p is plugin for p in added):
+            raise unknown("extension", plugin, [self._manager.get_name(p) or "" for p in added])
+        self._manager.unregister(plugin)
+        self._kinds = None
+
     def kinds(self) -> tuple[type[LayerKind], ...]:
         """Every layer kind, extensions' first."""
         if self._kinds is None:
@@ -141,10 +154,8 @@ class Registry:
             UnknownNameError: there is none of that name.
         """
         self.kinds()  # which loads the extensions
-        known = dict(combiners.BUILTIN)
-        for group in self._manager.hook.combiners():
-            known |= group
-        if name not in known:
+        known = {**combiners.BUILTIN, **contract.added_combiners(self._manager)}
+        if not isinstance(name, str) or name not in known:
             raise unknown("way to combine", name, known)
         return known[name]
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit.adapted import Active
 from adapterkit.build import Builder
-from adapterkit.errors import PluginError, UnsupportedError
+from adapterkit.errors import PluginError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.hookspecs import RESULT_HOOKS
 from adapterkit.kinds import LayerKind
+from adapterkit.labels import LabelSet
 from adapterkit.loading import module_slots
 from adapterkit.method import Method
 from adapterkit.persistence import short_names
@@ -29,12 +30,15 @@ class Changes:
     Attributes:
         factors: the change at each target's path, in the order of the model.
         kinds: what each target is.
-        biases: the trained bias of modules, by path.
+        biases: by a module's path its base bias, as the sources knew it, and the trained one.
+        heads: the heads by path, and `labels` their label set.
     """
 
     factors: Mapping[str, Factors]
     kinds: Mapping[str, LayerKind]
-    biases: Mapping[str, torch.Tensor]
+    biases: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    labels: LabelSet | None = None
 
 
 def check_can_result(method: Method) -> None:
@@ -52,8 +56,10 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
 
     Raises:
         UnsupportedError: the method cannot express some of the changes.
+        StateError: a change with values that are not finite.
     """
     check_can_result(method)
+    _check_finite(name, changes)
     walk = Walk(model)
     ranks = {path: f.rank for path, f in changes.factors.items()}
     config = method.config_from_ranks(
@@ -62,14 +68,36 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
         trained_biases=_trained_biases(changes),
     ).replace(target_modules=short_names(changes.factors, walk.paths), modules_to_save=None)
     matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
-    builder = Builder(model, method, config, Selection(tuple(matches), (), (), ()), load=True)
+    builder = Builder(model, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True)
     record, _ = builder.build(name, active)
     with torch.no_grad():
         for path, factors in changes.factors.items():
             _fill(record, builder, path, factors)
-        for path, bias in changes.biases.items():
-            record.biases[path].bias.copy_(bias)
+        _fill_biases(record, method, changes)
+    record.heads = dict(changes.heads)
+    record.labels = changes.labels
     return record
+
+
+def _check_finite(name: str, changes: Changes) -> None:
+    for path, factors in changes.factors.items():
+        if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
+            raise StateError(
+                f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed; look "
+                "at the weights and at the sources' scales."
+            )
+
+
+def _fill_biases(record: AdapterRecord, method: Method, changes: Changes) -> None:
+    lacking = sorted(set(changes.biases) - set(record.biases))
+    if lacking:
+        raise UnsupportedError(
+            f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
+        )
+    for path, (base, own) in changes.biases.items():
+        layer = record.biases[path]
+        layer.base.copy_(base)  # the module's own is another one while something is merged
+        layer.bias.copy_(own)
 
 
 def _trained_biases(changes: Changes) -> str:

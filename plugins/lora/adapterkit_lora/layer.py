@@ -80,8 +80,10 @@ class LoraLayer(AdapterLayer):
         first = self.initial()
         if first is not None:
             down, up = torch.cat([down, first[0]]), torch.cat([up, -first[1]], dim=1)
-        scaled_bias = None if bias is None else bias * self.scaling
-        return Factors(up * self.scaling, down, scaled_bias, self.scaling)
+        # Half-precision parameters are exact in float32, their product with the scaling in half precision is not.
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        scaled_bias = None if bias is None else bias.to(dtype) * self.scaling
+        return Factors(up.to(dtype) * self.scaling, down.to(dtype), scaled_bias, self.scaling)
 
 
 @torch.no_grad()
