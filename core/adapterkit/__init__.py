@@ -19,6 +19,7 @@ from adapterkit.errors import (
 )
 from adapterkit.extract import extract
 from adapterkit.factors import Factors
+from adapterkit.features import features
 from adapterkit.hookspecs import hookimpl
 from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
@@ -65,6 +66,7 @@ __all__ = [
     "attach",
     "config",
     "extract",
+    "features",
     "hookimpl",
     "method",
     "methods",

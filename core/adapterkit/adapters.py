@@ -23,14 +23,19 @@ def attach(model: nn.Module) -> Adapters:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach needs a torch.nn.Module, not a {type(model).__name__}.")
-    inner = _WRAPPERS.get(type(model).__name__)
-    if inner is not None and isinstance(model._modules.get(inner), nn.Module):
-        return attach(getattr(model, inner))
+    model = inner_model(model)
     found = model.__dict__.get(ATTRIBUTE)
     if found is None:
         found = model.__dict__[ATTRIBUTE] = Adapters(model)
     assert isinstance(found, Adapters)
     return found
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that only forward to it."""
+    name = _WRAPPERS.get(type(model).__name__)
+    inner = None if name is None else model._modules.get(name)
+    return model if inner is None else inner_model(inner)
 
 
 class Adapters(Combination):

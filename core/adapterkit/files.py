@@ -188,11 +188,11 @@ def _new_beside(folder: Path) -> Path:
 
 
 def _write_into(folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    folder.chmod(0o777 & ~_umask())
+    folder.chmod(0o777 & ~umask())
     safetensors.torch.save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
-        path.chmod(0o666 & ~_umask())
+        path.chmod(0o666 & ~umask())
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -257,7 +257,8 @@ def exchange(a: Path, b: Path) -> bool:
     return False
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask for the modes of new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
