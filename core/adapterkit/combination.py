@@ -199,6 +199,8 @@ def _factors_of(record: AdapterRecord, path: str) -> Factors:
             f"Adapter {record.name!r} ({record.config.method}) has no low-rank change of the weight at {path!r}, so it "
             f"cannot be combined or converted. {instead} it beside the others instead."
         )
+    if found.down.is_meta:
+        raise StateError(f"Adapter {record.name!r} has no values at {path!r}: it is on the meta device.")
     if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
         raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
     return found

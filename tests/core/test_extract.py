@@ -1,0 +1,189 @@
+"""Adapters out of the difference of two models."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests import oracles
+from tests.combining import deltas, nothing_changes, same
+from tests.models import MODELS, build, run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.registry import default_registry
+from adapterkit_lora import LoraConfig
+
+EVERYTHING = {
+    "bert": ["query", "intermediate.dense", "word_embeddings"],
+    "gpt2": ["c_attn", "wte"],
+    "convnet": ["conv1d", "conv2d", "conv3d", "grouped", "dilated", "circular", "fc"],
+}
+
+
+def tuned(model: nn.Module, scale: float = 0.1, biases: bool = False) -> nn.Module:
+    """A full fine-tune: every weight matrix changed."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1 or biases:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
+    return other
+
+
+def differences(base: nn.Module, other: nn.Module, paths: Any) -> dict[str, Tensor]:
+    found = {}
+    for path in paths:
+        kind = default_registry.kind_of(base.get_submodule(path))
+        assert kind is not None
+        found[path] = (kind.read(other.get_submodule(path)) - kind.read(base.get_submodule(path))).detach().double()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_layer_gets_the_best_of_its_rank(name: str, dtype: torch.dtype) -> None:
+    base = build(name).to(dtype)
+    other = tuned(base)
+    report = ak.extract(base, other, rank=2, target_modules=EVERYTHING[name], modules_to_save=None)
+    adapters = ak.attach(base)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    exact = differences(base.double(), other.double(), report.ranks)
+    if dtype == torch.bfloat16:  # the difference of two bfloat16 numbers is exact in float32
+        tolerance = 1e-4
+    same(deltas(adapters, "extracted"), {p: oracles.best(d, 2) for p, d in exact.items()}, tolerance)
+    for path, delta in exact.items():
+        left_out = float((delta - oracles.best(delta, 2)).norm() / delta.norm())
+        assert report.errors[path] == pytest.approx(left_out, abs=1e-4)
+
+
+def test_a_merged_adapter_is_found_again_exactly(tmp_path: Path) -> None:
+    base = build("bert").double()
+    source = copy.deepcopy(base)
+    adapters = ak.attach(source)
+    adapters.add("a", LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, lora_bias=True))
+    with torch.no_grad():
+        for name, parameter in adapters.named_parameters("a"):
+            if "bias" in name:
+                parameter.normal_()
+    merged = adapters.merge_and_detach("a")
+    report = ak.extract(base, merged, rank=2, target_modules=["query", "value"], name="again")
+    assert max(report.errors.values()) < 1e-10
+    ak.attach(base).activate("again", trainable=False)
+    torch.testing.assert_close(run(base, "bert"), run(merged, "bert"))
+
+    again = peft.PeftModel.from_pretrained(build("bert").double(), ak.attach(base).save("again", tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(again(**MODELS["bert"].inputs()).logits, run(merged, "bert"), rtol=1e-5, atol=1e-5)
+
+
+def test_energy_chooses_each_layers_rank() -> None:
+    base = build("bert").double()
+    other = tuned(base)
+    report = ak.extract(base, other, energy=0.5, target_modules=["query"])
+    for path, delta in differences(base, other, report.ranks).items():
+        assert report.ranks[path] == oracles.rank_for(delta, 0.5)
+
+
+def test_the_head_comes_from_the_tuned_model_with_its_labels() -> None:
+    base = build("bert")
+    other = tuned(base)
+    other.classifier = nn.Linear(16, 5)
+    other.config = copy.deepcopy(base.config)
+    other.config.id2label = dict(enumerate("vwxyz"))
+    report = ak.extract(base, other, rank=1)
+    assert report.heads == ("classifier",)
+    assert set(report.ranks) == set(ak.select(base, LoraConfig(target_modules="all-linear")).paths)
+    ak.attach(base).activate("extracted")
+    assert run(base, "bert").shape == (2, 5)
+    assert base.config.id2label[4] == "z"
+    assert not any(p is q for p in other.classifier.parameters() for q in base.parameters())
+
+
+def test_large_layers_are_decomposed_at_random_but_always_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["adapterkit.extract"], "_LARGE", 30)  # its name in the package is the function's
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 8)).double()
+    other = copy.deepcopy(base)
+    decay = torch.diag(0.6 ** torch.arange(50.0, dtype=torch.float64))
+    with torch.no_grad():
+        other[0].weight += torch.randn(50, 50, dtype=torch.float64) @ decay @ torch.randn(50, 60, dtype=torch.float64)
+        other[1].weight += torch.randn(8, 50, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    report = ak.extract(base, other, rank=6, name="one")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ak.extract(base, other, rank=6, name="two")
+    adapters = ak.attach(base)
+    first, exact = deltas(adapters, "one"), differences(base, other, report.ranks)
+    same(deltas(adapters, "two"), first, 0.0)
+    for path, delta in exact.items():
+        optimum = float((delta - oracles.best(delta, 6)).norm() / delta.norm())
+        stated = report.errors[path]
+        assert stated == pytest.approx(float((delta - first[path]).norm() / delta.norm()), rel=1e-6)
+        assert stated <= optimum * 1.01
+
+
+def test_no_difference_gives_an_adapter_that_does_nothing() -> None:
+    base = build("bert").double()
+    expected = run(base, "bert")
+    report = ak.extract(base, copy.deepcopy(base), rank=2)
+    assert set(report.errors.values()) == {0.0}
+    ak.attach(base).activate("extracted")
+    torch.testing.assert_close(run(base, "bert"), expected, rtol=0, atol=0)
+
+
+def other_shape() -> nn.Module:
+    model = build("bert")
+    model.bert.encoder.layer[0].attention.self.query = nn.Linear(16, 20)
+    return model
+
+
+def not_finite() -> nn.Module:
+    model = build("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.query.weight[0, 0] = float("inf")
+    return model
+
+
+QUERY = {"rank": 2, "target_modules": ["query"], "modules_to_save": None}
+ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "no size": (
+        build,
+        {**QUERY, "rank": None},
+        ak.ConfigError,
+        r"extract needs rank= or energy=: the exact difference",
+    ),
+    "rank": (build, {**QUERY, "rank": 17}, ak.ConfigError, r"rank = 17 is more than '.*query' can have: min.* = 16"),
+    "taken": (build, {**QUERY, "name": "there"}, ak.ConfigError, r"There is an adapter 'there' already"),
+    "shape": (other_shape, QUERY, ak.SelectionError, r"'.*layer\.0\.attention\.self\.query' is Linear.* in the base"),
+    "module": (lambda: build("gpt2"), QUERY, ak.SelectionError, r"The tuned model has no module '.*it is no fine-tune"),
+    "inf": (not_finite, QUERY, ak.StateError, r"The models' difference at '.*layer\.1.*' has values that are not"),
+    "meta": (lambda: build("bert").to("meta"), QUERY, ak.StateError, r"is on the meta device; both models must be"),
+    "to": (build, {**QUERY, "to": "nothing"}, ak.UnknownNameError, r"No adapter method 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_is_wrong_and_change_nothing(case: str) -> None:
+    make, fields, kind, message = ERRORS[case]
+    base = build("bert")
+    adapters = ak.attach(base)
+    adapters.add("there", LoraConfig(target_modules=["value"]))
+    other = make("bert") if make is build else make()
+    with nothing_changes(adapters), pytest.raises(kind, match=message):
+        ak.extract(base, other, **fields)
+
+
+def test_a_base_with_something_merged_into_it_is_refused() -> None:
+    base = build("bert")
+    adapters = ak.attach(base)
+    adapters.add("m", LoraConfig(target_modules=["value"]))
+    adapters.merge("m")
+    with pytest.raises(ak.StateError, match=r"The base's weights have 'm' merged into them\. Call unmerge\(\) first"):
+        ak.extract(base, build("bert"), **QUERY)

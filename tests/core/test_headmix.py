@@ -1,0 +1,208 @@
+"""What becomes of heads when adapters are combined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.combining import nothing_changes, randomise
+from tests.models import build, inputs, run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.keys import HEADS
+from adapterkit_lora import LoraConfig
+
+
+def classifier(counts: tuple[int, ...] = (10, 27), **fields: Any) -> ak.Adapters:
+    """Adapters `t0`, `t1`, ... with heads of these sizes on one BERT."""
+    adapters = ak.attach(build("bert"))
+    for i, count in enumerate(counts):
+        labels = {n: f"t{i}-{n}" for n in range(count)}
+        adapters.add(f"t{i}", LoraConfig(target_modules=["query"], **fields), id2label=labels)
+        randomise(adapters, f"t{i}", i)
+    return adapters
+
+
+def logits(adapters: ak.Adapters, *names: str, heads: str | None = None) -> Tensor:
+    with adapters.activated(*names, trainable=False, heads=heads):
+        return run(adapters.model, "bert")
+
+
+def test_concat_is_one_model_over_all_labels(tmp_path: Path) -> None:
+    adapters = classifier()
+    report = adapters.combine("both", {"t0": 0.5, "t1": 0.5}, heads="concat")
+    assert report.heads == ("classifier",)
+    found = logits(adapters, "both")
+    # the combined body under each task's own head
+    adapters.combine("body0", {"t0": 0.5, "t1": 0.5}, heads="t0")
+    adapters.combine("body1", {"t0": 0.5, "t1": 0.5}, heads="t1")
+    torch.testing.assert_close(found, torch.cat([logits(adapters, "body0"), logits(adapters, "body1")], dim=1))
+    adapters.activate("both")
+    config = adapters.model.config
+    assert config.num_labels == adapters.model.num_labels == 37
+    assert config.id2label == {i: f"t0-{i}" if i < 10 else f"t1-{i - 10}" for i in range(37)}
+    assert config.label2id["t1-26"] == 36
+    loss = adapters.model(**inputs("bert"), labels=torch.tensor([3, 36])).loss
+    assert torch.isfinite(loss)
+
+    adapters.save("both", tmp_path)
+    fresh = ak.attach(build("bert"))
+    fresh.load(tmp_path, "both")
+    assert fresh.model.config.num_labels == 37
+    assert torch.equal(run(fresh.model, "bert"), found)
+
+    model = adapters.detach()
+    assert model.config.num_labels == model.num_labels == 3
+    assert model.classifier.out_features == 3
+
+
+def test_concat_tells_equal_labels_apart_by_adapter() -> None:
+    adapters = ak.attach(build("bert"))
+    for name, labels in {"a": ("good", "bad"), "b": ("bad", "ugly")}.items():
+        adapters.add(name, LoraConfig(target_modules=["query"]), id2label=dict(enumerate(labels)))
+    adapters.combine("c", {"a": 1.0, "b": 1.0}, heads="concat")
+    adapters.activate("c")
+    assert list(adapters.model.config.id2label.values()) == ["good", "a/bad", "b/bad", "ugly"]
+
+
+def test_average_is_the_mean_of_equal_heads() -> None:
+    adapters = classifier((4, 4))
+    adapters.combine("c", {"t0": 3.0, "t1": -1.0}, heads="average")
+    slots = adapters.model.classifier._modules[HEADS]
+    expected = (slots["t0"].weight + slots["t1"].weight) / 2
+    torch.testing.assert_close(slots["c"].weight, expected)
+    assert slots["c"].weight is not slots["t0"].weight
+
+
+def test_a_named_head_is_a_copy_of_that_adapters() -> None:
+    adapters = classifier()
+    adapters.combine("c", {"t0": 1.0, "t1": 1.0}, heads="t1")
+    slots = adapters.model.classifier._modules[HEADS]
+    assert torch.equal(slots["c"].weight, slots["t1"].weight)
+    assert slots["c"].weight.data_ptr() != slots["t1"].weight.data_ptr()
+    adapters.activate("c")
+    assert adapters.model.num_labels == 27
+
+
+def test_drop_leaves_the_models_own() -> None:
+    adapters = classifier()
+    assert adapters.combine("c", {"t0": 1.0, "t1": 1.0}, heads="drop").heads == ()
+    assert logits(adapters, "c").shape == (2, 3)
+
+
+def test_the_name_of_an_adapter_goes_before_the_other_choices() -> None:
+    adapters = classifier((4,))
+    adapters.rename("t0", "drop")
+    adapters.convert("drop", to="lora", name="c")
+    torch.testing.assert_close(logits(adapters, "c"), logits(adapters, "drop"))
+
+
+def test_convert_takes_the_head_along() -> None:
+    adapters = classifier((5,))
+    assert adapters.convert("t0", to="lora", name="c").heads == ("classifier",)
+    torch.testing.assert_close(logits(adapters, "c"), logits(adapters, "t0"))
+
+
+def test_a_head_takes_the_place_of_changes_inside_it() -> None:
+    adapters = ak.attach(build("bert"))
+    adapters.add("inside", LoraConfig(target_modules=["classifier", "query"], modules_to_save=None, bias="all"))
+    adapters.add("head", LoraConfig(target_modules=["query"]))
+    for seed, name in enumerate(adapters.names):
+        randomise(adapters, name, seed)
+    adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="head")
+    expected = logits(adapters, "inside", "head")
+    torch.testing.assert_close(logits(adapters, "c"), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_beside_a_head_are_saved_and_loaded(bias: str, tmp_path: Path) -> None:
+    adapters = classifier((4, 4), bias=bias)
+    adapters.combine("c", {"t0": 0.5, "t1": 0.5}, heads="average")
+    expected = logits(adapters, "c")
+    fresh = ak.attach(build("bert"))
+    assert fresh.load(adapters.save("c", tmp_path), "c").ok
+    torch.testing.assert_close(run(fresh.model, "bert"), expected)
+
+
+class TwoLayerHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.out_proj = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(torch.tanh(self.dense(x)))
+
+
+def two_layers() -> ak.Adapters:
+    model = build("bert")
+    model.classifier = TwoLayerHead()
+    adapters = ak.attach(model)
+    for name in ("t0", "t1"):
+        adapters.add(name, LoraConfig(target_modules=["query"]))
+    return adapters
+
+
+def test_concat_of_larger_heads_that_share_what_leads_to_the_output() -> None:
+    adapters = two_layers()
+    adapters.combine("c", {"t0": 1.0, "t1": 1.0}, heads="concat")
+    assert logits(adapters, "c").shape == (2, 6)
+
+
+def differing() -> ak.Adapters:
+    adapters = two_layers()
+    randomise(adapters, "t0", 1)
+    return adapters
+
+
+def elsewhere() -> ak.Adapters:
+    adapters = classifier((4,))
+    adapters.add("t1", LoraConfig(target_modules=["query"], modules_to_save=["pooler"]))
+    return adapters
+
+
+def without_labels() -> ak.Adapters:
+    adapters = ak.attach(build("convnet"))
+    for name in ("t0", "t1"):
+        adapters.add(name, LoraConfig(target_modules=["fc"], modules_to_save=["head"]))
+    return adapters
+
+
+ERRORS: dict[str, tuple[Any, str | None, str]] = {
+    "no choice": (
+        classifier,
+        None,
+        r"'t0', 't1' have heads, and which the result is to have is not said\. Choose one of heads='t0', heads='t1', "
+        r"heads='average', heads='concat', heads='drop'\.",
+    ),
+    "unknown": (classifier, "mean", r"No choice of heads 'mean'\. There is: 'average', 'concat', 'drop', 't0', 't1'"),
+    "average of sizes": (
+        classifier,
+        "average",
+        r"heads='average' needs equal shapes; at classifier\.weight 't0' has \(10, 16\), 't1' has \(27, 16\)\. Use "
+        r"heads='concat'",
+    ),
+    "differing": (
+        differing,
+        "concat",
+        r"stacks output layers, but classifier\.dense\.weight, which leads to them, differs between the adapters\. "
+        r"Take one head: heads='t0'",
+    ),
+    "elsewhere": (
+        elsewhere,
+        "concat",
+        r"heads='concat' needs heads at the same modules; there are 't0': classifier; 't1': bert\.pooler",
+    ),
+    "elsewhere average": (elsewhere, "average", r"heads='average' needs heads at the same modules"),
+    "no labels": (without_labels, "concat", r"heads='concat' needs adapters with one head and a label set each"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_is_wrong_and_change_nothing(case: str) -> None:
+    make, choice, message = ERRORS[case]
+    adapters = make()
+    with nothing_changes(adapters), pytest.raises(ak.AdapterError, match=message):
+        adapters.combine("c", {"t0": 1.0, "t1": 1.0}, heads=choice)

@@ -1,0 +1,175 @@
+"""Truncation and decompositions of factored matrices, against the dense ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import oracles
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adapterkit as ak
+from adapterkit import combine, lowrank
+from adapterkit.combiners import BUILTIN, Options
+
+DTYPES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-4, torch.float16: 2e-4}
+SIZES = st.integers(1, 7)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@st.composite
+def factored(draw: st.DrawFn, dtype: torch.dtype = torch.float64, out: int = 0, inside: int = 0) -> ak.Factors:
+    """Factors of every shape: r above min(out, in), single rows, zero matrices, dependent rows."""
+    out, inside, rank = out or draw(SIZES), inside or draw(SIZES), draw(st.integers(1, 9))
+    seed = draw(st.integers(0, 99))
+    up, down = normal(out, rank, seed=seed), normal(rank, inside, seed=seed + 100)
+    if draw(st.booleans()):
+        down[-1] = down[0]
+    up = up * draw(st.sampled_from([0.0, 1.0, 1.0, 1.0]))
+    return ak.Factors(up.to(dtype), down.to(dtype))
+
+
+def dense(factors: ak.Factors) -> Tensor:
+    return factors.up.double() @ factors.down.double()
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    size = max(float(expected.norm()), 1e-300)
+    assert float((found.double() - expected).norm()) <= tolerance * size + tolerance * (float(expected.norm()) == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_svd_is_that_of_the_product(dtype: torch.dtype, data: st.DataObject) -> None:
+    factors = data.draw(factored(dtype))
+    u, s, vh = lowrank.svd(factors)
+    matrix = dense(factors)
+    close(u.double() @ torch.diag(s.double()) @ vh.double(), matrix, DTYPES[dtype])
+    expected = torch.linalg.svdvals(matrix)[: len(s)]
+    assert torch.allclose(s.double(), expected, atol=DTYPES[dtype] * float(expected.max()) + 1e-12)
+    assert u.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data(), rank=st.integers(1, 8))
+@settings(max_examples=25, deadline=None)
+def test_truncation_is_the_best_of_its_rank_and_states_its_error(
+    dtype: torch.dtype, data: st.DataObject, rank: int
+) -> None:
+    factors = data.draw(factored(dtype))
+    kept, error = lowrank.truncate(factors, rank=rank)
+    matrix = dense(factors)
+    assert kept.rank <= rank
+    left_out = float((matrix - oracles.best(matrix, rank)).norm())
+    size = float(matrix.norm())
+    assert float((matrix - dense(kept)).norm()) <= left_out + DTYPES[dtype] * size
+    assert error == pytest.approx(left_out / size if size else 0.0, abs=10 * DTYPES[dtype])
+
+
+@given(factors=factored(), energy=st.floats(0.01, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_energy_takes_as_few_singular_values_as_reach_it(factors: ak.Factors, energy: float) -> None:
+    kept, error = lowrank.truncate(factors, energy=energy)
+    matrix = dense(factors)
+    if float(matrix.norm()) > 0:
+        assert abs(kept.rank - oracles.rank_for(matrix, energy)) <= (energy > 1 - 1e-9)
+        assert error**2 <= 1 - energy + 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-20, 1e20, 1e150])
+def test_extreme_scales_truncate_as_others_do(scale: float) -> None:
+    plain = ak.Factors(normal(6, 4), normal(4, 5, seed=1))
+    _, expected = lowrank.truncate(plain, rank=2)
+    kept, error = lowrank.truncate(plain._replace(up=plain.up * scale), rank=2)
+    assert error == pytest.approx(expected)
+    close(dense(kept) / scale, oracles.best(dense(plain), 2), 1e-9)
+    assert lowrank.truncate(plain._replace(up=plain.up * scale), energy=0.8)[0].rank == oracles.rank_for(
+        dense(plain), 0.8
+    )
+
+
+def test_float32_at_the_edge_of_its_range() -> None:
+    plain = ak.Factors(normal(6, 4).float(), normal(4, 5, seed=1).float())
+    for scale in (1e-30, 1e30):
+        kept, error = lowrank.truncate(plain._replace(up=plain.up * scale), rank=2)
+        assert error == pytest.approx(lowrank.truncate(plain, rank=2)[1], rel=1e-3)
+        close(dense(kept) / scale, oracles.best(dense(plain), 2), 1e-4)
+
+
+def test_a_zero_change_keeps_one_zero_value_and_has_no_error() -> None:
+    kept, error = lowrank.truncate(ak.Factors(torch.zeros(3, 2), torch.ones(2, 4)), energy=0.5)
+    assert (kept.rank, error) == (2, 0.0) or (kept.rank, error) == (1, 0.0)
+    assert not dense(kept).any()
+
+
+@given(data=st.data(), count=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_common_bases_are_orthonormal_and_hold_every_change(data: st.DataObject, count: int) -> None:
+    out, inside = data.draw(SIZES), data.draw(SIZES)
+    sources = [data.draw(factored(out=out, inside=inside)) for _ in range(count)]
+    left, right = lowrank.common_bases(sources)
+    assert torch.allclose(left.t() @ left, torch.eye(left.shape[1], dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(right @ right.t(), torch.eye(right.shape[0], dtype=torch.float64), atol=1e-10)
+    for f in sources:
+        assert torch.allclose(left @ (left.t() @ dense(f) @ right.t()) @ right, dense(f), atol=1e-9)
+
+
+def test_common_bases_are_the_singular_vectors_of_the_stacks() -> None:
+    sources = [ak.Factors(normal(8, 2, seed=i), normal(2, 9, seed=i + 50)) for i in range(3)]
+    left, right = lowrank.common_bases(sources)
+    u = torch.linalg.svd(torch.cat([f.up for f in sources], dim=1), full_matrices=False)[0]
+    vh = torch.linalg.svd(torch.cat([f.down for f in sources]), full_matrices=False)[2]
+    assert torch.allclose((left.t() @ u).abs(), torch.eye(6, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose((right @ vh.t()).abs(), torch.eye(6, dtype=torch.float64), atol=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("isotropize", [False, True])
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("method", "space"), [("linear", "delta"), ("tsv", "delta"), ("ties", "core")])
+def test_no_dense_matrix_is_made_where_factors_do(method: str, space: Any, rank: int | None, isotropize: bool) -> None:
+    out, inside, ranks = 900, 700, (4, 6, 2)
+    sources = [ak.Factors(normal(out, r, seed=r), normal(r, inside, seed=9 + r)) for r in ranks]
+    recipe = combine.Recipe(BUILTIN[method], method == "linear", space, Options(0.5), rank, None, isotropize)
+    with Largest() as largest:
+        combine.combine_factors(sources, [1.0, -0.5, 0.2], recipe)
+    assert largest.entries <= out * sum(ranks)
+
+
+@pytest.mark.parametrize(
+    ("rank", "energy", "message"),
+    [
+        (2, 0.5, r"Give rank= or energy=, not both"),
+        (0, None, r"rank = 0 must be a whole number of at least 1"),
+        (True, None, r"rank = True must be a whole number"),
+        (2.0, None, r"rank = 2\.0 must be a whole number"),
+        (None, 0.0, r"energy = 0\.0 must be a share of the squared singular values: above 0, at most 1"),
+        (None, 1.5, r"energy = 1\.5 must be a share"),
+        (None, float("nan"), r"energy = nan must be a share"),
+        (None, True, r"energy = True must be a share"),
+        (None, "all", r"energy = 'all' must be a share"),
+    ],
+)
+def test_sizes_that_make_no_sense(rank: Any, energy: Any, message: str) -> None:
+    with pytest.raises(ak.ConfigError, match=message):
+        lowrank.check_size(rank, energy)
