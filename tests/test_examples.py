@@ -28,3 +28,27 @@ def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
 def test_quickstart_can_be_read_in_one_go() -> None:
     text = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
     assert text.count("\n") <= 80
+
+
+def test_multitask_prints_every_choice_and_probes() -> None:
+    few = ["--rows", "64", "--test-rows", "48", "--layers", r".*\.5\..*\.(query|value)"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "multitask.py"), *few],
+        capture_output=True,
+        text=True,
+        check=False,
+        # One thread: beside another test's process, two of them wait for each other more than they work.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "labels of the model now: negative, positive, tweet, amazon, movie, nyt" in done.stdout
+    rows = re.findall(r"^(\w+), (delta|core)(, iso)? +([\d.]+)% .*?([\d.]+)% \(", done.stdout, re.MULTILINE)
+    assert len(rows) == 16
+    figures = {(method, space, iso): (a, b) for method, space, iso, a, b in rows}
+    for method in ("linear", "tsv"):  # these are the same in both spaces
+        assert figures[method, "delta", ""] == figures[method, "core", ""]
+    probes = re.findall(
+        r"^(the bare base|tweet-polarity|source-domain|both|tsv) +([\d.]+)% ", done.stdout, re.MULTILINE
+    )
+    assert len(probes) == 5
+    assert all(float(share) > 40 for _, share in probes)

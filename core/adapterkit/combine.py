@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit.combiners import Combiner, Options
 from adapterkit.errors import ConfigError
 from adapterkit.factors import Factors
-from adapterkit.lowrank import balanced, common_bases, exact, keep, numerical_rank, svd, truncate, working
+from adapterkit.lowrank import common_bases, exact, keep, numerical_rank, svd, working
 
 Space = Literal["delta", "factors", "core"]
 SPACES = ("delta", "factors", "core")
@@ -43,21 +43,28 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
         The factors of the result, and the relative error that truncation made.
     """
     sources = _alike(sources)
-    if recipe.space == "factors":
-        combined = _on_factors(sources, weights, recipe)
-    elif recipe.linear:
-        ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
-        combined = Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
-    elif recipe.space == "core" or recipe.combiner.rotates:
-        combined = _in_core(sources, weights, recipe)
+    bias = _combined_bias(sources, weights, recipe)
+    if recipe.space == "delta" and not (recipe.linear or recipe.combiner.rotates):
+        parts = exact(_on_dense(sources, weights, recipe))
     else:
-        combined = _on_dense(sources, weights, recipe)
+        combined = _on_few(sources, weights, recipe)
+        too_wide = combined.rank > min(combined.up.shape[0], combined.down.shape[1])
+        if not (too_wide or recipe.isotropize or recipe.rank or recipe.energy):
+            return combined._replace(bias=bias), 0.0
+        parts = svd(combined)
     if recipe.isotropize:
-        combined = isotropic(combined)
-    combined = combined._replace(bias=_combined_bias(sources, weights, recipe))
-    if recipe.rank is None and recipe.energy is None:
-        return _no_wider_than_needed(combined), 0.0
-    return truncate(combined, rank=recipe.rank, energy=recipe.energy)
+        parts = isotropic(*parts)
+    return keep(*parts, bias, rank=recipe.rank, energy=recipe.energy)
+
+
+def _on_few(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """What needs no dense matrix."""
+    if recipe.space == "factors":
+        return _on_factors(sources, weights, recipe)
+    if not recipe.linear:
+        return _in_core(sources, weights, recipe)
+    ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
+    return Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
 
 
 def _alike(sources: Sequence[Factors]) -> list[Factors]:
@@ -90,9 +97,8 @@ def _in_core(sources: Sequence[Factors], weights: Sequence[float], recipe: Recip
     return Factors(left @ _apply(recipe, cores, weights), right)
 
 
-def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    dense = torch.stack([f.delta() for f in sources])
-    return balanced(*exact(_apply(recipe, dense, weights)))
+def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor:
+    return _apply(recipe, torch.stack([f.delta() for f in sources]), weights)
 
 
 def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
@@ -108,22 +114,12 @@ def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe:
     return torch.stack(found).sum(0) if found else None
 
 
-def _no_wider_than_needed(factors: Factors) -> Factors:
-    """The same change with a rank of at most `min(out, in)`."""
-    most = min(factors.up.shape[0], factors.down.shape[1])
-    if factors.rank <= most:
-        return factors
-    u, s, vh = svd(factors)
-    return keep(u, s, vh, factors.bias, rank=None, energy=None)[0]
+def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular values of a change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
 
-
-def isotropic(factors: Factors) -> Factors:
-    """All singular values of the change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
-
-    Those that are zero but for rounding stay zero.
+    Those that are zero but for rounding are left out.
     """
-    u, s, vh = svd(factors)
-    count = numerical_rank(s, factors.rank)
+    count = numerical_rank(s, len(s))
     if count == 0:
-        return factors
-    return balanced(u[:, :count], s[:count].mean().expand(count), vh[:count])
+        return u, s, vh
+    return u[:, :count], s[:count].mean().expand(count), vh[:count]

@@ -22,6 +22,8 @@ from adapterkit.streaming import TensorWriter
 Stack = Literal["encoder", "decoder"]
 Batches = Iterable[Mapping[str, Any]]
 KEY = "features"
+# transformers 5 records hidden states by hooks that it leaves on the model, and marks the model that has them.
+_CAPTURING = "_output_capturing_hooks_installed"
 
 
 @overload
@@ -111,14 +113,19 @@ def _layers(layer: int | Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of the block; afterwards each module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode for the length of the block; afterwards each module has its own mode and hooks again."""
+    before = [(module, module.training, set(module._forward_hooks)) for module in model.modules()]
+    capturing = [module for module, *_ in before if _CAPTURING in module.__dict__]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training, hooks in before:
             module.training = training
+            for number in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[number]
+            if module not in capturing:
+                module.__dict__.pop(_CAPTURING, None)
 
 
 def _pooled(

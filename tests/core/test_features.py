@@ -191,7 +191,7 @@ def test_labels_are_left_out_and_unknown_inputs_are_not() -> None:
 
 def test_progress_is_shown_if_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     ak.features(build("bert"), [rows()])
-    assert "features: 1batch" in capsys.readouterr().err
+    assert "features: 100%" in capsys.readouterr().err
     ak.features(build("bert"), [rows()], progress=False)
     assert capsys.readouterr().err == ""
 

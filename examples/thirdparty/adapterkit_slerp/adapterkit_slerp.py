@@ -31,7 +31,9 @@ def slerp(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     angle = cosine.clamp(-1.0, 1.0).acos()
     if float(angle.sin()) < 1e-4 or not (first.any() and second.any()):
         return torch.lerp(first, second, share)
-    return (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()
+    arc = ((1 - share) * angle).sin() * first + (share * angle).sin() * second
+    result: Tensor = arc / angle.sin()
+    return result
 
 
 @ak.hookimpl
