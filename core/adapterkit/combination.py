@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from adapterkit import combiners, lowrank
 from adapterkit.combine import SPACES, Recipe, Space, combine_factors
 from adapterkit.combiners import MajoritySign, Options
-from adapterkit.errors import ConfigError, StateError, UnsupportedError
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.headmix import combine_heads
 from adapterkit.merger import Merger
@@ -83,6 +84,7 @@ class Combination(Merger):
         target_method = default_registry.method(to)
         check_can_result(target_method)
         new_heads, labels = combine_heads(records, heads)
+        _warn_of_replaced(records, new_heads)
         weights = [float(weight) for weight in sources.values()]
         factors, errors = self._combined(records, weights, recipe, seed, new_heads)
         kinds = {path: layer.kind for record in records for path, layer in record.layers.items()}
@@ -181,6 +183,17 @@ def _replaced(path: str, record: AdapterRecord, heads: Collection[str]) -> bool:
     return any(head not in record.heads for head in inside)
 
 
+def _warn_of_replaced(records: Sequence[AdapterRecord], heads: Collection[str]) -> None:
+    lost = [(r.name, path) for r in records for path in (*r.layers, *r.biases) if _replaced(path, r, heads)]
+    if lost:
+        name, path = lost[0]
+        warnings.warn(
+            f"The chosen head takes the place of what {name!r} changes at {path!r}, which is not in the result.",
+            AdapterWarning,
+            stacklevel=4,  # the caller of combine, behind the frame of torch.no_grad
+        )
+
+
 def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Recipe:
     """The recipe with a generator that depends on the seed and the target alone, not on what came before."""
     if seed is None:
@@ -212,14 +225,14 @@ def _check_rank_fits(rank: int | None, path: str, factors: Factors) -> None:
         raise ConfigError(f"rank = {rank} is more than {path!r} can have: min(out, in) = {most} there.")
 
 
-def _biases(
-    records: list[AdapterRecord], weights: list[float], heads: Collection[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Trained biases: the base's, and with the weighted sum of what each adapter changed in it."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def _biases(records: list[AdapterRecord], weights: list[float], heads: Collection[str]) -> dict[str, Tensor]:
+    """Trained biases: the base's and the weighted sum of what each adapter changed in it."""
+    found: dict[str, Tensor] = {}
     for record, weight in zip(records, weights, strict=True):
         for path, layer in record.biases.items():
             if not _replaced(path, record, heads):
-                base, so_far = found.get(path, (layer.base, layer.base))
-                found[path] = base, so_far + weight * (layer.bias.detach() - layer.base)
+                bias = record.hosts[path]._parameters["bias"]
+                assert bias is not None
+                shift = layer.shift(bias).detach()
+                found[path] = found.get(path, layer.bias.detach() - shift) + weight * shift
     return found

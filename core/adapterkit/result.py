@@ -30,13 +30,13 @@ class Changes:
     Attributes:
         factors: the change at each target's path, in the order of the model.
         kinds: what each target is.
-        biases: by a module's path its base bias, as the sources knew it, and the trained one.
+        biases: the trained bias of modules, by path.
         heads: the heads by path, and `labels` their label set.
     """
 
     factors: Mapping[str, Factors]
     kinds: Mapping[str, LayerKind]
-    biases: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     labels: LabelSet | None = None
 
@@ -94,10 +94,8 @@ def _fill_biases(record: AdapterRecord, method: Method, changes: Changes) -> Non
         raise UnsupportedError(
             f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
         )
-    for path, (base, own) in changes.biases.items():
-        layer = record.biases[path]
-        layer.base.copy_(base)  # the module's own is another one while something is merged
-        layer.bias.copy_(own)
+    for path, bias in changes.biases.items():
+        record.biases[path].bias.copy_(bias)
 
 
 def _trained_biases(changes: Changes) -> str:

@@ -112,8 +112,12 @@ def test_a_head_takes_the_place_of_changes_inside_it() -> None:
     adapters.add("head", LoraConfig(target_modules=["query"]))
     for seed, name in enumerate(adapters.names):
         randomise(adapters, name, seed)
-    adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="head")
-    expected = logits(adapters, "inside", "head")
+    message = "The chosen head takes the place of what 'inside' changes at 'classifier', which is not in the result"
+    with pytest.warns(ak.AdapterWarning, match=message) as caught:
+        adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="head")
+    assert caught[0].filename == __file__
+    with pytest.warns(ak.AdapterWarning, match="does not act"):
+        expected = logits(adapters, "inside", "head")
     torch.testing.assert_close(logits(adapters, "c"), expected)
 
 

@@ -4,12 +4,14 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import adapterkit as ak
@@ -123,6 +125,40 @@ def test_merge_changes_parameters_in_place() -> None:
     adapters.merge("a")
     assert model.linear.weight is weight
     assert weight.data_ptr() == place
+
+
+class Allocated(TorchDispatchMode):
+    """The bytes of the largest storage that any operation makes anew."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.most = max(self.most, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_makes_no_second_buffer_of_a_weights_size(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2000, 2000, bias=False)).to(dtype)
+    adapters = adapted(model, "a", target_modules=["0"])
+    with Allocated() as allocated:
+        adapters.merge("a", keep_base=False)
+    assert allocated.most <= 1 << 21
+    assert model[0].weight.nbytes > 2 << 21
+
+
+def test_a_half_precision_adapter_is_merged_from_float32_products(tmp_path: Path) -> None:
+    model = network(torch.bfloat16)
+    adapters = adapted(model, "a", lora_alpha=5)
+    adapters.load(adapters.save("a", tmp_path), "half", dtype=torch.bfloat16)
+    layer = model.linear.adapters["half"]
+    up, down = layer.lora_B.weight.detach().float() * (5 / 3), layer.lora_A.weight.detach().float()
+    expected = torch.addmm(model.linear.weight.detach().float(), up, down)
+    adapters.merge("half")
+    assert torch.equal(model.linear.weight, expected.bfloat16())
 
 
 def test_channels_last_weights_are_merged() -> None:

@@ -106,7 +106,7 @@ class _Factored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
-        up, down, _ = khatri_rao(Factors(up1, down1), Factors(up2, down2))
+        up, down, *_ = khatri_rao(Factors(up1, down1), Factors(up2, down2))
         hidden = F.linear(x.to(down.dtype), down)
         ctx.save_for_backward(x, hidden, up1, down1, up2, down2)
         return F.linear(hidden, up)
@@ -116,7 +116,7 @@ class _Factored(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *saved = ctx.saved_tensors
         up1, down1, up2, down2 = (t.to(grad.dtype) for t in saved)  # autocast: its dtype
-        up, down, _ = khatri_rao(Factors(up1, down1), Factors(up2, down2))
+        up, down, *_ = khatri_rao(Factors(up1, down1), Factors(up2, down2))
         through = grad @ up
         grads: list[Tensor | None] = [(through @ down).to(x.dtype) if ctx.needs_input_grad[0] else None]
         if not any(ctx.needs_input_grad[1:]):
