@@ -109,7 +109,8 @@ def _fill(record: AdapterRecord, builder: Builder, path: str, factors: Factors) 
     values = method.from_factors(target, record.config, factors)
     if values is None:
         raise UnsupportedError(
-            f"The method {method.name!r} cannot express the one at {path!r} ({target.kind.name}, rank {factors.rank})."
+            f"The method {method.name!r} cannot express the change at {path!r} ({target.kind.name}, rank "
+            f"{factors.rank})."
         )
     places = dict(module_slots(record.layers[path]))
     if set(values) != set(places):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from tests.combining import deltas, nothing_changes, randomise, same, sums
+from tests.combining import deltas, nothing_changes, outer_method, randomise, same, sums
 from tests.models import MODELS, build, run
 
 import adapterkit as ak
@@ -66,3 +68,63 @@ def test_a_method_that_cannot_be_a_result_says_so(method: str) -> None:
     message = rf"The method '{method}' cannot be a result: it has no hook .*\. Take to='lora', which can express every"
     with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
         adapters.convert("lora0", to=method, name="no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        (None, ak.UnsupportedError, r"The method 'outer' cannot express the change at 'bert\..*' \(Linear, rank 3\)"),
+        (
+            {"x": torch.zeros(1)},
+            ak.PluginError,
+            r"its hook from_factors gave \['x'\] for .*; the layer has \['out",
+        ),
+    ],
+    ids=["none", "wrong"],
+)
+def test_what_a_method_cannot_express_is_named(answer: Any, kind: type[Exception], message: str) -> None:
+    plugin = outer_method()
+
+    @ak.hookimpl
+    def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> ak.AdapterConfig:
+        return plugin.config()
+
+    @ak.hookimpl
+    def from_factors(target: ak.Target, config: ak.AdapterConfig, factors: ak.Factors) -> Any:
+        return answer
+
+    vars(plugin).update(config_from_ranks=config_from_ranks, from_factors=from_factors)
+    adapters = with_adapters("bert", "lora")
+    ak.register(plugin)
+    try:
+        with nothing_changes(adapters), pytest.raises(kind, match=message):
+            adapters.convert("lora0", to="outer", name="no")
+    finally:
+        ak.default_registry.unregister("outer")
+
+
+def test_a_method_without_trained_biases_cannot_take_them() -> None:
+    plugin = outer_method()
+
+    @ak.hookimpl
+    def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> ak.AdapterConfig:
+        return plugin.config()
+
+    @ak.hookimpl
+    def from_factors(target: ak.Target, config: ak.AdapterConfig, factors: ak.Factors) -> Mapping[str, torch.Tensor]:
+        return {"outer_u": factors.up[:, 0], "outer_v": factors.down[0]}
+
+    vars(plugin).update(config_from_ranks=config_from_ranks, from_factors=from_factors)
+    adapters = ak.attach(build("bert"))
+    adapters.add("b", ak.config("lora", target_modules=["query"], modules_to_save=None, bias="all", r=1))
+    adapters.add("plain", ak.config("lora", target_modules=["query"], modules_to_save=None, r=1))
+    randomise(adapters, "plain", 1)
+    ak.register(plugin)
+    try:
+        message = r"The method 'outer' cannot express the trained bias of '.*'\. Take to='lora'"
+        with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
+            adapters.convert("b", to="outer", name="no")
+        adapters.convert("plain", to="outer", name="yes")
+        same(deltas(adapters, "yes"), deltas(adapters, "plain"), 1e-6)
+    finally:
+        ak.default_registry.unregister("outer")
