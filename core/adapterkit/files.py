@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from adapterkit.errors import CheckpointError, ConfigError, SaveError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-# Another process may save to the folder between the reading of its two files; then both are read again.
-_READ_ATTEMPTS = 10
+# Another process may save to the folder while it is read (safetensors opens its file twice); then it is read again.
+_READ_ATTEMPTS = 200
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,39 @@ def read_folder(folder: Path) -> AdapterFiles:
     Raises:
         CheckpointError: a file is missing, damaged, of another layout or of another format.
     """
-    for _ in range(_READ_ATTEMPTS):
-        config = read_config(folder)
-        weights = folder / WEIGHTS_FILE
-        if weights.is_file():
-            tensors, metadata = _read_safetensors(weights)
-        elif (folder / PICKLE_FILE).is_file():
-            tensors, metadata = _read_pickle(folder / PICKLE_FILE), {}
+    for attempt in range(_READ_ATTEMPTS):
+        before = _versions(folder)
+        try:
+            found = _read_once(folder)
+        except CheckpointError:
+            if _versions(folder) == before:
+                raise
         else:
-            raise CheckpointError(_no_weights(folder))
-        if read_config(folder) == config:
-            return AdapterFiles(folder, config, tensors, metadata)
+            if _versions(folder) == before:
+                return found
+        time.sleep(min(0.001 * attempt, 0.02))
     raise CheckpointError(f"{folder} is being written again and again; load it when that is over.")
+
+
+def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What tells one version of the folder's files from another."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+        try:
+            status = (folder / name).stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _read_once(folder: Path) -> AdapterFiles:
+    config = read_config(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return AdapterFiles(folder, config, *_read_safetensors(folder / WEIGHTS_FILE))
+    if (folder / PICKLE_FILE).is_file():
+        return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
+    raise CheckpointError(_no_weights(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -106,9 +128,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is no readable safetensors file: {error}. "
+            f"{path} ({_size(path)}) is no readable safetensors file: {error}. "
             "It is damaged or of another format; fetch or save it again."
         ) from error
+
+
+def _size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size:,} bytes"
+    except OSError:
+        return "gone meanwhile"
 
 
 # What torch.load raises on files that are no pickle of tensors.

@@ -1019,7 +1019,8 @@ def test_reader_beside_a_writer_sees_whole_versions(tmp_path: Path) -> None:
 
 def test_folder_that_changes_under_every_reading_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = iter(range(1000))
-    monkeypatch.setattr(files, "read_config", lambda folder: {"r": next(counter)})
+    monkeypatch.setattr(files, "_versions", lambda folder: [next(counter)])
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     with pytest.raises(ak.CheckpointError, match="is being written again and again; load it when that is over"):
         files.read_folder(folder)
 
