@@ -20,6 +20,7 @@ from adapterkit.errors import (
 from adapterkit.extract import extract
 from adapterkit.factors import Factors
 from adapterkit.features import features
+from adapterkit.foreign import ForeignLayers, with_patterns
 from adapterkit.hookspecs import hookimpl
 from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
@@ -49,6 +50,7 @@ __all__ = [
     "Combiner",
     "ConfigError",
     "Factors",
+    "ForeignLayers",
     "KeyRule",
     "LayerKind",
     "LoadReport",
@@ -72,4 +74,5 @@ __all__ = [
     "methods",
     "register",
     "select",
+    "with_patterns",
 ]

@@ -25,16 +25,17 @@ from adapterkit.errors import CheckpointError, ConfigError, SaveError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Another process may save to the folder while it is read (safetensors opens its file twice); then it is read again.
 _READ_ATTEMPTS = 200
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter folder holds."""
+    """What an adapter folder holds; or a file of another program, which has no config."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
@@ -51,6 +52,11 @@ def local_path(source: object) -> Path:
         return Path(source).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{source!r} is no folder: {error}") from error
+
+
+def read(place: Path) -> AdapterFiles:
+    """Read an adapter folder, or a bare file."""
+    return read_file(place) if place.is_file() else read_folder(place)
 
 
 def read_folder(folder: Path) -> AdapterFiles:
@@ -92,6 +98,19 @@ def _read_once(folder: Path) -> AdapterFiles:
     if (folder / PICKLE_FILE).is_file():
         return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
     raise CheckpointError(_no_weights(folder))
+
+
+def read_file(file: Path) -> AdapterFiles:
+    """Read a bare file of tensors, as other programs write them.
+
+    Raises:
+        CheckpointError: it is damaged, of another format, or one of the two files of an adapter folder.
+    """
+    if file.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) and (file.parent / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{file} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    if file.suffix in _PICKLE_SUFFIXES:
+        return AdapterFiles(file, None, _read_pickle(file), {})
+    return AdapterFiles(file, None, *_read_safetensors(file))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -118,11 +118,29 @@ def file_config(config: AdapterConfig) -> AdapterConfig | None:
 
 
 @hookspec(firstresult=True)
-def from_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+def from_file(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> Mapping[str, Tensor] | None:
     """The reverse of `to_file`, and the door for other programs' formats.
 
-    Gets every tensor of the file, PEFT's prefix removed where it was there. `None`, the default: all as
-    they are.
+    Gets every tensor of the file, PEFT's prefix removed where it was there. What is for a layer of the model comes
+    back under `<path>.<local>`; what is not keeps its key, so that it is reported: as ignored if nothing of
+    its part of a pipeline (`unet.`, `lora_te_`) was for this model, else as unexpected.
+    `layers` is every layer of the model that can hold an adapter, by its path; `ForeignLayers` finds the layer
+    that another program's name stands for. `None`, the default: all as they are.
+    """
+
+
+@hookspec(firstresult=True)
+def foreign_config(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
+) -> AdapterConfig | None:
+    """The config that a bare file of tensors, from another program, amounts to on a model with these layers.
+
+    Every installed method is asked, and exactly one must answer. `target_modules` must be exactly the layers
+    that the file has tensors of, and the ranks and scalings those of the file; `from_file` then gets this config.
+    `metadata` is the header of a safetensors file. `None`, the default: the file holds nothing of this method,
+    or nothing that this model has a layer for.
     """
 
 

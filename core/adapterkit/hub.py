@@ -1,4 +1,4 @@
-"""Finding an adapter folder: on this machine, or on the Hugging Face hub and in its local cache."""
+"""Finding an adapter: on this machine, or on the Hugging Face hub and in its local cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def adapter_folder(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """The local folder of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
+    """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
 
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has.
@@ -26,7 +26,9 @@ def adapter_folder(
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on names that are too long
         return path / subfolder if subfolder else path
     if os.path.isfile(path):  # noqa: PTH113 - as above
-        raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        if subfolder:
+            raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
+        return path
     text = str(source)
     if isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or not text:
         raise CheckpointError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")

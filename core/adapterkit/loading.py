@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, StateError
+from adapterkit.foreign import layers_of, passed_over
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED, file_key, split_memory_key, strip_file_prefix
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Method
 from adapterkit.offload import hook_objects, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
+from adapterkit.walk import Walk
 
 # Names that wrappers put into the paths of the modules they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -162,6 +164,7 @@ def fit(
     *,
     from_file: bool = True,
     optional: Collection[str] = (),
+    passed: Collection[str] = (),
 ) -> Fit:
     """Find the place of every given tensor.
 
@@ -169,6 +172,7 @@ def fit(
         tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
         from_file: whether the prefix is still to be removed and the method's `from_file` to be asked.
         optional: keys that are not missed, and not reported either.
+        passed: keys of other models, to be ignored.
     """
     check_tensors(tensors)
     rule = method.key_rule(record.config)
@@ -180,13 +184,13 @@ def fit(
         tensors, base_keys = own, tuple(others)
     else:
         if from_file:
-            tensors = method.from_file(record.config, strip_file_prefix(tensors))
+            tensors, passed = _from_file(method, record, model, tensors)
         derived = tuple(key for key in tensors if key in places and rule.derives(key))
         tensors = {key: tensor for key, tensor in tensors.items() if key not in derived}
     values, mismatched, rest = _place(tensors, places | _aliased(record, places))
     given = {slot.key for slot, _ in values} | {m.key for m in mismatched} | set(derived) | set(optional)
     absent = [key for key in places if key not in given]
-    ignored = tuple(k for k in rest if equals_base(model, k, tensors[k]) or _is_head_again(k, record))
+    ignored = tuple(k for k in rest if k in passed or equals_base(model, k, tensors[k]) or _is_head_again(k, record))
     report = LoadReport(
         missing=tuple(key for key in absent if not rule.may_lack(key)),
         unexpected=tuple(key for key in rest if key not in ignored),
@@ -215,6 +219,15 @@ def _place(
         else:
             values.append((slot, tensor))
     return values, mismatched, rest
+
+
+def _from_file(
+    method: Method, record: AdapterRecord, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], set[str]]:
+    """The tensors as the method reads them, and the keys that are other models' of a pipeline."""
+    layers, given = layers_of(Walk(model)), strip_file_prefix(tensors)
+    read = method.from_file(record.config, given, layers)
+    return read, passed_over(given, read, layers)
 
 
 def check_tensors(tensors: object) -> None:

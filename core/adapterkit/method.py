@@ -12,6 +12,7 @@ from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.keys import KeyRule
+from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
 from adapterkit.target import Target
 
@@ -85,9 +86,11 @@ class Method:
         """See `hookspecs.file_config`."""
         return self._call("file_config", AdapterConfig, config=config) or config
 
-    def from_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def from_file(
+        self, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+    ) -> Mapping[str, Tensor]:
         """See `hookspecs.from_file`."""
-        found = self._call("from_file", _MAPPING, config=config, tensors=tensors)
+        found = self._call("from_file", _MAPPING, config=config, tensors=tensors, layers=layers)
         return tensors if found is None else found
 
     def config_from_ranks(self, ranks: Mapping[str, int], *, bias: bool, trained_biases: str) -> AdapterConfig:
@@ -97,6 +100,12 @@ class Method:
     def from_factors(self, target: Target, config: AdapterConfig, factors: Factors) -> Mapping[str, Tensor] | None:
         """See `hookspecs.from_factors`."""
         return self._call("from_factors", _MAPPING, target=target, config=config, factors=factors)
+
+    def foreign_config(
+        self, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
+    ) -> AdapterConfig | None:
+        """See `hookspecs.foreign_config`; what comes back is a config of this method."""
+        return self._call("foreign_config", self.config_type(), tensors=tensors, layers=layers, metadata=metadata)
 
     def _required(self, hook: str, kind: type[T], **arguments: Any) -> T:
         found = self._call(hook, kind, **arguments)

@@ -14,10 +14,12 @@ from adapterkit.adapted import Active
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
-from adapterkit.files import AdapterFiles, write_folder
+from adapterkit.files import CONFIG_FILE, AdapterFiles, write_folder
+from adapterkit.foreign import layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
 from adapterkit.hookspecs import METHODS_GROUP
-from adapterkit.keys import strip_file_prefix
+from adapterkit.keys import FILE_PREFIX, strip_file_prefix
+from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
 from adapterkit.loading import equals_base, fit, put, refuse, slots, to_file
 from adapterkit.matching import Names
@@ -117,17 +119,22 @@ def load_record(
     *,
     strict: bool,
     dtype: torch.dtype | str | None,
+    component: str | None = None,
 ) -> tuple[AdapterRecord, LoadReport]:
-    """Build the adapter that a folder holds, with its values, not installed yet.
+    """Build the adapter that a folder or a file holds, with its values, not installed yet.
 
     Raises:
         CheckpointError: with `strict`, anything missing, unexpected or mismatched.
         SelectionError: its config selects nothing on this model.
     """
-    method = method_in_file(files.config, files.folder)
-    config = method.config_type().from_dict({"modules_to_save": None, **files.config})
-    tensors = method.from_file(config, strip_file_prefix(files.tensors))
     walk = Walk(model)
+    layers = layers_of(walk)
+    held = strip_file_prefix(files.tensors)
+    own = of_component(held, component)
+    method, config = _method_and_config(files, own, layers)
+    tensors = dict(method.from_file(config, own, layers))
+    passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
+    tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
     selection = select(model, config)
     given = dtype if isinstance(dtype, torch.dtype) else None
@@ -139,7 +146,7 @@ def load_record(
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
     optional = {f"{path}.bias" for path in embeddings}
-    found = fit(record, method, model, tensors, from_file=False, optional=optional)
+    found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
     if not found.report.ok:
         if strict:
             refuse(found.report, name, str(files.folder))
@@ -149,6 +156,20 @@ def load_record(
     builder.fill(record)
     record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
+
+
+def _method_and_config(
+    files: AdapterFiles, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> tuple[Method, AdapterConfig]:
+    if files.config is None:
+        if any(key.startswith(FILE_PREFIX) for key in files.tensors):
+            raise CheckpointError(
+                f"{files.folder} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
+                "folder that holds both."
+            )
+        return recognise(tensors, layers, files.metadata, files.folder)
+    method = method_in_file(files.config, files.folder)
+    return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
 
 
 def _of_head(key: str, record: AdapterRecord) -> bool:

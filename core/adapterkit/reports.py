@@ -65,7 +65,7 @@ class LoadReport:
         unexpected: tensors of the file that are nobody's.
         mismatched: tensors of another shape than the adapter's.
         exempt: tensors that are absent and may be, by the method's rule.
-        ignored: base-model tensors that were passed over.
+        ignored: tensors that were passed over: the base model's, and other models' of a pipeline.
     """
 
     missing: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterkit import persistence
 from adapterkit.errors import AdapterWarning, ConfigError
-from adapterkit.files import local_path, read_folder
+from adapterkit.files import local_path, read
 from adapterkit.hub import adapter_folder
 from adapterkit.lifecycle import Lifecycle
 from adapterkit.loading import fit, put, refuse, to_file
@@ -81,21 +81,25 @@ class Storage(Lifecycle):
         trainable: bool = False,
         strict: bool = True,
         dtype: torch.dtype | str | None = None,
+        component: str | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
     ) -> LoadReport:
-        """Add the adapter that a folder, or a repository of the hub, holds.
+        """Add the adapter that a folder, a repository of the hub, or a file of another program holds.
 
         Args:
-            source: a folder with `adapter_config.json` and the weights, or a hub id such as `"user/name"`.
+            source: a folder with `adapter_config.json` and the weights, or a hub id such as `"user/name"`; or a file
+                that kohya-ss's programs, LyCORIS or diffusers wrote, of any method that knows its keys.
             name: what it is called here.
             activate: make it the one active adapter.
             trainable: whether it is to be trained further.
             strict: raise if anything is missing, unexpected or mismatched; else warn, and load what fits.
             dtype: of its layers; `None` follows the model, but float32 for a half-precision one; `"file"`
                 keeps the file's.
+            component: of a file for a whole pipeline, the part that this model is, as its keys begin: `"unet"`,
+                `"lora_te1"`. Needed only where several fit.
             revision, subfolder, cache_dir, token: where to look on the hub.
 
         Raises:
@@ -107,7 +111,7 @@ class Storage(Lifecycle):
             raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, 'file' or None.")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         record, report = persistence.load_record(
-            self.model, name, read_folder(folder), self._active, strict=strict, dtype=dtype
+            self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
         self._install(record)
         if activate:

@@ -1,0 +1,265 @@
+"""Files of other programs: which part of a pipeline a key is of, which layer it names, and whose method it is."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from adapterkit.config import AdapterConfig
+from adapterkit.errors import AdapterWarning, CheckpointError, PluginError
+from adapterkit.files import CONFIG_FILE
+from adapterkit.kinds import LayerKind
+from adapterkit.matching import Names
+from adapterkit.method import Method
+from adapterkit.registry import default_registry
+from adapterkit.walk import Walk
+
+T = TypeVar("T")
+Readings = Callable[[str], Iterable[tuple[str, str]]]
+
+# Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
+_DOTTED = (
+    *("unet", "transformer", "transformer_2", "prior", "diffusion_model"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+)
+# As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
+_FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
+# transformers 5 has dropped this module from some text encoders and kept it in others.
+_OPTIONAL = "text_model"
+
+
+def component(name: str) -> str:
+    """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
+    head = name.partition(".")[0]
+    if head in _DOTTED:
+        return head
+    return next((part for part in _FLAT if head.startswith(part + "_")), "")
+
+
+def layers_of(walk: Walk) -> dict[str, LayerKind]:
+    """Every layer of the model that can hold an adapter, by the path it is known by."""
+    kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in walk.aliases.items())
+    return {path: kind for path, kind in kinds if kind is not None}
+
+
+class LayerNames:
+    """Finds the layer that another program's name stands for: the path, or a part of a pipeline and the path."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._flat: dict[str, list[str]] = {}
+        self._paths = frozenset(layers)
+        for path in layers:
+            self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    def find(self, name: str) -> str | None:
+        """The layer's path, or `None` if the model has none of that name.
+
+        Raises:
+            CheckpointError: several layers have that name when dots are written as underscores.
+        """
+        if name in self._paths:
+            return name
+        part = component(name)
+        rest = name[len(part) + 1 :]
+        if part in _DOTTED:
+            return next((path for path in _variants(rest, ".") if path in self._paths), None)
+        found = next((self._flat[n] for n in _variants(rest, "_") if part and n in self._flat), [None])
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{name!r} may be any of the layers {', '.join(map(repr, found))}: their names are the same with '_' "
+                "for '.'. Rename the file's keys so that they begin with the layer's own path and a dot."
+            )
+        return found[0]
+
+
+def _variants(name: str, separator: str) -> tuple[str, ...]:
+    prefix = _OPTIONAL + separator
+    return (name, name.removeprefix(prefix), prefix + name)
+
+
+@dataclass(frozen=True)
+class ForeignLayers:
+    """Those tensors of a file that are a method's, by layer of the model and by the method's own names.
+
+    Attributes:
+        tensors: the file's.
+        kinds: the model's layers by path.
+        keys: for each layer's path, the key in the file of each local name: `{"conv_in": {"alpha": "..."}}`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    kinds: Mapping[str, LayerKind]
+    keys: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], readings: Readings) -> ForeignLayers:
+        """Sort a file's tensors.
+
+        Args:
+            readings: what a key may mean to the method: pairs of a module's name and a local name, of which the
+                first whose module is on the model counts.
+
+        Raises:
+            CheckpointError: two keys are for one place.
+        """
+        names = LayerNames(layers)
+        keys: dict[str, dict[str, str]] = {}
+        for key in tensors:
+            for module, local in readings(key):
+                path = names.find(module)
+                if path is None:
+                    continue
+                other = keys.setdefault(path, {}).setdefault(local, key)
+                if other != key:
+                    raise CheckpointError(_two_keys(other, key, path))
+                break
+        return cls(tensors, layers, keys)
+
+    def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> ForeignLayers:
+        """Without the layers whose local names are not wanted, such as a lone `alpha`."""
+        kept = {path: keys for path, keys in self.keys.items() if wanted(keys)}
+        return ForeignLayers(self.tensors, self.kinds, kept)
+
+    @property
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors that belong to no layer here, under their own keys."""
+        used = {key for keys in self.keys.values() for key in keys.values()}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in used}
+
+    def is_native(self, path: str) -> bool:
+        """Whether all that a layer has stands under its own path already."""
+        return all(key == f"{path}.{local}" for local, key in self.keys[path].items())
+
+    def matrix(self, path: str, local: str) -> Tensor | None:
+        """A factor, of two dimensions or more; `None` if the file lacks it.
+
+        Raises:
+            CheckpointError: it is no such thing.
+        """
+        key = self.keys[path].get(local)
+        if key is None:
+            return None
+        tensor = self.tensors[key]
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key!r} holds {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a floating matrix."
+            )
+        return tensor
+
+    def number(self, path: str, local: str) -> float | None:
+        """A tensor of one number, such as an alpha; `None` if the file lacks it.
+
+        Raises:
+            CheckpointError: it holds several, or none.
+        """
+        key = self.keys[path].get(local)
+        if key is None:
+            return None
+        tensor = self.tensors[key]
+        if tensor.numel() != 1 or tensor.is_complex():
+            raise CheckpointError(f"{key!r} has shape {tuple(tensor.shape)}; {local!r} is a single number.")
+        return float(tensor.item())
+
+    @property
+    def target_modules(self) -> tuple[str, ...] | str:
+        """What selects exactly these layers: their paths, or an expression where a path also ends another one."""
+        names = Names(self.keys)
+        if all(path in self.keys or names.match(path) is None for path in self.kinds):
+            return tuple(self.keys)
+        return "|".join(map(re.escape, self.keys))
+
+
+def with_patterns(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """Values by path as a config has them: the most frequent one, and a pattern for each of the others."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    groups: dict[T, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            groups.setdefault(value, []).append(re.escape(path))
+    return default, {f"^(?:{'|'.join(paths)})": value for value, paths in groups.items()}
+
+
+def _two_keys(first: str, second: str, path: str) -> str:
+    advice = "One of them must go."
+    if component(first) != component(second):
+        advice = f"Say which part of the pipeline this model is, such as component={component(first)!r}."
+    return f"Both {first!r} and {second!r} are for the layer {path!r}. {advice}"
+
+
+def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
+    """The tensors of one part of a pipeline; all of them for `None`.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    kept = {key: tensor for key, tensor in tensors.items() if part is None or component(key) == part}
+    if tensors and not kept:
+        held = sorted({component(key) for key in tensors} - {""})
+        raise CheckpointError(
+            f"The file holds nothing of component {part!r}. Its components: {', '.join(map(repr, held)) or 'none'}."
+        )
+    return kept
+
+
+def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> set[str]:
+    """Keys of those parts of a pipeline of which a method's `from_file` found no layer on this model."""
+    own = {path.partition(".")[0] for path in layers}  # GPT-2 has a module called `transformer`
+    found = {component(key) for key in tensors if key not in read}
+    other = {component(key) for key in tensors} - found - own - {""}
+    return {key for key in tensors if component(key) in other}
+
+
+def recognise(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str], file: Path
+) -> tuple[Method, AdapterConfig]:
+    """The method that a file without a config is of, and the config it amounts to: every method is asked.
+
+    Raises:
+        CheckpointError: none of them knows it, or several do.
+    """
+    found, asked, broken = [], [], []
+    for name in default_registry.methods():
+        try:
+            method = default_registry.method(name)
+            config = method.foreign_config(tensors, layers, metadata)
+        except PluginError as error:
+            broken.append(str(error))
+            continue
+        asked.append(name)
+        if config is not None:
+            found.append((method, config))
+    if len(found) != 1:
+        raise CheckpointError(_not_one([m.name for m, _ in found], asked, broken, tensors, layers, file))
+    for fault in broken:
+        warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=5)
+    method, config = found[0]
+    return method, config.replace(modules_to_save=None) if config.modules_to_save == "auto" else config
+
+
+def _not_one(
+    found: list[str],
+    asked: list[str],
+    broken: list[str],
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, LayerKind],
+    file: Path,
+) -> str:
+    if found:
+        what = f"{file} holds layers of several methods: {', '.join(found)}. Split it into one file for each."
+    else:
+        what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
+    lines = [
+        what,
+        f"Methods asked: {', '.join(asked) or 'none'}.",
+        f"Keys in the file: {', '.join(map(repr, list(tensors)[:3])) or 'none'}.",
+        f"Layers of the model: {', '.join(map(repr, list(layers)[:3])) or 'none'}.",
+        *(f"Not asked: {fault}" for fault in broken),
+    ]
+    return " ".join(lines)
