@@ -228,8 +228,8 @@ class LoHaLayer(AdapterLayer):
         """`(A1, B1)` and `(A2, B2)`, without the scaling."""
         if not self.effective:
             return Factors(self.hada_w1_a, self.hada_w1_b), Factors(self.hada_w2_a, self.hada_w2_b)
-        first = Factors(self.hada_w1_a.t(), _with_kernel(self.hada_t1, self.hada_w1_b))
-        return first, Factors(self.hada_w2_a.t(), _with_kernel(self.hada_t2, self.hada_w2_b))
+        first = Factors(self.hada_w1_a.t(), with_kernel(self.hada_t1, self.hada_w1_b))
+        return first, Factors(self.hada_w2_a.t(), with_kernel(self.hada_t2, self.hada_w2_b))
 
     def delta(self, x: Tensor) -> Tensor:
         """See `AdapterLayer.delta`."""
@@ -245,7 +245,7 @@ class LoHaLayer(AdapterLayer):
         return khatri_rao(Factors(first.up * self.scaling, first.down), second)
 
 
-def _with_kernel(core: Tensor, channels: Tensor) -> Tensor:
+def with_kernel(core: Tensor, channels: Tensor) -> Tensor:
     """`B (r, channels * kernel)` of an effective convolution: `core (r, r, *kernel)` times `channels (r, channels)`."""
     return torch.einsum("ijk,jc->ick", core.flatten(2), channels).flatten(1)
 

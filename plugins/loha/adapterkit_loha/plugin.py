@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, PatternTable, Target, hookimpl
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
+from adapterkit_loha import foreign
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.layer import LoHaLayer, initialise
 
@@ -30,3 +35,15 @@ def inject(target: Target, config: LoHaConfig) -> AdapterLayer:
 @hookimpl
 def factors(layer: LoHaLayer) -> Factors:
     return layer.factors()
+
+
+@hookimpl
+def from_file(
+    config: LoHaConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> Mapping[str, Tensor]:
+    return foreign.renamed(config, tensors, layers)
+
+
+@hookimpl
+def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> AdapterConfig | None:
+    return foreign.config_of(tensors, layers)

@@ -18,10 +18,12 @@ from adapterkit import (
     ConfigError,
     Factors,
     KeyRule,
+    LayerKind,
     PatternTable,
     Target,
     hookimpl,
 )
+from adapterkit_lora import foreign
 from adapterkit_lora.config import LoraConfig
 from adapterkit_lora.layer import LoraLayer, initialise
 
@@ -103,8 +105,11 @@ def to_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, T
 
 
 @hookimpl
-def from_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The reverse, for an adapter that is PiSSA or OLoRA here."""
+def from_file(
+    config: LoraConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> Mapping[str, Tensor]:
+    """The reverse, for an adapter that is PiSSA or OLoRA here; and other programs' files in PEFT's names."""
+    tensors = foreign.renamed(config, tensors, layers)
     if not config.trains_residual:
         return tensors
     read = dict(tensors)
@@ -123,6 +128,13 @@ def from_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str,
             "random, so it cannot be computed again from the base; save the adapter in its converted form instead."
         )
     return read
+
+
+@hookimpl
+def foreign_config(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
+) -> AdapterConfig | None:
+    return foreign.config_of(tensors, layers, metadata)
 
 
 @hookimpl
