@@ -1,0 +1,282 @@
+"""Bare files of other programs: which method is asked, what is an error, and that any content is safe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.core.conftest import set_parameters
+from tests.core.test_files import only_adapter_errors, refuse
+from tests.diffusion import read, write
+from tests.models import EmbeddingNet, build
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.foreign import LayerNames, component
+from adapterkit.registry import default_registry
+from adapterkit_lora import LoraConfig
+
+DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
+LORA = {"lora_unet_layers_0.lora_down.weight": DOWN, "lora_unet_layers_0.lora_up.weight": UP}
+LOHA = {f"lora_unet_layers_1.hada_w{n}_{x}": t for n in (1, 2) for x, t in (("a", UP), ("b", DOWN))}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return EmbeddingNet().eval()
+
+
+def method(config: Any = None, **hooks: Any) -> SimpleNamespace:
+    """A method `shift` whose `foreign_config` returns `config`, or raises it."""
+
+    class ShiftConfig(ak.AdapterConfig):
+        method = "shift"
+
+    class ShiftLayer(ak.AdapterLayer):
+        def __init__(self, target: ak.Target) -> None:
+            super().__init__(target.kind)
+            self.shift_by = target.empty(target.out_features)
+
+        def delta(self, x: Tensor) -> Tensor:
+            return self.shift_by.expand(*x.shape[:-1], -1)
+
+    def config_type() -> type[ak.AdapterConfig]:
+        return ShiftConfig
+
+    def key_rule() -> ak.KeyRule:
+        return ak.KeyRule(prefix="shift_")
+
+    def inject(target: ak.Target) -> ak.AdapterLayer:
+        return ShiftLayer(target)
+
+    def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, ak.LayerKind]) -> Any:
+        found = ak.ForeignLayers.read(tensors, layers, lambda key: [(key.removesuffix(".by"), "shift_by")])
+        if isinstance(config, Exception):
+            raise config
+        return (config or ShiftConfig)(target_modules=found.target_modules) if found.keys else None
+
+    def from_file(tensors: Mapping[str, Tensor], layers: Mapping[str, ak.LayerKind]) -> Mapping[str, Tensor]:
+        found = ak.ForeignLayers.read(tensors, layers, lambda key: [(key.removesuffix(".by"), "shift_by")])
+        return found.rest | {f"{path}.shift_by": tensors[keys["shift_by"]] for path, keys in found.keys.items()}
+
+    own = (config_type, key_rule, inject, foreign_config, from_file)
+    return SimpleNamespace(**{f.__name__: ak.hookimpl(f) for f in own} | hooks)
+
+
+class Hashable(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def registered() -> Iterator[Any]:
+    """`registered(plugin)`: a method for this test only."""
+    names = []
+
+    def register(plugin: SimpleNamespace) -> None:
+        names.append(ak.register(Hashable(**vars(plugin))).name)
+
+    yield register
+    for name in names:
+        default_registry.unregister(name)
+
+
+# Who is asked
+
+
+def test_method_that_answers_is_the_one(model: nn.Module, tmp_path: Path) -> None:
+    adapters = ak.attach(model)
+    assert adapters.load(write(tmp_path / "a.safetensors", LORA), "x") == ak.LoadReport()
+    assert adapters.config("x").method == "lora"
+    assert adapters.load(str(write(tmp_path / "b.safetensors", LOHA)), "y") == ak.LoadReport()
+    assert adapters.config("y").method == "loha"
+
+
+def test_file_of_no_method(model: nn.Module, tmp_path: Path) -> None:
+    refuse(
+        model,
+        write(tmp_path / "a.safetensors", {"lora_unet_layers_0.lokr_w1": DOWN}),
+        "a.safetensors has no adapter_config.json, and no method finds layers of its own in it that this model has. ",
+        "Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.lokr_w1'. "
+        "Layers of the model: 'embed', 'layers.0', 'layers.1'.",
+    )
+
+
+def test_file_without_tensors(model: nn.Module, tmp_path: Path) -> None:
+    refuse(model, write(tmp_path / "a.safetensors", {}, format="pt"), "Keys in the file: none.")
+
+
+def test_file_for_another_model(tmp_path: Path) -> None:
+    refuse(build("bert"), write(tmp_path / "a.safetensors", LORA), "no method finds layers of its own in it")
+
+
+def test_file_of_two_methods(model: nn.Module, tmp_path: Path) -> None:
+    text = "a.safetensors holds layers of several methods: loha, lora. Split it into one file for each."
+    refuse(model, write(tmp_path / "a.safetensors", LORA | LOHA), text)
+
+
+def test_method_from_outside_is_asked_too(model: nn.Module, tmp_path: Path, registered: Any) -> None:
+    registered(method())
+    adapters = ak.attach(model)
+    file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3), "lora_te_x.by": torch.ones(3)})
+    before = model(torch.tensor([[1, 2]]))
+    report = adapters.load(file, "x")
+    assert report.ok
+    assert report.ignored == ("lora_te_x.by",)
+    torch.testing.assert_close(model(torch.tensor([[1, 2]])), before + 1)
+
+
+def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path, registered: Any) -> None:
+    registered(method(ValueError("oh")))
+    refuse(
+        model,
+        write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)}),
+        "Methods asked: loha, lora, vera.",
+        "Not asked: The method 'shift' (Hashable): its hook foreign_config raised ValueError: oh.",
+    )
+    with pytest.warns(ak.AdapterWarning, match="a method could not be asked about it. The method 'shift'"):
+        ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x")
+
+
+def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path, registered: Any) -> None:
+    registered(method(LoraConfig))
+    file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
+    refuse(model, file, "its hook foreign_config returned a LoraConfig; it must return a ShiftConfig or None.")
+
+
+def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path, registered: Any) -> None:
+    registered(method())  # its config leaves modules_to_save at "auto"
+    model = build("bert")
+    layer = "bert.encoder.layer.0.output.dense"
+    file = write(tmp_path / "a.safetensors", {f"lycoris_{layer.replace('.', '_')}.by": torch.ones(16)})
+    assert ak.attach(model).load(file, "x").ok
+    assert not ak.attach(model).status().rows[0].heads
+
+
+# What is no such file
+
+
+@pytest.fixture
+def folder(model: nn.Module, tmp_path: Path) -> Path:
+    """An adapter of PEFT's form."""
+    other = EmbeddingNet()
+    ak.attach(other).add("a", LoraConfig(r=2, target_modules=["layers.0"]))
+    set_parameters(ak.attach(other), "a")
+    return ak.attach(other).save("a", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_file_of_an_adapter_folder(model: nn.Module, folder: Path, name: str) -> None:
+    text = "is a file; give the folder that holds adapter_config.json and adapter_model.safetensors."
+    refuse(model, folder / name, text)
+
+
+def test_file_with_keys_of_peft(model: nn.Module, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "adapter_model.safetensors", tmp_path / "other.safetensors")
+    text = "has PEFT's keys; the scaling that goes with them is in its adapter_config.json. Give the folder that holds"
+    refuse(model, tmp_path / "other.safetensors", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt", "is no readable safetensors file"), ("a.pt", "cannot be read as a file of tensors only")],
+)
+def test_file_of_another_format(model: nn.Module, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text("What is this?")
+    refuse(model, tmp_path / name, text)
+
+
+def test_file_with_a_subfolder(model: nn.Module, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.safetensors", LORA)
+    with pytest.raises(ak.CheckpointError, match="is a file, so it has no subfolder 'inner'"):
+        ak.attach(model).load(file, "x", subfolder="inner")
+
+
+def test_component_of_a_folder_of_peft(model: nn.Module, folder: Path) -> None:
+    with pytest.raises(ak.CheckpointError, match="nothing of component 'unet'"):
+        ak.attach(model).load(folder, "x", component="unet")
+
+
+# Names
+
+
+NAMES = {
+    "lora_unet_a_b": "lora_unet",
+    "lora_te_a.alpha": "lora_te",
+    "lora_te2_a.alpha": "lora_te2",
+    "lycoris_a": "lycoris",
+    "text_encoder_2.a": "text_encoder_2",
+    "unet.a.b": "unet",
+    "unet_a.b": "",
+    "lora_A.weight": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("name", "part"), NAMES.items())
+def test_component(name: str, part: str) -> None:
+    assert component(name) == part
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("transformer.h.0", "transformer.h.0"),
+        ("transformer.text_model.b", "text_model.b"),
+        ("text_encoder.b", "text_model.b"),
+        ("text_encoder.text_model.x.c", "x.c"),
+        ("lora_te_text_model_x_c", "x.c"),
+        ("lora_te_b", "text_model.b"),
+        ("lora_unet_h_0", None),
+        ("x_c", None),
+        ("other.x.c", None),
+        ("unet.", None),
+        ("", None),
+    ],
+)
+def test_layer_that_a_name_stands_for(name: str, path: str | None) -> None:
+    assert LayerNames(["transformer.h.0", "text_model.b", "x.c"]).find(name) == path
+
+
+def test_module_of_the_model_that_is_called_like_a_part_of_a_pipeline(tmp_path: Path) -> None:
+    """GPT-2's layers are under `transformer`: what it has not is still unexpected."""
+    model = build("gpt2")
+    ak.attach(model).add("a", LoraConfig(r=2, target_modules=["c_attn"]))
+    folder = ak.attach(model).save("a", tmp_path / "a")
+    tensors = {k.replace("h.1", "h.7"): t for k, t in read(folder / "adapter_model.safetensors").items()}
+    write(folder / "adapter_model.safetensors", tensors)
+    refuse(build("gpt2"), folder, "missing (2)", "unexpected (2)")
+
+
+# Any content
+
+
+MODULES = ["lora_unet_layers_0", "lycoris_layers_1", "unet.layers.0", "layers.1", "lora_te_x", "embed", "lycoris_embed"]
+LOCALS = [
+    *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "scalar", "dora_scale", "lora_A.weight"),
+    *("lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora.up.weight", "to_q_lora.up.weight"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "vera_A"),
+]
+SHAPES = st.sampled_from([(), (1,), (2, 8), (8, 2), (2, 2), (2, 2, 1), (0, 8), (2, 8, 1, 1), (2, 2, 3, 3), (32, 2)])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.float8_e4m3fn, torch.int8, torch.complex64, torch.bool])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.dictionaries(
+        st.tuples(st.sampled_from(MODULES), st.sampled_from(LOCALS)), st.tuples(SHAPES, DTYPES), max_size=8
+    ),
+    text=st.none() | st.sampled_from(["", "{", "[]", '{"unet.lora_alpha": 2}', '{"r": null}', '{"alpha_pattern": 1}']),
+)
+def test_any_tensors_load_or_raise_an_adapter_error(
+    tmp_path: Path, shapes: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]], text: str | None
+) -> None:
+    tensors = {f"{m}.{local}": torch.zeros(s, dtype=d) for (m, local), (s, d) in shapes.items()}
+    metadata = {} if text is None else {"lora_adapter_metadata": text}
+    only_adapter_errors(EmbeddingNet(), write(tmp_path / "a.safetensors", tensors, **metadata))

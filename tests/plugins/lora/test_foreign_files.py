@@ -1,0 +1,491 @@
+"""LoRA files of LyCORIS, kohya-ss and diffusers, against what LyCORIS itself writes and computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lycoris.modules.locon import LoConModule
+from tests.core.test_errors import unchanged
+from tests.diffusion import loaded, lycoris_file, output, read, rename, text_encoder, unet, with_weights, write
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "unet": unet,
+    "clip": text_encoder,
+    "clip-projection": lambda: text_encoder(projection=True),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"algo": "lora"},
+    "locon": {"algo": "locon", "conv_dim": 2, "conv_alpha": 1},
+    "tucker": {"algo": "locon", "use_tucker": True, "conv_dim": 2},
+    "scalar": {"algo": "lora", "use_scalar": True},
+    "bypass": {"algo": "lora", "bypass_mode": True},
+    "alpha 0": {"algo": "lora", "linear_alpha": 0},
+}
+QUERY, VALUE, OUT = (f"down_blocks.0.attn1.{name}" for name in ("to_q", "to_v", "to_out.0"))
+Tensors = dict[str, Tensor]
+
+
+def close(found: Tensor, wanted: Tensor, base: Tensor) -> None:
+    assert (wanted - base).abs().max() > 0.01
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def factors(r: int = 2, *paths: str, size: int = 8, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """`(down, up)` in float64 for square linear layers of the tiny U-Net."""
+    noise = torch.Generator().manual_seed(seed)
+    shapes = (r, size), (size, r)
+    return {path: tuple(torch.randn(s, generator=noise).double() for s in shapes) for path in paths}  # type: ignore[misc]
+
+
+def kohya(prefix: str, values: dict[str, tuple[Tensor, Tensor]], alpha: float | None = None) -> Tensors:
+    tensors = {}
+    for path, (down, up) in values.items():
+        name = f"{prefix}_{path.replace('.', '_')}"
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def expected(model: nn.Module, values: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> Tensor:
+    return with_weights(model, {path: scale * (up @ down) for path, (down, up) in values.items()})
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return unet().double()
+
+
+def check(model: nn.Module, file: Path, wanted: Tensor, **options: Any) -> ak.LoadReport:
+    """The file loads on `model`, gives these outputs and leaves nothing."""
+    base = output(model)
+    with loaded(model, file, dtype="file", **options) as report:
+        close(output(model), wanted, base)
+    return report
+
+
+def refuse(model: nn.Module, file: Path, error: type[Exception], *texts: str, **options: Any) -> None:
+    with unchanged(model), pytest.raises(error) as caught:
+        ak.attach(model).load(file, "x", **options)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+# LyCORIS
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_file_of_lycoris_gives_its_outputs(
+    make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, file = make().double(), tmp_path / "a.safetensors"
+    wanted = lycoris_file(model, file, **options)
+    assert check(model, file, wanted) == ak.LoadReport()
+
+
+def test_file_of_lycoris_gives_its_outputs_in_float32(tmp_path: Path) -> None:
+    model, file = unet(), tmp_path / "a.safetensors"
+    wanted = lycoris_file(model, file, use_tucker=True)
+    with loaded(model, file):
+        torch.testing.assert_close(output(model), wanted, rtol=0, atol=2e-6)
+
+
+def test_config_is_exactly_the_files(model: nn.Module, tmp_path: Path) -> None:
+    lycoris_file(model, tmp_path / "a.safetensors", conv_dim=2, conv_alpha=1)
+    adapters = ak.attach(model)
+    adapters.load(tmp_path / "a.safetensors", "x")
+    config = adapters.config("x")
+    assert isinstance(config, LoraConfig)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    assert sorted(config.target_modules or ()) == sorted(layers)
+    assert (config.r, config.lora_alpha, config.modules_to_save) == (3, 2.0, None)
+    (pattern, rank), (same, alpha) = *config.rank_pattern.items(), *config.alpha_pattern.items()
+    assert pattern == same
+    assert (rank, alpha) == (2, 1.0)
+    assert set(pattern[4:-1].replace("\\", "").split("|")) == {
+        p for p in layers if "conv1" in p or p in ("conv_in", "time_mix") or p.endswith("downsample_conv")
+    }
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path, rank: int) -> None:
+    layer = model.get_submodule(QUERY)
+    theirs = LoConModule("lora_unet_" + QUERY.replace(".", "_"), layer, lora_dim=rank, alpha=3, rs_lora=True).double()
+    with torch.no_grad():
+        theirs.lora_up.weight.normal_()
+    theirs.apply_to()
+    wanted = output(model)
+    file = write(tmp_path / "a.safetensors", theirs.state_dict(prefix=theirs.lora_name + "."))
+    theirs.restore()
+    del layer.forward
+    base = output(model)
+    with loaded(model, file, dtype="file"):
+        assert (wanted - base).abs().max() > 0.01
+        torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-6)  # its alpha is in float32
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path, linear: bool) -> None:
+    lycoris_file(model, tmp_path / "a.safetensors", dora_wd=True, wd_on_output=linear)
+    refuse(model, tmp_path / "a.safetensors", ak.UnsupportedError, ".dora_scale': this is DoRA, which scales")
+
+
+# kohya-ss
+
+
+@pytest.mark.parametrize(
+    ("make", "old", "new"),
+    [
+        (unet, "lycoris_", "lora_unet_"),
+        (text_encoder, "lycoris_", "lora_te_text_model_"),
+        (text_encoder, "lycoris_", "lora_te1_"),
+        (MODELS["clip-projection"], "lycoris_text_model_", "lora_te2_"),
+        (MODELS["clip-projection"], "lycoris_", "lora_te2_"),
+    ],
+)
+def test_prefixes(make: Callable[[], nn.Module], old: str, new: str, tmp_path: Path) -> None:
+    model, file = make().double(), tmp_path / "a.safetensors"
+    wanted = lycoris_file(model, file, use_tucker=True)
+    write(file, rename(rename(read(file), old, new), "lycoris_text_projection", "lora_te2_text_projection"))
+    assert check(model, file, wanted).ok
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (3.0, 1.5), (0.0, 1.0), (-1.0, -0.5)])
+def test_scale_is_alpha_by_rank(model: nn.Module, tmp_path: Path, alpha: float | None, scale: float) -> None:
+    values = factors(2, QUERY, VALUE)
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values, alpha))
+    check(model, file, expected(model, values, scale))
+
+
+def test_each_layer_has_its_own_rank_and_alpha(model: nn.Module, tmp_path: Path) -> None:
+    tensors, deltas = {}, {}
+    for r, alpha, path in ((2, 1.0, QUERY), (2, 4.0, OUT), (3, 1.0, VALUE), (4, None, "down_blocks.1.attn1.to_q")):
+        values = factors(r, path, seed=r)
+        tensors |= kohya("lora_unet", values, alpha)
+        deltas[path] = values[path][1] @ values[path][0] * ((alpha or r) / r)
+    check(model, write(tmp_path / "a.safetensors", tensors), with_weights(model, deltas))
+
+
+def test_scalar_is_folded_in(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    tensors = kohya("lora_unet", values, 1.0) | {f"lora_unet_{QUERY.replace('.', '_')}.scalar": torch.tensor(3.0)}
+    check(model, write(tmp_path / "a.safetensors", tensors), expected(model, values, 1.5))
+
+
+def test_shapes_of_1x1_convolutions_and_of_linear_layers_are_one(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY, "down_blocks.0.proj_in")
+    shaped = {QUERY: tuple(t[..., None, None] for t in values[QUERY])}
+    tensors = kohya("lora_unet", {**values, **shaped}, 1.0)  # type: ignore[dict-item]
+    check(model, write(tmp_path / "a.safetensors", tensors), expected(model, values, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_low_precision_is_computed_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, file = unet(), tmp_path / "a.safetensors"
+    lycoris_file(model, file, use_tucker=True)
+    low = {key: tensor.to(dtype) for key, tensor in read(file).items()}
+    outputs = []
+    for tensors in (low, {key: tensor.float() for key, tensor in low.items()}):
+        with loaded(model, write(file, tensors)):
+            outputs.append(output(model))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_pickled_file(model: nn.Module, tmp_path: Path, suffix: str) -> None:
+    values = factors(2, QUERY)
+    torch.save(kohya("lora_unet", values, 1.0), tmp_path / f"a{suffix}")
+    check(model, tmp_path / f"a{suffix}", expected(model, values, 0.5))
+
+
+# diffusers
+
+
+def peft_names(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
+    return {
+        f"{prefix}{path}.{local}.weight": factor
+        for path, pair in values.items()
+        for local, factor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+
+
+def old_processors(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
+    tensors = {}
+    for path, pair in values.items():
+        block, _, layer = path.replace(".to_out.0", ".to_out").rpartition(".")
+        for local, factor in zip(("down", "up"), pair, strict=True):
+            tensors[f"{prefix}{block}.processor.{layer}_lora.{local}.weight"] = factor
+    return tensors
+
+
+def linear_layers(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
+    return {
+        f"{prefix}{path}.lora_linear_layer.{local}.weight": factor
+        for path, pair in values.items()
+        for local, factor in zip(("down", "up"), pair, strict=True)
+    }
+
+
+def under_processor(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
+    return {
+        key.replace(".attn1.", ".attn1.processor.").replace("lora_linear_layer", "lora"): tensor
+        for key, tensor in linear_layers(prefix, values).items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "transformer.", ""])
+@pytest.mark.parametrize("form", [peft_names, old_processors, linear_layers, under_processor])
+def test_forms_of_diffusers(model: nn.Module, tmp_path: Path, form: Callable[..., Tensors], prefix: str) -> None:
+    values = factors(2, QUERY, VALUE, OUT)
+    file = write(tmp_path / "a.safetensors", form(prefix, values))
+    assert check(model, file, expected(model, values)) == ak.LoadReport()
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_text_encoders_of_diffusers(tmp_path: Path, projection: bool) -> None:
+    model = text_encoder(projection).double()
+    prefix = "text_model." if projection else ""
+    names = {
+        "to_q_lora": "q_proj",
+        "to_v_lora": "v_proj",
+        "to_out_lora": "out_proj",
+        "k_proj.lora_linear_layer": "k_proj",
+    }
+    values = factors(2, *(f"{prefix}encoder.layers.1.self_attn.{n}" for n in names.values()), size=16)
+    tensors = {}
+    for old, path in zip(names, values, strict=True):
+        key = f"text_encoder.text_model.encoder.layers.1.self_attn.{old}"
+        tensors |= {f"{key}.down.weight": values[path][0], f"{key}.up.weight": values[path][1]}
+    check(model, write(tmp_path / "a.safetensors", tensors), expected(model, values))
+
+
+def metadata(**fields: Any) -> str:
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+def test_alpha_of_diffusers_metadata(model: nn.Module, tmp_path: Path, prefix: str) -> None:
+    values = factors(2, QUERY, VALUE)
+    fields = {
+        "r": 2,
+        "lora_alpha": 6,
+        "alpha_pattern": {"attn1.to_v": 6.0},
+        "target_modules": ["to_q"],
+        "use_dora": False,
+    }
+    text = json.dumps({prefix + name: value for name, value in fields.items()} | {"text_encoder.lora_alpha": 99})
+    file = write(tmp_path / "a.safetensors", peft_names(prefix, values), lora_adapter_metadata=text)
+    check(model, file, expected(model, values, 3.0))
+
+
+def test_rank_stabilised_scaling_of_diffusers_metadata(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(4, QUERY)
+    text = metadata(**{"unet.lora_alpha": 6, "unet.use_rslora": True, "unet.r": 4})
+    file = write(tmp_path / "a.safetensors", peft_names("unet.", values), lora_adapter_metadata=text)
+    check(model, file, expected(model, values, 3.0))
+
+
+def test_bias_of_diffusers(model: nn.Module, tmp_path: Path) -> None:
+    bias = torch.randn(8).double()
+    tensors = peft_names("unet.", factors(2, OUT)) | {f"unet.{OUT}.lora_B.bias": bias}
+    with torch.no_grad():
+        layer = model.get_submodule(OUT)
+        before = layer.bias.detach().clone()  # type: ignore[union-attr, operator]
+        layer.bias.add_(bias)  # type: ignore[union-attr, operator]
+        wanted = expected(model, factors(2, OUT))
+        layer.bias.copy_(before)  # type: ignore[union-attr, operator]
+    check(model, write(tmp_path / "a.safetensors", tensors), wanted)
+
+
+METADATA = {
+    "dora": (metadata(**{"unet.use_dora": True}), ak.UnsupportedError, "use_dora = True is not implemented"),
+    "no json": ("{", ak.CheckpointError, "The header's 'lora_adapter_metadata' is no valid JSON: "),
+    "a list": ("[]", ak.CheckpointError, "The header's 'lora_adapter_metadata' must hold a JSON object, not a list."),
+    "alpha": (metadata(**{"unet.lora_alpha": "8"}), ak.ConfigError, "lora_alpha = '8' is a str"),
+}
+
+
+@pytest.mark.parametrize(("text", "error", "message"), METADATA.values(), ids=METADATA)
+def test_metadata_that_are_refused(
+    model: nn.Module, tmp_path: Path, text: str, error: type[Exception], message: str
+) -> None:
+    file = write(tmp_path / "a.safetensors", peft_names("unet.", factors(2, QUERY)), lora_adapter_metadata=text)
+    refuse(model, file, error, message)
+
+
+# Pipelines
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """A file for a U-Net and two text encoders of one architecture."""
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = kohya("lora_unet", factors(2, QUERY), 1.0)
+    tensors |= kohya("lora_te1", factors(2, layer, size=16, seed=1), 1.0)
+    tensors |= kohya("lora_te2", factors(2, layer, size=16, seed=2), 1.0)
+    return write(tmp_path / "pipeline.safetensors", tensors)
+
+
+def test_keys_of_other_models_of_a_pipeline_are_ignored(model: nn.Module, pipeline: Path) -> None:
+    report = check(model, pipeline, expected(model, factors(2, QUERY), 0.5))
+    assert report.ok
+    assert set(report.ignored) == {key for key in read(pipeline) if key.startswith("lora_te")}
+
+
+def test_two_models_that_fit_need_a_choice(pipeline: Path) -> None:
+    model = text_encoder().double()
+    refuse(
+        model,
+        pipeline,
+        ak.CheckpointError,
+        "Both 'lora_te1_text_model_encoder_layers_0_self_attn_q_proj.",
+        " and 'lora_te2_text_model_encoder_layers_0_self_attn_q_proj.",
+        "are for the layer 'encoder.layers.0.self_attn.q_proj'. Say which part of the pipeline this model is, such as "
+        "component='lora_te1'.",
+    )
+    for seed, part in enumerate(("lora_te1", "lora_te2"), 1):
+        values = factors(2, "encoder.layers.0.self_attn.q_proj", size=16, seed=seed)
+        report = check(model, pipeline, expected(model, values, 0.5), component=part)
+        assert set(report.ignored) == {key for key in read(pipeline) if not key.startswith(part)}
+
+
+def test_component_that_the_file_has_not(model: nn.Module, pipeline: Path) -> None:
+    text = "The file holds nothing of component 'unet'. Its components: 'lora_te1', 'lora_te2', 'lora_unet'."
+    refuse(model, pipeline, ak.CheckpointError, text, component="unet")
+
+
+def test_two_keys_of_one_component_for_one_layer(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    tensors = peft_names("unet.", values) | linear_layers("unet.", values)
+    refuse(model, write(tmp_path / "a.safetensors", tensors), ak.CheckpointError, "One of them must go.")
+
+
+def test_layers_that_the_model_has_not_are_unexpected(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    strange = kohya("lora_unet", factors(2, "mid_block.to_q"), 1.0) | {"lora_unet_norm.w_norm": torch.ones(8)}
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values, 1.0) | strange)
+    refuse(
+        model, file, ak.CheckpointError, "some belong to nothing on this model", "unexpected (4)", "lora_unet_mid_bl"
+    )
+    with pytest.warns(ak.AdapterWarning, match="lora_unet_norm"):
+        report = ak.attach(model).load(file, "x", strict=False)
+    assert set(report.unexpected) == set(strange)
+    assert report.missing == report.ignored == ()
+
+
+def test_half_a_layer_is_missing(model: nn.Module, tmp_path: Path) -> None:
+    tensors = kohya("lora_unet", factors(2, QUERY, VALUE), 1.0)
+    del tensors[f"lora_unet_{QUERY.replace('.', '_')}.lora_up.weight"]
+    refuse(
+        model, write(tmp_path / "a.safetensors", tensors), ak.CheckpointError, "missing (1)", f"{QUERY}.lora_B.weight"
+    )
+
+
+def test_file_for_another_size_is_mismatched(model: nn.Module, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", factors(2, QUERY, size=9), 1.0))
+    refuse(model, file, ak.CheckpointError, "some have other shapes", "(2, 9) in the file, (2, 8) on this model")
+
+
+# Names
+
+
+class Alike(nn.Module):
+    """Paths that end alike, and paths that are one with underscores for dots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(8, 8), "a_b": nn.Linear(8, 8)})
+        self.inner_a = nn.ModuleDict({"b": nn.Linear(8, 8)})
+
+
+def test_layer_whose_path_ends_another_is_adapted_alone(tmp_path: Path) -> None:
+    model = Alike()
+    ak.attach(model).load(write(tmp_path / "a.safetensors", kohya("lora_unet", factors(2, "proj"))), "x")
+    assert [row.targets for row in ak.attach(model).status().rows] == [1]
+    assert set(ak.attach(model).state_dict("x")) == set(peft_names("base_model.model.", factors(2, "proj")))
+
+
+def test_ambiguous_name_is_refused(tmp_path: Path) -> None:
+    text = "'lora_unet_inner_a_b' may be any of the layers 'inner.a_b', 'inner_a.b': their names are the same with '_'"
+    refuse(
+        Alike(),
+        write(tmp_path / "a.safetensors", kohya("lora_unet", factors(2, "inner.a_b"))),
+        ak.CheckpointError,
+        text,
+    )
+
+
+# Damage
+
+
+def change(name: str, tensor: Tensor) -> Tensors:
+    values = factors(2, "down_blocks.0.conv1")["down_blocks.0.conv1"]
+    tensors = {"lora_down.weight": values[0][..., None, None], "lora_up.weight": values[1][..., None, None]}
+    tensors |= {"lora_mid.weight": torch.ones(2, 2, 3, 3).double(), "alpha": torch.tensor(1.0), name: tensor}
+    return {f"lora_unet_down_blocks_0_conv1.{local}": t for local, t in tensors.items()}
+
+
+DAMAGE = {
+    "a vector": ("lora_up.weight", torch.ones(8), "holds torch.float32 of shape (8,); a factor is a floating matrix."),
+    "integers": ("lora_down.weight", torch.ones(2, 8).int(), "holds torch.int32 of shape (2, 8); a factor is a"),
+    "two alphas": ("alpha", torch.ones(2), ".alpha' has shape (2,); 'alpha' is a single number."),
+    "core": ("lora_mid.weight", torch.ones(3, 2, 3, 3), "a Tucker core is (r, r, kernel), and its factor (r, in)."),
+    "alpha nan": ("alpha", torch.tensor(float("nan")), "must be a finite float"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "text"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_file(model: nn.Module, tmp_path: Path, name: str, tensor: Tensor, text: str) -> None:
+    refuse(model, write(tmp_path / "a.safetensors", change(name, tensor)), ak.AdapterError, text)
+
+
+# Afterwards
+
+
+def test_saved_again_it_is_a_folder_as_any(model: nn.Module, tmp_path: Path) -> None:
+    wanted = lycoris_file(model, tmp_path / "a.safetensors", use_tucker=True, conv_dim=2, conv_alpha=5)
+    adapters = ak.attach(model)
+    adapters.load(tmp_path / "a.safetensors", "x", dtype="file")
+    adapters.save("x", tmp_path / "folder")
+    check(unet().double(), tmp_path / "folder", wanted)
+
+
+def test_saved_again_it_loads_in_peft(tmp_path: Path) -> None:
+    """Without the convolution with groups, for which PEFT has another form."""
+    model, noise = unet().double(), torch.Generator().manual_seed(0)
+    lycoris_file(model, tmp_path / "a.safetensors", use_tucker=True, conv_dim=2, conv_alpha=5)
+    tensors = {k: t for k, t in read(tmp_path / "a.safetensors").items() if "time_mix" not in k}
+    adapters = ak.attach(model)
+    adapters.load(write(tmp_path / "b.safetensors", tensors), "x", dtype="file")
+    adapters.save("x", tmp_path / "folder")
+    theirs = peft.PeftModel.from_pretrained(unet().double(), tmp_path / "folder", autocast_adapter_dtype=False)
+    arguments = [torch.randn(s, generator=noise).double() for s in ((2, 3, 8, 8), (2, 5), (2, 4, 6))]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.double()(*arguments), model(*arguments), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 7.0])
+def test_foreign_tensors_for_an_adapter_with_a_config(model: nn.Module, tmp_path: Path, alpha: float) -> None:
+    """The scaling stays the file's: what the config's differs by goes into the factors."""
+    values = factors(2, QUERY, VALUE)
+    tensors = kohya("lora_unet", values, alpha)
+    adapters, wanted = ak.attach(model), expected(model, values, alpha / 2)
+    adapters.add("a", LoraConfig(r=2, lora_alpha=6, target_modules=[QUERY, VALUE], use_rslora=True))
+    adapters.save("a", tmp_path / "a")
+    assert adapters.load_state_dict("a", tensors).ok
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-12)
+    adapters.remove("a")
+    write(tmp_path / "a" / "adapter_model.safetensors", tensors)
+    check(model, tmp_path / "a", wanted)
