@@ -92,6 +92,11 @@ class AdapterConfig:
         """Which biases of the base each adapter trains a copy of: `"none"`, `"targets"` or `"all"`."""
         return "none"
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a new adapter of this config changes no output; a subclass says so where one does."""
+        return True
+
     def check(self) -> None:
         """A subclass checks its own fields here and raises `ConfigError`."""
 

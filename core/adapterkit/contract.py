@@ -30,6 +30,15 @@ def check_plugin(plugin: object, manager: pluggy.PluginManager, who: str) -> Non
         raise PluginError(f"{who}: a plugin must be hashable, as modules are, not a {type(plugin).__name__}.")
     if manager.is_registered(plugin):
         raise PluginError(f"{who} is registered already.")
+    check_hooks(plugin, who)
+
+
+def check_hooks(plugin: object, who: str) -> None:
+    """The part of `check_plugin` that looks at the hooks alone.
+
+    Raises:
+        PluginError: names the hook and what is wrong with it.
+    """
     for name, function, options in _implementations(plugin):
         hook = options.get("specname") or name
         spec = getattr(hookspecs, hook, None)

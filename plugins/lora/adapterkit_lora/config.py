@@ -80,6 +80,11 @@ class LoraConfig(AdapterConfig):
         return "targets" if self.bias == "lora_only" else self.bias
 
     @property
+    def starts_as_identity(self) -> bool:
+        """See `AdapterConfig.starts_as_identity`."""
+        return self.init_lora_weights is not False
+
+    @property
     def trains_residual(self) -> bool:
         """Whether the initial factors are a part of the weight itself (PiSSA, OLoRA)."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))

@@ -1,0 +1,218 @@
+"""Checks of the merge rule, and of sums of adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from adapterkit.errors import AdapterError, PluginError, StateError, UnsupportedError
+from adapterkit.testing.case import (
+    TOLERANCES,
+    Broken,
+    Case,
+    NotApplicable,
+    Subject,
+    expect,
+    expect_close,
+    expect_equal,
+)
+from adapterkit.testing.probes import TARGETS, linear
+
+# Derandomised: whoever runs the kit has the same examples each time.
+_DRAWS: dict[str, Any] = {
+    "max_examples": 25,
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "report_multiple_bugs": False,
+    "suppress_health_check": list(HealthCheck),
+}
+CANNOT_MERGE = "the method cannot be merged here"
+
+
+def _merges(subject: Subject, *names: str) -> bool:
+    """Merge, or say that the method cannot do that here."""
+    with contextlib.suppress(UnsupportedError, StateError):
+        subject.adapters.merge(*names)
+        return True
+    return False
+
+
+def check_merged_equals_adapted(case: Case) -> None:
+    """A merged adapter gives the outputs that it gave active, within the tolerance of the dtype."""
+    tried = 0
+    for dtype in TOLERANCES:
+        for subject in case.subjects(dtype):
+            adapted = subject.train().out()
+            if _merges(subject, "a"):
+                expect_close(subject.out(), adapted, f"The outputs after merging on {subject}")
+                tried += 1
+    if not tried:
+        raise NotApplicable(CANNOT_MERGE)
+
+
+def check_unmerge_restores_every_bit(case: Case) -> None:
+    """After `merge` and `unmerge` the base has every bit it had, and the adapter gives what it gave."""
+    tried = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for subject in case.subjects(dtype):
+            adapted = subject.train().out()
+            if not _merges(subject, "a"):
+                continue
+            tried += 1
+            subject.adapters.unmerge()
+            after = subject.model.state_dict()
+            for key, value in subject.before.items():
+                expect_equal(after[key], value, f"The base's {key!r} after unmerging on {subject}")
+            expect_equal(subject.out(), adapted, f"The adapter's outputs after unmerging on {subject}")
+    if not tried:
+        raise NotApplicable(CANNOT_MERGE)
+
+
+def check_merge_rule_is_pure(case: Case) -> None:
+    """Hooks `factors` and `merge` change neither what they are given nor the adapter, and answer the same again."""
+    if "merge" not in case.method.hooks and "factors" not in case.method.hooks:
+        raise NotApplicable(CANNOT_MERGE)
+    for subject in case.subjects():
+        subject.train()
+        before = subject.tensors("a")
+        for path in TARGETS:
+            weight, bias = _canonical(subject, path)
+            kept = weight.clone(), None if bias is None else bias.clone()
+            first = _answer(case, subject, path, weight, bias)
+            for name, now, was in zip(("weight", "bias"), (weight, bias), kept, strict=True):
+                if now is not None and was is not None:
+                    expect_equal(now, was, f"The {name} that was given to the merge rule on {subject}")
+            again = _answer(case, subject, path, weight, bias)
+            for one, other in zip(first, again, strict=True):
+                expect_equal(other, one, f"The merge rule's second answer on {subject}")
+        for key, tensor in subject.tensors("a").items():
+            expect_equal(tensor, before[key], f"The adapter's {key!r} after its merge rule was asked on {subject}")
+
+
+def _canonical(subject: Subject, path: str) -> tuple[Tensor, Tensor | None]:
+    module = subject.model.get_submodule(path)
+    weight = subject.layer(path).kind.read(module).float().clone()
+    bias = module._parameters.get("bias")
+    return weight, None if bias is None else bias.detach().float().clone()
+
+
+@torch.no_grad()
+def _answer(case: Case, subject: Subject, path: str, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    layer = subject.layer(path)
+    factors = case.method.factors(layer)
+    if factors is not None:
+        return [t.clone() for t in factors if t is not None]
+    try:
+        return [t.clone() for t in case.method.merge(layer, weight, bias) if t is not None]
+    except UnsupportedError:
+        return []
+
+
+def check_merge_is_linear(case: Case) -> None:
+    """Merging additive adapters adds their changes to any weight: W + sum of dW, whatever W is and in any order."""
+    next(case.additive())
+
+    @settings(**_DRAWS)
+    @given(
+        out_features=st.integers(4, 40),
+        in_features=st.integers(4, 40),
+        dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+        seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
+        size=st.sampled_from([0.0, 0.1, 10.0]),
+    )
+    def holds(out_features: int, in_features: int, dtype: torch.dtype, seeds: tuple[int, int], size: float) -> None:
+        example = f"out={out_features}, in={in_features}, {dtype}, seeds={seeds}, weights of size {size}"
+        try:
+            subject = Subject(case.config, linear(out_features, in_features), dtype, ("a", "b"))
+        except PluginError:
+            raise
+        except AdapterError:
+            assume(False)
+        try:
+            subject.train("a", seed=seeds[0]).train("b", seed=seeds[1])
+            _expect_linear(subject, size)
+        except UnsupportedError as error:
+            raise NotApplicable(CANNOT_MERGE) from error
+        except Broken as error:
+            raise Broken(f"With the drawn example ({example}): {error}") from error
+
+    holds()
+
+
+def _expect_linear(subject: Subject, size: float) -> None:
+    module = subject.model.get_submodule("up")
+    weight = module._parameters["weight"]
+    assert weight is not None
+    change = {names: _change(subject, weight, names) for names in (("a",), ("b",), ("a", "b"), ("b", "a"))}
+    scale = max(1.0, *(c.abs().max().item() for c in change.values()), weight.abs().max().item())
+    room = 4 * scale * max(TOLERANCES[subject.dtype], 1e-6 * (subject.dtype != torch.float64))
+    for pair in (("a", "b"), ("b", "a")):
+        apart = (change[pair] - change["a",] - change["b",]).abs().max().item()
+        expect(apart <= room, f"expected merging {pair} to add both changes; the result is off by {apart:.3g}.")
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * size)
+    other = _change(subject, weight, ("a",))
+    room *= max(1.0, size)
+    apart = (other - change["a",]).abs().max().item()
+    expect(apart <= room, f"expected the same change on another weight; it is another one by {apart:.3g}.")
+
+
+def _change(subject: Subject, weight: nn.Parameter, names: tuple[str, ...]) -> Tensor:
+    """What merging these adapters adds to the weight of `up`."""
+    before = weight.detach().double().clone()
+    subject.adapters.merge(*names)
+    change = subject.model.get_submodule("up").get_parameter("weight").detach().double() - before
+    subject.adapters.unmerge()
+    return change
+
+
+def check_factors_equal_delta(case: Case) -> None:
+    """`factors(layer)` is the layer's change exactly: through the layer kind it gives what `delta(x)` gives."""
+    tried = 0
+    for dtype in (torch.float64, torch.float32):
+        for subject in case.additive(dtype):
+            subject.train()
+            layer = subject.layer("up")
+            factors = case.method.factors(layer)
+            if factors is None:
+                continue
+            tried += 1
+            with torch.no_grad():
+                found, expected = layer.kind.apply(subject.inputs, factors), layer.delta(subject.inputs)
+            expect(factors.up.shape[0] == layer.kind.out_features, f"On {subject}: expected up of shape (out, r).")
+            expect_close(found, expected, f"What the factors add on {subject}")
+    if not tried:
+        raise NotApplicable("the method has no factors")
+
+
+def check_order_does_not_matter(case: Case) -> None:
+    """Additive adapters that act together add up, whatever the order they are named in."""
+    for subject in case.additive(names=("a", "b")):
+        subject.train("a").train("b", seed=1)
+        subject.adapters.activate("a", "b")
+        one = subject.out()
+        subject.adapters.activate("b", "a")
+        expect_close(subject.out(), one, f"The outputs with the adapters in the other order on {subject}")
+        if case.config.trained_biases != "none":
+            continue  # they are added as well
+        up = subject.model.get_submodule("up")
+        with torch.no_grad():
+            both = up(subject.inputs)
+            total = _bare(up)(subject.inputs) + sum(subject.layer("up", n).delta(subject.inputs) for n in ("b", "a"))
+        expect_close(both, total, f"The sum of two adapters at one layer on {subject}")
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    from adapterkit.adapted import strip
+
+    strip(duplicate := copy.deepcopy(module))
+    return duplicate
+
+

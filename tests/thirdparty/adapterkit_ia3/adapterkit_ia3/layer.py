@@ -1,0 +1,48 @@
+"""The (IA)3 layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import AdapterLayer, Target
+from adapterkit.layer import Base
+
+
+class IA3Layer(AdapterLayer):
+    """`base(l * x)` for a feed-forward layer, else `l * base(x)`. One number for each channel.
+
+    `ia3_l` has PEFT's shapes: `(1, in)` or `(out, 1)`, and `(1, channels, 1, ...)` for a convolution.
+    """
+
+    def __init__(self, target: Target, scales_input: bool) -> None:
+        super().__init__(target.kind)
+        self.scales_input = scales_input
+        kernel = target.kind.down_shape(1)[2:]
+        self.groups = int(getattr(target.kind, "groups", 1))
+        channels = target.kind.down_shape(1)[1] * self.groups if scales_input else target.out_features
+        flat = (1, channels) if scales_input else (channels, 1)
+        self.ia3_l = target.empty(*(1, channels, *(1 for _ in kernel)) if kernel else flat)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """See `AdapterLayer.forward`."""
+        scale = self.kind.spread(self.ia3_l.flatten())
+        if self.scales_input:
+            return base((x * scale).to(x.dtype))
+        out = base(x)
+        return (out * scale).to(out.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the weight and the bias scaled, or columns of the weight."""
+        scale = self.ia3_l.flatten().to(weight.dtype)
+        if not self.scales_input:
+            return weight * scale[:, None], None if bias is None else bias * scale
+        # (group, row of the group, channel of the group, place of the kernel)
+        blocks = weight.reshape(self.groups, weight.shape[0] // self.groups, scale.numel() // self.groups, -1)
+        return (blocks * scale.view(self.groups, 1, -1, 1)).reshape(weight.shape), bias
+
+
+@torch.no_grad()
+def initialise(layer: IA3Layer, ones: bool) -> None:
+    """Ones, or normal."""
+    nn.init.ones_(layer.ia3_l) if ones else nn.init.normal_(layer.ia3_l)

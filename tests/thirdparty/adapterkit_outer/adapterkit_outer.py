@@ -1,0 +1,55 @@
+"""An adapter method in one file: dW = u v^T, an outer product of two learned vectors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import adapterkit as ak
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(ak.AdapterConfig):
+    """`scale`: how much of the change is added."""
+
+    method = "outer"
+
+    scale: float = 1.0
+
+
+class OuterLayer(ak.AdapterLayer):
+    """u is `(out,)` and starts at zero, v is `(in,)`."""
+
+    def __init__(self, target: ak.Target, scale: float) -> None:
+        super().__init__(target.kind)
+        self.scale = scale
+        self.outer_u, self.outer_v = target.empty(target.out_features), target.empty(target.in_features)
+        if not target.load:
+            nn.init.zeros_(self.outer_u)
+            nn.init.normal_(self.outer_v)
+
+    def factors(self) -> ak.Factors:
+        return ak.Factors(up=self.scale * self.outer_u[:, None], down=self.outer_v[None, :])
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kind.apply(x, self.factors())
+
+
+@ak.hookimpl
+def config_type() -> type[ak.AdapterConfig]:
+    return OuterConfig
+
+
+@ak.hookimpl
+def key_rule() -> ak.KeyRule:
+    return ak.KeyRule(prefix="outer_")
+
+
+@ak.hookimpl
+def inject(target: ak.Target, config: OuterConfig) -> ak.AdapterLayer:
+    return OuterLayer(target, config.scale)
+
+
+@ak.hookimpl
+def factors(layer: OuterLayer) -> ak.Factors:
+    return layer.factors()
