@@ -1,0 +1,132 @@
+"""LoKr's mathematics as pure functions, and the layer that holds its parameters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import AdapterLayer, Factors, Target
+from adapterkit_lokr.config import LoKrConfig
+
+Pair = tuple[Tensor, Tensor]
+
+
+def split(number: int, factor: int) -> tuple[int, int]:
+    """`(a, b)` with `a * b == number` and `a <= b`, unless `factor` divides `number`: then `a` is that. As LyCORIS."""
+    if factor > 0 and number % factor == 0:
+        return factor, number // factor
+    limit = number if factor == -1 else factor
+    small = max(d for d in range(1, math.isqrt(number) + 1) if number % d == 0 and d <= limit)
+    return small, number // small
+
+
+def kron_factors(w1: Tensor | Pair, w2: Tensor | Pair) -> Factors:
+    """Exact factors of `kron(w1, w2)`; each of the two is a matrix or a pair `(up, down)` whose product it is.
+
+    By the mixed-product rule `kron(a b, c d) = kron(a, c) kron(b, d)`. A matrix is a pair with the identity,
+    on the side that gives the smaller rank.
+    """
+    if isinstance(w1, Tensor):
+        w1 = _with_identity(w1)
+    if isinstance(w2, Tensor):
+        w2 = _with_identity(w2)
+    return Factors(torch.kron(w1[0], w2[0]), torch.kron(w1[1].contiguous(), w2[1].contiguous()))
+
+
+def _with_identity(matrix: Tensor) -> Pair:
+    rows, columns = matrix.shape
+    one = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    return (one, matrix) if rows < columns else (matrix, one)
+
+
+def apply_kron(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """`kron(w1, w2)` applied to the last dimension of `x`, without forming it."""
+    parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
+    return (w1 @ (parts @ w2.t())).flatten(-2)
+
+
+class LoKrLayer(AdapterLayer):
+    """`dW = scaling * kron(w1, w2)`: w1 `(a, c)`, w2 `(b, d * kernel)`, `a b` outputs and `c d` input channels.
+
+    In place of `lokr_w1` and `lokr_w2` there can be `_a` and `_b`, whose product it is; `lokr_t2 (r, r, *kernel)`
+    stands between `lokr_w2_a (r, b)` and `lokr_w2_b (r, d)` of an effective convolution.
+    """
+
+    lokr_w1: nn.Parameter
+    lokr_w2: nn.Parameter
+    lokr_t2: nn.Parameter
+
+    def __init__(self, target: Target, r: int, scaling: float, config: LoKrConfig) -> None:
+        super().__init__(target.kind)
+        self.r, self.scaling = r, scaling
+        self.rank_dropout, self.rank_dropout_scale = config.rank_dropout, config.rank_dropout_scale
+        self.module_dropout = config.module_dropout
+        _, channels, *kernel = target.kind.down_shape(1)
+        self.is_plain = not kernel and not target.kind.lookup
+        a, b = split(target.out_features, config.decompose_factor)
+        c, d = split(channels, config.decompose_factor)
+        self.decomposes = (config.decompose_both and r < max(a, c) / 2, r < max(b, d) / 2)
+        self.effective = self.decomposes[1] and config.use_effective_conv2d and math.prod(kernel) > 1
+        if self.decomposes[0]:
+            self.lokr_w1_a, self.lokr_w1_b = target.empty(a, r), target.empty(r, c)
+        else:
+            self.lokr_w1 = target.empty(a, c)
+        self._make_w2(target, b, d, kernel)
+
+    def _make_w2(self, target: Target, b: int, d: int, kernel: list[int]) -> None:
+        r = self.r
+        if not self.decomposes[1]:
+            self.lokr_w2 = target.empty(b, d, *kernel)
+        elif self.effective:
+            self.lokr_t2 = target.empty(r, r, *kernel, *(1 for _ in range(2 - len(kernel))))  # as PEFT's files have it
+            self.lokr_w2_a, self.lokr_w2_b = target.empty(r, b), target.empty(r, d)
+        else:
+            self.lokr_w2_a, self.lokr_w2_b = target.empty(b, r), target.empty(r, d * math.prod(kernel))
+
+    def first(self) -> Tensor | Pair:
+        """w1 or its two factors."""
+        return (self.lokr_w1_a, self.lokr_w1_b) if self.decomposes[0] else self.lokr_w1
+
+    def second(self) -> Tensor | Pair:
+        """w2, its kernel flat, or its two factors."""
+        if not self.decomposes[1]:
+            return self.lokr_w2.flatten(1)
+        if not self.effective:
+            return self.lokr_w2_a, self.lokr_w2_b
+        return self.lokr_w2_a.t(), torch.einsum("ijk,jc->ick", self.lokr_t2.flatten(2), self.lokr_w2_b).flatten(1)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """See `AdapterLayer.delta`."""
+        first, second = self.first(), self.second()
+        if self.is_plain:
+            w1, w2 = (w if isinstance(w, Tensor) else w[0] @ w[1] for w in (first, second))
+            out = apply_kron(x.to(w1.dtype), w1, w2)
+        else:
+            out = self.kind.apply(x, kron_factors(first, second))
+        if self.training and (self.rank_dropout or self.module_dropout):
+            out = out * self.kind.spread(self._kept(out))
+        return out * self.scaling
+
+    def _kept(self, like: Tensor) -> Tensor:
+        keep = (torch.rand(self.kind.out_features, device=like.device) >= self.rank_dropout).to(like.dtype)
+        if self.rank_dropout_scale:  # where nothing is left the share is 0, and 0 / 0 must be 0
+            keep = keep / keep.mean().clamp(min=0.5 / keep.numel())
+        return keep * (torch.rand(1, device=like.device) >= self.module_dropout)
+
+    def factors(self) -> Factors:
+        """The exact `dW` in factors."""
+        up, down, _ = kron_factors(self.first(), self.second())
+        return Factors(up * self.scaling, down)
+
+
+@torch.no_grad()
+def initialise(layer: LoKrLayer, config: LoKrConfig) -> None:
+    """Give a new layer the values that `config.init_weights` says."""
+    for parameter in layer.parameters():
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    if config.init_weights == "lycoris":
+        nn.init.zeros_(layer.lokr_w2_b if layer.decomposes[1] else layer.lokr_w2)
+    elif config.init_weights:
+        nn.init.zeros_(layer.lokr_w1_a if layer.decomposes[0] else layer.lokr_w1)

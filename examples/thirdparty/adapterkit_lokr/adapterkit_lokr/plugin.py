@@ -1,0 +1,32 @@
+"""The hooks through which adapterkit uses LoKr."""
+
+from __future__ import annotations
+
+from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, PatternTable, Target, hookimpl
+from adapterkit_lokr.config import LoKrConfig
+from adapterkit_lokr.layer import LoKrLayer, initialise
+
+
+@hookimpl
+def config_type() -> type[AdapterConfig]:
+    return LoKrConfig
+
+
+@hookimpl
+def key_rule() -> KeyRule:
+    return KeyRule(prefix="lokr_")
+
+
+@hookimpl
+def inject(target: Target, config: LoKrConfig) -> AdapterLayer:
+    rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
+    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
+    layer = LoKrLayer(target, rank, alpha / rank, config)
+    if not target.load:
+        initialise(layer, config)
+    return layer
+
+
+@hookimpl
+def factors(layer: LoKrLayer) -> Factors:
+    return layer.factors()

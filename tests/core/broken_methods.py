@@ -1,0 +1,306 @@
+"""Methods that each break one sentence of the contract, for the test kit's own test.
+
+Each is the outer product `dW = u v^T` with one thing wrong. They are at module level, so that the models they
+are on can be pickled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(ak.AdapterConfig):
+    method = "broken_outer"
+
+    scale: float = 0.5
+
+
+class OuterLayer(ak.AdapterLayer):
+    def __init__(self, target: ak.Target, config: OuterConfig, shared: Mapping[str, Tensor]) -> None:
+        super().__init__(target.kind)
+        self.scale, self.shared = config.scale, shared
+        self.outer_u, self.outer_v = target.empty(target.out_features), target.empty(target.in_features)
+        if not target.load:
+            nn.init.zeros_(self.outer_u)
+            nn.init.normal_(self.outer_v)
+
+    def factors(self) -> ak.Factors:
+        return ak.Factors(self.scale * self.outer_u[:, None], self.outer_v[None, :])
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.kind.apply(x, self.factors())
+
+
+class Outer:
+    """The method as it should be; the broken ones change one thing of it."""
+
+    config: ClassVar[type[ak.AdapterConfig]] = OuterConfig
+    layer: ClassVar[type[ak.AdapterLayer]] = OuterLayer
+    rule: ClassVar[ak.KeyRule] = ak.KeyRule(prefix="outer_")
+
+    @ak.hookimpl
+    def config_type(self):
+        return self.config
+
+    @ak.hookimpl
+    def key_rule(self):
+        return self.rule
+
+    @ak.hookimpl
+    def inject(self, target, config, shared):
+        return self.layer(target, config, shared)
+
+    @ak.hookimpl
+    def factors(self, layer):
+        return layer.factors()
+
+
+class WrongPrefix(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            if target.kind.lookup:
+                self.embedding_outer_u = self.outer_u
+                del self.outer_u
+
+
+class ImpureMerge(Outer):
+    @ak.hookimpl
+    def factors(self, layer):
+        return None
+
+    @ak.hookimpl
+    def merge(self, layer, weight, bias):
+        weight += layer.factors().delta()
+        return weight, bias
+
+
+class MergeChangesTheAdapter(ImpureMerge):
+    @ak.hookimpl
+    def merge(self, layer, weight, bias):
+        merged = weight + layer.factors().delta()
+        layer.outer_u.mul_(2)
+        return merged, bias
+
+
+class ForgottenScale(Outer):
+    class layer(OuterLayer):
+        def delta(self, x):
+            return super().delta(x) / self.scale
+
+
+class WritesToTheBase(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.module = [target.module]
+
+        def delta(self, x):
+            self.module[0].weight.data.mul_(1.01)  # behind autograd's back
+            return super().delta(x)
+
+
+class SharedOuter(Outer):
+    """With a shared vector in place of v; right as it is."""
+
+    rule = ak.KeyRule(prefix="outer_", shared=("outer_all",))
+
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            del self.outer_v
+
+        def vector(self):
+            return self.shared["outer_all"]
+
+        def factors(self):
+            return ak.Factors(self.scale * self.outer_u[:, None], self.vector()[None, : self.kind.in_features])
+
+    @ak.hookimpl
+    def prepare(self, targets):
+        widest = max(t.in_features for t in targets)
+        generator = torch.Generator().manual_seed(0)
+        return {"outer_all": torch.randn(widest, generator=generator).to(targets[0].dtype)}
+
+
+class SharedTensorCopied(SharedOuter):
+    class layer(SharedOuter.layer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.copied = shared["outer_all"].clone()
+
+        def vector(self):
+            return self.copied.to(self.outer_u.dtype)
+
+
+class DependsOnTheOrder(Outer):
+    class layer(OuterLayer):
+        last: ClassVar[Any] = None
+
+        def delta(self, x):
+            second = DependsOnTheOrder.layer.last is x
+            DependsOnTheOrder.layer.last = x
+            return super().delta(x) * (0.5 if second else 1.0)
+
+
+class BufferNotSaved(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.register_buffer("outer_gain", torch.rand(()), persistent=False)
+
+        def factors(self):
+            up, down, _ = super().factors()
+            return ak.Factors(up * self.outer_gain, down)
+
+
+class NotPicklable(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.of: Callable[[Tensor], Tensor] = lambda x: x
+
+        def delta(self, x):
+            return self.of(super().delta(x))
+
+
+class BreaksTheGraph(Outer):
+    class layer(OuterLayer):
+        def delta(self, x):
+            torch._dynamo.graph_break()
+            return super().delta(x)
+
+
+class WrongExempt(Outer):
+    rule = ak.KeyRule(prefix="outer_", exempt=frozenset({"outer_u"}))
+
+
+class InventsWhatIsMissing(Outer):
+    @ak.hookimpl
+    def from_file(self, tensors):
+        found = dict(tensors)
+        for path in {key.rpartition(".")[0] for key in tensors}:
+            found.setdefault(f"{path}.outer_u", torch.zeros(1))
+            found.setdefault(f"{path}.outer_v", tensors[f"{path}.outer_u"].clone())
+            if f"{path}.outer_u" not in tensors:
+                found[f"{path}.outer_u"] = torch.zeros_like(tensors[f"{path}.outer_v"])
+        return found
+
+
+class AnotherDtype(Outer):
+    class layer(OuterLayer):
+        def forward(self, x, base):
+            out = base(x)
+            return out + self.delta(x) if out.dtype == torch.float32 else (out + self.delta(x)).float()
+
+
+class NotTheIdentity(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            if not target.load:
+                nn.init.ones_(self.outer_u)
+
+
+class LeavesAHook(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            target.module.register_forward_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: object, output: object) -> None:
+    return None
+
+
+class OneParameterForAll(Outer):
+    class layer(OuterLayer):
+        all_of: ClassVar[weakref.WeakKeyDictionary[nn.Module, nn.Parameter]] = weakref.WeakKeyDictionary()
+
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.outer_u = OneParameterForAll.layer.all_of.setdefault(target.module, self.outer_u)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowingConfig(OuterConfig):
+    def check(self) -> None:
+        object.__setattr__(self, "scale", self.scale * 2)
+
+
+class ConfigChangesInJson(Outer):
+    config = GrowingConfig
+
+
+class DependsOnTheWeight(Outer):
+    class layer(OuterLayer):
+        def __init__(self, target, config, shared):
+            super().__init__(target, config, shared)
+            self.module = [target.module]
+
+        def factors(self):
+            up, down, _ = super().factors()
+            return ak.Factors(up * self.module[0].weight.detach().norm().to(up.dtype), down)
+
+
+class CopiesItselfNot(Outer):
+    class layer(OuterLayer):
+        def __deepcopy__(self, memo):
+            return self
+
+
+class TrainsNothing(Outer):
+    class layer(OuterLayer):
+        def delta(self, x):
+            up, down, _ = self.factors()
+            return self.kind.apply(x, ak.Factors(up, down.detach()))
+
+
+class SavesTooMuch(Outer):
+    @ak.hookimpl
+    def to_file(self, tensors):
+        return {**tensors, "rest.weight": torch.zeros(2)}
+
+
+class AnnotatedWrongly(Outer):
+    """Its annotation is put there once it is registered: registration would refuse it."""
+
+    @ak.hookimpl
+    def factors(self, layer):
+        return layer.factors()
+
+
+BROKEN: dict[type[Outer], str] = {
+    AnnotatedWrongly: "check_annotations_match_specs",
+    ConfigChangesInJson: "check_config_survives_json",
+    NotTheIdentity: "check_identity_at_initialisation",
+    WrongPrefix: "check_only_prefixed_parameters_train",
+    WritesToTheBase: "check_base_is_untouched",
+    TrainsNothing: "check_every_claimed_layer_kind",
+    ForgottenScale: "check_merged_equals_adapted",
+    MergeChangesTheAdapter: "check_unmerge_restores_every_bit",
+    ImpureMerge: "check_merge_rule_is_pure",
+    DependsOnTheWeight: "check_merge_is_linear",
+    DependsOnTheOrder: "check_order_does_not_matter",
+    BufferNotSaved: "check_save_load_is_identity",
+    SavesTooMuch: "check_file_has_exactly_its_keys",
+    WrongExempt: "check_only_exempt_keys_may_be_absent",
+    InventsWhatIsMissing: "check_only_exempt_keys_may_be_absent",
+    AnotherDtype: "check_moves_to_dtype",
+    SharedTensorCopied: "check_shared_tensors_are_one_copy",
+    CopiesItselfNot: "check_deepcopy_is_independent",
+    NotPicklable: "check_pickles",
+    BreaksTheGraph: "check_compiles",
+    LeavesAHook: "check_detach_restores",
+    OneParameterForAll: "check_two_adapters_of_one_method",
+}
+

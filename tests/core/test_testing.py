@@ -1,0 +1,184 @@
+"""The test kit's own test: what is right passes, and each broken method is caught by the check meant for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from tests.core import broken_methods
+from tests.core.broken_methods import BROKEN, Outer, OuterConfig, SharedOuter
+
+import adapterkit as ak
+from adapterkit.testing import CheckFailure, all_checks, parametrize_with_checks, run_check, run_checks
+from adapterkit.testing.case import NotApplicable
+from adapterkit_lora import LoraConfig
+
+NAME = OuterConfig.method
+
+
+@parametrize_with_checks(
+    [
+        LoraConfig(),
+        LoraConfig(r=4, lora_alpha=3, use_rslora=True, init_lora_weights=False, bias="all"),
+        LoraConfig(lora_bias=True, lora_dropout=0.1, rank_pattern={"up": 3}, alpha_pattern={"down": 5}),
+        LoraConfig(r=2, init_lora_weights="orthogonal"),
+        LoraConfig(r=2, init_lora_weights="pissa"),
+    ]
+)
+def test_lora(check, config):
+    check(config)
+
+
+@contextmanager
+def registered(plugin: Outer) -> Iterator[ak.AdapterConfig]:
+    ak.register(plugin)
+    if isinstance(plugin, broken_methods.AnnotatedWrongly):
+        type(plugin).factors.__annotations__["return"] = int
+    try:
+        yield plugin.config()
+    finally:
+        ak.default_registry.unregister(NAME)
+
+
+def failures(config: ak.AdapterConfig, *, leave_out: str = "") -> set[str]:
+    found = set()
+    for name, check in all_checks().items():
+        try:
+            if name != leave_out:
+                run_check(check, config)
+        except CheckFailure:
+            found.add(name)
+        except NotApplicable:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("plugin", [Outer, SharedOuter])
+def test_what_the_broken_methods_are_made_from_passes(plugin):
+    with registered(plugin()) as config:
+        assert failures(config) == set()
+        results = run_checks(config)
+    assert {result.partition(":")[0] for result in results.values()} <= {"passed", "skipped"}
+    assert results.get("check_merged_equals_adapted") == "passed"
+
+
+@pytest.mark.parametrize("plugin", BROKEN, ids=lambda plugin: plugin.__name__)
+def test_each_broken_method_is_caught_by_the_check_meant_for_it(plugin):
+    with registered(plugin()) as config:
+        slow = "" if BROKEN[plugin] == "check_compiles" else "check_compiles"
+        found = failures(config, leave_out=slow)
+    assert BROKEN[plugin] in found
+    assert len(found) <= len(all_checks()) // 2, found
+
+
+def test_every_check_is_needed():
+    """Each but three has a broken method that it is meant for."""
+    others = {"check_factors_equal_delta", "check_unknown_keys_are_refused", "check_two_methods"}
+    assert set(all_checks()) - set(BROKEN.values()) == others
+
+
+def test_a_failure_is_told_in_sentences():
+    with registered(broken_methods.ForgottenScale()), pytest.raises(CheckFailure) as caught:
+        run_check(all_checks()["check_merged_equals_adapted"], OuterConfig(scale=0.25))
+    first, contract, here = str(caught.value).splitlines()
+    assert first == "check_merged_equals_adapted failed for OuterConfig(scale=0.25)."
+    assert contract.startswith("The contract: A merged adapter gives the outputs that it gave active")
+    assert here.startswith("Here: The outputs after merging on Linear layers in float64: expected equality within 1e-09")
+    assert "they differ by up to" in here
+
+
+def test_a_failure_names_the_drawn_example():
+    with registered(broken_methods.DependsOnTheWeight()), pytest.raises(CheckFailure) as caught:
+        run_check(all_checks()["check_merge_is_linear"], OuterConfig())
+    assert "With the drawn example (out=" in str(caught.value)
+    assert "expected the same change on another weight" in str(caught.value)
+
+
+def test_an_exception_of_the_method_is_told_with_its_place():
+    with registered(broken_methods.NotPicklable()), pytest.raises(CheckFailure, match="on Linear layers in float32"):
+        run_check(all_checks()["check_pickles"], OuterConfig())
+
+
+SUITE = """
+import adapterkit as ak
+from adapterkit.testing import parametrize_with_checks
+from tests.core.broken_methods import ForgottenScale, OuterConfig
+ak.register(ForgottenScale())
+
+@parametrize_with_checks([OuterConfig()])
+def test_a(check, config): check(config)
+
+@parametrize_with_checks([OuterConfig()], expected_failures={"check_merged_equals_adapted": "known"})
+def test_b(check, config): check(config)
+
+@parametrize_with_checks([OuterConfig()], expected_failures={"check_pickles": "known"})
+def test_c(check, config): check(config)
+
+@parametrize_with_checks([OuterConfig()], expected_failures={"check_shared_tensors_are_one_copy": "known"})
+def test_d(check, config): check(config)
+"""
+
+
+def test_expected_failures_are_strict(tmp_path):
+    (tmp_path / "test_kit.py").write_text(SUITE, encoding="utf-8")
+    some = "check_merged_equals or check_pickles or check_shared"
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", some]
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False, env=_environment())
+    lines = [line for line in done.stdout.splitlines() if "::test_" in line and "%]" in line]
+    words = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "XFAIL": "xfailed"}
+    found = {test: "" for test in "abcd"}
+    for line in lines:
+        test, word = line.split("::test_")[1][0], line.split("OuterConfig()]")[1].split()[0]
+        found[test] += f"{words[word]} "
+    assert found == {
+        "a": "failed skipped passed ",
+        "b": "xfailed skipped passed ",
+        "c": "failed skipped failed ",
+        "d": "failed failed passed ",
+    }, done.stdout
+    assert "[XPASS(strict)] known" in done.stdout
+    assert "is an expected failure (known), but it does not apply: the method has no shared tensors." in done.stdout
+
+
+def test_an_expected_failure_must_exist():
+    with pytest.raises(ak.UnknownNameError, match="No check 'check_pickle'.*Did you mean 'check_pickles'"):
+        parametrize_with_checks([OuterConfig()], expected_failures={"check_pickle": "why"})
+
+
+@pytest.mark.parametrize("configs", [[], [OuterConfig]])
+def test_configs_are_needed(configs):
+    with pytest.raises(ak.ConfigError, match=r"parametrize_with_checks needs a list of configs, such as \[MyConfig"):
+        parametrize_with_checks(configs)
+
+
+def test_checks_say_what_they_check():
+    for name, check in all_checks().items():
+        assert check.__doc__, name
+        assert check.__doc__.strip().endswith("."), name
+
+
+@pytest.mark.parametrize("missing", ["pytest", "hypothesis"])
+def test_without_pytest_or_hypothesis_there_is_a_clear_error(missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import adapterkit\n"
+        "try: import adapterkit.testing\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    assert done.stdout == (
+        f"adapterkit.testing needs pytest and hypothesis, and {missing} is not installed: pip install pytest hypothesis.\n"
+    )
+
+
+def test_the_core_imports_neither_pytest_nor_hypothesis():
+    code = "import sys, adapterkit; print([m for m in ('pytest', 'hypothesis') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    assert done.stdout == "[]\n"
+
+
+def _environment() -> dict[str, str]:
+    return {"PYTHONPATH": ":".join(dict.fromkeys(p for p in sys.path if p)), "PATH": ""}

@@ -1,0 +1,132 @@
+"""Foreign packages, built, installed into a fresh environment, and used through their entry points alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.thirdparty.environment import HERE, PACKAGES, ROOT, Environment
+
+import adapterkit as ak
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    made = Environment(tmp_path_factory.mktemp("environment") / "venv")
+    made.install(*PACKAGES.values())
+    return made
+
+
+@pytest.fixture(scope="module")
+def odd(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two more packages: one claims the name `outer` as well, one cannot be imported."""
+    projects, target = tmp_path_factory.mktemp("projects"), tmp_path_factory.mktemp("odd")
+    for name, entry, code in (("outer_too", "outer", None), ("broken", "broken", "import not_installed_anywhere\n")):
+        project = shutil.copytree(PACKAGES["outer"], projects / name)
+        module = project / f"adapterkit_{name}.py"
+        (project / "adapterkit_outer.py").rename(module)
+        if code is not None:
+            module.write_text(code, encoding="utf-8")
+        text = (project / "pyproject.toml").read_text(encoding="utf-8")
+        text = text.replace("adapterkit-outer", f"adapterkit-{name}").replace("adapterkit_outer", f"adapterkit_{name}")
+        text = text.replace("outer = ", f"{entry} = ")
+        (project / "pyproject.toml").write_text(text, encoding="utf-8")
+        environment.install(project, target=target)
+    return target
+
+
+def test_they_are_announced_and_imported_when_asked_for(environment: Environment) -> None:
+    code = """
+        import sys
+        import adapterkit as ak
+        print({name: str(found) for name, found in ak.methods().items() if name in ("ia3", "outer", "oft", "lokr")})
+        print([name for name in sys.modules if name.startswith("adapterkit_")])
+        print(ak.config("ia3", feedforward_modules=["x"]).feedforward_modules, ak.method("outer"))
+    """
+    announced, imported, used = environment.run(code).splitlines()
+    assert eval(announced) == {
+        "ia3": "ia3 (adapterkit-ia3 1.0.0)",
+        "lokr": "lokr (adapterkit-lokr 1.0.0)",
+        "oft": "oft (adapterkit-oft 1.0.0)",
+        "outer": "outer (adapterkit-outer 0.1)",
+    }
+    assert imported == "[]"
+    assert used == "('x',) <method 'outer' from adapterkit-outer 0.1>"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_each_passes_its_own_tests(environment: Environment, name: str, tmp_path: Path) -> None:
+    """Its tests are the kit, and run where only the installed package is."""
+    tests = shutil.copytree(PACKAGES[name], tmp_path / "project", ignore=shutil.ignore_patterns("adapterkit_*"))
+    code = "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--rootdir', *sys.argv[1:]]))"
+    assert " passed" in environment.run(code, str(tests), str(tests))
+
+
+def test_a_real_task(environment: Environment, tmp_path: Path) -> None:
+    code = (HERE / "real_task.py").read_text(encoding="utf-8")
+    assert environment.run(code, str(tmp_path), path=[ROOT / "examples"]).endswith("all is well\n")
+
+
+def test_two_packages_with_one_name_are_an_error_for_who_asks_for_it(environment: Environment, odd: Path) -> None:
+    code = """
+        import adapterkit as ak
+        for name in ("outer", "ia3"):
+            try: print(ak.method(name))
+            except ak.PluginError as error: print(error)
+    """
+    first, second = environment.run(code, path=[odd]).splitlines()
+    assert first == (
+        "Two packages provide the method 'outer': adapterkit-outer (adapterkit_outer) and adapterkit-outer_too "
+        "(adapterkit_outer_too). Uninstall one of them."
+    )
+    assert second == "<method 'ia3' from adapterkit-ia3 1.0.0>"
+
+
+def test_a_broken_package_breaks_only_itself(environment: Environment, odd: Path) -> None:
+    code = """
+        import torch
+        import adapterkit as ak
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        adapters = ak.attach(model)
+        try: ak.config("broken")
+        except ak.PluginError as error: print(error)
+        print(adapters.add("a", ak.config("ia3", target_modules=["0"])).targets)
+    """
+    broken, good = environment.run(code, path=[odd]).splitlines()
+    assert broken == (
+        "The method 'broken' of adapterkit-broken 0.1 cannot be imported from 'adapterkit_broken': ModuleNotFoundError: "
+        "No module named 'not_installed_anywhere'. Other methods are not affected; reinstall or remove that package, or "
+        "set ADAPTERKIT_DISABLE_PLUGINS=broken."
+    )
+    assert good == "('0',)"
+
+
+def test_a_blocked_package_is_not_there(environment: Environment) -> None:
+    code = """
+        import adapterkit as ak
+        try: ak.method("outer")
+        except ak.UnknownNameError as error: print(error)
+        print(ak.method("ia3").name)
+    """
+    blocked, good = environment.run(code, ADAPTERKIT_DISABLE_PLUGINS="outer,broken").splitlines()
+    assert blocked.startswith("No adapter method 'outer'.")
+    assert "It is switched off by ADAPTERKIT_DISABLE_PLUGINS." in blocked
+    assert good == "ia3"
+
+
+def test_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a notebook: the module is there, and nobody installed it."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(PACKAGES["outer"]))
+    import adapterkit_outer
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ak.register(adapterkit_outer)
+    try:
+        adapters = ak.attach(model)
+        adapters.add("a", ak.config("outer", target_modules=["0"]))
+        assert [name for name, _ in adapters.named_parameters("a")] == ["0.outer_u", "0.outer_v"]
+    finally:
+        ak.default_registry.unregister("outer")
