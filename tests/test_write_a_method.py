@@ -18,7 +18,7 @@ from adapterkit import hookspecs
 from adapterkit.contract import _hook_names
 
 TUTORIAL = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
-FILES = {name: text for name, text in re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", TUTORIAL, re.M | re.S)}
+FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_the_reference_of_hooks_is_what_the_docstrings_say() -> None:
 
 def test_the_reference_has_every_hook_and_argument() -> None:
     page = build_hookspecs.PAGE.read_text(encoding="utf-8")
-    heads = re.findall(r"^## `(\w+)`\n\n```python\n\w+\(([^\n]*)\) -> [^\n]+\n```\n\n(.+?)(?=\n## |\Z)", page, re.M | re.S)
+    heads = re.findall(
+        r"^## `(\w+)`\n\n```python\n\w+\(([^\n]*)\) -> [^\n]+\n```\n\n(.+?)(?=\n## |\Z)", page, re.MULTILINE | re.DOTALL
+    )
     assert sorted(name for name, _, _ in heads) == sorted(_hook_names())
     for name, arguments, text in heads:
         spec = getattr(hookspecs, name)

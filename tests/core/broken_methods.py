@@ -303,4 +303,3 @@ BROKEN: dict[type[Outer], str] = {
     LeavesAHook: "check_detach_restores",
     OneParameterForAll: "check_two_adapters_of_one_method",
 }
-

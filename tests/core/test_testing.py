@@ -86,7 +86,9 @@ def test_a_failure_is_told_in_sentences():
     first, contract, here = str(caught.value).splitlines()
     assert first == "check_merged_equals_adapted failed for OuterConfig(scale=0.25)."
     assert contract.startswith("The contract: A merged adapter gives the outputs that it gave active")
-    assert here.startswith("Here: The outputs after merging on Linear layers in float64: expected equality within 1e-09")
+    assert here.startswith(
+        "Here: The outputs after merging on Linear layers in float64: expected equality within 1e-09"
+    )
     assert "they differ by up to" in here
 
 
@@ -129,7 +131,7 @@ def test_expected_failures_are_strict(tmp_path):
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False, env=_environment())
     lines = [line for line in done.stdout.splitlines() if "::test_" in line and "%]" in line]
     words = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "XFAIL": "xfailed"}
-    found = {test: "" for test in "abcd"}
+    found = dict.fromkeys("abcd", "")
     for line in lines:
         test, word = line.split("::test_")[1][0], line.split("OuterConfig()]")[1].split()[0]
         found[test] += f"{words[word]} "
@@ -144,7 +146,7 @@ def test_expected_failures_are_strict(tmp_path):
 
 
 def test_an_expected_failure_must_exist():
-    with pytest.raises(ak.UnknownNameError, match="No check 'check_pickle'.*Did you mean 'check_pickles'"):
+    with pytest.raises(ak.UnknownNameError, match=r"No check 'check_pickle'.*Did you mean 'check_pickles'"):
         parametrize_with_checks([OuterConfig()], expected_failures={"check_pickle": "why"})
 
 
@@ -170,7 +172,8 @@ def test_without_pytest_or_hypothesis_there_is_a_clear_error(missing):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
     assert done.stdout == (
-        f"adapterkit.testing needs pytest and hypothesis, and {missing} is not installed: pip install pytest hypothesis.\n"
+        f"adapterkit.testing needs pytest and hypothesis, and {missing} is not installed: "
+        "pip install pytest hypothesis.\n"
     )
 
 

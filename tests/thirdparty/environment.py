@@ -44,8 +44,14 @@ class Environment:
         """What a script prints."""
         command = [str(self.python), "-c", textwrap.dedent(code), *arguments]
         # adapterkit as this process has it, which need not be the one that is installed.
-        ours = {str(Path(m.__path__[0]).parent) for n, m in sys.modules.items() if n.startswith("adapterkit") and
-                "." not in n and hasattr(m, "__path__") and n not in {f"adapterkit_{p}" for p in PACKAGES}}
+        ours = {
+            str(Path(m.__path__[0]).parent)
+            for n, m in sys.modules.items()
+            if n.startswith("adapterkit")
+            and "." not in n
+            and hasattr(m, "__path__")
+            and n not in {f"adapterkit_{p}" for p in PACKAGES}
+        }
         places = os.pathsep.join([*map(str, path), *sorted(ours)])
         return self._run(command, {"PYTHONPATH": places, **variables})
 

@@ -24,7 +24,9 @@ CONFIGS = {
 }
 texts, labels = zip(*tweet_polarity(16, 16).train, strict=True)
 source = minilm_folder()
-inputs = AutoTokenizer.from_pretrained(source)(list(texts), padding=True, truncation=True, max_length=16, return_tensors="pt")
+inputs = AutoTokenizer.from_pretrained(source)(
+    list(texts), padding=True, truncation=True, max_length=16, return_tensors="pt"
+)
 
 
 def fresh() -> torch.nn.Module:

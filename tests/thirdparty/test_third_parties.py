@@ -95,9 +95,9 @@ def test_a_broken_package_breaks_only_itself(environment: Environment, odd: Path
     """
     broken, good = environment.run(code, path=[odd]).splitlines()
     assert broken == (
-        "The method 'broken' of adapterkit-broken 0.1 cannot be imported from 'adapterkit_broken': ModuleNotFoundError: "
-        "No module named 'not_installed_anywhere'. Other methods are not affected; reinstall or remove that package, or "
-        "set ADAPTERKIT_DISABLE_PLUGINS=broken."
+        "The method 'broken' of adapterkit-broken 0.1 cannot be imported from 'adapterkit_broken': "
+        "ModuleNotFoundError: No module named 'not_installed_anywhere'. Other methods are not affected; reinstall or "
+        "remove that package, or set ADAPTERKIT_DISABLE_PLUGINS=broken."
     )
     assert good == "('0',)"
 

@@ -93,16 +93,17 @@ class Subject:
     def __str__(self) -> str:
         return f"{self.probe.name} layers in {str(self.dtype).removeprefix('torch.')}"
 
-    def out(self, model: nn.Module | None = None) -> Tensor:
+    def out(self, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The model's output, without a graph."""
         with torch.no_grad():
-            return (self.model if model is None else model)(self.inputs)  # type: ignore[no-any-return]
+            return (self.model if model is None else model)(self.inputs)
 
     def loss(self, seed: int = 0) -> Tensor:
         """A loss with a graph: the distance to a random target."""
         out = self.model(self.inputs)
         target = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-        return ((out - target) ** 2).float().mean()
+        loss: Tensor = ((out - target) ** 2).float().mean()
+        return loss
 
     def train(self, name: str | None = None, *, seed: int = 0, steps: int = 4) -> Subject:
         """Activate one adapter (the first) and train it for some steps, so that it changes the outputs."""
@@ -111,7 +112,7 @@ class Subject:
         optimizer = torch.optim.Adam(list(self.adapters.parameters(name)), lr=0.1)
         for _ in range(steps):
             optimizer.zero_grad()
-            self.loss(seed).backward()  # type: ignore[no-untyped-call]
+            self.loss(seed).backward()
             optimizer.step()
         optimizer.zero_grad()
         return self

@@ -6,9 +6,10 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import adapterkit as ak
 from adapterkit.testing.case import Case, NotApplicable, Subject, differ, expect, expect_close, expect_equal
@@ -49,7 +50,9 @@ def check_shared_tensors_are_one_copy(case: Case) -> None:
             acts = differ(before, subject.out())
             for tensor in tensors:
                 tensor.div_(2)
-            expect(acts, f"At {path!r} in {dtype}: expected a change of the shared tensors to act; the layer has a copy.")
+            expect(
+                acts, f"At {path!r} in {dtype}: expected a change of the shared tensors to act; the layer has a copy."
+            )
 
 
 def check_deepcopy_is_independent(case: Case) -> None:
@@ -94,8 +97,6 @@ def check_compiles(case: Case) -> None:
             expect_close(other, one, f"The compiled model's gradients on {subject}", torch.float32)
 
 
-def _gradients(subject: Subject, model: nn.Module) -> list[Tensor]:
+def _gradients(subject: Subject, model: Callable[[Tensor], Tensor]) -> list[Tensor]:
     loss = (model(subject.inputs) ** 2).mean()
     return list(torch.autograd.grad(loss, list(subject.adapters.parameters("a"))))
-
-

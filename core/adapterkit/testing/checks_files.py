@@ -37,9 +37,13 @@ def check_file_has_exactly_its_keys(case: Case) -> None:
             subject.train().adapters.save("a", folder)
             keys = set(_read(folder))
         memory = set(subject.adapters.state_dict("a"))
-        expect(keys == memory, f"On {subject}: expected the keys of state_dict; {sorted(keys ^ memory)} are in one only.")
+        expect(
+            keys == memory, f"On {subject}: expected the keys of state_dict; {sorted(keys ^ memory)} are in one only."
+        )
         for key in strip_file_prefix(dict.fromkeys(keys, subject.plain)):
-            path, _, local = next(((p, p, key[len(p) + 1 :]) for p in TARGETS if key.startswith(p + ".")), ("", "", key))
+            path, _, local = next(
+                ((p, p, key[len(p) + 1 :]) for p in TARGETS if key.startswith(p + ".")), ("", "", key)
+            )
             right = rule.owns(local) if path else key in rule.shared
             right = right or (key.endswith(".bias") and case.config.trained_biases != "none")
             expect(right, f"On {subject}: the key {key!r} is neither a target's {rule.prefix!r} nor in {rule.shared}.")
@@ -83,7 +87,9 @@ def check_unknown_keys_are_refused(case: Case) -> None:
         prefix = case.method.key_rule(case.config).prefix
         extra = f"base_model.model.up.{prefix}not_there"
         save_file({**_read(folder), extra: subject.plain}, folder / WEIGHTS_FILE)
-        expect(_is_refused(subject, folder), f"expected a file with the unknown {extra!r} to be refused; it was loaded.")
+        expect(
+            _is_refused(subject, folder), f"expected a file with the unknown {extra!r} to be refused; it was loaded."
+        )
 
 
 def _is_refused(subject: Subject, folder: Path) -> bool:

@@ -217,5 +217,3 @@ def _bare(module: nn.Module) -> nn.Module:
 
     strip(duplicate := copy.deepcopy(module))
     return duplicate
-
-

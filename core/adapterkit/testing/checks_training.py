@@ -67,7 +67,7 @@ def check_base_is_untouched(case: Case) -> None:
         parameters = dict(subject.model.named_parameters())
         subject.model.train()
         subject.train(steps=2)
-        subject.loss().backward()  # type: ignore[no-untyped-call]
+        subject.loss().backward()
         after = subject.model.state_dict()
         for key, value in subject.before.items():
             expect(key in after, f"On {subject}: expected the base's {key!r} under its name; it is not there.")

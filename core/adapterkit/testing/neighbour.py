@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-
 from torch import Tensor, nn
 
 from adapterkit.config import AdapterConfig

@@ -1,4 +1,4 @@
-"""The models that methods are tried on: two layers of one kind, called `up` and `down`, and a third that is left alone."""
+"""The models that methods are tried on: two layers of one kind, `up` and `down`, and a third that is left alone."""
 
 from __future__ import annotations
 

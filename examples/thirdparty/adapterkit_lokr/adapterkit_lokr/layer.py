@@ -44,7 +44,8 @@ def _with_identity(matrix: Tensor) -> Pair:
 def apply_kron(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """`kron(w1, w2)` applied to the last dimension of `x`, without forming it."""
     parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
-    return (w1 @ (parts @ w2.t())).flatten(-2)
+    out: Tensor = w1 @ (parts @ w2.t())
+    return out.flatten(-2)
 
 
 class LoKrLayer(AdapterLayer):

@@ -53,7 +53,9 @@ class OFTConfig(AdapterConfig):
     def check(self) -> None:
         """See `AdapterConfig.check`."""
         if min(self.r, self.oft_block_size) < 0 or (self.r == 0) == (self.oft_block_size == 0):
-            raise ConfigError(f"One of r = {self.r} and oft_block_size = {self.oft_block_size} must be 0, the other not.")
+            raise ConfigError(
+                f"One of r = {self.r} and oft_block_size = {self.oft_block_size} must be 0, the other not."
+            )
         if not 0.0 <= self.module_dropout < 1.0:
             raise ConfigError(f"module_dropout = {self.module_dropout} must be a share, at least 0 and below 1.")
         if self.num_cayley_neumann_terms < 1:

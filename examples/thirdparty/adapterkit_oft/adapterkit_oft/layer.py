@@ -15,7 +15,8 @@ def skew(upper: Tensor, side: int) -> Tensor:
     rows, columns = torch.triu_indices(side, side, 1, device=upper.device)
     matrix = upper.new_zeros(upper.shape[0], side, side)
     matrix[:, rows, columns] = upper
-    return matrix - matrix.transpose(-2, -1)
+    lower: Tensor = matrix.transpose(-2, -1)
+    return matrix - lower
 
 
 def cayley(q: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Rotation(nn.Module):
 
 
 class OFTLayer(AdapterLayer):
-    """`base(x R)`, R block-diagonal, from `oft_R.weight (blocks, side (side - 1) / 2)`; one row if blocks are shared."""
+    """`base(x R)`, R block-diagonal, of `oft_R.weight (blocks, side (side - 1) / 2)`; one row if they are shared."""
 
     def __init__(self, target: Target, config: OFTConfig) -> None:
         super().__init__(target.kind)
