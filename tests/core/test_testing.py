@@ -59,7 +59,6 @@ def failures(config: ak.AdapterConfig, *, leave_out: str = "") -> set[str]:
 @pytest.mark.parametrize("plugin", [Outer, SharedOuter])
 def test_what_the_broken_methods_are_made_from_passes(plugin):
     with registered(plugin()) as config:
-        assert failures(config) == set()
         results = run_checks(config)
     assert {result.partition(":")[0] for result in results.values()} <= {"passed", "skipped"}
     assert results.get("check_merged_equals_adapted") == "passed"
