@@ -14,7 +14,9 @@ from tests.core.broken_methods import BROKEN, Outer, OuterConfig, SharedOuter
 import adapterkit as ak
 from adapterkit.testing import CheckFailure, all_checks, parametrize_with_checks, run_check, run_checks
 from adapterkit.testing.case import NotApplicable
+from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
 
 NAME = OuterConfig.method
 
@@ -29,6 +31,28 @@ NAME = OuterConfig.method
     ]
 )
 def test_lora(check, config):
+    check(config)
+
+
+@parametrize_with_checks(
+    [
+        LoHaConfig(),
+        LoHaConfig(r=3, alpha=2, use_effective_conv2d=True, rank_dropout=0.2, rank_pattern={"up": 2}),
+        LoHaConfig(r=2, init_weights=False, module_dropout=0.1),
+    ]
+)
+def test_loha(check, config):
+    check(config)
+
+
+@parametrize_with_checks(
+    [
+        VeraConfig(),
+        VeraConfig(r=8, save_projection=False, vera_dropout=0.1, projection_prng_key=3, bias="vera_only"),
+        VeraConfig(r=8, init_weights=False),
+    ]
+)
+def test_vera(check, config):
     check(config)
 
 

@@ -43,6 +43,11 @@ class LoHaConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """See `AdapterConfig.starts_as_identity`."""
+        return self.init_weights
+
     def check(self) -> None:
         """See `AdapterConfig.check`."""
         for name, rank in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):

@@ -47,6 +47,11 @@ class VeraConfig(AdapterConfig):
         """See `AdapterConfig.trained_biases`."""
         return "targets" if self.bias == "vera_only" else self.bias
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """See `AdapterConfig.starts_as_identity`."""
+        return self.init_weights
+
     def check(self) -> None:
         """See `AdapterConfig.check`."""
         if self.r < 1:

@@ -13,10 +13,9 @@ from adapterkit_oft.config import OFTConfig
 def skew(upper: Tensor, side: int) -> Tensor:
     """Skew-symmetric `(blocks, side, side)` from the entries above the diagonal, `(blocks, side (side - 1) / 2)`."""
     rows, columns = torch.triu_indices(side, side, 1, device=upper.device)
-    matrix = upper.new_zeros(upper.shape[0], side, side)
+    matrix: Tensor = upper.new_zeros(upper.shape[0], side, side)
     matrix[:, rows, columns] = upper
-    lower: Tensor = matrix.transpose(-2, -1)
-    return matrix - lower
+    return matrix - matrix.transpose(-2, -1)
 
 
 def cayley(q: Tensor) -> Tensor:
