@@ -168,6 +168,11 @@ def test_expected_failures_are_strict(tmp_path):
     assert "is an expected failure (known), but it does not apply: the method has no shared tensors." in done.stdout
 
 
+def test_a_check_that_says_nothing_says_why():
+    with pytest.raises(NotApplicable, match=r"^the method reads files in its own way \(from_file\)$"):
+        run_check(all_checks()["check_unknown_keys_are_refused"], LoraConfig())
+
+
 def test_an_expected_failure_must_exist():
     with pytest.raises(ak.UnknownNameError, match=r"No check 'check_pickle'.*Did you mean 'check_pickles'"):
         parametrize_with_checks([OuterConfig()], expected_failures={"check_pickle": "why"})

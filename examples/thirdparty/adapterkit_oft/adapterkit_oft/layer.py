@@ -21,7 +21,8 @@ def skew(upper: Tensor, side: int) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """`(I - Q) (I + Q)^-1`, orthogonal for skew-symmetric Q."""
     one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
-    return torch.linalg.solve(one + q, one - q, left=False)
+    turned: Tensor = torch.linalg.solve(one + q, one - q, left=False)
+    return turned
 
 
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
