@@ -159,8 +159,8 @@ class BufferNotSaved(Outer):
             self.register_buffer("outer_gain", torch.rand(()), persistent=False)
 
         def factors(self):
-            up, down, _ = super().factors()
-            return ak.Factors(up * self.outer_gain, down)
+            right = super().factors()
+            return ak.Factors(right.up * self.outer_gain, right.down)
 
 
 class NotPicklable(Outer):
@@ -248,8 +248,9 @@ class DependsOnTheWeight(Outer):
             self.module = [target.module]
 
         def factors(self):
-            up, down, _ = super().factors()
-            return ak.Factors(up * self.module[0].weight.detach().norm().to(up.dtype), down)
+            right = super().factors()
+            norm = self.module[0].weight.detach().norm().to(right.up.dtype)
+            return ak.Factors(right.up * norm, right.down)
 
 
 class CopiesItselfNot(Outer):
@@ -261,8 +262,8 @@ class CopiesItselfNot(Outer):
 class TrainsNothing(Outer):
     class layer(OuterLayer):
         def delta(self, x):
-            up, down, _ = self.factors()
-            return self.kind.apply(x, ak.Factors(up, down.detach()))
+            right = self.factors()
+            return self.kind.apply(x, ak.Factors(right.up, right.down.detach()))
 
 
 class SavesTooMuch(Outer):

@@ -111,7 +111,7 @@ def _answer(case: Case, subject: Subject, path: str, weight: Tensor, bias: Tenso
     layer = subject.layer(path)
     factors = case.method.factors(layer)
     if factors is not None:
-        return [t.clone() for t in factors if t is not None]
+        return [t.clone() for t in factors if isinstance(t, Tensor)]
     try:
         return [t.clone() for t in case.method.merge(layer, weight, bias) if t is not None]
     except UnsupportedError:

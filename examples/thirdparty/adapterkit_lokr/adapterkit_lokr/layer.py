@@ -118,8 +118,8 @@ class LoKrLayer(AdapterLayer):
 
     def factors(self) -> Factors:
         """The exact `dW` in factors."""
-        up, down, _ = kron_factors(self.first(), self.second())
-        return Factors(up * self.scaling, down)
+        found = kron_factors(self.first(), self.second())
+        return Factors(found.up * self.scaling, found.down)
 
 
 @torch.no_grad()
