@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, Target
+from adapterkit import AdapterLayer, Factors, LayerKind, Target
 from adapterkit_lokr.config import LoKrConfig
 
 Pair = tuple[Tensor, Tensor]
@@ -32,7 +33,12 @@ def kron_factors(w1: Tensor | Pair, w2: Tensor | Pair) -> Factors:
         w1 = _with_identity(w1)
     if isinstance(w2, Tensor):
         w2 = _with_identity(w2)
-    return Factors(torch.kron(w1[0], w2[0]), torch.kron(w1[1].contiguous(), w2[1].contiguous()))
+    return Factors(_kron(w1[0], w2[0]), _kron(w1[1], w2[1]))
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.kron` of two matrices, which fails on transposed ones."""
+    return (a[:, None, :, None] * b[None, :, None, :]).reshape(a.shape[0] * b.shape[0], -1)
 
 
 def _with_identity(matrix: Tensor) -> Pair:
@@ -46,6 +52,26 @@ def apply_kron(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
     out: Tensor = w1 @ (parts @ w2.t())
     return out.flatten(-2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer is split: `rows = (a, b)`, `columns = (c, d)`, and which of w1 and w2 is decomposed."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    kernel: tuple[int, ...]
+    decomposes: tuple[bool, bool]
+    effective: bool
+
+    @classmethod
+    def of(cls, kind: LayerKind, r: int, config: LoKrConfig) -> Layout:
+        """The layout of a layer of this kind at rank `r`."""
+        _, channels, *kernel = kind.down_shape(1)
+        rows, columns = split(kind.out_features, config.decompose_factor), split(channels, config.decompose_factor)
+        decomposes = (config.decompose_both and r < max(rows[0], columns[0]) / 2, r < max(rows[1], columns[1]) / 2)
+        effective = decomposes[1] and config.use_effective_conv2d and math.prod(kernel) > 1
+        return cls(rows, columns, tuple(kernel), decomposes, effective)
 
 
 class LoKrLayer(AdapterLayer):
@@ -64,19 +90,17 @@ class LoKrLayer(AdapterLayer):
         self.r, self.scaling = r, scaling
         self.rank_dropout, self.rank_dropout_scale = config.rank_dropout, config.rank_dropout_scale
         self.module_dropout = config.module_dropout
-        _, channels, *kernel = target.kind.down_shape(1)
-        self.is_plain = not kernel and not target.kind.lookup
-        a, b = split(target.out_features, config.decompose_factor)
-        c, d = split(channels, config.decompose_factor)
-        self.decomposes = (config.decompose_both and r < max(a, c) / 2, r < max(b, d) / 2)
-        self.effective = self.decomposes[1] and config.use_effective_conv2d and math.prod(kernel) > 1
+        layout = Layout.of(target.kind, r, config)
+        self.decomposes, self.effective = layout.decomposes, layout.effective
+        self.is_plain = not layout.kernel and not target.kind.lookup
+        (a, b), (c, d) = layout.rows, layout.columns
         if self.decomposes[0]:
             self.lokr_w1_a, self.lokr_w1_b = target.empty(a, r), target.empty(r, c)
         else:
             self.lokr_w1 = target.empty(a, c)
-        self._make_w2(target, b, d, kernel)
+        self._make_w2(target, b, d, layout.kernel)
 
-    def _make_w2(self, target: Target, b: int, d: int, kernel: list[int]) -> None:
+    def _make_w2(self, target: Target, b: int, d: int, kernel: tuple[int, ...]) -> None:
         r = self.r
         if not self.decomposes[1]:
             self.lokr_w2 = target.empty(b, d, *kernel)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, PatternTable, Target, hookimpl
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
+from adapterkit_lokr import foreign
 from adapterkit_lokr.config import LoKrConfig
 from adapterkit_lokr.layer import LoKrLayer, initialise
 
@@ -25,6 +30,18 @@ def inject(target: Target, config: LoKrConfig) -> AdapterLayer:
     if not target.load:
         initialise(layer, config)
     return layer
+
+
+@hookimpl
+def from_file(
+    config: LoKrConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> Mapping[str, Tensor]:
+    return foreign.renamed(config, tensors, layers)
+
+
+@hookimpl
+def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> AdapterConfig | None:
+    return foreign.config_of(tensors, layers)
 
 
 @hookimpl
