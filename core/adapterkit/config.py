@@ -37,6 +37,13 @@ class AdapterConfig:
         task_type, base_model_name_or_path, revision: kept for the file; they change nothing.
         extra: fields of a file that are not known here, at values that change nothing; written back.
 
+    Class attributes of a method's config:
+        method: its name, that of the entry point.
+        default_targets: `target_modules` by `model_type`, where it differs from the table of all methods.
+        not_implemented: PEFT's fields that it does not have, with the values at which they change nothing.
+        not_in_files: fields above that PEFT's config of the method lacks.
+        starts_as_identity: whether a new adapter changes no output; a property where that depends on a field.
+
     Raises:
         ConfigError: a value of the wrong type or out of range.
         UnsupportedError: a field of PEFT's that this library does not implement.

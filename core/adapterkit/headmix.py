@@ -41,8 +41,8 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
     if choice is None:
         listed = ", ".join(f"heads={name!r}" for name in [*(o.name for o in owners), *CHOICES])
         raise ConfigError(
-            f"{', '.join(repr(o.name) for o in owners)} have heads, and which the result is to have is not said. "
-            f"Choose one of {listed}."
+            f"There are heads ({', '.join(repr(o.name) for o in owners)}), and which the result is to have is not "
+            f"said. Choose one of {listed}."
         )
     return _average(owners) if choice == "average" else _concat(owners)
 

@@ -95,8 +95,9 @@ def factors(layer: AdapterLayer) -> Factors | None:
 def merge(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Merge rule of any other method: the weight and bias after the adapter is worked in.
 
-    Pure: `weight`, canonical `(out, in)` in float32, and `bias` `(out,)` are not changed. `None`, the
-    default, says that this method cannot be merged.
+    Pure: `weight`, canonical `(out, in)` in float32, and `bias` `(out,)` are not changed. The bias comes back as
+    a tensor of its shape, or as `None` where the layer has none: a merge cannot give it one. `None` in place of the
+    pair says that this layer cannot be merged; without this hook no layer of the method can.
     """
 
 

@@ -262,7 +262,7 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
             if factors.bias is not None and bias is not None:
                 bias = bias + factors.bias.to(bias.dtype)
         else:
-            weight, bias = default_registry.method_of(record.config).merge(layer, weight, bias)
+            weight, bias = default_registry.method_of(record.config).merge(layer, weight, bias, where=repr(change.path))
     for trained in change.biases:
         assert bias is not None
         assert own is not None

@@ -64,17 +64,23 @@ class Method:
         """See `hookspecs.factors`."""
         return self._call("factors", Factors, layer=layer)
 
-    def merge(self, layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `hookspecs.merge`; `weight` must come back with its shape.
+    def merge(
+        self, layer: AdapterLayer, weight: Tensor, bias: Tensor | None, *, where: str = "this layer"
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `hookspecs.merge`; `where` names the layer in messages.
 
         Raises:
             UnsupportedError: the method says that this layer cannot be merged.
+            PluginError: it gave a weight or a bias of another shape, or a bias where there is none.
         """
         found = self._call("merge", tuple, layer=layer, weight=weight, bias=bias)
         if found is None:
-            raise UnsupportedError(f"The method {self.name!r} cannot merge this layer. Leave it active.")
+            raise UnsupportedError(f"The method {self.name!r} cannot merge {where}. Leave the adapter active.")
         if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].shape != weight.shape:
             raise self._fault("merge", "must return (weight, bias), the weight of the shape it was given")
+        if getattr(found[1], "shape", None) != getattr(bias, "shape", None):
+            given = "None, for there is none" if bias is None else f"a tensor of shape {tuple(bias.shape)}"
+            raise self._fault("merge", f"must return as the bias of {where} {given}; to refuse, return None alone")
         return found
 
     def to_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

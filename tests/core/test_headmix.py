@@ -178,8 +178,8 @@ ERRORS: dict[str, tuple[Any, str | None, str]] = {
     "no choice": (
         classifier,
         None,
-        r"'t0', 't1' have heads, and which the result is to have is not said\. Choose one of heads='t0', heads='t1', "
-        r"heads='average', heads='concat', heads='drop'\.",
+        r"There are heads \('t0', 't1'\), and which the result is to have is not said\. Choose one of "
+        r"heads='t0', heads='t1', heads='average', heads='concat', heads='drop'\.",
     ),
     "unknown": (classifier, "mean", r"No choice of heads 'mean'\. There is: 'average', 'concat', 'drop', 't0', 't1'"),
     "average of sizes": (

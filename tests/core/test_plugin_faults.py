@@ -33,6 +33,11 @@ FAULTS: list[tuple[str, Any, str]] = [
         "merge must return (weight, bias), the weight of the shape it was given.",
     ),
     ("merge", lambda **_: (None, None), "merge must return (weight, bias), the weight of the shape it was given."),
+    (
+        "merge",
+        lambda weight, bias, **_: (weight, torch.zeros(1) if bias is None else None),
+        "merge must return as the bias of '1' a tensor of shape (4,); to refuse, return None alone.",
+    ),
 ]
 
 

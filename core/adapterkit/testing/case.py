@@ -193,7 +193,9 @@ class Case:
         if not taken and refusal is not None:
             raise refusal
         if not yielded:
-            raise NotApplicable("no layer kind that the method takes has what this check is about")
+            raise NotApplicable(
+                "the method takes no layer that this check is about (it may be for additive methods only)"
+            )
 
     def additive(self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("a",)) -> Iterator[Subject]:
         """`subjects` where the adapter layers are additive."""
