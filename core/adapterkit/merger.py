@@ -41,7 +41,8 @@ class Merger(Storage):
             safe: check for values that are not finite, and change nothing if there is one.
             keep_base: keep the replaced weights, for `unmerge`; `False` saves that memory.
             untie: give a target whose weight is tied to another module a weight of its own.
-            heads: whose head acts, where two have their own copy of one module.
+            heads: whose head acts, where two have their own copy of one module; `None`: the one that acts now, if
+                all of these are active.
 
         Raises:
             StateError: merged already, weights that are tied or not in memory, or values that are not finite.
@@ -49,6 +50,8 @@ class Merger(Storage):
         """
         records = self._to_merge(names)
         rest = [self._record(n) for n in self.active if n not in names]
+        if heads is None and set(names) <= set(self.active) and self._active.heads:
+            heads = self._active.heads[-1]  # which one acts was settled when they were activated
         acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
         walk = Walk(self.model)
         changes = plan(records, walk, untie=untie)

@@ -112,7 +112,7 @@ def acting_heads(records: Sequence[AdapterRecord], chosen: str | None) -> tuple[
             if other != record.name and chosen is None:
                 raise ConfigError(
                     f"{other!r} and {record.name!r} each have their own {path!r}, and only one can act. Say which: "
-                    f"activate(..., heads={other!r})."
+                    f"heads={other!r}."
                 )
     for path, name in owners.items():
         _warn_of_passed_over(path, name, records)

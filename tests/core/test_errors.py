@@ -464,7 +464,7 @@ ON_NET = {
     "two heads": case(
         lambda m: ak.attach(m).activate("a", "b"),
         ak.ConfigError,
-        "'a' and 'b' each have their own 'head', and only one can act. Say which: activate(..., heads='a').",
+        "'a' and 'b' each have their own 'head', and only one can act. Say which: heads='a'.",
     ),
     "heads of another": case(
         lambda m: ak.attach(m).activate("a", heads="b"),

@@ -303,7 +303,7 @@ def test_two_heads_for_one_module_are_an_error_that_says_how_to_choose() -> None
     with pytest.raises(ak.ConfigError) as error:
         adapters.activate("a", "b")
     assert str(error.value) == (
-        "'a' and 'b' each have their own 'classifier', and only one can act. Say which: activate(..., heads='a')."
+        "'a' and 'b' each have their own 'classifier', and only one can act. Say which: heads='a'."
     )
     assert adapters.active == ("b",)
 

@@ -391,3 +391,17 @@ def test_trained_biases_are_not_added_onto_merged_ones() -> None:
     with pytest.raises(ak.StateError, match=r"'b' trains biases, .* others' are merged into those now"):
         adapters.add("b", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))
     assert adapters.names == ("a",)
+
+
+def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
+    model = classifier()
+    adapters = ak.attach(model)
+    for name in "ab":
+        adapters.add(name, LoraConfig(target_modules=["query"], init_lora_weights=False), num_labels=3 + ord(name) - 96)
+    with pytest.raises(ak.ConfigError, match=r"'a' and 'b' each have their own 'classifier', .* heads='a'\."):
+        adapters.merge("a", "b")
+    adapters.activate("a", "b", trainable=False, heads="a")
+    expected = model(IDS).logits
+    adapters.merge("a", "b")
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert model.config.num_labels == 4
