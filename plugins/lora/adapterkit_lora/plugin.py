@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
@@ -22,6 +20,7 @@ from adapterkit import (
     PatternTable,
     Target,
     hookimpl,
+    with_patterns,
 )
 from adapterkit_lora import foreign
 from adapterkit_lora.config import LoraConfig
@@ -62,11 +61,10 @@ def factors(layer: LoraLayer) -> Factors | None:
 @hookimpl
 def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> LoraConfig:
     """Scaling 1 everywhere, `lora_alpha = r`; patterns where the rank is not the most frequent one."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    rank, others = with_patterns(ranks)
     return LoraConfig(
-        r=common,
-        lora_alpha=common,
+        r=rank,
+        lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=others,
         lora_bias=bias,
