@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.combining import scaling_method
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -275,47 +276,9 @@ def test_untie_gives_the_target_a_weight_of_its_own_until_unmerge(tmp_path: Path
     assert model.config.tie_word_embeddings is True
 
 
-def scaling_method() -> ModuleType:
-    """Multiplies outputs by learned factors: not additive, so it has a merge rule of its own."""
-
-    class ScaleConfig(ak.AdapterConfig):
-        method = "scale"
-
-    class ScaleLayer(ak.AdapterLayer):
-        def __init__(self, target: ak.Target) -> None:
-            super().__init__(target.kind)
-            self.scale_out = target.empty(target.out_features)
-            if not target.load:
-                nn.init.ones_(self.scale_out)
-
-        def forward(self, x: Tensor, base: object) -> Tensor:
-            return base(x) * self.kind.spread(self.scale_out)
-
-    @ak.hookimpl
-    def config_type() -> type[ak.AdapterConfig]:
-        return ScaleConfig
-
-    @ak.hookimpl
-    def key_rule(config: ak.AdapterConfig) -> ak.KeyRule:
-        return ak.KeyRule(prefix="scale_")
-
-    @ak.hookimpl
-    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return ScaleLayer(target)
-
-    @ak.hookimpl
-    def merge(layer: ak.AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = layer.scale_out.detach().to(weight.dtype)
-        return weight * scale[:, None], None if bias is None else bias * scale
-
-    plugin = ModuleType("scale_plugin")
-    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, merge=merge, config=ScaleConfig)
-    return plugin
-
-
 @pytest.fixture
 def scale() -> Iterator[ModuleType]:
-    plugin = scaling_method()
+    plugin = scaling_method(mergeable=True)
     ak.register(plugin)
     yield plugin
     ak.default_registry.unregister("scale")
