@@ -37,6 +37,19 @@ def numerical_rank(s: Tensor, size: int) -> int:
     return int((s > s.max() * size * torch.finfo(s.dtype).eps).sum()) if len(s) else 0
 
 
+def count_for(s: Tensor, energy: float) -> int:
+    """The fewest leading values of `s`, at least one, with this share of the sum of squares."""
+    squares = _squares(s)
+    reached = squares.cumsum(0) >= energy * float(squares.sum()) * (1 - 1e-12)
+    return int(reached.int().argmax()) + 1 if bool(reached.any()) and bool(squares.any()) else max(len(s), 1)
+
+
+def _squares(s: Tensor) -> Tensor:
+    """Squares in proportion: divided by the largest value first, because those of extreme values are 0 or inf."""
+    s_max = float(s.max()) if len(s) else 0.0
+    return (s.cpu().double() / (s_max or 1.0)).square()
+
+
 def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
     """Factors of `u diag(s) vh` that share the singular values evenly: `up = u sqrt(s)`, `down = sqrt(s) vh`."""
     root = s.sqrt()
@@ -61,13 +74,11 @@ def keep(
     u: Tensor, s: Tensor, vh: Tensor, bias: Tensor | None, *, rank: int | None, energy: float | None
 ) -> tuple[Factors, float]:
     """The leading part of a singular value decomposition, at least one value of it; see `truncate`."""
-    s_max = float(s.max()) if len(s) else 0.0
-    squares = (s.cpu().double() / (s_max or 1.0)).square()  # divided first: squares of extreme values are 0 or inf
+    squares = _squares(s)
     total = float(squares.sum())
     count = len(s) if rank is None else min(rank, len(s))
-    if energy is not None and total > 0:
-        reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
-        count = min(count, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(s))
+    if energy is not None:
+        count = min(count, count_for(s, energy))
     count = max(count, 1)
     left_out = float(squares[count:].sum())
     kept = balanced(u[:, :count], s[:count], vh[:count])
