@@ -80,9 +80,9 @@ class Activation(Roster):
         self._set_active(tuple(n for n in names if n not in merged), own_heads + heads)
 
     def _set_active(self, names: tuple[str, ...], heads: tuple[str, ...]) -> None:
-        self._active.names = tuple(n for n in names if n in self._records)
-        self._active.heads = tuple(n for n in heads if n in self._records)
-        self._live.follow_labels(self._records, self._active.heads)
+        names, heads = (tuple(n for n in group if n in self._records) for group in (names, heads))
+        self._active.become(names, heads)
+        self._live.follow_labels(self._records, heads)
 
     def _set_trainable(self, names: tuple[str, ...]) -> None:
         names = tuple(n for n in names if n in self._records)

@@ -10,32 +10,17 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
 
-from adapterkit import offload
-from adapterkit.errors import SelectionError, StateError
-from adapterkit.keys import BIASES, CONTAINERS, HEADS, LAYERS
+from adapterkit.dispatch import ACTIVE, Active, run
+from adapterkit.errors import StateError
+from adapterkit.keys import CONTAINERS
 
-_ACTIVE = "_adapter_active"
 _classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-
-
-class Active:
-    """Which adapters act now. One per model, read by every adapted module in each forward.
-
-    Attributes:
-        names: active adapters; the first is the innermost.
-        heads: those of them whose heads act.
-    """
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.heads: tuple[str, ...] = ()
 
 
 class Slots(nn.Module):
@@ -72,7 +57,7 @@ def _no_hook(module: nn.Module, args: object) -> None:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether some adapter is installed at this very module."""
-    return _ACTIVE in module.__dict__
+    return ACTIVE in module.__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -91,6 +76,7 @@ def install(module: nn.Module, container: str, name: str, part: nn.Module, activ
     slots.training = module.training
     part.train(module.training)
     slots[name] = part
+    active.replan(module)
 
 
 def uninstall(module: nn.Module, container: str, name: str) -> None:
@@ -98,6 +84,7 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
     slots = module._modules[container]
     assert isinstance(slots, Slots)
     del slots[name]
+    module.__dict__[ACTIVE].replan(module)
     if not len(slots):
         del module._modules[container]
     if not any(c in module._modules for c in CONTAINERS):
@@ -106,7 +93,7 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:
     """Raise `StateError` if `module` cannot be adapted by the holder of `active`."""
-    owner = module.__dict__.get(_ACTIVE)
+    owner = module.__dict__.get(ACTIVE)
     if owner is not None and owner is not active:
         raise StateError(
             f"{path!r} is already adapted through another model that shares it. "
@@ -139,83 +126,6 @@ def strip(root: nn.Module) -> None:
             _release(module)
 
 
-def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`original(*args, **kwargs)` with the active heads, biases and adapter layers of `module` at work."""
-    active: Active | None = getattr(module, _ACTIVE, None)
-    if active is None or not (active.names or active.heads):  # None: our class, kept by a wrapper's class
-        return original(*args, **kwargs)
-    parts = module._modules
-    names = active.names
-    for head, owner in _of(parts.get(HEADS), active.heads):
-        # In place of the module for everyone: what others change in it has nothing to act on.
-        original, names = head, tuple(n for n in active.names if n == owner)
-    layers = [layer for layer, _ in _of(parts.get(LAYERS), names)]
-    biases = [bias for bias, _ in _of(parts.get(BIASES), names)]
-    if not (layers or biases) or not (args or kwargs):
-        return original(*args, **kwargs)
-    if not args:  # the input came by keyword
-        original, x = _by_keyword(original, kwargs)
-        args = (x,)
-    base = _Inner(original, args[1:], kwargs)
-    if "_hf_hook" in module.__dict__:
-        with offload.fetched(*layers, *biases):
-            return _changed(layers, biases, base, args[0], module)
-    return _changed(layers, biases, base, args[0], module)
-
-
-def _changed(layers: list[Any], biases: list[Any], base: _Inner, x: Tensor, module: nn.Module) -> Tensor:
-    """`base(x)` with these adapter layers and trained biases at work."""
-    out, dtype = _through(layers, base, x, module)
-    for bias in biases:
-        out = out + bias.change(module.bias, out)
-    return out.to(dtype)
-
-
-def _through(
-    layers: list[Any], base: Callable[[Tensor], Any], x: Tensor, module: nn.Module
-) -> tuple[Tensor, torch.dtype]:
-    """What `layers` around `base` make of `x`, and the dtype it is to have; a sum is rounded to that once."""
-    if not all(layer.additive for layer in layers):
-        for layer in layers[:-1]:
-            base = _Inner(layer, (base,), {})
-        out = layers[-1](x, base)
-        return out, out.dtype
-    out = base(x)
-    if not isinstance(out, Tensor):
-        raise SelectionError(
-            f"A {type(module).__name__} is adapted that returns a {type(out).__name__}, and an adapter can only be "
-            "added to a tensor. Leave this layer out with exclude_modules."
-        )
-    dtype = out.dtype
-    for layer in layers:
-        out = out + layer.delta(x)
-    return out, dtype
-
-
-def _by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
-    """`original` as a function of its input, which is the first tensor in `kwargs` and is taken out of it."""
-    name = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), next(iter(kwargs)))
-    return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
-
-
-class _Inner:
-    """A callable of the input alone: what the next adapter layer gets as its `base`."""
-
-    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call, self.args, self.kwargs = call, args, kwargs
-
-    def __call__(self, x: Tensor) -> Any:
-        return self.call(x, *self.args, **self.kwargs)
-
-
-def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
-    if slots is not None:
-        for name in names:
-            part = slots._modules.get(name)
-            if part is not None:
-                yield part, name
-
-
 class _WrappedForward:
     """Stands where an instance's own `forward` stood."""
 
@@ -227,7 +137,7 @@ class _WrappedForward:
 
 
 def _adapt(module: nn.Module, active: Active) -> None:
-    module.__dict__[_ACTIVE] = active
+    module.__dict__[ACTIVE] = active
     if "forward" in module.__dict__:
         # Inside accelerate's hook, where the weights are on their device and the input has been moved.
         name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
@@ -237,7 +147,7 @@ def _adapt(module: nn.Module, active: Active) -> None:
 
 
 def _release(module: nn.Module) -> None:
-    del module.__dict__[_ACTIVE]
+    del module.__dict__[ACTIVE]
     adapted, original = type(module), original_class(module)
     if "_adapted_from" in adapted.__dict__:  # else someone made a class of our class since: leave it be
         module.__class__ = original

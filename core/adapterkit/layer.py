@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,14 +27,26 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.kind = kind
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "delta" in cls.__dict__ and "add_to" not in cls.__dict__:
+            cls.add_to = AdapterLayer.add_to  # type: ignore[method-assign] # an inherited one adds another delta
+
     def delta(self, x: Tensor) -> Tensor:
         """What this adapter adds to the layer's output for the layer's input `x`."""
         raise UnsupportedError(f"{type(self).__name__} must define delta(x) or override forward(x, base).")
 
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out + delta(x)`, not in place: the layer's output `out` with this adapter's part, in the wider dtype.
+
+        A method overrides this where it can add with less work than by making `delta(x)` first.
+        """
+        return out + self.delta(x)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The layer's output, where `base(x)` is what it is without this adapter (the layer's bias included)."""
         out = base(x)
-        return (out + self.delta(x)).to(out.dtype)
+        return self.add_to(out, x).to(out.dtype)
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a file may give the parameters named these other shapes than they have; by default not."""

@@ -84,9 +84,9 @@ class Lifecycle(Activation):
         self._live.remember(record)
         self._records = {record.name: record for record in self._records.values()}
         swap = {old: new}
-        self._active.names = tuple(swap.get(n, n) for n in self._active.names)
-        self._active.heads = tuple(swap.get(n, n) for n in self._active.heads)
-        self._trainable = tuple(swap.get(n, n) for n in self._trainable)
+        groups = (self._active.names, self._active.heads, self._trainable)
+        names, heads, self._trainable = (tuple(swap.get(n, n) for n in group) for group in groups)
+        self._active.become(names, heads)
         self._live.labels_of = swap.get(self._live.labels_of or "", self._live.labels_of)
 
     def copy(self, source: str, target: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapted import Active
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
+from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
 from adapterkit.files import CONFIG_FILE, AdapterFiles, write_folder
 from adapterkit.foreign import layers_of, of_component, passed_over, recognise

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from adapterkit.adapted import Active, install, uninstall
+from adapterkit.adapted import install, uninstall
 from adapterkit.biases import BiasLayer
 from adapterkit.config import AdapterConfig
+from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet

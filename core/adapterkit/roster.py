@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from adapterkit.adapted import Active
 from adapterkit.config import AdapterConfig
+from adapterkit.dispatch import Active
 from adapterkit.errors import ConfigError, StateError, unknown
 from adapterkit.host import Host
 from adapterkit.merging import Merged

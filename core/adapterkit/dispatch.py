@@ -1,0 +1,170 @@
+"""Dispatch: what acts at a module now, and the module's forward with it at work.
+
+This is in every forward of every adapted module, so it is lean: what acts at a module (`Plan`) is decided once
+for each state of the model (`State`), at the module's first forward in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import offload
+from adapterkit.errors import SelectionError
+from adapterkit.keys import BIASES, HEADS, LAYERS
+
+ACTIVE = "_adapter_active"
+
+
+class State:
+    """Which adapters act, while they do: never changed, but replaced by another.
+
+    Attributes:
+        names: active adapters; the first is the innermost.
+        heads: those of them whose heads act.
+        idle: nothing acts.
+        plans: what acts at each module, by the module's `id`; each plan holds its module, so no `id` comes again.
+    """
+
+    def __init__(self, names: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> None:
+        self.names, self.heads = names, heads
+        self.idle = not (names or heads)
+        self.plans: dict[int, Plan] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles make their plans themselves.
+        return State, (self.names, self.heads)
+
+    def plan(self, module: nn.Module) -> Plan:
+        """What acts at `module`.
+
+        Compiled, it is decided at each compilation: what is kept for later calls would be guarded, and so compiled
+        anew in each state. The replicas of `DataParallel` live for one forward and are not kept either.
+        """
+        if torch.compiler.is_compiling():
+            return Plan(module, self)
+        found = self.plans.get(id(module))
+        if found is None:
+            found = Plan(module, self)
+            if "_is_replica" not in module.__dict__:
+                self.plans[id(module)] = found
+        return found
+
+
+class Active:
+    """Which adapters of a model act now. One per model, read by every adapted module in each forward."""
+
+    def __init__(self) -> None:
+        self.state = State()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `State`."""
+        return self.state.names
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """See `State`."""
+        return self.state.heads
+
+    def become(self, names: tuple[str, ...], heads: tuple[str, ...]) -> None:
+        """Let these act from now on. Costs the same for any number of modules: each makes its plan when called."""
+        self.state = State(names, heads)
+
+    def replan(self, module: nn.Module) -> None:
+        """The parts at `module` are others now."""
+        self.state.plans.pop(id(module), None)
+
+
+class Plan:
+    """What acts at one module in one state.
+
+    Attributes:
+        head: what stands in place of the module, if some adapter's head does.
+        layers: the adapter layers that act, the innermost first.
+        biases: the trained biases that act.
+        additive: whether all the layers are.
+    """
+
+    __slots__ = ("additive", "biases", "head", "layers", "module")
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        parts, names = module._modules, state.names
+        self.module, self.head = module, None
+        for head, owner in _of(parts.get(HEADS), state.heads):
+            # In place of the module for everyone: what others change in it has nothing to act on.
+            self.head, names = head, tuple(n for n in state.names if n == owner)
+        self.layers = [layer for layer, _ in _of(parts.get(LAYERS), names)]
+        self.biases = [bias for bias, _ in _of(parts.get(BIASES), names)]
+        self.additive = all(layer.additive for layer in self.layers)
+
+    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
+        if self.head is not None:
+            original = self.head
+        if not (self.layers or self.biases) or not (args or kwargs):
+            return original(*args, **kwargs)
+        if not args:  # the input came by keyword
+            original, x = _by_keyword(original, kwargs)
+            args = (x,)
+        base = original if len(args) == 1 and not kwargs else _Inner(original, args[1:], kwargs)
+        if "_hf_hook" in self.module.__dict__:
+            with offload.fetched(*self.layers, *self.biases):
+                return self._changed(base, args[0])
+        return self._changed(base, args[0])
+
+    def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
+        if self.additive:
+            out = base(x)
+            if not isinstance(out, Tensor):
+                raise SelectionError(
+                    f"A {type(self.module).__name__} is adapted that returns a {type(out).__name__}, and an adapter "
+                    "can only be added to a tensor. Leave this layer out with exclude_modules."
+                )
+            dtype = out.dtype
+            for layer in self.layers:
+                out = layer.add_to(out, x)
+        else:
+            for layer in self.layers[:-1]:
+                base = _Inner(layer, (base,), {})
+            out = self.layers[-1](x, base)
+            dtype = out.dtype
+        for bias in self.biases:
+            out = out + bias.change(self.module.bias, out)
+        return out if out.dtype == dtype else out.to(dtype)
+
+
+def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`original(*args, **kwargs)` with the active heads, biases and adapter layers of `module` at work."""
+    active: Active | None = module.__dict__.get(ACTIVE)
+    if active is None or active.state.idle:  # None: our class, kept by a wrapper's class
+        return original(*args, **kwargs)
+    return active.state.plan(module).run(original, args, kwargs)
+
+
+def _by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
+    """`original` as a function of its input, which is the first tensor in `kwargs` and is taken out of it."""
+    name = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), next(iter(kwargs)))
+    return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
+
+
+class _Inner:
+    """A callable of the input alone: what the next adapter layer gets as its `base`."""
+
+    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.call(x, *self.args, **self.kwargs)
+
+
+def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
+    if slots is not None:
+        for name in names:
+            part = slots._modules.get(name)
+            if part is not None:
+                yield part, name

@@ -1,0 +1,144 @@
+"""What acts at a module, kept from one forward to the next: never another state's, another module's, an old part's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tests.core.conftest import set_parameters
+from tests.models import build, run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+from adapterkit_lora.layer import LoraLayer
+
+Trained = Callable[..., ak.Adapters]
+
+
+def single(*names: str) -> tuple[nn.Linear, ak.Adapters]:
+    """One adapted linear layer, 3 -> 2, and its adapters, each with other values."""
+    layer = nn.Linear(3, 2)
+    adapters = ak.attach(nn.Sequential(layer))
+    for i, name in enumerate(names):
+        adapters.add(name, LoraConfig(r=2, target_modules=["0"]), activate=False)
+        set_parameters(adapters, name, seed=i)
+    return layer, adapters
+
+
+def test_a_forward_after_a_switch_has_the_other_adapter() -> None:
+    layer, adapters = single("a", "b")
+    x = torch.ones(1, 3)
+    base = layer(x)
+    found = {}
+    for name in ("a", "b", "a", "b"):
+        adapters.activate(name, trainable=False)
+        expected = base + layer.adapters[name].delta(x)
+        torch.testing.assert_close(layer(x), expected)
+        assert torch.equal(layer(x), found.setdefault(name, layer(x)))
+    assert not torch.equal(found["a"], found["b"])
+
+
+def test_renaming_copying_and_removing_while_active_keeps_what_acts() -> None:
+    layer, adapters = single("a", "b")
+    adapters.activate("a", "b", trainable=False)
+    x = torch.ones(1, 3)
+    both = layer(x)
+    adapters.rename("a", "c")
+    assert torch.equal(layer(x), both)
+    adapters.copy("c", "a")
+    assert torch.equal(layer(x), both)
+    adapters.remove("b")
+    torch.testing.assert_close(layer(x), nn.Linear.forward(layer, x) + layer.adapters["c"].delta(x))
+
+
+def test_a_shallow_copy_of_a_layer_has_its_own_parts() -> None:
+    layer, adapters = single("a")
+    adapters.activate("a", trainable=False)
+    x = torch.ones(1, 3)
+    expected = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name, module in replica._modules.items():
+        replica._modules[name] = copy.deepcopy(module)
+    replica._parameters.update({name: p.clone() for name, p in layer._parameters.items()})
+    for parameter in replica._modules["adapters"].parameters():
+        parameter.data.zero_()
+    assert torch.equal(replica(x), nn.Linear.forward(layer, x))
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_data_parallel_replica_is_not_kept() -> None:
+    layer, adapters = single("a")
+    adapters.activate("a", trainable=False)
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters.update(layer._parameters)
+    replica(torch.ones(1, 3))
+    gone = weakref.ref(replica)
+    del replica
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_model_that_has_run_uses_its_own_adapters(how: str, trained: Trained) -> None:
+    model = build("bert")
+    trained(model, "a", target_modules="all-linear").activate("a", trainable=False)
+    expected = run(model, "bert")
+    if how == "deepcopy":
+        again = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        again = torch.load(buffer, weights_only=False)
+    for parameter in ak.attach(again).parameters("a"):
+        parameter.data.zero_()
+    assert not torch.equal(run(again, "bert"), expected)
+    assert torch.equal(run(model, "bert"), expected)
+
+
+def test_forwards_in_several_threads_after_a_switch_agree(trained: Trained) -> None:
+    model = build("bert")
+    adapters = trained(model, "a", "b", target_modules="all-linear")
+    expected = {}
+    for name in ("a", "b"):
+        adapters.activate(name, trainable=False)
+        expected[name] = run(model, "bert")
+    for name in ("a", "b") * 3:
+        adapters.activate(name, trainable=False)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: run(model, "bert"), range(4)))
+        assert all(torch.equal(output, expected[name]) for output in found)
+
+
+def test_a_subclass_with_another_delta_does_not_inherit_the_faster_form_of_its_parents() -> None:
+    class Doubled(LoraLayer):
+        def delta(self, x: Tensor) -> Tensor:
+            return 2 * super().delta(x)
+
+    layer, adapters = single("a")
+    adapters.activate("a", trainable=False)
+    x = torch.ones(1, 3)
+    change = layer.adapters["a"].delta(x)
+    layer.adapters["a"].__class__ = Doubled
+    torch.testing.assert_close(layer(x), nn.Linear.forward(layer, x) + 2 * change)
+
+
+def test_a_faster_form_of_ones_own_is_kept() -> None:
+    class Same(ak.AdapterLayer):
+        def delta(self, x: Tensor) -> Tensor:
+            return x
+
+        def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+            return out + x
+
+    class Inherited(Same):
+        pass
+
+    assert Inherited.add_to is Same.add_to is not ak.AdapterLayer.add_to
