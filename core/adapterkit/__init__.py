@@ -5,6 +5,8 @@ from importlib.metadata import version
 from adapterkit.adapters import Adapters, attach
 from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
     AdapterError,
     AdapterWarning,
@@ -45,6 +47,7 @@ __all__ = [
     "AdapterWarning",
     "Adapters",
     "AddReport",
+    "Checkpoint",
     "CheckpointError",
     "CombineReport",
     "Combiner",
@@ -74,5 +77,6 @@ __all__ = [
     "methods",
     "register",
     "select",
+    "skeleton",
     "with_patterns",
 ]
