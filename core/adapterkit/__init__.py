@@ -5,6 +5,7 @@ from importlib.metadata import version
 from adapterkit.adapters import Adapters, attach
 from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
+from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
@@ -52,11 +53,14 @@ __all__ = [
     "CombineReport",
     "Combiner",
     "ConfigError",
+    "ExtensionInfo",
     "Factors",
     "ForeignLayers",
     "KeyRule",
     "LayerKind",
     "LoadReport",
+    "MethodInfo",
+    "MethodsReport",
     "PatternTable",
     "PluginError",
     "Registry",
@@ -70,6 +74,7 @@ __all__ = [
     "UnsupportedError",
     "attach",
     "config",
+    "describe_methods",
     "extract",
     "features",
     "hookimpl",
