@@ -5,8 +5,8 @@ from importlib.metadata import version
 from adapterkit.adapters import Adapters, attach
 from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
-from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
 from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.combination import combine_files
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
     AdapterError,
@@ -53,14 +53,11 @@ __all__ = [
     "CombineReport",
     "Combiner",
     "ConfigError",
-    "ExtensionInfo",
     "Factors",
     "ForeignLayers",
     "KeyRule",
     "LayerKind",
     "LoadReport",
-    "MethodInfo",
-    "MethodsReport",
     "PatternTable",
     "PluginError",
     "Registry",
@@ -73,8 +70,8 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "attach",
+    "combine_files",
     "config",
-    "describe_methods",
     "extract",
     "features",
     "hookimpl",

@@ -32,6 +32,7 @@ class Builder:
     Args:
         load: layers are made empty, for a file's tensors.
         dtype: of the adapter layers' parameters; `None`: the target's own, but float32 where that has less.
+        device: of all that is the adapter's; `None`: where each target computes.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Builder:
         *,
         load: bool = False,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.method, self.config, self.selection = method, config, selection
         self.walk = Walk(model)
-        self.load, self.dtype = load, dtype
+        self.load, self.dtype, self.device = load, dtype, device
         self.targets = {m.path: self._target(m) for m in selection.targets}
 
     def build(self, name: str, active: Active) -> tuple[AdapterRecord, list[str]]:
@@ -113,7 +115,7 @@ class Builder:
         weight = match.module.weight
         assert isinstance(weight, torch.Tensor)
         dtype = self.dtype or _trained_dtype(weight.dtype)
-        device = execution_device(match.module, weight)
+        device = self.device or execution_device(match.module, weight)
         return Target(match.path, match.module, match.kind, dtype, device, self.load)
 
     def _add_host(self, record: AdapterRecord, path: str, module: nn.Module, active: Active) -> None:

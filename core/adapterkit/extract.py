@@ -15,7 +15,7 @@ from adapterkit.heads import copy_head
 from adapterkit.labels import LabelSet
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
-from adapterkit.result import Changes, build_result, check_can_result
+from adapterkit.result import Changes, build_result, check_can_result, check_finite
 from adapterkit.selection import Match, select
 
 # A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
@@ -74,6 +74,7 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     for match in selection.targets:
         other = _same_layer(tuned, match)
         factors[match.path], errors[match.path] = _difference(match, other, rank, energy)
+        check_finite(name, match.path, factors[match.path])
         kinds[match.path] = match.kind
     heads = {path: copy_head(_module(tuned, path)) for path in selection.heads}
     changes = Changes(factors, kinds, {}, heads, LabelSet.of(tuned) if heads else None)

@@ -9,7 +9,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ PICKLE_FILE = "adapter_model.bin"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Another process may save to the folder while it is read (safetensors opens its file twice); then it is read again.
 _READ_ATTEMPTS = 200
+
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,16 @@ def local_path(source: object) -> Path:
         raise ConfigError(f"{source!r} is no folder: {error}") from error
 
 
-def read(place: Path) -> AdapterFiles:
-    """Read an adapter folder, or a bare file."""
-    return read_file(place) if place.is_file() else read_folder(place)
+def read(place: Path, reader: Reader | None = None) -> AdapterFiles:
+    """Read an adapter folder, or a bare file; see `read_folder`."""
+    return read_file(place, reader) if place.is_file() else read_folder(place, reader)
 
 
-def read_folder(folder: Path) -> AdapterFiles:
+def read_folder(folder: Path, reader: Reader | None = None) -> AdapterFiles:
     """Read an adapter folder. Tensors of a safetensors file are mapped, not copied.
+
+    Args:
+        reader: reads safetensors files in place of the function here.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another layout or of another format.
@@ -68,7 +74,7 @@ def read_folder(folder: Path) -> AdapterFiles:
     for attempt in range(_READ_ATTEMPTS):
         before = _versions(folder)
         try:
-            found = _read_once(folder)
+            found = _read_once(folder, reader or _read_safetensors)
         except CheckpointError:
             if _versions(folder) == before:
                 raise
@@ -91,16 +97,16 @@ def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
     return found
 
 
-def _read_once(folder: Path) -> AdapterFiles:
+def _read_once(folder: Path, reader: Reader) -> AdapterFiles:
     config = read_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
-        return AdapterFiles(folder, config, *_read_safetensors(folder / WEIGHTS_FILE))
+        return AdapterFiles(folder, config, *reader(folder / WEIGHTS_FILE))
     if (folder / PICKLE_FILE).is_file():
         return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
     raise CheckpointError(_no_weights(folder))
 
 
-def read_file(file: Path) -> AdapterFiles:
+def read_file(file: Path, reader: Reader | None = None) -> AdapterFiles:
     """Read a bare file of tensors, as other programs write them.
 
     Raises:
@@ -110,7 +116,7 @@ def read_file(file: Path) -> AdapterFiles:
         raise CheckpointError(f"{file} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     if file.suffix in _PICKLE_SUFFIXES:
         return AdapterFiles(file, None, _read_pickle(file), {})
-    return AdapterFiles(file, None, *_read_safetensors(file))
+    return AdapterFiles(file, None, *(reader or _read_safetensors)(file))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,7 +197,11 @@ def _no_weights(folder: Path) -> str:
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    writer: Writer | None = None,
 ) -> None:
     """Write an adapter folder so that at any moment it holds the old adapter whole or the new one whole.
 
@@ -200,6 +210,9 @@ def write_folder(
     change places with the old ones by one exchange of folders, other files in the folder being kept. Where
     that is not possible (not on Linux, a mount, the working directory, a file system without links) they are two
     renames, and a crash just between them leaves the new weights beside the old config.
+
+    Args:
+        writer: writes tensors and metadata to a safetensors file; `None`: safetensors' own.
 
     Raises:
         SaveError: it cannot be written there; nothing has changed.
@@ -212,7 +225,8 @@ def write_folder(
         folder = folder.resolve()  # behind a link is the folder that changes
         fresh = _new_beside(folder)
         try:
-            _write_into(fresh, text, tensors, metadata)
+            (writer or safetensors.torch.save_file)(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
+            _finish(fresh, text)
             _put(fresh, folder, text)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -235,9 +249,8 @@ def _new_beside(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
 
 
-def _write_into(folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _finish(folder: Path, text: str) -> None:
     folder.chmod(0o777 & ~umask())
-    safetensors.torch.save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
         path.chmod(0o666 & ~umask())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -170,10 +170,15 @@ class ForeignLayers:
     @property
     def target_modules(self) -> tuple[str, ...] | str:
         """What selects exactly these layers: their paths, or an expression where a path also ends another one."""
-        names = Names(self.keys)
-        if all(path in self.keys or names.match(path) is None for path in self.kinds):
-            return tuple(self.keys)
-        return "|".join(map(re.escape, self.keys))
+        return exactly(self.keys, self.kinds)
+
+
+def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | str:
+    """`target_modules` that selects these paths alone: them, or an expression where one also ends another path."""
+    names = Names(paths)
+    if all(path in paths or names.match(path) is None for path in among):
+        return tuple(paths)
+    return "|".join(map(re.escape, paths))
 
 
 def with_patterns(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:

@@ -18,7 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from adapterkit.combiners import Combiner
     from adapterkit.config import AdapterConfig
@@ -142,6 +142,20 @@ def foreign_config(
     that the file has tensors of, and the ranks and scalings those of the file; `from_file` then gets this config.
     `metadata` is the header of a safetensors file. `None`, the default: the file holds nothing of this method,
     or nothing that this model has a layer for.
+    """
+
+
+@hookspec(firstresult=True)
+def layers_in_file(tensors: Mapping[str, Tensor], config: AdapterConfig | None) -> Mapping[str, nn.Module] | None:
+    """The layers that a file's tensors are for, as far as the tensors themselves tell.
+
+    With it an adapter is inspected, combined and converted by its files alone. For each layer's path a module of the
+    right kind and sizes on the meta device, such as `nn.Linear(in, out, device="meta")`; a size that follows from a
+    tensor which is not there is 1, so that the tensor is reported as missing. Of what a linear layer and
+    a convolution may both have, a linear layer: methods see the same `(out, in)`.
+    `tensors` are on the meta device: shapes and dtypes, no values; PEFT's prefix is removed. `config` is `None` for
+    a file of another program, whose modules keep the names that they have there. `None`, the default: the tensors do
+    not tell, because they are cut to size by the layer (VeRA's are); then users have to name the base.
     """
 
 

@@ -59,6 +59,13 @@ class Slot:
         else:
             self.owner._buffers[self.name] = value
 
+    def restore(self, held: Tensor) -> None:
+        """Put the very object back that was there before."""
+        if isinstance(held, nn.Parameter):
+            self.owner._parameters[self.name] = held
+        else:
+            self.owner._buffers[self.name] = held
+
 
 def slots(record: AdapterRecord) -> dict[str, Slot]:
     """Every tensor of the adapter by its key in a file, PEFT's prefix left out."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import pluggy
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
@@ -112,6 +112,20 @@ class Method:
     ) -> AdapterConfig | None:
         """See `hookspecs.foreign_config`; what comes back is a config of this method."""
         return self._call("foreign_config", self.config_type(), tensors=tensors, layers=layers, metadata=metadata)
+
+    def layers_in_file(
+        self, tensors: Mapping[str, Tensor], config: AdapterConfig | None
+    ) -> Mapping[str, nn.Module] | None:
+        """See `hookspecs.layers_in_file`.
+
+        Raises:
+            PluginError: something that is no module, or no module's path.
+        """
+        found: Mapping[str, Any] | None = self._call("layers_in_file", _MAPPING, tensors=tensors, config=config)
+        for path, module in ({} if found is None else found).items():
+            if not isinstance(module, nn.Module) or not isinstance(path, str) or not all(path.split(".")):
+                raise self._fault("layers_in_file", f"gave {path!r}: {module!r}; it must give modules by their paths")
+        return found
 
     def _required(self, hook: str, kind: type[T], **arguments: Any) -> T:
         found = self._call(hook, kind, **arguments)

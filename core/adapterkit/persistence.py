@@ -14,7 +14,7 @@ from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
-from adapterkit.files import CONFIG_FILE, AdapterFiles, write_folder
+from adapterkit.files import CONFIG_FILE, AdapterFiles, Writer, write_folder
 from adapterkit.foreign import layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
 from adapterkit.hookspecs import METHODS_GROUP
@@ -32,9 +32,16 @@ from adapterkit.walk import Walk
 
 
 def save_record(
-    record: AdapterRecord, model: nn.Module, folder: Path, source: Mapping[str, Tensor] | None = None
+    record: AdapterRecord,
+    model: nn.Module,
+    folder: Path,
+    source: Mapping[str, Tensor] | None = None,
+    writer: Writer | None = None,
 ) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
+
+    Args:
+        source, writer: see `to_file` and `write_folder`.
 
     Raises:
         SaveError: the folder cannot be written; what was there is untouched.
@@ -47,7 +54,7 @@ def save_record(
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
     config = file_config(record, method, model).to_dict()
-    write_folder(folder, config, {k: v.contiguous() for k, v in _apart(tensors).items()}, metadata)
+    write_folder(folder, config, {k: v.contiguous() for k, v in _apart(tensors).items()}, metadata, writer)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,11 +124,16 @@ def load_record(
     files: AdapterFiles,
     active: Active,
     *,
-    strict: bool,
+    strict: bool | None,
     dtype: torch.dtype | str | None,
     component: str | None = None,
+    device: torch.device | None = None,
 ) -> tuple[AdapterRecord, LoadReport]:
     """Build the adapter that a folder or a file holds, with its values, not installed yet.
+
+    Args:
+        strict: `None`: what does not fit is in the report, and nowhere else.
+        device: of what the file does not hold; `None`: where the model computes.
 
     Raises:
         CheckpointError: with `strict`, anything missing, unexpected or mismatched.
@@ -138,7 +150,7 @@ def load_record(
     config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
     selection = select(model, config)
     given = dtype if isinstance(dtype, torch.dtype) else None
-    builder = Builder(model, method, config, selection, load=True, dtype=given)
+    builder = Builder(model, method, config, selection, load=True, dtype=given, device=device)
     record, _ = builder.build(name, active)
     embeddings = _embeddings_in_file(model, walk, record, tensors)
     for path in embeddings:
@@ -150,7 +162,8 @@ def load_record(
     if not found.report.ok:
         if strict:
             refuse(found.report, name, str(files.folder))
-        warnings.warn(f"{files.folder}: {found.report}", AdapterWarning, stacklevel=4)
+        if strict is not None:
+            warnings.warn(f"{files.folder}: {found.report}", AdapterWarning, stacklevel=4)
     dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
     put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
     builder.fill(record)

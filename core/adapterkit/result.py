@@ -51,15 +51,33 @@ def check_can_result(method: Method) -> None:
         )
 
 
-def build_result(name: str, changes: Changes, method: Method, model: nn.Module, active: Active) -> AdapterRecord:
+def check_finite(name: str, path: str, factors: Factors) -> None:
+    """Raise `StateError` if the change of the adapter to be made has values that are not finite."""
+    if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
+        raise StateError(
+            f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed; look "
+            "at the weights and at the sources' scales."
+        )
+
+
+def build_result(
+    name: str,
+    changes: Changes,
+    method: Method,
+    model: nn.Module,
+    active: Active,
+    *,
+    device: torch.device | None = None,
+) -> AdapterRecord:
     """The adapter of this method whose change at each target is the one given; not installed yet.
+
+    Args:
+        device: where it is; `None`: where the model computes.
 
     Raises:
         UnsupportedError: the method cannot express some of the changes.
-        StateError: a change with values that are not finite.
     """
     check_can_result(method)
-    _check_finite(name, changes)
     walk = Walk(model)
     ranks = {path: f.rank for path, f in changes.factors.items()}
     config = method.config_from_ranks(
@@ -68,7 +86,9 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
         trained_biases=_trained_biases(changes),
     ).replace(target_modules=short_names(changes.factors, walk.paths), modules_to_save=None)
     matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
-    builder = Builder(model, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True)
+    builder = Builder(
+        model, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
+    )
     record, _ = builder.build(name, active)
     with torch.no_grad():
         for path, factors in changes.factors.items():
@@ -79,15 +99,6 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
     return record
 
 
-def _check_finite(name: str, changes: Changes) -> None:
-    for path, factors in changes.factors.items():
-        if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
-            raise StateError(
-                f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed; look "
-                "at the weights and at the sources' scales."
-            )
-
-
 def _fill_biases(record: AdapterRecord, method: Method, changes: Changes) -> None:
     lacking = sorted(set(changes.biases) - set(record.biases))
     if lacking:
@@ -95,7 +106,8 @@ def _fill_biases(record: AdapterRecord, method: Method, changes: Changes) -> Non
             f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
         )
     for path, bias in changes.biases.items():
-        record.biases[path].bias.copy_(bias)
+        own = record.biases[path].bias
+        record.biases[path].bias = nn.Parameter(bias.to(bias.device if own.is_meta else own.device, own.dtype))
 
 
 def _trained_biases(changes: Changes) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import CheckpointError, ForeignLayers, LayerKind, PatternTable, UnsupportedError, with_patterns
 from adapterkit_loha.config import LoHaConfig
@@ -14,6 +14,7 @@ from adapterkit_loha.layer import with_kernel
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
+_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LOCALS = frozenset({*_FACTORS, *_CORES, "alpha", "scalar", "dora_scale"})
 
 
@@ -73,6 +74,31 @@ def renamed(config: LoHaConfig, tensors: Mapping[str, Tensor], layers: Mapping[s
             values = _in_form(found, path, config, values)
         result |= {f"{path}.{local}": tensor for local, tensor in values.items()}
     return result
+
+
+def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The layers that the factors are for, on the meta device: linear ones, or convolutions where there are cores."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        for module, local in readings(key):
+            groups.setdefault(module, {})[local] = tensor
+    made = {module: _layer_of(group) for module, group in groups.items() if not group.keys().isdisjoint(_FACTORS)}
+    return {module: layer for module, layer in made.items() if layer is not None}
+
+
+def _layer_of(tensors: Mapping[str, Tensor]) -> nn.Module | None:
+    """The layer with factors of these shapes; a size whose factor is not there is 1."""
+    factors = {local: t for local, t in tensors.items() if local in _FACTORS + _CORES}
+    if any(t.dim() < 2 or 0 in t.shape for t in factors.values()):
+        return None
+    cores = all(core in factors for core in _CORES)
+    outputs = next((factors[n].shape[1 if cores else 0] for n in ("hada_w1_a", "hada_w2_a") if n in factors), 1)
+    inputs = next((factors[n].shape[1] for n in ("hada_w1_b", "hada_w2_b") if n in factors), 1)
+    kernel = factors["hada_t1"].shape[2:] if cores else ()
+    if len(kernel) not in _CONVOLUTIONS:
+        return nn.Linear(inputs, outputs, bias=False, device="meta")
+    cls = _CONVOLUTIONS[len(kernel)]
+    return cls(inputs, outputs, tuple(kernel), bias=False, device="meta")
 
 
 def _in_form(found: ForeignLayers, path: str, config: LoHaConfig, values: dict[str, Tensor]) -> dict[str, Tensor]:

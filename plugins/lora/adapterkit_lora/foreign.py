@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import (
     CheckpointError,
@@ -70,7 +70,39 @@ def read(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> Fore
     return found
 
 
+def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The layers that the factors are for, on the meta device; `readings` says what their keys mean without a model."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = list(readings(key))
+        if found:
+            module, local = next((r for r in found if ".processor." not in r[0]), found[0])
+            groups.setdefault(module, {})[local] = tensor
+    made = {module: _layer_of(group) for module, group in groups.items() if not group.keys().isdisjoint(_FACTORS)}
+    return {module: layer for module, layer in made.items() if layer is not None}
+
+
+def _layer_of(tensors: Mapping[str, Tensor]) -> nn.Module | None:
+    """The layer with factors of these shapes; a size whose factor is not there is 1."""
+    table, embedded = (tensors.get(name) for name in _TABLE)
+    down, up, mid = (tensors.get(name) for name in (_DOWN, _UP, _MID))
+    if any(t is not None and (t.dim() < 2 or 0 in t.shape) for t in (table, embedded, down, up, mid)):
+        return None
+    if table is not None or embedded is not None:
+        rows, dim = (1 if table is None else table.shape[1]), (1 if embedded is None else embedded.shape[0])
+        return nn.Embedding(rows, dim, device="meta")
+    inputs, outputs = (1 if down is None else down.shape[1]), (1 if up is None else up.shape[0])
+    kernel = mid.shape[2:] if mid is not None else () if down is None else down.shape[2:]
+    if len(kernel) not in _CONVOLUTIONS:
+        return nn.Linear(inputs, outputs, bias=False, device="meta")
+    groups = 1 if down is None or up is None or mid is not None else down.shape[0] // up.shape[1]
+    fits = groups > 0 and inputs % groups == 0 and outputs % groups == 0  # PEFT's factors that cross groups
+    groups, cls = groups if fits else 1, _CONVOLUTIONS[len(kernel)]
+    return cls(inputs, outputs, tuple(kernel), groups=groups, bias=False, device="meta")
+
+
 _FACTORS = (_DOWN, _UP, *_TABLE)
+_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def config_of(

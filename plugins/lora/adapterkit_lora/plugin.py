@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import (
     AdapterConfig,
@@ -133,6 +133,11 @@ def foreign_config(
     tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
 ) -> AdapterConfig | None:
     return foreign.config_of(tensors, layers, metadata)
+
+
+@hookimpl
+def layers_in_file(tensors: Mapping[str, Tensor]) -> Mapping[str, nn.Module]:
+    return foreign.layers_of(tensors)
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import ForeignLayers, LayerKind, PatternTable, UnsupportedError, with_patterns
 from adapterkit_lokr.config import LoKrConfig
@@ -14,6 +14,7 @@ from adapterkit_lokr.layer import Layout
 
 _W1, _W2 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _REFUSED = {"dora_scale": "weight-decomposed (DoRA)", "lokr_t1": "with a core tensor in w1"}
+_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LOCALS = frozenset({*_W1, *_W2, *_REFUSED, "alpha", "scalar"})
 
 
@@ -77,6 +78,34 @@ def renamed(config: LoKrConfig, tensors: Mapping[str, Tensor], layers: Mapping[s
         values = _File(found, path).values(Layout.of(layers[path], rank, config), alpha / rank)
         result |= {f"{path}.{local}": tensor for local, tensor in values.items()}
     return result
+
+
+def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The layers that the factors are for, on the meta device: those with both; convolutions where w2 has a kernel."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        for module, local in readings(key):
+            groups.setdefault(module, {})[local] = tensor
+    made = {module: _layer_of(group) for module, group in groups.items()}
+    return {module: layer for module, layer in made.items() if layer is not None}
+
+
+def _layer_of(t: Mapping[str, Tensor]) -> nn.Module | None:
+    first = t["lokr_w1"].shape if "lokr_w1" in t else _product(t, "lokr_w1_a", "lokr_w1_b")
+    core = t.get("lokr_t2")
+    second = t["lokr_w2"].shape if "lokr_w2" in t else _product(t, "lokr_w2_a", "lokr_w2_b")
+    if core is not None and "lokr_w2_a" in t and "lokr_w2_b" in t:
+        second = torch.Size((t["lokr_w2_a"].shape[1], t["lokr_w2_b"].shape[1], *core.shape[2:]))
+    if first is None or second is None or 0 in (*first, *second):
+        return None
+    outputs, inputs, kernel = first[0] * second[0], first[1] * second[1], tuple(second[2:])
+    if len(kernel) not in _CONVOLUTIONS:
+        return nn.Linear(inputs, outputs, bias=False, device="meta")
+    return _CONVOLUTIONS[len(kernel)](inputs, outputs, kernel, bias=False, device="meta")
+
+
+def _product(t: Mapping[str, Tensor], up: str, down: str) -> torch.Size | None:
+    return torch.Size((t[up].shape[0], t[down].shape[1])) if up in t and down in t else None
 
 
 class _File:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
 from adapterkit_lokr import foreign
@@ -47,3 +47,8 @@ def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind
 @hookimpl
 def factors(layer: LoKrLayer) -> Factors:
     return layer.factors()
+
+
+@hookimpl
+def layers_in_file(tensors: Mapping[str, Tensor]) -> Mapping[str, nn.Module]:
+    return foreign.layers_of(tensors)

@@ -1,0 +1,81 @@
+"""The base model as far as adapters' files need it: the kinds of its layers, and the values of its biases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from adapterkit.config import AdapterConfig
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.names import match_names
+from adapterkit.disk.skeleton import CONFIG, skeleton
+from adapterkit.errors import CheckpointError
+from adapterkit.registry import default_registry
+
+
+class Base:
+    """A base model.
+
+    Attributes:
+        model: its modules, on the meta device or not. It may be the model without its task's head, or with another.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
+        self.model = model
+        self._folder = folder
+        self._opened: tuple[Checkpoint, dict[str, str]] | None = None
+
+    @classmethod
+    def of(cls, given: str | Path | nn.Module | None) -> Base | None:
+        """What `base=` means: a model, or a folder or hub id of one."""
+        if given is None or isinstance(given, nn.Module):
+            return None if given is None else cls(given)
+        folder = Path(given).expanduser()
+        return cls(skeleton(given), folder if folder.is_dir() else None)
+
+    @classmethod
+    def recorded(cls, config: AdapterConfig) -> Base | None:
+        """The base that an adapter's config names, if it is a folder here."""
+        place = config.base_model_name_or_path
+        return cls.of(place) if place and (Path(place) / CONFIG).is_file() else None
+
+    def layer(self, path: str) -> nn.Module:
+        """A copy of a layer, on the meta device.
+
+        Raises:
+            CheckpointError: there is none of that path that can hold an adapter.
+        """
+        for module in self._modules(path):
+            if default_registry.kind_of(module) is not None:
+                return copy.deepcopy(module).to("meta").requires_grad_(False)
+        raise CheckpointError(
+            f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
+        )
+
+    def bias(self, path: str) -> Tensor | None:
+        """The bias of a module, if its values are known: of a model in memory, or in a folder with weights."""
+        own = next((m._parameters["bias"] for m in self._modules(path) if m._parameters.get("bias") is not None), None)
+        if own is not None and not own.is_meta:
+            return own.detach()
+        if self._opened is None and self._folder is not None:
+            checkpoint = Checkpoint.open(self._folder)
+            self._opened = checkpoint, dict(match_names(self.model, checkpoint.entries).in_file)
+        if self._opened is None:
+            return None
+        checkpoint, names = self._opened
+        name = next((names[f"{p}.bias"] for p in self._paths(path) if f"{p}.bias" in names), None)
+        return None if name is None else checkpoint.tensor(name).clone()
+
+    def _paths(self, path: str) -> tuple[str, ...]:
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        return path, path.removeprefix(prefix), prefix + path
+
+    def _modules(self, path: str) -> Iterator[nn.Module]:
+        for candidate in self._paths(path):
+            try:
+                yield self.model.get_submodule(candidate)
+            except AttributeError:
+                continue

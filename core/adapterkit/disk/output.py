@@ -1,0 +1,67 @@
+"""Where results go: checked before any work is done, written tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.disk.mapping import FactorSpool, MappedFiles, write_tensors
+from adapterkit.errors import ConfigError, SaveError
+from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
+from adapterkit.keys import file_key
+from adapterkit.loading import module_slots
+from adapterkit.persistence import save_record
+from adapterkit.record import AdapterRecord
+
+
+def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:
+    """The path of the output.
+
+    Raises:
+        ConfigError: it is no path, or one of the inputs.
+        SaveError: there is an adapter or a file already, and it is not to be overwritten.
+    """
+    place = local_path(out)
+    if any(place.resolve() == path.resolve() for path in inputs):
+        raise ConfigError(f"{place} is an input; give the output another place.")
+    held = [place / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if (place / name).exists()]
+    held += [place] if place.is_file() else []
+    if held and not overwrite:
+        raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
+    return place
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise `ConfigError` unless it is a floating dtype or `None`."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
+
+
+def write_record(
+    record: AdapterRecord,
+    model: nn.Module,
+    place: Path,
+    *,
+    dtype: torch.dtype | None,
+    mapped: Sequence[MappedFiles | FactorSpool],
+) -> None:
+    """Save a record whose tensors are mapped; see `save_record`.
+
+    Args:
+        dtype: what all but the heads is written in; `None`: in its own.
+        mapped: has its pages released after each tensor.
+    """
+    heads = {file_key(path, local) for path, head in record.heads.items() for local, _ in module_slots(head)}
+
+    def release() -> None:
+        for pages in mapped:
+            pages.release()
+
+    def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
+        write_tensors(tensors, path, metadata, {} if dtype is None else dict.fromkeys(floating, dtype), release)
+
+    save_record(record, model, place, writer=write)

@@ -1,0 +1,452 @@
+"""Combining by files alone, against `Adapters.combine` and `save` on the model, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests import combining
+from tests.combining import randomise, tiny
+from tests.models import build, run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def saved(adapters: ak.Adapters, folder: Path, *names: str) -> dict[str | Path, float]:
+    """The adapters' folders, with the weights that all tests take."""
+    return {adapters.save(n, folder / n): w for n, w in zip(names, (0.7, -0.4, 1.3), strict=False)}
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    return load_file(folder / WEIGHTS), metadata, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def equal(found: Path, expected: Path, *, config: bool = True) -> None:
+    """The same tensors, to the bit, the same metadata and the same config."""
+    (tensors, metadata, fields), (wanted, wanted_metadata, wanted_fields) = read(found), read(expected)
+    assert tensors.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert tensors[key].dtype == tensor.dtype, key
+        assert torch.equal(tensors[key], tensor), key
+    assert metadata == wanted_metadata
+    if config:
+        assert fields == wanted_fields
+
+
+def both(adapters: ak.Adapters, folder: Path, *names: str, base: Any = None, **choices: Any) -> tuple[Path, Path]:
+    """The result on files and the result on the model, saved."""
+    sources = saved(adapters, folder, *names)
+    files = ak.combine_files(sources, folder / "files", base=base, **choices)
+    memory = adapters.combine("memory", dict(zip(names, sources.values(), strict=True)), **choices)
+    adapters.save("memory", folder / "memory")
+    assert files.name == "files"
+    assert (files.method, dict(files.ranks), dict(files.errors), files.heads) == (
+        memory.method,
+        dict(memory.ranks),
+        dict(memory.errors),
+        memory.heads,
+    )
+    return folder / "files", folder / "memory"
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "rank": {"rank": 2},
+    "energy": {"energy": 0.8},
+    "isotropize": {"isotropize": True},
+    "ties": {"method": "ties", "density": 0.4},
+    "ties frequency": {"method": "ties", "density": 0.4, "majority_sign_method": "frequency", "rank": 3},
+    "dare_linear": {"method": "dare_linear", "density": 0.5, "seed": 3},
+    "dare_ties": {"method": "dare_ties", "density": 0.5, "seed": 3, "rank": 2},
+    "magnitude_prune": {"method": "magnitude_prune", "density": 0.5},
+    "tsv": {"method": "tsv"},
+    "core": {"space": "core", "method": "ties", "density": 0.4},
+    "factors": {"space": "factors", "method": "ties", "density": 0.4},
+}
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_every_way_to_combine_gives_the_bits_that_the_model_gives(choices: dict[str, Any], tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {}, "b": {"r": 3, "lora_alpha": 2}}, torch.float32)
+    equal(*both(adapters, tmp_path, "a", "b", **choices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "convnet", "embednet", "bart", "vit"])
+def test_every_kind_of_layer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    adapters = tiny(name, {"a": {"r": 3}, "b": {"r": 2}}, dtype)
+    equal(*both(adapters, tmp_path, "a", "b", rank=1), config=name != "embednet")  # `layers.0` for `0`, the same layer
+
+
+HEADS = ("a", "average", "drop", "b")
+
+
+def classifiers(labels: tuple[int, int] = (3, 3)) -> ak.Adapters:
+    adapters = ak.attach(build("bert"))
+    for seed, (name, count) in enumerate(zip("ab", labels, strict=True)):
+        id2label = {i: f"{name}{i}" if i else "none" for i in range(count)}
+        adapters.add(name, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), id2label=id2label)
+        randomise(adapters, name, seed)
+    return adapters
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_are_chosen_as_in_memory(heads: str, tmp_path: Path) -> None:
+    equal(*both(classifiers(), tmp_path, "a", "b", heads=heads), config=False)
+
+
+@pytest.mark.parametrize("heads", ["b", "concat", "drop"])
+def test_heads_of_other_sizes_and_their_labels(heads: str, tmp_path: Path) -> None:
+    files, memory = both(classifiers((2, 4)), tmp_path, "a", "b", heads=heads)
+    equal(files, memory, config=False)
+    adapters = ak.attach(build("bert"))
+    adapters.load(files, "c")
+    rows = {"b": 4, "concat": 6, "drop": 3}[heads]
+    assert run(adapters.model, "bert").shape == (2, rows)
+    if heads == "concat":
+        assert adapters.model.config.id2label[0] == "a/none"
+
+
+def test_layers_beside_a_head_are_named_in_full_where_short_names_might_be_the_heads(tmp_path: Path) -> None:
+    files, memory = both(classifiers(), tmp_path, "a", "b", heads="drop")
+    assert read(memory)[2]["target_modules"] == ["query"]
+    assert read(files)[2]["target_modules"] == [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    given, _ = both(classifiers(), tmp_path / "given", "a", "b", heads="drop", base=build("bert").to("meta"))
+    assert read(given)[2] == read(memory)[2]
+
+
+def test_layers_that_only_some_adapters_change_are_named_in_full(tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {"layers_to_transform": [0]}, "b": {"target_modules": ["value"]}}, torch.float32)
+    files, memory = both(adapters, tmp_path, "a", "b")
+    equal(files, memory, config=False)
+    assert all(name.startswith("bert.encoder") for name in read(files)[2]["target_modules"])
+    assert ak.attach(build("bert")).load(files, "c").ok
+
+
+def peft_file(folder: Path, config: Any, model: nn.Module) -> Path:
+    """What PEFT itself saves, with all its numbers random."""
+    import peft
+
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def test_files_of_peft_without_a_label_set(tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=3, bias="lora_only")
+    folder = peft_file(tmp_path / "a", config, build("bert"))
+    ak.combine_files({folder: 1.0}, tmp_path / "files", heads="a")
+    adapters = ak.attach(build("bert"))
+    adapters.load(folder, "a")
+    adapters.combine("c", {"a": 1.0}, heads="a")
+    equal(tmp_path / "files", adapters.save("c", tmp_path / "memory"), config=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_files_are_combined_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapters = mixed(build("bert"))
+    halves = saved(adapters, tmp_path, "a", "h")
+    for folder in map(Path, halves):
+        tensors, metadata, _ = read(folder)
+        save_file({k: t.to(dtype) for k, t in tensors.items()}, folder / WEIGHTS, metadata)
+    ak.combine_files(halves, tmp_path / "files")
+    fresh = ak.attach(build("bert"))
+    for folder in map(Path, halves):
+        fresh.load(folder, folder.name)
+    fresh.combine("c", {Path(k).name: w for k, w in halves.items()})
+    equal(tmp_path / "files", fresh.save("c", tmp_path / "memory"))
+    report = ak.combine_files(halves, tmp_path / "small", dtype=dtype)
+    small, big = read(tmp_path / "small")[0], read(tmp_path / "files")[0]
+    assert all(torch.equal(small[key], tensor.to(dtype)) for key, tensor in big.items())
+    assert "8" not in report.name
+
+
+def mixed(model: nn.Module) -> ak.Adapters:
+    """A LoRA, a LoHa and a VeRA adapter."""
+    adapters = ak.attach(model)
+    fields: dict[str, Any] = {"target_modules": ["query", "value"], "modules_to_save": None}
+    adapters.add("a", LoraConfig(r=3, rank_pattern={"value": 2}, use_rslora=True, **fields))
+    adapters.add("h", LoHaConfig(r=2, alpha=3, **fields))
+    adapters.add("v", VeraConfig(r=5, target_modules=["query", "intermediate.dense"], modules_to_save=None))
+    for seed, name in enumerate(adapters):
+        randomise(adapters, name, seed)
+    return adapters
+
+
+def test_methods_are_mixed(tmp_path: Path) -> None:
+    equal(*both(mixed(build("bert")), tmp_path, "a", "h", method="tsv"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_the_tensors_do_not_tell_the_base_does(stored: bool, tmp_path: Path) -> None:
+    adapters = mixed(build("bert"))
+    if not stored:
+        adapters.add("w", VeraConfig(r=5, save_projection=False, target_modules=["query"], modules_to_save=None))
+        randomise(adapters, "w", 5)
+    name = "v" if stored else "w"
+    base = build("bert").to("meta")
+    equal(*both(adapters, tmp_path, "a", name, base=base))
+    message = (
+        r"a?: the tensors of a 'vera' adapter do not tell the sizes of the layers that it changes\. Give base=, the "
+        r"folder of the model that it was trained on, of which only config\.json is read\."
+    )
+    with pytest.raises(ak.CheckpointError, match=message):
+        ak.combine_files({tmp_path / name: 1.0}, tmp_path / "no")
+
+
+def test_the_base_may_be_a_folder_or_the_one_that_the_config_names(tmp_path: Path) -> None:
+    model = build("bert")
+    model.config.architectures = ["BertModel"]  # without the task's head, and so without `bert.` in its names
+    model.config.save_pretrained(tmp_path / "base")
+    adapters = mixed(model)
+    files, memory = both(adapters, tmp_path, "v", base=tmp_path / "base")
+    equal(files, memory, config=False)
+    fields = read(tmp_path / "v")[2] | {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "v" / CONFIG).write_text(json.dumps(fields), encoding="utf-8")
+    ak.combine_files({tmp_path / "v": 0.7}, tmp_path / "named")
+    equal(tmp_path / "named", memory, config=False)
+
+
+def test_a_base_that_lacks_the_layers_is_named(tmp_path: Path) -> None:
+    sources = saved(mixed(build("bert")), tmp_path, "a", "h", "v")
+    message = r"The adapter changes 'bert\.encoder\.layer\.0.*', and GPT2LMHeadModel, given as its base, has no such"
+    with pytest.raises(ak.CheckpointError, match=message):
+        ak.combine_files(sources, tmp_path / "no", base=build("gpt2").to("meta"))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_need_no_base_where_the_weights_add_up_to_one(bias: str, tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {"bias": bias}, "b": {"bias": bias, "r": 2}}, torch.float32)
+    sources = dict(zip(saved(adapters, tmp_path, "a", "b"), (0.75, 0.25), strict=True))
+    ak.combine_files(sources, tmp_path / "files")
+    adapters.combine("c", {"a": 0.75, "b": 0.25})
+    equal(tmp_path / "files", adapters.save("c", tmp_path / "memory"))
+    message = r"Adapter 'a' trains the bias of '.*', and its files do not tell what that was before\. Give base="
+    with pytest.raises(ak.StateError, match=message):
+        ak.combine_files(dict.fromkeys(sources, 1.0), tmp_path / "no")
+
+
+@pytest.fixture
+def outer() -> Iterator[ModuleType]:
+    plugin = combining.outer_method()
+    ak.register(plugin)
+    yield plugin
+    ak.default_registry.unregister("outer")
+
+
+def test_a_third_partys_adapter_that_does_not_say_its_layers_needs_the_base(outer: ModuleType, tmp_path: Path) -> None:
+    adapters = tiny("gpt2", {"a": {}}, torch.float32)
+    adapters.add("o", outer.config(target_modules=["c_attn", "wte"], modules_to_save=None))
+    randomise(adapters, "o", 3)
+    with pytest.raises(ak.CheckpointError, match=r"the tensors of a 'outer' adapter do not tell"):
+        both(adapters, tmp_path, "a", "o")
+    equal(*both(adapters, tmp_path, "a", "o", base=build("gpt2").to("meta")))
+
+
+def test_a_third_partys_adapter_that_says_its_layers_needs_none(outer: ModuleType, tmp_path: Path) -> None:
+    @ak.hookimpl
+    def layers_in_file(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        ends = {key.removesuffix(".outer_u"): len(t) for key, t in tensors.items() if key.endswith(".outer_u")}
+        return {p: nn.Linear(len(tensors[f"{p}.outer_v"]), n, device="meta") for p, n in ends.items()}
+
+    ak.default_registry.unregister("outer")
+    outer.layers_in_file = layers_in_file  # type: ignore[attr-defined]
+    ak.register(outer)
+    adapters = tiny("gpt2", {"a": {"target_modules": ["c_attn"]}}, torch.float32)
+    adapters.add("o", outer.config(target_modules=["c_attn"], modules_to_save=None))
+    randomise(adapters, "o", 3)
+    equal(*both(adapters, tmp_path, "a", "o"))
+
+
+def test_an_embedding_that_peft_saved_in_full_is_kept_as_a_head(tmp_path: Path) -> None:
+    import peft
+
+    model = build("llama")
+    model.resize_token_embeddings(40)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    theirs = peft.get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    ak.combine_files({tmp_path / "a": 1.0}, tmp_path / "files", heads="a")
+    keys = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+    assert keys <= read(tmp_path / "files")[0].keys()
+    fresh = build("llama")
+    fresh.resize_token_embeddings(40)
+    assert ak.attach(fresh).load(tmp_path / "files", "c").ok
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_of_other_weights_are_worked_out_with_the_base(bias: str, tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {"bias": bias}, "b": {"bias": bias, "r": 2}}, torch.float32)
+    build("bert").save_pretrained(tmp_path / "base")
+    equal(*both(adapters, tmp_path, "a", "b", base=tmp_path / "base"))
+    adapters.remove("memory")
+    equal(*both(adapters, tmp_path / "again", "a", base=build("bert")))
+
+
+def swapped(tensors: dict[str, Tensor], metadata: Any, file: Path) -> None:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+
+
+def nan(folder: Path) -> None:
+    tensors, metadata, _ = read(folder)
+    next(iter(tensors.values())).fill_(float("nan"))
+    swapped(tensors, metadata, folder / WEIGHTS)
+
+
+def fields(folder: Path, **changes: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps(read(folder)[2] | changes), encoding="utf-8")
+
+
+def without(folder: Path, word: str) -> None:
+    tensors, metadata, _ = read(folder)
+    swapped({k: v for k, v in tensors.items() if word not in k}, metadata, folder / WEIGHTS)
+
+
+def beside(folder: Path) -> None:
+    tensors, metadata, _ = read(folder)
+    swapped(tensors | {"base_model.model.bert.pooler.lora_C.weight": torch.zeros(2)}, metadata, folder / WEIGHTS)
+
+
+def cut(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-8])
+
+
+def wider(folder: Path) -> None:
+    tensors, metadata, _ = read(folder)
+    wide = {k: torch.cat([v, v], dim=1) if "query.lora_A" in k else v for k, v in tensors.items()}
+    swapped(wide, metadata, folder / WEIGHTS)
+
+
+DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
+    "gone": (lambda f: (f / WEIGHTS).unlink(), ak.CheckpointError, r"has no adapter_model\.safetensors"),
+    "no config": (lambda f: (f / CONFIG).unlink(), ak.CheckpointError, r"is no adapter: it has no adapter_config"),
+    "cut": (cut, ak.CheckpointError, r"adapter_model\.safetensors has .* It is cut off or damaged"),
+    "method": (
+        lambda f: fields(f, peft_type="NOTHING"),
+        ak.UnknownNameError,
+        r"is an adapter of type 'NOTHING', and no plugin provides .*entry-point group 'adapterkit\.methods'",
+    ),
+    "nan": (nan, ak.StateError, r"Adapter 'b' has values at '.*' that are not finite"),
+    "missing": (lambda f: without(f, "0.attention.self.query.lora_B"), ak.CheckpointError, r"missing \(1\):"),
+    "unexpected": (beside, ak.CheckpointError, r"belong to nothing"),
+    "size": (wider, ak.CheckpointError, r"'a' and 'b' are not of one base model: at '.*query' one is for a layer of"),
+    "rank": (lambda f: fields(f, r=7), ak.CheckpointError, r"some have other shapes"),
+    "base": (
+        lambda f: fields(f, base_model_name_or_path="other"),
+        ak.ConfigError,
+        r"trained on different bases: 'a' of 'one', 'b' of 'other'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_bad_files_are_named_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+    damage, kind, message = DAMAGE[case]
+    adapters = tiny("bert", {n: {"base_model_name_or_path": "one", "target_modules": ["query"]} for n in "ab"})
+    sources = saved(adapters, tmp_path, "a", "b")
+    damage(tmp_path / "b")
+    with pytest.raises(kind, match=message):
+        ak.combine_files(sources, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {}, "b": {}}, torch.float32)
+    a, b = saved(adapters, tmp_path, "a", "b")
+    weights = {a: 1.0, b: 1.0}
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"sources": [a, b]}, ak.ConfigError, "combine takes adapters and their weights"),
+        ({"sources": {a: float("inf")}}, ak.ConfigError, "must be a finite number"),
+        ({"sources": {a: 1.0, str(a): 1.0}}, ak.ConfigError, "An adapter is named twice"),
+        ({"sources": {tmp_path / "x": 1.0}}, ak.CheckpointError, "There is no folder"),
+        ({"method": "x"}, ak.UnknownNameError, "No way to combine 'x'"),
+        ({"rank": 99}, ak.ConfigError, "rank = 99 is more than"),
+        ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
+        ({"heads": "x"}, ak.UnknownNameError, "No choice of heads 'x'"),
+        ({"dtype": torch.int8}, ak.ConfigError, r"dtype = torch\.int8 must be a floating torch\.dtype or None"),
+        ({"out": a}, ak.ConfigError, r"a is an input; give the output another place"),
+        ({"out": a, "overwrite": True}, ak.ConfigError, r"a is an input"),
+        ({"out": tmp_path / "there"}, ak.SaveError, r"adapter_config\.json exists already\. Say overwrite=True"),
+        ({"out": tmp_path / "a" / WEIGHTS}, ak.SaveError, r"adapter_model\.safetensors exists already"),
+        ({"out": "/proc/none/out"}, ak.SaveError, r"Nothing can be written in /proc/none"),
+    ]
+    adapters.save("a", tmp_path / "there")
+    for given, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            ak.combine_files(**{"sources": weights, "out": tmp_path / "out", **given})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "there"]
+    ak.combine_files(weights, tmp_path / "there", overwrite=True)
+    assert ak.attach(build("bert")).load(tmp_path / "there", "c").ok
+
+
+PEAK = """
+    import resource, sys, threading, time
+    import torch, adapterkit as ak
+    from pathlib import Path
+    torch.set_num_threads(1)
+    ak.combine_files({p: 0.5 for p in sys.argv[1:3]}, sys.argv[3], method="ties", density=0.5, space="core", rank=16)
+    print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (4, 64):
+        sources = []
+        for name in "ab":
+            folder = tmp_path / f"{name}{layers}"
+            folder.mkdir()
+            shapes = {"lora_A": (16, 8192), "lora_B": (8192, 16)}
+            tensors = {
+                f"base_model.model.layers.{i}.proj.{local}.weight": torch.randn(shape)
+                for i in range(layers)
+                for local, shape in shapes.items()
+            }
+            save_file(tensors, folder / WEIGHTS)
+            fields_ = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["proj"]}
+            (folder / CONFIG).write_text(json.dumps(fields_), encoding="utf-8")
+            sources.append(str(folder))
+        command = [sys.executable, "-c", textwrap.dedent(PEAK), *sources, str(tmp_path / f"out{layers}")]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
+        peaks.append(int(out.split()[1]))
+    size = (tmp_path / "out64" / WEIGHTS).stat().st_size // 1024
+    assert size > 60_000
+    assert peaks[1] - peaks[0] < size / 4, peaks
+
+
+def test_what_files_alone_take_for_a_linear_layer_loads_on_the_convolution(tmp_path: Path) -> None:
+    adapters = ak.attach(build("convnet"))
+    adapters.add("h", LoHaConfig(r=2, target_modules=["conv1d", "conv2d", "fc"], modules_to_save=None))
+    randomise(adapters, "h", 1)
+    expected = run(adapters.model, "convnet")
+    ak.combine_files({adapters.save("h", tmp_path / "h"): 1.0}, tmp_path / "files")
+    fresh = build("convnet")
+    assert ak.attach(fresh).load(tmp_path / "files", "c").ok
+    torch.testing.assert_close(run(fresh, "convnet"), expected)
