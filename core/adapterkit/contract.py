@@ -70,21 +70,23 @@ def added_kinds(manager: pluggy.PluginManager) -> list[type[LayerKind]]:
     Raises:
         PluginError: a hook raised, or returned something else.
     """
-    found: list[type[LayerKind]] = []
-    for plugin in [implementation.plugin for implementation in reversed(manager.hook.layer_kinds.get_hookimpls())]:
-        who = f"The extension {manager.get_name(plugin)!r}: its hook layer_kinds"
-        others = [p for p in manager.get_plugins() if p is not plugin]
-        try:
-            groups = manager.subset_hook_caller("layer_kinds", others)()
-        except Exception as error:
-            raise PluginError(f"{who} raised {type(error).__name__}: {error}.") from error
-        for group in groups:
-            if not isinstance(group, Sequence) or not all(
-                isinstance(k, type) and issubclass(k, LayerKind) for k in group
-            ):
-                raise PluginError(f"{who} returned {group!r}; it must return a list of LayerKind classes.")
-            found += group
-    return found
+    plugins = [implementation.plugin for implementation in reversed(manager.hook.layer_kinds.get_hookimpls())]
+    return [kind for plugin in plugins for kind in kinds_of(manager, plugin)]
+
+
+def kinds_of(manager: pluggy.PluginManager, plugin: object) -> list[type[LayerKind]]:
+    """The layer kinds of one extension.
+
+    Raises:
+        PluginError: its hook raised, or returned something else.
+    """
+    (group,) = _answers(manager, plugin, "layer_kinds") or ([],)
+    if not isinstance(group, Sequence) or not all(isinstance(k, type) and issubclass(k, LayerKind) for k in group):
+        raise PluginError(
+            f"{_extension(manager, plugin, 'layer_kinds')} returned {group!r}; it must return a list of LayerKind "
+            "classes."
+        )
+    return list(group)
 
 
 def added_combiners(manager: pluggy.PluginManager) -> dict[str, Combiner]:
@@ -95,19 +97,40 @@ def added_combiners(manager: pluggy.PluginManager) -> dict[str, Combiner]:
     """
     found: dict[str, Combiner] = {}
     for plugin in [implementation.plugin for implementation in manager.hook.combiners.get_hookimpls()]:
-        who = f"The extension {manager.get_name(plugin)!r}: its hook combiners"
-        others = [p for p in manager.get_plugins() if p is not plugin]
-        try:
-            (group,) = manager.subset_hook_caller("combiners", others)() or ({},)
-        except Exception as error:
-            raise PluginError(f"{who} raised {type(error).__name__}: {error}.") from error
-        if not isinstance(group, Mapping) or not all(isinstance(c, Combiner) for c in group.values()):
-            raise PluginError(f"{who} returned {group!r}; it must return Combiners by name.")
+        group = combiners_of(manager, plugin)
         taken = sorted(set(group) & {*combiners.BUILTIN, *found})
         if taken:
+            who = _extension(manager, plugin, "combiners")
             raise PluginError(f"{who} gives {taken[0]!r}, a name that is taken. Choose another.")
         found |= group
     return found
+
+
+def combiners_of(manager: pluggy.PluginManager, plugin: object) -> dict[str, Combiner]:
+    """The combiners of one extension by name.
+
+    Raises:
+        PluginError: its hook raised, or returned something else.
+    """
+    (group,) = _answers(manager, plugin, "combiners") or ({},)
+    if not isinstance(group, Mapping) or not all(isinstance(c, Combiner) for c in group.values()):
+        who = _extension(manager, plugin, "combiners")
+        raise PluginError(f"{who} returned {group!r}; it must return Combiners by name.")
+    return dict(group)
+
+
+def _answers(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Any]:
+    """What one plugin's implementation of a hook returns, in a list; an empty one if it has none."""
+    others = [p for p in manager.get_plugins() if p is not plugin]
+    try:
+        answers: list[Any] = manager.subset_hook_caller(hook, others)()
+    except Exception as error:
+        raise PluginError(f"{_extension(manager, plugin, hook)} raised {type(error).__name__}: {error}.") from error
+    return answers
+
+
+def _extension(manager: pluggy.PluginManager, plugin: object, hook: str) -> str:
+    return f"The extension {manager.get_name(plugin)!r}: its hook {hook}"
 
 
 def check_required(method: Method) -> None:

@@ -37,6 +37,11 @@ class Installed:
         return f"{self.name} ({self.provider}{' ' + self.version if self.version else ''})"
 
 
+def switched_off() -> frozenset[str]:
+    """Names of plugins that the environment says are not there."""
+    return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
+
+
 class Registry:
     """Adapter methods, layer kinds and combiners, from entry points and from `register`.
 
@@ -73,7 +78,7 @@ class Registry:
         claims = {(e.dist.name if e.dist else "", e.value): e for e in _entries(METHODS_GROUP) if e.name == name}
         if not claims:
             advice = f"Methods come from installed packages (entry-point group {METHODS_GROUP!r}) or ak.register."
-            if name in _disabled():
+            if name in switched_off():
                 advice = f"It is switched off by {DISABLE_VARIABLE}. {advice}"
             raise unknown("adapter method", name, self.methods(), advice)
         if len(claims) > 1:
@@ -120,22 +125,22 @@ class Registry:
         Raises:
             UnknownNameError: that plugin was not added.
         """
-        methods = [method.plugin for method in self._methods.values()]
-        added = [p for p in self._manager.get_plugins() if not any(p is m for m in methods)]
-        if not any(p is plugin for p in added):
-            raise unknown("extension", plugin, [self._manager.get_name(p) or "" for p in added])
+        added = self._extensions()
+        if not any(p is plugin for p in added.values()):
+            raise unknown("extension", plugin, added)
         self._manager.unregister(plugin)
         self._kinds = None
+
+    def extensions(self) -> Mapping[str, object]:
+        """Every extension by name: its plugin, or the `PluginError` that says why it could not be loaded."""
+        failed = self._load_extensions()
+        return dict(sorted({**self._extensions(), **failed}.items()))
 
     def kinds(self) -> tuple[type[LayerKind], ...]:
         """Every layer kind, extensions' first."""
         if self._kinds is None:
-            for entry in _entries(EXTENSIONS_GROUP):
-                if not self._manager.has_plugin(entry.name):
-                    try:
-                        self._extend(_import(entry, "extension"), f"The extension {entry.name!r}", entry.name)
-                    except PluginError as error:  # it breaks only itself
-                        warnings.warn(str(error), AdapterWarning, stacklevel=2)
+            for error in self._load_extensions().values():
+                warnings.warn(str(error), AdapterWarning, stacklevel=2)
             self._kinds = (*contract.added_kinds(self._manager), *kinds.BUILTIN)
         return self._kinds
 
@@ -182,6 +187,23 @@ class Registry:
             )
         return method
 
+    def _extensions(self) -> dict[str, object]:
+        methods = [method.plugin for method in self._methods.values()]
+        named = [(self._manager.get_name(plugin) or "", plugin) for plugin in self._manager.get_plugins()]
+        return {name: plugin for name, plugin in named if not any(plugin is m for m in methods)}
+
+    def _load_extensions(self) -> dict[str, PluginError]:
+        """Load what is announced and not there yet; what fails breaks only itself, and is returned by name."""
+        failed = {}
+        for entry in _entries(EXTENSIONS_GROUP):
+            if not self._manager.has_plugin(entry.name):
+                try:
+                    self._extend(_import(entry, "extension"), f"The extension {entry.name!r}", entry.name)
+                    self._kinds = None
+                except PluginError as error:
+                    failed[entry.name] = error
+        return failed
+
     def _extend(self, plugin: object, who: str, name: str | None = None) -> None:
         contract.check_plugin(plugin, self._manager, who)
         contract.check_extension(plugin, who)
@@ -220,12 +242,8 @@ def _import(entry: EntryPoint, what: str) -> object:
         ) from error
 
 
-def _disabled() -> frozenset[str]:
-    return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
-
-
 def _entries(group: str) -> Iterator[EntryPoint]:
-    disabled = _disabled()
+    disabled = switched_off()
     return (e for e in importlib.metadata.entry_points(group=group) if e.name not in disabled)
 
 

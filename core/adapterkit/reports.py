@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -167,5 +167,10 @@ class Status:
             heads = ", ".join(r.heads) or "-"
             dtypes, devices = ", ".join(r.dtypes), ", ".join(r.devices)
             table.append((r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, *flags))
-        widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        return columns(table)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, every column as wide as its longest cell."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

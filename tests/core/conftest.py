@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +79,25 @@ def trained() -> Callable[..., ak.Adapters]:
 def different(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs differ by more than rounding: the test would otherwise compare nothing."""
     return a.shape != b.shape or (a - b).abs().max().item() > 1e-4
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`install("dist", "name", code)`: a distribution on `sys.path` with one plugin in an entry-point group."""
+    modules: list[str] = []
+
+    def make(dist: str, name: str, code: str, group: str = "adapterkit.methods") -> None:
+        site = tmp_path / dist
+        module = f"plugin_of_{dist}"
+        info = site / f"{dist}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+        (site / f"{module}.py").write_text(textwrap.dedent(code))
+        monkeypatch.syspath_prepend(site)
+        modules.append(module)
+
+    yield make
+    for module in modules:
+        sys.modules.pop(module, None)
+    importlib.invalidate_caches()

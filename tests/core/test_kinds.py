@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
+from adapterkit.kinds import base
 from adapterkit.registry import default_registry
 
 pytestmark = [
@@ -125,6 +126,23 @@ def test_apply_is_what_writing_the_delta_adds_to_the_output(
     torch.manual_seed(seed)
     factors = factors_for(kind_of(layer), rank)
     torch.testing.assert_close(kind_of(layer).apply(x, factors), change_of_output(layer, factors.delta(), x))
+
+
+@few
+@given(case=layers, rank=st.integers(1, 3), scale=st.sampled_from((-2.5, 0.0, 1.0)), wide=st.booleans())
+def test_expand_onto_adds_the_scaled_expansion(
+    case: tuple[nn.Module, Tensor], rank: int, scale: float, wide: bool
+) -> None:
+    layer, x = case
+    kind = kind_of(layer)
+    factors = factors_for(kind, rank)
+    out, hidden = layer(x).detach(), kind.project(x, factors.down)
+    before = out.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "WIDE", 0 if wide else 10**9)
+        found = kind.expand_onto(out, hidden, factors.up, None, scale)
+    torch.testing.assert_close(found, before + scale * kind.apply(x, factors))
+    assert torch.equal(out, before)
 
 
 @few

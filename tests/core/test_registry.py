@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,28 +42,6 @@ METHOD = """
     def inject(target):
         return None
 """
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`install("dist", "name", code)`: a distribution on `sys.path` with one plugin in an entry-point group."""
-    modules: list[str] = []
-
-    def make(dist: str, name: str, code: str, group: str = "adapterkit.methods") -> None:
-        site = tmp_path / dist
-        module = f"plugin_of_{dist}"
-        info = site / f"{dist}-1.2.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
-        (site / f"{module}.py").write_text(textwrap.dedent(code))
-        monkeypatch.syspath_prepend(site)
-        modules.append(module)
-
-    yield make
-    for module in modules:
-        sys.modules.pop(module, None)
-    importlib.invalidate_caches()
 
 
 # Discovery

@@ -6,10 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.factors import Factors
+
+# Numbers in a layer's output from which one tensor less of its size saves more time than views of it cost.
+WIDE = 2**16
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class LayerKind(ABC):
 
         `r` numbers at each place of the output, where the output's features stand.
         """
-        x = x.to(down.dtype)
+        if x.dtype != down.dtype:
+            x = x.to(down.dtype)
         if dropout > 0.0:
             x = F.dropout(x, dropout)
         return F.linear(x, down)
@@ -92,6 +97,21 @@ class LayerKind(ABC):
     def expand(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """The second half of `apply`: what `project` gave through an up factor `(out, r)`."""
         return F.linear(hidden, up, bias)
+
+    def expand_onto(
+        self, out: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """`out + scale * expand(hidden, up, bias)`, for an `out` in the shape of the layer's output.
+
+        Small outputs take a product and a scaled sum. Larger ones, where a further tensor of the output's size
+        costs more than the views, take one `addmm`, if the dtypes are one and the features are last.
+        """
+        if torch.compiler.is_compiling() or out.numel() < WIDE:  # in this order: compiled, a size would be guarded
+            return torch.add(out, self.expand(hidden, up, bias), alpha=scale)
+        if bias is not None or out.dtype != hidden.dtype or type(self).expand is not LayerKind.expand:
+            return torch.add(out, self.expand(hidden, up, bias), alpha=scale)
+        rows = out.reshape(-1, out.shape[-1])
+        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""

@@ -76,7 +76,8 @@ class Conv(LayerKind):
 
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.project`: `r` channels for each group, or `r` in all from a factor that is ungrouped."""
-        x = x.to(down.dtype)
+        if x.dtype != down.dtype:
+            x = x.to(down.dtype)
         if dropout > 0.0:
             x = F.dropout(x, dropout)
         kernel = down.reshape(down.shape[0], -1, *self.kernel)

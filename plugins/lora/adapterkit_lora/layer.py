@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ class Factor(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
+
+    def held(self, name: str) -> Tensor | None:
+        """Its parameter of this name, as a matrix.
+
+        It is read where a module holds it: in the forward of a small layer `nn.Module`'s search for an attribute
+        takes longer than the arithmetic. A parametrized or replicated (`DataParallel`) one is not there.
+        """
+        own = self._parameters
+        value: Tensor | None = own[name] if name in own else getattr(self, name)
+        return value if value is None or value.dim() <= 2 else value.flatten(1)
 
 
 class LoraLayer(AdapterLayer):
@@ -50,7 +61,8 @@ class LoraLayer(AdapterLayer):
         """`A (r, in)`, `B (out, r)` and B's bias, without the scaling."""
         if self.lookup:
             return self.lora_embedding_A, self.lora_embedding_B, None
-        return self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1), self.lora_B.bias
+        parts: Any = self._modules
+        return parts["lora_A"].held("weight"), parts["lora_B"].held("weight"), parts["lora_B"].held("bias")
 
     def initial(self) -> tuple[Tensor, Tensor] | None:
         """`A0 (r, in)` and `B0 (out, r)` of PiSSA or OLoRA, else `None`."""
@@ -60,12 +72,24 @@ class LoraLayer(AdapterLayer):
 
     def delta(self, x: Tensor) -> Tensor:
         """See `AdapterLayer.delta`."""
-        down, up, bias = self.matrices()
-        out = self.kind.apply(x, Factors(up, down, bias), self.dropout if self.training else 0.0)
+        hidden, up, bias = self._projected(x)
+        out = self.kind.expand(hidden, up, bias)
         first = self.initial()
         if first is not None:
             out = out - self.kind.apply(x, Factors(first[1], first[0]))
         return out * self.scaling
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """See `AdapterLayer.add_to`: scaled and added in one pass over the output, and rounded once."""
+        if "lora_init_A" in self._buffers:
+            return super().add_to(out, x)  # its two terms must cancel before they meet the output
+        hidden, up, bias = self._projected(x)
+        return self.kind.expand_onto(out, hidden, up, bias, self.scaling)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`A dropout(x)`, and what it goes through: `B` and B's bias."""
+        down, up, bias = self.matrices()
+        return self.kind.project(x, down, self.dropout if self.training else 0.0), up, bias
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups; the kernel in one dimension."""

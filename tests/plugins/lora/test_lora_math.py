@@ -124,6 +124,75 @@ def test_the_factors_of_a_trained_residual_are_its_exact_delta(init: str) -> Non
     torch.testing.assert_close(layer_of(model).delta(x), x @ factors.delta().t())
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(("kind", "init"), [*((k, False) for k in LAYERS), *(("Linear", init) for init in RESIDUAL)])
+def test_add_to_adds_the_delta_in_the_wider_dtype(
+    kind: str, init: bool | str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    make, inputs = LAYERS[kind]
+    own, adapters_dtype = dtypes
+    model, x = one(make().to(own)), inputs()
+    x = x.to(own) if x.is_floating_point() else x
+    randomise(adapt(model, target_modules=["fc"], r=2, lora_alpha=6, init_lora_weights=init))
+    layer, out = layer_of(model), type(model.fc).__base__.forward(model.fc, x)
+    found = layer.add_to(out, x)
+    assert found.dtype == adapters_dtype
+    torch.testing.assert_close(found, out + layer.delta(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_adding_in_one_pass_is_no_less_exact_than_adding_the_delta(tokens: int, dtype: torch.dtype) -> None:
+    model = one(nn.Linear(96, 128))
+    randomise(adapt(model, target_modules=["fc"], r=8, lora_alpha=10))
+    model.to(dtype)
+    x = torch.randn(tokens, 96, dtype=dtype)
+    layer, out = layer_of(model), nn.Linear.forward(model.fc, x)
+    wide = copy.deepcopy(layer).double()
+    exact = out.double() + wide.delta(x.double())
+    plain, found = ((y.double() - exact).norm() for y in (out + layer.delta(x), layer.add_to(out, x)))
+    assert found <= 1.02 * plain
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_autocast_adds_in_the_outputs_dtype(tokens: int) -> None:
+    model = one(nn.Linear(96, 128))
+    randomise(adapt(model, target_modules=["fc"], r=8))
+    x, expected = torch.randn(tokens, 96), model(torch.randn(0, 96))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = nn.Linear.forward(model.fc, x)
+        assert layer_of(model).add_to(low, x).dtype == torch.bfloat16
+        assert layer_of(model).add_to(low.float(), x).dtype == expected.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_lora_on_a_linear_layer_has_second_derivatives(tokens: int) -> None:
+    model = one(nn.Linear(96, 128)).double()
+    randomise(adapt(model, target_modules=["fc"], r=2))
+    x = torch.randn(tokens, 96, dtype=torch.float64, requires_grad=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    found = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
+    layer = layer_of(model)
+    plain = nn.Linear.forward(model.fc, x) + layer.delta(x)
+    first = torch.autograd.grad(plain.square().sum(), parameters, create_graph=True)
+    expected = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_parametrized_factor_acts_as_parametrized() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model, x = one(nn.Linear(6, 5)), torch.randn(2, 6)
+    randomise(adapt(model, target_modules=["fc"], r=2))
+    layer = layer_of(model)
+    once = layer.delta(x)
+    nn.utils.parametrize.register_parametrization(layer.lora_B, "weight", Twice())
+    torch.testing.assert_close(model(x), nn.Linear.forward(model.fc, x) + 2 * once)
+
+
 def test_lora_bias_is_scaled_as_b_is() -> None:
     model = one(nn.Linear(6, 5))
     adapt(model, target_modules=["fc"], r=2, lora_alpha=6, lora_bias=True)

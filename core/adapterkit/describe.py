@@ -1,0 +1,161 @@
+"""Which methods and extensions there are, and what each can do: `ak.describe_methods`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from adapterkit import combiners, contract, kinds
+from adapterkit.errors import AdapterError, PluginError
+from adapterkit.hookspecs import EXTENSIONS_GROUP, RESULT_HOOKS
+from adapterkit.registry import Installed, Registry, default_registry, switched_off
+from adapterkit.reports import columns
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method, as its plugin has it.
+
+    Attributes:
+        name: what configs and files call it.
+        package, version: the distribution it is from; the module and `None` if there is none.
+        config: the class of its configs.
+        prefix: what the names of its parameters begin with.
+        hooks: the hooks that it implements.
+        error: why it cannot be used; the three before are then empty.
+    """
+
+    name: str
+    package: str
+    version: str | None
+    config: str = ""
+    prefix: str = ""
+    hooks: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether an adapter of it can be merged into weights."""
+        return "factors" in self.hooks or "merge" in self.hooks
+
+    @property
+    def combines(self) -> bool:
+        """Whether adapters of it can be combined and converted: their change has a low-rank form."""
+        return "factors" in self.hooks
+
+    @property
+    def results(self) -> bool:
+        """Whether it can be what a combination or a conversion gives."""
+        return all(hook in self.hooks for hook in RESULT_HOOKS)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it reads files of other programs."""
+        return "foreign_config" in self.hooks
+
+
+@dataclass(frozen=True)
+class ExtensionInfo:
+    """One plugin that is no method.
+
+    Attributes:
+        name, package, version: as for methods.
+        kinds: layer kinds that it adds.
+        combiners: ways to combine that it adds.
+        error: why it cannot be used.
+    """
+
+    name: str
+    package: str
+    version: str | None
+    kinds: tuple[str, ...] = ()
+    combiners: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodsReport:
+    """What is installed. Prints as tables.
+
+    Attributes:
+        methods: every method, by name.
+        extensions: every other plugin, by name.
+        kinds: all layer kinds that can be adapted, in the order in which they are asked.
+        combiners: all ways to combine.
+        switched_off: names that the environment variable `ADAPTERKIT_DISABLE_PLUGINS` switches off.
+    """
+
+    methods: tuple[MethodInfo, ...]
+    extensions: tuple[ExtensionInfo, ...]
+    kinds: tuple[str, ...]
+    combiners: tuple[str, ...]
+    switched_off: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[MethodInfo | ExtensionInfo, ...]:
+        """Plugins that cannot be used."""
+        plugins: tuple[MethodInfo | ExtensionInfo, ...] = (*self.methods, *self.extensions)
+        return tuple(plugin for plugin in plugins if plugin.error)
+
+    def __str__(self) -> str:
+        titles = ("method", "package", "prefix", "merges", "combines", "result", "foreign files")
+        rows = [
+            (m.name, _package(m), m.prefix, *(("no", "yes")[f] for f in (m.merges, m.combines, m.results, m.foreign)))
+            for m in self.methods
+            if not m.error
+        ]
+        lines = [columns([titles, *rows])] if rows else ["no methods"]
+        lines += [f"  {m.name}: {', '.join(m.hooks)}" for m in self.methods if not m.error]
+        lines += [f"layer kinds: {', '.join(self.kinds)}", f"combiners: {', '.join(self.combiners)}"]
+        for extension in self.extensions:
+            if not extension.error:
+                adds = ", ".join((*extension.kinds, *extension.combiners)) or "wraps hooks"
+                lines.append(f"extension {extension.name} ({_package(extension)}): {adds}")
+        lines += [f"failed: {plugin.name} ({_package(plugin)}): {plugin.error}" for plugin in self.failed]
+        lines += [f"switched off: {name}" for name in self.switched_off]
+        return "\n".join(lines)
+
+
+def describe_methods(registry: Registry = default_registry) -> MethodsReport:
+    """Every method and extension that is installed or registered, with what it can do.
+
+    Imports every plugin. One that fails is listed with the reason and hinders no other.
+    """
+    extensions = tuple(_extension(registry, *found) for found in registry.extensions().items())
+    usable = [e for e in extensions if not e.error]
+    return MethodsReport(
+        tuple(_method(registry, installed) for installed in registry.methods().values()),
+        extensions,
+        (*(name for e in usable for name in e.kinds), *(kind.name for kind in kinds.BUILTIN)),
+        tuple(sorted((*combiners.BUILTIN, *(name for e in usable for name in e.combiners)))),
+        tuple(sorted(switched_off())),
+    )
+
+
+def _method(registry: Registry, installed: Installed) -> MethodInfo:
+    name, package, version = installed.name, installed.provider, installed.version
+    try:
+        method = registry.method(name)
+        config = method.config_type()
+        prefix = method.key_rule(config()).prefix
+    except AdapterError as error:
+        return MethodInfo(name, package, version, error=str(error))
+    return MethodInfo(name, package, version, f"{config.__module__}.{config.__qualname__}", prefix, method.hooks)
+
+
+def _extension(registry: Registry, name: str, plugin: object) -> ExtensionInfo:
+    package, version = getattr(plugin, "__name__", type(plugin).__name__), None
+    for entry in importlib.metadata.entry_points(group=EXTENSIONS_GROUP, name=name):
+        package, version = (entry.dist.name, entry.dist.version) if entry.dist else (entry.value, None)
+    try:
+        if isinstance(plugin, PluginError):
+            raise plugin
+        added = tuple(kind.name for kind in contract.kinds_of(registry._manager, plugin))
+        ways = tuple(contract.combiners_of(registry._manager, plugin))
+    except PluginError as error:
+        return ExtensionInfo(name, package, version, error=str(error))
+    return ExtensionInfo(name, package, version, added, ways)
+
+
+def _package(plugin: MethodInfo | ExtensionInfo) -> str:
+    return " ".join(filter(None, (plugin.package, plugin.version)))
