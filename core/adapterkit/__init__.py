@@ -30,8 +30,10 @@ from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
 from adapterkit.matching import PatternTable
+from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.registry import Registry, default_registry
 from adapterkit.reports import AddReport, CombineReport, LoadReport, Status
+from adapterkit.scaffold import new_package
 from adapterkit.selection import Selection, select
 from adapterkit.target import Target
 
@@ -58,12 +60,14 @@ __all__ = [
     "Factors",
     "ForeignLayers",
     "KeyRule",
+    "LayerGroup",
     "LayerKind",
     "LoadReport",
     "MethodInfo",
     "MethodsReport",
     "PatternTable",
     "PluginError",
+    "Preview",
     "Registry",
     "SaveError",
     "Selection",
@@ -82,6 +86,9 @@ __all__ = [
     "hookimpl",
     "method",
     "methods",
+    "new_package",
+    "preview",
+    "read_config",
     "register",
     "select",
     "skeleton",

@@ -1,0 +1,122 @@
+"""A package for a method of one's own, written from templates: `ak.new_package`."""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+import shutil
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from adapterkit.describe import describe_methods
+from adapterkit.errors import ConfigError, PluginError, SaveError
+from adapterkit.files import local_path, umask
+
+# Each template and where it goes; both may hold a placeholder.
+_FILES = {
+    "pyproject.toml": "pyproject.toml",
+    "README.md": "README.md",
+    "gitignore": ".gitignore",
+    "ci.yml": ".github/workflows/ci.yml",
+    "init.py": "src/$module/__init__.py",
+    "config.py": "src/$module/config.py",
+    "layer.py": "src/$module/layer.py",
+    "plugin.py": "src/$module/plugin.py",
+    "test.py": "tests/test_$name.py",
+}
+_LONGEST_NAME = 32
+
+
+def new_package(name: str, folder: str | Path | None = None) -> Path:
+    """Write a package with an adapter method of this name that installs and passes the test kit as it is.
+
+    It has a config, a layer and a plugin for a small additive method to be changed, packaging with the entry point,
+    tests with `adapterkit.testing` and a workflow for GitHub; it is clean under ruff and `mypy --strict`.
+
+    Args:
+        name: the method's: lower-case letters, digits and underscores.
+        folder: the project's folder, which must not exist; `adapterkit-<name>` here if `None`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: a name that cannot be used, or a folder that exists.
+        PluginError: the name, or a prefix of parameters' names that begins alike, is an installed method's.
+        SaveError: the folder cannot be written; nothing of it is left.
+    """
+    _check_name(name)
+    project = f"adapterkit-{name.replace('_', '-')}"
+    folder = local_path(project if folder is None else folder)
+    if folder.exists() or folder.is_symlink():
+        raise ConfigError(f"{folder} exists already. Remove it, or name another folder.")
+    values = {
+        "name": name,
+        "Name": "".join(part.capitalize() for part in name.split("_")),
+        "prefix": f"{name}_",
+        "module": f"adapterkit_{name}",
+        "project": project,
+        "requirement": _requirement(),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(fresh, values)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as error:
+        raise SaveError(f"The package cannot be written to {folder}: {error}. Nothing of it is left.") from error
+    return folder
+
+
+def _write(folder: Path, values: dict[str, str]) -> None:
+    folder.chmod(0o777 & ~umask())
+    templates = files("adapterkit.scaffold") / "templates"
+    for source, place in _FILES.items():
+        path = folder / Template(place).substitute(values)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = (templates / f"{source}.template").read_text(encoding="utf-8")
+        path.write_text(Template(text).substitute(values), encoding="utf-8")
+    (folder / "src" / values["module"] / "py.typed").touch()
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        proposed = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_0123456789")
+        hint = f" Perhaps {proposed!r}?" if proposed else ""
+        raise ConfigError(
+            f"{name!r} cannot be a method's name: it needs lower-case letters, digits and single underscores between "
+            f"them, a letter first.{hint}"
+        )
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name):
+        raise ConfigError(f"{name!r} is a keyword of Python. Choose another name.")
+    if len(name) > _LONGEST_NAME:
+        raise ConfigError(f"{name!r} has {len(name)} letters; a method's name may have {_LONGEST_NAME}.")
+    _check_methods(name, f"{name}_")
+    if importlib.util.find_spec(f"adapterkit_{name}") is not None:
+        raise ConfigError(f"There is a module adapterkit_{name} here already. Choose another name.")
+
+
+def _check_methods(name: str, prefix: str) -> None:
+    for method in describe_methods().methods:
+        if method.name == name:
+            raise PluginError(f"There is a method {name!r}, from {method.package}. Choose another name.")
+        if method.prefix and (prefix.startswith(method.prefix) or method.prefix.startswith(prefix)):
+            raise PluginError(
+                f"Parameters of a method {name!r} would be called {prefix + '...'!r}, those of {method.name!r} "
+                f"({method.package}) are called {method.prefix + '...'!r}: they could not be told apart. Choose "
+                "another name."
+            )
+
+
+def _requirement() -> str:
+    """This version and those that are compatible with it: before 1.0 a minor version may break, after it a major."""
+    here = version("adapterkit")
+    major, minor = (int(re.match(r"\d+", part).group()) for part in here.split(".")[:2])  # type: ignore[union-attr]
+    return f"adapterkit>={here},<{f'{major + 1}' if major else f'0.{minor + 1}'}"
