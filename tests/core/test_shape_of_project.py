@@ -21,8 +21,10 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "adapterkit"
 PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if p.is_dir())
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+COMMAND = ROOT / "core" / "adapterkit_command"
 CORE_FILES = sorted(CORE.rglob("*.py"))
-SOURCES = [*CORE_FILES, *sorted((ROOT / "plugins").rglob("*.py"))]
+COMMAND_FILES = sorted(COMMAND.rglob("*.py"))
+SOURCES = [*CORE_FILES, *COMMAND_FILES, *sorted((ROOT / "plugins").rglob("*.py"))]
 HEAVY = ("transformers", "adapterkit_lora", "huggingface_hub", "regex", "tqdm", "accelerate", "peft")
 
 
@@ -49,10 +51,21 @@ def ids(paths: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("path", CORE_FILES, ids=ids(CORE_FILES))
 def test_core_imports_no_plugin(path: Path) -> None:
-    assert not [module for module, _ in imports(path) if module.startswith("adapterkit_")]
+    """Nor the command, but for `python -m adapterkit`."""
+    allowed = {"adapterkit_command"} if path.name == "__main__.py" else set()
+    assert not [module for module, _ in imports(path) if module.startswith("adapterkit_") and module not in allowed]
 
 
-@pytest.mark.parametrize("path", CORE_FILES, ids=ids(CORE_FILES))
+@pytest.mark.parametrize("path", COMMAND_FILES, ids=ids(COMMAND_FILES))
+def test_command_imports_public_names_rich_typer_and_the_standard_library_only(path: Path) -> None:
+    for module, name in imports(path):
+        if module == "adapterkit":
+            assert name == "" or name in ak.__all__, f"{path}: {name!r} is not public"
+        else:
+            assert module.partition(".")[0] in {"adapterkit_command", "rich", "typer", *sys.stdlib_module_names}, path
+
+
+@pytest.mark.parametrize("path", [*CORE_FILES, *COMMAND_FILES], ids=ids([*CORE_FILES, *COMMAND_FILES]))
 def test_core_names_no_method(path: Path) -> None:
     """Messages may give LoRA as an example; code may not ask for it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -90,6 +103,15 @@ def test_importing_the_core_imports_nothing_heavy() -> None:
     assert loaded_after("import adapterkit") <= loaded_after("import torch")
 
 
+def test_help_imports_no_torch() -> None:
+    """The command answers at once where it can; whatever imports `adapterkit` imports torch."""
+    code = "from adapterkit_command.app import app; app(['--help'], standalone_mode=False)"
+    command = [sys.executable, "-c", f"{code}\nimport sys\nprint('torch' in sys.modules)"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: " in run.stdout
+    assert run.stdout.splitlines()[-1] == "False"
+
+
 def test_listing_and_naming_methods_imports_no_plugin() -> None:
     code = "import adapterkit as ak; ak.methods(); ak.AdapterConfig()"
     assert loaded_after(code) <= loaded_after("import torch")
@@ -104,7 +126,7 @@ def test_the_test_of_imports_can_fail(name: str) -> None:
 
 
 def test_packages_are_the_folders() -> None:
-    wanted = ["core/adapterkit", *(f"plugins/{p.name}/{package(p)}" for p in PLUGINS)]
+    wanted = ["core/adapterkit", "core/adapterkit_command", *(f"plugins/{p.name}/{package(p)}" for p in PLUGINS)]
     assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == wanted
     assert all((ROOT / folder / "__init__.py").is_file() for folder in wanted)
 
@@ -120,6 +142,8 @@ def test_installed_metadata_are_those_of_pyproject() -> None:
     assert distribution.version == PYPROJECT["project"]["version"]
     installed = {e.name: e.value for e in distribution.entry_points if e.group == "adapterkit.methods"}
     assert installed == PYPROJECT["project"]["entry-points"]["adapterkit.methods"]
+    scripts = {e.name: e.value for e in distribution.entry_points if e.group == "console_scripts"}
+    assert scripts == PYPROJECT["project"]["scripts"] == {"adapterkit": "adapterkit_command:main"}
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
@@ -140,7 +164,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_source_file_and_no_other(wheel: Path) -> None:
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    folders = [CORE, *(p / package(p) for p in PLUGINS)]
+    folders = [CORE, COMMAND, *(p / package(p) for p in PLUGINS)]
     files = [f for folder in folders for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     wanted = {str(f.relative_to(next(d for d in folders if f.is_relative_to(d)).parent)) for f in files}
     assert held == wanted
@@ -153,6 +177,7 @@ def test_wheel_announces_every_method(wheel: Path) -> None:
     text = archive.read(name).decode()
     assert "[adapterkit.methods]" in text
     assert all(f"{p.name} = {package(p)}.plugin" in text for p in PLUGINS)
+    assert "adapterkit = adapterkit_command:main" in text
 
 
 # How long its parts are

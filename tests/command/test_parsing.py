@@ -1,0 +1,106 @@
+"""What the command line says in text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from adapterkit_command.parsing import fields, modules, names, weighted
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with adapters of ordinary and of odd names."""
+    for name in ("A", "B", "dir:with:colon", "A:0.7"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WEIGHTED = {
+    "alone": (["B"], {"B": 1.0}),
+    "weight": (["B:0.3"], {"B": 0.3}),
+    "negative": (["B:-0.3"], {"B": -0.3}),
+    "zero, and in powers of ten": (["A:0", "B:1e-2"], {"A": 0.0, "B": 0.01}),
+    "hub id": (["user/name:0.5", "user/other"], {"user/name": 0.5, "user/other": 1.0}),
+    "colons of the path": (["dir:with:colon"], {"dir:with:colon": 1.0}),
+    "colons of the path and a weight": (["dir:with:colon:0.5"], {"dir:with:colon": 0.5}),
+    "what exists as it is written": (["A:0.7"], {"A:0.7": 1.0}),
+    "and its weight": (["A:0.7:2"], {"A:0.7": 2.0}),
+    "drive": ([r"C:\adapters\mood"], {r"C:\adapters\mood": 1.0}),
+    "drive and weight": ([r"C:\adapters\mood:0.5"], {r"C:\adapters\mood": 0.5}),
+    "nothing there": (["nobody:knows"], {"nobody:knows": 1.0}),
+}
+
+
+@pytest.mark.parametrize(("texts", "found"), WEIGHTED.values(), ids=WEIGHTED.keys())
+def test_adapters_with_weights(texts: list[str], found: dict[str, float], here: Path) -> None:
+    assert weighted(texts) == found
+
+
+BAD_WEIGHTS = {
+    "text": (["A:much"], "'A:much': 'much' is no number; write A:0.5, say."),
+    "comma": (["A:0,5"], "'0,5' is no number"),
+    "nothing": (["A:"], "'' is no number"),
+    "nan": (["A:nan"], "'A:nan': give PATH:WEIGHT, with a finite number."),
+    "infinite": (["B:-inf"], "with a finite number."),
+    "no path": ([":0.5"], "':0.5': give PATH:WEIGHT"),
+    "twice": (["B:1", "B:2"], "'B' is given twice; give it once, with the sum of its weights."),
+}
+
+
+@pytest.mark.parametrize(("texts", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
+def test_weights_that_are_refused(texts: list[str], message: str, here: Path) -> None:
+    with pytest.raises(typer.BadParameter) as caught:
+        weighted(texts)
+    assert message in str(caught.value)
+
+
+def test_names_one_by_one_and_with_commas() -> None:
+    assert names(["a,b", " c ", "d,"]) == ["a", "b", "c", "d"]
+    assert names(None) is names([]) is names([","]) is None
+
+
+def test_modules_are_a_list_or_an_expression_or_a_word() -> None:
+    assert modules(["query,value"], None, "--target-modules") == ["query", "value"]
+    assert modules(None, r".*\.(q|v)", "--target-modules") == r".*\.(q|v)"
+    assert modules(["all-linear"], None, "--target-modules") == "all-linear"
+    assert modules(None, None, "--target-modules") is None
+    with pytest.raises(typer.BadParameter, match=r"give names \(--target-modules\) or an expression, not both"):
+        modules(["query"], ".*", "--target-modules")
+
+
+def test_fields_are_json_or_text() -> None:
+    texts = [
+        "r=16",
+        "use_rslora=true",
+        "bias=lora_only",
+        'rank_pattern={"query": 4}',
+        "layers_pattern=a=b",
+        "revision=",
+    ]
+    assert fields(texts) == {
+        "r": 16,
+        "use_rslora": True,
+        "bias": "lora_only",
+        "rank_pattern": {"query": 4},
+        "layers_pattern": "a=b",
+        "revision": "",
+    }
+
+
+BAD_FIELDS = {
+    "no value": (["r"], "'r': give FIELD=VALUE, such as r=16"),
+    "no field": (["=3"], "'=3': give FIELD=VALUE"),
+    "no name": (["a b=3"], "give FIELD=VALUE"),
+    "twice": (["r=1", "r=2"], "the field 'r' is given twice."),
+}
+
+
+@pytest.mark.parametrize(("texts", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_fields_that_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(typer.BadParameter) as caught:
+        fields(texts)
+    assert message in str(caught.value)

@@ -1,0 +1,184 @@
+"""How every command runs: reports and JSON, errors, warnings, exit statuses. In this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import adapterkit as ak
+from adapterkit_command.app import app
+from adapterkit_command.exits import Exit
+from adapterkit_command.output import jsonable
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+
+
+@pytest.fixture
+def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """`raising(error)`: what stands behind `adapterkit methods` raises it."""
+
+    def make(error: BaseException) -> None:
+        def fail() -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(ak, "describe_methods", fail)
+
+    return make
+
+
+def test_a_report_is_on_stdout_and_nothing_else() -> None:
+    done = run("methods")
+    assert (done.exit_code, done.stderr) == (Exit.OK, "")
+    assert done.stdout.splitlines()[0].split() == [
+        *("method", "package", "prefix", "merges", "combines", "result", "foreign")
+    ]
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
+
+
+def test_json_is_the_reports_attributes() -> None:
+    done = run("methods", "--json")
+    report = json.loads(done.stdout)
+    assert set(report) == {"methods", "extensions", "kinds", "combiners", "switched_off", "failed"}
+    (lora,) = [method for method in report["methods"] if method["name"] == "lora"]
+    assert set(lora) == {
+        *("name", "package", "version", "config", "prefix", "hooks", "error"),
+        *("merges", "combines", "results", "foreign"),
+    }
+    assert lora["prefix"] == "lora_"
+
+
+def test_a_users_mistake_is_a_message_and_1(raising: Callable[[BaseException], None]) -> None:
+    raising(ak.ConfigError("That [does] not go."))
+    done = run("methods")
+    assert (done.exit_code, done.stdout, done.stderr) == (Exit.ERROR, "", "error: That [does] not go.\n")
+
+
+def test_a_users_mistake_in_json(raising: Callable[[BaseException], None]) -> None:
+    raising(ak.ConfigError("That does not go."))
+    done = run("methods", "--json")
+    assert (done.exit_code, done.stdout) == (Exit.ERROR, "")
+    assert json.loads(done.stderr) == {"error": {"type": "ConfigError", "message": "That does not go.", "status": 1}}
+
+
+def test_what_the_system_refuses_is_1(raising: Callable[[BaseException], None]) -> None:
+    raising(PermissionError(13, "Permission denied", "/secret"))
+    done = run("methods")
+    assert (done.exit_code, done.stderr) == (Exit.ERROR, "error: [Errno 13] Permission denied: '/secret'\n")
+
+
+def test_a_fault_is_3_and_says_what_to_do(raising: Callable[[BaseException], None]) -> None:
+    raising(ZeroDivisionError("oh"))
+    done = run("methods")
+    assert done.exit_code == Exit.INTERNAL
+    assert done.stderr == (
+        "internal error: ZeroDivisionError: oh. This should not happen; run it again with --debug for the traceback, "
+        "and report that.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "methods"), ("methods", "--debug")], ids=" ".join)
+def test_debug_shows_the_traceback(arguments: tuple[str, ...], raising: Callable[[BaseException], None]) -> None:
+    raising(ak.ConfigError("That does not go."))
+    done = run(*arguments)
+    assert done.exit_code == Exit.ERROR
+    assert "Traceback (most recent call last):" in done.stderr
+    assert done.stderr.endswith("error: That does not go.\n")
+
+
+def test_debug_by_the_environment(raising: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(ak.ConfigError("That does not go."))
+    monkeypatch.setenv("ADAPTERKIT_DEBUG", "1")
+    assert "Traceback" in run("methods").stderr
+
+
+def test_interrupted_is_130(raising: Callable[[BaseException], None]) -> None:
+    raising(KeyboardInterrupt())
+    done = run("methods")
+    assert (done.exit_code, done.stdout, done.stderr) == (Exit.INTERRUPTED, "", "adapterkit: interrupted\n")
+
+
+def test_warnings_are_notes_of_one_line_and_prints_are_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = ak.describe_methods()
+
+    def noisy() -> ak.MethodsReport:
+        print("a plugin talks")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("This is\n  probably not meant.", ak.AdapterWarning, stacklevel=1)
+        return described
+
+    monkeypatch.setattr(ak, "describe_methods", noisy)
+    done = run("methods", "--json")
+    assert json.loads(done.stdout)["kinds"]
+    assert done.stderr == "a plugin talks\nnote: This is probably not meant.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("methds",), "Did you mean 'methods'?"),
+        (("methods", "--jsn"), "No such option"),
+        (("targets",), "Missing"),
+        (("targets", "m", "--set", "r"), "give FIELD=VALUE"),
+        (("targets", "m", "--config", "a", "--method", "lora"), "--config says the method; leave --method out."),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_is_2(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert (done.exit_code, done.stdout) == (Exit.USAGE, "")
+    assert message in " ".join(done.stderr.split())
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (Exit.OK, f"adapterkit {ak.__version__}\n")
+
+
+def test_every_command_has_a_panel_examples_json_and_debug() -> None:
+    import typer
+
+    group: Any = typer.main.get_command(app)
+    assert group.commands
+    for name, command in group.commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--debug"} <= options, name
+        assert command.rich_help_panel
+        assert f"$ adapterkit {name}" in command.epilog
+        assert all(parameter.help for parameter in command.params if parameter.name != "help"), name
+
+
+def test_exit_statuses_have_their_sentences() -> None:
+    assert [int(status) for status in Exit] == [0, 1, 2, 3, 4, 130, 141]
+    assert all(status.says for status in Exit)
+
+
+@dataclass(frozen=True)
+class Part:
+    place: Path
+    share: float
+
+    @property
+    def double(self) -> float:
+        return 2 * self.share
+
+
+def test_json_of_a_report() -> None:
+    report = {"a": Part(Path("x/y"), 0.5), "dtype": torch.bfloat16, "none": [None, math.nan, math.inf], 3: {"b", "a"}}
+    assert jsonable(report) == {
+        "a": {"place": "x/y", "share": 0.5, "double": 1.0},
+        "dtype": "bfloat16",
+        "none": [None, None, None],
+        "3": ["a", "b"],
+    }
