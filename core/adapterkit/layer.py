@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.kinds import LayerKind
+from adapterkit.tiles import AddTile
 
 Base = Callable[[Tensor], Tensor]
 
@@ -47,6 +49,19 @@ class AdapterLayer(nn.Module):
         """The layer's output, where `base(x)` is what it is without this adapter (the layer's bias included)."""
         out = base(x)
         return self.add_to(out, x).to(out.dtype)
+
+    def tile_adder(self, dtype: torch.dtype) -> AddTile | None:
+        """How to add `dW` to a weight with less work than by its factors; `None`, the default: by them.
+
+        For an additive method whose factors have so high a rank that making entries of `dW` costs less than
+        multiplying by them. It changes no bias.
+
+        Returns:
+            `add(block, rows, columns)`, which adds `dW[rows, columns]`, scaling included, to `block` in place. The
+            block, of this dtype, is a part of the canonical `(out, in)` weight or a copy of it, and may be transposed
+            in memory.
+        """
+        return None
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a file may give the parameters named these other shapes than they have; by default not."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from adapterkit.change import check_in_memory, plan
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.merging import Merged, carry_out, give_back, plan, take_heads
+from adapterkit.merging import Merged, carry_out, give_back, take_heads
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.storage import Storage
 from adapterkit.walk import Walk
@@ -53,9 +54,9 @@ class Merger(Storage):
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
         acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
-        walk = Walk(self.model)
-        changes = plan(records, walk, untie=untie)
-        carry_out(changes, self._merged, walk, safe=safe, keep_base=keep_base)
+        changes = plan(records, Walk(self.model), untie=untie)
+        check_in_memory(changes)
+        carry_out(changes, self._merged, safe=safe, keep_base=keep_base)
         if untie:
             self._live.untie()
         state = self._merged

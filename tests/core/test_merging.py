@@ -1,6 +1,7 @@
 """Merging: the weights after it, and after it is undone."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -8,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.combining import scaling_method
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
+from adapterkit.method import Method
+from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
@@ -141,14 +145,81 @@ class Allocated(TorchDispatchMode):
         return result
 
 
+class Transposed(nn.Module):
+    """An embedding and transformers' Conv1D: weights that are canonical only when they are transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.conv = nn.Embedding(3000, 700), Conv1D(1500, 1400)
+
+
+MERGED = {
+    "rows": lambda: nn.Sequential(nn.Linear(2000, 2000, bias=False)),
+    "columns": Transposed,
+}
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])
+@pytest.mark.parametrize("layout", MERGED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merging_makes_no_second_buffer_of_a_weights_size(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(2000, 2000, bias=False)).to(dtype)
-    adapters = adapted(model, "a", target_modules=["0"])
+def test_merging_makes_no_buffer_of_a_weights_size(
+    dtype: torch.dtype, layout: str, config: type[ak.AdapterConfig]
+) -> None:
+    model = MERGED[layout]().to(dtype)
+    assert min(p.nbytes for p in model.parameters() if p.dim() == 2) > 4 << 19
+    adapters = ak.attach(model)
+    adapters.add("a", config(target_modules=".*", r=32))
     with Allocated() as allocated:
         adapters.merge("a", keep_base=False)
-    assert allocated.most <= 1 << 21
-    assert model[0].weight.nbytes > 2 << 21
+    assert allocated.most <= 1 << 19
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.Conv2d, Conv1D])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@given(sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), band=st.integers(1, 2000), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tiles_of_any_size_give_the_same_merge(
+    kind: type[nn.Module],
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    band: int,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the dense sum, entry by entry in float64: factors, tiles, and both at one layer."""
+    monkeypatch.setattr("adapterkit.tiles.TILE_BYTES", band)
+    torch.manual_seed(seed)
+    model = nn.Sequential(kind(*sizes, 2) if kind is nn.Conv2d else kind(*sizes)).to(dtype)
+    adapters = ak.attach(model)
+    adapters.add("factors", LoraConfig(target_modules=["0"], r=3, init_lora_weights=False))
+    adapters.add("tiles", LoHaConfig(target_modules=["0"], r=7, init_weights=False))
+    base = model[0].weight.detach().double().clone()
+    layers = model[0].adapters
+    both = [ak.method(m).factors(layers[n]).delta() for m, n in (("lora", "factors"), ("loha", "tiles"))]
+    delta = (both[0] + both[1]).detach().double()
+    canonical = delta.t() if kind in (nn.Embedding, Conv1D) else delta.view(base.shape)
+    adapters.merge("factors", "tiles")
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * float(1 + canonical.abs().max())}
+    torch.testing.assert_close(model[0].weight.detach().double(), base + canonical, **close)
+
+
+def test_the_factors_of_all_layers_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    adapters = adapted(model, "a", target_modules="all-linear")
+    alive: list[Any] = []
+    most = [0]
+    original = Method.factors
+
+    def watched(self: Method, layer: ak.AdapterLayer) -> ak.Factors | None:
+        found = original(self, layer)
+        assert found is not None
+        alive.append(weakref.ref(found.up))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        return found
+
+    monkeypatch.setattr(Method, "factors", watched)
+    adapters.merge("a")
+    assert most[0] == 1
 
 
 def test_a_half_precision_adapter_is_merged_from_float32_products(tmp_path: Path) -> None:

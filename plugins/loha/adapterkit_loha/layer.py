@@ -7,6 +7,7 @@ A *pair* is the two low-rank products whose elementwise product the change is: `
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from adapterkit_loha.config import LoHaConfig
 PASS = 25
 # Multiplications in the layer's own product below which a `Function` costs more time than the memory it saves is worth.
 SMALL = 2**24
+# Up to this rank a merge multiplies by the Khatri-Rao factors. Above it, two products of rank r and a pass over a tile
+# in the cache take less time than one product of rank r^2; where that begins hardly depends on the layer's size.
+MERGED_BY_FACTORS = 5
 
 
 def hadamard(first: Factors, second: Factors) -> Tensor:
@@ -238,6 +242,18 @@ class LoHaLayer(AdapterLayer):
         if self.training and (self.rank_dropout or self.module_dropout):
             up = up * kept_rows(self.kind.out_features, self.rank_dropout, self.module_dropout, up)[:, None]
         return delta(self.kind, x, Factors(up, first.down), second)
+
+    def tile_adder(self, dtype: torch.dtype) -> Callable[[Tensor, slice, slice], object] | None:
+        """See `AdapterLayer.tile_adder`: `(A1 B1) * (A2 B2)`, of which only a tile is made at a time."""
+        if self.r <= MERGED_BY_FACTORS:
+            return None
+        up1, down1, up2, down2 = (t.to(dtype) for f in self.pair() for t in f[:2])
+        up1 = up1 * self.scaling
+
+        def add(block: Tensor, rows: slice, columns: slice) -> None:
+            block.addcmul_(up1[rows] @ down1[:, columns], up2[rows] @ down2[:, columns])
+
+        return add
 
     def factors(self) -> Factors:
         """The exact `dW`, scaling included, of rank `r * r`."""

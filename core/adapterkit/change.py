@@ -1,0 +1,172 @@
+"""Change: what merging adapters changes in one module, planned before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import tiles
+from adapterkit.biases import BiasLayer
+from adapterkit.errors import StateError, UnsupportedError
+from adapterkit.kinds import LayerKind
+from adapterkit.layer import AdapterLayer
+from adapterkit.record import AdapterRecord
+from adapterkit.registry import default_registry
+from adapterkit.tiles import AddTile
+from adapterkit.walk import Walk
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter layer that is merged.
+
+    Attributes:
+        additive: whether its change is a sum; else its method's own merge rule is asked.
+        biased: whether it changes the bias as well.
+        scale: what its change is multiplied by.
+    """
+
+    record: AdapterRecord
+    layer: AdapterLayer
+    additive: bool
+    biased: bool = False
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, record: AdapterRecord, path: str, scale: float = 1.0) -> Self:
+        """The layer of an adapter at `path`, asked how it can be merged; what it answers is dropped again.
+
+        Raises:
+            UnsupportedError: it cannot.
+        """
+        layer, method = record.layers[path], default_registry.method_of(record.config)
+        if layer.tile_adder(torch.float32) is not None:
+            return cls(record, layer, additive=True, scale=scale)
+        found = method.factors(layer)
+        if found is None and "merge" not in method.hooks:
+            raise UnsupportedError(
+                f"Adapter {record.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
+                "shape. Leave it active instead."
+            )
+        return cls(record, layer, found is not None, found is not None and found.bias is not None, scale)
+
+    def adder(self, dtype: torch.dtype) -> Adder:
+        """How to add this change, made anew each time: factors of all layers at once may be larger than the model."""
+        by_tiles = self.layer.tile_adder(dtype)
+        if by_tiles is not None:
+            return Adder(tiles.scaled(by_tiles, self.scale))
+        factors = default_registry.method_of(self.record.config).factors(self.layer)
+        assert factors is not None
+        up, down = factors.up.to(dtype), factors.down.to(dtype)
+        bias = None if factors.bias is None else factors.bias.to(dtype) * self.scale
+
+        def add(block: Tensor, rows: slice, columns: slice) -> None:
+            block.addmm_(up[rows], down[:, columns], alpha=self.scale)
+
+        return Adder(add, bias, tiled=False)
+
+
+class Adder(NamedTuple):
+    """A change to be added to a weight and, where there is one, to its bias.
+
+    Attributes:
+        tiled: whether small tiles are better than the whole weight at once.
+    """
+
+    add: AddTile
+    bias: Tensor | None = None
+    tiled: bool = True
+
+
+@dataclass
+class Change:
+    """What is about to be merged into one module.
+
+    Attributes:
+        parts: adapter layers in the order they act.
+        biases: trained biases, each with what its shift is multiplied by.
+        tied: names of the module's parameters that other modules have, too.
+    """
+
+    path: str
+    module: nn.Module
+    kind: LayerKind | None
+    parts: list[Part] = field(default_factory=list)
+    biases: list[tuple[BiasLayer, float]] = field(default_factory=list)
+    tied: frozenset[str] = frozenset()
+
+    @property
+    def general(self) -> bool:
+        """Whether some method's own merge rule has a say."""
+        return not all(part.additive for part in self.parts)
+
+    @property
+    def touched(self) -> dict[str, nn.Parameter]:
+        """The parameters of the module that the change writes to."""
+        names = ["weight"] * bool(self.parts)
+        if self.general or self.biases or any(part.biased for part in self.parts):
+            names.append("bias")
+        found = {name: self.module._parameters.get(name) for name in names}
+        return {name: p for name, p in found.items() if p is not None}
+
+
+@torch.no_grad()
+def plan(
+    records: Sequence[AdapterRecord], walk: Walk, *, untie: bool, scales: Mapping[str, float] | None = None
+) -> list[Change]:
+    """What merging these adapters changes, checked as far as it can be without weights; nothing is changed yet.
+
+    Args:
+        scales: what the changes of some adapters are multiplied by.
+
+    Raises:
+        UnsupportedError: an adapter layer that cannot be merged.
+        StateError: a weight that is tied to another module, or a bias that is not there.
+    """
+    changes: dict[str, Change] = {}
+    for record in records:
+        scale = (scales or {}).get(record.name, 1.0)
+        for path, layer in record.layers.items():
+            change = changes.setdefault(path, Change(path, record.hosts[path], layer.kind))
+            change.kind = layer.kind
+            change.parts.append(Part.of(record, path, scale))
+        for path, bias in record.biases.items():
+            changes.setdefault(path, Change(path, record.hosts[path], None)).biases.append((bias, scale))
+    owners = _owners(walk)
+    for change in changes.values():
+        change.tied = frozenset(name for name, p in change.touched.items() if owners[p] > 1)
+        _check(change, untie)
+    return list(changes.values())
+
+
+def _owners(walk: Walk) -> dict[nn.Parameter, int]:
+    """How many modules have each parameter as their own."""
+    owners: dict[nn.Parameter, int] = {}
+    for module in (walk.model, *walk.aliases):
+        for parameter in {p for p in module._parameters.values() if p is not None}:
+            owners[parameter] = owners.get(parameter, 0) + 1
+    return owners
+
+
+def _check(change: Change, untie: bool) -> None:
+    for name in sorted(change.tied) if not untie else ():
+        raise StateError(
+            f"'{change.path}.{name}' is tied to another module, which would change with it. Merge with untie=True to "
+            f"give {change.path!r} a weight of its own, or leave it out of the adapter."
+        )
+    if any(part.biased for part in change.parts) and change.module._parameters.get("bias") is None:
+        raise StateError(f"{change.path!r} has no bias to merge the adapter's into. Leave the adapter active instead.")
+
+
+def check_in_memory(changes: Sequence[Change]) -> None:
+    """Raise `StateError` if the weights to be changed are elsewhere."""
+    for change in changes:
+        for name, parameter in change.touched.items():
+            if parameter.is_meta:
+                raise StateError(
+                    f"'{change.path}.{name}' is not in memory (meta device or offloaded); nothing can be merged there."
+                )

@@ -1,0 +1,66 @@
+"""Adding to a weight tile by tile, so that what is worked on stays in the processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# `add(block, rows, columns)`: adds the change's part at these rows and columns to the block, in place.
+AddTile = Callable[[Tensor, slice, slice], object]
+
+# Half a second-level cache of today, and far below the size from which malloc gives each buffer fresh pages.
+TILE_BYTES = 1 << 19
+_ALL = slice(None)
+
+
+def add(weight: Tensor, changes: Sequence[tuple[AddTile, bool]], work: torch.dtype) -> None:
+    """Add changes to a matrix in place; the sum is made in the dtype `work` and rounded once.
+
+    Args:
+        changes: each with whether it is to be given tiles; if none is, and the weight has the dtype `work`, each gets
+            the whole weight.
+    """
+    if weight.dtype == work and _is_dense(weight) and not any(tiled for _, tiled in changes):
+        for change, _ in changes:
+            change(weight, _ALL, _ALL)
+        return
+    buffer = None
+    for rows, columns in _tiles(weight, work):
+        block = weight[rows, columns]
+        if weight.dtype != work and (buffer is None or buffer.shape != block.shape):
+            buffer = torch.empty_like(block, dtype=work)  # with the same strides
+        total = block if buffer is None else buffer.copy_(block)
+        for change, _ in changes:
+            change(total, rows, columns)
+        if total is not block:
+            block.copy_(total)
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether matrix products can write to it as it is."""
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
+def _tiles(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Bands along the dimension that is contiguous in memory."""
+    across = 1 if weight.stride(0) < weight.stride(1) else 0
+    width = max(1, weight.shape[1 - across] * work.itemsize)
+    step = max(1, TILE_BYTES // width)
+    for start in range(0, weight.shape[across], step):
+        band = slice(start, min(start + step, weight.shape[across]))
+        yield (band, _ALL) if across == 0 else (_ALL, band)
+
+
+def scaled(change: AddTile, scale: float) -> AddTile:
+    """`scale` times a change."""
+    if scale == 1.0:
+        return change
+
+    def add_scaled(block: Tensor, rows: slice, columns: slice) -> None:
+        part = torch.zeros_like(block)
+        change(part, rows, columns)
+        block.add_(part, alpha=scale)
+
+    return add_scaled
