@@ -8,6 +8,7 @@ from adapterkit.config import AdapterConfig
 from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
+from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
     AdapterError,
@@ -47,6 +48,7 @@ register = default_registry.register
 __all__ = [
     "AdapterConfig",
     "AdapterError",
+    "AdapterInspection",
     "AdapterLayer",
     "AdapterWarning",
     "Adapters",
@@ -61,6 +63,7 @@ __all__ = [
     "ForeignLayers",
     "KeyRule",
     "LayerGroup",
+    "LayerInspection",
     "LayerKind",
     "LoadReport",
     "MethodInfo",
@@ -84,6 +87,7 @@ __all__ = [
     "extract",
     "features",
     "hookimpl",
+    "inspect_adapter",
     "method",
     "methods",
     "new_package",

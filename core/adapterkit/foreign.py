@@ -15,6 +15,7 @@ from torch import Tensor
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, CheckpointError, PluginError
 from adapterkit.files import CONFIG_FILE
+from adapterkit.keys import FILE_PREFIX
 from adapterkit.kinds import LayerKind
 from adapterkit.matching import Names
 from adapterkit.method import Method
@@ -25,12 +26,12 @@ T = TypeVar("T")
 Readings = Callable[[str], Iterable[tuple[str, str]]]
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
-_DOTTED = (
+DOTTED = (
     *("unet", "transformer", "transformer_2", "prior", "diffusion_model"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
 )
 # As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
-_FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
+FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 _OPTIONAL = "text_model"
 
@@ -38,9 +39,9 @@ _OPTIONAL = "text_model"
 def component(name: str) -> str:
     """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
     head = name.partition(".")[0]
-    if head in _DOTTED:
+    if head in DOTTED:
         return head
-    return next((part for part in _FLAT if head.startswith(part + "_")), "")
+    return next((part for part in FLAT if head.startswith(part + "_")), "")
 
 
 def layers_of(walk: Walk) -> dict[str, LayerKind]:
@@ -68,7 +69,7 @@ class LayerNames:
             return name
         part = component(name)
         rest = name[len(part) + 1 :]
-        if part in _DOTTED:
+        if part in DOTTED:
             return next((path for path in _variants(rest, ".") if path in self._paths), None)
         found = next((self._flat[n] for n in _variants(rest, "_") if part and n in self._flat), [None])
         if len(found) > 1:
@@ -219,6 +220,15 @@ def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layer
     found = {component(key) for key in tensors if key not in read}
     other = {component(key) for key in tensors} - found - own - {""}
     return {key for key in tensors if component(key) in other}
+
+
+def check_foreign(tensors: Iterable[str], file: Path) -> None:
+    """Raise `CheckpointError` if a bare file is the half of an adapter folder of PEFT's."""
+    if any(key.startswith(FILE_PREFIX) for key in tensors):
+        raise CheckpointError(
+            f"{file} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
+            "folder that holds both."
+        )
 
 
 def recognise(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,31 @@ def module_slots(module: nn.Module) -> Iterable[tuple[str, Slot]]:
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
                 yield prefix + name, Slot("", owner, name)
+
+
+@contextmanager
+def stand_ins(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, a layer has other tensors in place of those that `change` changes."""
+    held = [(slot, slot.tensor) for _, slot in module_slots(layer)]
+    for slot, tensor in held:
+        other = change(tensor.detach())
+        if other.dtype != tensor.dtype or other.device != tensor.device:
+            slot.assign(other)
+    try:
+        yield
+    finally:
+        for slot, tensor in held:
+            slot.restore(tensor)
+
+
+def widened(layer: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """A layer's parameters in this dtype where theirs has less: factors of half-precision ones would be rounded."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+        return tensor.to(dtype) if narrow else tensor
+
+    return stand_ins(layer, wide)
 
 
 def _method_keys(record: AdapterRecord) -> set[str]:

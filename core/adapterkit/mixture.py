@@ -6,7 +6,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -21,8 +20,7 @@ from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.headmix import combine_heads
-from adapterkit.layer import AdapterLayer
-from adapterkit.loading import module_slots
+from adapterkit.loading import widened
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
@@ -202,7 +200,7 @@ def factors_at(record: AdapterRecord, path: str, dtype: torch.dtype = torch.floa
         StateError: it has no values, or values that are not finite.
     """
     method, layer = default_registry.method_of(record.config), record.layers[path]
-    with _widened(layer, dtype):
+    with widened(layer, dtype):
         found = method.factors(layer)
     if found is None:
         instead = "Merge it (adapters.merge), or activate" if "merge" in method.hooks else "Activate"
@@ -215,20 +213,6 @@ def factors_at(record: AdapterRecord, path: str, dtype: torch.dtype = torch.floa
     if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
         raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
     return found
-
-
-@contextmanager
-def _widened(layer: AdapterLayer, dtype: torch.dtype) -> Iterator[None]:
-    """The layer's parameters in this dtype, if theirs has less: factors of half-precision ones would be rounded."""
-    narrow = [(slot, slot.tensor) for _, slot in module_slots(layer) if slot.tensor.dtype.itemsize < dtype.itemsize]
-    narrow = [(slot, tensor) for slot, tensor in narrow if tensor.is_floating_point()]
-    for slot, tensor in narrow:
-        slot.assign(tensor.detach().to(dtype))
-    try:
-        yield
-    finally:
-        for slot, tensor in narrow:
-            slot.restore(tensor)
 
 
 def _check_rank_fits(rank: int | None, path: str, factors: Factors) -> None:

@@ -14,11 +14,11 @@ from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
-from adapterkit.files import CONFIG_FILE, AdapterFiles, Writer, write_folder
-from adapterkit.foreign import layers_of, of_component, passed_over, recognise
+from adapterkit.files import AdapterFiles, Writer, write_folder
+from adapterkit.foreign import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
 from adapterkit.hookspecs import METHODS_GROUP
-from adapterkit.keys import FILE_PREFIX, strip_file_prefix
+from adapterkit.keys import strip_file_prefix
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
 from adapterkit.loading import equals_base, fit, put, refuse, slots, to_file
@@ -175,11 +175,7 @@ def _method_and_config(
     files: AdapterFiles, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
 ) -> tuple[Method, AdapterConfig]:
     if files.config is None:
-        if any(key.startswith(FILE_PREFIX) for key in files.tensors):
-            raise CheckpointError(
-                f"{files.folder} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
-                "folder that holds both."
-            )
+        check_foreign(files.tensors, files.folder)
         return recognise(tensors, layers, files.metadata, files.folder)
     method = method_in_file(files.config, files.folder)
     return method, method.config_type().from_dict({"modules_to_save": None, **files.config})

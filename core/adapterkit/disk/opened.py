@@ -16,6 +16,7 @@ from adapterkit.disk.base import Base
 from adapterkit.disk.contents import other_modules, split_key, without_values
 from adapterkit.disk.mapping import MappedFiles
 from adapterkit.disk.standin import assemble
+from adapterkit.disk.translation import translated
 from adapterkit.dispatch import Active
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files import AdapterFiles, read
@@ -98,12 +99,18 @@ class Opened:
 
 
 def open_adapter(
-    source: str | Path, name: str = "", *, base: Base | None = None, component: str | None = None
+    source: str | Path,
+    name: str = "",
+    *,
+    base: Base | None = None,
+    component: str | None = None,
+    keep_names: bool = False,
 ) -> Opened:
     """The adapter of a folder, a hub id or another program's file, as far as its files tell.
 
     Args:
         base: the model, for what they do not tell.
+        component, keep_names: of another program's file; see `translated`.
 
     Raises:
         CheckpointError: it is no adapter, or damaged.
@@ -111,16 +118,17 @@ def open_adapter(
     """
     mapped = MappedFiles()
     files = read(adapter_folder(source), mapped.read)
-    name = name or files.folder.name
+    known = None
     if files.config is None:
-        raise NotImplementedError
+        files, known = translated(files, base, component, keep_names=keep_names)
+    assert files.config is not None
     method = method_in_file(files.config, files.folder)
     config = method.config_type().from_dict({"modules_to_save": None, **files.config})
     tensors = without_values(strip_file_prefix(files.tensors))
-    if base is None and method.layers_in_file(tensors, config) is None:
+    if known is None and base is None and method.layers_in_file(tensors, config) is None:
         base = Base.recorded(config)
-    layers = _layers(method, config, tensors, base)
-    opened = Opened(name, files, method, config, layers, {}, mapped, base)
+    layers = _layers(method, config, tensors, base) if known is None else known
+    opened = Opened(name or files.folder.name, files, method, config, layers, {}, mapped, base)
     opened.others = other_modules(tensors, layers, config, opened.rule)
     return opened
 

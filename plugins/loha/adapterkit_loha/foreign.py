@@ -65,12 +65,12 @@ def renamed(config: LoHaConfig, tensors: Mapping[str, Tensor], layers: Mapping[s
     `scalar` multiplies `w1_a`, and so does `(alpha / r) / scaling` where the file's alpha is not the config's.
     """
     found = read(tensors, layers)
-    if all(map(found.is_native, found.keys)):
+    if all(_is_native(found, path) for path in found.keys):
         return tensors
     result = found.rest
     for path, keys in found.keys.items():
         values = {local: tensors[key] for local, key in keys.items() if local in _FACTORS + _CORES}
-        if not found.is_native(path):
+        if not _is_native(found, path):
             values = _in_form(found, path, config, values)
         result |= {f"{path}.{local}": tensor for local, tensor in values.items()}
     return result
@@ -99,6 +99,10 @@ def _layer_of(tensors: Mapping[str, Tensor]) -> nn.Module | None:
         return nn.Linear(inputs, outputs, bias=False, device="meta")
     cls = _CONVOLUTIONS[len(kernel)]
     return cls(inputs, outputs, tuple(kernel), bias=False, device="meta")
+
+
+def _is_native(found: ForeignLayers, path: str) -> bool:
+    return found.is_native(path) and found.keys[path].keys().isdisjoint(("alpha", "scalar"))
 
 
 def _in_form(found: ForeignLayers, path: str, config: LoHaConfig, values: dict[str, Tensor]) -> dict[str, Tensor]:

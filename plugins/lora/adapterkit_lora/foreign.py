@@ -140,7 +140,8 @@ def renamed(config: LoraConfig, tensors: Mapping[str, Tensor], layers: Mapping[s
     does `(alpha / r) / scaling` where the file's alpha is not the config's.
     """
     found = read(tensors, layers)
-    foreign = [path for path in found.keys if not found.is_native(path)]
+    extra = {"alpha", "scalar", _MID}  # which no file of PEFT's has
+    foreign = [p for p, keys in found.keys.items() if not (found.is_native(p) and extra.isdisjoint(keys))]
     if not foreign:
         return tensors
     result = found.rest

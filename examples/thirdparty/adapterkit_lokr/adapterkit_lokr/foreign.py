@@ -69,7 +69,8 @@ def config_of(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) ->
 def renamed(config: LoKrConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> Mapping[str, Tensor]:
     """The tensors under PEFT's names, in the form that the config gives each layer; exact."""
     found = read(tensors, layers)
-    if all(map(found.is_native, found.keys)):
+    extra = {"alpha", "scalar"}  # which no file of PEFT's has
+    if all(found.is_native(path) and extra.isdisjoint(keys) for path, keys in found.keys.items()):
         return tensors
     result = found.rest
     for path in found.keys:

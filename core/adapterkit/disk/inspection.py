@@ -1,0 +1,282 @@
+"""Inspecting an adapter by its files alone: `ak.inspect_adapter`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit import measures
+from adapterkit.disk.base import Base
+from adapterkit.disk.contents import split_key
+from adapterkit.disk.opened import Opened, open_adapter, stand_in
+from adapterkit.errors import StateError
+from adapterkit.factors import Factors
+from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.keys import strip_file_prefix
+from adapterkit.labels import LabelSet
+from adapterkit.loading import stand_ins, widened
+from adapterkit.record import AdapterRecord
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """What an adapter has at one layer.
+
+    Attributes:
+        kind: what the layer is, `shape` its `(out, in)`; `None` where the files do not tell.
+        rank: of the exact factors of the change, which may be more than its effective rank; `None`: it has none.
+        scaling: what the parameters' product is multiplied by.
+        tensors: shapes by their names in the layer, `parameters` their entries.
+        norm: the Frobenius norm of the change.
+        effective_rank: `exp` of the entropy of the singular values, each as a share of their sum (Roy and Vetterli
+            2007).
+        rank_90, rank_99: how few singular values have 90 and 99 % of the sum of their squares.
+    """
+
+    path: str
+    kind: str | None
+    shape: tuple[int, int] | None
+    rank: int | None
+    scaling: float | None
+    tensors: Mapping[str, Shape]
+    parameters: int
+    norm: float | None = None
+    effective_rank: float | None = None
+    rank_90: int | None = None
+    rank_99: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """What an adapter's files hold. Prints as a table; `to_dict` is for JSON.
+
+    Attributes:
+        source: the folder or the file; `weights` its file of tensors, of `size` bytes.
+        method: its name, `provider` the package that has it.
+        base: the base model that its config names.
+        config: its fields as `adapter_config.json` has them; what they would be, for another program's file.
+        layers: the layers that it changes.
+        heads: shapes of the tensors of each module that it holds in full, by path; `biases`: trained biases.
+        shared: shapes of tensors that all layers use.
+        labels: the classes that its head tells apart.
+        parameters: entries of all its tensors; `dtypes`: how many tensors have each.
+        norm: of all changes together, `sqrt(sum of norm^2)`.
+        unknown: keys that belong to nobody; `missing`: keys that it should have.
+        mismatched: tensors of a shape that does not go with the others, or with the config.
+        notes: what could not be told, and why.
+    """
+
+    source: str
+    weights: str
+    size: int
+    method: str
+    provider: str
+    base: str | None
+    config: Mapping[str, Any]
+    layers: tuple[LayerInspection, ...]
+    heads: Mapping[str, Mapping[str, Shape]]
+    biases: tuple[str, ...]
+    shared: Mapping[str, Shape]
+    labels: Mapping[int, str] | None
+    parameters: int
+    dtypes: Mapping[str, int]
+    norm: float | None
+    unknown: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+@torch.no_grad()
+def inspect_adapter(
+    source: str | Path,
+    *,
+    values: bool = True,
+    base: str | Path | nn.Module | None = None,
+    component: str | None = None,
+) -> AdapterInspection:
+    """What an adapter's files hold: its config, layers, ranks, sizes, heads, and how large its changes are.
+
+    The base is never loaded. Norms and singular values are worked out from the factors, layer by layer.
+
+    Args:
+        source: an adapter folder, a hub id, or a file of another program, whose layers are called what it calls them.
+        values: `False` reads headers alone: no norms and no effective ranks.
+        base: where the tensors do not tell the layers' sizes, and for real paths in another program's file: the base
+            model's folder or hub id, of which only `config.json` is read, or the model itself.
+        component: of a file for a whole pipeline, the part to look at.
+
+    Raises:
+        CheckpointError: it is no adapter, or damaged.
+        UnknownNameError: no plugin provides its method.
+    """
+    opened = open_adapter(source, base=Base.of(base), component=component, keep_names=True)
+    notes = []
+    record, report = None, None
+    try:
+        if opened.layers:
+            record, report = opened.record(stand_in([opened]), strict=None)
+    except StateError as error:  # an initialisation that needs the base's weights
+        notes.append(str(error))
+    if record is None:
+        if not notes:
+            notes.append(f"the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base=")
+        layers = tuple(_untold(opened))
+    else:
+        assert report is not None
+        wrong = (*report.missing, *(m.key for m in report.mismatched))
+        broken = {split[0] for key in wrong if (split := split_key(key, opened.rule)) is not None}
+        layers = tuple(_layer(opened, record, path, values and path not in broken) for path in record.layers)
+        if values:
+            odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
+            notes += [f"{path} has values that are not finite" for path in odd]
+    unknown = _nobodys(opened) if report is None else report.unexpected
+    missing = () if report is None else report.missing
+    mismatched = () if report is None else tuple(map(str, report.mismatched))
+    return AdapterInspection(
+        layers=layers,
+        norm=_total(layers),
+        unknown=unknown,
+        missing=missing,
+        mismatched=mismatched,
+        notes=tuple(notes),
+        **_of_files(opened, record),
+    )
+
+
+def _of_files(opened: Opened, record: AdapterRecord | None) -> dict[str, Any]:
+    files = opened.files
+    place = files.folder
+    if place.is_dir():
+        place /= WEIGHTS_FILE if (place / WEIGHTS_FILE).is_file() else PICKLE_FILE
+    tensors = strip_file_prefix(files.tensors)
+    biases = tuple(p for p, m in opened.others.items() if isinstance(m, nn.LayerNorm))
+    labels = LabelSet.from_metadata(files.metadata)
+    heads = {p: _shapes(m.state_dict(keep_vars=True)) for p, m in opened.others.items() if p not in biases}
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
+    return {
+        "source": str(files.folder),
+        "weights": str(place),
+        "size": place.stat().st_size,
+        "method": opened.method.name,
+        "provider": opened.method.provider,
+        "base": opened.config.base_model_name_or_path,
+        "config": files.config or {},
+        "heads": heads,
+        "biases": biases if record is None else tuple(record.biases),
+        "shared": _shapes({n: tensors[n] for n in opened.rule.shared if n in tensors}),
+        "labels": None if labels is None else dict(labels.id2label),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtypes": dict(dtypes.most_common()),
+    }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _layer(opened: Opened, record: AdapterRecord, path: str, values: bool) -> LayerInspection:
+    layer = record.layers[path]
+    kind, shapes = layer.kind, _shapes(layer.state_dict(keep_vars=True))
+    with widened(layer, torch.float32) if values else stand_ins(layer, lambda t: t.to("meta")):
+        factors = opened.method.factors(layer)
+        finite = values and factors is not None and all(bool(torch.isfinite(t).all()) for t in factors[:2])
+        told = _spectral(factors) if finite and factors is not None else {}
+    scaling = getattr(layer, "scaling", 1.0 if factors is None else factors.scale)
+    opened.mapped.release()
+    return LayerInspection(
+        path,
+        kind.name,
+        (kind.out_features, kind.in_features),
+        None if factors is None else factors.rank,
+        scaling if isinstance(scaling, float | int) else None,
+        shapes,
+        sum(math.prod(shape) for shape in shapes.values()),
+        **told,
+    )
+
+
+def _spectral(factors: Factors) -> dict[str, Any]:
+    s = measures.spectrum(factors)
+    return {
+        "norm": measures.size(s),
+        "effective_rank": measures.effective_rank(s),
+        "rank_90": measures.rank_for_energy(s, 0.9),
+        "rank_99": measures.rank_for_energy(s, 0.99),
+    }
+
+
+def _total(layers: tuple[LayerInspection, ...]) -> float | None:
+    norms = [layer.norm for layer in layers if layer.norm is not None]
+    return math.hypot(*norms) if norms else None
+
+
+def _untold(opened: Opened) -> Iterator[LayerInspection]:
+    """The layers by their keys alone."""
+    found: dict[str, dict[str, Shape]] = {}
+    for key, tensor in strip_file_prefix(opened.files.tensors).items():
+        split = split_key(key, opened.rule)
+        if split is not None:
+            found.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
+    for path, shapes in found.items():
+        yield LayerInspection(path, None, None, None, None, shapes, sum(math.prod(s) for s in shapes.values()))
+
+
+def _nobodys(opened: Opened) -> tuple[str, ...]:
+    def owned(key: str) -> bool:
+        inside = any(key.startswith(path + ".") for path in opened.others)
+        return inside or key in opened.rule.shared or split_key(key, opened.rule) is not None
+
+    return tuple(key for key in strip_file_prefix(opened.files.tensors) if not owned(key))
+
+
+def _lines(found: AdapterInspection) -> Iterator[str]:
+    yield f"{found.source}: {found.method} ({found.provider}), base {found.base or 'not named'}"
+    dtypes = ", ".join(f"{name} x {count}" for name, count in found.dtypes.items())
+    yield f"  {len(found.layers)} layers, {found.parameters:,} parameters, {found.size:,} bytes ({dtypes})"
+    if found.norm is not None:
+        yield f"  norm of all changes: {found.norm:.4g}"
+    yield from _table(found.layers)
+    for path, tensors in found.heads.items():
+        yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"
+    if found.labels is not None:
+        yield f"  labels: {', '.join(found.labels.values())}"
+    for title, rows in (
+        ("trained bias", found.biases),
+        ("shared", [f"{name} {shape}" for name, shape in found.shared.items()]),
+        ("belongs to nobody", found.unknown),
+        ("missing", found.missing),
+        ("does not fit", found.mismatched),
+        ("note", found.notes),
+    ):
+        yield from (f"  {title}: {row}" for row in rows)
+
+
+def _table(layers: tuple[LayerInspection, ...]) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [
+        ("layer", "kind", "shape", "rank", "scaling", "norm", "effective rank", "for 90 %", "for 99 %")
+    ]
+    for row in layers:
+        shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
+        told = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
+        rows.append((row.path, row.kind or "?", shape, *("-" if v is None else f"{v:.4g}" for v in told)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for cells in rows if layers else ():
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
