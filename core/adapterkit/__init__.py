@@ -29,7 +29,7 @@ from adapterkit.foreign import ForeignLayers, with_patterns
 from adapterkit.hookspecs import hookimpl
 from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
-from adapterkit.layer import AdapterLayer
+from adapterkit.layer import AdapterLayer, Holder
 from adapterkit.matching import PatternTable
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.registry import Registry, default_registry
@@ -61,6 +61,7 @@ __all__ = [
     "ExtensionInfo",
     "Factors",
     "ForeignLayers",
+    "Holder",
     "KeyRule",
     "LayerGroup",
     "LayerInspection",

@@ -73,9 +73,11 @@ def install(module: nn.Module, container: str, name: str, part: nn.Module, activ
     if slots is None:
         slots = module._modules[container] = Slots()
     assert isinstance(slots, Slots)
-    slots.training = module.training
-    part.train(module.training)
-    slots[name] = part
+    if slots.training != module.training:
+        slots.training = module.training
+    if part.training != module.training:
+        part.train(module.training)
+    slots._modules[name] = part
     active.replan(module)
 
 
@@ -83,10 +85,11 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
     """Take adapter `name`'s part away; a module without parts is again what it was."""
     slots = module._modules[container]
     assert isinstance(slots, Slots)
-    del slots[name]
+    del slots._modules[name]
     module.__dict__[ACTIVE].replan(module)
-    if not len(slots):
-        del module._modules[container]
+    if slots._modules:
+        return
+    del module._modules[container]
     if not any(c in module._modules for c in CONTAINERS):
         _release(module)
 
@@ -109,12 +112,20 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
                 f"{path!r} is a {type(module).__name__}, a class that cannot be extended ({type(error).__name__}: "
                 f"{error}), so no adapter can be put there. Leave this layer out with exclude_modules."
             ) from error
-    for container in CONTAINERS:
-        if owner is None and (container in module._modules or hasattr(module, container)):
+    for container in CONTAINERS if owner is None else ():
+        if _has(module, container):
             raise StateError(
                 f"{path!r} has an attribute {container!r} of its own, which adapterkit would overwrite. "
                 "Leave this layer out with exclude_modules."
             )
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """`hasattr`, without the message that a module composes for each attribute it has not."""
+    own = (module.__dict__, module._modules, module._parameters, module._buffers)
+    if type(module).__getattr__ is nn.Module.__getattr__:
+        return any(name in names for names in own) or hasattr(type(module), name)
+    return hasattr(module, name)
 
 
 def strip(root: nn.Module) -> None:

@@ -16,7 +16,7 @@ from adapterkit.errors import PluginError, SelectionError
 from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer
 from adapterkit.loading import module_slots
-from adapterkit.method import Method
+from adapterkit.method import Injector, Method
 from adapterkit.offload import execution_device, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
@@ -37,7 +37,7 @@ class Builder:
 
     def __init__(
         self,
-        model: nn.Module,
+        walk: Walk,
         method: Method,
         config: AdapterConfig,
         selection: Selection,
@@ -46,8 +46,8 @@ class Builder:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.method, self.config, self.selection = method, config, selection
-        self.walk = Walk(model)
+        self.walk, self.method, self.config, self.selection = walk, method, config, selection
+        self.rule = method.key_rule(config)
         self.load, self.dtype, self.device = load, dtype, device
         self.targets = {m.path: self._target(m) for m in selection.targets}
 
@@ -63,31 +63,38 @@ class Builder:
         shared = dict(self.method.prepare(list(self.targets.values()), self.config))
         self._check_shared(shared)
         record.shared = SharedView(SharedTensors(shared)) if shared else None
-        for path, target in self.targets.items():
-            self._add_host(record, path, target.module, active)
-            record.layers[path] = self.make_layer(target, record.shared)
+        self._make_layers(record, active)
         for path in self.selection.heads:
             self.add_head(record, path, active)
         notes = self._add_biases(record, active)
         return record, notes
 
-    def make_layer(self, target: Target, shared: SharedView | None) -> AdapterLayer:
+    def _make_layers(self, record: AdapterRecord, active: Active) -> None:
+        inject = self.method.injector()
+        for path, target in self.targets.items():
+            self._add_host(record, path, target.module, active)
+            record.layers[path] = self._make_layer(target, record.shared, inject)
+
+    def _make_layer(self, target: Target, shared: SharedView | None, inject: Injector) -> AdapterLayer:
         """The method's layer for one target, checked."""
-        layer = self.method.inject(target, self.config, {} if shared is None else shared)
+        layer = inject(target, self.config, {} if shared is None else shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
                 "Leave it out with exclude_modules."
             )
-        rule = self.method.key_rule(self.config)
+        if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
+            self._check_names(target, layer)  # a module without parameters is called as it likes
+        return layer
+
+    def _check_names(self, target: Target, layer: AdapterLayer) -> None:
         names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
-        wrong = [n for n in names if not rule.owns(n)]
+        wrong = [n for n in names if not self.rule.owns(n)]
         if wrong:
             raise PluginError(
                 f"The method {self.method.name!r} ({self.method.provider}): its hook inject made {wrong[0]!r} for "
-                f"{target.path!r}; every parameter and buffer must begin with its prefix {rule.prefix!r}."
+                f"{target.path!r}; every parameter and buffer must begin with its prefix {self.rule.prefix!r}."
             )
-        return layer
 
     def add_head(self, record: AdapterRecord, path: str, active: Active) -> nn.Module:
         """Give the adapter its own copy of the module at `path`."""
@@ -99,6 +106,7 @@ class Builder:
     def fill(self, record: AdapterRecord) -> None:
         """Give what a file left without values those of a new adapter, and move the rest to where it computes."""
         new = [dataclasses.replace(target, load=False) for target in self.targets.values()]
+        inject = self.method.injector()
         if record.shared is not None and new[0].device.type != "meta":
             if _lacks_values(record.shared.module):
                 _assign(record.shared.module, SharedTensors(self.method.prepare(new, self.config)))
@@ -108,7 +116,7 @@ class Builder:
             if target.device.type == "meta":
                 continue
             if _lacks_values(layer):
-                _assign(layer, self.make_layer(target, record.shared))
+                _assign(layer, self._make_layer(target, record.shared, inject))
             layer.to(target.device)
 
     def _target(self, match: Match) -> Target:
@@ -126,7 +134,7 @@ class Builder:
             record.aliases[path] = others
 
     def _check_shared(self, shared: dict[str, torch.Tensor]) -> None:
-        declared = self.method.key_rule(self.config).shared
+        declared = self.rule.shared
         if set(shared) - set(declared):
             raise PluginError(
                 f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "

@@ -179,11 +179,11 @@ class Host:
         wanted.apply(self.model)
         self.labels_of = owner
 
-    def notes(self, record: AdapterRecord) -> list[str]:
+    def notes(self, record: AdapterRecord, walk: Walk) -> list[str]:
         """What whoever adds an adapter to this model should know."""
         norms = [
             paths[0]
-            for module, paths in Walk(self.model).aliases.items()
+            for module, paths in walk.aliases.items()
             if isinstance(module, _NORMS)
             and module.track_running_stats
             and not any(paths[0] == head or paths[0].startswith(head + ".") for head in record.heads)

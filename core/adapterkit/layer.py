@@ -14,8 +14,38 @@ from adapterkit.tiles import AddTile
 
 Base = Callable[[Tensor], Tensor]
 
+# What a new `nn.Module` has, with the type of each container of its own.
+_STATE = tuple(
+    (name, type(value) if isinstance(value, dict | set | list) else None, value)
+    for name, value in nn.Module().__dict__.items()
+)
 
-class AdapterLayer(nn.Module):
+
+class Holder(nn.Module):
+    """A module that holds parameters, for keys such as `lora_A.weight`: `Holder(weight=...).weight`.
+
+    Adapters are made of thousands of small modules, and making those is most of what `add` and `load` do. So its
+    state is that of a new `nn.Module`, but not made by `nn.Module.__init__`, which takes twice as long; and its
+    parameters are registered at once, without `nn.Module.__setattr__`, which takes fifty times as long to find out
+    what it was given.
+    """
+
+    def __init__(self, **parameters: nn.Parameter | None) -> None:
+        state = self.__dict__
+        for name, container, value in _STATE:
+            state[name] = value if container is None else container()
+        state["_parameters"] = parameters
+
+    def hold(self, **parts: nn.Parameter | nn.Module) -> None:
+        """Register parameters and modules of these names, as assigning them does."""
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self._modules[name] = part
+            else:
+                self._parameters[name] = part
+
+
+class AdapterLayer(Holder):
     """What a method puts at one target. It owns parameters, and never the target's.
 
     An additive method defines `delta(x)`, what is added to the layer's output; several such layers at
@@ -25,9 +55,9 @@ class AdapterLayer(nn.Module):
 
     kind: LayerKind
 
-    def __init__(self, kind: LayerKind) -> None:
+    def __init__(self, kind: LayerKind, **values: Any) -> None:
         super().__init__()
-        self.kind = kind
+        self.__dict__.update(values, kind=kind)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

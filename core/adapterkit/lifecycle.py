@@ -18,7 +18,8 @@ from adapterkit.labels import LabelSet
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import AddReport
-from adapterkit.selection import select
+from adapterkit.selection import select_on
+from adapterkit.walk import Walk
 
 
 class Lifecycle(Activation):
@@ -50,15 +51,16 @@ class Lifecycle(Activation):
         self._check_new_name(name)
         method = default_registry.method_of(config)
         labels = LabelSet.chosen(num_labels, id2label)
-        selection = select(self.model, config)
-        record, notes = Builder(self.model, method, config, selection).build(name, self._active)
-        notes += self._live.notes(record)
+        walk = Walk(self.model)
+        selection = select_on(walk, config)
+        record, notes = Builder(walk, method, config, selection).build(name, self._active)
+        notes += self._live.notes(record, walk)
         record.labels = self._own_labels(record, labels)
         self._warn_unmatched(selection.unmatched)
         self._install(record)
         if activate:
             self.activate(name)
-        parameters = sum(p.numel() for _, p in record.named_parameters())
+        parameters = sum(p.numel() for p in record.parameters())
         heads = tuple(record.heads)
         return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
 

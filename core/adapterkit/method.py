@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pluggy
@@ -17,6 +17,7 @@ from adapterkit.layer import AdapterLayer
 from adapterkit.target import Target
 
 T = TypeVar("T")
+Injector = Callable[[Target, AdapterConfig, Mapping[str, Tensor]], AdapterLayer | None]
 _MAPPING: type[Mapping[str, Tensor]] = Mapping  # type: ignore[type-abstract]
 
 
@@ -56,9 +57,14 @@ class Method:
         """See `hookspecs.prepare`."""
         return self._call("prepare", _MAPPING, targets=targets, config=config) or {}
 
-    def inject(self, target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
-        """See `hookspecs.inject`."""
-        return self._call("inject", AdapterLayer, target=target, config=config, shared=shared)
+    def injector(self) -> Injector:
+        """`hookspecs.inject`, to be called for one target after the other: who answers is settled once for them all."""
+        caller = self._caller("inject")
+
+        def inject(target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
+            return self._checked(caller, AdapterLayer, {"target": target, "config": config, "shared": shared})
+
+        return inject
 
     def factors(self, layer: AdapterLayer) -> Factors | None:
         """See `hookspecs.factors`."""
@@ -135,17 +141,24 @@ class Method:
 
     def _call(self, hook: str, kind: type[T], /, **arguments: Any) -> T | None:
         """Call this method's implementation of `hook`, and check the type of what it returns."""
-        # Made anew at each call: a kept caller would let methods registered later answer too.
+        return self._checked(self._caller(hook), kind, arguments)
+
+    def _caller(self, hook: str) -> pluggy.HookCaller:
+        """What calls this method's `hook`. Not to be kept: methods registered later would answer too."""
         methods = [i.plugin for i in self._manager.hook.config_type.get_hookimpls() if not (i.wrapper or i.hookwrapper)]
-        caller = self._manager.subset_hook_caller(hook, [plugin for plugin in methods if plugin is not self.plugin])
+        return self._manager.subset_hook_caller(hook, [plugin for plugin in methods if plugin is not self.plugin])
+
+    def _checked(self, caller: pluggy.HookCaller, kind: type[T], arguments: Mapping[str, Any]) -> T | None:
         try:
             found = caller(**arguments)
         except AdapterError:
             raise
         except Exception as error:
-            raise self._fault(hook, f"raised {type(error).__name__}: {error}") from error
+            raise self._fault(caller.name, f"raised {type(error).__name__}: {error}") from error
         if found is not None and not isinstance(found, kind):
-            raise self._fault(hook, f"returned a {type(found).__name__}; it must return a {kind.__name__} or None")
+            raise self._fault(
+                caller.name, f"returned a {type(found).__name__}; it must return a {kind.__name__} or None"
+            )
         return found
 
     def _fault(self, hook: str, what: str) -> PluginError:

@@ -27,7 +27,7 @@ from adapterkit.method import Method
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
-from adapterkit.selection import ALL_LINEAR, select
+from adapterkit.selection import ALL_LINEAR, select_on
 from adapterkit.walk import Walk
 
 
@@ -148,9 +148,9 @@ def load_record(
     passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
-    selection = select(model, config)
+    selection = select_on(walk, config)
     given = dtype if isinstance(dtype, torch.dtype) else None
-    builder = Builder(model, method, config, selection, load=True, dtype=given, device=device)
+    builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
     record, _ = builder.build(name, active)
     embeddings = _embeddings_in_file(model, walk, record, tensors)
     for path in embeddings:

@@ -22,7 +22,8 @@ from adapterkit.persistence import method_in_file
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import columns
-from adapterkit.selection import Match, select
+from adapterkit.selection import Match, select_on
+from adapterkit.walk import Walk
 
 # A number that is a part of a path by itself, or a word.
 _NUMBER = re.compile(r"\b(\d+)\b")
@@ -123,8 +124,9 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     """
     module = model if isinstance(model, nn.Module) else skeleton(model)
     method = default_registry.method_of(config)
-    selection = select(module, config)
-    record, notes = Builder(module, method, config, selection, load=True).build("preview", Active())
+    walk = Walk(module)
+    selection = select_on(walk, config)
+    record, notes = Builder(walk, method, config, selection, load=True).build("preview", Active())
     return Preview(
         type(module).__name__,
         method.name,

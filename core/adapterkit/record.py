@@ -53,16 +53,26 @@ class AdapterRecord:
             for local, parameter in module.named_parameters():
                 yield f"{path}.{local}", parameter
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains, each once."""
+        found: dict[int, nn.Parameter] = {}
+        modules = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
+        while modules:
+            module = modules.pop()
+            found.update((id(p), p) for p in module._parameters.values() if p is not None)
+            modules.extend(child for child in module._modules.values() if child is not None)
+        return list(found.values())
+
     def set_trainable(self, trainable: bool) -> None:
         """Set `requires_grad` of all parameters; nothing to do if that is how they are."""
         if trainable != self.trainable:
-            for _, parameter in self.named_parameters():
+            for parameter in self.parameters():
                 parameter.requires_grad_(trainable)
             self.trainable = trainable
 
     def status(self, *, active: bool, merged: bool) -> AdapterStatus:
         """This adapter's row in the table of all."""
-        parameters = [p for _, p in self.named_parameters()]
+        parameters = self.parameters()
         return AdapterStatus(
             name=self.name,
             method=self.config.method,

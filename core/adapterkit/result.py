@@ -87,7 +87,7 @@ def build_result(
     ).replace(target_modules=short_names(changes.factors, walk.paths), modules_to_save=None)
     matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
     builder = Builder(
-        model, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
+        walk, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
     )
     record, _ = builder.build(name, active)
     with torch.no_grad():

@@ -85,7 +85,11 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
-    walk = Walk(model)
+    return select_on(Walk(model), config)
+
+
+def select_on(walk: Walk, config: AdapterConfig) -> Selection:
+    """`select` on a model that has been walked."""
     heads = head_paths(walk, config.modules_to_save)
     found, skipped, unmatched = _candidates(walk, config, heads)
     layers = LayerFilter(config, walk.paths)

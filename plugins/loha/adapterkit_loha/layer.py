@@ -211,22 +211,30 @@ class LoHaLayer(AdapterLayer):
     (r, r, *kernel)`, with `B[i, (c, k)] = sum_j t[i, j, k] w_b[j, c]`.
     """
 
+    r: int
+    scaling: float
+    rank_dropout: float
+    module_dropout: float
+    effective: bool
+    hada_w1_a: nn.Parameter
+    hada_w1_b: nn.Parameter
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
     hada_t1: nn.Parameter
     hada_t2: nn.Parameter
 
     def __init__(self, target: Target, r: int, scaling: float, config: LoHaConfig) -> None:
-        super().__init__(target.kind)
-        self.r, self.scaling = r, scaling
-        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         out, down = target.out_features, target.kind.down_shape(r)
         kernel = down[2:]
-        self.effective = config.use_effective_conv2d and math.prod(kernel) > 1
-        sizes = ((r, out), (r, down[1])) if self.effective else ((out, r), (r, target.in_features))
-        self.hada_w1_a, self.hada_w1_b = target.empty(*sizes[0]), target.empty(*sizes[1])
-        self.hada_w2_a, self.hada_w2_b = target.empty(*sizes[0]), target.empty(*sizes[1])
-        if self.effective:
+        effective = config.use_effective_conv2d and math.prod(kernel) > 1
+        super().__init__(target.kind, r=r, scaling=scaling, effective=effective)
+        self.__dict__.update(rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
+        sizes = ((r, out), (r, down[1])) if effective else ((out, r), (r, target.in_features))
+        for name, size in zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), sizes * 2, strict=True):
+            self._parameters[name] = target.empty(*size)
+        if effective:
             core = (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)  # as PEFT's files have it
-            self.hada_t1, self.hada_t2 = target.empty(*core), target.empty(*core)
+            self.hold(hada_t1=target.empty(*core), hada_t2=target.empty(*core))
 
     def pair(self) -> tuple[Factors, Factors]:
         """`(A1, B1)` and `(A2, B2)`, without the scaling."""
@@ -269,7 +277,10 @@ def with_kernel(core: Tensor, channels: Tensor) -> Tensor:
 @torch.no_grad()
 def initialise(layer: LoHaLayer, config: LoHaConfig) -> None:
     """Give a new layer the values that `config.init_weights` says."""
-    for parameter in layer.parameters():
-        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-    if config.init_weights:
-        nn.init.zeros_(layer.hada_w2_b)
+    for name, parameter in layer._parameters.items():
+        if parameter is None or parameter.is_meta:
+            continue
+        if config.init_weights and name == "hada_w2_b":
+            parameter.zero_()
+        else:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, StateError, Target
+from adapterkit import AdapterLayer, Factors, Holder, StateError, Target
 from adapterkit_lora.config import LoraConfig
 
 
-class Factor(nn.Module):
+class Factor(Holder):
     """One factor; holds `weight` (and `bias`), so that keys read `lora_A.weight`."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
 
     def held(self, name: str) -> Tensor | None:
         """Its parameter of this name, as a matrix.
@@ -40,19 +36,24 @@ class LoraLayer(AdapterLayer):
     terms cancel exactly.
     """
 
+    r: int
+    scaling: float
+    dropout: float
+    lookup: bool
+    lora_embedding_A: Tensor
+    lora_embedding_B: Tensor
     lora_init_A: Tensor
     lora_init_B: Tensor
 
     def __init__(self, target: Target, r: int, scaling: float, config: LoraConfig) -> None:
-        super().__init__(target.kind)
-        self.r, self.scaling, self.dropout = r, scaling, config.lora_dropout
-        down, up = target.empty(*target.kind.down_shape(r)), target.empty(*target.kind.up_shape(r))
+        kind = target.kind
+        super().__init__(kind, r=r, scaling=scaling, dropout=config.lora_dropout, lookup=kind.lookup)
+        down, up = target.empty(*kind.down_shape(r)), target.empty(*kind.up_shape(r))
         bias = target.empty(target.out_features) if config.lora_bias else None
-        self.lookup = target.kind.lookup
-        if self.lookup:  # PEFT's names for embeddings, without `.weight`
-            self.lora_embedding_A, self.lora_embedding_B = down, up
+        if kind.lookup:  # PEFT's names for embeddings, without `.weight`
+            self.hold(lora_embedding_A=down, lora_embedding_B=up)
         else:
-            self.lora_A, self.lora_B = Factor(down), Factor(up, bias)
+            self.hold(lora_A=Factor(weight=down, bias=None), lora_B=Factor(weight=up, bias=bias))
         if config.trains_residual:
             self.register_buffer("lora_init_A", torch.empty_like(down))
             self.register_buffer("lora_init_B", torch.empty_like(up))
@@ -132,8 +133,19 @@ def initialise(layer: LoraLayer, target: Target, config: LoraConfig) -> None:
         nn.init.normal_(down, std=1 / layer.r)
         nn.init.zeros_(up)
     else:
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        nn.init.zeros_(up) if init else nn.init.kaiming_uniform_(up, a=math.sqrt(5))
+        kaiming_uniform(down)
+        up.zero_() if init else kaiming_uniform(up)
+
+
+def kaiming_uniform(matrix: Tensor) -> None:
+    """`nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))`, bit for bit: uniform within `1 / sqrt(columns)`.
+
+    Its checks and its search for the gain take as long as the numbers of a small matrix.
+    """
+    # In this order of operations: a bound that is rounded otherwise gives other bits.
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(matrix.shape[1]))
+    if not matrix.is_meta:
+        matrix.uniform_(-bound, bound)
 
 
 def _orthogonal(down: Tensor, up: Tensor) -> None:

@@ -69,10 +69,14 @@ class _Expand(torch.autograd.Function):
 class VeraLayer(AdapterLayer):
     """`delta(x) = b * (B (d * (A dropout(x))))` with this layer's d `(r,)` and b `(out,)` and the shared A and B."""
 
+    shared: Mapping[str, Tensor]
+    dropout: float
+    vera_lambda_d: nn.Parameter
+    vera_lambda_b: nn.Parameter
+
     def __init__(self, target: Target, config: VeraConfig, shared: Mapping[str, Tensor]) -> None:
-        super().__init__(target.kind)
-        self.shared, self.dropout = shared, config.vera_dropout
-        self.vera_lambda_d, self.vera_lambda_b = target.empty(config.r), target.empty(target.out_features)
+        super().__init__(target.kind, shared=shared, dropout=config.vera_dropout)
+        self.hold(vera_lambda_d=target.empty(config.r), vera_lambda_b=target.empty(target.out_features))
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """This layer's part of A `(r, in)` and B `(out, r)`: views, unless the layer has another dtype or device."""
