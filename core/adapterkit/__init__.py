@@ -24,6 +24,7 @@ from adapterkit.errors import (
 )
 from adapterkit.extract import extract
 from adapterkit.factors import Factors
+from adapterkit.factorstack import FactorStack
 from adapterkit.features import features
 from adapterkit.foreign import ForeignLayers, with_patterns
 from adapterkit.hookspecs import hookimpl
@@ -59,6 +60,7 @@ __all__ = [
     "Combiner",
     "ConfigError",
     "ExtensionInfo",
+    "FactorStack",
     "Factors",
     "ForeignLayers",
     "Holder",

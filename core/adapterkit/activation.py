@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from adapterkit.errors import ConfigError, StateError
+from adapterkit.perrow import RowState
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.roster import Roster
+from adapterkit.rows import Rows
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What acts, to be given back later."""
+
+    names: list[AdapterRecord]
+    heads: list[AdapterRecord]
+    trained: list[AdapterRecord]
+    rows: list[AdapterRecord | None]
+    trusted: bool
 
 
 class Activation(Roster):
@@ -64,20 +78,36 @@ class Activation(Roster):
         finally:
             self._return_to(before)
 
-    def _state(self) -> tuple[list[AdapterRecord], ...]:
+    def _state(self) -> Snapshot:
         """What acts, whose heads do and what is trainable; not by name, for adapters may be renamed meanwhile."""
         groups = (self._active.names, self._active.heads, self._trainable)
-        return tuple([self._records[name] for name in group] for group in groups)
+        names, heads, trained = ([self._records[name] for name in group] for group in groups)
+        rows = self._active.state.rows
+        named = [] if rows is None else [None if name is None else self._records[name] for name in rows.names]
+        return Snapshot(names, heads, trained, named, rows is not None and rows.trusted)
 
-    def _return_to(self, state: tuple[list[AdapterRecord], ...]) -> None:
+    def _return_to(self, before: Snapshot) -> None:
         """Give back a state, but for adapters that are gone."""
         if self._host is None:  # detached meanwhile
             return
-        names, heads, trained = (tuple(r.name for r in group if self._records.get(r.name) is r) for group in state)
+        groups = (before.names, before.heads, before.trained)
+        names, heads, trained = (tuple(r.name for r in group if self._records.get(r.name) is r) for group in groups)
         merged = self._merged.names
         self._set_trainable(tuple(n for n in trained if n not in merged))
+        if before.rows:
+            live = [r is not None and self._records.get(r.name) is r and r.name not in merged for r in before.rows]
+            kept = [r.name if r is not None and here else None for r, here in zip(before.rows, live, strict=True)]
+            self._set_rows(Rows(kept, trusted=before.trusted))
+            return
         own_heads = tuple(n for n in self._active.heads if n in merged and n not in heads)
         self._set_active(tuple(n for n in names if n not in merged), own_heads + heads)
+
+    def _set_rows(self, rows: Rows) -> None:
+        """Let each row's adapter act on it; a row's head is its adapter's, else a merged one's."""
+        merged = tuple(n for n in self._active.heads if n in self._merged.names)
+        heads = merged + tuple(n for n in rows.adapters if self._records[n].heads)
+        self._active.state = RowState(rows, self._live.watch(self._active), heads, merged)
+        self._live.follow_labels(self._records, heads)
 
     def _set_active(self, names: tuple[str, ...], heads: tuple[str, ...]) -> None:
         names, heads = (tuple(n for n in group if n in self._records) for group in (names, heads))

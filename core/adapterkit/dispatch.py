@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adapterkit import offload
 from adapterkit.errors import SelectionError
 from adapterkit.keys import BIASES, HEADS, LAYERS
+from adapterkit.rows import Rows
 
 ACTIVE = "_adapter_active"
 
@@ -26,8 +27,11 @@ class State:
         names: active adapters; the first is the innermost.
         heads: those of them whose heads act.
         idle: nothing acts.
+        rows: which of them acts on which row of the batch; `None`: all on all.
         plans: what acts at each module, by the module's `id`; each plan holds its module, so no `id` comes again.
     """
+
+    rows: Rows | None = None
 
     def __init__(self, names: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> None:
         self.names, self.heads = names, heads
@@ -45,13 +49,17 @@ class State:
         anew in each state. The replicas of `DataParallel` live for one forward and are not kept either.
         """
         if torch.compiler.is_compiling():
-            return Plan(module, self)
+            return self.make_plan(module)
         found = self.plans.get(id(module))
         if found is None:
-            found = Plan(module, self)
+            found = self.make_plan(module)
             if "_is_replica" not in module.__dict__:
                 self.plans[id(module)] = found
         return found
+
+    def make_plan(self, module: nn.Module) -> Plan:
+        """Decide what acts at `module`."""
+        return Plan(module, self)
 
 
 class Active:
@@ -94,11 +102,11 @@ class Plan:
     def __init__(self, module: nn.Module, state: State) -> None:
         parts, names = module._modules, state.names
         self.module, self.head = module, None
-        for head, owner in _of(parts.get(HEADS), state.heads):
+        for head, owner in parts_of(parts.get(HEADS), state.heads):
             # In place of the module for everyone: what others change in it has nothing to act on.
             self.head, names = head, tuple(n for n in state.names if n == owner)
-        self.layers = [layer for layer, _ in _of(parts.get(LAYERS), names)]
-        self.biases = [bias for bias, _ in _of(parts.get(BIASES), names)]
+        self.layers = [layer for layer, _ in parts_of(parts.get(LAYERS), names)]
+        self.biases = [bias for bias, _ in parts_of(parts.get(BIASES), names)]
         self.additive = all(layer.additive for layer in self.layers)
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,9 +116,9 @@ class Plan:
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         if not args:  # the input came by keyword
-            original, x = _by_keyword(original, kwargs)
+            original, x = by_keyword(original, kwargs)
             args = (x,)
-        base = original if len(args) == 1 and not kwargs else _Inner(original, args[1:], kwargs)
+        base = original if len(args) == 1 and not kwargs else Inner(original, args[1:], kwargs)
         if "_hf_hook" in self.module.__dict__:
             with offload.fetched(*self.layers, *self.biases):
                 return self._changed(base, args[0])
@@ -119,18 +127,13 @@ class Plan:
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
         if self.additive:
-            out = base(x)
-            if not isinstance(out, Tensor):
-                raise SelectionError(
-                    f"A {type(self.module).__name__} is adapted that returns a {type(out).__name__}, and an adapter "
-                    "can only be added to a tensor. Leave this layer out with exclude_modules."
-                )
+            out = summable(self.module, base(x))
             dtype = out.dtype
             for layer in self.layers:
                 out = layer.add_to(out, x)
         else:
             for layer in self.layers[:-1]:
-                base = _Inner(layer, (base,), {})
+                base = Inner(layer, (base,), {})
             out = self.layers[-1](x, base)
             dtype = out.dtype
         for bias in self.biases:
@@ -146,23 +149,39 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     return active.state.plan(module).run(original, args, kwargs)
 
 
-def _by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
+def summable(module: nn.Module, out: Any) -> Tensor:
+    """The module's output, to which something is to be added.
+
+    Raises:
+        SelectionError: it is no tensor.
+    """
+    if not isinstance(out, Tensor):
+        raise SelectionError(
+            f"A {type(module).__name__} is adapted that returns a {type(out).__name__}, and an adapter "
+            "can only be added to a tensor. Leave this layer out with exclude_modules."
+        )
+    return out
+
+
+def by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
     """`original` as a function of its input, which is the first tensor in `kwargs` and is taken out of it."""
     name = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), next(iter(kwargs)))
     return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
 
 
-class _Inner:
+class Inner:
     """A callable of the input alone: what the next adapter layer gets as its `base`."""
 
     def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call, self.args, self.kwargs = call, args, kwargs
 
     def __call__(self, x: Tensor) -> Any:
+        """The call with this input."""
         return self.call(x, *self.args, **self.kwargs)
 
 
-def _of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
+def parts_of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
+    """What these adapters have in one container of a module, each with its adapter's name."""
     if slots is not None:
         for name in names:
             part = slots._modules.get(name)

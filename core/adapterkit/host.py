@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from adapterkit.adapted import Slots
+from adapterkit.batch import Batch
 from adapterkit.checkpointing import InputGradients
+from adapterkit.dispatch import Active
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.record import AdapterRecord
@@ -60,6 +62,7 @@ class Host:
         self._ignored: Any = None
         self._ignored_here = False
         self._handle: RemovableHandle | None = None
+        self._batch: Batch | None = None
         self._tied: dict[str, Any] | None = None
 
     @property
@@ -138,8 +141,17 @@ class Host:
             setattr(self.model, _IGNORED, self._ignored)
             if not self._ignored_here:
                 delattr(self.model, _IGNORED)
+        if self._batch is not None:
+            self._batch.remove()
+            self._batch = None
         if isinstance(self.model.__dict__.get(_SAVE), BaseSaver):
             del self.model.__dict__[_SAVE]
+
+    def watch(self, active: Active) -> Batch:
+        """What knows the size of the model's batches, from the first call on."""
+        if self._batch is None:
+            self._batch = Batch(active, self.model)
+        return self._batch
 
     def untie(self) -> None:
         """Tell transformers that the model's weights are not tied any more: it would leave one of them out of files."""

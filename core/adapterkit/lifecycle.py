@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from adapterkit.activation import Activation
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, ConfigError, StateError
 from adapterkit.heads import resize_output
 from adapterkit.host import ATTRIBUTE
 from adapterkit.labels import LabelSet
+from adapterkit.per_sample import PerSample
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import AddReport
@@ -22,7 +22,7 @@ from adapterkit.selection import select_on
 from adapterkit.walk import Walk
 
 
-class Lifecycle(Activation):
+class Lifecycle(PerSample):
     """The part of `Adapters` that adds and removes."""
 
     def add(
@@ -68,6 +68,7 @@ class Lifecycle(Activation):
         """Remove an adapter and all that was its own. If it was active it no longer is."""
         record = self._record(name)
         self._check_not_merged(name)
+        self._check_not_per_sample("remove")
         self._set_active(*(tuple(n for n in names if n != name) for names in (self._active.names, self._active.heads)))
         self._trainable = tuple(n for n in self._trainable if n != name)
         record.uninstall()
@@ -78,6 +79,7 @@ class Lifecycle(Activation):
         """Give an adapter another name."""
         record = self._record(old)
         self._check_not_merged(old)
+        self._check_not_per_sample("rename")
         self._check_new_name(new)
         self._live.forget(record)
         record.uninstall()

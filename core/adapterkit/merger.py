@@ -50,6 +50,7 @@ class Merger(Storage):
             UnsupportedError: an adapter that cannot be merged.
         """
         records = self._to_merge(names)
+        self._check_not_per_sample("merge")
         rest = [self._record(n) for n in self.active if n not in names]
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
@@ -75,6 +76,7 @@ class Merger(Storage):
             StateError: nothing is merged, or the base was not kept.
         """
         state = self._merged
+        self._check_not_per_sample("unmerge")
         if not state.names:
             raise StateError("Nothing is merged.")
         if not state.keeps_base:

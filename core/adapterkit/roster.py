@@ -100,3 +100,10 @@ class Roster:
     def _check_not_merged(self, name: str) -> None:
         if name in self._merged.names:
             raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")
+
+    def _check_not_per_sample(self, call: str) -> None:
+        if self._active.state.rows is not None:
+            raise StateError(
+                f"{call} would change which adapters act, and per_sample has said that for each row. Leave its block "
+                "first."
+            )

@@ -27,12 +27,14 @@ class LayerKind(ABC):
         name: what users read, such as `"Linear"`.
         lookup: the input is row numbers, which stand for one-hot vectors (embeddings).
         all_linear: whether `target_modules="all-linear"` takes layers of this kind.
+        sample_dims: dimensions of one sample's smallest input, without the batch's.
         out_features, in_features: sizes of the canonical weight.
     """
 
     name: ClassVar[str]
     lookup: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
+    sample_dims: ClassVar[int] = 1
 
     out_features: int
     in_features: int
@@ -123,6 +125,12 @@ class LayerKind(ABC):
         if rank is None:
             return places * self.out_features * self.in_features
         return places * rank * (self.out_features + self.in_features)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether factors act as matrices on the last dimension of the input, as they do in a linear layer."""
+        cls = type(self)
+        return (cls.apply, cls.project, cls.expand) == (LayerKind.apply, LayerKind.project, LayerKind.expand)
 
     def spread(self, bias: Tensor) -> Tensor:
         """A `(out,)` bias in the shape that broadcasts over the layer's output."""

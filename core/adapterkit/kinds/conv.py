@@ -134,18 +134,18 @@ class Conv(LayerKind):
 class Conv1d(Conv):
     """`torch.nn.Conv1d`."""
 
-    name, dims, module_type = "Conv1d", 1, nn.Conv1d
+    name, dims, sample_dims, module_type = "Conv1d", 1, 2, nn.Conv1d
 
 
 @dataclass(frozen=True)
 class Conv2d(Conv):
     """`torch.nn.Conv2d`."""
 
-    name, dims, module_type = "Conv2d", 2, nn.Conv2d
+    name, dims, sample_dims, module_type = "Conv2d", 2, 3, nn.Conv2d
 
 
 @dataclass(frozen=True)
 class Conv3d(Conv):
     """`torch.nn.Conv3d`."""
 
-    name, dims, module_type = "Conv3d", 3, nn.Conv3d
+    name, dims, sample_dims, module_type = "Conv3d", 3, 4, nn.Conv3d

@@ -23,6 +23,7 @@ class Embedding(LayerKind):
 
     name = "Embedding"
     lookup = True
+    sample_dims = 0
 
     padding_idx: int | None
     scale_grad_by_freq: bool

@@ -7,7 +7,7 @@ A *pair* is the two low-rank products whose elementwise product the change is: `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from adapterkit import AdapterLayer, Factors, LayerKind, Target
+from adapterkit import AdapterLayer, Factors, FactorStack, LayerKind, Target
 from adapterkit_loha.config import LoHaConfig
 
 # What writing or reading an element of a matrix costs, counted in multiplications inside a matrix product: the
@@ -262,6 +262,13 @@ class LoHaLayer(AdapterLayer):
             block.addcmul_(up1[rows] @ down1[:, columns], up2[rows] @ down2[:, columns])
 
         return add
+
+    @classmethod
+    def stacked(cls, layers: Sequence[LoHaLayer], slots: Tensor) -> FactorStack | None:
+        """See `AdapterLayer.stacked`: by the Khatri-Rao factors, of rank `r * r`; not while a dropout acts."""
+        if any(layer.training and (layer.rank_dropout or layer.module_dropout) for layer in layers):
+            return None
+        return FactorStack([layer.factors() for layer in layers], slots)
 
     def factors(self) -> Factors:
         """The exact `dW`, scaling included, of rank `r * r`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, Holder, StateError, Target
+from adapterkit import AdapterLayer, Factors, FactorStack, Holder, StateError, Target
 from adapterkit_lora.config import LoraConfig
 
 
@@ -91,6 +91,13 @@ class LoraLayer(AdapterLayer):
         """`A dropout(x)`, and what it goes through: `B` and B's bias."""
         down, up, bias = self.matrices()
         return self.kind.project(x, down, self.dropout if self.training else 0.0), up, bias
+
+    @classmethod
+    def stacked(cls, layers: Sequence[LoraLayer], slots: Tensor) -> FactorStack | None:
+        """See `AdapterLayer.stacked`; not while a dropout acts."""
+        found = [None if layer.training and layer.dropout else layer.factors() for layer in layers]
+        factors = [f for f in found if f is not None]
+        return FactorStack(factors, slots) if len(factors) == len(found) else None
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups; the kernel in one dimension."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,10 +98,32 @@ class VeraLayer(AdapterLayer):
             return self.kind.expand(hidden * lambda_d, up) * lambda_b
         return _Expand.apply(hidden, up, lambda_d, lambda_b)  # type: ignore[no-untyped-call,no-any-return]
 
+    @classmethod
+    def stacked(cls, layers: Sequence[VeraLayer], slots: Tensor) -> VeraStack | None:
+        """See `AdapterLayer.stacked`; for layers with the same projections, and not while a dropout acts."""
+        if any(layer.training and layer.dropout for layer in layers):
+            return None
+        held = {(id(layer.shared["vera_A"]), id(layer.shared["vera_B"]), layer.vera_lambda_d.dtype) for layer in layers}
+        return VeraStack(layers, slots) if len(held) == 1 else None
+
     def factors(self) -> Factors:
         """The exact `dW`, of rank `r`."""
         down, up = self.projections()
         return Factors(scaled_up(up, self.vera_lambda_d, self.vera_lambda_b), down)
+
+
+class VeraStack:
+    """`b_i * (B (d_i * (A x_i)))` for each row `i`: A and B once for all, d and b by row."""
+
+    def __init__(self, layers: Sequence[VeraLayer], slots: Tensor) -> None:
+        self.first = layers[0]  # its projections are read when they are needed: `.to(...)` replaces them
+        self.lambda_d = torch.stack([layer.vera_lambda_d for layer in layers]).index_select(0, slots)[:, None]
+        self.lambda_b = torch.stack([layer.vera_lambda_b for layer in layers]).index_select(0, slots)[:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`(rows, tokens, out)` for `x (rows, tokens, in)`."""
+        down, up = self.first.projections()
+        return F.linear(F.linear(x.to(down.dtype), down) * self.lambda_d, up) * self.lambda_b
 
 
 @torch.no_grad()

@@ -1,0 +1,135 @@
+"""Batch: how many rows the model's present batch has, and which layers have them in their first dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from adapterkit.dispatch import Active
+
+# Where a model says what its input is: the first of these that is given counts, else the first tensor.
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
+_EXPERTS = "experts"
+
+
+class Batch:
+    """A hook on the model, and on the transformers models inside it, that notes the size of each batch.
+
+    `per_sample` splits a layer's input along its first dimension. That this is the batch is proven for each layer:
+
+    - its size is the batch's, which was read where the model was entered, or batch times length (tokens that
+      were flattened, row by row);
+    - if the batch is as long as the sequences, sizes say nothing, and the layer must have been seen before in a
+      batch that was not;
+    - no module of the model has `batch_first=False`, and the layer is none of a mixture of experts, which are
+      given the tokens in another order.
+
+    Attributes:
+        size: rows of the latest batch; `None` before there was one.
+        length: its second dimension, if its inputs are sequences.
+        proven: modules whose first dimension has been seen to be the batch.
+    """
+
+    def __init__(self, active: Active, model: nn.Module) -> None:
+        self.active = active
+        self.size: int | None = None
+        self.length: int | None = None
+        self.proven: set[nn.Module] = set()
+        self.unordered = next(
+            ((path or "the model", m) for path, m in model.named_modules() if getattr(m, "batch_first", True) is False),
+            None,
+        )
+        # `generate` calls an encoder by itself.
+        entries = [m for m in model.modules() if m is model or hasattr(m, "base_model_prefix")]
+        self._handles = [module.register_forward_pre_hook(self, with_kwargs=True) for module in entries]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Torch calls this before each forward.
+
+        Raises:
+            ConfigError: the batch is not one row, or the same number of rows, for each that `per_sample` names.
+        """
+        rows = self.active.state.rows
+        if rows is None:
+            return
+        if getattr(module, "_is_replica", False):
+            raise StateError(
+                "per_sample names the rows of one batch, and nn.DataParallel splits it among its replicas. Call the "
+                "model inside it, or use a process for each device (DistributedDataParallel)."
+            )
+        x = _main_input(args, kwargs)
+        if x is None:
+            return
+        self.size = x.shape[0]
+        sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+        self.length = x.shape[1] if sequences else None
+        if self.size % rows.count:
+            raise ConfigError(
+                f"per_sample names {rows.count} rows, and the batch has {self.size}. Name one adapter (or None) for "
+                "each row; a batch may have each row several times, one after another, as beam search does."
+            )
+
+    def check_order(self) -> None:
+        """Raise `StateError` if a module of the model says that its inputs do not have the batch first."""
+        if self.unordered is not None:
+            path, module = self.unordered
+            raise StateError(
+                f"{path!r} is a {type(module).__name__} with batch_first=False, so rows of the batch may not be the "
+                "first dimension around it. Make it with batch_first=True, or say per_sample(..., batch_first=True) if "
+                "every adapted layer gets the rows first all the same."
+            )
+
+    def check(self, module: nn.Module, size: int, count: int) -> None:
+        """Raise `StateError` unless the first dimension of the module's input, of this size, is proven the batch.
+
+        Args:
+            count: rows that `per_sample` names.
+        """
+        batch = self.size
+        if batch is None:  # a part of the model is called by itself
+            batch = self.size = size if size % count == 0 else None
+        if size == batch and size != self.length:
+            if not torch.compiler.is_compiling():
+                self.proven.add(module)
+            return
+        if size == batch and module in self.proven:
+            return
+        if batch is not None and self.length is not None and size == batch * self.length != batch:
+            return
+        what = f"A {type(module).__name__} of the model gets an input whose first dimension is {size}"
+        if size == batch:
+            raise StateError(
+                f"{what}, and there are as many rows in the batch as places in each, so it cannot be told which it is. "
+                "Run a batch of another length first, or say per_sample(..., batch_first=True) if it is the rows."
+            )
+        raise StateError(
+            f"{what}, and the batch has {batch} rows, so it is not known which rows are whose. Leave this layer "
+            "out with exclude_modules, or say per_sample(..., batch_first=True) if they are in order."
+        )
+
+
+def _main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    named = [kwargs.get(name) for name in _INPUTS]
+    tensors = [t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    return next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
+
+
+def check_paths(name: str, paths: Iterable[str]) -> None:
+    """Raise `StateError` if one of an adapter's layers is an expert's, which gets the tokens in an order of its own."""
+    for path in paths:
+        if _EXPERTS in path.split("."):
+            raise StateError(
+                f"Adapter {name!r} changes {path!r}, an expert that is given tokens of several rows in an order of its "
+                "own, so per_sample cannot tell whose they are. Leave the experts out with exclude_modules."
+            )

@@ -1,0 +1,104 @@
+"""Rows: which adapter each row of a batch has, and where these rows are in a tensor.
+
+With `n` rows named, a tensor `(n k, ...)` is read as `(n, k, ...)`: each row has `k` entries one after another, its
+beams, its tokens, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """Which adapter each row of the batch has.
+
+    Args:
+        names: one for each row; `None`: no adapter.
+        trusted: the first dimension of every layer's input is the batch: that need not be proven.
+
+    Attributes:
+        adapters: the adapters named, each once, in an order that does not depend on the rows'.
+        uniform: all rows have the same, so that nothing need be told apart.
+    """
+
+    def __init__(self, names: Sequence[str | None], *, trusted: bool = False) -> None:
+        self.names, self.trusted = tuple(names), trusted
+        self.count = len(self.names)
+        self.adapters = tuple(sorted({name for name in self.names if name is not None}))
+        self.uniform = len(set(self.names)) == 1
+        self._tensors: dict[Any, Tensor] = {}
+        # What is compiled reads the assignment from this alone, so that it serves every assignment.
+        self._all_have = None not in self.names
+        self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (self.names, self.trusted)
+
+    def having(self, adapters: Collection[str]) -> list[int]:
+        """The rows that have one of these adapters."""
+        return [i for i, name in enumerate(self.names) if name in adapters]
+
+    def lacking(self, adapters: Collection[str]) -> list[int]:
+        """The rows that have none of these adapters."""
+        return [i for i, name in enumerate(self.names) if name not in adapters]
+
+    def slots(self, adapters: Sequence[str], device: torch.device) -> Tensor:
+        """`(n,)`: for each row the place of its adapter in `adapters`; 0 for a row that has none of them."""
+        if torch.compiler.is_compiling():
+            return self._looked_up([adapters.index(n) if n in adapters else 0 for n in (*self.adapters, None)], device)
+        places: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
+        return self._tensor([places.get(name, 0) for name in self.names], device)
+
+    def mask(self, adapters: Collection[str], device: torch.device) -> Tensor | None:
+        """`(n, 1, 1)`: whether a row has one of these adapters; `None` if all have."""
+        if torch.compiler.is_compiling():
+            if self._all_have and len(adapters) == len(self.adapters):
+                return None
+            return self._looked_up([n in adapters for n in (*self.adapters, None)], device).view(-1, 1, 1)
+        held = [name in adapters for name in self.names]
+        return None if all(held) else self._tensor(held, device).view(-1, 1, 1)
+
+    def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """The entries of some rows of `x`."""
+        return self.each(x).index_select(0, self._tensor(rows, x.device)).flatten(0, 1)
+
+    def join(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+        """The reverse: one tensor from the entries of disjoint rows, which together are all."""
+        order = [row for rows, _ in parts for row in rows]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        joined = torch.cat([part.unflatten(0, (len(rows), -1)) for rows, part in parts])
+        return joined.index_select(0, self._tensor(back, joined.device)).flatten(0, 1)
+
+    def add(self, out: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+        """`out` with the entries of disjoint rows added, in the wider dtype."""
+        rows = self._tensor([row for rows, _ in parts for row in rows], out.device)
+        change = torch.cat([part.unflatten(0, (len(rows), -1)) for rows, part in parts])
+        dtype = torch.promote_types(out.dtype, change.dtype)
+        return self.each(out).to(dtype).index_add(0, rows, change.to(dtype)).flatten(0, 1)
+
+    def each(self, x: Tensor) -> Tensor:
+        """`x` as `(n, k, ...)`."""
+        return x.view(self.count, -1, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (self.count, -1))
+
+    def _looked_up(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """One value for each adapter, and one for none, as one for each row."""
+        return torch.tensor(values, device=device)[self._places.to(device)]
+
+    def _tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """These numbers on a device. Kept; compiled, they are a part of what is compiled."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(values, device=device)
+        key = (device, type(values[0]), *values)  # True equals 1
+        found = self._tensors.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # it may be used outside of it, too
+                found = self._tensors[key] = torch.tensor(values, device=device)
+        return found
+
+
+def _made(names: Sequence[str | None], trusted: bool) -> Rows:
+    return Rows(names, trusted=trusted)
