@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from adapterkit.combination import Combination
 from adapterkit.errors import ConfigError
 from adapterkit.host import ATTRIBUTE
+
+if TYPE_CHECKING:
+    from adapterkit.report import Report
 
 # Wrappers that only forward to the model inside: the adapters are the inner model's.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -43,3 +49,30 @@ class Adapters(Combination):
 
     A call that raises has changed nothing.
     """
+
+    def report(self, *names: str, out: str | Path | None = None, title: str | None = None) -> Report:
+        """A page to look at: which layers these adapters change most, which rank is enough, what can be merged.
+
+        A notebook shows it; `print` gives its verdicts; `save(path)`, or `out=`, writes one self-contained HTML file.
+        Nothing is changed, and no dense matrix is made. Sizes are relative to the base's weights where these are in
+        memory.
+
+        Args:
+            names: the adapters; none: all of them.
+            title: the page's.
+
+        Raises:
+            UnknownNameError: no such adapter.
+            ConfigError: there is none, or one is named twice.
+            StateError: values that are not finite, or on the meta device.
+            UnsupportedError: matplotlib is not installed (the extra `report`).
+            SaveError: the file cannot be written.
+        """
+        from adapterkit.report import Report
+        from adapterkit.report.live import live_sources
+
+        records = [self._record(name) for name in names or self.names]
+        report = Report.of(live_sources(records, self._merged), title)
+        if out is not None:
+            report.save(out)
+        return report

@@ -1,0 +1,5 @@
+"""Reports on adapters that one can look at: which layers matter, which rank is enough, what can be merged."""
+
+from adapterkit.report.document import Report
+
+__all__ = ["Report"]

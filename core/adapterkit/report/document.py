@@ -1,0 +1,99 @@
+"""The report as an object: shown in a notebook, saved as one HTML file, printed as its verdicts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from adapterkit.errors import ConfigError, SaveError
+from adapterkit.files import local_path, umask
+from adapterkit.report.curves import check_matplotlib
+from adapterkit.report.findings import Findings, measure
+from adapterkit.report.grid import Grid
+from adapterkit.report.page import render
+from adapterkit.report.sources import Source
+from adapterkit.report.verdict import Verdict, verdicts
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report on one or several adapters. Prints as its verdicts; a notebook shows the page.
+
+    Attributes:
+        html: the whole page: no script, nothing loaded from elsewhere.
+        verdicts: which layers matter, which rank is enough, and for each pair whether it can be merged.
+        findings: every number in it.
+    """
+
+    html: str
+    verdicts: tuple[Verdict, ...]
+    findings: Findings
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], title: str | None = None) -> Report:
+        """Measure the sources and draw the page.
+
+        Raises:
+            ConfigError: no source, or two of one name.
+            StateError: values that are not finite, or on the meta device.
+            UnsupportedError: matplotlib is not installed.
+        """
+        check_matplotlib()
+        names = [source.name for source in sources]
+        if not names:
+            raise ConfigError("A report needs at least one adapter.")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"A report needs a name for each adapter, and two are alike: {names}. Give names=.")
+        findings = measure(sources)
+        grid = Grid.of(findings.paths)
+        found = verdicts(findings, grid)
+        return cls(render(findings, found, grid, title or _title(names)), tuple(found), findings)
+
+    def save(self, out: str | Path) -> Path:
+        """Write the page; a file that is there is replaced in one step.
+
+        Raises:
+            SaveError: it cannot be written there; nothing has changed.
+        """
+        path = local_path(out)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, self.html)
+        except OSError as error:
+            raise SaveError(f"The report cannot be written to {path}: {error}.") from error
+        return path
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.verdicts))
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(adapter.name) for adapter in self.findings.adapters)
+        return f"<Report on {names}: print it for its verdicts, or save(path)>"
+
+    def _repr_html_(self) -> str:
+        # In a frame of its own: the page's styles would else be the notebook's.
+        return (
+            f'<iframe sandbox srcdoc="{escape(self.html)}" title="adapter report" '
+            'style="width:100%;height:48rem;border:0"></iframe>'
+        )
+
+
+def _title(names: Sequence[str]) -> str:
+    return f"Adapter {names[0]}" if len(names) == 1 else f"Adapters {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _replace(path: Path, text: str) -> None:
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o666 & ~umask())
+        Path(name).replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()

@@ -1,0 +1,35 @@
+"""Sources on a model: its adapters as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from adapterkit.merging import Merged
+from adapterkit.record import AdapterRecord
+from adapterkit.report.sources import Source, of_record
+
+
+def live_sources(records: Iterable[AdapterRecord], merged: Merged) -> list[Source]:
+    """A source for each of these adapters of one model.
+
+    Args:
+        merged: what is merged now: the sizes of the base's weights are those before it.
+    """
+    return [of_record(record, _base_norm(record, merged)) for record in records]
+
+
+def _base_norm(record: AdapterRecord, merged: Merged) -> Callable[[str], float | None]:
+    def found(path: str) -> float | None:
+        kept = merged.kept.get(path)
+        weight = record.layers[path].kind.read(record.hosts[path]) if kept is None else kept.values.get("weight")
+        return None if weight is None or weight.is_meta else norm_of(weight)
+
+    return found
+
+
+def norm_of(weight: Tensor) -> float:
+    """The Frobenius norm, summed in float32 (float64 for float64)."""
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))

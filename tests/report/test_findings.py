@@ -1,0 +1,171 @@
+"""What a report measures, against dense float64 matrices, entry by entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.core.test_lowrank import dense, factored
+from tests.core.test_measures import angles, leading
+from tests.report.sources import low_rank, source, stack
+from torch import Tensor
+
+import adapterkit as ak
+from adapterkit.report.findings import SUBSPACE_ENERGY, measure
+from adapterkit.report.signs import sign_conflicts
+
+
+def conflicts(a: Tensor, b: Tensor) -> tuple[int, float, float]:
+    """Entries of opposite sign, the sum of all magnitudes, and of the smaller ones where they are opposed."""
+    opposed, total, lost = 0, 0.0, 0.0
+    for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True):
+        total += abs(x) + abs(y)
+        if (x > 0 > y) or (y > 0 > x):
+            opposed += 1
+            lost += min(abs(x), abs(y))
+    return opposed, total, lost
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> tuple[ak.Factors, ak.Factors]:
+    out, inside = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    return draw(factored(out=out, inside=inside)), draw(factored(out=out, inside=inside))
+
+
+@given(both=alike())
+@settings(max_examples=60, deadline=None)
+def test_sign_conflicts_are_the_dense_matrices(both: tuple[ak.Factors, ak.Factors]) -> None:
+    found = sign_conflicts(both)[0, 1]
+    # What rounding makes of a zero may have any sign.
+    a, b = (m.where(m.abs() > 1e-12, 0) for m in map(dense, both))
+    opposed, total, lost = conflicts(a, b)
+    assert found.seen == found.entries == a.numel()
+    assert found.total == pytest.approx(total, abs=1e-9)
+    assert found.lost == pytest.approx(lost, abs=1e-9)
+    assert found.opposed >= opposed or found.opposed == pytest.approx(opposed)
+    if not ((a == 0) | (b == 0)).any():
+        assert found.opposed == opposed
+
+
+def test_opposite_changes_conflict_everywhere_and_equal_ones_nowhere() -> None:
+    change = low_rank(5, 4, 2)
+    opposite = sign_conflicts([change, change._replace(up=-change.up)])[0, 1]
+    equal = sign_conflicts([change, change])[0, 1]
+    assert (opposite.share, opposite.mass) == (1.0, pytest.approx(0.5))
+    assert (equal.share, equal.mass) == (0.0, 0.0)
+
+
+def test_a_sample_of_rows_estimates_what_all_rows_give() -> None:
+    both = low_rank(4000, 20, 3), low_rank(4000, 20, 4, seed=9)
+    whole, sample = (sign_conflicts(both, most=most)[0, 1] for most in (10**6, 16000))
+    assert (sample.seen, sample.entries) == (16000, 80000)
+    assert sample.share == pytest.approx(whole.share, abs=0.03)
+    assert sample.mass == pytest.approx(whole.mass, abs=0.01)
+    assert sign_conflicts(both, most=16000)[0, 1] == sample
+
+
+def test_independent_changes_conflict_as_often_as_is_said() -> None:
+    found = sign_conflicts([low_rank(300, 300, 60), low_rank(300, 300, 60, seed=9)])[0, 1]
+    assert found.share == pytest.approx(0.5, abs=0.02)
+    assert found.mass == pytest.approx(0.146, abs=0.01)
+
+
+@given(both=alike())
+@settings(max_examples=40, deadline=None)
+def test_a_pair_is_measured_as_its_dense_matrices(both: tuple[ak.Factors, ak.Factors]) -> None:
+    pair = measure([source("a", {"p": both[0]}), source("b", {"p": both[1]})]).pairs[0, 1]
+    a, b = map(dense, both)
+    (ua, va), (ub, vb) = leading(a, SUBSPACE_ENERGY), leading(b, SUBSPACE_ENERGY)
+    sizes = float(a.norm()), float(b.norm())
+    expected = float((a * b).sum()) / (sizes[0] * sizes[1]) if all(sizes) else None
+    assert pair.cosine == (None if expected is None else pytest.approx(expected, abs=1e-9))
+    assert pair.columns == pytest.approx(angles(ua, ub), abs=1e-8)
+    assert pair.rows == pytest.approx(angles(va, vb), abs=1e-8)
+    inside = (ua @ ua.t() @ b @ va @ va.t()).norm(), (ub @ ub.t() @ a @ vb @ vb.t()).norm()
+    for found, part, size in zip(pair.inside, inside, sizes, strict=True):
+        assert found == pytest.approx(float(part) / size if size else 0.0, abs=1e-8)
+
+
+def test_a_pair_as_a_whole_is_that_of_all_changes_side_by_side() -> None:
+    """A target that one lacks counts as zero there."""
+    a, b = stack(3), {**stack(2, seed=7), "model.layers.9.attn.q": low_rank(8, 6, 2, seed=3)}
+    found = measure([source("a", a), source("b", b)]).pairs[0, 1]
+    vectors = [
+        torch.cat([dense(f[path]).flatten() if path in f else torch.zeros(48) for path in sorted({*a, *b})])
+        for f in (a, b)
+    ]
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(*vectors, dim=0)), abs=1e-9)
+    assert set(found.layers) == set(a) & set(b)
+    shared = [torch.cat([dense(f[path]).flatten() for path in found.layers]) for f in (a, b)]
+    opposed, total, lost = conflicts(*shared)
+    assert found.signs.share == pytest.approx(opposed / len(shared[0]))
+    assert found.signs.mass == pytest.approx(lost / total)
+
+
+@given(factors=factored())
+@settings(max_examples=40, deadline=None)
+def test_a_layer_is_measured_as_its_dense_matrix(factors: ak.Factors) -> None:
+    layer = measure([source("a", {"p": factors}, {"p": 2.0})]).adapters[0].layers["p"]
+    matrix = dense(factors)
+    assert layer.norm == pytest.approx(float(matrix.norm()), abs=1e-9)
+    assert layer.relative == pytest.approx(float(matrix.norm()) / 2)
+    assert layer.shape == tuple(matrix.shape)
+    assert layer.rank == factors.rank
+    assert len(layer.spectrum) == int(torch.linalg.matrix_rank(matrix))
+    squares = layer.spectrum.square()
+    for rank, share in ((layer.rank90, 0.9), (layer.rank99, 0.99)):
+        assert float(squares[:rank].sum()) >= share * float(squares.sum()) * (1 - 1e-9)
+
+
+def test_changes_of_two_shapes_under_one_name_are_no_pair() -> None:
+    found = measure([source("a", {"p": low_rank(4, 3, 2)}), source("b", {"p": low_rank(4, 5, 2)})]).pairs[0, 1]
+    assert not found.layers
+    assert found.other_shape == ("p",)
+
+
+def test_a_target_without_factors_is_counted_and_not_measured() -> None:
+    found = measure([source("a", {"p": None, "q": low_rank(4, 3, 2)})]).adapters[0]
+    assert found.without_factors == ("p",)
+    assert list(found.layers) == ["q"]
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "vera"])
+def test_the_sizes_on_a_model_are_those_of_its_weights(method: str) -> None:
+    from tests.combining import deltas, randomise
+    from tests.models import build
+
+    model = build("bert")
+    adapters = ak.attach(model)
+    adapters.add("a", ak.config(method, r=3, target_modules=["query", "output.dense"], modules_to_save=None))
+    randomise(adapters, "a", 0)
+    report = adapters.report("a")
+    changes = deltas(adapters, "a")
+    found: Mapping[str, Any] = report.findings.adapters[0].layers
+    assert set(found) == set(changes)
+    for path, change in changes.items():
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, Tensor)
+        assert found[path].relative == pytest.approx(float(change.norm() / weight.detach().norm()), rel=1e-4)
+
+
+def test_a_merged_adapter_s_sizes_are_relative_to_the_weights_before() -> None:
+    from tests.combining import adapted
+    from tests.models import build
+
+    adapters = adapted(build("bert"), {"a": {}}, ["query"])
+    before = adapters.report().findings.adapters[0].layers
+    adapters.merge("a")
+    for path, layer in adapters.report().findings.adapters[0].layers.items():
+        assert layer.base_norm == pytest.approx(before[path].base_norm)
+
+
+def test_independent_noise_adds_next_to_nothing_in_another_s_directions() -> None:
+    """Its share is what random subspaces have by chance, `sqrt(k l / (m n))` of its size."""
+    f, g = low_rank(400, 300, 4), low_rank(400, 300, 4, seed=5)
+    found = measure([source("a", {"p": f}), source("b", {"p": g})]).pairs[0, 1]
+    assert max(found.inside) < 4 * math.sqrt(16 / (400 * 300)) * 1.5

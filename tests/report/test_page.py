@@ -1,0 +1,244 @@
+"""The page: complete, escaped, small, without script or network; and how it is saved and shown."""
+
+from __future__ import annotations
+
+import builtins
+import html
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.combining import adapted
+from tests.models import MODELS, build
+from tests.report.sources import low_rank, source, stack
+
+import adapterkit as ak
+from adapterkit.report import Report
+from adapterkit.report.sources import Head
+
+VOID = {"meta", "wbr", "br", "th", "td", "tr", "use", "path"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    heads = Head("classifier", {"weight": (3, 6), "bias": (3,)}), Head("classifier", {"weight": (5, 6)})
+    a = source("first", stack(4), dict.fromkeys(stack(4), 3.0), heads=heads[:1], labels=("x", "y", "z"))
+    b = source("second", stack(5, seed=9), heads=heads[1:])
+    return Report.of([a, b])
+
+
+def test_every_target_has_a_cell_in_the_heat_map_of_its_adapter(report: Report) -> None:
+    page = Page(report.html)
+    titles = [str(attrs.get("title")) for tag, attrs in page.tags if tag == "td"]
+    assert sum(t.startswith("|dW|") for t in titles) == 8 + 10
+    for adapter in report.findings.adapters:
+        for layer in adapter.layers.values():
+            assert any(f"99 % {layer.rank99} of {layer.rank}" in t for t in titles)
+
+
+def test_each_picture_says_how_to_read_it(report: Report) -> None:
+    page = Page(report.html)
+    assert page.count("svg") == 2 * (1 + 2)  # for each adapter the ranks, and the spectra of two module names
+    assert all(attrs["role"] == "img" and attrs["aria-label"] for tag, attrs in page.tags if tag == "svg")
+    assert page.text.count("How to read:") == 5
+
+
+def test_the_page_says_what_sizes_are_relative_to() -> None:
+    with_base = Report.of([source("a", stack(2), dict.fromkeys(stack(2), 3.0))]).html
+    without = Report.of([source("a", stack(2))]).html
+    assert "sizes are relative to the base&#39;s weights" in with_base
+    assert "relative to the adapter&#39;s largest change" in without
+
+
+def test_heads_of_two_sizes_are_told(report: Report) -> None:
+    page = Page(report.html)
+    assert "Their heads have different sizes" in page.text
+    assert "3×6" in page.text
+    assert "5×6" in page.text
+    assert "3: x, y, z" in page.text
+
+
+def test_every_element_is_closed(report: Report) -> None:
+    assert Page(report.html).open == []
+
+
+def test_the_page_has_no_script_and_loads_nothing(report: Report) -> None:
+    page = Page(report.html)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    for _, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert str(attrs.get(name) or "#").startswith("#")
+    assert not re.search(r"@import|url\((?!#)", report.html)
+    policy = next(a for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
+
+
+def test_names_from_files_are_escaped() -> None:
+    """Module names, an adapter's, labels, the base's name, settings, heads: all of them come from files."""
+    changes = {f"layers.{i}.{EVIL}": low_rank(4, 3, 2, seed=i) for i in range(2)}
+    config = ak.config("lora", target_modules=[EVIL], base_model_name_or_path=EVIL, task_type=EVIL)
+    head = Head(EVIL, {"weight": (2, 4)})
+    sources = [source(name, changes, config=config, heads=(head,), labels=(EVIL,)) for name in (EVIL, EVIL + "b")]
+    text = Report.of(sources, title=EVIL).html
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert page.open == []
+    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
+    assert html.escape("<script>alert(1)</script>") in text.replace("<wbr>", "")
+    assert page.text.count("alert(1)") >= 10
+
+
+def test_colours_follow_the_page_and_ids_are_of_one_drawing(report: Report) -> None:
+    assert "#0102" not in report.html
+    assert "var(--line)" in report.html
+    ids = re.findall(r'<clipPath id="([^"]+)"', report.html)
+    assert len(ids) == len(set(ids)) > 0
+
+
+def test_the_same_adapters_give_the_same_page(report: Report) -> None:
+    again = [source("a", stack(3)), source("b", stack(3, seed=4))]
+    assert Report.of(again).html == Report.of(again).html
+
+
+def test_hundreds_of_layers_of_three_adapters_make_a_small_page() -> None:
+    modules = tuple(f"m{i}" for i in range(7))
+    report = Report.of([source(name, stack(200, modules, seed=i), None) for i, name in enumerate("abc")])
+    assert len(report.html.encode()) < 2_000_000
+    assert report.html.count("tall") > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_sort_of_model_has_a_report(name: str, device: str) -> None:
+    """On the meta device the base's sizes are not known; the adapter has its values all the same."""
+    spec = MODELS[name]
+    adapters = adapted(build(name), {"a": {}}, list(spec.targets))
+    if device == "meta":
+        for module in adapters.model.modules():
+            if hasattr(module, "weight") and "adapters" in module._modules:
+                module.weight = torch.nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+    report = adapters.report()
+    found = report.findings.adapters[0]
+    assert found.has_base == (device == "cpu")
+    assert len(found.layers) == adapters.status().rows[0].targets
+    assert Page(report.html).open == []
+
+
+def test_one_adapter_of_one_layer_of_rank_one() -> None:
+    assert "Rank 1 keeps 99 %" in str(Report.of([source("a", {"fc": low_rank(4, 3, 1)})]))
+
+
+def test_an_adapter_without_a_measured_change_has_its_facts() -> None:
+    report = Report.of([source("a", {"p": None, "q": None})])
+    assert "2 targets are not shown, for example p" in report.html
+    assert "None: it changes no weight" in str(report)
+
+
+def test_saving_replaces_a_file_in_one_step_and_makes_folders(report: Report, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "r.html"
+    assert report.save(out) == out
+    assert out.read_text(encoding="utf-8") == report.html
+    out.write_text("old")
+    report.save(str(out))
+    assert out.read_text(encoding="utf-8") == report.html
+    assert [p.name for p in out.parent.iterdir()] == ["r.html"]
+
+
+def test_a_place_that_cannot_be_written_is_told_and_left_as_it_was(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ak.SaveError, match=r"The report cannot be written to .*folder"):
+        report.save(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(report: Report) -> None:
+    (frame,) = Page(report._repr_html_()).tags
+    assert frame[0] == "iframe"
+    assert "sandbox" in frame[1]
+    assert frame[1]["srcdoc"] == report.html
+
+
+def test_adapters_of_a_model_report(tmp_path: Path) -> None:
+    adapters = adapted(build("bert"), {"a": {}, "b": {"r": 2}}, ["query"])
+    report = adapters.report(out=tmp_path / "r.html", title="Mine")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == report.html
+    assert "<title>Mine</title>" in report.html
+    assert [a.name for a in report.findings.adapters] == ["a", "b"]
+    assert [a.name for a in adapters.report("b").findings.adapters] == ["b"]
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_without_matplotlib_it_says_what_to_install() -> None:
+    with pytest.raises(ak.UnsupportedError, match=re.escape("pip install 'adapterkit[report]'")):
+        Report.of([source("a", stack(1))])
+
+
+def test_sources_that_make_no_report() -> None:
+    with pytest.raises(ak.ConfigError, match="A report needs at least one adapter"):
+        Report.of([])
+    with pytest.raises(ak.ConfigError, match="A report needs a name for each adapter, and two are alike"):
+        Report.of([source("a", stack(1)), source("a", stack(1))])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    adapters = adapted(build("bert"), {"a": {}}, ["query"])
+    with torch.no_grad():
+        next(iter(adapters.parameters("a")))[0, 0] = value
+    with pytest.raises(ak.StateError, match=r"Adapter 'a' has values at .* that are not finite"):
+        adapters.report()
+
+
+def test_an_adapter_on_the_meta_device_is_refused() -> None:
+    adapters = ak.attach(build("bert").to("meta"))
+    adapters.add("a", ak.config("lora", target_modules=["query"], modules_to_save=None))
+    with pytest.raises(ak.StateError, match=r"Adapter 'a' has no values at .*: it is on the meta device"):
+        adapters.report()
