@@ -8,6 +8,7 @@ from adapterkit.config import AdapterConfig
 from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
+from adapterkit.disk.conversion import convert_file
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
@@ -26,7 +27,7 @@ from adapterkit.extract import extract
 from adapterkit.factors import Factors
 from adapterkit.factorstack import FactorStack
 from adapterkit.features import features
-from adapterkit.foreign import ForeignLayers, with_patterns
+from adapterkit.foreign import ForeignFile, ForeignLayers, with_patterns
 from adapterkit.hookspecs import hookimpl
 from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
@@ -62,6 +63,7 @@ __all__ = [
     "ExtensionInfo",
     "FactorStack",
     "Factors",
+    "ForeignFile",
     "ForeignLayers",
     "Holder",
     "KeyRule",
@@ -86,6 +88,7 @@ __all__ = [
     "attach",
     "combine_files",
     "config",
+    "convert_file",
     "describe_methods",
     "extract",
     "features",

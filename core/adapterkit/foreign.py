@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,19 @@ DOTTED = (
 FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 _OPTIONAL = "text_model"
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """An adapter as another program's file has it.
+
+    Attributes:
+        tensors: for each layer's path its tensors by that program's names (`lora_down.weight`, `alpha`).
+        metadata: what goes into the header.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def component(name: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.combiners import Combiner
     from adapterkit.config import AdapterConfig
     from adapterkit.factors import Factors
+    from adapterkit.foreign import ForeignFile
     from adapterkit.keys import KeyRule
     from adapterkit.kinds import LayerKind
     from adapterkit.layer import AdapterLayer
@@ -142,6 +143,24 @@ def foreign_config(
     that the file has tensors of, and the ranks and scalings those of the file; `from_file` then gets this config.
     `metadata` is the header of a safetensors file. `None`, the default: the file holds nothing of this method,
     or nothing that this model has a layer for.
+    """
+
+
+@hookspec(firstresult=True)
+def to_foreign(
+    naming: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, LayerKind],
+    component: str,
+) -> ForeignFile | None:
+    """The reverse of `foreign_config` and `from_file`: the adapter as another program's files have it.
+
+    `naming` is `"kohya"`, `"lycoris"` or `"diffusers"`; `component` the part of a pipeline that the model is, as keys
+    name it (`"lora_unet"`, `"text_encoder"`). `tensors` has for each layer's path what `to_file` gave, by its name
+    there, `layers` its kind, and `config` is what `file_config` gave. What comes back has the other program's names in
+    place of those; the core puts the layers' names before them. What such a file cannot hold is an `UnsupportedError`.
+    `None`, the default: that program does not know the method.
     """
 
 

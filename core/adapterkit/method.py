@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from adapterkit.keys import KeyRule
 from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
 from adapterkit.target import Target
+
+if TYPE_CHECKING:
+    from adapterkit.foreign import ForeignFile
 
 T = TypeVar("T")
 Injector = Callable[[Target, AdapterConfig, Mapping[str, Tensor]], AdapterLayer | None]
@@ -118,6 +121,20 @@ class Method:
     ) -> AdapterConfig | None:
         """See `hookspecs.foreign_config`; what comes back is a config of this method."""
         return self._call("foreign_config", self.config_type(), tensors=tensors, layers=layers, metadata=metadata)
+
+    def to_foreign(
+        self,
+        naming: str,
+        config: AdapterConfig,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        layers: Mapping[str, LayerKind],
+        component: str,
+    ) -> ForeignFile | None:
+        """See `hookspecs.to_foreign`."""
+        from adapterkit.foreign import ForeignFile  # which needs this module
+
+        given = {"naming": naming, "config": config, "tensors": tensors, "layers": layers, "component": component}
+        return self._call("to_foreign", ForeignFile, **given)
 
     def layers_in_file(
         self, tensors: Mapping[str, Tensor], config: AdapterConfig | None

@@ -420,6 +420,7 @@ def test_specs_are_those_of_the_design() -> None:
         "from_file",
         "foreign_config",
         "layers_in_file",
+        "to_foreign",
     }
     assert set(specs()) == methods | {"from_factors", "config_from_ranks", "layer_kinds", "combiners"}
     assert set(hookspecs.REQUIRED) == {"config_type", "key_rule", "inject"}

@@ -101,22 +101,38 @@ def _combined(
     dtype: torch.dtype | None,
     same_base: bool,
 ) -> CombineReport:
+    with FactorSpool(place.parent, lambda: release(opened)) as spool:
+        record, report, model = combined(opened, weights, choices, place.name, spool, base, same_base=same_base)
+        write_record(record, model, place, dtype=dtype, mapped=[spool, *(adapter.mapped for adapter in opened)])
+    return report
+
+
+def combined(
+    opened: Sequence[Opened],
+    weights: Sequence[float],
+    choices: Choices,
+    name: str,
+    spool: FactorSpool,
+    base: Base | None,
+    *,
+    same_base: bool = False,
+) -> tuple[AdapterRecord, CombineReport, nn.Module]:
+    """The combination of adapters that are opened, its changes in the spool, and the stand-in that it is on."""
     working = working_dtype(opened)
     model = stand_in(opened, working)
     records = [adapter.record(model)[0] for adapter in opened]
     if not same_base:
         check_same_base(records)
+    space = Workspace(model, Active(), spool, working, torch.device("cpu"))
+    record, report = mix(name, records, weights, choices, space)
+    record.config = record.config.replace(target_modules=_target_names(record, model, opened, base))
+    return record, report, model
 
-    def release() -> None:
-        for adapter in opened:
-            adapter.mapped.release()
 
-    with FactorSpool(place.parent, release) as spool:
-        space = Workspace(model, Active(), spool, working, torch.device("cpu"))
-        record, report = mix(place.name, records, weights, choices, space)
-        record.config = record.config.replace(target_modules=_target_names(record, model, opened, base))
-        write_record(record, model, place, dtype=dtype, mapped=[spool, *(adapter.mapped for adapter in opened)])
-    return report
+def release(opened: Sequence[Opened]) -> None:
+    """Have no page of their files in memory."""
+    for adapter in opened:
+        adapter.mapped.release()
 
 
 def _named(heads: str | None, sources: Mapping[str | Path, float]) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from adapterkit.disk.mapping import FactorSpool, MappedFiles, write_tensors
 from adapterkit.errors import ConfigError, SaveError
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
+from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path, umask
 from adapterkit.keys import file_key
 from adapterkit.loading import module_slots
 from adapterkit.persistence import save_record
@@ -31,6 +33,18 @@ def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) ->
     held += [place] if place.is_file() else []
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
+    return place
+
+
+def file_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:
+    """As `output_place`, for a single file.
+
+    Raises:
+        ConfigError, SaveError: as there, or its name does not end in `.safetensors`.
+    """
+    place = output_place(out, inputs, overwrite=overwrite)
+    if place.suffix != ".safetensors" or place.is_dir():
+        raise ConfigError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
     return place
 
 
@@ -56,12 +70,44 @@ def write_record(
     """
     heads = {file_key(path, local) for path, head in record.heads.items() for local, _ in module_slots(head)}
 
-    def release() -> None:
-        for pages in mapped:
-            pages.release()
-
     def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
-        write_tensors(tensors, path, metadata, {} if dtype is None else dict.fromkeys(floating, dtype), release)
+        dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
+        write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
 
     save_record(record, model, place, writer=write)
+
+
+def write_file(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    place: Path,
+    dtypes: Mapping[str, torch.dtype],
+    mapped: Sequence[MappedFiles | FactorSpool],
+) -> None:
+    """A safetensors file that appears under its name when it is complete.
+
+    Raises:
+        SaveError: it cannot be written there; what was there is untouched.
+    """
+    try:
+        place = place.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+        os.close(handle)
+        fresh = Path(name)
+        try:
+            write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, lambda: _release(mapped))
+            with fresh.open("rb") as file:
+                os.fsync(file.fileno())
+            fresh.chmod(0o666 & ~umask())
+            fresh.replace(place)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error
+
+
+def _release(mapped: Sequence[MappedFiles | FactorSpool]) -> None:
+    for pages in mapped:
+        pages.release()

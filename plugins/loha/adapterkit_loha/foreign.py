@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from adapterkit import CheckpointError, ForeignLayers, LayerKind, PatternTable, UnsupportedError, with_patterns
+from adapterkit import (
+    CheckpointError,
+    ForeignFile,
+    ForeignLayers,
+    LayerKind,
+    PatternTable,
+    UnsupportedError,
+    with_patterns,
+)
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.layer import with_kernel
 
@@ -99,6 +107,20 @@ def _layer_of(tensors: Mapping[str, Tensor]) -> nn.Module | None:
         return nn.Linear(inputs, outputs, bias=False, device="meta")
     cls = _CONVOLUTIONS[len(kernel)]
     return cls(inputs, outputs, tuple(kernel), bias=False, device="meta")
+
+
+def written(
+    config: LoHaConfig, tensors: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, LayerKind]
+) -> ForeignFile:
+    """The layers under LyCORIS's names, which are PEFT's, each with its alpha; cores without PEFT's dimension of 1."""
+    table: PatternTable = PatternTable(config.alpha_pattern, "alpha_pattern")
+    found = {}
+    for path, held in tensors.items():
+        kernel = _kernel(layers[path])
+        values = {n: t.reshape(*t.shape[:2], *kernel) if n in _CORES else t for n, t in held.items()}
+        alpha: float = table.get(path, config.alpha)
+        found[path] = values | {"alpha": torch.tensor(alpha, dtype=torch.float32)}
+    return ForeignFile(found)
 
 
 def _is_native(found: ForeignLayers, path: str) -> bool:

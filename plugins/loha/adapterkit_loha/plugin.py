@@ -6,7 +6,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
+from adapterkit import (
+    AdapterConfig,
+    AdapterLayer,
+    Factors,
+    ForeignFile,
+    KeyRule,
+    LayerKind,
+    PatternTable,
+    Target,
+    hookimpl,
+)
 from adapterkit_loha import foreign
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.layer import LoHaLayer, initialise
@@ -52,3 +62,13 @@ def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind
 @hookimpl
 def layers_in_file(tensors: Mapping[str, Tensor]) -> Mapping[str, nn.Module]:
     return foreign.layers_of(tensors)
+
+
+@hookimpl
+def to_foreign(
+    naming: str,
+    config: LoHaConfig,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, LayerKind],
+) -> ForeignFile | None:
+    return None if naming == "diffusers" else foreign.written(config, tensors, layers)

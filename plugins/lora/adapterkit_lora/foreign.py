@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit import (
     CheckpointError,
+    ForeignFile,
     ForeignLayers,
     LayerKind,
     PatternTable,
@@ -99,6 +100,32 @@ def _layer_of(tensors: Mapping[str, Tensor]) -> nn.Module | None:
     fits = groups > 0 and inputs % groups == 0 and outputs % groups == 0  # PEFT's factors that cross groups
     groups, cls = groups if fits else 1, _CONVOLUTIONS[len(kernel)]
     return cls(inputs, outputs, tuple(kernel), groups=groups, bias=False, device="meta")
+
+
+def written(
+    naming: str, config: LoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], component: str
+) -> ForeignFile:
+    """The layers under another program's names, to the bit; the scaling as alphas, or in diffusers' metadata.
+
+    Raises:
+        UnsupportedError: the bias of B, or an embedding, which only diffusers' form has a name for.
+    """
+    if naming == "diffusers":
+        fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
+        return ForeignFile(tensors, {METADATA: json.dumps(fields, sort_keys=True)})
+    return ForeignFile({path: _renamed_out(naming, config, path, held) for path, held in tensors.items()})
+
+
+def _renamed_out(naming: str, config: LoraConfig, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    other = next((name for name in tensors if name not in (_DOWN, _UP)), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"naming={naming!r} has no name for {other!r} of {path!r}. Keep PEFT's format (naming='peft')."
+        )
+    down, up = tensors[_DOWN], tensors[_UP]
+    # With rsLoRA the same scaling, as an alpha that is divided by the rank; to float32's rounding.
+    alpha = config_scaling(config, path, down.shape[0]) * down.shape[0]
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha, dtype=torch.float32)}
 
 
 _FACTORS = (_DOWN, _UP, *_TABLE)

@@ -15,6 +15,7 @@ from adapterkit import (
     CheckpointError,
     ConfigError,
     Factors,
+    ForeignFile,
     KeyRule,
     LayerKind,
     PatternTable,
@@ -133,6 +134,13 @@ def foreign_config(
     tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
 ) -> AdapterConfig | None:
     return foreign.config_of(tensors, layers, metadata)
+
+
+@hookimpl
+def to_foreign(
+    naming: str, config: LoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], component: str
+) -> ForeignFile:
+    return foreign.written(naming, config, tensors, component)
 
 
 @hookimpl

@@ -1,0 +1,162 @@
+"""Converting an adapter's files: to another method's form, and from and to other programs' names: `ak.convert_file`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.disk.base import Base
+from adapterkit.disk.combination import combined, release
+from adapterkit.disk.contents import split_key
+from adapterkit.disk.mapping import FactorSpool, MappedFiles
+from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
+from adapterkit.disk.output import check_dtype, file_place, output_place, write_file, write_record
+from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
+from adapterkit.foreign import DOTTED, FLAT
+from adapterkit.keys import strip_file_prefix
+from adapterkit.loading import stand_ins, to_file
+from adapterkit.lowrank import check_size
+from adapterkit.mixture import Choices
+from adapterkit.record import AdapterRecord
+from adapterkit.registry import default_registry
+from adapterkit.reports import CombineReport
+
+Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
+# What a part of a pipeline is called where nothing else is said, and what it may be called.
+_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "kohya": ("lora_unet", FLAT),
+    "lycoris": ("lycoris", FLAT),
+    "diffusers": ("unet", DOTTED),
+}
+
+
+def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from and to
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str = "lora",
+    rank: int | None = None,
+    energy: float | None = None,
+    naming: Naming = "peft",
+    base: str | Path | nn.Module | None = None,
+    component: str | None = None,
+    as_component: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> CombineReport:
+    """Convert an adapter by its files alone, to another method, to other names, or both.
+
+    An adapter of the method `to`, of which no rank is asked, keeps its tensors to the bit; only names change. Any other
+    is converted as by `Adapters.convert`: exactly, unless `rank` or `energy` truncates it.
+
+    Other programs' files are read and written: `"kohya"` (kohya-ss and others: `lora_unet_..._to_q.lora_down`),
+    `"lycoris"` (`lycoris_..._to_q`) and `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
+    diffusers 0.34 and later write it). Scalings are exact: alphas by layer, for rsLoRA too (to float32's rounding).
+    Heads and trained biases have no names there. Methods join by the hook `to_foreign`.
+
+    Args:
+        source: an adapter folder, a hub id, or a file of another program.
+        out: the folder to write; a file that ends in `.safetensors` for any naming but `"peft"`.
+        to, rank, energy: see `Adapters.convert`.
+        base: as for `combine_files`; needed for names with `_` for `.`, of which the layers' paths cannot be told.
+        component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
+        as_component: what the part is called in the output: `"lora_unet"`, `"lycoris"` and `"unet"` by default.
+        dtype: of the output's layers; `None`: the source's, or float32 where they are made anew.
+        overwrite: replace what `out` holds.
+
+    Raises:
+        CheckpointError: the source is no adapter, damaged, or does not tell its layers' names or sizes.
+        UnsupportedError: the method cannot be converted, or the naming has no place for what the adapter holds.
+        ConfigError, SaveError: bad arguments, or an output that is there, is the source, or cannot be written.
+    """
+    check_dtype(dtype)
+    check_size(rank, energy)
+    part = _check_naming(naming, as_component)
+    default_registry.method(to)
+    given = Base.of(base)
+    opened = open_adapter(source, base=given, component=component)
+    opened.check_layers()
+    check = output_place if naming == "peft" else file_place
+    place = check(out, [opened.files.folder], overwrite=overwrite)
+    with FactorSpool(place.parent, lambda: release([opened])) as spool:
+        if opened.method.name == to and rank is None and energy is None:
+            record, report, model = _as_it_is(opened, place.name)
+        else:
+            choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name)
+            record, report, model = combined([opened], [1.0], choices, place.name, spool, given)
+        mapped: list[MappedFiles | FactorSpool] = [spool, opened.mapped]
+        if naming == "peft":
+            write_record(record, model, place, dtype=dtype, mapped=mapped)
+        else:
+            tensors, metadata = _foreign(record, naming, part)
+            dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
+            write_file(tensors, metadata, place, dtypes, mapped)
+    return report
+
+
+def _check_naming(naming: object, part: str | None) -> str:
+    """What the part of a pipeline is called in the output."""
+    if naming not in get_args(Naming):
+        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
+    default, known = _PARTS.get(str(naming), ("", ()))
+    if part is not None and part not in known:
+        raise ConfigError(f"as_component = {part!r} is none of naming={naming!r}: {', '.join(map(repr, known))}.")
+    return part or default
+
+
+def _as_it_is(opened: Opened, name: str) -> tuple[AdapterRecord, CombineReport, nn.Module]:
+    """The adapter with the tensors and the config of its files."""
+    model = stand_in([opened], working_dtype([opened]))
+    record, _ = opened.record(model)
+    record.name, record.config = name, opened.config
+    ranks = {}
+    for path, layer in record.layers.items():
+        with stand_ins(layer, lambda tensor: tensor.to("meta")):
+            factors = opened.method.factors(layer)
+        if factors is not None:
+            ranks[path] = factors.rank
+    return record, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(record.heads)), model
+
+
+def _foreign(record: AdapterRecord, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors and the metadata of another program's file."""
+    for what, paths in (("heads", record.heads), ("trained biases", record.biases)):
+        if paths:
+            raise UnsupportedError(
+                f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. Keep PEFT's format "
+                "(naming='peft'), or leave them out first: combine_files({source: 1.0}, ..., heads='drop')."
+            )
+    method = default_registry.method_of(record.config)
+    rule, layers = method.key_rule(record.config), {path: layer.kind for path, layer in record.layers.items()}
+    held: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
+    for key, tensor in strip_file_prefix(to_file(record, method)).items():
+        split = split_key(key, rule)
+        if split is not None:
+            held[split[0]][split[1]] = tensor
+    found = method.to_foreign(naming, method.file_config(record.config), held, layers, part)
+    if found is None:
+        raise UnsupportedError(
+            f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "
+            "low-rank change."
+        )
+    return _named(found.tensors, naming, part), found.metadata
+
+
+def _named(tensors: Mapping[str, Mapping[str, Tensor]], naming: str, part: str) -> dict[str, Tensor]:
+    """The tensors by whole keys."""
+    result: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    for path, held in tensors.items():
+        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{path.replace('.', '_')}"
+        other = owners.setdefault(module, path)
+        if other != path:
+            raise CheckpointError(
+                f"{other!r} and {path!r} have the same name when '_' is written for '.', so naming={naming!r} cannot "
+                "tell them apart."
+            )
+        result |= {f"{module}.{local}": tensor for local, tensor in held.items()}
+    return result
