@@ -35,6 +35,7 @@ from adapterkit.layer import AdapterLayer, Holder
 from adapterkit.matching import PatternTable
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.registry import Registry, default_registry
+from adapterkit.report import Report, write_report
 from adapterkit.reports import AddReport, CombineReport, LoadReport, Status
 from adapterkit.scaffold import new_package
 from adapterkit.selection import Selection, select
@@ -77,6 +78,7 @@ __all__ = [
     "PluginError",
     "Preview",
     "Registry",
+    "Report",
     "SaveError",
     "Selection",
     "SelectionError",
@@ -103,4 +105,5 @@ __all__ = [
     "select",
     "skeleton",
     "with_patterns",
+    "write_report",
 ]

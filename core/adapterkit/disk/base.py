@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from adapterkit.config import AdapterConfig
-from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.checkpoint import Checkpoint, has_weights
 from adapterkit.disk.names import match_names
 from adapterkit.disk.skeleton import CONFIG, skeleton
 from adapterkit.errors import CheckpointError
@@ -56,18 +56,28 @@ class Base:
         )
 
     def bias(self, path: str) -> Tensor | None:
-        """The bias of a module, if its values are known: of a model in memory, or in a folder with weights."""
-        own = next((m._parameters["bias"] for m in self._modules(path) if m._parameters.get("bias") is not None), None)
+        """The bias of a module, if its values are known; a tensor of its own."""
+        found = self.parameter(path, "bias")
+        return None if found is None else found.clone()
+
+    def parameter(self, path: str, name: str) -> Tensor | None:
+        """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights.
+
+        Raises:
+            CheckpointError: the folder's weights are damaged.
+        """
+        found = (module._parameters.get(name) for module in self._modules(path))
+        own = next((parameter for parameter in found if parameter is not None), None)
         if own is not None and not own.is_meta:
             return own.detach()
-        if self._opened is None and self._folder is not None:
+        if self._opened is None and self._folder is not None and has_weights(self._folder):
             checkpoint = Checkpoint.open(self._folder)
             self._opened = checkpoint, dict(match_names(self.model, checkpoint.entries).in_file)
         if self._opened is None:
             return None
         checkpoint, names = self._opened
-        name = next((names[f"{p}.bias"] for p in self._paths(path) if f"{p}.bias" in names), None)
-        return None if name is None else checkpoint.tensor(name).clone()
+        key = next((names[f"{p}.{name}"] for p in self._paths(path) if f"{p}.{name}" in names), None)
+        return None if key is None else checkpoint.tensor(key)
 
     def _paths(self, path: str) -> tuple[str, ...]:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."

@@ -20,7 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
-__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "Checkpoint", "Entry", "Shard"]
+__all__ = ["INDEX_FILE", "WEIGHTS_FILE", "Checkpoint", "Entry", "Shard", "has_weights"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ def mapped(entry: Entry) -> Tensor:
     if entry.start % dtype.itemsize:  # a file whose header has an odd length
         raw = raw.clone()
     return raw.view(dtype).view(entry.shape)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is a checkpoint in the folder, under its usual name; not whether it can be read."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def _weights_in(folder: Path) -> Path:
