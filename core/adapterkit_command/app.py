@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from adapterkit_command import looking, plugins
+from adapterkit_command import looking, making, plugins
 from adapterkit_command.running import Debug, app
 
-__all__ = ["app", "looking", "plugins"]
+__all__ = ["app", "looking", "making", "plugins"]
 
 
 def _version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ class Exit(IntEnum):
     """The exit statuses; scripts can rely on them."""
 
     OK = 0, "done"
-    ERROR = 1, "it cannot be done as asked: the message says why, and nothing was left half done"
+    ERROR = 1, "it cannot be done as asked; the message says why, and what was there before is untouched"
     USAGE = 2, "the command line itself is wrong"
     INTERNAL = 3, "a fault of adapterkit's, or of a library's; `--debug` shows the traceback"
     DIFFERENT = 4, "with `diff --exit-code`: the adapters differ"

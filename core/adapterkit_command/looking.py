@@ -25,7 +25,7 @@ def _show_preview(report: Preview) -> Iterator[RenderableType]:
         for g in report.groups
     ]
     titles = ("layers", "count", "kind", "each", "taken by")
-    yield table(titles, rows, right=("count", "each"))
+    yield table(titles, rows, wide=("layers", "taken by"), right=("count", "each"))
     yield Text()
     for path, count in report.heads.items():
         yield hanging("trained in full", f"{path}, {count:,} parameters")
@@ -42,6 +42,7 @@ def _show_preview(report: Preview) -> Iterator[RenderableType]:
 
 @command(
     PANEL,
+    "preview",
     {
         "Query and value of every attention": "adapterkit targets ./llama --target-modules q_proj,v_proj --set r=16",
         "The last two layers only": "adapterkit targets ./llama --set layers_to_transform=[-2,-1]",

@@ -20,11 +20,15 @@ def console(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A table without lines; `right` names the columns of numbers."""
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, wide: Sequence[str] = (), right: Sequence[str] = ()
+) -> Table:
+    """A table without lines; `wide` names the columns that give way on a narrow terminal, `right` those of numbers."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in titles:
-        made.add_column(title, overflow="fold", justify="right" if title in right else "left", no_wrap=title in right)
+        made.add_column(
+            title, overflow="fold", justify="right" if title in right else "left", no_wrap=title not in wide
+        )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

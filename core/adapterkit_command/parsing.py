@@ -6,8 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def weighted(texts: Iterable[str]) -> dict[str, float]:
@@ -77,4 +81,20 @@ def fields(texts: Iterable[str]) -> dict[str, object]:
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
+    return found
+
+
+def dtype(text: str | None) -> torch.dtype | None:
+    """A floating dtype by its name.
+
+    Raises:
+        typer.BadParameter: there is none of that name.
+    """
+    if text is None:
+        return None
+    import torch
+
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise typer.BadParameter(f"{text!r} is no floating dtype; there are float32, bfloat16, float16 and float64.")
     return found

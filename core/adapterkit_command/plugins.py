@@ -30,6 +30,7 @@ def _show_methods(report: MethodsReport) -> Iterator[RenderableType]:
             (m.name, f"{m.package} {m.version or ''}".strip(), m.prefix, *("yes" if flag else "-" for flag in flags))
             for m, flags in zip(usable, flags, strict=True)
         ],
+        wide=("package", "prefix"),
     )
     yield Text()
     for method in usable:
@@ -47,7 +48,12 @@ def _show_methods(report: MethodsReport) -> Iterator[RenderableType]:
         yield hanging(f"cannot be used: {plugin.name}", plugin.error or "", style="red")
 
 
-@command(PANEL, {"What is installed": "adapterkit methods", "The prefix of LoRA's keys": _JQ}, show=_show_methods)
+@command(
+    PANEL,
+    "describe_methods",
+    {"What is installed": "adapterkit methods", "The prefix of LoRA's keys": _JQ},
+    show=_show_methods,
+)
 def methods() -> MethodsReport:
     """List the installed adapter methods and extensions, and what each can do.
 
@@ -69,6 +75,7 @@ def _show_new(made: dict[str, Path]) -> Iterator[RenderableType]:
 
 @command(
     PANEL,
+    "new_package",
     {
         "A package for a method called outer, in ./adapterkit-outer": "adapterkit new outer",
         "In a folder of your choice": "adapterkit new outer --folder ~/code/outer",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -49,12 +50,13 @@ def _as_text(report: object) -> list[RenderableType]:
 
 
 def command(
-    panel: str, examples: Mapping[str, str], show: Show = _as_text
+    panel: str, calls: str, examples: Mapping[str, str], show: Show = _as_text
 ) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Make a command of a function that returns a report.
 
     Args:
         panel: the group of commands that help shows it in.
+        calls: the function of the library that stands behind it.
         examples: what one may want, and the command line that does it.
         show: the report as what rich can print; its text by default.
     """
@@ -63,11 +65,17 @@ def command(
         @functools.wraps(function)
         def run(ctx: typer.Context, as_json: bool, debug: bool, **arguments: object) -> None:
             debug = debug or bool(ctx.parent and ctx.parent.params.get("debug"))
-            _run(functools.partial(function, **arguments), show, as_json, debug)
+            options = {parameter.name or "": parameter.opts[0] for parameter in ctx.command.params}
+            _run(functools.partial(function, **arguments), show, as_json, debug, options)
 
         _add_parameters(run, function, {"ctx": typer.Context, "as_json": Json, "debug": Debug})
         name = function.__name__.strip("_")
-        app.command(name, help=_flowing(function.__doc__), epilog=_epilog(examples), rich_help_panel=panel)(run)
+        app.command(
+            name,
+            help=f"{_flowing(function.__doc__)}\n\nIn Python: adapterkit.{calls}",
+            epilog=_epilog(examples),
+            rich_help_panel=panel,
+        )(run)
         return function
 
     return register
@@ -96,7 +104,7 @@ def _epilog(examples: Mapping[str, str]) -> str:
     return "\n\n".join(f"[dim]{escape(what)}:[/dim]\n  $ {escape(line)}" for what, line in examples.items())
 
 
-def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool) -> None:
+def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool, options: Mapping[str, str]) -> None:
     status = Exit.OK
     try:
         with _warnings_as_notes(), contextlib.redirect_stdout(sys.stderr):  # what plugins print is no report
@@ -114,27 +122,35 @@ def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         status = Exit.PIPE
     except Exception as error:  # noqa: BLE001 - the last resort of a program: it becomes a message and a status
-        _fail(error, as_json, debug)
+        _fail(error, as_json, debug, options)
     if status:
         raise typer.Exit(status)
 
 
-def _fail(error: Exception, as_json: bool, debug: bool) -> NoReturn:
+def _fail(error: Exception, as_json: bool, debug: bool, options: Mapping[str, str]) -> NoReturn:
     from adapterkit import AdapterError
 
     if debug:
         traceback.print_exception(error)
     users = isinstance(error, AdapterError | OSError)
+    message = as_options(str(error), options)
     status = Exit.ERROR if users else Exit.INTERNAL
     if as_json:
-        found = {"type": type(error).__name__, "message": str(error), "status": int(status)}
+        found = {"type": type(error).__name__, "message": message, "status": int(status)}
         print_json({"error": found}, sys.stderr)
     elif users:
-        say("error", str(error), "red")
+        say("error", message, "red")
     else:
         hint = "" if debug else " This should not happen; run it again with --debug for the traceback, and report that."
         say("internal error", f"{type(error).__name__}: {error}.{hint}", "red")
     raise typer.Exit(status)
+
+
+def as_options(message: str, options: Mapping[str, str]) -> str:
+    """A message that speaks of a function's arguments (`rank=4`), in terms of the command's options (`--rank 4`)."""
+    named = {name.strip("_"): option for name, option in options.items() if option.startswith("--")}
+    pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|(?=[\w'\"\[{{-]))?"
+    return re.sub(pattern, lambda found: named[found[1]] + (" " if found[2] == "" else ""), message)
 
 
 @contextlib.contextmanager

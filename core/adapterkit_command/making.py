@@ -1,0 +1,118 @@
+"""Commands that make adapters and checkpoints, from files to files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from adapterkit_command import parsing
+from adapterkit_command.output import hanging
+from adapterkit_command.running import command
+
+PANEL = "Make"
+WEIGHTED = "PATH[:WEIGHT]"
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears when it is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that the folder holds.")]
+Rank = Annotated[int | None, typer.Option(help="Truncate to this rank, as well as can be.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Instead: to this share of the squared singular values, such as 0.99.")
+]
+To = Annotated[str, typer.Option(help="The method of the result.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The base model's folder, where the adapters' files do not tell its layers' sizes."),
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, ...", show_default="float32")]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a command made: the folder, and the library's report."""
+
+    folder: Path
+    report: object
+
+
+def show_written(made: Written) -> Iterator[RenderableType]:
+    """The report, and where it is."""
+    yield Text(str(made.report))
+    yield hanging("written", str(made.folder))
+
+
+@command(
+    PANEL,
+    "combine_files",
+    {
+        "The sum of 0.7 of one and 0.3 of another": "adapterkit combine mood:0.7 topic:0.3 --heads mood --out both",
+        "Take one away": "adapterkit combine mood topic:-0.5 --heads mood --out less",
+        "TIES, at rank 16": "adapterkit combine a b --method ties --density 0.3 --rank 16 --heads concat --out ab",
+    },
+    show=show_written,
+)
+def combine(  # noqa: PLR0913 - one parameter an option
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Folders or hub ids, each with its weight after a colon (1 if none).", metavar=WEIGHTED),
+    ],
+    *,
+    out: Out,
+    method: Annotated[str, typer.Option(help="The way to combine; `adapterkit methods` lists all.")] = "linear",
+    rank: Rank = None,
+    energy: Energy = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="What becomes of the heads: an adapter's folder name, `average`, `concat` or `drop`."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="The share of entries kept, for methods that prune.")] = None,
+    space: Annotated[
+        str, typer.Option(help="What is combined: `delta`, the change; `core`, its coordinates; `factors`, as PEFT.")
+    ] = "delta",
+    majority_sign_method: Annotated[
+        str, typer.Option(help="For methods that elect signs: `total` or `frequency`.")
+    ] = "total",
+    seed: Annotated[int | None, typer.Option(help="For methods that draw.")] = None,
+    isotropize: Annotated[bool, typer.Option("--isotropize", help="Give all singular values their mean.")] = False,
+    to: To = "lora",
+    base: Base = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="Combine even if the configs name different base models.")
+    ] = False,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> Written:
+    """Combine adapters into one, by their files alone.
+
+    Of any methods and ranks. With the method linear the result is exactly the weighted sum of the changes, and ranks
+    add up unless you truncate.
+    """
+    sources: dict[Any, float] = parsing.weighted(adapters)
+    signs: Any = majority_sign_method  # the function says what there is
+    where: Any = space
+    import adapterkit as ak
+
+    report = ak.combine_files(
+        sources,
+        out,
+        method=method,
+        space=where,
+        rank=rank,
+        energy=energy,
+        to=to,
+        heads=heads,
+        density=density,
+        majority_sign_method=signs,
+        seed=seed,
+        isotropize=isotropize,
+        same_base=same_base,
+        base=base,
+        dtype=parsing.dtype(dtype),
+        overwrite=overwrite,
+    )
+    return Written(out, report)
