@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,13 +10,101 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from adapterkit_command import parsing
-from adapterkit_command.output import hanging, table
+from adapterkit_command.output import Columns, hanging
 from adapterkit_command.running import command
 
 if TYPE_CHECKING:
-    from adapterkit import Preview
+    from adapterkit import AdapterInspection, Preview
 
 PANEL = "Look"
+# Fields of a config that have a line of their own, or say nothing.
+_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
+_LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
+
+
+def _show_inspection(found: AdapterInspection) -> Iterator[RenderableType]:
+    dtypes = ", ".join(found.dtypes)
+    yield hanging("adapter", found.source)
+    yield hanging("method", f"{found.method} ({found.provider})")
+    yield hanging("base", found.base or "not named")
+    config = {k: v for k, v in found.config.items() if k not in _SHOWN and v not in (None, False, "", [], {}, "none")}
+    yield hanging("config", ", ".join(f"{field}={value}" for field, value in config.items()))
+    yield hanging("size", f"{found.parameters:,} parameters, {found.size:,} bytes, {dtypes}")
+    for path, tensors in found.heads.items():
+        yield hanging("head", f"{path}: {', '.join(f'{n} {_shape(s)}' for n, s in tensors.items())}")
+    if found.labels is not None:
+        yield hanging("labels", ", ".join(found.labels.values()))
+    for name, shape in found.shared.items():
+        yield hanging("shared", f"{name} {_shape(shape)}")
+    if found.biases:
+        yield hanging("trained biases", ", ".join(found.biases))
+    yield Text()
+    yield _layers(found)
+    yield Text()
+    if found.norm is not None:
+        yield hanging("norm of all changes", f"{found.norm:.4g}")
+    wrong = {"belongs to nobody": found.unknown, "missing": found.missing, "does not fit": found.mismatched}
+    for label, rows in wrong.items():
+        for row in rows:
+            yield hanging(label, row, style="red")
+    for note in found.notes:
+        yield hanging("note", note, style="yellow")
+
+
+def _layers(found: AdapterInspection) -> Columns:
+    numbers = ("rank", "scale", "params", "norm", "eff. rank", "90 %", "99 %")
+    rows = [
+        (
+            layer.path,
+            f"{layer.kind or '?'} {'?' if layer.shape is None else _shape(layer.shape)}",
+            *(_number(n) for n in (layer.rank, layer.scaling, layer.parameters, layer.norm, layer.effective_rank)),
+            *(_number(n) for n in (layer.rank_90, layer.rank_99)),
+        )
+        for layer in found.layers
+    ]
+    return Columns(("layer", "kind", *numbers), rows, wide=("layer",), right=numbers)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+@command(
+    PANEL,
+    "inspect_adapter",
+    {
+        "An adapter's folder": "adapterkit inspect ./adapters/mood",
+        "Its ranks alone, from the header": "adapterkit inspect ./adapters/mood --headers-only",
+        "A file of another program, with the model's own paths": "adapterkit inspect lora.safetensors --base ./unet",
+        "The five largest changes": _LARGEST,
+    },
+    show=_show_inspection,
+)
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Read no tensors: no norms, no effective ranks.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder or hub id; of it, only config.json is read.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Of a file for a whole pipeline, the part to look at, such as `unet`.")
+    ] = None,
+) -> AdapterInspection:
+    """Show what an adapter's files hold: method, base, ranks, sizes, and how large its changes are.
+
+    The base is never loaded. For each layer: its weight's rows and columns, the rank of the factors, their scaling, the
+    Frobenius norm of the change, its effective rank (the exponential of the entropy of the singular values), and how
+    many singular values have 90 and 99 percent of it. A rank far above those is a rank not used.
+    """
+    import adapterkit as ak
+
+    return ak.inspect_adapter(adapter, values=not headers_only, base=base, component=component)
 
 
 def _show_preview(report: Preview) -> Iterator[RenderableType]:
@@ -25,7 +113,7 @@ def _show_preview(report: Preview) -> Iterator[RenderableType]:
         for g in report.groups
     ]
     titles = ("layers", "count", "kind", "each", "taken by")
-    yield table(titles, rows, wide=("layers", "taken by"), right=("count", "each"))
+    yield Columns(titles, rows, wide=("layers", "taken by"), right=("count", "each"))
     yield Text()
     for path, count in report.heads.items():
         yield hanging("trained in full", f"{path}, {count:,} parameters")

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import IO, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,18 +20,42 @@ def console(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
-def table(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], *, wide: Sequence[str] = (), right: Sequence[str] = ()
-) -> Table:
-    """A table without lines; `wide` names the columns that give way on a narrow terminal, `right` those of numbers."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in titles:
-        made.add_column(
-            title, overflow="fold", justify="right" if title in right else "left", no_wrap=title not in wide
-        )
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A table without lines. Where it is wider than the terminal, each row's first cell has a line of its own.
+
+    Attributes:
+        wide: titles of the columns that may be folded.
+        right: titles of the columns of numbers.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    wide: Sequence[str] = ()
+    right: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """See rich's protocol."""
+        lines = [self.titles, *self.rows]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        if sum(widths) + 2 * (len(widths) - 1) <= options.max_width or self.titles[0] not in self.wide:
+            yield self._table()
+            return
+        for number, cells in enumerate(lines):
+            rest = [
+                cell.rjust(width) if title in self.right else cell.ljust(width)
+                for title, cell, width in zip(self.titles[1:], cells[1:], widths[1:], strict=True)
+            ]
+            yield Text(f"{cells[0]}\n  {'  '.join(rest).rstrip()}", style="" if number else "bold")
+
+    def _table(self) -> Table:
+        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for title in self.titles:
+            side: JustifyMethod = "right" if title in self.right else "left"
+            made.add_column(title, overflow="fold", justify=side, no_wrap=title not in self.wide)
+        for row in self.rows:
+            made.add_row(*map(Text, row))
+        return made
 
 
 def hanging(label: str, text: str, style: str = "") -> Table:

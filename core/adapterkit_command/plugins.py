@@ -10,7 +10,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from adapterkit_command.output import hanging, table
+from adapterkit_command.output import Columns, hanging
 from adapterkit_command.running import command
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _show_methods(report: MethodsReport) -> Iterator[RenderableType]:
     titles = ("method", "package", "prefix", "merges", "combines", "result", "foreign")
     usable = [method for method in report.methods if not method.error]
     flags = [(m.merges, m.combines, m.results, m.foreign) for m in usable]
-    yield table(
+    yield Columns(
         titles,
         [
             (m.name, f"{m.package} {m.version or ''}".strip(), m.prefix, *("yes" if flag else "-" for flag in flags))
