@@ -52,12 +52,12 @@ def _show_inspection(found: AdapterInspection) -> Iterator[RenderableType]:
 
 
 def _layers(found: AdapterInspection) -> Columns:
-    numbers = ("rank", "scale", "params", "norm", "eff. rank", "90 %", "99 %")
+    numbers = ("rank", "norm", "eff. rank", "90 %", "99 %")
     rows = [
         (
             layer.path,
             f"{layer.kind or '?'} {'?' if layer.shape is None else _shape(layer.shape)}",
-            *(_number(n) for n in (layer.rank, layer.scaling, layer.parameters, layer.norm, layer.effective_rank)),
+            *(_number(n) for n in (layer.rank, layer.norm, layer.effective_rank)),
             *(_number(n) for n in (layer.rank_90, layer.rank_99)),
         )
         for layer in found.layers
@@ -98,9 +98,9 @@ def inspect(
 ) -> AdapterInspection:
     """Show what an adapter's files hold: method, base, ranks, sizes, and how large its changes are.
 
-    The base is never loaded. For each layer: its weight's rows and columns, the rank of the factors, their scaling, the
-    Frobenius norm of the change, its effective rank (the exponential of the entropy of the singular values), and how
-    many singular values have 90 and 99 percent of it. A rank far above those is a rank not used.
+    The base is never loaded. For each layer: its weight's rows and columns, the rank of the factors, the Frobenius norm
+    of the change, its effective rank (the exponential of the entropy of the singular values), and how many singular
+    values have 90 and 99 percent of it. A rank far above those is a rank not used.
     """
     import adapterkit as ak
 

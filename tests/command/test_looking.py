@@ -1,0 +1,124 @@
+"""The commands that look: `methods`, `targets`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.command.conftest import run
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+
+def test_methods_lists_failures_and_what_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = ak.describe_methods()
+    broken = ak.MethodInfo("broken", "some_package", "1.0", error="cannot be imported")
+    extension = ak.ExtensionInfo("slerp", "other_package", "0.1", combiners=("slerp",))
+    made = ak.MethodsReport((*report.methods, broken), (extension,), report.kinds, report.combiners, ("gone",))
+    monkeypatch.setattr(ak, "describe_methods", lambda: made)
+    out = run("methods").stdout
+    assert "cannot be used: broken cannot be imported" in out.replace(":  ", ": ").replace("broken:", "broken")
+    assert "extension slerp: other_package 0.1: slerp" in out
+    assert "switched off: gone" in out
+
+
+def test_targets_of_a_model_folder(here: Path) -> None:
+    done = run("targets", "base", "--target-modules", "query,value", "--set", "r=3")
+    assert done.exit_code == 0
+    expected = ak.preview("base", LoraConfig(r=3, target_modules=["query", "value"]))
+    assert done.stdout.splitlines()[-1] == expected.summary()
+    first = done.stdout.splitlines()[1].split()
+    assert first[:2] == [expected.groups[0].path, str(expected.groups[0].layers)]
+
+
+SELECTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "one by one": (["--target-modules", "query", "--target-modules", "value"], {"target_modules": ["query", "value"]}),
+    "an expression": (["--target-regex", r".*\.(query|value)"], {"target_modules": r".*\.(query|value)"}),
+    "a word": (["--target-modules", "all-linear"], {"target_modules": "all-linear"}),
+    "the default": ([], {}),
+    "left out": (["--exclude-modules", "value"], {"exclude_modules": ["value"]}),
+    "fields": (["--set", "layers_to_transform=[-1]", "--set", "r=5"], {"layers_to_transform": [-1], "r": 5}),
+}
+
+
+@pytest.mark.parametrize(("options", "fields"), SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_targets_is_preview_of_the_config(options: list[str], fields: dict[str, Any], here: Path) -> None:
+    report = json.loads(run("targets", "base", *options, "--json").stdout)
+    expected = ak.preview("base", LoraConfig(**fields))
+    assert tuple(report["paths"]) == expected.paths
+    assert (report["parameters"], report["total"]) == (expected.parameters, expected.total)
+    assert set(report) == {
+        *("model", "method", "groups", "paths", "heads", "biases", "total", "skipped", "unmatched", "notes"),
+        *("parameters", "share"),
+    }
+
+
+def test_targets_of_another_method(here: Path) -> None:
+    report = json.loads(run("targets", "base", "--method", "vera", "--set", "r=8", "--json").stdout)
+    assert report["method"] == "vera"
+    assert run("targets", "base", "--method", "verra").stderr.count("Did you mean 'vera'?") == 1
+
+
+def test_targets_of_a_config_in_a_file_and_changes_of_it(here: Path) -> None:
+    plain = json.loads(run("targets", "base", "--config", "mood", "--json").stdout)
+    changed = run("targets", "base", "--config", "mood/adapter_config.json", "--set", "r=8", "--json")
+    doubled = json.loads(changed.stdout)
+    assert plain["paths"] == doubled["paths"]
+    layers = [sum(g["layers"] * g["parameters"] for g in report["groups"]) for report in (plain, doubled)]
+    assert layers[1] == 2 * layers[0]
+
+
+def test_targets_says_what_matched_nothing(here: Path) -> None:
+    done = run("targets", "base", "--target-modules", "query,qeury")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "matched nothing: target_modules 'qeury'" in done.stdout
+    done = run("targets", "base", "--target-modules", "qeury")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "Nearest: 'query'." in done.stderr
+
+
+def test_inspect_of_a_folder(here: Path) -> None:
+    done = run("inspect", "mood")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    found = ak.inspect_adapter("mood")
+    assert lines[0] == "adapter: mood"
+    assert lines[1].startswith("method: lora (adapterkit ")
+    row = next(line for line in lines if line.startswith(found.layers[0].path)).split()
+    layer = found.layers[0]
+    assert layer.norm is not None
+    assert row[1:] == [*("Linear", "16", "x", "16", "4"), f"{layer.norm:.4g}", *row[7:]]
+    assert lines[-1] == f"norm of all changes: {found.norm:.4g}"
+
+
+def test_inspect_in_json(here: Path) -> None:
+    report = json.loads(run("inspect", "loha", "--json").stdout)
+    assert report == json.loads(json.dumps(ak.inspect_adapter("loha").to_dict()))
+    headers = json.loads(run("inspect", "loha", "--headers-only", "--json").stdout)
+    assert {layer["norm"] for layer in headers["layers"]} == {None}
+
+
+def test_inspect_of_a_model_is_an_error(here: Path) -> None:
+    done = run("inspect", "base")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: base is no adapter: it has no adapter_config.json.")
+
+
+def test_a_narrow_terminal_shows_every_cell() -> None:
+    import io
+
+    from rich.console import Console
+
+    from adapterkit_command.output import Columns
+
+    made = Columns(("path", "count"), [("a.very.long.path.of.a.module", "1,234")], wide=("path",), right=("count",))
+    for width, lines in ((60, 2), (20, 5)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(made)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert len(text.splitlines()) == lines
+        assert "a.very.long.path.of.a.module" in text.replace("\n", "")
+        assert "1,234" in text

@@ -1,0 +1,81 @@
+"""The commands that make: `combine`, ..., `new`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.command.conftest import run
+
+import adapterkit as ak
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_combine_is_combine_files(here: Path) -> None:
+    done = run("combine", "mood:0.7", "topic:-0.3", "--heads", "mood", "--out", "both")
+    assert (done.exit_code, done.stderr) == (0, "")
+    report = ak.combine_files({"mood": 0.7, "topic": -0.3}, "expected", heads="mood")
+    assert done.stdout.splitlines()[-1] == "written: both"
+    assert done.stdout.startswith(str(report).replace("expected", "both"))
+    assert same_files(here / "both", here / "expected")
+
+
+def test_combine_with_every_choice(here: Path) -> None:
+    options = ["--method", "dare_ties", "--density", "0.5", "--seed", "3", "--rank", "2", "--heads", "concat"]
+    options += ["--majority-sign-method", "frequency", "--dtype", "bfloat16", "--isotropize", "--same-base"]
+    done = run("combine", "mood", "topic:2", *options, "-o", "both", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["folder"], report["report"]["method"]) == ("both", "lora")
+    assert set(report["report"]["ranks"].values()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("mood", "topic"), 1, "Choose one of --heads 'mood', --heads 'topic', --heads 'average'"),
+        (
+            ("mood", "topic", "--heads", "mood", "--method", "ties"),
+            1,
+            "'ties' prunes: give --density, the share",
+        ),
+        (("mood", "topic", "--heads", "mood", "--method", "tie"), 1, "Did you mean 'ties'?"),
+        (("mood:much", "topic"), 2, "'much' is no number; write mood:0.5, say."),
+        (("mood", "--dtype", "int8"), 2, "'int8' is no floating dtype; there are float32, bfloat16, float16"),
+        (("mood", "--heads", "mood", "--out", "topic"), 1, "Say --overwrite to replace it"),
+    ],
+    ids=str,
+)
+def test_combine_refuses_in_the_words_of_the_command(
+    arguments: tuple[str, ...], status: int, message: str, here: Path
+) -> None:
+    done = run("combine", *(arguments if "--out" in arguments else (*arguments, "--out", "both")))
+    assert (done.exit_code, done.stdout) == (status, "")
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert not (here / "both").exists()
+
+
+def test_new_writes_a_package(here: Path) -> None:
+    done = run("new", "low_sum")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "written: adapterkit-low-sum",
+        "Next: install it, and run the test kit on it.",
+        "",
+        "  cd adapterkit-low-sum",
+        "  pip install -e '.[test,lint]'",
+        "  pytest",
+    ]
+    assert (here / "adapterkit-low-sum" / "src" / "adapterkit_low_sum" / "plugin.py").is_file()
+    assert json.loads(run("new", "low_sum", "--folder", "other", "--json").stdout) == {"folder": "other"}
+    done = run("new", "low_sum")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "error: adapterkit-low-sum exists already. Remove it, or name another folder.\n",
+    )
