@@ -3,9 +3,8 @@
     python benchmarks/loha_forms.py [--train | --infer] [--hidden 256 768] [--rank 4 8] [--tokens 8 128]
 
 One Linear layer of `hidden x hidden`, one thread, all forms interleaved in one process; medians as multiples of
-the base layer alone, and what autograd keeps for the backward. `(!)`: the rule chose the slower form. `hand`
-columns are raw torch; `sum` is one product with W + dW, which an adapter that is added to its layer's output
-cannot be.
+the base layer alone, and what autograd keeps for the backward. `(!)`: the rule chose a form that takes that many
+times what the best one does. `hand` columns are raw torch; `whole` is one product with W + dW.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit_loha.layer import dense, factored, factored_is_cheaper, hadamard, khatri_rao
+from adapterkit_loha.forms import cheapest, dense, factored, hadamard, khatri_rao, whole
 
 Step = Callable[[Tensor], Tensor]
 KEPT = ("adapterkit", "PEFT")
@@ -49,10 +48,11 @@ def forms(hidden: int, rank: int) -> dict[str, Step]:
     return {
         "base": lambda x: F.linear(x, weight),
         "hand dense": lambda x: F.linear(x, weight) + F.linear(x, hadamard(*pair())),
-        "hand sum": lambda x: F.linear(x, weight + hadamard(*pair())),
+        "hand whole": lambda x: F.linear(x, weight + hadamard(*pair())),
         "hand factored": lambda x: F.linear(x, weight) + kind.apply(x, khatri_rao(*pair())),
         "dense": lambda x: F.linear(x, weight) + dense(kind, x, *pair()),
         "factored": lambda x: F.linear(x, weight) + factored(kind, x, *pair()),
+        "whole": lambda x: whole(kind, x, weight, None, pair(), 1.0),
         "adapterkit": model,
         "PEFT": theirs,
     }
@@ -111,16 +111,15 @@ def main() -> None:
             x = torch.randn(tokens, hidden, requires_grad=train)
             found = medians(steps, x, train, arguments.seconds)
             model: Any = steps["adapterkit"]
-            choice = factored_is_cheaper(model.fc.adapters["a"].kind, x, rank)
+            chosen = cheapest(model.fc.adapters["a"].kind, x, rank, trains=train, weight=True)
             memory = {name: kept(steps[name], x, model if name == "adapterkit" else steps["PEFT"]) for name in KEPT}
             if i == 0:
                 names = [*list(found)[1:], *(f"MiB {name}" for name in memory if train)]
                 print(f"{'rank':>4} {'tokens':>6} {'base ms':>8} " + " ".join(f"{name:>14}" for name in names))
             cells = [f"{found[name] / found['base']:14.2f}" for name in list(found)[1:]]
             cells += [f"{size:14.3f}" for size in memory.values() if train]
-            best = found["factored"] < found["dense"]
-            remark = "" if choice == best else " (!)"
-            chosen = "factored" if choice else "dense"
+            over = found[chosen] / min(found[form] for form in ("factored", "dense", "whole"))
+            remark = "" if over == 1 else f" (!) {over:.2f}"
             print(f"{rank:>4} {tokens:>6} {found['base']:>8.3f} {' '.join(cells)}  {chosen}{remark}", flush=True)
 
 

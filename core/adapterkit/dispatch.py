@@ -18,6 +18,9 @@ from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.rows import Rows
 
 ACTIVE = "_adapter_active"
+# Where `W + dW` is rounded no worse than the sum of their products is.
+_EXACT = (torch.float32, torch.float64)
+_TENSORS = (Tensor, nn.Parameter)
 
 
 class State:
@@ -95,9 +98,10 @@ class Plan:
         layers: the adapter layers that act, the innermost first.
         biases: the trained biases that act.
         additive: whether all the layers are.
+        changer: the one layer that acts, if it may take the module's weight and change it.
     """
 
-    __slots__ = ("additive", "biases", "head", "layers", "module")
+    __slots__ = ("additive", "biases", "changer", "head", "layers", "module")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         parts, names = module._modules, state.names
@@ -108,6 +112,8 @@ class Plan:
         self.layers = [layer for layer, _ in parts_of(parts.get(LAYERS), names)]
         self.biases = [bias for bias, _ in parts_of(parts.get(BIASES), names)]
         self.additive = all(layer.additive for layer in self.layers)
+        alone = len(self.layers) == 1 and self.additive and not torch.compiler.is_compiling()
+        self.changer = self.layers[0] if alone and self.layers[0].changes_weight else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
@@ -126,7 +132,10 @@ class Plan:
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
-        if self.additive:
+        out = None if self.changer is None else _with_weight(self.changer, self.module, base, x)
+        if out is not None:
+            dtype = out.dtype
+        elif self.additive:
             out = summable(self.module, base(x))
             dtype = out.dtype
             for layer in self.layers:
@@ -147,6 +156,28 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     if active is None or active.state.idle:  # None: our class, kept by a wrapper's class
         return original(*args, **kwargs)
     return active.state.plan(module).run(original, args, kwargs)
+
+
+def _with_weight(layer: Any, module: nn.Module, base: Callable[..., Any], x: Tensor) -> Tensor | None:
+    """The output of `module` from one product with its changed weight, if `layer` wants that and `module` is plain.
+
+    Plain: its own class's forward alone computes it, from a weight and a bias that are ordinary, frozen parameters.
+    Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that someone replaced.
+    """
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if getattr(base, "__func__", None) is not layer.kind.plain_forward() or "_hf_hook" in module.__dict__:
+        return None
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype not in _EXACT:
+        return None
+    if "bias" not in own or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad)):
+        return None
+    if type(x) not in _TENSORS or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if torch._C._are_functorch_transforms_active():  # they know no backward of a method's own
+        return None
+    found: Tensor | None = layer.with_weight(x, layer.kind.read(module), bias)
+    return found
 
 
 def summable(module: nn.Module, out: Any) -> Tensor:

@@ -61,10 +61,9 @@ class AdapterLayer(Holder):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "delta" in cls.__dict__ and "add_to" not in cls.__dict__:
-            cls.add_to = AdapterLayer.add_to  # type: ignore[method-assign] # an inherited one adds another delta
-        if "delta" in cls.__dict__ and "stacked" not in cls.__dict__:
-            cls.stacked = AdapterLayer.stacked  # type: ignore[method-assign]
+        if "delta" in cls.__dict__:  # what is inherited computes another delta
+            for name in {"add_to", "with_weight", "stacked"} - cls.__dict__.keys():
+                setattr(cls, name, AdapterLayer.__dict__[name])
 
     def delta(self, x: Tensor) -> Tensor:
         """What this adapter adds to the layer's output for the layer's input `x`."""
@@ -85,6 +84,19 @@ class AdapterLayer(Holder):
         function returned gives for `x (rows, tokens, in)` what `layers[slots[i]].delta(x[i])` is for each row `i`,
         `(rows, tokens, out)`. It may hold tensors made from the layers' parameters, and is dropped when one of these
         changes. Asked only for layers whose kind `is_plain`. `None`, the default: the layers are called in turn.
+        """
+        return None
+
+    def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's output from one product with its own `weight` changed by `dW`, or `None`: add to it instead.
+
+        A method overrides this where that can be cheaper than `add_to`. It is asked when it is the only adapter at a
+        layer that computes plainly (`LayerKind.plain_forward`), with a frozen weight of `x`'s dtype, float32 or
+        float64, in memory, and neither under autocast nor under functorch's transforms.
+
+        Args:
+            weight: `(out, in)`, see `LayerKind.read`; not to be changed.
+            bias: the layer's.
         """
         return None
 
@@ -114,3 +126,8 @@ class AdapterLayer(Holder):
     def additive(self) -> bool:
         """Whether the adapter's effect is `base(x) + delta(x)` and nothing else."""
         return type(self).forward is AdapterLayer.forward
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the method has `with_weight`."""
+        return type(self).with_weight is not AdapterLayer.with_weight

@@ -150,7 +150,7 @@ def test_all_three_survive(change: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_in_one_piece_it_gives_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit_loha import layer as loha
+    from adapterkit_loha import forms as loha
     from adapterkit_vera import layer as vera
 
     monkeypatch.setattr(loha, "SMALL", 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +116,14 @@ class LayerKind(ABC):
         rows = out.reshape(-1, out.shape[-1])
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""
-        return F.linear(x.to(weight.dtype), weight)
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any] | None:
+        """The `forward` that computes `apply_weight(x, read(module), module.bias)`; `None`: there is none."""
+        return None
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,10 +91,15 @@ class Conv(LayerKind):
         """See `LayerKind.expand`: a 1 x 1 convolution."""
         return _CONV[self.dims](hidden, up.reshape(*up.shape, *(1,) * self.dims), bias, groups=self.groups)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LayerKind.apply_weight`."""
         kernel = weight.reshape(weight.shape[0], -1, *self.kernel)
-        return self.convolve(x.to(weight.dtype), kernel, self.groups)
+        return self.convolve(x.to(weight.dtype), kernel, self.groups, bias)
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any]:
+        """See `LayerKind.plain_forward`."""
+        return cls.module_type.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`; the places are counted without regard to padding."""
@@ -118,12 +123,12 @@ class Conv(LayerKind):
     def _reads_every_group(self, down: Tensor) -> bool:
         return self.groups > 1 and down.shape[1] == self.groups * self.in_features
 
-    def convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-        """`x` convolved with `kernel` in the layer's own geometry, without a bias."""
+    def convolve(self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
+        """`x` convolved with `kernel` in the layer's own geometry."""
         padding: tuple[int, ...] | str | int = self.padding
         if self.pad_amount:
             x, padding = F.pad(x, self.pad_amount, mode=self.pad_mode), 0
-        return _CONV[self.dims](x, kernel, None, self.stride, padding, self.dilation, groups)
+        return _CONV[self.dims](x, kernel, bias, self.stride, padding, self.dilation, groups)
 
     def spread(self, bias: Tensor) -> Tensor:
         """See `LayerKind.spread`."""

@@ -63,9 +63,10 @@ class Embedding(LayerKind):
         """See `LayerKind.expand`."""
         return self._scaled(F.linear(hidden, up, bias))
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LayerKind.apply_weight`."""
-        return self._scaled(self._rows(x, weight))
+        rows = self._rows(x, weight)
+        return self._scaled(rows if bias is None else rows + bias)
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`: reading rows is none."""

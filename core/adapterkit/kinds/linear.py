@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -24,6 +25,11 @@ class Linear(LayerKind):
         if isinstance(module, nn.Linear) and is_floating_weight(module, 2):
             return cls(module.out_features, module.in_features)
         return None
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Any]:
+        """See `LayerKind.plain_forward`."""
+        return nn.Linear.forward
 
 
 @dataclass(frozen=True)

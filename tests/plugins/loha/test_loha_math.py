@@ -7,17 +7,20 @@ import math
 from collections import OrderedDict
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit_loha import LoHaConfig, LoHaLayer
-from adapterkit_loha import layer as mathematics
+from adapterkit_loha import forms as mathematics
+from adapterkit_loha import layer as layers
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
@@ -61,6 +64,16 @@ def adapted(sort: str, **fields: Any) -> tuple[nn.Module, LoHaLayer, Tensor]:
             parameter.normal_(std=0.7)
     layer: Any = model.get_submodule("fc.adapters.a")
     return model, layer, inputs()
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Have the cost rule say this."""
+    for module in (mathematics, layers):
+        monkeypatch.setattr(module, "cheapest", lambda *_, **__: form)
+
+
+def cheapest(kind: ak.LayerKind, x: Tensor, rank: int, weight: bool = False, trains: bool = False) -> str:
+    return mathematics.cheapest(kind, x, rank, trains=trains, weight=weight)
 
 
 def oracle(layer: Any, shape: tuple[int, ...]) -> Tensor:
@@ -109,12 +122,12 @@ def test_the_factors_are_the_change_by_its_definition(sort: str, effective: bool
 
 @pytest.mark.parametrize(("sort", "effective"), EVERY)
 @pytest.mark.parametrize("small", [0, 2**60], ids=["functions", "autograd"])
-@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("form", ["factored", "dense", "whole"])
 def test_the_output_is_that_of_the_changed_weight_in_every_form(
-    sort: str, effective: bool, small: int, factored: bool, monkeypatch: pytest.MonkeyPatch
+    sort: str, effective: bool, small: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mathematics, "SMALL", small)
-    monkeypatch.setattr(mathematics, "factored_is_cheaper", lambda *_: factored)
+    choose(monkeypatch, form)
     model, layer, x = adapted(sort, use_effective_conv2d=effective)
     found, inference = model(x), torch.no_grad()(model)(x)
     delta = oracle(layer, tuple(weight_of(model, sort).shape))
@@ -129,7 +142,7 @@ def test_the_output_is_that_of_the_changed_weight_in_every_form(
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_every_form(sort: str, effective: bool, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mathematics, "SMALL", 0)
-    monkeypatch.setattr(mathematics, "factored_is_cheaper", lambda *_: form is mathematics.factored)
+    choose(monkeypatch, form.__name__)
     _, layer, x = adapted(sort, r=2, use_effective_conv2d=effective)
     names = [name for name, _ in layer.named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
@@ -163,6 +176,34 @@ def test_the_own_backwards_are_autograds(
         return
     plain = F.linear(x, (up1 @ down1) * (up2 @ down2))
     own = function.apply(*tensors)
+    torch.testing.assert_close(own, plain)
+    trained = [t for t in tensors if t.requires_grad]
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, trained, weights)
+    for found, grad in zip(torch.autograd.grad(own, trained, weights), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, 5)] * 5),
+    shape=st.sampled_from([(1,), (2, 3), ()]),
+    frozen=st.integers(0, 30),
+    biased=st.booleans(),
+)
+def test_the_backward_of_the_whole_form_is_autograds(
+    sizes: tuple[int, ...], shape: tuple[int, ...], frozen: int, biased: bool
+) -> None:
+    r1, r2, width, out, _ = sizes
+    normal = lambda *size: torch.randn(*size, dtype=torch.float64)  # noqa: E731
+    weight, bias = normal(out, width), normal(out) if biased else None
+    tensors = [normal(*s) for s in ((*shape, width), (out, r1), (r1, width), (out, r2), (r2, width))]
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(not frozen >> i & 1)
+    x, up1, down1, up2, down2 = tensors
+    plain = F.linear(x, weight + 1.5 * (up1 @ down1) * (up2 @ down2), bias)
+    pair = ak.Factors(up1, down1), ak.Factors(up2, down2)
+    own = mathematics.whole(ak.kinds.Linear(out, width), x, weight, bias, pair, 1.5)
     torch.testing.assert_close(own, plain)
     trained = [t for t in tensors if t.requires_grad]
     weights = torch.randn_like(plain)
@@ -311,7 +352,7 @@ def test_module_dropout_of_one_is_never_in() -> None:
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 40), rank=st.floats(0, 1), module=st.floats(0, 1))
 def test_kept_rows_have_a_mean_of_one_or_are_none(rows: int, rank: float, module: float) -> None:
-    found = mathematics.kept_rows(rows, rank, module, torch.zeros(1, dtype=torch.float64))
+    found = layers.kept_rows(rows, rank, module, torch.zeros(1, dtype=torch.float64))
     assert found.shape == (rows,)
     assert math.isclose(float(found.mean()), 1.0) or not found.any()
 
@@ -347,7 +388,7 @@ def shape_of(hidden: int, rank: int, tokens: int) -> tuple[Any, Tensor]:
 def test_the_factored_form_keeps_nothing_but_the_hidden_tensor(rank: int, tokens: int) -> None:
     model, x = shape_of(1024, rank, tokens)
     layer = model.fc.adapters["a"]
-    assert mathematics.factored_is_cheaper(layer.kind, x, rank)
+    assert cheapest(layer.kind, x, rank) == "factored"
     found = kept_bytes(lambda: layer.delta(x), [x, *layer.parameters()])
     scaled_up = 4 * 1024 * rank
     assert found <= 4 * tokens * rank**2 + scaled_up
@@ -356,32 +397,47 @@ def test_the_factored_form_keeps_nothing_but_the_hidden_tensor(rank: int, tokens
 def test_the_dense_form_keeps_no_matrix_either() -> None:
     model, x = shape_of(512, 32, 256)
     layer = model.fc.adapters["a"]
-    assert not mathematics.factored_is_cheaper(layer.kind, x, 32)
+    assert cheapest(layer.kind, x, 32) == "dense"
     assert kept_bytes(lambda: layer.delta(x), [x, *layer.parameters()]) <= 4 * 512 * 32
 
 
+def test_the_whole_form_keeps_no_matrix_either() -> None:
+    model, x = shape_of(512, 32, 256)
+    assert cheapest(model.fc.adapters["a"].kind, x, 32, weight=True, trains=True) == "whole"
+    assert kept_bytes(lambda: model(x), [x, *model.parameters()]) == 0
+
+
 @pytest.mark.parametrize(
-    ("hidden", "rank", "tokens", "factored"),
+    ("hidden", "rank", "tokens", "added", "infers", "trains"),
     [
-        (2048, 8, 8, True),
-        (2048, 8, 1024, True),
-        (2048, 16, 1024, True),
-        (768, 8, 1024, True),
-        (768, 32, 1024, False),
-        (256, 8, 128, True),
-        (256, 16, 128, False),
-        (256, 32, 8, False),
+        (2048, 8, 8, "factored", "factored", "factored"),
+        (2048, 8, 1024, "factored", "factored", "factored"),
+        (2048, 16, 1024, "factored", "whole", "factored"),
+        (2048, 32, 8, "factored", "factored", "factored"),
+        (2048, 32, 1024, "factored", "whole", "whole"),
+        (768, 8, 128, "factored", "factored", "factored"),
+        (768, 8, 1024, "factored", "whole", "factored"),
+        (768, 16, 1024, "factored", "whole", "whole"),
+        (768, 32, 1024, "dense", "whole", "whole"),
+        (256, 4, 1024, "factored", "whole", "factored"),
+        (256, 8, 128, "factored", "whole", "factored"),
+        (256, 16, 128, "dense", "whole", "whole"),
+        (256, 32, 8, "dense", "whole", "whole"),
     ],
 )
-def test_the_cost_rule_chooses_what_the_benchmark_measured(hidden: int, rank: int, tokens: int, factored: bool) -> None:
-    kind = ak.kinds.Linear(hidden, hidden)
-    assert mathematics.factored_is_cheaper(kind, torch.empty(tokens, hidden, device="meta"), rank) == factored
+def test_the_cost_rule_chooses_what_the_benchmark_measured(
+    hidden: int, rank: int, tokens: int, added: str, infers: str, trains: str
+) -> None:
+    kind, x = ak.kinds.Linear(hidden, hidden), torch.empty(tokens, hidden, device="meta")
+    assert cheapest(kind, x, rank) == cheapest(kind, x, rank, trains=True) == added
+    assert cheapest(kind, x, rank, weight=True) == infers
+    assert cheapest(kind, x, rank, weight=True, trains=True) == trains
 
 
 def test_a_depthwise_convolution_is_dense_and_a_lookup_never_makes_a_table() -> None:
     kind = ak.kinds.Conv2d.of(nn.Conv2d(64, 64, 3, groups=64))
     assert kind is not None
-    assert not mathematics.factored_is_cheaper(kind, torch.empty(4, 64, 32, 32, device="meta"), 8)
+    assert cheapest(kind, torch.empty(4, 64, 32, 32, device="meta"), 8) == "dense"
     model = one(nn.Embedding(5000, 16))
     ak.attach(model).add("a", LoHaConfig(r=2, init_weights=False, target_modules=["fc"]))
     layer: Any = model.fc.adapters["a"]
@@ -422,3 +478,121 @@ def test_autocast_gives_the_gradients_of_float32_up_to_its_rounding(
     for exact, rough in zip(*grads, strict=True):
         assert rough.dtype == torch.float32
         assert (exact - rough).norm() < 0.05 * exact.norm()
+
+
+def test_a_second_derivative_of_a_form_with_its_own_backward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "whole")
+    model, _, x = adapted("Linear")
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["factored", "dense", "whole"])
+def test_functorch_differentiates_and_maps_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", 0)
+    choose(monkeypatch, form)
+    model, layer, x = adapted("Linear")
+    parameters = dict(layer.named_parameters())
+
+    def loss(given: Any, row: Tensor) -> Tensor:
+        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
+        return torch.func.functional_call(model, changed, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
+        for value, gradient in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(value[i], gradient)
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Louder(nn.Linear):
+    """It does not compute as its parent does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+NOT_PLAIN: dict[str, Any] = {
+    "a trainable weight": lambda model: model.fc.weight.requires_grad_(True),
+    "a trainable bias": lambda model: model.fc.bias.requires_grad_(True),
+    "half precision": lambda model: model.bfloat16(),
+    "a parametrized weight": lambda model: nn.utils.parametrize.register_parametrization(model.fc, "weight", Twice()),
+    "a pruned weight": lambda model: prune.l1_unstructured(model.fc, "weight", 0.5),
+    "two adapters": lambda model: ak.attach(model).copy("a", "b") or ak.attach(model).activate("a", "b"),
+    "offloading": lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("how", NOT_PLAIN)
+def test_the_weight_is_changed_only_where_the_layer_is_plain(
+    how: str, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, x = adapted("Linear")
+    if before:  # what acts at the layer has been decided by then
+        model(x)
+    NOT_PLAIN[how](model)
+    choose(monkeypatch, "dense")
+    x = x.to(model.fc.weight.dtype)
+    expected = model(x)
+    choose(monkeypatch, "whole")
+    monkeypatch.setattr(layers, "whole", lambda *_: pytest.fail("the weight was used"))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_layer_with_a_forward_of_its_own_is_added_to(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "whole")
+    monkeypatch.setattr(layers, "whole", lambda *_: pytest.fail("the weight was used"))
+    model, x = one(nn.Linear(6, 5) if replaced else Louder(6, 5)), torch.randn(2, 6)
+    if replaced:
+        forward = model.fc.forward
+        model.fc.forward = lambda x: 3 * forward(x)
+    base = model(x)
+    ak.attach(model).add("a", LoHaConfig(r=2, init_weights=False, target_modules=["fc"]))
+    monkeypatch.setattr(mathematics, "cheapest", lambda *_, **__: "factored")
+    torch.testing.assert_close(model(x), base + model.fc.adapters["a"].delta(x))
+
+
+def test_autocast_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "whole")
+    monkeypatch.setattr(layers, "whole", lambda *_: pytest.fail("the weight was used"))
+    model, _, x = adapted("Linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(x.float()).dtype == torch.bfloat16
+
+
+def test_hooks_of_the_layer_see_what_they_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, x = adapted("Linear")
+    seen: list[Tensor] = []
+    model.fc.register_forward_hook(lambda module, args, out: seen.append(out))
+    for form in ("dense", "whole"):
+        choose(monkeypatch, form)
+        model(x)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("rank", [4, 24])
+def test_the_whole_form_is_as_exact_as_adding(rank: int) -> None:
+    torch.set_default_dtype(torch.float32)
+    model = one(nn.Linear(96, 96))
+    adapters = ak.attach(model)
+    adapters.add("a", LoHaConfig(r=rank, init_weights=False, target_modules=["fc"]))
+    layer, x = model.fc.adapters["a"], torch.randn(300, 96)
+    weight, bias = model.fc.weight.detach(), model.fc.bias.detach()
+    wide = weight.double() + layer.scaling * mathematics.hadamard(
+        *(ak.Factors(f.up.detach().double(), f.down.detach().double()) for f in layer.pair())
+    )
+    exact = F.linear(x.double(), wide, bias.double())
+    plain = F.linear(x, weight, bias) + layer.scaling * F.linear(x, mathematics.hadamard(*layer.pair()))
+    found = mathematics.whole(layer.kind, x, weight, bias, layer.pair(), layer.scaling)
+    assert (found - exact).norm() <= 1.05 * (plain - exact).norm()
