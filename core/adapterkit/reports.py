@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from adapterkit.notebook import Shown, Table
+
+# A relative error of truncation below this is that of float32.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
-class AddReport:
+class AddReport(Shown):
     """What `Adapters.add` did.
 
     Attributes:
@@ -34,14 +39,22 @@ class AddReport:
         return self.parameters / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = [
-            f"adapter {self.name!r}: {len(self.targets)} layers, {self.parameters:,} parameters, "
-            f"{self.share:.2%} of the base model's {self.total:,}"
-        ]
+        lines = [self._sentence()]
         lines += [f"  trained in full: {path}" for path in self.heads]
         lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _sentence(self) -> str:
+        return (
+            f"adapter {self.name!r}: {len(self.targets)} layers, {self.parameters:,} parameters, "
+            f"{self.share:.2%} of the base model's {self.total:,}"
+        )
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        rows = [(path, "adapted") for path in self.targets] + [(path, "trained in full") for path in self.heads]
+        rows += [(rule, "matched nothing") for rule in self.unmatched] + [(note, "note") for note in self.notes]
+        return self._sentence(), [Table(("", "what"), rows)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class LoadReport:
+class LoadReport(Shown):
     """What fitted when tensors were given to an adapter. Only the adapter's own keys are judged.
 
     Attributes:
@@ -80,23 +93,32 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        groups = {
+        lines = [self._sentence()]
+        for title, rows in self._groups().items():
+            if rows:
+                shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
+                lines += [f"  {title} ({len(rows)}):", *shown]
+        return "\n".join(lines)
+
+    def _sentence(self) -> str:
+        return "every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"
+
+    def _groups(self) -> dict[str, tuple[object, ...]]:
+        return {
             "missing": self.missing,
             "unexpected": self.unexpected,
             "mismatched": self.mismatched,
             "exempt": self.exempt,
             "ignored": self.ignored,
         }
-        lines = ["every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"]
-        for title, rows in groups.items():
-            if rows:
-                shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
-                lines += [f"  {title} ({len(rows)}):", *shown]
-        return "\n".join(lines)
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        rows = [(title, row) for title, group in self._groups().items() for row in group]
+        return self._sentence(), [Table(("", "tensor"), rows)]
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(Shown):
     """What `Adapters.combine`, `convert` or `extract` made.
 
     Attributes:
@@ -115,13 +137,24 @@ class CombineReport:
 
     def __str__(self) -> str:
         worst = max(self.errors, key=self.errors.__getitem__)
-        ranks = sorted(set(self.ranks.values()))
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines = [f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"]
-        if self.errors[worst] >= 1e-6:  # less is rounding
+        lines = [self._sentence()]
+        if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
         lines += [f"  head: {path}" for path in self.heads]
         return "\n".join(lines)
+
+    def _sentence(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        errors = {path: f"{e:.2%}" if e >= _ROUNDING else "0" for path, e in self.errors.items()}
+        rows = [(path, rank, errors[path]) for path, rank in self.ranks.items()]
+        return self._sentence(), [
+            Table(("layer", "rank", "error of truncation"), rows),
+            Table(("head",), [(path,) for path in self.heads]),
+        ]
 
 
 @dataclass(frozen=True)
@@ -140,34 +173,30 @@ class AdapterStatus:
     merged: bool = False
 
 
+_TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "device", "active", "trainable", "merged")
+
+
 @dataclass(frozen=True)
-class Status:
+class Status(Shown):
     """The adapters of a model, a row each. Prints as a table."""
 
     rows: tuple[AdapterStatus, ...]
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "no adapters"
-        titles = (
-            "adapter",
-            "method",
-            "layers",
-            "heads",
-            "parameters",
-            "dtype",
-            "device",
-            "active",
-            "trainable",
-            "merged",
-        )
-        table: list[tuple[str, ...]] = [titles]
+        return columns([_TITLES, *self._cells()]) if self.rows else "no adapters"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        table: list[tuple[str, ...]] = []
         for r in self.rows:
             flags = tuple("yes" if flag else "no" for flag in (r.active, r.trainable, r.merged))
             heads = ", ".join(r.heads) or "-"
             dtypes, devices = ", ".join(r.dtypes), ", ".join(r.devices)
             table.append((r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, *flags))
-        return columns(table)
+        return table
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        count = len(self.rows)
+        return f"{count or 'no'} adapter{'s' * (count != 1)}", [Table(_TITLES, self._cells())]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

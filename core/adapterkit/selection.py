@@ -16,6 +16,7 @@ from adapterkit.errors import ConfigError, SelectionError, nearest
 from adapterkit.heads import head_paths, output_layers
 from adapterkit.kinds import LayerKind
 from adapterkit.matching import PatternTable, Rule
+from adapterkit.notebook import Shown, Table
 from adapterkit.registry import default_registry
 from adapterkit.stacks import LayerFilter
 from adapterkit.walk import Uncalled, Walk
@@ -34,7 +35,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Shown):
     """What a config would adapt on a model, and why. Prints as a table.
 
     Attributes:
@@ -56,7 +57,7 @@ class Selection:
 
     def __str__(self) -> str:
         width = max((len(m.path) for m in self.targets), default=0)
-        lines = [f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"]
+        lines = [self._sentence()]
         lines += [f"  {m.path:<{width}}  {_describe(m.kind)}  by {m.rule}" for m in self.targets]
         lines += [f"  {path:<{width}}  trained in full" for path in self.heads]
         for title, rows in (
@@ -65,6 +66,18 @@ class Selection:
         ):
             lines += [title, *rows] if rows else []
         return "\n".join(lines)
+
+    def _sentence(self) -> str:
+        return f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        rows = [(m.path, _describe(m.kind), m.rule) for m in self.targets]
+        rows += [(path, "", "trained in full") for path in self.heads]
+        return self._sentence(), [
+            Table(("layer", "kind", "by"), rows),
+            Table(("layer", "reason"), self.skipped, "left out"),
+            Table(("entry",), [(rule,) for rule in self.unmatched], "matched nothing"),
+        ]
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
