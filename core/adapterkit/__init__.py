@@ -9,6 +9,7 @@ from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, descri
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
 from adapterkit.disk.conversion import convert_file
+from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
@@ -93,6 +94,7 @@ __all__ = [
     "convert_file",
     "describe_methods",
     "extract",
+    "extract_files",
     "features",
     "hookimpl",
     "inspect_adapter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from adapterkit.errors import ConfigError, SelectionError, StateError
 from adapterkit.factors import Factors
 from adapterkit.heads import copy_head
 from adapterkit.labels import LabelSet
+from adapterkit.mixture import Workspace
+from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
 from adapterkit.result import Changes, build_result, check_can_result, check_finite
-from adapterkit.selection import Match, select
+from adapterkit.selection import Match, Selection, select
 
 # A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
 # the exact decomposition's cost grows with the cube of the shorter side.
@@ -56,31 +58,76 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         ConfigError: neither or both sizes, or a name that is taken.
         StateError: weights that are not in memory or not finite, or a base with something merged into it.
     """
-    lowrank.check_size(rank, energy)
-    if rank is None and energy is None:
-        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
+    check_asked(rank, energy)
     adapters = attach(base)
     adapters._check_new_name(name)
     if adapters.merged:
         listed = ", ".join(map(repr, adapters.merged))
         raise StateError(f"The base's weights have {listed} merged into them. Call unmerge() first.")
+    selection = wanted_layers(base, to, target_modules, exclude_modules, modules_to_save)
+    heads = {path: copy_head(_module(tuned, path)) for path in selection.heads}
+    labels = LabelSet.of(tuned) if heads else None
+    space = Workspace(base, adapters._active)
+    record, report = extracted(
+        name, selection, lambda match: (match.module, _same_layer(tuned, match)), rank, energy, to, heads, labels, space
+    )
+    adapters._install(record)
+    return report
+
+
+def check_asked(rank: int | None, energy: float | None) -> None:
+    """Raise `ConfigError` unless one of the two is given, and makes sense."""
+    lowrank.check_size(rank, energy)
+    if rank is None and energy is None:
+        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
+
+
+def wanted_layers(
+    model: nn.Module,
+    to: str,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: str | Sequence[str] | None,
+) -> Selection:
+    """The layers and heads that are asked for, of a method that can be a result.
+
+    Raises:
+        UnsupportedError, SelectionError: it cannot be; nothing is selected.
+    """
     method = default_registry.method(to)
     check_can_result(method)
     config = method.config_type()(
         target_modules=target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save
     )
-    selection = select(base, config)
-    factors, errors, kinds = {}, {}, {}
+    return select(model, config)
+
+
+def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in common
+    name: str,
+    selection: Selection,
+    layers: Callable[[Match], tuple[nn.Module, nn.Module]],
+    rank: int | None,
+    energy: float | None,
+    to: str,
+    heads: Mapping[str, nn.Module],
+    labels: LabelSet | None,
+    space: Workspace,
+) -> tuple[AdapterRecord, CombineReport]:
+    """The adapter that comes closest to the difference of two models, not installed yet.
+
+    Args:
+        layers: gives a target's layer in the base and in the tuned model.
+    """
+    errors, ranks, kinds = {}, {}, {}
     for match in selection.targets:
-        other = _same_layer(tuned, match)
-        factors[match.path], errors[match.path] = _difference(match, other, rank, energy)
-        check_finite(name, match.path, factors[match.path])
-        kinds[match.path] = match.kind
-    heads = {path: copy_head(_module(tuned, path)) for path in selection.heads}
-    changes = Changes(factors, kinds, {}, heads, LabelSet.of(tuned) if heads else None)
-    adapters._install(build_result(name, changes, method, base, adapters._active))
-    ranks = {path: f.rank for path, f in factors.items()}
-    return CombineReport(name, to, ranks, errors, selection.heads)
+        path = match.path
+        made, errors[path] = _difference(match, *layers(match), rank, energy)
+        check_finite(name, path, made)
+        space.store[path], ranks[path], kinds[path] = made, made.rank, match.kind
+    changes = Changes(space.store, kinds, {}, heads, labels)
+    method = default_registry.method(to)
+    record = build_result(name, changes, method, space.model, space.active, device=space.device)
+    return record, CombineReport(name, to, ranks, errors, tuple(heads))
 
 
 def _module(tuned: nn.Module, path: str) -> nn.Module:
@@ -98,14 +145,16 @@ def _same_layer(tuned: nn.Module, match: Match) -> nn.Module:
     return module
 
 
-def _difference(match: Match, other: nn.Module, rank: int | None, energy: float | None) -> tuple[Factors, float]:
-    before, after = (match.kind.read(m) for m in (match.module, other))
+def _difference(
+    match: Match, own: nn.Module, other: nn.Module, rank: int | None, energy: float | None
+) -> tuple[Factors, float]:
+    before, after = (match.kind.read(m) for m in (own, other))
     if before.is_meta or after.is_meta:
         raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")
     delta = lowrank.working(after).to(before.device) - lowrank.working(before)
     if not torch.isfinite(delta).all():
         raise StateError(f"The models' difference at {match.path!r} has values that are not finite.")
-    bias = _bias_difference(match.module, other)
+    bias = _bias_difference(own, other)
     most = min(delta.shape)
     if rank is not None and rank > most:
         raise ConfigError(f"rank = {rank} is more than {match.path!r} can have: min(out, in) = {most} there.")

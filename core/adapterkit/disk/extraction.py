@@ -1,0 +1,92 @@
+"""Extraction from two checkpoints, layer by layer: `ak.extract_files`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adapterkit.disk.mapping import FactorSpool
+from adapterkit.disk.output import check_dtype, output_place, write_record
+from adapterkit.disk.skeleton import skeleton
+from adapterkit.disk.stored import StoredModel
+from adapterkit.dispatch import Active
+from adapterkit.errors import ConfigError, SelectionError
+from adapterkit.extract import check_asked, extracted, wanted_layers
+from adapterkit.files import local_path
+from adapterkit.heads import copy_head
+from adapterkit.labels import LabelSet
+from adapterkit.mixture import Workspace
+from adapterkit.reports import CombineReport
+from adapterkit.selection import Match
+
+
+@torch.no_grad()
+def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: str | Sequence[str] | None = "auto",
+    to: str = "lora",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> CombineReport:
+    """The adapter of low rank that comes closest to a full fine-tune, from two checkpoints: `ak.extract` on disk.
+
+    Its numbers are those of `ak.extract`. One layer's weights are in memory at a time, and the results wait in a file.
+
+    Args:
+        base, tuned: folders with `config.json` and safetensors weights, in one file or in shards, of one architecture.
+            The base may lack the task's head, and the tuned model's may have other classes.
+        out: the folder to write. It appears when it is complete.
+        rank, energy, target_modules, exclude_modules, modules_to_save, to: see `ak.extract`; paths are the tuned
+            model's.
+        dtype: of the result's layers; `None`: float32, or float64 for checkpoints of that. Heads keep theirs.
+        overwrite: replace an adapter that `out` holds already.
+
+    Raises:
+        CheckpointError: a folder is no model, damaged, or lacks a tensor that is needed.
+        SelectionError: nothing selected, or models that do not match.
+        ConfigError: neither or both sizes, or `out` is one of the models.
+        StateError: weights that are not finite.
+        SaveError: `out` is there already, or cannot be written.
+    """
+    check_asked(rank, energy)
+    check_dtype(dtype)
+    folders = [local_path(folder) for folder in (base, tuned)]
+    place = output_place(out, folders, overwrite=overwrite)
+    if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise ConfigError(f"{place} is inside one of the models; give the output another place.")
+    model = skeleton(tuned)
+    before, after = StoredModel(model, folders[0]), StoredModel(model, folders[1])
+    working = torch.float64 if torch.float64 in before.dtypes else torch.float32
+    selection = wanted_layers(model.to(working), to, target_modules, exclude_modules, modules_to_save)
+    heads = {path: copy_head(after.module(path)) for path in selection.heads}
+    labels = LabelSet.of(model) if heads else None
+
+    def layers(match: Match) -> tuple[nn.Module, nn.Module]:
+        found = before.module(match.path), after.module(match.path)
+        _check_shapes(match, *found)
+        return found
+
+    with FactorSpool(place.parent, lambda: None) as spool:
+        space = Workspace(model, Active(), spool, working, torch.device("cpu"))
+        record, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, space)
+        record.config = record.config.replace(base_model_name_or_path=str(base))
+        write_record(record, model, place, dtype=dtype, mapped=[spool])
+    return report
+
+
+def _check_shapes(match: Match, own: nn.Module, other: nn.Module) -> None:
+    shapes = [tuple(module.get_parameter("weight").shape) for module in (own, other)]
+    if shapes[0] != shapes[1]:
+        raise SelectionError(
+            f"{match.path!r} has a weight of shape {shapes[0]} in the base, and {shapes[1]} in the tuned model."
+        )
