@@ -11,6 +11,7 @@ from adapterkit.disk.combination import combine_files
 from adapterkit.disk.conversion import convert_file
 from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
+from adapterkit.disk.merge import MergeReport, merge_checkpoint
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
     AdapterError,
@@ -73,6 +74,7 @@ __all__ = [
     "LayerInspection",
     "LayerKind",
     "LoadReport",
+    "MergeReport",
     "MethodInfo",
     "MethodsReport",
     "PatternTable",
@@ -98,6 +100,7 @@ __all__ = [
     "features",
     "hookimpl",
     "inspect_adapter",
+    "merge_checkpoint",
     "method",
     "methods",
     "new_package",

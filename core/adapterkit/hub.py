@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
@@ -35,6 +36,22 @@ def adapter_folder(
     return _fetch(text, revision, subfolder, cache_dir, token)
 
 
+def model_folder(source: str | Path) -> Path:
+    """The local folder, or file, of a model given by a path or a hub id, fetched if need be: all but other formats.
+
+    Raises:
+        CheckpointError: neither a folder nor something the hub, or its cache, has.
+    """
+    path = local_path(source)
+    if path.exists():
+        return path
+    text = str(source)
+    if isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or not text:
+        raise CheckpointError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")
+    other_formats = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "*.tflite"]
+    return _snapshot(text, ignore_patterns=other_formats)
+
+
 def _fetch(
     repo: str,
     revision: str | None,
@@ -42,18 +59,20 @@ def _fetch(
     cache_dir: str | Path | None,
     token: str | bool | None,
 ) -> Path:
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+    root = _snapshot(repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+    return root / subfolder if subfolder else root
+
+
+def _snapshot(repo: str, **arguments: Any) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
     try:
-        root = huggingface_hub.snapshot_download(
-            repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns
-        )
+        return Path(huggingface_hub.snapshot_download(repo, **arguments))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
             f"cache: {type(error).__name__}: {error}"
         ) from error
-    return Path(root) / subfolder if subfolder else Path(root)

@@ -104,7 +104,9 @@ class Merger(Storage):
         if not wanted and not self.merged:
             raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
         if names:
-            self.activate(*(n for n in self.active if n in names), trainable=False)
+            kept = [n for n in self.active if n in names]
+            settled = heads or next(reversed(self._active.heads), None)
+            self.activate(*kept, trainable=False, heads=settled if settled in kept else None)
         if wanted:
             self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
         acting = [self._records[name] for name in self._active.heads]

@@ -439,3 +439,12 @@ def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
     adapters.merge("a", "b")
     torch.testing.assert_close(model(IDS).logits, expected)
     assert model.config.num_labels == 4
+
+
+def test_merge_and_detach_keeps_the_head_that_was_chosen() -> None:
+    model = classifier()
+    adapters = ak.attach(model)
+    for name, count in (("a", 4), ("b", 5)):
+        adapters.add(name, LoraConfig(target_modules=["query"]), num_labels=count)
+    adapters.activate("a", "b", trainable=False, heads="b")
+    assert adapters.merge_and_detach("a", "b", heads="a")(IDS).logits.shape == (2, 4)

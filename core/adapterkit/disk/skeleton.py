@@ -19,6 +19,7 @@ CONFIG = "config.json"
 def skeleton(
     model: str | Path,
     *,
+    architecture: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -30,6 +31,7 @@ def skeleton(
     `ak.select(ak.skeleton(folder), config)` tells what a config would adapt.
 
     Args:
+        architecture: the class to build, in place of the config's.
         revision, cache_dir, token: where to look on the hub.
 
     Raises:
@@ -39,7 +41,11 @@ def skeleton(
     """
     where = _config_source(model)
     config = _config(where, {"revision": revision, "cache_dir": cache_dir, "token": token})
+    if architecture is not None:
+        config.architectures = [architecture]
     cls = _class(config)
+    if architecture not in (None, cls.__name__):
+        raise CheckpointError(f"transformers has no model of the class {architecture!r}.")
     with _as_checkpoint_error(f"transformers cannot build a {cls.__name__} from the config of {where}"):
         with torch.device("meta"):
             built: nn.Module = cls._from_config(config)

@@ -1,0 +1,127 @@
+"""What goes into a merge: the base's files, a skeleton that agrees with them, and the adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.header import Entry
+from adapterkit.disk.names import Names
+from adapterkit.dispatch import Active
+from adapterkit.errors import ConfigError
+from adapterkit.files import AdapterFiles, read
+from adapterkit.hub import adapter_folder
+from adapterkit.persistence import load_record
+from adapterkit.record import AdapterRecord
+from adapterkit.walk import Walk, base_parameters
+
+Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
+_HASHED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter to be merged.
+
+    Attributes:
+        given: how the caller named it.
+        name: what it is called in messages and in the report.
+    """
+
+    given: str
+    name: str
+    weight: float
+    place: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its files from others, for the journal and for the manifest."""
+        files = [self.place] if self.place.is_file() else sorted(self.place.glob("adapter_*"))
+        return {
+            "source": self.given,
+            "weight": self.weight,
+            "files": {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in files if f.is_file()},
+        }
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(_HASHED):
+            found.update(part)
+    return found.hexdigest()
+
+
+def checked_sources(adapters: Sources) -> list[Source]:
+    """The adapters that a caller named, found, and each with a name of its own.
+
+    Raises:
+        ConfigError: none, or a weight that is no number.
+        CheckpointError: one that is not there.
+    """
+    if isinstance(adapters, str | Path):
+        adapters = [adapters]
+    weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+    if not weights or len(weights) < len(adapters):
+        raise ConfigError(f"merge_checkpoint needs adapters, each once, not {adapters!r}.")
+    found: list[Source] = []
+    for given, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
+            raise ConfigError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
+        place = adapter_folder(given)
+        name = _free_name(place.stem if place.is_file() else place.resolve().name, [s.name for s in found])
+        found.append(Source(str(given), name, float(weight), place))
+    return found
+
+
+def _free_name(wanted: str, taken: Sequence[str]) -> str:
+    name = base = re.sub(r"[^\w-]", "_", wanted) or "adapter"
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+def load(source: Source, model: nn.Module, component: str | None) -> AdapterRecord:
+    """The adapter's layers, heads and biases for the skeleton, with their values; nothing is installed there.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+    """
+    files: AdapterFiles = read(source.place)
+    cpu = torch.device("cpu")
+    record, _ = load_record(
+        model, source.name, files, Active(), strict=True, dtype=None, component=component, device=cpu
+    )
+    return record
+
+
+def give_dtypes(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
+    """Give a skeleton's parameters the dtypes that the files have, ties kept: adapters and heads follow them."""
+    places: dict[nn.Parameter, nn.Parameter] = {}
+    for key, parameter in base_parameters(model):
+        entry = checkpoint.entries.get(names.in_file.get(key, ""))
+        if entry is not None and entry.dtype in _FLOATING and entry.torch_dtype != parameter.dtype:
+            fresh = torch.empty_like(parameter, dtype=entry.torch_dtype)
+            places.setdefault(parameter, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+    for module in (model, *Walk(model).aliases):
+        for name, own in module._parameters.items():
+            if own is not None and own in places:
+                module._parameters[name] = places[own]
+
+
+_FLOATING = ("F16", "BF16", "F32", "F64")
+
+
+def can_be_merged(entry: Entry) -> bool:
+    """Whether the tensor holds plain floating numbers, and not a quantised weight."""
+    return entry.dtype in _FLOATING

@@ -1,0 +1,473 @@
+"""Merging on disk when things go wrong: a kill at any moment, a full disk, two runs at once; and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.disk.merging import Setting, assert_same_folder, save_adapters, save_base
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import adapterkit as ak
+from adapterkit.disk.merge import staging, writing
+from adapterkit.disk.merge.staging import JOURNAL, LOCK, Staging
+from adapterkit_lora import LoraConfig
+
+torch.set_num_threads(1)  # forked children have no pool of threads
+SETTING = Setting("llama", [LoraConfig(target_modules=["q_proj", "down_proj"], r=2)], torch.bfloat16, "2KB")
+KILLED, PARTIAL = -signal.SIGKILL, ".out.partial"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in several shards, an adapter, and the merged model as an undisturbed run writes it."""
+    root = tmp_path_factory.mktemp("world")
+    cls = save_base(SETTING, root / "base")
+    save_adapters(SETTING, root / "base", cls, root)
+    ak.merge_checkpoint(root / "base", root / "a", root / "expected")
+    return root
+
+
+@pytest.fixture
+def place(world: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder for outputs; the inputs are afterwards as they were."""
+    before = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
+    yield tmp_path
+    assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == before
+
+
+def merge(world: Path, out: Path, **options: Any) -> ak.MergeReport:
+    return ak.merge_checkpoint(world / "base", world / "a", out, **options)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process; its exit status, or the negative of the signal that ended it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads, which the child does not use
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Counter:
+    """Counts the steps that change the disk, and kills this process before the one of a given number."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.count, self.last = 0, last
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        for owner, name in (
+            *((os, name) for name in ("pwrite", "copy_file_range", "fsync")),
+            *((Path, name) for name in ("rename", "replace", "unlink", "mkdir")),
+            (staging, "exchange"),
+            (shutil, "copyfile"),
+        ):
+            patch.setattr(owner, name, self.wrap(getattr(owner, name)))
+
+
+def killed(world: Path, out: Path, moment: int, **options: Any) -> int:
+    def work() -> None:
+        Counter(moment).watch(pytest.MonkeyPatch())
+        merge(world, out, **options)
+
+    return in_child(work)
+
+
+def count_steps(world: Path, out: Path, **options: Any) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        counter = Counter()
+        counter.watch(patch)
+        merge(world, out, **options)
+    return counter.count
+
+
+def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(world: Path, place: Path) -> None:
+    steps = count_steps(world, place / "count")
+    moments = [*random.Random(0).sample(range(1, steps + 1), 12), steps - 1, steps]
+    resumed = 0
+    for moment in moments:
+        out = place / f"out{moment}"
+        status = killed(world, out, moment, workers=moment % 2 + 1)
+        assert status in (KILLED, 0)
+        if not out.exists():
+            report = merge(world, out, resume=True)
+            resumed += len(report.resumed)
+        (out / LOCK).unlink(missing_ok=True)  # all that a kill after the last rename can leave
+        assert_same_folder(world / "expected", out)
+    assert resumed > 0
+
+
+def test_killed_while_it_replaces_there_is_always_one_whole_model(world: Path, place: Path) -> None:
+    old = place / "old"
+    shutil.copytree(world / "base", old)
+    shutil.copytree(old, place / "count")
+    steps = count_steps(world, place / "count", overwrite=True)
+    for moment in [*random.Random(1).sample(range(1, steps - 8), 4), *range(steps - 8, steps + 1)]:
+        out = place / f"out{moment}"
+        shutil.copytree(old, out)
+        killed(world, out, moment, overwrite=True)
+        (out / LOCK).unlink(missing_ok=True)
+        new = (out / "adapterkit_merge.json").exists()
+        assert_same_folder(world / "expected" if new else old, out)
+
+
+def test_a_killed_run_leaves_nothing_under_the_final_name(world: Path, place: Path) -> None:
+    assert killed(world, place / "out", 20) == KILLED
+    assert not (place / "out").exists()
+    assert (place / PARTIAL).is_dir()
+
+
+def begun(world: Path, place: Path) -> Path:
+    """The folder of a run that was broken off when a part was finished."""
+    assert killed(world, place / "out", count_steps(world, place / "count") // 2) == KILLED
+    return place / PARTIAL
+
+
+def test_without_resume_it_begins_anew(world: Path, place: Path) -> None:
+    begun(world, place)
+    assert merge(world, place / "out").resumed == ()
+    assert_same_folder(world / "expected", place / "out")
+
+
+def test_a_run_with_other_inputs_is_not_resumed(world: Path, place: Path) -> None:
+    begun(world, place)
+    for options in ({"safe": True}, {"untie": True}):
+        with pytest.raises(ak.StateError, match=r"was begun with other inputs or arguments \(arguments differ\)"):
+            merge(world, place / "out", resume=True, **options)
+    other = shutil.copytree(world / "base", place / "base")
+    with next(other.glob("*00001*")).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x17")
+    with pytest.raises(ak.StateError, match=r"\(base differ\)"):
+        ak.merge_checkpoint(other, world / "a", place / "out", resume=True)
+
+
+TAMPERED: dict[str, Callable[[Any], Any]] = {
+    "no JSON": lambda journal: "{",
+    "a list": lambda journal: [],
+    "no files": lambda journal: {"request": journal["request"]},
+    "sizes no numbers": lambda journal: journal | {"done": {"x": {"size": "a", "sha256": ""}}},
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED.keys())
+def test_a_damaged_journal_is_refused(change: Callable[[Any], Any], world: Path, place: Path) -> None:
+    journal = begun(world, place) / JOURNAL
+    changed = change(json.loads(journal.read_text()))
+    journal.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(ak.StateError, match="is damaged, so it is not known what is finished"):
+        merge(world, place / "out", resume=True)
+
+
+@pytest.mark.parametrize("damage", ["content", "size", "gone", "link", "hash"])
+def test_a_finished_file_that_is_not_whole_is_written_again(damage: str, world: Path, place: Path) -> None:
+    folder = begun(world, place)
+    journal = json.loads((folder / JOURNAL).read_text())
+    name = min(journal["done"])
+    file = folder / name
+    if damage == "content":
+        file.write_bytes(file.read_bytes()[:-1] + b"\x17")
+    elif damage == "size":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "hash":
+        journal["done"][name]["sha256"] = "0" * 64
+        (folder / JOURNAL).write_text(json.dumps(journal))
+    else:
+        file.unlink()
+        if damage == "link":
+            file.symlink_to(world / "base" / name)
+    assert name not in merge(world, place / "out", resume=True).resumed
+    assert_same_folder(world / "expected", place / "out")
+
+
+def test_a_journal_cannot_name_files_elsewhere(world: Path, place: Path) -> None:
+    folder = begun(world, place)
+    secret = place / "secret"
+    secret.write_text("x")
+    journal = json.loads((folder / JOURNAL).read_text())
+    journal["done"]["../secret"] = {"size": 1, "sha256": staging.sha256(secret)}
+    (folder / JOURNAL).write_text(json.dumps(journal))
+    assert "../secret" not in merge(world, place / "out", resume=True).resumed
+    assert_same_folder(world / "expected", place / "out")
+
+
+def test_two_runs_at_once_on_one_output_are_refused(world: Path, place: Path) -> None:
+    refused = pytest.raises(ak.StateError, match=r"Another process is merging into .*out. Wait for it")
+    with Staging(place / "out", {}).locked(), refused:
+        merge(world, place / "out")
+    merge(world, place / "out")
+    assert_same_folder(world / "expected", place / "out")
+
+
+# The output's place
+
+
+def test_an_output_that_is_there_is_replaced_only_when_asked(world: Path, place: Path) -> None:
+    shutil.copytree(world / "base", place / "out")
+    with pytest.raises(ak.SaveError, match=r"exists already. Say overwrite=True"):
+        merge(world, place / "out")
+    assert_same_folder(world / "base", place / "out")
+    merge(world, place / "out", overwrite=True)
+    assert_same_folder(world / "expected", place / "out")
+    assert not (place / PARTIAL).exists()
+
+
+def test_where_folders_cannot_change_places_the_output_is_replaced_all_the_same(
+    world: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "exchange", lambda *folders: False)
+    shutil.copytree(world / "base", place / "out")
+    merge(world, place / "out", overwrite=True)
+    assert_same_folder(world / "expected", place / "out")
+    assert sorted(p.name for p in place.iterdir()) == ["out"]
+
+
+def test_an_empty_folder_is_taken(world: Path, place: Path) -> None:
+    (place / "out").mkdir()
+    merge(world, place / "out")
+    assert_same_folder(world / "expected", place / "out")
+
+
+def _link(place: Path) -> Path:
+    (place / "real").mkdir()
+    (place / "link").symlink_to(place / "real")
+    return place / "link"
+
+
+def _file(place: Path) -> Path:
+    (place / "file").touch()
+    return place / "file"
+
+
+def _others(place: Path) -> Path:
+    (place / "thesis").mkdir()
+    (place / "thesis" / "chapter1.tex").touch()
+    return place / "thesis"
+
+
+def _partial(place: Path) -> Path:
+    (place / PARTIAL).mkdir()
+    (place / PARTIAL / "mine").touch()
+    return place / "out"
+
+
+PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a symbolic link": (_link, "is a symbolic link. Give the folder itself"),
+    "a file": (_file, "is a file; the output is a folder"),
+    "a folder of other things": (_others, "holds chapter1.tex and no model, so it is not replaced"),
+    "the root": (lambda place: Path("/"), "lie in each other|is no folder that could be written"),
+    "something at the partial's place": (_partial, "is in the way: it is no unfinished merge"),
+}
+
+
+@pytest.mark.parametrize(("where", "text"), PLACES.values(), ids=PLACES.keys())
+def test_an_output_that_cannot_be_one_is_refused(
+    where: Callable[[Path], Path], text: str, world: Path, place: Path
+) -> None:
+    out = where(place)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(ak.SaveError, match=text):
+        merge(world, out, overwrite=True)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["base", "base/merged", "a", "a/merged", "."])
+def test_an_output_that_overlaps_an_input_is_refused(inside: str, world: Path, place: Path) -> None:
+    with pytest.raises(ak.SaveError, match="lie in each other; give the output a folder of its own"):
+        merge(world, world / inside, overwrite=True)
+
+
+def test_the_working_directory_is_not_replaced(world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(world / "base", place / "out")
+    monkeypatch.chdir(place / "out")
+    with pytest.raises(ak.SaveError, match="is the working directory, or around it"):
+        merge(world, Path(), overwrite=True)
+
+
+def test_an_output_that_was_made_meanwhile_is_left_alone(world: Path, place: Path) -> None:
+    def meanwhile(done: int, total: int) -> None:
+        (place / "out").mkdir(exist_ok=True)
+        (place / "out" / "x").touch()
+
+    with pytest.raises(ak.SaveError, match=r"has been made meanwhile. The merged model is in "):
+        merge(world, place / "out", progress=meanwhile)
+    assert [p.name for p in (place / "out").iterdir()] == ["x"]
+
+
+# Disks
+
+
+def test_a_limit_on_files_in_the_middle_leaves_all_as_it_was_and_can_be_resumed(world: Path, place: Path) -> None:
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        with pytest.raises(ak.SaveError, match="resume=True goes on from there"):
+            merge(world, place / "out")
+
+    assert in_child(work) == 0
+    assert not (place / "out").exists()
+    merge(world, place / "out", resume=True)
+    assert_same_folder(world / "expected", place / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(small_disk: Path, world: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(60 << 10))
+    with pytest.raises(ak.SaveError, match=r"The output needs [\d,]+ more bytes, and .* has [\d,]+ free"):
+        merge(world, small_disk / "out")
+    assert not (small_disk / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_old_output_and_can_be_resumed(small_disk: Path, world: Path) -> None:
+    def fill(done: int, total: int) -> None:
+        with contextlib.suppress(OSError), (small_disk / "filler").open("ab") as file:
+            file.write(bytes(64 << 10))
+
+    with pytest.raises(ak.SaveError, match="No space left on device") as caught:
+        merge(world, small_disk / "out", progress=fill)
+    assert "The base, and what was at" in str(caught.value)
+    (small_disk / "filler").unlink()
+    merge(world, small_disk / "out", resume=True)
+    assert_same_folder(world / "expected", small_disk / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, None])
+def test_where_the_kernel_cannot_copy_it_is_done_by_hand(
+    code: int | None, world: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(code, "not here")
+
+    if code is None:
+        monkeypatch.delattr(os, "copy_file_range")
+    else:
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    merge(world, place / "out")
+    assert_same_folder(world / "expected", place / "out")
+
+
+def test_an_error_of_the_kernel_is_reported(world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    with pytest.raises(ak.SaveError, match="Input/output error"):
+        merge(world, place / "out")
+    assert not (place / "out").exists()
+
+
+def test_an_error_while_a_file_is_flushed_is_reported(
+    world: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(writing.os, "fsync", fail)
+    with pytest.raises(ak.SaveError, match="the disk is gone"):
+        merge(world, place / "out")
+
+
+def test_a_base_that_becomes_shorter_is_an_error(world: Path, place: Path) -> None:
+    base = shutil.copytree(world / "base", place / "base")
+
+    def cut(done: int, total: int) -> None:
+        for file in base.glob("*.safetensors"):
+            os.truncate(file, 8)
+
+    with pytest.raises(ak.SaveError, match="a file of the base has become shorter"):
+        ak.merge_checkpoint(base, world / "a", place / "out", progress=cut)
+
+
+def test_safe_finds_values_that_are_not_finite_and_leaves_nothing(world: Path, place: Path) -> None:
+    adapter = shutil.copytree(world / "a", place / "a")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(t for k, t in tensors.items() if "lora_B" in k)[0, 0] = float("inf")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ak.StateError, match="gives values that are not finite"):
+        ak.merge_checkpoint(world / "base", adapter, place / "out", safe=True)
+    assert sorted(p.name for p in place.iterdir()) == ["a"]
+    merge(world, place / "fine", safe=True)
+    for file in (world / "expected").glob("*.safetensors"):
+        assert file.read_bytes() == (place / "fine" / file.name).read_bytes()
+
+
+# Memory
+
+
+def grown(work: Callable[[], object]) -> int:
+    """By how many bytes the most memory that this process has had in `work` is above what it had before."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(n for n in Path("/proc/self/status").read_text().splitlines() if n.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    found = {}
+    for layers in (4, 40):
+        root = tmp_path / str(layers)
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+        config = LlamaConfig(vocab_size=64, num_hidden_layers=layers, dtype="bfloat16", **sizes)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(root / "base")
+        adapters = ak.attach(model)
+        adapters.add("a", LoraConfig(target_modules="all-linear", r=1, init_lora_weights=False))
+        adapters.save("a", root / "a")
+        del model, adapters
+
+        def work(root: Path = root) -> None:
+            # Once before: what imports and pools keep is no question of the model.
+            ak.merge_checkpoint(root / "base", root / "a", root / "warm")
+            peak = grown(lambda: ak.merge_checkpoint(root / "base", root / "a", root / "out"))
+            (root / "peak").write_text(str(peak))
+
+        assert in_child(work) == 0
+        found[layers] = (int((root / "peak").read_text()), (root / "base/model.safetensors").stat().st_size)
+    (small, few), (large, many) = found[4], found[40]
+    assert many - few > 40 << 20
+    assert large - small < (many - few) // 5, found
