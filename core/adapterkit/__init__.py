@@ -9,6 +9,8 @@ from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, descri
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
 from adapterkit.disk.conversion import convert_file
+from adapterkit.disk.difference import diff_adapters
+from adapterkit.disk.diffreport import AdapterDiff
 from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.merge import MergeReport, merge_checkpoint
@@ -52,6 +54,7 @@ register = default_registry.register
 
 __all__ = [
     "AdapterConfig",
+    "AdapterDiff",
     "AdapterError",
     "AdapterInspection",
     "AdapterLayer",
@@ -95,6 +98,7 @@ __all__ = [
     "config",
     "convert_file",
     "describe_methods",
+    "diff_adapters",
     "extract",
     "extract_files",
     "features",
