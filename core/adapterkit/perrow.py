@@ -8,7 +8,7 @@ adapter after another. So do heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ Stack = Callable[[Tensor], Tensor]
 Base = Callable[[Tensor], Any]
 
 # Rows for each adapter up to which they are stacked. Measured by benchmarks/per_sample.py.
-STACKED = 4
+STACKED = 8
 
 
 class RowState(State):
@@ -79,10 +79,11 @@ class RowPlan(Plan):
     Attributes:
         heads, parts, shifts: the heads, adapter layers and trained biases at the module, by adapter.
         default: the head that stands in place of the module for rows without one of their own.
-        stacks: what was made of the parameters of all layers of one class, and from which.
+        groups: the layers of each class.
+        least: dimensions of the smallest input without a batch.
     """
 
-    __slots__ = ("default", "heads", "parts", "shifts", "stacks", "state")
+    __slots__ = ("default", "groups", "heads", "least", "parts", "shifts", "state")
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         slots, names = module._modules, state.names
@@ -91,7 +92,11 @@ class RowPlan(Plan):
         self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in parts_of(slots.get(LAYERS), names)}
         self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in parts_of(slots.get(BIASES), names)}
         self.default = next((head for head, _ in parts_of(slots.get(HEADS), state.defaults[::-1])), None)
-        self.stacks: dict[type[AdapterLayer], tuple[Watched, Stack | None]] = {}
+        self.additive = all(layer.additive for layer in self.parts.values())
+        self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
+        classes = dict.fromkeys(map(type, self.parts.values()))
+        alike = [{name: layer for name, layer in self.parts.items() if type(layer) is cls} for cls in classes]
+        self.groups = [LayerGroup(state.rows, parts) for parts in alike]
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `Plan.run`; each row with the parts of its adapter."""
@@ -104,14 +109,16 @@ class RowPlan(Plan):
             args = (x,)
         self._check(args, kwargs)
         inner, hooked = Inner(original, args[1:], kwargs), "_hf_hook" in self.module.__dict__
-        with offload.fetched(*self.parts.values(), *self.shifts.values()) if hooked else nullcontext():
-            return self._by_heads(inner, args[0]) if self.heads else self._changed_rows(inner, args[0])
+        act = self._by_heads if self.heads else self._changed_rows
+        if not hooked:
+            return act(inner, args[0])
+        with offload.fetched(*self.parts.values(), *self.shifts.values()):
+            return act(inner, args[0])
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows, (x, *others) = self.state.rows, args
-        least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
-        several = any(isinstance(other, Tensor) for other in (*others, *kwargs.values()))
-        if several or not isinstance(x, Tensor) or x.dim() <= least:
+        several = bool(others or kwargs) and any(isinstance(other, Tensor) for other in (*others, *kwargs.values()))
+        if several or not isinstance(x, Tensor) or x.dim() <= self.least:
             raise UnsupportedError(
                 f"A {type(self.module).__name__} is not called with one tensor that has a batch dimension, "
                 "so per_sample cannot split its input. Leave it out of the adapters (exclude_modules, modules_to_save)."
@@ -153,7 +160,7 @@ class RowPlan(Plan):
 
     def _changed_rows(self, base: Base, x: Tensor) -> Tensor:
         rows = self.state.rows
-        if not all(layer.additive for layer in self.parts.values()):
+        if not self.additive:
             done = [(own, self._one(name, base, rows.pick(x, own))) for name, own in self._with_rows()]
             rest = rows.lacking((*self.parts, *self.shifts))
             return rows.join([*done, (rest, base(rows.pick(x, rest)))] if rest else done)
@@ -178,44 +185,63 @@ class RowPlan(Plan):
 
     def _added(self, out: Tensor, x: Tensor) -> Tensor:
         """`out` with what the layers add to the rows of their adapters."""
-        rows = self.state.rows
-        sorts: dict[type[AdapterLayer], list[str]] = {}
-        for name, layer in self.parts.items():
-            sorts.setdefault(type(layer), []).append(name)
         apart: list[tuple[list[int], Tensor]] = []
-        for cls, names in sorts.items():
-            stack = self._stack(cls, tuple(names), x.device)
-            if stack is None:
-                picked = [(rows.having((name,)), self.parts[name]) for name in names]
-                apart += [(own, layer.delta(rows.pick(x, own))) for own, layer in picked]
-                continue
-            change = stack(x.reshape(rows.count, -1, x.shape[-1]))
-            mask = rows.mask(names, x.device)
-            if mask is not None:
-                change = torch.where(mask, change, 0)
-            out = out + change.reshape(out.shape)
-        return rows.add(out, apart) if apart else out
+        for group in self.groups:
+            change = group.stacked(x)
+            if change is None:
+                apart += group.apart(x)
+            else:
+                out = out + change
+        return self.state.rows.add(out, apart) if apart else out
 
-    def _stack(self, cls: type[AdapterLayer], names: tuple[str, ...], device: torch.device) -> Stack | None:
-        """One function for what these layers add to all rows; `None`: they are called one after another.
+
+class LayerGroup:
+    """The layers of one class at one module, and what they add to all rows."""
+
+    __slots__ = ("kept", "layers", "names", "rows", "stackable", "watched")
+
+    def __init__(self, rows: Rows, parts: dict[str, AdapterLayer]) -> None:
+        self.rows, self.names, self.layers = rows, tuple(parts), list(parts.values())
+        few = rows.count <= STACKED * len(self.layers)
+        self.stackable = few and all(layer.kind.is_plain for layer in self.layers)
+        self.watched: Watched | None = None
+        self.kept: Stack | None = None
+
+    def apart(self, x: Tensor) -> list[tuple[list[int], Tensor]]:
+        """What each layer adds to the rows of its adapter."""
+        owns = [self.rows.having((name,)) for name in self.names]
+        return [(own, layer.delta(self.rows.pick(x, own))) for own, layer in zip(owns, self.layers, strict=True)]
+
+    def stacked(self, x: Tensor) -> Tensor | None:
+        """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
 
         The cost rule: stacked, each row has a copy of its adapter's numbers, and there are two or three kernels
         whatever the number of adapters; one after another, nothing is copied, and each adapter has kernels of its
-        own. With up to `STACKED` rows for each adapter the stack is the faster one, and it takes at most that many
-        times the memory of the adapters themselves; with more, the rows of one adapter fill its kernels.
-
-        A stack is kept while its layers are as they were and get no gradient.
+        own. With up to `STACKED` rows for each adapter the stack is the faster one, or as fast (the two meet there at
+        width 1024, and with more rows in narrower layers), and takes at most that many times the memory of the adapters
+        themselves.
         """
-        layers, rows = [self.parts[name] for name in names], self.state.rows
-        if rows.count > STACKED * len(names) or not all(layer.kind.is_plain for layer in layers):
+        stack = self._stack(x.device) if self.stackable else None
+        if stack is None:
             return None
+        change = stack(x.reshape(self.rows.count, -1, x.shape[-1]))
+        mask = self.rows.mask(self.names, x.device)
+        if mask is not None:
+            change = torch.where(mask, change, 0)
+        return change.reshape(*x.shape[:-1], change.shape[-1])
+
+    def _stack(self, device: torch.device) -> Stack | None:
+        """The function; it is kept while the layers are as they were and get no gradient."""
+        slots = self.rows.slots(self.names, device)
+        make = type(self.layers[0]).stacked
         if torch.compiler.is_compiling():
-            return cls.stacked(layers, rows.slots(names, device))
-        kept = self.stacks.get(cls)
-        watched = Watched(layers) if kept is None or not kept[0].unchanged() else kept[0]
+            return make(self.layers, slots)
+        fresh = self.watched is None or not self.watched.unchanged()
+        watched = self.watched = Watched(self.layers) if fresh or self.watched is None else self.watched
         if torch.is_grad_enabled() and watched.learns:
-            return cls.stacked(layers, rows.slots(names, device))
-        if kept is None or watched is not kept[0]:
+            self.watched = None
+            return make(self.layers, slots)
+        if fresh:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.stacks[cls] = watched, cls.stacked(layers, rows.slots(names, device))
-        return kept[1]
+                self.kept = make(self.layers, slots)
+        return self.kept

@@ -30,7 +30,7 @@ class Rows:
         self.count = len(self.names)
         self.adapters = tuple(sorted({name for name in self.names if name is not None}))
         self.uniform = len(set(self.names)) == 1
-        self._tensors: dict[Any, Tensor] = {}
+        self._kept: dict[Any, Tensor | None] = {}
         # What is compiled reads the assignment from this alone, so that it serves every assignment.
         self._all_have = None not in self.names
         self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names])
@@ -46,21 +46,28 @@ class Rows:
         """The rows that have none of these adapters."""
         return [i for i, name in enumerate(self.names) if name not in adapters]
 
-    def slots(self, adapters: Sequence[str], device: torch.device) -> Tensor:
+    def slots(self, adapters: tuple[str, ...], device: torch.device) -> Tensor:
         """`(n,)`: for each row the place of its adapter in `adapters`; 0 for a row that has none of them."""
         if torch.compiler.is_compiling():
             return self._looked_up([adapters.index(n) if n in adapters else 0 for n in (*self.adapters, None)], device)
-        places: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
-        return self._tensor([places.get(name, 0) for name in self.names], device)
+        key = ("slots", adapters, device)
+        found = self._kept.get(key)
+        if found is None:
+            places: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
+            found = self._kept[key] = self._tensor([places.get(name, 0) for name in self.names], device)
+        return found
 
-    def mask(self, adapters: Collection[str], device: torch.device) -> Tensor | None:
+    def mask(self, adapters: tuple[str, ...], device: torch.device) -> Tensor | None:
         """`(n, 1, 1)`: whether a row has one of these adapters; `None` if all have."""
         if torch.compiler.is_compiling():
             if self._all_have and len(adapters) == len(self.adapters):
                 return None
             return self._looked_up([n in adapters for n in (*self.adapters, None)], device).view(-1, 1, 1)
-        held = [name in adapters for name in self.names]
-        return None if all(held) else self._tensor(held, device).view(-1, 1, 1)
+        key = ("mask", adapters, device)
+        if key not in self._kept:
+            held = [name in adapters for name in self.names]
+            self._kept[key] = None if all(held) else self._tensor(held, device).view(-1, 1, 1)
+        return self._kept[key]
 
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """The entries of some rows of `x`."""
@@ -93,10 +100,10 @@ class Rows:
         if torch.compiler.is_compiling():
             return torch.tensor(values, device=device)
         key = (device, type(values[0]), *values)  # True equals 1
-        found = self._tensors.get(key)
+        found = self._kept.get(key)
         if found is None:
             with torch.inference_mode(False):  # it may be used outside of it, too
-                found = self._tensors[key] = torch.tensor(values, device=device)
+                found = self._kept[key] = torch.tensor(values, device=device)
         return found
 
 
