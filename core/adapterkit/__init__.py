@@ -40,7 +40,7 @@ from adapterkit.matching import PatternTable
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.registry import Registry, default_registry
 from adapterkit.report import Report, write_report
-from adapterkit.reports import AddReport, CombineReport, LoadReport, Status
+from adapterkit.reports import AddReport, CombineReport, LoadReport, Status, SwapReport
 from adapterkit.scaffold import new_package
 from adapterkit.selection import Selection, select
 from adapterkit.target import Target
@@ -90,6 +90,7 @@ __all__ = [
     "SelectionError",
     "StateError",
     "Status",
+    "SwapReport",
     "Target",
     "UnknownNameError",
     "UnsupportedError",

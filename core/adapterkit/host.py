@@ -191,6 +191,11 @@ class Host:
         wanted.apply(self.model)
         self.labels_of = owner
 
+    def renew_labels(self, record: AdapterRecord) -> None:
+        """The adapter has another label set: the model's config follows it if it followed the old one."""
+        if record.labels is not None and self.labels_of == record.name:
+            record.labels.apply(self.model)
+
     def notes(self, record: AdapterRecord, walk: Walk) -> list[str]:
         """What whoever adds an adapter to this model should know."""
         norms = [

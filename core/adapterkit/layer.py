@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
 from adapterkit.tiles import AddTile
 
@@ -62,7 +62,7 @@ class AdapterLayer(Holder):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "delta" in cls.__dict__:  # what is inherited computes another delta
-            for name in {"add_to", "with_weight", "stacked"} - cls.__dict__.keys():
+            for name in {"add_to", "with_weight", "stacked", "adopt"} - cls.__dict__.keys():
                 setattr(cls, name, AdapterLayer.__dict__[name])
 
     def delta(self, x: Tensor) -> Tensor:
@@ -117,6 +117,23 @@ class AdapterLayer(Holder):
             in memory.
         """
         return None
+
+    def adopt(self, other: Self | None) -> Mapping[str, Tensor]:
+        """The tensors, by their names here, with which this layer does what `other` does: `Adapters.swap`.
+
+        A method overrides this where its sizes or its scaling may differ from one adapter to another. Shapes are
+        this layer's own; a tensor that may stay is left out. By default the other's tensors, of the same shapes and
+        from the same config.
+
+        Args:
+            other: another adapter's layer at the same target; `None`: the layer is to change nothing.
+
+        Raises:
+            CheckpointError: it cannot; says why, to go on from "at 'path' ".
+        """
+        if other is None:
+            raise CheckpointError("the file has nothing, and the method does not say what changes nothing")
+        return {**dict(other.named_parameters()), **dict(other.named_buffers())}
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a file may give the parameters named these other shapes than they have; by default not."""

@@ -118,6 +118,38 @@ class LoadReport(Shown):
 
 
 @dataclass(frozen=True)
+class SwapReport(Shown):
+    """What `Adapters.swap` wrote into an adapter.
+
+    Attributes:
+        name: the adapter.
+        targets: paths of the layers that have new values.
+        cleared: paths of its other layers, which change nothing now.
+        heads: paths of the heads that have new values.
+        ignored: tensors of the file that were passed over.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    cleared: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([self._sentence(), *(f"  {what}: {path}" for what, path in self._rows())])
+
+    def _sentence(self) -> str:
+        return f"adapter {self.name!r}: new values in {len(self.targets)} layers"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        groups = {"changes nothing now": self.cleared, "head": self.heads, "ignored": self.ignored}
+        return [(what, path) for what, paths in groups.items() for path in paths]
+
+    def _shown(self) -> tuple[str, list[Table]]:
+        return self._sentence(), [Table(("", "path"), self._rows())]
+
+
+@dataclass(frozen=True)
 class CombineReport(Shown):
     """What `Adapters.combine`, `convert` or `extract` made.
 

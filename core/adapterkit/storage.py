@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from adapterkit import persistence
-from adapterkit.errors import AdapterWarning, ConfigError
+from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
 from adapterkit.files import local_path, read
 from adapterkit.hub import adapter_folder
 from adapterkit.lifecycle import Lifecycle
 from adapterkit.loading import fit, put, refuse, to_file
 from adapterkit.registry import default_registry
-from adapterkit.reports import LoadReport
+from adapterkit.reports import LoadReport, SwapReport
+from adapterkit.swapping import swapped_config, values_to_swap
 
 
 class Storage(Lifecycle):
@@ -117,3 +118,53 @@ class Storage(Lifecycle):
         if activate:
             self.activate(name, trainable=trainable)
         return report
+
+    def swap(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        component: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+    ) -> SwapReport:
+        """Write what a folder, a repository of the hub or a file holds into an adapter that is there.
+
+        Its parameters stay where they are in memory, and keep their shapes, so a model that is compiled is not
+        compiled again. A smaller rank is filled up with zeros; another scaling is worked into the up factor, exactly
+        if their ratio is a power of two. Layers that the file does not have change nothing afterwards. Heads, trained
+        biases and the label set are the file's.
+
+        The adapter's config keeps its own sizes, and says what its file holds: saved and loaded it gives the outputs
+        of the adapter that was swapped in. Ranks that were filled up get no gradient.
+
+        Args:
+            source, component, revision, subfolder, cache_dir, token: as for `load`.
+
+        Raises:
+            CheckpointError: a file that is damaged, or that does not fit into this adapter: of another method, of a
+                larger rank, with layers or heads that it has not, or with other shared tensors. Nothing has changed.
+            StateError: the adapter is merged or offloaded.
+        """
+        record = self._record(name)
+        self._check_not_merged(name)
+        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
+        other, report = persistence.load_record(
+            self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
+        )
+        try:
+            with torch.no_grad():
+                values = values_to_swap(record, other)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it under "
+                "another name instead (adapters.load)."
+            ) from error
+        put(values, assign=False)
+        record.config = swapped_config(record.config, other.config)
+        record.labels = other.labels if record.heads else record.labels
+        self._live.renew_labels(record)
+        cleared = tuple(path for path in record.layers if path not in other.layers)
+        return SwapReport(name, tuple(other.layers), cleared, tuple(record.heads), report.ignored)

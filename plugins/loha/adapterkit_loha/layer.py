@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, FactorStack, Target
+from adapterkit import AdapterLayer, CheckpointError, Factors, FactorStack, Target
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.forms import cheapest, delta, khatri_rao, whole
 
@@ -109,10 +110,37 @@ class LoHaLayer(AdapterLayer):
             return None
         return FactorStack([layer.factors() for layer in layers], slots)
 
+    def adopt(self, other: LoHaLayer | None) -> Mapping[str, Tensor]:
+        """See `AdapterLayer.adopt`: smaller ranks filled up with zeros, the other's scaling worked into A1."""
+        if other is None:
+            return {"hada_w2_a": torch.zeros_like(self.hada_w2_a)}
+        if other.r > self.r:
+            raise CheckpointError(f"its rank is {other.r}, and the adapter's is {self.r}")
+        if self.effective and not other.effective:
+            raise CheckpointError(
+                "it has no cores of an effective convolution, and the adapter has (use_effective_conv2d)"
+            )
+        if self.scaling == 0 != other.scaling:
+            raise CheckpointError("the adapter's scaling is 0 (alpha), so it can change nothing")
+        given: dict[str, Tensor] = dict(other.named_parameters())
+        if other.effective and not self.effective:
+            first, second = other.pair()
+            given = {"hada_w1_a": first.up, "hada_w1_b": first.down, "hada_w2_a": second.up, "hada_w2_b": second.down}
+        if other.scaling != self.scaling:
+            given["hada_w1_a"] = given["hada_w1_a"] * (other.scaling / self.scaling)
+        return {name: filled_up(value, self.get_parameter(name).shape) for name, value in given.items()}
+
     def factors(self) -> Factors:
         """The exact `dW`, scaling included, of rank `r * r`."""
         first, second = self.pair()
         return khatri_rao(Factors(first.up * self.scaling, first.down), second)
+
+
+def filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor with zeros behind its values in each dimension where `shape` has more."""
+    more = [wide - own for own, wide in zip(tensor.shape, shape, strict=True)]
+    filled: Tensor = F.pad(tensor, [n for last in reversed(more) for n in (0, last)])
+    return filled
 
 
 def with_kernel(core: Tensor, channels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import AdapterLayer, Factors, FactorStack, Holder, StateError, Target
+from adapterkit_lora.adopt import adopted
 from adapterkit_lora.config import LoraConfig
 
 
@@ -98,6 +99,10 @@ class LoraLayer(AdapterLayer):
         found = [None if layer.training and layer.dropout else layer.factors() for layer in layers]
         factors = [f for f in found if f is not None]
         return FactorStack(factors, slots) if len(factors) == len(found) else None
+
+    def adopt(self, other: LoraLayer | None) -> Mapping[str, Tensor]:
+        """See `AdapterLayer.adopt`: of another rank that is not larger, and any scaling."""
+        return adopted(self, other)
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """See `AdapterLayer.accepts`: PEFT's form for convolutions with groups; the kernel in one dimension."""

@@ -106,6 +106,12 @@ class VeraLayer(AdapterLayer):
         held = {(id(layer.shared["vera_A"]), id(layer.shared["vera_B"]), layer.vera_lambda_d.dtype) for layer in layers}
         return VeraStack(layers, slots) if len(held) == 1 else None
 
+    def adopt(self, other: VeraLayer | None) -> Mapping[str, Tensor]:
+        """See `AdapterLayer.adopt`: of the same projections alone, so of the same rank."""
+        if other is None:
+            return {"vera_lambda_b": torch.zeros_like(self.vera_lambda_b)}
+        return dict(other.named_parameters())
+
     def factors(self) -> Factors:
         """The exact `dW`, of rank `r`."""
         down, up = self.projections()
