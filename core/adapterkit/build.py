@@ -15,15 +15,15 @@ from adapterkit.dispatch import Active
 from adapterkit.errors import PluginError, SelectionError
 from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer
-from adapterkit.loading import module_slots
 from adapterkit.method import Injector, Method
 from adapterkit.offload import execution_device, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.selection import Match, Selection
 from adapterkit.shared import SharedTensors, SharedView
+from adapterkit.slots import module_slots
 from adapterkit.target import Target
-from adapterkit.walk import Uncalled, Walk
+from adapterkit.walk import Uncalled, Walk, tensors_below
 
 
 class Builder:
@@ -105,18 +105,20 @@ class Builder:
 
     def fill(self, record: AdapterRecord) -> None:
         """Give what a file left without values those of a new adapter, and move the rest to where it computes."""
-        new = [dataclasses.replace(target, load=False) for target in self.targets.values()]
-        inject = self.method.injector()
-        if record.shared is not None and new[0].device.type != "meta":
-            if _lacks_values(record.shared.module):
+        targets = list(self.targets.values())
+        if record.shared is not None and targets[0].device.type != "meta":
+            if any(t.is_meta for t in tensors_below([record.shared.module])):
+                new = [dataclasses.replace(target, load=False) for target in targets]
                 _assign(record.shared.module, SharedTensors(self.method.prepare(new, self.config)))
-            record.shared.module.to(new[0].device)
-        for target in new:
+            record.shared.module.to(targets[0].device)
+        for target in targets:
             layer = record.layers[target.path]
-            if target.device.type == "meta":
+            devices = {tensor.device for tensor in tensors_below([layer])}
+            if target.device.type == "meta" or devices == {target.device}:
                 continue
-            if _lacks_values(layer):
-                _assign(layer, self._make_layer(target, record.shared, inject))
+            if torch.device("meta") in devices:
+                new_target = dataclasses.replace(target, load=False)
+                _assign(layer, self._make_layer(new_target, record.shared, self.method.injector()))
             layer.to(target.device)
 
     def _target(self, match: Match) -> Target:
@@ -164,10 +166,6 @@ class Builder:
         if not skipped:
             return []
         return [f"biases not trained, because it is not known where they act: {', '.join(skipped)}"]
-
-
-def _lacks_values(module: nn.Module) -> bool:
-    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
 def _assign(module: nn.Module, fresh: nn.Module) -> None:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from adapterkit.disk.mapping import mapped_tensors
 from adapterkit.errors import CheckpointError, ConfigError, SaveError
 
 CONFIG_FILE = "adapter_config.json"
@@ -150,7 +151,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        return mapped_tensors(path), metadata  # whose header has been checked by that
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} ({_size(path)}) is no readable safetensors file: {error}. "

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +52,11 @@ class ForeignFile:
 
 def component(name: str) -> str:
     """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
-    head = name.partition(".")[0]
+    return _component(name.partition(".")[0])
+
+
+@lru_cache(maxsize=4096)  # few of a file's keys begin in another way than others
+def _component(head: str) -> str:
     if head in DOTTED:
         return head
     return next((part for part in FLAT if head.startswith(part + "_")), "")
@@ -135,6 +140,16 @@ class ForeignLayers:
                     raise CheckpointError(_two_keys(other, key, path))
                 break
         return cls(tensors, layers, keys)
+
+    @staticmethod
+    def are_native(keys: Iterable[str], layers: Collection[str], names: Collection[str]) -> bool:
+        """Whether every key is the path of a layer with one of these names, so that there is nothing to sort."""
+        suffixes = tuple(f".{name}" for name in names)
+        for key in keys:
+            suffix = next((s for s in suffixes if key.endswith(s)), "")
+            if not suffix or key.removesuffix(suffix) not in layers:
+                return False
+        return True
 
     def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> ForeignLayers:
         """Without the layers whose local names are not wanted, such as a lone `alpha`."""
@@ -230,9 +245,10 @@ def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, T
 def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> set[str]:
     """Keys of those parts of a pipeline of which a method's `from_file` found no layer on this model."""
     own = {path.partition(".")[0] for path in layers}  # GPT-2 has a module called `transformer`
-    found = {component(key) for key in tensors if key not in read}
-    other = {component(key) for key in tensors} - found - own - {""}
-    return {key for key in tensors if component(key) in other}
+    parts = {key: component(key) for key in tensors}
+    found = {part for key, part in parts.items() if key not in read}
+    other = set(parts.values()) - found - own - {""}
+    return {key for key, part in parts.items() if part in other}
 
 
 def check_foreign(tensors: Iterable[str], file: Path) -> None:

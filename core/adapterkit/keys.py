@@ -61,6 +61,8 @@ def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
 
     The key is read part by part, from the right: an adapter may be called like a module of the model.
     """
+    if f".{name}." not in key:
+        return None
     parts = key.split(".")
     for i in range(len(parts) - 3, -1, -1):
         if parts[i] in (*CONTAINERS, SHARED) and parts[i + 1] == name:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,117 +10,17 @@ from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.foreign import layers_of, passed_over
-from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED, file_key, split_memory_key, strip_file_prefix
-from adapterkit.layer import AdapterLayer
+from adapterkit.keys import BIASES, HEADS, SHARED, file_key, split_memory_key, strip_file_prefix
 from adapterkit.method import Method
-from adapterkit.offload import hook_objects, real_value
+from adapterkit.offload import is_hooked, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
+from adapterkit.slots import Slot, module_slots, slots
 from adapterkit.walk import Walk
 
 # Names that wrappers put into the paths of the modules they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _BASE_LAYER = ".base_layer."
-
-
-@dataclass
-class Slot:
-    """One place for a tensor: a parameter or buffer of some module of an adapter."""
-
-    key: str
-    owner: nn.Module
-    name: str
-    layer: AdapterLayer | None = None
-
-    @property
-    def tensor(self) -> Tensor:
-        """What is there now."""
-        found: Tensor | None = self.owner._parameters.get(self.name)
-        if found is None:
-            found = self.owner._buffers[self.name]
-        assert found is not None
-        return found
-
-    def takes(self, tensors: Mapping[str, Tensor], key: str) -> bool:
-        """Whether the tensor under `key`, seen beside its layer's others, has a shape that can stand here."""
-        if self.tensor.shape == tensors[key].shape:
-            return True
-        if self.layer is None:
-            return False
-        local = next(name for name, _ in module_slots(self.layer) if key.endswith("." + name))
-        path = key.removesuffix(local)
-        names = [name for name, _ in module_slots(self.layer) if path + name in tensors]
-        return self.layer.accepts({name: tuple(tensors[path + name].shape) for name in names})
-
-    def assign(self, value: Tensor) -> None:
-        """Put `value` there as it is, without a copy."""
-        if self.name in self.owner._parameters:
-            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
-        else:
-            self.owner._buffers[self.name] = value
-
-    def restore(self, held: Tensor) -> None:
-        """Put the very object back that was there before."""
-        if isinstance(held, nn.Parameter):
-            self.owner._parameters[self.name] = held
-        else:
-            self.owner._buffers[self.name] = held
-
-
-def slots(record: AdapterRecord) -> dict[str, Slot]:
-    """Every tensor of the adapter by its key in a file, PEFT's prefix left out."""
-    found: dict[str, Slot] = {}
-    for container, path, module in record.parts():
-        place = path
-        if path in record.layers and container != LAYERS:
-            place = f"{path}.base_layer"
-        for local, slot in module_slots(module):
-            slot.key = f"{place}.{local}"
-            if isinstance(module, AdapterLayer):
-                slot.layer = module
-            found[slot.key] = slot
-    if record.shared is not None:
-        for local, slot in module_slots(record.shared.module):
-            slot.key = local
-            found[local] = slot
-    return found
-
-
-def module_slots(module: nn.Module) -> Iterable[tuple[str, Slot]]:
-    """Every parameter and persistent buffer of a module, by its name there."""
-    for path, owner in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield prefix + name, Slot("", owner, name)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield prefix + name, Slot("", owner, name)
-
-
-@contextmanager
-def stand_ins(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, a layer has other tensors in place of those that `change` changes."""
-    held = [(slot, slot.tensor) for _, slot in module_slots(layer)]
-    for slot, tensor in held:
-        other = change(tensor.detach())
-        if other.dtype != tensor.dtype or other.device != tensor.device:
-            slot.assign(other)
-    try:
-        yield
-    finally:
-        for slot, tensor in held:
-            slot.restore(tensor)
-
-
-def widened(layer: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """A layer's parameters in this dtype where theirs has less: factors of half-precision ones would be rounded."""
-
-    def wide(tensor: Tensor) -> Tensor:
-        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
-        return tensor.to(dtype) if narrow else tensor
-
-    return stand_ins(layer, wide)
 
 
 def _method_keys(record: AdapterRecord) -> set[str]:
@@ -243,11 +142,11 @@ def _place(
         slot = places.get(key)
         if slot is None:
             rest.append(key)
-        elif slot.tensor.is_floating_point() and not tensor.is_floating_point():
+        elif not tensor.is_floating_point() and slot.tensor.is_floating_point():
             raise CheckpointError(
                 f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
             )
-        elif not slot.takes(tensors, key):
+        elif slot.tensor.shape != tensor.shape and not slot.takes(tensors, key):
             mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(slot.tensor.shape)))
         else:
             values.append((slot, tensor))
@@ -327,7 +226,7 @@ def put(
     """Move tensors to their places: assigned to a new adapter, copied into one that is in use."""
     values = list(values)
     for slot, _ in values:
-        if slot.tensor.is_meta and hook_objects(slot.owner):
+        if is_hooked(slot.owner) and slot.tensor.is_meta:
             raise StateError(
                 f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
                 "offload the model then, or load it under another name."
@@ -339,5 +238,5 @@ def put(
                 own.copy_(tensor)
                 continue
             device = tensor.device if own.is_meta else own.device
-            dtype = (dtypes or {}).get(slot.key, own.dtype)
+            dtype = dtypes.get(slot.key, own.dtype) if dtypes else own.dtype
             slot.assign(tensor.to(device, dtype).contiguous())

@@ -20,11 +20,11 @@ from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.headmix import combine_heads
-from adapterkit.loading import widened
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
 from adapterkit.result import Changes, build_result, check_can_result, check_finite, in_model_order
+from adapterkit.slots import widened
 from adapterkit.walk import Walk
 
 

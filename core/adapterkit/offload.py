@@ -52,6 +52,11 @@ def fetched(*parts: nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of accelerate's acts at this very module."""
+    return "_hf_hook" in module.__dict__
+
+
 def hook_objects(root: nn.Module) -> list[Any]:
     """Every hook of `root` and below: they refer to the whole model's offloaded weights."""
     return [hook for module in root.modules() for hook in _hooks(module)]

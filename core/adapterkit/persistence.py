@@ -21,13 +21,14 @@ from adapterkit.hookspecs import METHODS_GROUP
 from adapterkit.keys import strip_file_prefix
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
-from adapterkit.loading import equals_base, fit, put, refuse, slots, to_file
+from adapterkit.loading import equals_base, fit, put, refuse, to_file
 from adapterkit.matching import Names
 from adapterkit.method import Method
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
 from adapterkit.selection import ALL_LINEAR, select_on
+from adapterkit.slots import slots
 from adapterkit.walk import Walk
 
 
@@ -215,12 +216,13 @@ def _embeddings_in_file(
     """
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
-    known, found = slots(record), []
+    found = []
     for module, paths in walk.aliases.items():
         if not isinstance(module, nn.Embedding) and module is not output:
             continue
         for path in paths:
-            keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors and k not in known]
+            keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors]
+            keys = [k for k in keys if k not in slots(record)]
             if not keys or paths[0] in record.heads or equals_base(model, keys[0], tensors[keys[0]]):
                 continue
             if tensors[keys[0]].dim() != 2:

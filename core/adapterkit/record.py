@@ -18,6 +18,7 @@ from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
 from adapterkit.reports import AdapterStatus
 from adapterkit.shared import SharedView
+from adapterkit.walk import modules_below
 
 
 @dataclass
@@ -55,19 +56,19 @@ class AdapterRecord:
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains, each once."""
-        found: dict[int, nn.Parameter] = {}
-        modules = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
-        while modules:
-            module = modules.pop()
-            found.update((id(p), p) for p in module._parameters.values() if p is not None)
-            modules.extend(child for child in module._modules.values() if child is not None)
-        return list(found.values())
+        held = [p for module in self._modules() for p in module._parameters.values() if p is not None]
+        return list({id(p): p for p in held}.values())
+
+    def _modules(self) -> Iterator[nn.Module]:
+        return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values()))
 
     def set_trainable(self, trainable: bool) -> None:
         """Set `requires_grad` of all parameters; nothing to do if that is how they are."""
         if trainable != self.trainable:
-            for parameter in self.parameters():
-                parameter.requires_grad_(trainable)
+            for module in self._modules():
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad_(trainable)
             self.trainable = trainable
 
     def status(self, *, active: bool, merged: bool) -> AdapterStatus:

@@ -15,11 +15,11 @@ from adapterkit.factors import Factors
 from adapterkit.hookspecs import RESULT_HOOKS
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
-from adapterkit.loading import module_slots
 from adapterkit.method import Method
 from adapterkit.persistence import short_names
 from adapterkit.record import AdapterRecord
 from adapterkit.selection import Match, Selection
+from adapterkit.slots import module_slots
 from adapterkit.walk import Walk
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import CheckpointError
 from adapterkit.layer import AdapterLayer
-from adapterkit.loading import Slot, module_slots
 from adapterkit.record import AdapterRecord
+from adapterkit.slots import Slot, module_slots
 
 # Fields that say where an adapter acts and where it is from, not what it does.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "extra")

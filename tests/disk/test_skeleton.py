@@ -15,7 +15,7 @@ from transformers import BertConfig, LlamaConfig, MixtralConfig, MixtralForCausa
 from transformers.utils import logging
 
 import adapterkit as ak
-from adapterkit.disk import Checkpoint
+from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.names import match_names
 from adapterkit_lora import LoraConfig
 

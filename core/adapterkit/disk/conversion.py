@@ -18,12 +18,13 @@ from adapterkit.disk.output import check_dtype, file_place, output_place, write_
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
 from adapterkit.foreign import DOTTED, FLAT
 from adapterkit.keys import strip_file_prefix
-from adapterkit.loading import stand_ins, to_file
+from adapterkit.loading import to_file
 from adapterkit.lowrank import check_size
 from adapterkit.mixture import Choices
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
+from adapterkit.slots import stand_ins
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
 # What a part of a pipeline is called where nothing else is said, and what it may be called.

@@ -18,8 +18,8 @@ from adapterkit.errors import ConfigError, StateError
 from adapterkit.factors import Factors
 from adapterkit.hub import adapter_folder
 from adapterkit.keys import strip_file_prefix
-from adapterkit.loading import widened
 from adapterkit.record import AdapterRecord
+from adapterkit.slots import widened
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")

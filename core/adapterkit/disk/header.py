@@ -77,12 +77,7 @@ class Entry:
         Raises:
             CheckpointError: torch has none for it.
         """
-        found = getattr(torch, _DTYPES[self.dtype][1], None)
-        if not isinstance(found, torch.dtype):
-            raise CheckpointError(
-                f"{self.file}: {self.name!r} has dtype {self.dtype}, which torch {torch.__version__} lacks."
-            )
-        return found
+        return torch_dtype(self.dtype, self.file, self.name)
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,18 @@ class Shard:
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
     size: int
+
+
+def torch_dtype(name: str, file: Path, tensor: str = "a tensor") -> torch.dtype:
+    """The torch dtype of one that the format names.
+
+    Raises:
+        CheckpointError: torch has none for it.
+    """
+    found = getattr(torch, _DTYPES[name][1], None) if name in _DTYPES else None
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{file}: {tensor!r} has dtype {name}, which torch {torch.__version__} lacks.")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,8 +22,8 @@ from adapterkit.factors import Factors
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.keys import strip_file_prefix
 from adapterkit.labels import LabelSet
-from adapterkit.loading import stand_ins, widened
 from adapterkit.record import AdapterRecord
+from adapterkit.slots import stand_ins, widened
 
 Shape = tuple[int, ...]
 

@@ -14,9 +14,9 @@ from adapterkit.disk.mapping import FactorSpool, MappedFiles, write_tensors
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path, umask
 from adapterkit.keys import file_key
-from adapterkit.loading import module_slots
 from adapterkit.persistence import save_record
 from adapterkit.record import AdapterRecord
+from adapterkit.slots import module_slots
 
 
 def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:

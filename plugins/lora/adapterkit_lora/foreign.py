@@ -166,6 +166,8 @@ def renamed(config: LoraConfig, tensors: Mapping[str, Tensor], layers: Mapping[s
     `mid (r, r, *kernel)` of a Tucker convolution: `A' = mid x A`, `(r, in, *kernel)`. `scalar` multiplies B, and so
     does `(alpha / r) / scaling` where the file's alpha is not the config's.
     """
+    if ForeignLayers.are_native(tensors, layers, (_DOWN, _UP, "lora_B.bias")):
+        return tensors
     found = read(tensors, layers)
     extra = {"alpha", "scalar", _MID}  # which no file of PEFT's has
     foreign = [p for p, keys in found.keys.items() if not (found.is_native(p) and extra.isdisjoint(keys))]
