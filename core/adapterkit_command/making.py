@@ -31,6 +31,10 @@ Base = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, ...", show_default="float32")]
 
+Component = Annotated[
+    str | None, typer.Option(help="Of a file for a whole pipeline, the part that is meant, such as `unet`.")
+]
+
 
 @dataclass(frozen=True)
 class Written:
@@ -112,6 +116,62 @@ def combine(  # noqa: PLR0913 - one parameter an option
         isotropize=isotropize,
         same_base=same_base,
         base=base,
+        dtype=parsing.dtype(dtype),
+        overwrite=overwrite,
+    )
+    return Written(out, report)
+
+
+@command(
+    PANEL,
+    "convert_file",
+    {
+        "LoHa as LoRA, exactly": "adapterkit convert ./adapters/loha --to lora --out ./adapters/lora",
+        "Smaller: the rank that keeps 99 percent of each change": "adapterkit convert big --energy 0.99 --out small",
+        "For kohya-ss": "adapterkit convert ./adapters/style --naming kohya --out style.safetensors",
+        "From it, for a model's own paths": "adapterkit convert style.safetensors --base ./unet --out ./adapters/style",
+    },
+    show=show_written,
+)
+def convert(  # noqa: PLR0913 - one parameter an option
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The folder to write; a file that ends in .safetensors for other programs."),
+    ],
+    to: To = "lora",
+    rank: Rank = None,
+    energy: Energy = None,
+    naming: Annotated[
+        str, typer.Option(help="Whose names the tensors get: `peft`, `kohya`, `lycoris` or `diffusers`.")
+    ] = "peft",
+    base: Base = None,
+    component: Component = None,
+    as_component: Annotated[
+        str | None, typer.Option(help="What the part is called in the output, such as `lora_te1`.")
+    ] = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> Written:
+    """Convert an adapter to another method, to the names of another program, or both.
+
+    Without a rank or energy the change stays exactly what it was; an adapter that has the method already keeps its
+    tensors to the bit.
+    """
+    names: Any = naming
+    import adapterkit as ak
+
+    report = ak.convert_file(
+        adapter,
+        out,
+        to=to,
+        rank=rank,
+        energy=energy,
+        naming=names,
+        base=base,
+        component=component,
+        as_component=as_component,
         dtype=parsing.dtype(dtype),
         overwrite=overwrite,
     )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests.command.conftest import run
 
 import adapterkit as ak
@@ -59,6 +60,23 @@ def test_combine_refuses_in_the_words_of_the_command(
     assert (done.exit_code, done.stdout) == (status, "")
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert not (here / "both").exists()
+
+
+def test_convert_is_convert_file(here: Path) -> None:
+    done = run("convert", "loha", "--rank", "2", "--dtype", "bfloat16", "--out", "lora")
+    assert (done.exit_code, done.stderr) == (0, "")
+    ak.convert_file("loha", "expected", rank=2, dtype=torch.bfloat16)
+    assert same_files(here / "lora", here / "expected")
+
+
+def test_convert_to_another_programs_names(here: Path) -> None:
+    ak.combine_files({"topic": 1.0}, "bare", heads="drop")
+    options = ("--naming", "kohya", "--as-component", "lora_te1", "--out", "te.safetensors")
+    assert run("convert", "bare", *options).exit_code == 0
+    ak.convert_file("bare", "expected.safetensors", naming="kohya", as_component="lora_te1")
+    assert (here / "te.safetensors").read_bytes() == (here / "expected.safetensors").read_bytes()
+    done = run("convert", "te.safetensors", "--component", "lora_te1", "--base", "base", "--out", "back", "--json")
+    assert set(json.loads(done.stdout)["report"]["ranks"]) == {row.path for row in ak.inspect_adapter("bare").layers}
 
 
 def test_new_writes_a_package(here: Path) -> None:
