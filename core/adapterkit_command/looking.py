@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from adapterkit_command import parsing
@@ -183,3 +186,57 @@ def targets(
     if config is not None:
         return ak.preview(model, ak.read_config(config).replace(**fields))
     return ak.preview(model, ak.config(method or "lora", **fields))
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report that was written.
+
+    Attributes:
+        page: the file.
+        verdicts: its answers; every number is in the page, and those of one adapter in `inspect --json`.
+    """
+
+    page: Path
+    verdicts: Sequence[Any]
+
+
+def _show_page(made: Page) -> Iterator[RenderableType]:
+    for verdict in made.verdicts:
+        yield Text(f"{' and '.join(verdict.about)}: {verdict.headline}", style="bold")
+        for line in (*verdict.reasons, *filter(None, [verdict.call])):
+            yield Padding(Text(line), (0, 0, 0, 2))
+        yield Text()
+    yield hanging("written", str(made.page))
+
+
+@command(
+    PANEL,
+    "write_report",
+    {
+        "Which layers matter, and which rank is enough": "adapterkit report ./adapters/mood --out mood.html",
+        "Whether two can be merged": "adapterkit report ./adapters/mood ./adapters/topic --out both.html",
+        "With sizes relative to the base's weights": "adapterkit report ./adapters/mood --base ./bert --out mood.html",
+    },
+    show=_show_page,
+)
+def report(
+    adapters: Annotated[list[str], typer.Argument(help="Folders, hub ids, or files of other programs.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; one that is there is replaced.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder: sizes are then relative to its weights.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="What an adapter is called; once for each.", show_default="their folders'")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+) -> Page:
+    """Write a page to look at: which layers an adapter changes, which rank is enough, which adapters go together.
+
+    One HTML file without scripts that loads nothing from elsewhere. Its answers are printed too. Needs matplotlib:
+    pip install 'adapterkit[report]'.
+    """
+    import adapterkit as ak
+
+    return Page(out, ak.write_report(adapters, out, base=base, names=name or None, title=title).verdicts)

@@ -107,6 +107,17 @@ def test_inspect_of_a_model_is_an_error(here: Path) -> None:
     assert done.stderr.startswith("error: base is no adapter: it has no adapter_config.json.")
 
 
+def test_report_writes_the_page_and_says_its_answers(here: Path) -> None:
+    done = run("report", "mood", "topic", "--name", "a", "--name", "b", "--title", "Two", "--out", "page.html")
+    assert done.exit_code == 0, done.stderr
+    expected = ak.write_report(["mood", "topic"], "expected.html", names=["a", "b"], title="Two")
+    assert (here / "page.html").read_bytes() == (here / "expected.html").read_bytes()
+    assert done.stdout.splitlines()[-1] == "written: page.html"
+    answers = json.loads(run("report", "mood", "topic", "--out", "page.html", "--json").stdout)
+    assert answers["page"] == "page.html"
+    assert [a["question"] for a in answers["verdicts"]] == [v.question for v in expected.verdicts]
+
+
 def test_a_narrow_terminal_shows_every_cell() -> None:
     import io
 
