@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from adapterkit_command import parsing
+from adapterkit_command.options import ExcludeModules, TargetModules, TargetRegex
 from adapterkit_command.output import Columns, hanging
 from adapterkit_command.running import command
 
@@ -145,20 +146,9 @@ def _show_preview(report: Preview) -> Iterator[RenderableType]:
 )
 def targets(
     model: Annotated[str, typer.Argument(help="A model's folder, or a hub id. Its weights are not read.")],
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Names of layers: full paths, or their ends at a dot; several with commas, or the option again. "
-            "`all-linear`: every linear layer but the output head.",
-            metavar="NAMES",
-        ),
-    ] = None,
-    target_regex: Annotated[
-        str | None, typer.Option(help="Instead: an expression for the full path.", metavar="EXPRESSION")
-    ] = None,
-    exclude_modules: Annotated[
-        list[str] | None, typer.Option(help="Names of layers to leave out.", metavar="NAMES")
-    ] = None,
+    target_modules: TargetModules = None,
+    target_regex: TargetRegex = None,
+    exclude_modules: ExcludeModules = None,
     method: Annotated[str | None, typer.Option(help="The adapter method.", show_default="lora")] = None,
     set_: Annotated[
         list[str] | None,

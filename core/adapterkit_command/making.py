@@ -12,28 +12,24 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from adapterkit_command import parsing
+from adapterkit_command.options import (
+    WEIGHTED,
+    Base,
+    Component,
+    Dtype,
+    Energy,
+    ExcludeModules,
+    Out,
+    Overwrite,
+    Rank,
+    TargetModules,
+    TargetRegex,
+    To,
+)
 from adapterkit_command.output import hanging
 from adapterkit_command.running import command
 
 PANEL = "Make"
-WEIGHTED = "PATH[:WEIGHT]"
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears when it is complete.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that the folder holds.")]
-Rank = Annotated[int | None, typer.Option(help="Truncate to this rank, as well as can be.")]
-Energy = Annotated[
-    float | None, typer.Option(help="Instead: to this share of the squared singular values, such as 0.99.")
-]
-To = Annotated[str, typer.Option(help="The method of the result.")]
-Base = Annotated[
-    str | None,
-    typer.Option(help="The base model's folder, where the adapters' files do not tell its layers' sizes."),
-]
-Dtype = Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, ...", show_default="float32")]
-
-Component = Annotated[
-    str | None, typer.Option(help="Of a file for a whole pipeline, the part that is meant, such as `unet`.")
-]
 
 
 @dataclass(frozen=True)
@@ -172,6 +168,63 @@ def convert(  # noqa: PLR0913 - one parameter an option
         base=base,
         component=component,
         as_component=as_component,
+        dtype=parsing.dtype(dtype),
+        overwrite=overwrite,
+    )
+    return Written(out, report)
+
+
+@command(
+    PANEL,
+    "extract_files",
+    {
+        "The nearest adapter of rank 16 to a full fine-tune": "adapterkit extract bert bert-tuned --rank 16 --out a",
+        "Some layers, by how much of the change they keep": "adapterkit extract base tuned --energy 0.9 "
+        "--target-modules query,value --out a",
+    },
+    show=show_written,
+)
+def extract(  # noqa: PLR0913 - one parameter an option
+    base: Annotated[str, typer.Argument(help="The base model's folder.")],
+    tuned: Annotated[str, typer.Argument(help="The folder of the model that was fine-tuned from it.")],
+    *,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    target_modules: TargetModules = None,
+    target_regex: TargetRegex = None,
+    exclude_modules: ExcludeModules = None,
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Modules taken over in full; `none` for none. Without it the task head is.",
+            metavar="NAMES",
+            show_default="auto",
+        ),
+    ] = None,
+    to: To = "lora",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> Written:
+    """Make an adapter of the difference between two models, from their files.
+
+    At each layer the best approximation of the change at the rank or energy that you ask for. One layer is in memory at
+    a time.
+    """
+    chosen = parsing.modules(target_modules, target_regex, "--target-modules")
+    heads = parsing.names(modules_to_save)
+    import adapterkit as ak
+
+    report = ak.extract_files(
+        base,
+        tuned,
+        out,
+        rank=rank,
+        energy=energy,
+        target_modules="all-linear" if chosen is None else chosen,
+        exclude_modules=parsing.names(exclude_modules),
+        modules_to_save="auto" if heads is None else None if heads == ["none"] else heads,
+        to=to,
         dtype=parsing.dtype(dtype),
         overwrite=overwrite,
     )

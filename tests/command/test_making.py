@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.command.conftest import run
+from transformers import AutoModelForSequenceClassification
 
 import adapterkit as ak
 
@@ -77,6 +78,24 @@ def test_convert_to_another_programs_names(here: Path) -> None:
     assert (here / "te.safetensors").read_bytes() == (here / "expected.safetensors").read_bytes()
     done = run("convert", "te.safetensors", "--component", "lora_te1", "--base", "base", "--out", "back", "--json")
     assert set(json.loads(done.stdout)["report"]["ranks"]) == {row.path for row in ak.inspect_adapter("bare").layers}
+
+
+def test_extract_is_extract_files(here: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained("base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.01)
+    model.save_pretrained("tuned")
+    options = ("--rank", "2", "--target-modules", "query,value", "--exclude-modules", "layer.1.attention.self.value")
+    done = run("extract", "base", "tuned", *options, "--modules-to-save", "none", "--out", "adapter")
+    assert (done.exit_code, done.stderr) == (0, "")
+    chosen = {"target_modules": ["query", "value"], "exclude_modules": ["layer.1.attention.self.value"]}
+    ak.extract_files("base", "tuned", "expected", rank=2, modules_to_save=None, **chosen)
+    assert same_files(here / "adapter", here / "expected")
+    done = run("extract", "base", "tuned", "--energy", "0.5", "--out", "all", "--json")
+    assert json.loads(done.stdout)["report"]["heads"] == ["classifier"]
+    done = run("extract", "base", "tuned", "--out", "other")
+    assert (done.exit_code, "--rank" in done.stderr, "--energy" in done.stderr) == (1, True, True)
 
 
 def test_new_writes_a_package(here: Path) -> None:
