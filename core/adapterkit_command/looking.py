@@ -13,15 +13,17 @@ from rich.padding import Padding
 from rich.text import Text
 
 from adapterkit_command import parsing
-from adapterkit_command.options import ExcludeModules, TargetModules, TargetRegex
+from adapterkit_command.exits import Exit
+from adapterkit_command.options import Base, Component, ExcludeModules, TargetModules, TargetRegex
 from adapterkit_command.output import Columns, hanging
-from adapterkit_command.running import command
+from adapterkit_command.running import Outcome, command
 
 if TYPE_CHECKING:
-    from adapterkit import AdapterInspection, Preview
+    from adapterkit import AdapterDiff, AdapterInspection, Preview
 
 PANEL = "Look"
 # Fields of a config that have a line of their own, or say nothing.
+_LONGEST = 200
 _SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
 _LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
 
@@ -176,6 +178,82 @@ def targets(
     if config is not None:
         return ak.preview(model, ak.read_config(config).replace(**fields))
     return ak.preview(model, ak.config(method or "lora", **fields))
+
+
+def _show_diff(diff: AdapterDiff) -> Iterator[RenderableType]:
+    yield Text(str(diff).splitlines()[0], style="bold")
+    if diff.methods[0] != diff.methods[1]:
+        yield hanging("method", " | ".join(diff.methods))
+    for label, fields in (("config", diff.config), ("header", diff.metadata)):
+        for field, values in fields.items():
+            yield hanging(f"{label} {field}", " | ".join(map(_brief, values)))
+    for tensor in diff.tensors:
+        apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
+        yield hanging(tensor.key, f"{_tensor(tensor.a)} | {_tensor(tensor.b)}{apart}")
+    others = [layer for layer in diff.layers if not layer.same(diff.tolerance)]
+    if diff.layers:
+        yield hanging("layers", f"{len(diff.layers) - len(others)} of {len(diff.layers)} have the same change")
+    if others:
+        yield Text()
+        yield _layers_that_differ(diff, others)
+    for note in diff.notes:
+        yield hanging("note", note, style="yellow")
+
+
+def _layers_that_differ(diff: AdapterDiff, layers: Sequence[Any]) -> Columns:
+    numbers = ("distance", "cosine", "norm a", "norm b", "rank a", "rank b")
+    rows = []
+    for layer in layers:
+        if all(layer.held):
+            distance = "?" if layer.distance is None else f"{layer.distance:.2%}"
+            found = (distance, *map(_number, (layer.cosine, *layer.norms, *layer.ranks)))
+        else:
+            found = (f"only {'a' if layer.held[0] else 'b'}", "-", *map(_number, (*layer.norms, *layer.ranks)))
+        rows.append((layer.path, *found))
+    return Columns(("layer", *numbers), rows, wide=("layer",), right=numbers)
+
+
+def _brief(value: object) -> str:
+    """A field's value, cut where it would fill the screen; with `--json` it is whole."""
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _tensor(described: tuple[str, Sequence[int]] | None) -> str:
+    return "none" if described is None else f"{described[0]} {_shape(described[1])}"
+
+
+@command(
+    PANEL,
+    "diff_adapters",
+    {
+        "What differs": "adapterkit diff ./adapters/mood ./adapters/mood-2",
+        "Whether a conversion did the same, in a script": "adapterkit diff loha lora --exit-code && echo the same",
+    },
+    show=_show_diff,
+)
+def diff(
+    a: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    *,
+    tolerance: Annotated[
+        float, typer.Option(help="Changes are the same up to this distance, relative to the larger one.")
+    ] = 1e-5,
+    base: Base = None,
+    component: Component = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 4 unless both do the same, up to the tolerance.")
+    ] = False,
+) -> AdapterDiff | Outcome:
+    """Show what two adapters differ in: configs, the changes of each layer, heads and labels.
+
+    Changes are compared as they act: two adapters that do the same by other factors, or by another method, are said to
+    do the same.
+    """
+    import adapterkit as ak
+
+    found = ak.diff_adapters(a, b, base=base, component=component, tolerance=tolerance)
+    return Outcome(found, Exit.DIFFERENT if exit_code and not found.same_function else Exit.OK)
 
 
 @dataclass(frozen=True)

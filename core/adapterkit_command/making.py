@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -27,7 +27,11 @@ from adapterkit_command.options import (
     To,
 )
 from adapterkit_command.output import hanging
+from adapterkit_command.progress import bytes_bar
 from adapterkit_command.running import command
+
+if TYPE_CHECKING:
+    from adapterkit import MergeReport
 
 PANEL = "Make"
 
@@ -44,6 +48,64 @@ def show_written(made: Written) -> Iterator[RenderableType]:
     """The report, and where it is."""
     yield Text(str(made.report))
     yield hanging("written", str(made.folder))
+
+
+@command(
+    PANEL,
+    "merge_checkpoint",
+    {
+        "For serving, the adapter worked in": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood",
+        "Two, by half each, in several threads": "adapterkit merge ./llama mood:0.5 topic:0.5 --workers 4 --out merged",
+        "Go on after a kill": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood --resume",
+    },
+)
+def merge(  # noqa: PLR0913 - one parameter an option
+    base: Annotated[str, typer.Argument(help="The model's folder, its .safetensors or index file, or a hub id.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Folders, hub ids or other programs' files, each with its weight.", metavar=WEIGHTED),
+    ],
+    *,
+    out: Out,
+    heads: Annotated[
+        str | None, typer.Option(help="Whose head is taken over, if several adapters have one: as it is written above.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a target whose weight is tied a weight of its own.")
+    ] = False,
+    safe: Annotated[bool, typer.Option("--safe", help="Fail if a merged value is not finite.")] = False,
+    architecture: Annotated[
+        str | None, typer.Option(help="The model's class, if the adapter's head is not in the one its config names.")
+    ] = None,
+    component: Component = None,
+    workers: Annotated[int, typer.Option(help="How many threads work, each with a buffer.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what a run that was broken off had finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
+) -> MergeReport:
+    """Merge adapters into a model's safetensors files, without loading the model.
+
+    Tensor by tensor: memory stays that of the largest one, and it takes little longer than a copy. The result is, bit
+    for bit, that of merging in memory; file names, dtypes, config and tokenizer stay as they are. The folder appears
+    under its name when it is whole.
+    """
+    sources: Any = parsing.weighted(adapters)
+    import adapterkit as ak
+
+    with bytes_bar("merging") as progress:
+        return ak.merge_checkpoint(
+            base,
+            sources,
+            out,
+            untie=untie,
+            heads=heads,
+            safe=safe,
+            architecture=architecture,
+            component=component,
+            workers=workers,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 @command(

@@ -116,7 +116,7 @@ def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool, opt
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt:
-        say("adapterkit", "interrupted", "yellow")
+        say("adapterkit", f"interrupted{'; --resume goes on from here' if 'resume' in options else ''}", "yellow")
         status = Exit.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit

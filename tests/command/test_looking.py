@@ -107,6 +107,34 @@ def test_inspect_of_a_model_is_an_error(here: Path) -> None:
     assert done.stderr.startswith("error: base is no adapter: it has no adapter_config.json.")
 
 
+def test_diff_says_whether_two_do_the_same(here: Path) -> None:
+    ak.convert_file("loha", "lora")
+    done = run("diff", "loha", "lora", "--exit-code")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["loha and lora do the same, but their files differ.", "method: loha | lora"]
+    assert "config r: 2 | 4" in lines
+    assert lines[-1] == "layers: 2 of 2 have the same change"
+    assert json.loads(run("diff", "loha", "lora", "--json").stdout)["same_function"] is True
+    assert run("diff", "loha", "loha").stdout.startswith("loha and loha are equal")
+
+
+def test_diff_shows_the_layers_that_differ_and_exits_as_it_is_told(here: Path) -> None:
+    assert run("diff", "mood", "topic").exit_code == 0
+    done = run("diff", "mood", "topic", "--exit-code")
+    assert (done.exit_code, done.stderr) == (4, "")
+    found = {layer.path: layer for layer in ak.diff_adapters("mood", "topic").layers}
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("bert.")]
+    assert {row[0] for row in rows} == set(found)
+    query = next(row for row in rows if row[0].endswith("query"))
+    distance = found[query[0]].distance
+    assert distance is not None
+    assert query[1] == f"{distance:.2%}"
+    assert {row[2] for row in rows if row[0].endswith("value")} == {"a"}
+    report = json.loads(run("diff", "mood", "topic", "--json", "--exit-code").stdout)
+    assert (report["same_function"], report["equal"]) == (False, False)
+
+
 def test_report_writes_the_page_and_says_its_answers(here: Path) -> None:
     done = run("report", "mood", "topic", "--name", "a", "--name", "b", "--title", "Two", "--out", "page.html")
     assert done.exit_code == 0, done.stderr

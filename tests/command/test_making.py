@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,12 +14,53 @@ from tests.command.conftest import run
 from transformers import AutoModelForSequenceClassification
 
 import adapterkit as ak
+from adapterkit_command.progress import bytes_bar
 
 
 def same_files(one: Path, other: Path) -> bool:
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_merge_is_merge_checkpoint(here: Path) -> None:
+    done = run("merge", "base", "mood:0.5", "loha:-1", "--heads", "mood", "--workers", "2", "--safe", "--out", "merged")
+    assert (done.exit_code, done.stderr) == (0, "")
+    report = ak.merge_checkpoint("base", {"mood": 0.5, "loha": -1.0}, "expected", heads="mood", safe=True)
+    assert done.stdout == f"{report}\n".replace("expected", "merged")
+    assert (here / "merged" / "model.safetensors").read_bytes() == (here / "expected/model.safetensors").read_bytes()
+    again = run("merge", "base", "mood", "--out", "merged")
+    assert (again.exit_code, "Say --overwrite to replace it" in again.stderr) == (1, True)
+    replaced = run("merge", "base", "mood", "--out", "merged", "--overwrite", "--json")
+    assert set(json.loads(replaced.stdout)) == {
+        *("out", "adapters", "merged", "heads", "added", "absent", "not_copied", "nbytes", "resumed")
+    }
+
+
+def test_merge_that_is_interrupted_says_how_to_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ak, "merge_checkpoint", interrupted)
+    done = run("merge", "base", "mood", "--out", "merged")
+    assert (done.exit_code, done.stderr) == (130, "adapterkit: interrupted; --resume goes on from here\n")
+
+
+def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bytes_bar("merging") as progress:
+        assert progress is None
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with bytes_bar("merging") as progress:
+        assert progress is not None
+        progress(500_000, 2_000_000)
+    assert "0.5/2.0 MB" in terminal.getvalue()
 
 
 def test_combine_is_combine_files(here: Path) -> None:
