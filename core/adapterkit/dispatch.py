@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapterkit import offload
 from adapterkit.errors import SelectionError
+from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.rows import Rows
 
@@ -98,10 +99,11 @@ class Plan:
         layers: the adapter layers that act, the innermost first.
         biases: the trained biases that act.
         additive: whether all the layers are.
+        adders: if they are, what adds: the layers, or several that add as one.
         changer: the one layer that acts, if it may take the module's weight and change it.
     """
 
-    __slots__ = ("additive", "biases", "changer", "head", "layers", "module")
+    __slots__ = ("adders", "additive", "biases", "changer", "head", "layers", "module")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         parts, names = module._modules, state.names
@@ -112,8 +114,10 @@ class Plan:
         self.layers = [layer for layer, _ in parts_of(parts.get(LAYERS), names)]
         self.biases = [bias for bias, _ in parts_of(parts.get(BIASES), names)]
         self.additive = all(layer.additive for layer in self.layers)
-        alone = len(self.layers) == 1 and self.additive and not torch.compiler.is_compiling()
-        self.changer = self.layers[0] if alone and self.layers[0].changes_weight else None
+        # Compiled, the compiler decides what is made of it.
+        eager = self.additive and not torch.compiler.is_compiling()
+        self.adders = adders(self.layers) if eager else self.layers
+        self.changer = self.layers[0] if eager and len(self.layers) == 1 and self.layers[0].changes_weight else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
@@ -138,8 +142,8 @@ class Plan:
         elif self.additive:
             out = summable(self.module, base(x))
             dtype = out.dtype
-            for layer in self.layers:
-                out = layer.add_to(out, x)
+            for adder in self.adders:
+                out = adder.add_to(out, x)
         else:
             for layer in self.layers[:-1]:
                 base = Inner(layer, (base,), {})

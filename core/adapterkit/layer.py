@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.factors import Factors
 from adapterkit.kinds import LayerKind
 from adapterkit.tiles import AddTile
 
 Base = Callable[[Tensor], Tensor]
+
+# What a method may have beside `delta`, and what must be of the same class as it.
+_FASTER = {"add_to", "with_weight", "stacked", "adopt", "joined", "joined_from"}
 
 # What a new `nn.Module` has, with the type of each container of its own.
 _STATE = tuple(
@@ -53,6 +57,9 @@ class AdapterLayer(Holder):
     is the innermost.
     """
 
+    # From how many active layers at one target on `joined` costs less in inference than one after another; 0: never.
+    joined_from: ClassVar[int] = 0
+
     kind: LayerKind
 
     def __init__(self, kind: LayerKind, **values: Any) -> None:
@@ -62,7 +69,7 @@ class AdapterLayer(Holder):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "delta" in cls.__dict__:  # what is inherited computes another delta
-            for name in {"add_to", "with_weight", "stacked", "adopt"} - cls.__dict__.keys():
+            for name in _FASTER - cls.__dict__.keys():
                 setattr(cls, name, AdapterLayer.__dict__[name])
 
     def delta(self, x: Tensor) -> Tensor:
@@ -97,6 +104,16 @@ class AdapterLayer(Holder):
         Args:
             weight: `(out, in)`, see `LayerKind.read`; not to be changed.
             bias: the layer's.
+        """
+        return None
+
+    @classmethod
+    def joined(cls, layers: Sequence[Self]) -> tuple[Factors, float] | None:
+        """Factors, and a number that multiplies them, of the sum of what these layers at one target do.
+
+        A method whose `joined_from` is not 0 overrides this. It is asked in inference, for at least so many layers, and
+        the factors are kept while the layers' parameters, buffers and `training` are as they are. They are to be no
+        less exact than the layers one by one, so a scaling belongs into the number. `None`: the layers act one by one.
         """
         return None
 

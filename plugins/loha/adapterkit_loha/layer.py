@@ -36,6 +36,8 @@ class LoHaLayer(AdapterLayer):
     (r, r, *kernel)`, with `B[i, (c, k)] = sum_j t[i, j, k] w_b[j, c]`.
     """
 
+    joined_from = 1
+
     r: int
     scaling: float
     rank_dropout: float
@@ -102,6 +104,17 @@ class LoHaLayer(AdapterLayer):
             block.addcmul_(up1[rows] @ down1[:, columns], up2[rows] @ down2[:, columns])
 
         return add
+
+    @classmethod
+    def joined(cls, layers: Sequence[LoHaLayer]) -> tuple[Factors, float] | None:
+        """See `AdapterLayer.joined`: a layer's Khatri-Rao factors, building which is most of a forward with few tokens.
+
+        Of one layer, as several scalings would have to be worked into them; not while a dropout acts.
+        """
+        layer = layers[0]
+        if len(layers) > 1 or (layer.training and (layer.rank_dropout or layer.module_dropout)):
+            return None
+        return khatri_rao(*layer.pair()), layer.scaling
 
     @classmethod
     def stacked(cls, layers: Sequence[LoHaLayer], slots: Tensor) -> FactorStack | None:
