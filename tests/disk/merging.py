@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 import adapterkit as ak
-from adapterkit.disk import Checkpoint
+from adapterkit import Checkpoint
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import adapterkit as ak
-from adapterkit.disk import Checkpoint
+from adapterkit import Checkpoint
 from adapterkit.disk.names import match_names
 from adapterkit.registry import default_registry
 from adapterkit_loha import LoHaConfig
