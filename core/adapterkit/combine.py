@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit.combiners import Combiner, Options
 from adapterkit.errors import ConfigError
 from adapterkit.factors import Factors
-from adapterkit.lowrank import common_bases, exact, keep, numerical_rank, svd, working
+from adapterkit.lowrank import as_factors, common_bases, exact, keep, numerical_rank, svd, working
 
 Space = Literal["delta", "factors", "core"]
 SPACES = ("delta", "factors", "core")
@@ -44,12 +44,16 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
     """
     sources = _alike(sources)
     bias = _combined_bias(sources, weights, recipe)
+    decomposed = recipe.isotropize or recipe.rank is not None or recipe.energy is not None
     if recipe.space == "delta" and not (recipe.linear or recipe.combiner.rotates):
-        parts = exact(_on_dense(sources, weights, recipe))
+        dense = _on_dense(sources, weights, recipe)
+        if not decomposed:
+            return as_factors(dense, sources)._replace(bias=bias), 0.0
+        parts = exact(dense)
     else:
         combined = _on_few(sources, weights, recipe)
         too_wide = combined.rank > min(combined.up.shape[0], combined.down.shape[1])
-        if not (too_wide or recipe.isotropize or recipe.rank or recipe.energy):
+        if not (too_wide or decomposed):
             return combined._replace(bias=bias), 0.0
         parts = svd(combined)
     if recipe.isotropize:

@@ -128,9 +128,12 @@ def _keep_some(stack: Tensor, options: Options) -> Tensor:
 
 def _elect(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     votes = stack if options.majority_sign_method == "total" else stack.sign()
-    majority = torch.where(votes.sum(0) >= 0, 1, -1).to(stack.dtype)
-    agree = stack.sign() == majority
-    return (_weighted(stack, weights) * agree).sum(0) / agree.sum(0).clamp(min=1)
+    majority = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(stack.dtype)
+    agreeing = (stack * majority).clamp_(min=0)  # zero where a source has no value, or the other sign
+    count = (agreeing > 0).sum(0, dtype=stack.dtype).clamp_(min=1)
+    total = torch.tensordot(weights.to(stack), agreeing, dims=1)
+    result: Tensor = total.mul_(majority).div_(count)
+    return result
 
 
 BUILTIN: Mapping[str, Combiner] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import reprlib
 import typing
 from collections.abc import Mapping, Sequence, Set
@@ -78,7 +79,8 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        cls: Any = type(self)
+        hints = _hints(cls)
         for f in dataclasses.fields(self):
             value = _plain(getattr(self, f.name))
             object.__setattr__(self, f.name, value)
@@ -157,6 +159,12 @@ class AdapterConfig:
             return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
         except RecursionError as error:
             raise ConfigError("adapter_config.json: a value is nested too deeply.") from error
+
+
+@functools.cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    """The types of a config's fields; to resolve them takes as long as all the rest of making one."""
+    return typing.get_type_hints(cls)
 
 
 def _field_names(cls: type[AdapterConfig]) -> set[str]:

@@ -86,10 +86,55 @@ def keep(
 
 
 def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of a dense `(out, in)` matrix without its zero part."""
-    u, s, vh = torch.linalg.svd(working(matrix), full_matrices=False)
-    count = max(1, numerical_rank(s, max(matrix.shape)))
-    return u[:, :count], s[:count], vh[:count]
+    """The singular value decomposition of a dense `(out, in)` matrix without its zero part.
+
+    Of a float32 matrix W by the eigenvectors of `W W^T` (or `W^T W`, whichever is smaller) in float64: squaring halves
+    the digits, and half of float64's are more than float32 has. Up to 3 times as fast as an SVD in float32.
+    """
+    matrix = working(matrix)
+    u, s, vh = _by_eigenvectors(matrix) if matrix.dtype == torch.float32 else _svd(matrix)
+    count = max(1, numerical_rank(s.to(matrix.dtype), max(matrix.shape)))
+    return u[:, :count].to(matrix), s[:count].to(matrix), vh[:count].to(matrix)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh
+
+
+def _by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin decomposition in float64; the vectors of values that are zero but for rounding are not orthonormal."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    rows = (matrix if wide else matrix.t()).double()
+    squares, vectors = torch.linalg.eigh(rows @ rows.t())
+    s, u = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    vh = (u.t() @ rows) / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
+    return (u, s, vh) if wide else (vh.t(), s, u.t())
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    """Whether every value is finite. A sum has one pass, and is finite only if all that it is of are."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in given)
+
+
+def as_factors(matrix: Tensor, sources: Sequence[Factors]) -> Factors:
+    """A dense matrix that was made of the changes `sources`, as factors that are it, without decomposing it.
+
+    If its columns are combinations of the sources' (nothing was left out of them), of their small common rank.
+    Else its rank is the smaller side's for all that is known, and an identity is the other factor: bit for bit.
+    """
+    ups = torch.cat([working(f.up) for f in sources], dim=1)
+    if ups.shape[1] < min(matrix.shape):
+        basis = torch.linalg.qr(ups)[0]
+        inside = Factors(basis, basis.t() @ matrix)
+        rounding = torch.finfo(matrix.dtype).eps * max(matrix.shape)
+        if bool((matrix - inside.delta()).norm() <= rounding * matrix.norm()):
+            u, s, vh = svd(inside)
+            count = max(1, numerical_rank(s, max(matrix.shape)))
+            return balanced(u[:, :count], s[:count], vh[:count])
+    one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return Factors(one, matrix) if matrix.shape[0] <= matrix.shape[1] else Factors(matrix, one)
 
 
 def common_bases(sources: Sequence[Factors]) -> tuple[Tensor, Tensor]:

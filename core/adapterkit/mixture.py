@@ -210,7 +210,7 @@ def factors_at(record: AdapterRecord, path: str, dtype: torch.dtype = torch.floa
         )
     if found.down.is_meta:
         raise StateError(f"Adapter {record.name!r} has no values at {path!r}: it is on the meta device.")
-    if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
+    if not lowrank.all_finite(*found[:3]):
         raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
     return found
 

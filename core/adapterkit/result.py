@@ -15,6 +15,7 @@ from adapterkit.factors import Factors
 from adapterkit.hookspecs import RESULT_HOOKS
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
+from adapterkit.lowrank import all_finite
 from adapterkit.method import Method
 from adapterkit.persistence import short_names
 from adapterkit.record import AdapterRecord
@@ -53,7 +54,7 @@ def check_can_result(method: Method) -> None:
 
 def check_finite(name: str, path: str, factors: Factors) -> None:
     """Raise `StateError` if the change of the adapter to be made has values that are not finite."""
-    if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
+    if not all_finite(*factors[:3]):
         raise StateError(
             f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed; look "
             "at the weights and at the sources' scales."

@@ -173,3 +173,47 @@ def test_no_dense_matrix_is_made_where_factors_do(method: str, space: Any, rank:
 def test_sizes_that_make_no_sense(rank: Any, energy: Any, message: str) -> None:
     with pytest.raises(ak.ConfigError, match=message):
         lowrank.check_size(rank, energy)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e15])
+def test_the_decomposition_of_a_float32_matrix_is_as_exact_as_float32(
+    shape: tuple[int, int], rank: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+    matrix = (up @ down) * scale
+    u, s, vh = lowrank.exact(matrix)
+    assert u.dtype == s.dtype == vh.dtype == torch.float32
+    assert len(s) == rank
+    wanted = torch.linalg.svdvals(matrix.double())[:rank]
+    torch.testing.assert_close(s.double(), wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
+    for basis in (u.t() @ u, vh @ vh.t()):
+        torch.testing.assert_close(basis, torch.eye(rank), rtol=0, atol=1e-5)
+    assert float((u * s @ vh - matrix).norm() / matrix.norm()) < 1e-6
+
+
+def test_the_zero_matrix_has_one_value_that_is_zero() -> None:
+    u, s, vh = lowrank.exact(torch.zeros(3, 5))
+    assert (u.shape, s.tolist(), vh.shape) == ((3, 1), [0.0], (1, 5))
+    assert lowrank.all_finite(u, s, vh, None)
+    assert not lowrank.all_finite(torch.tensor([1.0, float("inf"), float("-inf")]))
+    assert lowrank.all_finite(torch.full((2,), 3e38))
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5)])
+def test_a_dense_matrix_is_its_own_factor_bit_for_bit_unless_its_sources_have_room_for_it(
+    shape: tuple[int, int],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(shape, generator=generator)
+    source = ak.Factors(torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator))
+    other = ak.Factors(torch.randn(shape[0], 1, generator=generator), torch.randn(1, shape[1], generator=generator))
+    found = lowrank.as_factors(dense, [source, other])
+    assert found.rank == 5
+    assert torch.equal(found.delta(), dense)
+    small = lowrank.as_factors(source.delta() - 2 * other.delta(), [source, other])
+    assert small.rank == 3
+    torch.testing.assert_close(small.delta(), source.delta() - 2 * other.delta(), rtol=1e-4, atol=1e-5)
+    assert lowrank.as_factors(torch.zeros(shape), [source, other]).rank == 1
