@@ -52,3 +52,21 @@ def test_multitask_prints_every_choice_and_probes() -> None:
     )
     assert len(probes) == 5
     assert all(float(share) > 40 for _, share in probes)
+
+
+def test_disturbance_prints_what_every_sum_keeps() -> None:
+    few = ["--rows", "16", "--test-rows", "8", "--weights", "1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "disturbance.py"), *few],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\S+) +(\S+) +1 +([\d.]+)% +([\d.]+)%$", done.stdout, re.MULTILINE)
+    assert len(rows) == 3 * 3
+    share = {(one, other): float(disturbance) for one, other, disturbance, _ in rows}
+    for one in ("polarity", "domain"):
+        assert share[one, "random"] < share[one, "polarity-16"]
+    assert len(re.findall(r"cut to 99 % +[\d.]+%", done.stdout)) == 3

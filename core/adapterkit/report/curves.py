@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,10 @@ _THIN_LINES = 12
 
 def check_matplotlib() -> None:
     """Raise `UnsupportedError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
+    if find_spec("matplotlib") is None:
         raise UnsupportedError(
             "A report draws its curves with matplotlib, which is not installed: pip install 'adapterkit[report]'."
-        ) from error
+        )
 
 
 def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:

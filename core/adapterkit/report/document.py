@@ -6,9 +6,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import local_path, umask
@@ -25,18 +27,19 @@ class Report:
     """A report on one or several adapters. Prints as its verdicts; a notebook shows the page.
 
     Attributes:
-        html: the whole page: no script, nothing loaded from elsewhere.
+        title: the page's.
         verdicts: which layers matter, which rank is enough, and for each pair whether it can be merged.
         findings: every number in it.
     """
 
-    html: str
+    title: str
     verdicts: tuple[Verdict, ...]
     findings: Findings
+    _grid: Grid
 
     @classmethod
     def of(cls, sources: Sequence[Source], title: str | None = None) -> Report:
-        """Measure the sources and draw the page.
+        """Measure the sources. The page is drawn when it is asked for.
 
         Raises:
             ConfigError: no source, or two of one name.
@@ -52,7 +55,12 @@ class Report:
         findings = measure(sources)
         grid = Grid.of(findings.paths)
         found = verdicts(findings, grid)
-        return cls(render(findings, found, grid, title or _title(names)), tuple(found), findings)
+        return cls(title or _title(names), tuple(found), findings, grid)
+
+    @cached_property
+    def html(self) -> str:
+        """The whole page: no script, nothing loaded from elsewhere."""
+        return render(self.findings, self.verdicts, self._grid, self.title)
 
     def save(self, out: str | Path) -> Path:
         """Write the page; a file that is there is replaced in one step.
@@ -67,6 +75,10 @@ class Report:
         except OSError as error:
             raise SaveError(f"The report cannot be written to {path}: {error}.") from error
         return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdicts and the numbers behind them as plain values for JSON; without the spectra."""
+        return {"verdicts": [asdict(verdict) for verdict in self.verdicts], **self.findings.to_dict()}
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.verdicts))

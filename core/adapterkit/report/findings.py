@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class LayerFinding:
         """`|dW| / |W|`."""
         return self.norm / self.base_norm if self.base_norm else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """See `Findings.to_dict`."""
+        names = ("kind", "rank", "norm", "relative", "effective_rank", "rank90", "rank99")
+        return {"shape": list(self.shape), **{name: getattr(self, name) for name in names}}
+
 
 @dataclass(frozen=True)
 class AdapterFinding:
@@ -69,6 +75,11 @@ class AdapterFinding:
     def name(self) -> str:
         """What the report calls it."""
         return self.source.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Findings.to_dict`."""
+        layers = {path: layer.to_dict() for path, layer in self.layers.items()}
+        return {"norm": self.norm, "layers": layers, "without_factors": list(self.without_factors)}
 
     @cached_property
     def norm(self) -> float:
@@ -106,6 +117,22 @@ class PairLayer:
         """Of the two changes as vectors; `None` where one of them is zero."""
         return _ratio(self.inner, self.norms[0] * self.norms[1])
 
+    @property
+    def disturbance(self) -> float:
+        """What one adds where the other works, relative to that one's size; of the one that is disturbed more."""
+        return max(_ratio(part, norm) or 0.0 for part, norm in zip(self.inside, self.norms, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Findings.to_dict`."""
+        return {
+            "cosine": self.cosine,
+            "disturbance": self.disturbance,
+            "columns": self.columns.similarity,
+            "rows": self.rows.similarity,
+            "sign_conflicts": self.signs.share,
+            "sign_conflicts_weighted": self.signs.mass,
+        }
+
 
 @dataclass(frozen=True)
 class PairFinding:
@@ -119,6 +146,20 @@ class PairFinding:
     layers: Mapping[str, PairLayer]
     norms: tuple[float, float]
     other_shape: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Findings.to_dict`; `disturbance` is `inside`."""
+        return {
+            "cosine": self.cosine,
+            "disturbance": list(self.inside),
+            "columns": self.columns,
+            "rows": self.rows,
+            "chance": list(self.chance),
+            "sign_conflicts": self.signs.share,
+            "sign_conflicts_weighted": self.signs.mass,
+            "layers": {path: layer.to_dict() for path, layer in self.layers.items()},
+            "other_shape": list(self.other_shape),
+        }
 
     @cached_property
     def cosine(self) -> float | None:
@@ -166,6 +207,14 @@ class Findings:
         """Every target of any adapter, those of the first first."""
         return tuple(dict.fromkeys(path for adapter in self.adapters for path in adapter.layers))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without the spectra."""
+        names = [adapter.name for adapter in self.adapters]
+        return {
+            "adapters": {adapter.name: adapter.to_dict() for adapter in self.adapters},
+            "pairs": [{"adapters": [names[i], names[j]], **pair.to_dict()} for (i, j), pair in self.pairs.items()],
+        }
+
 
 @dataclass(frozen=True)
 class _Decomposed:
@@ -177,7 +226,13 @@ class _Decomposed:
     count: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.u.shape[0], self.vh.shape[1]
+
+    @property
     def factors(self) -> Factors:
+        """The change as factors again."""
         return Factors(self.u * self.s, self.vh)
 
     @property
@@ -201,13 +256,11 @@ def measure(sources: Sequence[Source]) -> Findings:
                 changes[i], layers[i][path] = _layer(source, path, factors)
             elif path in source.kinds:
                 without[i].append(path)
-        for shape in dict.fromkeys(_shape(c) for c in changes.values()):
-            alike = {i: change for i, change in changes.items() if _shape(change) == shape}
-            for pair, found in _pairs(alike).items():
-                met[pair][path] = found
-        for pair in combinations(changes, 2):
-            if path not in met[pair]:
+        for pair, found in _pairs(changes).items():
+            if found is None:
                 strange[pair].append(path)
+            else:
+                met[pair][path] = found
     adapters = tuple(
         AdapterFinding(source, found, tuple(lacking))
         for source, found, lacking in zip(sources, layers, without, strict=True)
@@ -236,20 +289,16 @@ def _layer(source: Source, path: str, factors: Factors) -> tuple[_Decomposed, La
     return _Decomposed(u, s, vh, measures.rank_for_energy(values, SUBSPACE_ENERGY)), finding
 
 
-def _shape(change: _Decomposed) -> tuple[int, int]:
-    return change.u.shape[0], change.vh.shape[1]
-
-
-def _pairs(changes: Mapping[int, _Decomposed]) -> dict[tuple[int, int], PairLayer]:
-    """Every pair of these changes of one target, which have one shape."""
-    if len(changes) < 2:
-        return {}
-    numbers = list(changes)
-    signs = sign_conflicts([change.factors for change in changes.values()])
-    return {
-        (numbers[i], numbers[j]): _pair(changes[numbers[i]], changes[numbers[j]], conflict)
-        for (i, j), conflict in signs.items()
-    }
+def _pairs(changes: Mapping[int, _Decomposed]) -> dict[tuple[int, int], PairLayer | None]:
+    """Every pair of these changes of one target; `None` for two that have not one shape."""
+    pairs: dict[tuple[int, int], PairLayer | None] = dict.fromkeys(combinations(changes, 2))
+    for shape in dict.fromkeys(change.shape for change in changes.values()):
+        alike = [i for i, change in changes.items() if change.shape == shape]
+        signs = sign_conflicts([changes[i].factors for i in alike]) if len(alike) > 1 else {}
+        for (a, b), conflict in signs.items():
+            i, j = alike[a], alike[b]
+            pairs[i, j] = _pair(changes[i], changes[j], conflict)
+    return pairs
 
 
 def _pair(f: _Decomposed, g: _Decomposed, signs: Conflict) -> PairLayer:

@@ -33,12 +33,12 @@ _HOW = {
     "column's adapter adds in the directions the row's uses, in percent of the row's size: below 2 % a sum keeps both. "
     "Blue agrees and orange opposes; faint cells are what chance gives, or little.",
     "pair": "How to read: faint cells are layers where the two hardly meet. In the cosine, blue layers pull the same "
-    "way and orange ones apart. Shades reach to the largest value in each table. Shared input directions may stem from "
+    "way and orange ones apart. Disturbance tells where a sum would hurt. Shared input directions may stem from "
     "equal random initial values; shared output directions are learnt.",
 }
 
 
-def render(findings: Findings, verdicts: list[Verdict], grid: Grid, title: str) -> str:
+def render(findings: Findings, verdicts: Sequence[Verdict], grid: Grid, title: str) -> str:
     """The page's HTML. Names that come from files are escaped."""
     import jinja2
     from markupsafe import Markup

@@ -37,6 +37,7 @@ class Panel:
     low: str = "0"
     high: str = "1"
     signed: bool = False
+    middle: str = "0"
 
 
 def size_map(adapter: AdapterFinding, grid: Grid) -> HeatMap:
@@ -151,39 +152,57 @@ def _disturbance(findings: Findings, names: Sequence[str]) -> Panel:
 
 
 def pair_maps(pair: PairFinding, grid: Grid) -> list[Panel]:
-    """One pair, layer by layer."""
-    cosines = {path: layer.cosine or 0.0 for path, layer in pair.layers.items()}
-    ends = max((abs(c) for c in cosines.values()), default=0.0) or 1.0
-    cells = {p: Cell(number(c), shade(c, ends, "signed"), _met(pair.layers[p])) for p, c in cosines.items()}
-    shared = {path: max(layer.columns.similarity, layer.rows.similarity) for path, layer in pair.layers.items()}
-    lost = {path: layer.signs.mass for path, layer in pair.layers.items()}
-    ends_shared, ends_lost = (max(found.values(), default=0.0) or 1.0 for found in (shared, lost))
+    """One pair, layer by layer. Each scale reaches to the largest value that there is."""
+    layers = pair.layers
+    cosines = {path: layer.cosine or 0.0 for path, layer in layers.items()}
+    most = _most(cosines)
+    titled = {p: Cell(number(c), shade(c, most, "signed"), _met(layers[p])) for p, c in cosines.items()}
+    disturbed = {path: layer.disturbance for path, layer in layers.items()}
+    shared = {path: max(layer.columns.similarity, layer.rows.similarity) for path, layer in layers.items()}
+    opposed = {path: layer.signs.share for path, layer in layers.items()}
+    away = _most({path: share - 0.5 for path, share in opposed.items()})
+    signs = {path: Cell(number(s), shade((0.5 - s) / away, 1.0, "signed")) for path, s in opposed.items()}
     return [
         Panel(
             "Cosine",
             "blue agrees, orange opposes",
-            layer_map("cosine", grid, cells),
-            number(-ends),
-            number(ends),
+            layer_map("cosine", grid, titled),
+            number(-most),
+            number(most),
             signed=True,
+        ),
+        Panel(
+            "Disturbance",
+            "percent of the more disturbed one's size",
+            _plain_map("disturbance", grid, disturbed, percent),
+            high=f"{percent(_most(disturbed))} %",
         ),
         Panel(
             "Shared directions",
             "outputs or inputs, the larger",
-            _plain_map("shared directions", grid, shared, ends_shared),
-            high=number(ends_shared),
+            _plain_map("shared directions", grid, shared, number),
+            high=number(_most(shared)),
         ),
         Panel(
             "Sign conflicts",
-            "share of the magnitude",
-            _plain_map("sign conflicts", grid, lost, ends_lost),
-            high=number(ends_lost),
+            "share of the entries; orange: more than chance",
+            layer_map("sign conflicts", grid, signs),
+            number(0.5 + away),
+            number(0.5 - away),
+            signed=True,
+            middle="0.50",
         ),
     ]
 
 
-def _plain_map(caption: str, grid: Grid, values: Mapping[str, float], most: float) -> HeatMap:
-    return layer_map(caption, grid, {path: Cell(number(v), shade(v, most)) for path, v in values.items()})
+def _most(values: Mapping[str, float]) -> float:
+    """The largest magnitude, for the end of a scale; 1 where all are zero."""
+    return max(map(abs, values.values()), default=0.0) or 1.0
+
+
+def _plain_map(caption: str, grid: Grid, values: Mapping[str, float], written: Callable[[float], str]) -> HeatMap:
+    most = _most(values)
+    return layer_map(caption, grid, {path: Cell(written(v), shade(v, most)) for path, v in values.items()})
 
 
 def _met(layer: PairLayer) -> str:
