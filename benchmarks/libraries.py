@@ -19,9 +19,12 @@ OUR_CONFIG = ak.config("lora", r=RANK, lora_alpha=RANK, target_modules=NAMES)
 PEFT_CONFIG = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=NAMES)
 
 
+_COUNT = itertools.count()
+
+
 def names() -> Iterator[str]:
     """Names that no adapter has yet."""
-    return (f"x{i}" for i in itertools.count())
+    return (f"x{i}" for i in _COUNT)
 
 
 def hand(make: Callable[[], nn.Module], count: int) -> HandModel:

@@ -41,12 +41,14 @@ def cases(tiny: bool) -> Iterator[Case]:
 class Three:
     """A model with `count` adapters of the same values, made in three ways."""
 
-    def __init__(self, blocks: int, count: int) -> None:
+    def __init__(self, blocks: int, count: int, hidden: int = 256, peft: bool = True) -> None:
         self.of = f"{count} adapters × {7 * blocks} layers"
-        self.hand: HandModel = hand(lambda: Stack(blocks), count)
-        self.ours: ak.Adapters = ours(lambda: Stack(blocks), count)
-        self.peft: Any = theirs(lambda: Stack(blocks), count)
-        self.models = {"hand": self.hand.model, "adapterkit": self.ours.model, "peft": self.peft}
+        self.hand: HandModel = hand(lambda: Stack(blocks, hidden), count)
+        self.ours: ak.Adapters = ours(lambda: Stack(blocks, hidden), count)
+        self.models: dict[str, Any] = {"hand": self.hand.model, "adapterkit": self.ours.model}
+        self.peft: Any = None
+        if peft:
+            self.peft = self.models["peft"] = theirs(lambda: Stack(blocks, hidden), count)
         for model in self.models.values():
             for i in range(2):
                 give_values(adapter_parameters(model, f"a{i}"), i)
@@ -67,18 +69,19 @@ class Three:
             "adapterkit": self._turns(lambda name: self.ours.activate(name, trainable=False)),
             "peft": self._turns(lambda name: self.peft.set_adapter(name, inference_mode=True)),
         }
-        ways = {name: self._way(name, run) for name, run in runs.items()}
+        ways = {name: self._way(name, run) for name, run in runs.items() if name in self.models}
         return Case(f"switch for inference, {self.of}", ways, (Goal(limit=0.02),), calls=4, plotted=plotted)
 
     def training(self) -> Case:
         runs = {
             "hand": self._turns(self.hand.train),
             "adapterkit": self._turns(self.ours.activate),
-            "peft": self._turns(self.peft.set_adapter),
+            "peft": self._turns(self.peft and self.peft.set_adapter),
         }
         ways = {
             name: Way(lambda run=run: run, lambda _, name=name: (output(self.models[name]), self._trained(name)))
             for name, run in runs.items()
+            if name in self.models
         }
         return Case(f"switch for training (requires_grad), {self.of}", ways, (Goal(2.0),), calls=4)
 
@@ -101,9 +104,9 @@ class Three:
         contexts: dict[str, Any] = {
             "hand": self._nobody,
             "adapterkit": self.ours.disabled,
-            "peft": self.peft.disable_adapter,
+            "peft": self.peft and self.peft.disable_adapter,
         }
-        ways = {name: way(name, context) for name, context in contexts.items()}
+        ways = {name: way(name, context) for name, context in contexts.items() if name in self.models}
         return Case(f"disabled(), enter and exit, {self.of}", ways, (Goal(limit=0.02),), calls=4, plotted=plotted)
 
     @contextmanager
@@ -135,6 +138,6 @@ class Three:
         def left(name: str) -> Any:
             return lambda _: (output(self.models[name]), len(list(self.models[name].parameters())))
 
-        ways = {"hand": by_hand, "adapterkit": own, "peft": peft}
-        ways = {name: Way(prepare, left(name)) for name, prepare in ways.items()}
+        runs = {"hand": by_hand, "adapterkit": own, "peft": peft}
+        ways = {name: Way(prepare, left(name)) for name, prepare in runs.items() if name in self.models}
         return Case(f"delete one, {self.of}", ways, (Goal(2.0),), rounds=5, seconds=4.0)

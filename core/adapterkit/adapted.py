@@ -19,11 +19,12 @@ from torch.jit import ScriptModule
 from adapterkit.dispatch import ACTIVE, Active, run
 from adapterkit.errors import StateError
 from adapterkit.keys import CONTAINERS
+from adapterkit.layer import Holder
 
 _classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 
 
-class Slots(nn.Module):
+class Slots(Holder):
     """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`."""
 
     def __init__(self) -> None:

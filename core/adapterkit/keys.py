@@ -53,7 +53,7 @@ class KeyRule:
 
 
 def _names(names: frozenset[str], key: str) -> bool:
-    return any(key == name or key.endswith("." + name) for name in names)
+    return bool(names) and any(key == name or key.endswith("." + name) for name in names)
 
 
 def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:

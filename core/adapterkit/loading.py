@@ -15,18 +15,12 @@ from adapterkit.method import Method
 from adapterkit.offload import is_hooked, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
-from adapterkit.slots import Slot, module_slots, slots
+from adapterkit.slots import Slot, slots
 from adapterkit.walk import Walk
 
 # Names that wrappers put into the paths of the modules they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _BASE_LAYER = ".base_layer."
-
-
-def _method_keys(record: AdapterRecord) -> set[str]:
-    """Keys of the adapter layers and shared tensors: what the method's save rule is asked about."""
-    keys = {f"{path}.{local}" for path, layer in record.layers.items() for local, _ in module_slots(layer)}
-    return keys | set(record.shared or ())
 
 
 def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -35,19 +29,20 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     Args:
         source: a full state dict of the model to take the values from; the model's own if `None`.
     """
-    rule = method.key_rule(record.config)
+    rule, places = method.key_rule(record.config), slots(record)
     if source is None:
-        values = {key: real_value(slot.owner, slot.name) for key, slot in slots(record).items()}
+        values = {key: real_value(slot.owner, slot.name) for key, slot in places.items()}
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
-        values = {key: found[key] for key in slots(record) if key in found}
-        lacking = sorted(key for key in set(slots(record)) - set(values) if not rule.derives(key))
+        values = {key: found[key] for key in places if key in found}
+        lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))
         if lacking:
             raise CheckpointError(
                 f"The state dict lacks {len(lacking)} of adapter {record.name!r}'s tensors, such as {lacking[0]!r}."
             )
-    own = _method_keys(record)
+    # Of the adapter layers and shared tensors: what the method's save rule is asked about.
+    own = {key for key, slot in places.items() if slot.layer is not None} | set(record.shared or ())
     written = method.to_file(record.config, {k: v for k, v in values.items() if k in own and not rule.derives(k)})
     result = {file_key("", k) if k in rule.shared else _full_key(k): v for k, v in written.items()}
     return result | {_full_key(k): v for k, v in values.items() if k not in own}

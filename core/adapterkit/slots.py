@@ -65,10 +65,9 @@ def slots(record: AdapterRecord) -> dict[str, Slot]:
         place = path
         if path in record.layers and container != LAYERS:
             place = f"{path}.base_layer"
+        layer = module if isinstance(module, AdapterLayer) else None
         for local, slot in module_slots(module):
-            slot.key = f"{place}.{local}"
-            if isinstance(module, AdapterLayer):
-                slot.layer = module
+            slot.key, slot.layer = f"{place}.{local}", layer
             found[slot.key] = slot
     if record.shared is not None:
         for local, slot in module_slots(record.shared.module):
