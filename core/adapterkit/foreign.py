@@ -34,7 +34,7 @@ DOTTED = (
 # As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
 FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
-_OPTIONAL = "text_model"
+OPTIONAL = "text_model"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LayerNames:
 
 
 def _variants(name: str, separator: str) -> tuple[str, ...]:
-    prefix = _OPTIONAL + separator
+    prefix = OPTIONAL + separator
     return (name, name.removeprefix(prefix), prefix + name)
 
 

@@ -23,7 +23,9 @@ import adapterkit as ak
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
-TARGETS = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "time_mix"]
+TARGETS = [f"down_blocks.0.{n}" for n in ("attn1.to_q", "attn1.to_v", "attn1.to_out.0", "conv1", "proj_in")] + [
+    "time_mix"
+]
 CONFIGS: dict[str, ak.AdapterConfig] = {
     "lora": LoraConfig(r=3, lora_alpha=2, target_modules=TARGETS),
     "rslora": LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=TARGETS),
@@ -151,6 +153,7 @@ def test_text_encoders_go_from_kohya_to_diffusers(tmp_path: Path) -> None:
     expected = saved(config, tmp_path / "a", text_encoder)
     kohya, diffusers = tmp_path / "k.safetensors", tmp_path / "d.safetensors"
     ak.convert_file(tmp_path / "a", kohya, naming="kohya", as_component="lora_te1")
+    assert all(key.startswith("lora_te1_text_model_encoder_layers_") for key in load_file(kohya))
     ak.convert_file(kohya, diffusers, naming="diffusers", as_component="text_encoder", base=text_encoder())
     torch.testing.assert_close(loaded(diffusers, text_encoder), expected)
 

@@ -55,11 +55,6 @@ class Base:
             f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
         )
 
-    def bias(self, path: str) -> Tensor | None:
-        """The bias of a module, if its values are known; a tensor of its own."""
-        found = self.parameter(path, "bias")
-        return None if found is None else found.clone()
-
     def parameter(self, path: str, name: str) -> Tensor | None:
         """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights.
 

@@ -44,13 +44,15 @@ def other_modules(
         host = layers.get(path.removesuffix(".base_layer"))
         if split_key(key, rule) is not None or key in rule.shared:
             continue
-        if host is not None and local == "bias" and path.endswith(".base_layer"):
-            host.register_parameter("bias", nn.Parameter(tensor, requires_grad=False))
+        if host is not None and local == "bias" and path.endswith(".base_layer") and tensor.is_floating_point():
+            host._parameters["bias"] = nn.Parameter(tensor, requires_grad=False)
         elif (head := heads.of(key)) is not None:
             inside.setdefault(head, {})[key[len(head) + 1 :]] = tensor
-        elif path and local == "bias" and config.trained_biases == "all":
+        elif not path or not tensor.is_floating_point():
+            continue
+        elif local == "bias" and config.trained_biases == "all" and tensor.dim() == 1:
             found[path] = _norm(tensor)
-        elif path and local == "weight" and tensor.dim() == 2 and host is None:
+        elif local == "weight" and tensor.dim() == 2 and host is None:
             found[path] = nn.Embedding(len(tensor), tensor.shape[1], dtype=tensor.dtype, device="meta")
     return found | {path: head_of(held) for path, held in inside.items()}
 
@@ -60,21 +62,22 @@ def head_of(tensors: Mapping[str, Tensor]) -> nn.Module:
     own = {name: t for name, t in tensors.items() if "." not in name}
     head: nn.Module = Part()
     weight = own.get("weight")
-    if weight is not None and weight.dim() == 2 and own.keys() <= {"weight", "bias"} and weight.numel():
+    if weight is not None and weight.dim() == 2 and own.keys() <= {"weight", "bias"} and _has_numbers(weight):
         rows, columns = weight.shape
         head = nn.Linear(columns, rows, bias="bias" in own, dtype=weight.dtype, device="meta")
+    # Into the tables themselves: a file may hold any names, and those that are attributes too would be refused.
     for name, tensor in own.items():
         if tensor.is_floating_point():
-            head.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            head._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         else:
-            head.register_buffer(name, tensor)
+            head._buffers[name] = tensor
     children: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         child, _, rest = name.partition(".")
         if rest:
             children.setdefault(child, {})[rest] = tensor
     for child, held in children.items():
-        head.add_module(child, head_of(held))
+        head._modules[child] = head_of(held)
     return head
 
 
@@ -97,10 +100,18 @@ class _Heads:
 def _norm(bias: Tensor) -> nn.Module:
     """A module that has this bias, and of which it is known where the bias acts."""
     module: nn.Module = nn.LayerNorm(tuple(bias.shape), dtype=bias.dtype, device="meta")
-    module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return module
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0
+
+
 def without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same shapes and dtypes on the meta device."""
-    return {key: torch.empty_like(t, device="meta") for key, t in tensors.items()}
+    """The same shapes and dtypes on the meta device, of those keys that can be a tensor's of some module."""
+    return {key: torch.empty_like(t, device="meta") for key, t in tensors.items() if _is_a_place(key)}
+
+
+def _is_a_place(key: str) -> bool:
+    return all(part and not hasattr(nn.Module, part) for part in key.split("."))

@@ -16,7 +16,7 @@ from adapterkit.disk.mapping import FactorSpool, MappedFiles
 from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
 from adapterkit.disk.output import check_dtype, file_place, output_place, write_file, write_record
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.foreign import DOTTED, FLAT
+from adapterkit.foreign import DOTTED, FLAT, OPTIONAL
 from adapterkit.keys import strip_file_prefix
 from adapterkit.loading import to_file
 from adapterkit.lowrank import check_size
@@ -147,12 +147,18 @@ def _foreign(record: AdapterRecord, naming: str, part: str) -> tuple[dict[str, T
     return _named(found.tensors, naming, part), found.metadata
 
 
+def _flat(path: str, part: str) -> str:
+    """The path with underscores; of CLIP's text encoder with the module that transformers 5 has dropped from it."""
+    dropped = f"{OPTIONAL}." if part.startswith("lora_te") and path.startswith("encoder.layers.") else ""
+    return (dropped + path).replace(".", "_")
+
+
 def _named(tensors: Mapping[str, Mapping[str, Tensor]], naming: str, part: str) -> dict[str, Tensor]:
     """The tensors by whole keys."""
     result: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     for path, held in tensors.items():
-        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{path.replace('.', '_')}"
+        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{_flat(path, part)}"
         other = owners.setdefault(module, path)
         if other != path:
             raise CheckpointError(

@@ -125,20 +125,16 @@ def open_adapter(
     method = method_in_file(files.config, files.folder)
     config = method.config_type().from_dict({"modules_to_save": None, **files.config})
     tensors = without_values(strip_file_prefix(files.tensors))
-    if known is None and base is None and method.layers_in_file(tensors, config) is None:
-        base = Base.recorded(config)
-    layers = _layers(method, config, tensors, base) if known is None else known
+    if known is None and base is None:
+        known = dict(method.layers_in_file(tensors, config) or {})
+        base = None if known else Base.recorded(config)
+    layers = known or ({} if base is None else _layers_of_base(tensors, method.key_rule(config), base))
     opened = Opened(name or files.folder.name, files, method, config, layers, {}, mapped, base)
     opened.others = other_modules(tensors, layers, config, opened.rule)
     return opened
 
 
-def _layers(
-    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], base: Base | None
-) -> dict[str, nn.Module]:
-    if base is None:
-        return dict(method.layers_in_file(tensors, config) or {})
-    rule = method.key_rule(config)
+def _layers_of_base(tensors: Mapping[str, Tensor], rule: KeyRule, base: Base) -> dict[str, nn.Module]:
     paths = dict.fromkeys(split[0] for split in (split_key(key, rule) for key in tensors) if split is not None)
     return {path: base.layer(path) for path in paths}
 
@@ -161,18 +157,22 @@ def stand_in(adapters: Sequence[Opened], dtype: torch.dtype = torch.float32) -> 
                     f"shape {_size(own)}, the other for {_size(kind)}."
                 )
     for adapter in adapters:
-        if adapter.config.trained_biases != "none":
-            _give_biases(adapter)
+        _give_values(adapter)
     return assemble(group for adapter in adapters for group in (adapter.layers, adapter.others))
 
 
-def _give_biases(adapter: Opened) -> None:
-    """The base's values for the biases that the adapter trains, where they are known."""
+def _give_values(adapter: Opened) -> None:
+    """The base's values, where they are known, for the biases that the adapter trains and the embeddings that it holds.
+
+    Trained biases start from them; and embeddings that equal them are none of the adapter's own.
+    """
     for path, module in (adapter.layers | adapter.others).items():
-        own = module._parameters.get("bias")
-        base = None if adapter.base is None or own is None else adapter.base.bias(path)
+        name = "weight" if isinstance(module, nn.Embedding) else "bias"
+        own = module._parameters.get(name)
+        wanted = isinstance(module, nn.Embedding) or adapter.config.trained_biases != "none"
+        base = None if adapter.base is None or own is None or not wanted else adapter.base.parameter(path, name)
         if own is not None and base is not None and own.shape == base.shape:
-            module.register_parameter("bias", nn.Parameter(base.to(own.dtype), requires_grad=False))
+            module._parameters[name] = nn.Parameter(base.to(own.dtype), requires_grad=False)
 
 
 def _size(kind: Any) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def _joined(one: nn.Module, other: nn.Module) -> nn.Module:
     one, other = sorted((one, other), key=_detail, reverse=True)
     for name, parameter in other._parameters.items():
         if one._parameters.get(name) is None:
-            one.register_parameter(name, parameter)
+            one._parameters[name] = parameter  # the table itself: a file may have any names
     return one
 
 
@@ -53,11 +53,11 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in model._modules:
-            model.add_module(parent, Part())
+            model._modules[parent] = Part()
         inner = model._modules[parent]
         assert inner is not None
         model = inner
     there = model._modules.get(name)
     for child, inner_module in () if there is None else there._modules.items():
-        module.add_module(child, inner_module)
-    model.add_module(name, module)
+        module._modules[child] = inner_module
+    model._modules[name] = module
