@@ -90,6 +90,8 @@ class Change:
         parts: adapter layers in the order they act.
         biases: trained biases, each with what its shift is multiplied by.
         tied: names of the module's parameters that other modules have, too.
+        head: the adapter whose own copy of the module it is, where it has both a copy and a change of it: a resized
+            embedding. The change belongs into that copy.
     """
 
     path: str
@@ -98,6 +100,7 @@ class Change:
     parts: list[Part] = field(default_factory=list)
     biases: list[tuple[BiasLayer, float]] = field(default_factory=list)
     tied: frozenset[str] = frozenset()
+    head: str | None = None
 
     @property
     def general(self) -> bool:
@@ -127,18 +130,22 @@ def plan(
         UnsupportedError: an adapter layer that cannot be merged.
         StateError: a weight that is tied to another module, or a bias that is not there.
     """
-    changes: dict[str, Change] = {}
+    changes: dict[nn.Module, Change] = {}
     for record in records:
         scale = (scales or {}).get(record.name, 1.0)
         for path, layer in record.layers.items():
-            change = changes.setdefault(path, Change(path, record.hosts[path], layer.kind))
+            module, head = record.hosts[path], None
+            if path in record.heads:
+                module, head = record.heads[path], record.name
+            change = changes.setdefault(module, Change(path, module, layer.kind, head=head))
             change.kind = layer.kind
             change.parts.append(Part.of(record, path, scale))
         for path, bias in record.biases.items():
-            changes.setdefault(path, Change(path, record.hosts[path], None)).biases.append((bias, scale))
+            module = record.hosts[path]
+            changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
     owners = _owners(walk)
     for change in changes.values():
-        change.tied = frozenset(name for name, p in change.touched.items() if owners[p] > 1)
+        change.tied = frozenset(name for name, p in change.touched.items() if owners.get(p, 1) > 1)
         _check(change, untie)
     return list(changes.values())
 

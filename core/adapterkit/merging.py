@@ -41,13 +41,15 @@ class Merged:
     Attributes:
         names: the merged adapters, the first merged first.
         were_active: those of them that were active when they were merged, to be active again.
-        kept: the base's parameters by module path; empty where they were not kept.
+        kept: the base's parameters by module; empty where they were not kept.
+        heads: those of them whose own copy of a module has their change in it.
     """
 
     names: tuple[str, ...] = ()
     were_active: tuple[str, ...] = ()
     keeps_base: bool = True
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[nn.Module, Kept] = field(default_factory=dict)
+    heads: frozenset[str] = frozenset()
 
 
 @torch.no_grad()
@@ -64,17 +66,18 @@ def carry_out(changes: Sequence[Change], state: Merged, *, safe: bool, keep_base
             if safe or change.general:
                 values = _merged_values(change)
                 _check_finite(change, *values if safe else ())
-    done: dict[str, Kept] = {}
+    done: dict[nn.Module, Kept] = {}
     try:
         for change in changes:
-            done[change.path] = _keep(change, values=keep_base)
+            done[change.module] = _keep(change, values=keep_base)
             merge_module(change, safe=safe)
     except BaseException:
         for kept in done.values() if keep_base else ():
             kept.give_back()
         raise
-    for path, kept in done.items():
-        known = state.kept.setdefault(path, kept)  # the first merge's are the base's
+    state.heads |= {change.head for change in changes if change.head is not None}
+    for module, kept in done.items():
+        known = state.kept.setdefault(module, kept)  # the first merge's are the base's
         known.parameters = kept.parameters | known.parameters
         known.values = kept.values | known.values
 

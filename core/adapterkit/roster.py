@@ -97,6 +97,13 @@ class Roster:
         if name in self._records:
             raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
 
+    def _check_heads_not_merged(self, name: str) -> None:
+        if name in self._merged.heads:
+            raise StateError(
+                f"Adapter {name!r} is merged, part of it into its own copy of a module, which its file must hold "
+                "without that. Call unmerge() first."
+            )
+
     def _check_not_merged(self, name: str) -> None:
         if name in self._merged.names:
             raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")

@@ -34,6 +34,7 @@ class Storage(Lifecycle):
             CheckpointError: `source` lacks some of them.
         """
         record = self._record(name)
+        self._check_heads_not_merged(name)
         return to_file(record, default_registry.method_of(record.config), source)
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -70,7 +71,9 @@ class Storage(Lifecycle):
             SaveError: it cannot be written there; what was there is untouched.
         """
         path = local_path(folder)
-        persistence.save_record(self._record(name), self.model, path, source)
+        record = self._record(name)
+        self._check_heads_not_merged(name)
+        persistence.save_record(record, self.model, path, source)
         return path
 
     def load(  # noqa: PLR0913 - the last four are the hub's

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests.combining import scaling_method
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -448,3 +449,24 @@ def test_merge_and_detach_keeps_the_head_that_was_chosen() -> None:
         adapters.add(name, LoraConfig(target_modules=["query"]), num_labels=count)
     adapters.activate("a", "b", trainable=False, heads="b")
     assert adapters.merge_and_detach("a", "b", heads="a")(IDS).logits.shape == (2, 4)
+
+
+def test_a_resized_embedding_takes_its_own_change_in_and_gives_it_back(tmp_path: Path) -> None:
+    """PEFT writes an embedding that it adapts in full beside the change; both act, so both are merged."""
+    adapters = adapted(network(torch.float32), "a", target_modules=["embed", "linear"])
+    adapters.save("a", tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.embed.base_layer.weight"] = torch.randn(7, 6)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = network(torch.float32)
+    adapters = ak.attach(model)
+    adapters.load(tmp_path, "a")
+    expected, saved = model(IDS), {k: v.clone() for k, v in adapters.state_dict("a").items()}
+    adapters.merge("a")
+    torch.testing.assert_close(model(IDS), expected)
+    for refused in (lambda: adapters.state_dict("a"), lambda: adapters.save("a", tmp_path / "x")):
+        with pytest.raises(ak.StateError, match="is merged, part of it into its own copy of a module"):
+            refused()
+    adapters.unmerge()
+    assert all(torch.equal(v, saved[k]) for k, v in adapters.state_dict("a").items())
+    torch.testing.assert_close(adapters.merge_and_detach("a")(IDS), expected)

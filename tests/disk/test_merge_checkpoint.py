@@ -244,6 +244,26 @@ def test_a_model_that_is_not_of_transformers_is_given_on_the_meta_device(tmp_pat
     assert all(torch.equal(found[k], v) for k, v in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("model", ["llama", "gemma3"])
+def test_an_embedding_that_the_adapter_holds_in_full_is_merged_with_its_change(
+    shift: float, model: str, tmp_path: Path
+) -> None:
+    """PEFT writes it with every adapter that changes it: often it is the base's."""
+    setting = Setting(model, [LoraConfig(target_modules=["q_proj", "embed_tokens"], r=2)], BF16)
+    cls = save_base(setting, tmp_path / "base")
+    adapters = save_adapters(setting, tmp_path / "base", cls, tmp_path)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    full = adapters.model.get_submodule("model.embed_tokens").weight.detach() + shift
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] = full
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    adapters = ak.attach(cls.from_pretrained(tmp_path / "base", dtype="auto").eval())
+    adapters.load(tmp_path / "a", "a")
+    adapters.merge_and_detach("a", untie=True).save_pretrained(tmp_path / "memory")
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out", untie=True)
+    assert_same_tensors(tmp_path / "memory", tmp_path / "out")
+
+
 def test_progress_reaches_all_bytes(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     _, _, report = both_ways(

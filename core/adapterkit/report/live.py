@@ -23,8 +23,9 @@ def live_sources(records: Iterable[AdapterRecord], merged: Merged) -> list[Sourc
 
 def _base_norm(record: AdapterRecord, merged: Merged) -> Callable[[str], float | None]:
     def found(path: str) -> float | None:
-        kept = merged.kept.get(path)
-        weight = record.layers[path].kind.read(record.hosts[path]) if kept is None else kept.values.get("weight")
+        module = record.heads.get(path, record.hosts[path])
+        kept = merged.kept.get(module)
+        weight = record.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
         return None if weight is None or weight.is_meta else norm_of(weight)
 
     return found

@@ -22,10 +22,11 @@ from adapterkit.disk.merge.sources import Source, Sources, checked_sources, give
 from adapterkit.disk.merge.staging import Staging, write_durably
 from adapterkit.disk.names import match_names
 from adapterkit.disk.skeleton import skeleton
-from adapterkit.errors import ConfigError, SaveError, StateError, UnsupportedError
+from adapterkit.errors import ConfigError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import local_path
 from adapterkit.hub import model_folder
 from adapterkit.labels import LabelSet
+from adapterkit.merging import merge_module
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.walk import Walk
 
@@ -106,7 +107,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     beside.check_config(folder)
     checkpoint = Checkpoint.open(place)
     built = skeleton(folder, architecture=architecture) if model is None else model
-    job = _plan(folder, checkpoint, built, sources, untie=untie, heads=heads, component=component)
+    job = _plan(folder, checkpoint, built, sources, untie=untie, heads=heads, component=component, safe=safe)
     job.architecture = type(built).__name__ if architecture is not None else None
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
     staging = Staging(target, _request(job, arguments))
@@ -116,7 +117,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
             resumed = tuple(staging.done)
             try:
                 _write(job, staging, safe=safe, workers=workers, progress=progress)
-            except StateError:  # values that are not finite: nothing to go on from
+            except (PluginError, StateError, UnsupportedError):  # they come again: nothing to go on from
                 staging.discard()
                 raise
             staging.publish(overwrite=overwrite)
@@ -163,16 +164,20 @@ def _plan(
     untie: bool,
     heads: str | None,
     component: str | None,
+    safe: bool,
 ) -> _Job:
     names = match_names(model, checkpoint.entries)
     give_dtypes(model, checkpoint, names)
-    records = [load(source, model, component) for source in sources]
+    records = [load(source, model, component, checkpoint, names) for source in sources]
     changes = plan(records, Walk(model), untie=untie, scales={s.name: s.weight for s in sources})
     _check_weights(sources, records)
     acting = [next(r for r in records if r.name == name) for name in acting_heads(records, _named(heads, sources))]
     builder = ContentsBuilder(model, checkpoint, names)
     for change in changes:
-        builder.add_change(change)
+        if change.head is None:
+            builder.add_change(change)
+        else:  # its own copy of the module is in memory, and is written as the head that it is
+            merge_module(change, safe=safe)
     builder.add_heads(acting)
     contents = builder.finish()
     labels = next((r.labels for r in reversed(acting) if r.labels is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.checkpoint import Checkpoint, mapped
 from adapterkit.disk.header import Entry
 from adapterkit.disk.names import Names
 from adapterkit.dispatch import Active
 from adapterkit.errors import ConfigError
 from adapterkit.files import AdapterFiles, read
 from adapterkit.hub import adapter_folder
+from adapterkit.keys import FILE_PREFIX
 from adapterkit.persistence import load_record
 from adapterkit.record import AdapterRecord
 from adapterkit.walk import Walk, base_parameters
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 _HASHED = 1 << 20
+_BASE_LAYER = "base_layer."
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,33 @@ def _free_name(wanted: str, taken: Sequence[str]) -> str:
     return name
 
 
-def load(source: Source, model: nn.Module, component: str | None) -> AdapterRecord:
+def load(
+    source: Source, model: nn.Module, component: str | None, checkpoint: Checkpoint, names: Names
+) -> AdapterRecord:
     """The adapter's layers, heads and biases for the skeleton, with their values; nothing is installed there.
 
     Raises:
         CheckpointError: it does not fit the model.
     """
-    files: AdapterFiles = read(source.place)
+    files = _without_base(read(source.place), checkpoint, names)
     cpu = torch.device("cpu")
     record, _ = load_record(
         model, source.name, files, Active(), strict=True, dtype=None, component=component, device=cpu
     )
     return record
+
+
+def _without_base(files: AdapterFiles, checkpoint: Checkpoint, names: Names) -> AdapterFiles:
+    """The files without weights of adapted layers that are the base's: PEFT writes embeddings with every adapter."""
+    same = set()
+    for key, tensor in files.tensors.items():
+        if key.endswith(f"{_BASE_LAYER}weight"):
+            place = key.removeprefix(FILE_PREFIX).replace(_BASE_LAYER, "")
+            entry = checkpoint.entries.get(names.in_file.get(place, ""))
+            if entry is not None and entry.shape == tuple(tensor.shape):
+                own = mapped(entry).to(tensor.dtype)
+                same |= {key} if torch.equal(own, tensor) else set()
+    return dataclasses.replace(files, tensors={k: v for k, v in files.tensors.items() if k not in same})
 
 
 def give_dtypes(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
