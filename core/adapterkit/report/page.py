@@ -90,13 +90,10 @@ def _subtitle(findings: Findings) -> str:
 
 
 def _how_layers(findings: Findings) -> str:
-    relative = any(adapter.has_base for adapter in findings.adapters)
-    what = (
-        "|dW| / |W| in percent, how far training moved the layer's weight (where the base's weights are not at hand: "
-        "|dW| as a share of the adapter's largest)"
-        if relative
-        else "|dW| in percent of the adapter's largest, because the base's weights are not at hand"
-    )
+    with_base = {adapter.has_base for adapter in findings.adapters if adapter.layers}
+    relative = "|dW| / |W| in percent, how far training moved the layer's weight"
+    own = "|dW| in percent of the adapter's largest, because the base's weights are not at hand"
+    what = relative if with_base == {True} else own if with_base != {True, False} else f"{relative}, or else {own}"
     return (
         f"How to read: rows are the model's layers, columns its modules; a cell is {what}. Strong colour is "
         "where the adapter works; faint rows and columns could be left out at a try."

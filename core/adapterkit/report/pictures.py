@@ -10,7 +10,7 @@ from adapterkit.report import curves
 from adapterkit.report.findings import AdapterFinding, Findings, LayerFinding, PairFinding, PairLayer
 from adapterkit.report.grid import Grid
 from adapterkit.report.heat import Cell, HeatMap, layer_map, matrix, number, percent, shade
-from adapterkit.report.verdict import UNDISTURBED, middle, sizes
+from adapterkit.report.verdict import DISTURBED, UNDISTURBED, middle, sizes
 
 # Spectra are drawn for the module names with the most layers, at most so many.
 _MOST_SPECTRA = 16
@@ -152,15 +152,15 @@ def _disturbance(findings: Findings, names: Sequence[str]) -> Panel:
 
 
 def pair_maps(pair: PairFinding, grid: Grid) -> list[Panel]:
-    """One pair, layer by layer. Each scale reaches to the largest value that there is."""
+    """One pair, layer by layer. Each scale reaches to the largest value, and at least so far that noise stays faint."""
     layers = pair.layers
     cosines = {path: layer.cosine or 0.0 for path, layer in layers.items()}
-    most = _most(cosines)
+    most = _most(cosines, 0.1)
     titled = {p: Cell(number(c), shade(c, most, "signed"), _met(layers[p])) for p, c in cosines.items()}
     disturbed = {path: layer.disturbance for path, layer in layers.items()}
     shared = {path: max(layer.columns.similarity, layer.rows.similarity) for path, layer in layers.items()}
     opposed = {path: layer.signs.share for path, layer in layers.items()}
-    away = _most({path: share - 0.5 for path, share in opposed.items()})
+    away = _most({path: share - 0.5 for path, share in opposed.items()}, 0.05)
     signs = {path: Cell(number(s), shade((0.5 - s) / away, 1.0, "signed")) for path, s in opposed.items()}
     return [
         Panel(
@@ -174,14 +174,14 @@ def pair_maps(pair: PairFinding, grid: Grid) -> list[Panel]:
         Panel(
             "Disturbance",
             "percent of the more disturbed one's size",
-            _plain_map("disturbance", grid, disturbed, percent),
-            high=f"{percent(_most(disturbed))} %",
+            _plain_map("disturbance", grid, disturbed, DISTURBED, percent),
+            high=f"{percent(_most(disturbed, DISTURBED))} %",
         ),
         Panel(
             "Shared directions",
             "outputs or inputs, the larger",
-            _plain_map("shared directions", grid, shared, number),
-            high=number(_most(shared)),
+            _plain_map("shared directions", grid, shared, 0.1, number),
+            high=number(_most(shared, 0.1)),
         ),
         Panel(
             "Sign conflicts",
@@ -195,13 +195,15 @@ def pair_maps(pair: PairFinding, grid: Grid) -> list[Panel]:
     ]
 
 
-def _most(values: Mapping[str, float]) -> float:
-    """The largest magnitude, for the end of a scale; 1 where all are zero."""
-    return max(map(abs, values.values()), default=0.0) or 1.0
+def _most(values: Mapping[str, float], least: float) -> float:
+    """The end of a scale: the largest magnitude, and at least this."""
+    return max(least, *map(abs, values.values()))
 
 
-def _plain_map(caption: str, grid: Grid, values: Mapping[str, float], written: Callable[[float], str]) -> HeatMap:
-    most = _most(values)
+def _plain_map(
+    caption: str, grid: Grid, values: Mapping[str, float], least: float, written: Callable[[float], str]
+) -> HeatMap:
+    most = _most(values, least)
     return layer_map(caption, grid, {path: Cell(written(v), shade(v, most)) for path, v in values.items()})
 
 
