@@ -20,9 +20,59 @@ INTRODUCTION = """
 Generated from the command's help by `docs/build_cli.py`; change the docstrings in `core/adapterkit_command/`, and the
 text in the script.
 
-`adapterkit COMMAND --help` says what follows here, and `adapterkit --install-completion` completes words. Behind each
-command is one function of the library, which its page names; everything it can do, Python can. It works for every
-installed method, third parties' included.
+`adapterkit COMMAND --help` says what follows here, and `adapterkit --install-completion` completes words. Where the
+script is not on the path, `python -m adapterkit` is the same. Behind each command is one function of the library, which
+its help names; what the command can do, Python can. It works for every installed method, third parties' included.
+"""
+
+HOW_TO = """
+## How to
+
+**Merge for serving.** The result is a model folder like the base's, for `from_pretrained`, vLLM or anything else:
+
+```console
+$ adapterkit merge ./llama ./adapters/mood --out ./llama-mood
+```
+
+It needs the memory of one layer and about the time of a copy. A run that was killed goes on with `--resume`. The head
+that was trained with the adapter comes along, and so does its label set.
+
+**Choose a rank.** Ask a trained adapter how much of its rank it uses, look at the page, and cut it:
+
+```console
+$ adapterkit inspect ./adapters/mood
+$ adapterkit report ./adapters/mood --base ./llama --out mood.html
+$ adapterkit convert ./adapters/mood --energy 0.99 --out ./adapters/mood-small
+$ adapterkit diff ./adapters/mood ./adapters/mood-small
+```
+
+Before training, `targets` counts what a config makes of a model whose weights need not be there:
+
+```console
+$ adapterkit targets ./llama --target-modules all-linear --set r=16
+```
+
+**Combine two.** First see whether they go together, then choose the way, and what becomes of the heads:
+
+```console
+$ adapterkit report ./adapters/mood ./adapters/topic --out both.html
+$ adapterkit combine ./adapters/mood:0.7 ./adapters/topic:0.3 --heads concat --out ./adapters/both
+```
+
+**Bring files from elsewhere**, or take them there:
+
+```console
+$ adapterkit convert style.safetensors --base ./unet --out ./adapters/style
+$ adapterkit convert ./adapters/style --naming kohya --out style.safetensors
+```
+
+**Make a method of your own.** `new` writes a package that passes the test kit; from then on every command knows it:
+
+```console
+$ adapterkit new outer
+$ pip install -e adapterkit-outer
+$ adapterkit methods
+```
 """
 
 OUTPUT = """
@@ -41,7 +91,13 @@ command line itself (status 2) is text.
 def page() -> str:
     """The whole page."""
     group: Any = typer.main.get_command(app)
-    parts = [INTRODUCTION, OUTPUT, "## Exit status", _table(("status", "says"), [(str(int(e)), e.says) for e in Exit])]
+    parts = [
+        INTRODUCTION,
+        HOW_TO,
+        OUTPUT,
+        "## Exit status",
+        _table(("status", "says"), [(str(int(e)), e.says) for e in Exit]),
+    ]
     panels: dict[str, list[Any]] = {}
     for command in group.commands.values():
         panels.setdefault(command.rich_help_panel, []).append(command)

@@ -136,14 +136,18 @@ def test_diff_shows_the_layers_that_differ_and_exits_as_it_is_told(here: Path) -
 
 
 def test_report_writes_the_page_and_says_its_answers(here: Path) -> None:
-    done = run("report", "mood", "topic", "--name", "a", "--name", "b", "--title", "Two", "--out", "page.html")
+    done = run(
+        "report", "mood", "topic", "--name", "a", "--name", "b", "--title", "Two", "--out", "page.html", "--json"
+    )
     assert done.exit_code == 0, done.stderr
     expected = ak.write_report(["mood", "topic"], "expected.html", names=["a", "b"], title="Two")
     assert (here / "page.html").read_bytes() == (here / "expected.html").read_bytes()
-    assert done.stdout.splitlines()[-1] == "written: page.html"
-    answers = json.loads(run("report", "mood", "topic", "--out", "page.html", "--json").stdout)
+    answers = json.loads(done.stdout)
     assert answers["page"] == "page.html"
-    assert [a["question"] for a in answers["verdicts"]] == [v.question for v in expected.verdicts]
+    assert [a["headline"] for a in answers["verdicts"]] == [v.headline for v in expected.verdicts]
+    lines = run("report", "loha", "--out", "page.html").stdout.splitlines()
+    assert lines[0].startswith("loha: ")
+    assert lines[-1] == "written: page.html"
 
 
 def test_a_narrow_terminal_shows_every_cell() -> None:

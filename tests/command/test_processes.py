@@ -36,10 +36,13 @@ def test_a_third_partys_method_is_listed_without_colours_in_a_pipe(foreign: Path
     assert "\x1b" not in out
 
 
-def test_a_users_mistake(files: Path) -> None:
-    status, out, error = execute("inspect", str(files / "base"), "--json")
-    assert (status, out) == (1, "")
-    assert json.loads(error)["error"]["type"] == "CheckpointError"
+def test_a_model_is_merged_and_its_report_is_all_there_is_on_stdout(files: Path, tmp_path: Path) -> None:
+    status, out, error = execute(
+        "merge", str(files / "base"), f"{files / 'mood'}:-0.5", "-o", str(tmp_path / "m"), "--json"
+    )
+    assert (status, error) == (0, "")
+    assert json.loads(out)["adapters"] == {"mood": -0.5}
+    assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
 def test_what_closes_its_input_is_no_error() -> None:
