@@ -296,6 +296,23 @@ def test_a_tied_target_is_refused_unless_it_is_to_be_untied(tmp_path: Path) -> N
     refused(ak.StateError, r"'transformer.wte.weight' is tied", tmp_path, base, tmp_path / "a", tmp_path / "out")
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_tie_that_the_files_hold_apart_is_none_if_the_values_differ(shift: float, tmp_path: Path) -> None:
+    setting = Setting("gpt2", [LoraConfig(target_modules=["wte"], r=2)])
+    cls = save_base(setting, tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + shift
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    adapters = save_adapters(setting, tmp_path / "base", cls, tmp_path)
+    arguments = (tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    if not shift:
+        refused(ak.StateError, r"'transformer.wte.weight' is tied", tmp_path, *arguments)
+        return
+    ak.merge_checkpoint(*arguments)
+    adapters.merge_and_detach("a").save_pretrained(tmp_path / "memory")
+    assert_same_tensors(tmp_path / "memory", tmp_path / "out")
+
+
 def test_ties_in_code_cannot_be_untied_in_files(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -18,7 +18,7 @@ from adapterkit.disk.merge import beside, writing
 from adapterkit.disk.merge.contents import Contents, ContentsBuilder
 from adapterkit.disk.merge.layout import FileLayout, lay_out
 from adapterkit.disk.merge.report import MergeReport
-from adapterkit.disk.merge.sources import Source, Sources, checked_sources, give_dtypes, load
+from adapterkit.disk.merge.sources import Source, Sources, checked_sources, give_dtypes, load, untie_unequal
 from adapterkit.disk.merge.staging import Staging, write_durably
 from adapterkit.disk.names import match_names
 from adapterkit.disk.skeleton import skeleton
@@ -168,6 +168,7 @@ def _plan(
 ) -> _Job:
     names = match_names(model, checkpoint.entries)
     give_dtypes(model, checkpoint, names)
+    untie_unequal(model, checkpoint, names)
     records = [load(source, model, component, checkpoint, names) for source in sources]
     changes = plan(records, Walk(model), untie=untie, scales={s.name: s.weight for s in sources})
     _check_weights(sources, records)

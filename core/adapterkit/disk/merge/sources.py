@@ -137,6 +137,21 @@ def give_dtypes(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
                 module._parameters[name] = places[own]
 
 
+def untie_unequal(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
+    """Take apart what the config ties and the files hold twice, with other values: transformers loads both as well."""
+    groups: dict[nn.Parameter, list[str]] = {}
+    for key, parameter in base_parameters(model):
+        if key in names.in_file:
+            groups.setdefault(parameter, []).append(key)
+    for parameter, (first, *others) in groups.items():
+        for key in others:
+            one, other = (checkpoint.tensor(names.in_file[k]) for k in (first, key))
+            if not torch.equal(one, other):
+                path, _, local = key.rpartition(".")
+                own = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+                model.get_submodule(path)._parameters[local] = own
+
+
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
