@@ -33,8 +33,8 @@ _HOW = {
     "column's adapter adds in the directions the row's uses, in percent of the row's size: below 2 % a sum keeps both. "
     "Blue agrees and orange opposes; faint cells are what chance gives, or little.",
     "pair": "How to read: faint cells are layers where the two hardly meet. In the cosine, blue layers pull the same "
-    "way and orange ones apart. Disturbance tells where a sum would hurt. Shared input directions may stem from "
-    "equal random initial values; shared output directions are learnt.",
+    "way and orange ones apart. A sum hurts where the disturbance is strong and the cosine is not blue. Shared input "
+    "directions may stem from equal random initial values; shared output directions are learnt.",
 }
 
 
