@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapterkit.disk.inspection import inspect_adapter
 from adapterkit.errors import CheckpointError
 from adapterkit.files import WEIGHTS_FILE
 from adapterkit.keys import KeyRule, strip_file_prefix
@@ -90,6 +91,22 @@ def check_unknown_keys_are_refused(case: Case) -> None:
         expect(
             _is_refused(subject, folder), f"expected a file with the unknown {extra!r} to be refused; it was loaded."
         )
+
+
+def check_files_tell_the_layers(case: Case) -> None:
+    """What `layers_in_file` says of a saved adapter are its layers, with their sizes: it needs no base to be opened."""
+    if "layers_in_file" not in case.method.hooks:
+        raise NotApplicable("the method has no hook layers_in_file")
+    for subject in case.subjects():
+        with case.folder() as folder:
+            subject.adapters.save("a", folder)
+            found = inspect_adapter(folder, values=False)
+        kinds = {path: subject.layer(path).kind for path in TARGETS}
+        expected = {path: (kind.out_features, kind.in_features) for path, kind in kinds.items()}
+        told = {layer.path: layer.shape for layer in found.layers}
+        expect(told == expected, f"On {subject}: expected layers of these sizes, {expected}; it told {told}.")
+        odd = (*found.missing, *found.unknown, *found.mismatched)
+        expect(not odd, f"On {subject}: expected its tensors to fit those layers; these do not: {', '.join(odd)}.")
 
 
 def _is_refused(subject: Subject, folder: Path) -> bool:
