@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.hand import HandModel
 from benchmarks.libraries import adapter_parameters, give_values, hand, ours, theirs
 from benchmarks.models import Stack
-from benchmarks.runner import Case, Goal, Way
+from benchmarks.runner import WALL, Case, Goal, Way
 
 FILE = "adapter_model.safetensors"
 
@@ -54,6 +54,8 @@ def _saving(blocks: int, hidden: int, plotted: bool) -> Case:
             "raw save_file": way(lambda: save_file(held, root / "raw"), "raw"),
         },
         (Goal(1.2, "raw save_file"), Goal(1.2, "hand: synced")),
+        measure=WALL,
+        rounds=15,
         plotted=plotted,
     )
 

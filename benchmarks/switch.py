@@ -70,7 +70,7 @@ class Three:
             "peft": self._turns(lambda name: self.peft.set_adapter(name, inference_mode=True)),
         }
         ways = {name: self._way(name, run) for name, run in runs.items() if name in self.models}
-        return Case(f"switch for inference, {self.of}", ways, (Goal(limit=0.02),), calls=4, plotted=plotted)
+        return Case(f"switch for inference, {self.of}", ways, (Goal(limit=0.02),), calls=20, plotted=plotted)
 
     def training(self) -> Case:
         runs = {
@@ -107,7 +107,7 @@ class Three:
             "peft": self.peft and self.peft.disable_adapter,
         }
         ways = {name: way(name, context) for name, context in contexts.items() if name in self.models}
-        return Case(f"disabled(), enter and exit, {self.of}", ways, (Goal(limit=0.02),), calls=4, plotted=plotted)
+        return Case(f"disabled(), enter and exit, {self.of}", ways, (Goal(limit=0.02),), calls=20, plotted=plotted)
 
     @contextmanager
     def _nobody(self) -> Iterator[None]:
