@@ -80,23 +80,48 @@ class VeraLayer(AdapterLayer):
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """This layer's part of A `(r, in)` and B `(out, r)`: views, unless the layer has another dtype or device."""
-        own = self.vera_lambda_d
-        down = self.shared["vera_A"][:, : self.kind.in_features]
-        up = self.shared["vera_B"][: self.kind.out_features]
-        return down.to(own.device, own.dtype), up.to(own.device, own.dtype)
+        own, kind = self.vera_lambda_d, self.kind
+        down, up = self.shared["vera_A"], self.shared["vera_B"]
+        if down.shape[1] != kind.in_features:
+            down = down[:, : kind.in_features]
+        if up.shape[0] != kind.out_features:
+            up = up[: kind.out_features]
+        if down.dtype != own.dtype or down.device != own.device:
+            return down.to(own.device, own.dtype), up.to(own.device, own.dtype)
+        return down, up
 
     def delta(self, x: Tensor) -> Tensor:
         """See `AdapterLayer.delta`."""
+        hidden, up = self._projected(x)
+        if self._keeps_output(hidden):
+            return self.kind.expand(hidden * self.vera_lambda_d, up) * self.vera_lambda_b
+        return self._expanded(hidden, up)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """See `AdapterLayer.add_to`: multiplied by b and added in one pass."""
+        hidden, up = self._projected(x)
+        if self._keeps_output(hidden):
+            return torch.addcmul(out, self.kind.expand(hidden * self.vera_lambda_d, up), self.vera_lambda_b)
+        return out + self._expanded(hidden, up)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`A dropout(x)`, and B."""
         down, up = self.projections()
-        hidden = self.kind.project(x, down, self.dropout if self.training else 0.0)
-        lambda_d, lambda_b = self.vera_lambda_d, self.vera_lambda_b
-        # Where the features are not last; and compiled, where only what is as wide as the output costs memory.
-        if self.kind.spread(lambda_b).dim() > 1 or torch.compiler.is_compiling():
-            return self.kind.expand(hidden, scaled_up(up, lambda_d, lambda_b))
-        small = hidden.numel() // hidden.shape[-1] * len(lambda_b) <= SMALL
-        if self.kind.lookup or small or not torch.is_grad_enabled():
-            return self.kind.expand(hidden * lambda_d, up) * lambda_b
-        return _Expand.apply(hidden, up, lambda_d, lambda_b)  # type: ignore[no-untyped-call,no-any-return]
+        return self.kind.project(x, down, self.dropout if self.training else 0.0), up
+
+    def _keeps_output(self, hidden: Tensor) -> bool:
+        """Whether autograd may keep what is multiplied by b: it is small, or there is no backward of this kind."""
+        if torch.compiler.is_compiling() or self.kind.spread(self.vera_lambda_b).dim() > 1:
+            return False
+        if self.kind.lookup or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return True
+        return hidden.numel() // hidden.shape[-1] * self.kind.out_features <= SMALL
+
+    def _expanded(self, hidden: Tensor, up: Tensor) -> Tensor:
+        """`delta`, keeping nothing as wide as the output, or where the features are not last."""
+        if torch.compiler.is_compiling() or self.kind.spread(self.vera_lambda_b).dim() > 1:
+            return self.kind.expand(hidden, scaled_up(up, self.vera_lambda_d, self.vera_lambda_b))
+        return _Expand.apply(hidden, up, self.vera_lambda_d, self.vera_lambda_b)  # type: ignore[no-untyped-call,no-any-return]
 
     @classmethod
     def stacked(cls, layers: Sequence[VeraLayer], slots: Tensor) -> VeraStack | None:

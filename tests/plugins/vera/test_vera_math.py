@@ -390,3 +390,53 @@ def test_a_model_on_the_meta_device_can_be_adapted() -> None:
     assert model(torch.empty(2, 4, device="meta")).shape == (2, 4)
     with pytest.raises(ak.AdapterError, match="meta device"):
         adapters.save("a", "unused")
+
+
+@every_layer
+@pytest.mark.parametrize("small", [0, 2**60])
+@pytest.mark.parametrize("grad", [True, False])
+def test_add_to_adds_the_delta_in_the_wider_dtype(
+    sort: str, small: int, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", small)
+    model, layer, x = adapted(sort)
+    with torch.set_grad_enabled(grad):
+        out = type(model.fc).__base__.forward(model.fc, x)
+        torch.testing.assert_close(layer.add_to(out, x), out + layer.delta(x))
+        rough = layer.add_to(out.bfloat16(), x)
+    assert rough.dtype == torch.float64
+    torch.testing.assert_close(rough, out.bfloat16() + layer.delta(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_adding_in_one_pass_is_no_less_exact_than_adding_the_delta(dtype: torch.dtype) -> None:
+    model = one(nn.Linear(96, 128))
+    ak.attach(model).add("a", VeraConfig(r=16, target_modules=["fc"]))
+    randomise(model, "a")
+    layer: Any = model.fc.adapters["a"]
+    model.to(dtype)
+    x = torch.randn(300, 96, dtype=dtype)
+    out = nn.Linear.forward(model.fc, x)
+    down, up = (t.double() for t in layer.projections())
+    d, b = layer.vera_lambda_d.double(), layer.vera_lambda_b.double()
+    exact = out.double() + (((x.double() @ down.t()) * d) @ up.t()) * b
+    plain, found = ((y.double() - exact).norm() for y in (out + layer.delta(x), layer.add_to(out, x)))
+    assert found <= 1.02 * plain
+
+
+@pytest.mark.parametrize("small", [0, 2**60])
+def test_functorch_differentiates_and_maps(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", small)
+    model, layer, x = adapted("Linear")
+    parameters = dict(layer.named_parameters())
+
+    def loss(given: Any, row: Tensor) -> Tensor:
+        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
+        return torch.func.functional_call(model, changed, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
+        for value, gradient in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(value[i], gradient)
