@@ -5,4 +5,16 @@ and `plot` show it: in the terminal, in `docs/performance.md` and as the picture
 """
 
 # In the order in which they run and stand in tables.
-NAMES = ("imports", "injection", "switch", "save", "load", "merge", "merge_on_disk", "combine", "per_sample", "growth")
+NAMES = (
+    "imports",
+    "injection",
+    "switch",
+    "save",
+    "load",
+    "merge",
+    "merge_on_disk",
+    "combine",
+    "forward",
+    "per_sample",
+    "growth",
+)
