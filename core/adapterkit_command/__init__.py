@@ -4,6 +4,7 @@ It is beside the library and not in it, because importing anything from `adapter
 and mistakes in the command line are answered before that. It uses public names of `adapterkit` only.
 """
 
+import io
 import sys
 
 from adapterkit_command.exits import Exit
@@ -11,6 +12,9 @@ from adapterkit_command.exits import Exit
 
 def main() -> None:
     """Run the command with the process's arguments, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     try:
         from adapterkit_command.app import app
 

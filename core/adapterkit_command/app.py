@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from adapterkit_command import looking, making, plugins
-from adapterkit_command.running import Debug, app
+from adapterkit_command.running import Debug, app, flowing
 
 __all__ = ["app", "looking", "making", "plugins"]
 
@@ -19,15 +19,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+_HELP = """
+Look at, merge, combine and convert adapters of every installed method, from files.
+
+Every command has examples: adapterkit COMMAND --help. Reports go to stdout, with --json as JSON; messages and progress
+go to stderr.
+"""
+
+
+@app.callback(help=flowing(_HELP))
 def options(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Look at, merge, combine and convert adapters of every installed method, from files.
-
-    Every command has examples: adapterkit COMMAND --help. Reports go to stdout, with --json as JSON; messages and
-    progress go to stderr.
-    """
+    """The options before a command."""

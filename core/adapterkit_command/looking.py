@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 PANEL = "Look"
 # Fields of a config that have a line of their own, or say nothing.
+_NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
+# Letters of a field's value that a table shows.
 _LONGEST = 200
-_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
 _LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
 
 
@@ -33,8 +34,9 @@ def _show_inspection(found: AdapterInspection) -> Iterator[RenderableType]:
     yield hanging("adapter", found.source)
     yield hanging("method", f"{found.method} ({found.provider})")
     yield hanging("base", found.base or "not named")
-    config = {k: v for k, v in found.config.items() if k not in _SHOWN and v not in (None, False, "", [], {}, "none")}
-    yield hanging("config", ", ".join(f"{field}={value}" for field, value in config.items()))
+    unset: tuple[object, ...] = (None, False, "", [], {}, "none")
+    config = [f"{k}={v}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
+    yield hanging("config", ", ".join(config))
     yield hanging("size", f"{found.parameters:,} parameters, {found.size:,} bytes, {dtypes}")
     for path, tensors in found.heads.items():
         yield hanging("head", f"{path}: {', '.join(f'{n} {_shape(s)}' for n, s in tensors.items())}")

@@ -75,7 +75,7 @@ def say(kind: str, message: str, style: str) -> None:
 
 def print_json(value: object, stream: IO[str]) -> None:
     """`value` as JSON; a report's keys are its attributes."""
-    print(json.dumps(jsonable(value), indent=2, ensure_ascii=False), file=stream)
+    print(json.dumps(jsonable(value), indent=2), file=stream)
 
 
 def print_text(parts: Iterable[RenderableType], stream: IO[str]) -> None:

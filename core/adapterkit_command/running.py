@@ -72,7 +72,7 @@ def command(
         name = function.__name__.strip("_")
         app.command(
             name,
-            help=f"{_flowing(function.__doc__)}\n\nIn Python: adapterkit.{calls}",
+            help=f"{flowing(function.__doc__)}\n\nIn Python: adapterkit.{calls}",
             epilog=_epilog(examples),
             rich_help_panel=panel,
         )(run)
@@ -94,7 +94,7 @@ def _add_parameters(run: Any, function: Callable[..., object], added: Mapping[st
     run.__annotations__ = {**function.__annotations__, **added}
 
 
-def _flowing(text: str | None) -> str:
+def flowing(text: str | None) -> str:
     """A docstring with one line a paragraph, so that a terminal of any width can wrap it."""
     paragraphs = inspect.cleandoc(text or "").split("\n\n")
     return escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))

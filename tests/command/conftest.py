@@ -23,18 +23,18 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "core", *sorted(p for p in (ROOT / "plugins").iterdir() if p.is_dir())]
 
 
-def start(*arguments: str, path: Path | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """The installed command as a process; `path` is searched for plugins as well."""
     places = os.pathsep.join(map(str, [*SOURCES, *([path] if path else [])]))
-    environment = {**os.environ, "PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
         [str(COMMAND), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
-def execute(*arguments: str, path: Path | None = None) -> tuple[int, str, str]:
+def execute(*arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
     """Its exit status, stdout and stderr."""
-    process = start(*arguments, path=path)
+    process = start(*arguments, path=path, **variables)
     out, error = process.communicate(timeout=120)
     return process.returncode, out, error
 

@@ -71,6 +71,6 @@ def test_ctrl_c_ends_it_without_a_traceback(foreign: Path) -> None:
 def test_help_and_version_are_there(files: Path) -> None:
     status, out, _ = execute("--version")
     assert (status, out) == (0, f"adapterkit {ak.__version__}\n")
-    status, out, error = execute("-h")
+    status, out, error = execute("-h", PYTHONIOENCODING="ascii", COLUMNS="60")
     assert (status, error) == (0, "")
     assert "Usage: adapterkit [OPTIONS] COMMAND [ARGS]..." in out
