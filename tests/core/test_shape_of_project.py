@@ -25,7 +25,18 @@ COMMAND = ROOT / "core" / "adapterkit_command"
 CORE_FILES = sorted(CORE.rglob("*.py"))
 COMMAND_FILES = sorted(COMMAND.rglob("*.py"))
 SOURCES = [*CORE_FILES, *COMMAND_FILES, *sorted((ROOT / "plugins").rglob("*.py"))]
-HEAVY = ("transformers", "adapterkit_lora", "huggingface_hub", "regex", "tqdm", "accelerate", "peft")
+HEAVY = (
+    "transformers",
+    "adapterkit_lora",
+    "huggingface_hub",
+    "regex",
+    "tqdm",
+    "accelerate",
+    "peft",
+    "matplotlib",
+    "rich",
+    "typer",
+)
 
 
 def package(plugin: Path) -> str:
