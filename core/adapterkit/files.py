@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapterkit.disk.mapping import mapped_tensors
+from adapterkit.disk.mapping import mapped_tensors, write_tensors
 from adapterkit.errors import CheckpointError, ConfigError, SaveError
 
 CONFIG_FILE = "adapter_config.json"
@@ -203,7 +202,7 @@ def write_folder(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    writer: Writer | None = None,
+    writer: Writer = write_tensors,
 ) -> None:
     """Write an adapter folder so that at any moment it holds the old adapter whole or the new one whole.
 
@@ -214,7 +213,7 @@ def write_folder(
     renames, and a crash just between them leaves the new weights beside the old config.
 
     Args:
-        writer: writes tensors and metadata to a safetensors file; `None`: safetensors' own.
+        writer: writes tensors and metadata to a safetensors file.
 
     Raises:
         SaveError: it cannot be written there; nothing has changed.
@@ -227,7 +226,7 @@ def write_folder(
         folder = folder.resolve()  # behind a link is the folder that changes
         fresh = _new_beside(folder)
         try:
-            (writer or safetensors.torch.save_file)(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
+            writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
             _finish(fresh, text)
             _put(fresh, folder, text)
         finally:

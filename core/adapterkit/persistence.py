@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
+from adapterkit.disk.mapping import write_tensors
 from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
 from adapterkit.files import AdapterFiles, Writer, write_folder
@@ -37,7 +38,7 @@ def save_record(
     model: nn.Module,
     folder: Path,
     source: Mapping[str, Tensor] | None = None,
-    writer: Writer | None = None,
+    writer: Writer = write_tensors,
 ) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
 
@@ -55,18 +56,7 @@ def save_record(
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
     config = file_config(record, method, model).to_dict()
-    write_folder(folder, config, {k: v.contiguous() for k, v in _apart(tensors).items()}, metadata, writer)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that do not share memory: safetensors refuses those that do."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return result
+    write_folder(folder, config, tensors, metadata, writer)
 
 
 def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> AdapterConfig:

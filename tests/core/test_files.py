@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit import files
+from adapterkit.disk import mapping
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from adapterkit_lora import LoraConfig
 
@@ -725,14 +726,29 @@ def test_full_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch
     model = adapted(2 if old == "same config" else 3)
     target = folder if old else folder.parent / "new"
 
-    def full(tensors: object, path: Path, metadata: object = None) -> None:
-        Path(path).write_bytes(b"half of it")
+    def full(tensor: torch.Tensor) -> memoryview:  # after the header
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(mapping, "as_bytes", full)
     with not_saved(model, folder.parent, "No space left on device"):
         ak.attach(model).save("a", target)
     assert target.exists() == bool(old)
+
+
+@pytest.mark.parametrize("hidden", [8, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_file_is_what_safetensors_itself_writes(tmp_path: Path, hidden: int, dtype: torch.dtype) -> None:
+    up = torch.randn(hidden, 4).to(dtype)
+    tensors = {"b.ä": up, "a": up.t(), "same": up, "wide": torch.randn(3).double(), "none": torch.zeros(0, 2)}
+    mapping.write_tensors(tensors, tmp_path / "ours", {"format": "pt"})
+    own = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(own, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_dtype_that_files_lack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ak.SaveError, match="safetensors files have no torch"):
+        mapping.write_tensors({"a": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "a", {})
 
 
 def mount(folder: Path, options: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, SaveError
 
 LENGTH_BYTES = 8
 METADATA = "__metadata__"
@@ -110,8 +110,15 @@ def torch_dtype(name: str, file: Path, tensor: str = "a tensor") -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The format's name of a torch dtype."""
-    return next(name for name, (_, attribute) in _DTYPES.items() if getattr(torch, attribute, None) is dtype)
+    """The format's name of a torch dtype.
+
+    Raises:
+        SaveError: it has none.
+    """
+    for name, (_, attribute) in _DTYPES.items():
+        if getattr(torch, attribute, None) is dtype:
+            return name
+    raise SaveError(f"safetensors files have no {dtype}. Convert the adapter's tensors to another dtype first.")
 
 
 def read_header(file: Path) -> Shard:

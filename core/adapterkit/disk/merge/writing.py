@@ -14,11 +14,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.disk.mapping import as_bytes
 from adapterkit.disk.merge.layout import Copy, FileLayout, Merge, Step
 from adapterkit.merging import merge_module
 
@@ -153,7 +154,7 @@ class Worker(threading.local):
         if isinstance(step, Copy):
             copy_bytes(self.inputs[step.file], step.source, file.descriptor, step.start, step.nbytes)
         else:
-            _write(file.descriptor, _as_bytes(step.content), step.start)
+            _write(file.descriptor, _bytes_of(step.content), step.start)
         file.wrote([(step.start, step.start + step.nbytes)] if step.nbytes else [])
         return step.nbytes
 
@@ -165,7 +166,7 @@ class Worker(threading.local):
         for local, start in step.starts.items():
             parameter = module._parameters[local]
             assert parameter is not None
-            _write(file.descriptor, _as_bytes(parameter.detach()), start)
+            _write(file.descriptor, as_bytes(parameter.detach()), start)
         file.wrote(extent for extent in step.extents if extent[0] < extent[1])
 
     def _read(self, step: Merge) -> dict[str, nn.Parameter]:
@@ -174,7 +175,7 @@ class Worker(threading.local):
         found, place = {}, 0
         for local, entry in step.module.inputs.items():
             raw = self._buffer[place : place + entry.nbytes]
-            _read(self.inputs[entry.file], _as_bytes(raw), entry.start)
+            _read(self.inputs[entry.file], as_bytes(raw), entry.start)
             value = raw.view(entry.torch_dtype).view(entry.shape)
             found[local] = nn.Parameter(value, requires_grad=False)
             place += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -187,12 +188,8 @@ def buffer_size(layouts: Iterable[FileLayout]) -> int:
     return max((sum(e.nbytes + _ALIGNMENT for e in module.inputs.values()) for module in merges), default=0)
 
 
-def _as_bytes(content: bytes | Tensor) -> memoryview:
-    if isinstance(content, bytes):
-        return memoryview(content)
-    flat = content.detach().cpu().contiguous().flatten()
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array)
+def _bytes_of(content: bytes | Tensor) -> memoryview:
+    return memoryview(content) if isinstance(content, bytes) else as_bytes(content)
 
 
 def _write(descriptor: int, content: memoryview, start: int) -> None:
