@@ -170,7 +170,7 @@ def _with_weight(layer: Any, module: nn.Module, base: Callable[..., Any], x: Ten
     """
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
-    if getattr(base, "__func__", None) is not layer.kind.plain_forward() or "_hf_hook" in module.__dict__:
+    if "_hf_hook" in module.__dict__ or not layer.kind.is_plain_forward(base, module):
         return None
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype not in _EXACT:
         return None

@@ -98,7 +98,7 @@ class AdapterLayer(Holder):
         """The layer's output from one product with its own `weight` changed by `dW`, or `None`: add to it instead.
 
         A method overrides this where that can be cheaper than `add_to`. It is asked when it is the only adapter at a
-        layer that computes plainly (`LayerKind.plain_forward`), with a frozen weight of `x`'s dtype, float32 or
+        layer that computes plainly (`LayerKind.is_plain_forward`), with a frozen weight of `x`'s dtype, float32 or
         float64, in memory, and neither under autocast nor under functorch's transforms.
 
         Args:

@@ -120,10 +120,9 @@ class LayerKind(ABC):
         """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""
         return F.linear(x.to(weight.dtype), weight, bias)
 
-    @classmethod
-    def plain_forward(cls) -> Callable[..., Any] | None:
-        """The `forward` that computes `apply_weight(x, read(module), module.bias)`; `None`: there is none."""
-        return None
+    def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """Whether `forward`, the module's, computes `apply_weight(x, read(module), module.bias)` as things are now."""
+        return False
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""

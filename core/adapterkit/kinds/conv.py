@@ -96,10 +96,13 @@ class Conv(LayerKind):
         kernel = weight.reshape(weight.shape[0], -1, *self.kernel)
         return self.convolve(x.to(weight.dtype), kernel, self.groups, bias)
 
-    @classmethod
-    def plain_forward(cls) -> Callable[..., Any]:
-        """See `LayerKind.plain_forward`."""
-        return cls.module_type.forward
+    def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """See `LayerKind.is_plain_forward`. Programs replace `_conv_forward`, or the padding, of layers that exist."""
+        cls: Any = self.module_type
+        if getattr(forward, "__func__", None) is not cls.forward or "_conv_forward" in module.__dict__:
+            return False
+        own: Any = type(module)
+        return own._conv_forward is cls._conv_forward and self == type(self).of(module)
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`; the places are counted without regard to padding."""

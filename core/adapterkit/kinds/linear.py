@@ -26,10 +26,9 @@ class Linear(LayerKind):
             return cls(module.out_features, module.in_features)
         return None
 
-    @classmethod
-    def plain_forward(cls) -> Callable[..., Any]:
-        """See `LayerKind.plain_forward`."""
-        return nn.Linear.forward
+    def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """See `LayerKind.is_plain_forward`."""
+        return getattr(forward, "__func__", None) is nn.Linear.forward
 
 
 @dataclass(frozen=True)

@@ -563,6 +563,37 @@ def test_a_layer_with_a_forward_of_its_own_is_added_to(replaced: bool, monkeypat
     torch.testing.assert_close(model(x), base + model.fc.adapters["a"].delta(x))
 
 
+def circular(model: nn.Module) -> None:
+    model.fc.padding_mode = "circular"
+    model.fc._reversed_padding_repeated_twice = [1] * 4
+
+
+CONVOLVE = {
+    "by its class": lambda model: None,
+    "by a method put on the layer": lambda model: setattr(model.fc, "_conv_forward", lambda x, *_: x.new_ones(1)),
+    "by another padding": circular,
+}
+
+
+class Centred(nn.Conv2d):
+    """Its class changes the weight before it convolves, below `forward`."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("how", CONVOLVE)
+def test_a_convolution_that_convolves_in_another_way_is_added_to(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "whole")
+    model, x = one((Centred if how == "by its class" else nn.Conv2d)(3, 4, 3, padding=1)), torch.randn(2, 3, 6, 6)
+    adapters = ak.attach(model)
+    adapters.add("a", LoHaConfig(r=2, target_modules=["fc"]))
+    CONVOLVE[how](model)
+    with adapters.disabled():
+        base = model(x)
+    assert torch.equal(model(x), base.expand(2, 4, 6, 6))
+
+
 def test_autocast_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, "whole")
     monkeypatch.setattr(layers, "whole", lambda *_: pytest.fail("the weight was used"))
