@@ -231,14 +231,14 @@ class LayerGroup:
         return change.reshape(*x.shape[:-1], change.shape[-1])
 
     def _stack(self, device: torch.device) -> Stack | None:
-        """The function; it is kept while the layers are as they were and get no gradient."""
+        """The function; it is kept while the layers are as they were and do not train: a fused step is not counted."""
         slots = self.rows.slots(self.names, device)
         make = type(self.layers[0]).stacked
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return make(self.layers, slots)
         fresh = self.watched is None or not self.watched.unchanged()
         watched = self.watched = Watched(self.layers) if fresh or self.watched is None else self.watched
-        if torch.is_grad_enabled() and watched.learns:
+        if watched.learns:
             self.watched = None
             return make(self.layers, slots)
         if fresh:

@@ -22,7 +22,7 @@ class Watched:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
         groups = [g for top in modules for m in top.modules() for g in (m._parameters, m._buffers, m._modules)]
-        self.places: list[tuple[dict[str, Any], str]] = [(g, n) for g in groups for n, t in g.items() if t is not None]
+        self.places: list[tuple[dict[str, Any], str]] = [(g, n) for g in groups for n in g]
         self.parts = self._now()
         self.tensors: list[Tensor] = [part for part in self.parts if isinstance(part, Tensor)]
         # As long as these hold the memory, no other tensor can have its address.

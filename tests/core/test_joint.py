@@ -166,6 +166,9 @@ CHANGES: dict[str, Callable[[ak.Adapters], object]] = {
     "a fused step, which torch does not count": lambda adapters: trained(adapters, fused=True),
     "another dtype and back": lambda adapters: adapters.model.float().double(),
     "another scaling": lambda adapters: setattr(adapters.model[0].adapters["a0"], "scaling", 3.0),
+    "a parameter where none was": lambda adapters: setattr(
+        adapters.model[0].adapters["a0"].lora_B, "bias", nn.Parameter(torch.ones(40).double(), requires_grad=False)
+    ),
     "another name": lambda adapters: adapters.rename("a0", "x"),
     "one of them removed": lambda adapters: adapters.remove("a1"),
     "another order": lambda adapters: adapters.activate("a1", "a0", trainable=False),

@@ -363,6 +363,33 @@ def test_changes_inside_the_block_act(method: str, change: str) -> None:
         assert same == [True, False, True]
 
 
+def test_a_fused_step_between_two_looks_at_the_output_acts() -> None:
+    adapters = adapted("bert", ["lora", "lora"])
+    names, given = ["a", "b", "a"], batch("bert", 3)
+    with adapters.per_sample(names, trainable=True):
+        output(adapters.model, given).square().sum().backward()
+        with torch.no_grad():
+            output(adapters.model, given)
+            torch.optim.Adam(adapters.parameters("a"), lr=0.1, fused=True).step()
+            found = output(adapters.model, given)
+    with torch.no_grad():
+        torch.testing.assert_close(found, alone(adapters, names, given))
+
+
+def test_it_maps_and_differentiates_under_functorch() -> None:
+    adapters = odd("rows")
+    model, x = adapters.model, sequences(3, 5)["x"]
+    own = {key: p for key, p in model.named_parameters() if ".adapters.a." in key}
+    with adapters.per_sample(["a", None, "b"], trainable=True):
+        call = lambda given: torch.func.functional_call(model, given, (x,))  # noqa: E731
+        found = torch.func.grad(lambda given: call(given).square().sum())(own)
+        model(x).square().sum().backward()
+        rows = torch.vmap(call)({key: torch.stack([p, 2 * p]).detach() for key, p in own.items()})
+        torch.testing.assert_close(rows[1], call({key: 2 * p for key, p in own.items()}))
+    for key, parameter in own.items():
+        torch.testing.assert_close(found[key], parameter.grad)
+
+
 def test_made_in_inference_mode_it_serves_outside_of_it() -> None:
     adapters = adapted("bert", ["lora", "vera", "loha"])
     names, given = ["a", "b", "c"], batch("bert", 3)
@@ -524,6 +551,8 @@ class Odd(nn.Module):
             return self.fc(x.flatten(0, 1)).view(x.shape)
         if self.order == "length first":
             return self.fc(x.transpose(0, 1)).transpose(0, 1)
+        if self.order == "rows":
+            return self.fc(x)
         if self.order == "some tokens":
             return self.fc(x.flatten(0, 1)[1:]).sum(0).expand(x.shape)
         if self.order == "windows":
