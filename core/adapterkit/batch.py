@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Where a model says what its input is: the first of these that is given counts, else the first tensor.
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
+_TOKENS = _INPUTS[:-1]
+# What the config of a model has that puts images or sounds into the rows' tokens, wherever these ask for them.
+_PLACED = re.compile(r"(image|video|audio)_token_(id|index)")
 _EXPERTS = "experts"
 
 
@@ -28,12 +32,16 @@ class Batch:
     - if the batch is as long as the sequences, sizes say nothing, and the layer must have been seen before in a
       batch that was not;
     - no module of the model has `batch_first=False`, and the layer is none of a mixture of experts, which are
-      given the tokens in another order.
+      given the tokens in another order;
+    - it is not in a model inside that is given something else than the batch: patches, or images, of which a row
+      may have any number.
 
     Attributes:
         size: rows of the latest batch; `None` before there was one.
         length: its second dimension, if its inputs are sequences.
         proven: modules whose first dimension has been seen to be the batch.
+        apart: the model inside that was entered last, if it was given something else than the batch.
+        outer: the model that runs, with the models inside it.
     """
 
     def __init__(self, active: Active, model: nn.Module) -> None:
@@ -41,6 +49,9 @@ class Batch:
         self.size: int | None = None
         self.length: int | None = None
         self.proven: set[nn.Module] = set()
+        self.apart: nn.Module | None = None
+        self.outer: nn.Module | None = None
+        self._sizes: tuple[int, ...] = ()
         self.unordered = next(
             ((path or "the model", m) for path, m in model.named_modules() if getattr(m, "batch_first", True) is False),
             None,
@@ -48,6 +59,9 @@ class Batch:
         # `generate` calls an encoder by itself.
         entries = [m for m in model.modules() if m is model or hasattr(m, "base_model_prefix")]
         self._handles = [module.register_forward_pre_hook(self, with_kwargs=True) for module in entries]
+        self._handles += [module.register_forward_hook(self._leave) for module in entries]
+        self._model = model
+        self._places = any(_PLACED.fullmatch(name) for m in entries for name in dir(getattr(m, "config", None)))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -68,17 +82,39 @@ class Batch:
                 "per_sample names the rows of one batch, and nn.DataParallel splits it among its replicas. Call the "
                 "model inside it, or use a process for each device (DistributedDataParallel)."
             )
-        x = _main_input(args, kwargs)
+        name, x = _main_input(args, kwargs)
         if x is None:
             return
-        self.size = x.shape[0]
-        sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
-        self.length = x.shape[1] if sequences else None
-        if self.size % rows.count:
+        placed = self._places and module is not self._model and name not in _TOKENS and x.is_floating_point()
+        if self.outer is None or module is self.outer:  # the same again: it had raised
+            self._enter(module, x, rows.count, placed)
+            return
+        # In a part that runs on some of the rows, the batch is as many times smaller.
+        fits = x.shape[0] in [size * rows.count for size in self._sizes]
+        self.apart = None if fits and not placed else module
+        if self.apart is None:
+            self.size, self.length = x.shape[0], _length(x)
+
+    def _enter(self, module: nn.Module, x: Tensor, count: int, placed: bool) -> None:
+        self.size, self.length = x.shape[0], _length(x)
+        if self.size % count:
             raise ConfigError(
-                f"per_sample names {rows.count} rows, and the batch has {self.size}. Name one adapter (or None) for "
+                f"per_sample names {count} rows, and the batch has {self.size}. Name one adapter (or None) for "
                 "each row; a batch may have each row several times, one after another, as beam search does."
             )
+        self.outer, self.apart = module, module if placed else None
+        # Entries for each row, and those of a row's choices or frames, which models inside are given by themselves.
+        each = self.size // count
+        self._sizes = (each, each * x.shape[1]) if x.dim() in (3, 5) else (each,)
+
+    def _leave(self, module: nn.Module, *_: object) -> None:
+        """Torch calls this after each forward."""
+        if module is self.outer:
+            self.outer = None
+
+    def reset(self) -> None:
+        """Other rows are named: what was known of the batch holds no more."""
+        self.size = self.length = self.outer = self.apart = None
 
     def check_order(self) -> None:
         """Raise `StateError` if a module of the model says that its inputs do not have the batch first."""
@@ -96,6 +132,13 @@ class Batch:
         Args:
             count: rows that `per_sample` names.
         """
+        if self.apart is not None:
+            raise StateError(
+                f"A {type(module).__name__} of the model is in or behind a {type(self.apart).__name__} that is given "
+                "something else than the batch, such as images or patches of which a row may have any number, so it is "
+                "not known which rows are whose. Leave this layer out with exclude_modules, or say "
+                "per_sample(..., batch_first=True) if each row has as many, in order."
+            )
         batch = self.size
         if batch is None:  # a part of the model is called by itself
             batch = self.size = size if size % count == 0 else None
@@ -119,10 +162,18 @@ class Batch:
         )
 
 
-def _main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    named = [kwargs.get(name) for name in _INPUTS]
-    tensors = [t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    return next((t for t in tensors if t.dim() > 1), tensors[0] if tensors else None)
+def _main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+    """The tensor that says how large the batch is, and its name if it was given by one."""
+    given = [(name, kwargs.get(name)) for name in _INPUTS] + [("", arg) for arg in args] + list(kwargs.items())
+    tensors = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim()]
+    none: tuple[str, Tensor | None] = ("", None)
+    return next((found for found in tensors if found[1].dim() > 1), tensors[0] if tensors else none)
+
+
+def _length(x: Tensor) -> int | None:
+    """Places in each row, if they are sequences."""
+    sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+    return x.shape[1] if sequences else None
 
 
 def check_paths(name: str, paths: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ class PerSample(Activation):
         before = self._state()
         self._set_trainable(rows.adapters if trainable else ())
         self._set_rows(rows)
-        self._live.watch(self._active).size = None
+        self._live.watch(self._active).reset()
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.combining import outer_method, scaling_method
@@ -600,6 +601,75 @@ def test_an_input_in_another_order_is_refused_whatever_its_size(order: str, targ
         adapters.per_sample(["a", None, "b"]),
     ):
         adapters.model(**sequences(3, length))
+
+
+def with_images(target: str) -> tuple[ak.Adapters, dict[str, Tensor]]:
+    """A model that puts images into its tokens, and two rows: the first has two images, the second none."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=4, patch_size=2, projection_dim=8)
+    text = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=30)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=29, image_seq_length=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapters = ak.attach(transformers.LlavaForConditionalGeneration(config).double().eval())
+        for name in ("a", "b"):
+            adapters.add(name, ak.config("lora", r=2, target_modules=target), activate=False)
+            set_parameters(adapters, name, seed=ord(name))
+        tokens, images = torch.randint(0, 29, (2, 11)), torch.randn(2, 3, 4, 4).double()
+    tokens[0, 1:5] = tokens[0, 6:10] = 29
+    return adapters, {"input_ids": tokens, "pixel_values": images}
+
+
+def test_images_are_not_taken_for_rows() -> None:
+    adapters, given = with_images(r".*vision_tower.*\.q_proj")
+    message = "A Linear of the model is in or behind a CLIPVisionModel that is given something else than the batch"
+    with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", "b"]):
+        adapters.model(**given)
+    adapters, given = with_images("model.multi_modal_projector.linear_1")
+    with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", "b"]):
+        adapters.model(**given)
+
+
+def test_rows_may_have_any_number_of_images() -> None:
+    adapters, given = with_images(r".*language_model.*\.q_proj")
+    tokens, images = given["input_ids"], torch.cat([given["pixel_values"]] * 2)[:3]
+    tokens[1, 3:7] = 29
+    with torch.no_grad(), adapters.per_sample(["a", "b"]):
+        found = output(adapters.model, {"input_ids": tokens, "pixel_values": images})
+    for i, (name, own) in enumerate([("a", images[:2]), ("b", images[2:])]):
+        with torch.no_grad(), adapters.activated(name, trainable=False):
+            alone = output(adapters.model, {"input_ids": tokens[i : i + 1], "pixel_values": own})
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+class Patched(nn.Module):
+    """A model with one inside that is given patches: other entries than the batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: Any = Odd("rows").double()
+        self.inside.base_model_prefix = ""
+
+    def forward(self, input_ids: Tensor, patches: Tensor) -> Tensor:
+        return self.inside(patches)
+
+
+def test_patches_are_not_taken_for_rows() -> None:
+    adapters = ak.attach(Patched())
+    for name in ("a", "b"):
+        adapters.add(name, ak.config("lora", r=2, target_modules=["fc"]), activate=False)
+    with pytest.raises(ak.StateError, match="in or behind a Odd"), adapters.per_sample(["a", "b"]):
+        adapters.model(torch.ones(2, 7, dtype=torch.long), torch.randn(12, 4).double())
+
+
+def test_the_choices_of_a_row_are_its_own() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, vocab_size=30, max_position_embeddings=8)
+    adapters = ak.attach(transformers.BertForMultipleChoice(config).double().eval())
+    for name in ("a", "b"):
+        adapters.add(name, ak.config("lora", r=2, target_modules=["query"], modules_to_save=None), activate=False)
+        set_parameters(adapters, name, seed=ord(name))
+    check(adapters, ["b", None, "a"], {"input_ids": torch.arange(3 * 4 * 5).view(3, 4, 5) % 30})
 
 
 def test_experts_are_refused_by_their_place() -> None:
