@@ -99,7 +99,8 @@ class AdapterLayer(Holder):
 
         A method overrides this where that can be cheaper than `add_to`. It is asked when it is the only adapter at a
         layer that computes plainly (`LayerKind.is_plain_forward`), with a frozen weight of `x`'s dtype, float32 or
-        float64, in memory, and neither under autocast nor under functorch's transforms.
+        float64, in memory, and neither under autocast nor under functorch's transforms. The dtype of its own parameters
+        may be another.
 
         Args:
             weight: `(out, in)`, see `LayerKind.read`; not to be changed.

@@ -80,6 +80,8 @@ class LoHaLayer(AdapterLayer):
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """See `AdapterLayer.with_weight`; where `cheapest` says so."""
+        if any(p is not None and p.dtype != weight.dtype for p in self._parameters.values()):
+            return None
         trains = torch.is_grad_enabled() and (x.requires_grad or self.hada_w1_a.requires_grad)
         if cheapest(self.kind, x, self.r, trains=trains, weight=True) != "whole":
             return None

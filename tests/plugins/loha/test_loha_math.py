@@ -525,6 +525,7 @@ NOT_PLAIN: dict[str, Any] = {
     "a trainable weight": lambda model: model.fc.weight.requires_grad_(True),
     "a trainable bias": lambda model: model.fc.bias.requires_grad_(True),
     "half precision": lambda model: model.bfloat16(),
+    "an adapter of another dtype": lambda model: model.fc.adapters["a"].bfloat16(),
     "a parametrized weight": lambda model: nn.utils.parametrize.register_parametrization(model.fc, "weight", Twice()),
     "a pruned weight": lambda model: prune.l1_unstructured(model.fc, "weight", 0.5),
     "two adapters": lambda model: ak.attach(model).copy("a", "b") or ak.attach(model).activate("a", "b"),
