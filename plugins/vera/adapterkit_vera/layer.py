@@ -53,8 +53,9 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dtypes = [t.dtype for t in ctx.saved_tensors]
-        hidden, up, lambda_d, lambda_b = (t.to(grad.dtype) for t in ctx.saved_tensors)  # autocast: its dtype
+        saved = ctx.saved_tensors  # once: gradient checkpointing makes them again for each time
+        dtypes = [t.dtype for t in saved]
+        hidden, up, lambda_d, lambda_b = (t.to(grad.dtype) for t in saved)  # autocast: its dtype
         scaled = (grad * lambda_b) @ up
         rows, grads = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
         for_d = (scaled * hidden).reshape(rows.shape).sum(0)

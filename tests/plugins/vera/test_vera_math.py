@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models import build, run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
@@ -126,6 +127,18 @@ def test_the_own_backward_is_autograds(sizes: tuple[int, int], shape: tuple[int,
     expected = torch.autograd.grad(plain.sum(), trained)
     for found, grad in zip(torch.autograd.grad(own.sum(), trained), expected, strict=True):
         torch.testing.assert_close(found, grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_its_backward_under_gradient_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "SMALL", 0)
+    model, layer, x = adapted("Linear")
+    x.requires_grad_()
+    wanted = (x, layer.vera_lambda_d, layer.vera_lambda_b)
+    expected = torch.autograd.grad(model(x).square().sum(), wanted)
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for tensor, grad in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
 
 
 def test_dropout_acts_on_the_input_in_training_only() -> None:
