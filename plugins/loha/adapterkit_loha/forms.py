@@ -3,7 +3,8 @@
 A *pair* is the two low-rank products whose elementwise product the change is: `first = (A1, B1)` and
 `second = (A2, B2)`, each with an up factor `(out, r)` and a down factor `(r, in)`.
 
-The forms with a backward of their own are differentiated once: a second derivative is an error that says so.
+The forms with a backward of their own can be differentiated again: a backward that records gradients (`create_graph`)
+uses nothing but the inputs, and writes over nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adapterkit import Factors, LayerKind
 
@@ -100,8 +100,8 @@ def whole(
 
 
 def changed_weight(weight: Tensor, one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """`W + scale * one * other`, written over `one`; for no backward."""
-    return torch.addcmul(weight, one, other, value=scale, out=one)
+    """`W + scale * one * other`, written over `one` if no gradients are recorded."""
+    return torch.addcmul(weight, one, other, value=scale, out=None if torch.is_grad_enabled() else one)
 
 
 def looked_up(kind: LayerKind, x: Tensor, first: Factors, second: Factors) -> Tensor:
@@ -150,11 +150,12 @@ class _Factored(torch.autograd.Function):
         return F.linear(hidden, up)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *saved = ctx.saved_tensors
         up1, down1, up2, down2 = (t.to(grad.dtype) for t in saved)  # autocast: its dtype
         up, down, *_ = khatri_rao(Factors(up1, down1), Factors(up2, down2))
+        if torch.is_grad_enabled():  # what was kept has no graph
+            hidden = F.linear(x.to(grad.dtype), down)
         through = grad @ up
         grads: list[Tensor | None] = [(through @ down).to(x.dtype) if ctx.needs_input_grad[0] else None]
         if not any(ctx.needs_input_grad[1:]):
@@ -181,7 +182,6 @@ class _Dense(torch.autograd.Function):
         return F.linear(x.to(weight.dtype), weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         first, second = _pair([t.to(grad.dtype) for t in saved])
@@ -203,7 +203,6 @@ class _Whole(torch.autograd.Function):
         return F.linear(x, changed_weight(weight, first.delta(), second.delta(), scale), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         first, second = _pair(saved)
@@ -224,7 +223,6 @@ class _Hadamard(torch.autograd.Function):
         return hadamard(Factors(up1, down1), Factors(up2, down2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         first, second = _pair([t.to(grad.dtype) for t in ctx.saved_tensors])
         return _backward(grad, first, second, (first.delta(), second.delta()))

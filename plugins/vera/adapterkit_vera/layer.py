@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from adapterkit import AdapterLayer, Factors, Target
 from adapterkit_vera.config import VeraConfig
@@ -51,7 +50,6 @@ class _Expand(torch.autograd.Function):
         return out.mul_(lambda_b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: gradient checkpointing makes them again for each time
         dtypes = [t.dtype for t in saved]

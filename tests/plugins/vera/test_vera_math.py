@@ -129,6 +129,13 @@ def test_the_own_backward_is_autograds(sizes: tuple[int, int], shape: tuple[int,
         torch.testing.assert_close(found, grad)
 
 
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_its_second_derivative(tokens: int) -> None:
+    hidden, up, d, b = (torch.randn(*s, dtype=torch.float64) for s in ((tokens, 3), (4, 3), (3,), (4,)))
+    trained = [t.requires_grad_() for t in (hidden, d, b)]
+    assert torch.autograd.gradgradcheck(lambda hidden, d, b: _Expand.apply(hidden, up, d, b), trained)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_its_backward_under_gradient_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mathematics, "SMALL", 0)
