@@ -613,7 +613,8 @@ SOURCES: dict[str, tuple[Any, type[Exception], str]] = {
     "a long name": ("a" * 300, ak.CheckpointError, "is no folder here (working directory: "),
     "a long path": ("a/" * 3000, ak.CheckpointError, "There is no folder 'a/a/"),
     "NUL": ("a\0b", ak.CheckpointError, "is no folder here"),
-    "no hub id": ("what is this?", ak.CheckpointError, "HFValidationError"),
+    "no hub id": ("what is this?", ak.CheckpointError, "it is no name that a repository can have."),
+    "a file": ("style.safetensors", ak.CheckpointError, "There is no folder 'style.safetensors'"),
 }
 
 
@@ -623,6 +624,17 @@ def test_source_that_is_none(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refuse(model, source, message, error=error)
+
+
+def test_a_path_that_is_nearly_right_is_not_asked_of_the_hub(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters/mood").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    refuse(model, "adapters/moods", "Nearest: 'adapters/mood'.", error=ak.CheckpointError)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ak.CheckpointError, match=r"'x/nowhere' is no folder here .*: it is not in the cache"):
+        ak.skeleton("x/nowhere")
 
 
 def test_file_instead_of_a_folder(model: nn.Module, folder: Path) -> None:
@@ -667,7 +679,8 @@ def test_hub_id_that_is_not_there_is_refused_quickly(
     with unchanged(model), pytest.raises(ak.CheckpointError) as caught:
         load(model, source, cache_dir=cache, **options)
     assert f"{source!r} is no folder here" in str(caught.value)
-    assert "and could not be had from the hub or its cache: " in str(caught.value)
+    assert "and could not be had from the hub or its cache: it is not in the cache, and HF_HUB" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 5
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import local_path
+from adapterkit.hub import hub_id, not_to_be_had
 
 CONFIG = "config.json"
 
@@ -72,16 +73,19 @@ def _config_source(model: str | Path) -> str:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise CheckpointError(f"{path} is no model: it has no {CONFIG}. It holds {found}.")
         return str(path)
-    if isinstance(model, Path) or str(model).count("/") > 1 or str(model).startswith((".", "~")):
-        raise CheckpointError(f"There is no model folder {str(model)!r} (working directory: {Path.cwd()}).")
-    return str(model)
+    return hub_id(model, "model folder")
 
 
 def _config(where: str, hub: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     with _as_checkpoint_error(f"There is no config of a model for {where!r}"):
-        raw, _ = PretrainedConfig.get_config_dict(where, **hub)
+        try:
+            raw, _ = PretrainedConfig.get_config_dict(where, **hub)
+        except OSError as error:
+            if Path(where).is_dir():
+                raise
+            raise not_to_be_had(where, error) from error
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
             raise UnsupportedError(
                 f"{where}: the model is code beside its weights ({raw['auto_map']}), which is not run here. Build it "
