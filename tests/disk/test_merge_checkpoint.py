@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -227,6 +228,33 @@ def test_a_base_of_another_class_takes_the_class_that_has_the_head(tmp_path: Pat
     assert not found["missing_keys"]
     with pytest.raises(ak.CheckpointError, match="transformers has no model of the class 'BertForNothing'"):
         ak.skeleton(tmp_path / "base", architecture="BertForNothing")
+
+
+def _bare_base(task: str | None, root: Path) -> type[Any]:
+    """A base that is stored without its head, and an adapter with one."""
+    setting = Setting("bert", [LINEAR.replace(task_type=task)])
+    cls = save_base(setting, root / "base")
+    save_adapters(setting, root / "base", cls, root)
+    shutil.rmtree(root / "base")
+    model: Any = models.build("bert")
+    model.bert.save_pretrained(root / "base")
+    return cls
+
+
+def test_the_adapters_task_says_the_class_of_a_bare_base(tmp_path: Path) -> None:
+    cls = _bare_base("SEQ_CLS", tmp_path)
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+    assert not cls.from_pretrained(tmp_path / "out", output_loading_info=True)[1]["missing_keys"]
+
+
+def test_without_a_task_the_classes_that_have_the_head_are_named(tmp_path: Path) -> None:
+    _bare_base(None, tmp_path)
+    message = re.escape(
+        "names BertModel, which has no 'bert', 'classifier', as the adapters have. Say what the model is to be: "
+        "architecture=BertForSequenceClassification, or BertForTokenClassification."
+    )
+    refused(ak.CheckpointError, message, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
 
 
 def test_a_model_that_is_not_of_transformers_is_given_on_the_meta_device(tmp_path: Path) -> None:

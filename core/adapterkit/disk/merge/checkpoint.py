@@ -15,13 +15,13 @@ from torch import nn
 from adapterkit.change import plan
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.merge import beside, writing
+from adapterkit.disk.merge.architecture import fitting
 from adapterkit.disk.merge.contents import Contents, ContentsBuilder
 from adapterkit.disk.merge.layout import FileLayout, lay_out
 from adapterkit.disk.merge.report import MergeReport
 from adapterkit.disk.merge.sources import Source, Sources, checked_sources, give_dtypes, load, untie_unequal
 from adapterkit.disk.merge.staging import Staging, write_durably
 from adapterkit.disk.names import match_names
-from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import ConfigError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import local_path
 from adapterkit.hub import model_folder
@@ -83,7 +83,8 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         untie: give a target whose weight is tied to another module a weight of its own; the config says so then.
         heads: whose head is taken over, where two have their own copy of one module: a key of `adapters`.
         safe: raise if a merged value is not finite.
-        architecture: the class of the model, where the adapter's head is not in the one that the config names.
+        architecture: the class of the model, where the adapter's head is not in the one that the config names. `None`:
+            the config's, or the one that the adapter's `task_type` stands for if only that has the adapter's modules.
         model: the model on the meta device, if it is not one of transformers'.
         component: see `Adapters.load`.
         workers: how many threads work, each with a buffer.
@@ -106,9 +107,9 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     target = _checked_out(local_path(out), [folder, *(s.place for s in sources)], overwrite)
     beside.check_config(folder)
     checkpoint = Checkpoint.open(place)
-    built = skeleton(folder, architecture=architecture) if model is None else model
+    built, named = (model, None) if model is not None else fitting(folder, sources, architecture)
     job = _plan(folder, checkpoint, built, sources, untie=untie, heads=heads, component=component, safe=safe)
-    job.architecture = type(built).__name__ if architecture is not None else None
+    job.architecture = named
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
     staging = Staging(target, _request(job, arguments))
     try:
