@@ -209,6 +209,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     as_component: Annotated[
         str | None, typer.Option(help="What the part is called in the output, such as `lora_te1`.")
     ] = None,
+    heads: Annotated[str, typer.Option(help="What becomes of the heads: `keep` or `drop`.")] = "keep",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> Written:
@@ -218,6 +219,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     tensors to the bit.
     """
     names: Any = naming
+    kept: Any = heads
     import adapterkit as ak
 
     report = ak.convert_file(
@@ -230,6 +232,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
         base=base,
         component=component,
         as_component=as_component,
+        heads=kept,
         dtype=parsing.dtype(dtype),
         overwrite=overwrite,
     )

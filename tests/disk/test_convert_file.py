@@ -224,7 +224,7 @@ def test_what_a_naming_has_no_place_for_is_refused(tmp_path: Path) -> None:
     )
     tiny("embednet", {"a": {}}, torch.float32).save("a", tmp_path / "embedding")
     cases = {
-        "heads": r"naming='kohya' has no place for heads, such as that of 'classifier'\. Keep PEFT's format",
+        "heads": r"naming='kohya' has no place for heads, such as that of 'classifier'\. heads='drop' leaves them",
         "biases": r"naming='kohya' has no place for trained biases, such as that of '.*'",
         "lora_bias": r"naming='kohya' has no name for 'lora_B\.bias' of '.*query'\. Keep PEFT's format",
         "embedding": r"naming='kohya' has no name for 'lora_embedding_A' of 'embed'",
@@ -234,6 +234,16 @@ def test_what_a_naming_has_no_place_for_is_refused(tmp_path: Path) -> None:
             ak.convert_file(tmp_path / name, tmp_path / "no.safetensors", naming="kohya")
     assert not (tmp_path / "no.safetensors").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(cases)
+
+
+@pytest.mark.parametrize(("naming", "rank"), [("peft", None), ("peft", 1), ("kohya", None)])
+def test_heads_can_be_left_out(naming: Any, rank: int | None, tmp_path: Path) -> None:
+    classifiers().save("a", tmp_path / "heads")
+    out = tmp_path / ("out" if naming == "peft" else "out.safetensors")
+    assert ak.convert_file(tmp_path / "heads", out, naming=naming, rank=rank, heads="drop").heads == ()
+    found = ak.inspect_adapter(out)
+    assert found.layers
+    assert (found.heads, found.labels) == ({}, None)
 
 
 def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
@@ -255,6 +265,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
             ak.ConfigError,
             r"as_component = 'unet' is none of naming='kohya': 'lora_unet'",
         ),
+        ({"heads": "average"}, ak.ConfigError, "heads = 'average' must be 'keep' or 'drop'"),
         ({"to": "x"}, ak.UnknownNameError, "No adapter method 'x'"),
         ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
         ({"rank": 1, "energy": 0.5}, ak.ConfigError, "Give rank= or energy=, not both"),

@@ -46,6 +46,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     base: str | Path | nn.Module | None = None,
     component: str | None = None,
     as_component: str | None = None,
+    heads: Literal["keep", "drop"] = "keep",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> CombineReport:
@@ -66,6 +67,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         base: as for `combine_files`; needed for names with `_` for `.`, of which the layers' paths cannot be told.
         component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
         as_component: what the part is called in the output: `"lora_unet"`, `"lycoris"` and `"unet"` by default.
+        heads: `"drop"` leaves the adapter's heads out, and with them its labels.
         dtype: of the output's layers; `None`: the source's, or float32 where they are made anew.
         overwrite: replace what `out` holds.
 
@@ -77,6 +79,8 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     check_dtype(dtype)
     check_size(rank, energy)
     part = _check_naming(naming, as_component)
+    if heads not in ("keep", "drop"):
+        raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
     default_registry.method(to)
     given = Base.of(base)
     opened = open_adapter(source, base=given, component=component)
@@ -85,9 +89,9 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     place = check(out, [opened.files.folder], overwrite=overwrite)
     with FactorSpool(place.parent, lambda: release([opened])) as spool:
         if opened.method.name == to and rank is None and energy is None:
-            record, report, model = _as_it_is(opened, place.name)
+            record, report, model = _as_it_is(opened, place.name, heads)
         else:
-            choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name)
+            choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
             record, report, model = combined([opened], [1.0], choices, place.name, spool, given)
         mapped: list[MappedFiles | FactorSpool] = [spool, opened.mapped]
         if naming == "peft":
@@ -109,11 +113,13 @@ def _check_naming(naming: object, part: str | None) -> str:
     return part or default
 
 
-def _as_it_is(opened: Opened, name: str) -> tuple[AdapterRecord, CombineReport, nn.Module]:
+def _as_it_is(opened: Opened, name: str, heads: str) -> tuple[AdapterRecord, CombineReport, nn.Module]:
     """The adapter with the tensors and the config of its files."""
     model = stand_in([opened], working_dtype([opened]))
     record, _ = opened.record(model)
     record.name, record.config = name, opened.config
+    if heads == "drop":
+        record.heads.clear()
     ranks = {}
     for path, layer in record.layers.items():
         with stand_ins(layer, lambda tensor: tensor.to("meta")):
@@ -125,11 +131,11 @@ def _as_it_is(opened: Opened, name: str) -> tuple[AdapterRecord, CombineReport, 
 
 def _foreign(record: AdapterRecord, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors and the metadata of another program's file."""
-    for what, paths in (("heads", record.heads), ("trained biases", record.biases)):
+    advice = "heads='drop' leaves them out; PEFT's format (naming='peft') keeps them"
+    for what, paths, do in (("heads", record.heads, advice), ("trained biases", record.biases, "Keep PEFT's format")):
         if paths:
             raise UnsupportedError(
-                f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. Keep PEFT's format "
-                "(naming='peft'), or leave them out first: combine_files({source: 1.0}, ..., heads='drop')."
+                f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. {do}."
             )
     method = default_registry.method_of(record.config)
     rule, layers = method.key_rule(record.config), {path: layer.kind for path, layer in record.layers.items()}
