@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from adapterkit import AdapterDiff, AdapterInspection, Preview
 
 PANEL = "Look"
+# What is longer is cut in text: characters, entries shown of a long list, and rows of what is wrong.
+_LONGEST, _FIRST, _MOST = 200, 3, 10
 # Fields of a config that have a line of their own, or say nothing.
 _NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
-# Letters of a field's value that a table shows.
-_LONGEST = 200
 _LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
 
 
@@ -35,17 +35,17 @@ def _show_inspection(found: AdapterInspection) -> Iterator[RenderableType]:
     yield hanging("method", f"{found.method} ({found.provider})")
     yield hanging("base", found.base or "not named")
     unset: tuple[object, ...] = (None, False, "", [], {}, "none")
-    config = [f"{k}={v}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
+    config = [f"{k}={_brief(v)}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
     yield hanging("config", ", ".join(config))
     yield hanging("size", f"{found.parameters:,} parameters, {found.size:,} bytes, {dtypes}")
     for path, tensors in found.heads.items():
         yield hanging("head", f"{path}: {', '.join(f'{n} {_shape(s)}' for n, s in tensors.items())}")
     if found.labels is not None:
-        yield hanging("labels", ", ".join(found.labels.values()))
+        yield hanging("labels", _brief(", ".join(found.labels.values())))
     for name, shape in found.shared.items():
         yield hanging("shared", f"{name} {_shape(shape)}")
     if found.biases:
-        yield hanging("trained biases", ", ".join(found.biases))
+        yield hanging("trained biases", _brief(list(found.biases)))
     yield Text()
     yield _layers(found)
     yield Text()
@@ -53,8 +53,10 @@ def _show_inspection(found: AdapterInspection) -> Iterator[RenderableType]:
         yield hanging("norm of all changes", f"{found.norm:.4g}")
     wrong = {"belongs to nobody": found.unknown, "missing": found.missing, "does not fit": found.mismatched}
     for label, rows in wrong.items():
-        for row in rows:
+        for row in rows[:_MOST]:
             yield hanging(label, row, style="red")
+        if len(rows) > _MOST:
+            yield hanging(label, f"and {len(rows) - _MOST:,} more", style="red")
     for note in found.notes:
         yield hanging("note", note, style="yellow")
 
@@ -217,6 +219,8 @@ def _layers_that_differ(diff: AdapterDiff, layers: Sequence[Any]) -> Columns:
 
 def _brief(value: object) -> str:
     """A field's value, cut where it would fill the screen; with `--json` it is whole."""
+    if isinstance(value, list | tuple) and len(str(value)) > _LONGEST:
+        return f"[{', '.join(map(repr, value[:_FIRST]))}, ... {len(value):,} in all]"
     text = "not there" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

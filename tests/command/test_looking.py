@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,14 @@ def test_a_narrow_terminal_shows_every_cell() -> None:
         assert len(text.splitlines()) == lines
         assert "a.very.long.path.of.a.module" in text.replace("\n", "")
         assert "1,234" in text
+
+
+def test_long_lists_are_cut_in_text_and_whole_in_json(here: Path) -> None:
+    shutil.copytree(here / "mood", here / "many")
+    config = json.loads((here / "many/adapter_config.json").read_text())
+    names = [f"a.module.that.is.not.there.{i}" for i in range(500)]
+    config["target_modules"] += names
+    (here / "many/adapter_config.json").write_text(json.dumps(config))
+    text = run("inspect", "many").stdout
+    assert "target_modules=['query', 'value', 'a.module.that.is.not.there.0', ... 502 in all]" in " ".join(text.split())
+    assert json.loads(run("inspect", "many", "--json").stdout)["config"]["target_modules"][-1] == names[-1]
