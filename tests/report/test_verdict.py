@@ -96,6 +96,18 @@ def test_an_adapter_that_was_not_trained_changes_nothing() -> None:
     assert verdict.headline == "None: it changes no weight that could be measured."
 
 
+def test_with_an_adapter_of_zeros_there_is_nothing_to_weigh() -> None:
+    zeros, change = of_spectrum([0.0, 0.0]), of_spectrum([2.0, 1.0])
+    assert merging(change, zeros).headline == "There is nothing to weigh: b changes no weight that could be measured."
+    assert "a and b change no" in merging(zeros, zeros).headline
+
+
+def test_a_change_that_overflows_is_not_said_to_be_zero() -> None:
+    huge = ak.Factors(torch.full((4, 1), 1e30), torch.full((1, 4), 1e30))
+    with pytest.raises(ak.StateError, match=r"Adapter 'a' has a change at 'p' that is too large for torch.float32"):
+        found(source("a", {"p": huge}))
+
+
 def test_adapters_of_other_layers_are_merged_without_loss() -> None:
     verdict = found(source("a", {"p": low_rank(4, 3, 2)}), source("b", {"q": low_rank(4, 3, 2)}))[-1]
     assert verdict.headline == "Yes, and the weights lose nothing: they change different layers."

@@ -224,6 +224,8 @@ def _spectral(factors: Factors) -> dict[str, Any]:
 
 
 def _total(layers: tuple[LayerInspection, ...]) -> float | None:
+    if any(layer.norm is None and layer.rank is not None for layer in layers):
+        return None  # not read, or not finite: a sum of the others would look like that of all
     norms = [layer.norm for layer in layers if layer.norm is not None]
     return math.hypot(*norms) if norms else None
 

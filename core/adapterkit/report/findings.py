@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import measures
+from adapterkit.errors import StateError
 from adapterkit.factors import Factors
 from adapterkit.lowrank import numerical_rank, svd
 from adapterkit.report.signs import NONE, Conflict, sign_conflicts
@@ -272,6 +273,8 @@ def measure(sources: Sequence[Source]) -> Findings:
 
 def _layer(source: Source, path: str, factors: Factors) -> tuple[_Decomposed, LayerFinding]:
     u, s, vh = svd(factors)
+    if not bool(torch.isfinite(s).all()):
+        raise StateError(f"Adapter {source.name!r} has a change at {path!r} that is too large for {s.dtype}.")
     shape = u.shape[0], vh.shape[1]
     values = s[: numerical_rank(s, max(shape))]
     rank90, rank99 = (measures.rank_for_energy(values, share) for share in (0.9, 0.99))

@@ -162,6 +162,15 @@ def whether_to_merge(findings: Findings, pair: tuple[int, int]) -> Verdict:
             "Merging: adapters without a shared target are added as they are.",
             _call(first, second, "linear"),
         )
+    idle = [adapter.name for adapter in (first, second) if not adapter.norm]
+    if idle:
+        return Verdict(
+            MERGE,
+            about,
+            f"There is nothing to weigh: {' and '.join(idle)} change{'s' * (len(idle) == 1)} no weight that could be measured.",
+            tuple(extra),
+            "Merging: what changes nothing disturbs nothing.",
+        )
     return _of_meeting(first, second, found, extra)
 
 
@@ -188,7 +197,6 @@ def _of_meeting(first: AdapterFinding, second: AdapterFinding, found: PairFindin
     else:
         headline = "With loss: they use the same directions for different things. Keep them apart, or try tsv first."
         call = _call(first, second, "tsv")
-    ratio = first.norm / second.norm if second.norm else 0.0
     reasons = [
         f"In the directions that {victim.name} uses, {other.name} adds {percent(worst)} % of {victim.name}'s size "
         f"({percent(abs(along))} % {'along' if along >= 0 else 'against'} its change); the other way "
