@@ -414,6 +414,24 @@ def test_a_multiple_of_what_is_no_sum_is_refused(tmp_path: Path) -> None:
     refused(ak.UnsupportedError, text, tmp_path, base, {tmp_path / "a": 0.5}, tmp_path / "out")
 
 
+def test_one_adapter_by_two_names_is_refused(tmp_path: Path) -> None:
+    base = prepared(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    refused(
+        ak.ConfigError,
+        "are one adapter; give it once",
+        tmp_path,
+        base,
+        [tmp_path / "a", tmp_path / "link"],
+        tmp_path / "out",
+    )
+
+
+def test_an_adapter_in_the_bases_place_is_told_so(tmp_path: Path) -> None:
+    base = prepared(tmp_path)
+    refused(ak.CheckpointError, "It is an adapter; give the model", tmp_path, tmp_path / "a", base, tmp_path / "out")
+
+
 def test_two_heads_need_a_choice(tmp_path: Path) -> None:
     base = prepared(tmp_path, LINEAR, LINEAR)
     both = [tmp_path / "a", tmp_path / "b"]

@@ -281,6 +281,7 @@ def _partial(place: Path) -> Path:
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a symbolic link": (_link, "is a symbolic link. Give the folder itself"),
     "a file": (_file, "is a file; the output is a folder"),
+    "below a file": (lambda place: _file(place) / "out", "Not a directory.* are as they were.$"),
     "a folder of other things": (_others, "holds chapter1.tex and no model, so it is not replaced"),
     "the root": (lambda place: Path("/"), "lie in each other|is no folder that could be written"),
     "something at the partial's place": (_partial, "is in the way: it is no unfinished merge"),

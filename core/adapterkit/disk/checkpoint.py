@@ -17,6 +17,7 @@ from adapterkit.errors import CheckpointError, unknown
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -114,7 +115,9 @@ def _weights_in(folder: Path) -> Path:
     files = sorted(p.name for p in folder.iterdir())
     own = [n for n in files if n.endswith((".safetensors", _INDEX_SUFFIX))]
     others = [n for n in files if n.endswith(_OTHER_FORMATS)]
-    if own:
+    if _ADAPTER_CONFIG in files:
+        advice = "It is an adapter; give the model that it was trained on."
+    elif own:
         advice = f"There is {', '.join(own)}: give the path of the one that is meant."
     elif others:
         advice = (

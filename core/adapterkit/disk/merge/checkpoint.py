@@ -125,9 +125,10 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     except (OSError, MemoryError) as error:
         if isinstance(error, SaveError):
             raise
+        kept = f" What is finished is in {staging.folder}: resume=True goes on from there, or delete it."
         raise SaveError(
             f"The merged model cannot be written to {target}: {error}. The base, and what was at {target}, are as they "
-            f"were. What is finished is in {staging.folder}: resume=True goes on from there, or delete it."
+            f"were.{kept if staging.begun else ''}"
         ) from error
     return _report(job, target, resumed)
 

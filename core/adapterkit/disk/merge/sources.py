@@ -80,6 +80,11 @@ def checked_sources(adapters: Sources) -> list[Source]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise ConfigError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
         place = adapter_folder(given)
+        twice = next((s for s in found if s.place.resolve() == place.resolve()), None)
+        if twice is not None:
+            raise ConfigError(
+                f"{twice.given!r} and {str(given)!r} are one adapter; give it once, with the sum of its weights."
+            )
         name = _free_name(place.stem if place.is_file() else place.resolve().name, [s.name for s in found])
         found.append(Source(str(given), name, float(weight), place))
     return found

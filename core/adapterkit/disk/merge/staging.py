@@ -25,12 +25,14 @@ class Staging:
     Attributes:
         folder: where it is, beside `out`.
         done: size and hash of every file that is finished.
+        begun: whether there is something to go on from.
     """
 
     def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
         self.out, self.request = out, dict(request)
         self.folder = out.with_name(f".{out.name}.partial")
         self.done: dict[str, dict[str, Any]] = {}
+        self.begun = False
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -81,6 +83,7 @@ class Staging:
             if path.name != LOCK and path.name not in self.done:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._write_journal()
+        self.begun = True
 
     def _resumed(self, journal: Path) -> dict[str, dict[str, Any]]:
         try:
