@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -96,10 +97,19 @@ def test_an_adapter_that_was_not_trained_changes_nothing() -> None:
     assert verdict.headline == "None: it changes no weight that could be measured."
 
 
-def test_with_an_adapter_of_zeros_there_is_nothing_to_weigh() -> None:
+def test_what_cannot_be_measured_is_not_said_to_merge_well() -> None:
     zeros, change = of_spectrum([0.0, 0.0]), of_spectrum([2.0, 1.0])
-    assert merging(change, zeros).headline == "There is nothing to weigh: b changes no weight that could be measured."
-    assert "a and b change no" in merging(zeros, zeros).headline
+    for first, second, name in ((change, zeros, "b"), (zeros, change, "a"), (zeros, zeros, "a and b")):
+        found_ = merging(first, second)
+        assert found_.headline == "It cannot be told from the weights."
+        assert found_.reasons == (f"They share 1 target, and there is {name} with no change that could be measured.",)
+    formless = dataclasses.replace(
+        source("b", {"p": change, "q": change}), factors=lambda p: change if p == "q" else None
+    )
+    verdict = found(source("a", {"p": change}), formless)[-1]
+    assert verdict.reasons == (
+        "They share 1 target, and there is no target of both with changes that could be measured.",
+    )
 
 
 def test_a_change_that_overflows_is_not_said_to_be_zero() -> None:

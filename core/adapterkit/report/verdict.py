@@ -153,7 +153,8 @@ def whether_to_merge(findings: Findings, pair: tuple[int, int]) -> Verdict:
             (f"{_targets(len(found.other_shape))} with two shapes, the first {found.other_shape[0]}.", *extra),
             "Merging: a sum needs changes of one shape.",
         )
-    if not found.layers:
+    shared = first.source.kinds.keys() & second.source.kinds.keys()
+    if not shared:
         return Verdict(
             MERGE,
             about,
@@ -163,13 +164,14 @@ def whether_to_merge(findings: Findings, pair: tuple[int, int]) -> Verdict:
             _call(first, second, "linear"),
         )
     idle = [adapter.name for adapter in (first, second) if not adapter.norm]
-    if idle:
+    if idle or not found.layers:
+        measured = f"{' and '.join(idle)} with no change" if idle else "no target of both with changes"
         return Verdict(
             MERGE,
             about,
-            f"There is nothing to weigh: {' and '.join(idle)} change{'s' * (len(idle) == 1)} no weight that could be measured.",
-            tuple(extra),
-            "Merging: what changes nothing disturbs nothing.",
+            "It cannot be told from the weights.",
+            (f"They share {_targets(len(shared))}, and there is {measured} that could be measured.", *extra),
+            "Merging: changes of zero, and those of a method without a low-rank form, have nothing to compare.",
         )
     return _of_meeting(first, second, found, extra)
 
