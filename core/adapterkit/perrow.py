@@ -198,14 +198,13 @@ class RowPlan(Plan):
 class LayerGroup:
     """The layers of one class at one module, and what they add to all rows."""
 
-    __slots__ = ("kept", "layers", "names", "rows", "stackable", "watched")
+    __slots__ = ("kept", "layers", "names", "rows", "stackable")
 
     def __init__(self, rows: Rows, parts: dict[str, AdapterLayer]) -> None:
         self.rows, self.names, self.layers = rows, tuple(parts), list(parts.values())
         few = rows.count <= STACKED * len(self.layers)
         self.stackable = few and all(layer.kind.is_plain for layer in self.layers)
-        self.watched: Watched | None = None
-        self.kept: Stack | None = None
+        self.kept: tuple[Watched, Stack | None] | None = None
 
     def apart(self, x: Tensor) -> list[tuple[list[int], Tensor]]:
         """What each layer adds to the rows of its adapter."""
@@ -236,12 +235,13 @@ class LayerGroup:
         make = type(self.layers[0]).stacked
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return make(self.layers, slots)
-        fresh = self.watched is None or not self.watched.unchanged()
-        watched = self.watched = Watched(self.layers) if fresh or self.watched is None else self.watched
+        kept = self.kept
+        if kept is not None and not kept[0].learns and kept[0].unchanged():
+            return kept[1]
+        watched, self.kept = Watched(self.layers), None
         if watched.learns:
-            self.watched = None
             return make(self.layers, slots)
-        if fresh:
-            with torch.inference_mode(False), torch.no_grad():
-                self.kept = make(self.layers, slots)
-        return self.kept
+        with torch.inference_mode(False), torch.no_grad():
+            stack = make(self.layers, slots)
+        self.kept = watched, stack  # both at once: other threads read them
+        return stack

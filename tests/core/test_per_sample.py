@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -362,6 +363,29 @@ def test_changes_inside_the_block_act(method: str, change: str) -> None:
     if change != "dtype":
         same = [torch.allclose(x, y) for x, y in zip(before, after, strict=True)]
         assert same == [True, False, True]
+
+
+def test_a_forward_while_another_thread_makes_the_stack_anew_has_no_old_one() -> None:
+    adapters, given, names = odd("rows"), sequences(2, 5), ["a", "b"]
+    layer: Any = adapters.model.fc.adapters["a"]
+    original, found = type(layer).stacked.__func__, []
+
+    def stacked(cls: Any, *args: Any) -> Any:
+        if not found:
+            found.append(None)
+            thread = threading.Thread(target=lambda: found.append(output(adapters.model, given).detach()))
+            thread.start()
+            thread.join()
+        return original(cls, *args)
+
+    with adapters.per_sample(names):
+        adapters.model(**given)
+        layer.lora_A.weight.data = layer.lora_A.weight * 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(layer), "stacked", classmethod(stacked))
+            adapters.model(**given)
+    with torch.no_grad():
+        torch.testing.assert_close(found[1], alone(adapters, names, given))
 
 
 def test_a_fused_step_between_two_looks_at_the_output_acts() -> None:
