@@ -149,8 +149,12 @@ def _fail(error: Exception, as_json: bool, debug: bool, options: Mapping[str, st
 def as_options(message: str, options: Mapping[str, str]) -> str:
     """A message that speaks of a function's arguments (`rank=4`), in terms of the command's options (`--rank 4`)."""
     named = {name.strip("_"): option for name, option in options.items() if option.startswith("--")}
-    pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|(?=[\w'\"\[{{-]))?"
-    return re.sub(pattern, lambda found: named[found[1]] + (" " if found[2] == "" else ""), message)
+    pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|False\b|(?=[\w'\"\[{{-]))?"
+
+    def option(found: re.Match[str]) -> str:
+        return f"{'no ' * (found[2] == 'False')}{named[found[1]]}{' ' * (found[2] == '')}"
+
+    return re.sub(pattern, option, message)
 
 
 @contextlib.contextmanager

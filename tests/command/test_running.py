@@ -18,6 +18,7 @@ import adapterkit as ak
 from adapterkit_command.app import app
 from adapterkit_command.exits import Exit
 from adapterkit_command.output import jsonable
+from adapterkit_command.running import as_options
 
 
 def run(*arguments: str) -> Result:
@@ -182,3 +183,16 @@ def test_json_of_a_report() -> None:
         "none": [None, None, None],
         "3": ["a", "b"],
     }
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("say resume=True", "say --resume"),
+        ("merge with resume=False to begin anew", "merge with no --resume to begin anew"),
+        ("take rank=4", "take --rank 4"),
+        ("give base=, the folder", "give --base, the folder"),
+    ],
+)
+def test_arguments_in_messages_become_options(message: str, said: str) -> None:
+    assert as_options(message, {"resume": "--resume", "rank": "--rank", "base": "--base"}) == said
