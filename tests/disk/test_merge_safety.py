@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,10 +61,12 @@ def in_child(work: Callable[[], object]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads, which the child does not use
         child = os.fork()
     if not child:
-        with contextlib.suppress(BaseException):
+        try:
             work()
             os._exit(0)
-        os._exit(1)
+        except BaseException:  # noqa: BLE001 - pytest shows it where the status is not what was wanted
+            os.write(2, traceback.format_exc().encode())
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
