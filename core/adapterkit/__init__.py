@@ -1,20 +1,12 @@
 """Adapters for any torch model, where every adapter method is a plugin."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.combiners import Combiner
 from adapterkit.config import AdapterConfig
-from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
-from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.combination import combine_files
-from adapterkit.disk.conversion import convert_file
-from adapterkit.disk.difference import diff_adapters
-from adapterkit.disk.diffreport import AdapterDiff
-from adapterkit.disk.extraction import extract_files
-from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
-from adapterkit.disk.merge import MergeReport, merge_checkpoint
-from adapterkit.disk.skeleton import skeleton
 from adapterkit.errors import (
     AdapterError,
     AdapterWarning,
@@ -39,11 +31,54 @@ from adapterkit.layer import AdapterLayer, Holder
 from adapterkit.matching import PatternTable
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.registry import Registry, default_registry
-from adapterkit.report import Report, write_report
 from adapterkit.reports import AddReport, CombineReport, LoadReport, Status, SwapReport
-from adapterkit.scaffold import new_package
 from adapterkit.selection import Selection, select
 from adapterkit.target import Target
+
+# What is not needed beside a model is imported when it is asked for: `import adapterkit` costs little beside torch.
+_LATE = {
+    "ExtensionInfo": "adapterkit.describe",
+    "MethodInfo": "adapterkit.describe",
+    "MethodsReport": "adapterkit.describe",
+    "describe_methods": "adapterkit.describe",
+    "Checkpoint": "adapterkit.disk.checkpoint",
+    "combine_files": "adapterkit.disk.combination",
+    "convert_file": "adapterkit.disk.conversion",
+    "diff_adapters": "adapterkit.disk.difference",
+    "AdapterDiff": "adapterkit.disk.diffreport",
+    "extract_files": "adapterkit.disk.extraction",
+    "AdapterInspection": "adapterkit.disk.inspection",
+    "LayerInspection": "adapterkit.disk.inspection",
+    "inspect_adapter": "adapterkit.disk.inspection",
+    "MergeReport": "adapterkit.disk.merge",
+    "merge_checkpoint": "adapterkit.disk.merge",
+    "skeleton": "adapterkit.disk.skeleton",
+    "Report": "adapterkit.report",
+    "write_report": "adapterkit.report",
+    "new_package": "adapterkit.scaffold",
+}
+
+if TYPE_CHECKING:
+    from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
+    from adapterkit.disk.checkpoint import Checkpoint
+    from adapterkit.disk.combination import combine_files
+    from adapterkit.disk.conversion import convert_file
+    from adapterkit.disk.difference import diff_adapters
+    from adapterkit.disk.diffreport import AdapterDiff
+    from adapterkit.disk.extraction import extract_files
+    from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
+    from adapterkit.disk.merge import MergeReport, merge_checkpoint
+    from adapterkit.disk.skeleton import skeleton
+    from adapterkit.report import Report, write_report
+    from adapterkit.scaffold import new_package
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATE:
+            raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+        globals()[name] = found = getattr(import_module(_LATE[name]), name)
+        return found
+
 
 __version__ = version("adapterkit")
 
