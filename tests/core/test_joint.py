@@ -91,14 +91,14 @@ def test_joint_layers_add_the_sum_of_what_each_adds(sort: str, methods: tuple[st
 def test_any_ranks_and_scalings_at_powers_of_two_are_joined(
     ranks: list[int], shares: list[float], biased: bool, lead: list[int]
 ) -> None:
-    layer = nn.Linear(40, 40, dtype=torch.float64)
+    layer = nn.Linear(64, 64, dtype=torch.float64)  # half of its weight has room for a rank of 16
     adapters = ak.attach(nn.Sequential(layer))
     for i, (r, share) in enumerate(zip(ranks, shares, strict=False)):
         fields = {"lora_bias": biased and i % 2 == 0, "bias": "lora_only" if biased else "none"}
         adapters.add(str(i), ak.config("lora", r=r, lora_alpha=3 * r * share, target_modules=["0"], **fields))
         set_parameters(adapters, str(i), seed=i)
     adapters.activate(*adapters.names, trainable=False)
-    x = torch.randn(*lead, 40, dtype=torch.float64)
+    x = torch.randn(*lead, 64, dtype=torch.float64)
     with torch.no_grad():
         first = layer(x)
         warm(layer, x)
