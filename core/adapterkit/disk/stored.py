@@ -23,6 +23,10 @@ class StoredModel:
         self.folder, self.model = folder, model
         self._checkpoint = Checkpoint.open(folder)
         self._names = match_names(model, self._checkpoint.entries)
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._tied: dict[nn.Parameter, list[str]] = {}  # a checkpoint has one of them
+        for name, parameter in self._parameters.items():
+            self._tied.setdefault(parameter, []).append(name)
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -48,7 +52,9 @@ class StoredModel:
         return module
 
     def _tensor(self, name: str) -> Tensor:
-        held = next((self._names.in_file[n] for n in (name, *self._tied(name)) if n in self._names.in_file), None)
+        parameter = self._parameters.get(name)
+        tied = [] if parameter is None else self._tied[parameter]
+        held = next((self._names.in_file[n] for n in (name, *tied) if n in self._names.in_file), None)
         if held is not None:
             return self._checkpoint.tensor(held)
         if name in self._names.fused:
@@ -57,8 +63,3 @@ class StoredModel:
                 "model is loaded. Load both models, and use ak.extract."
             )
         raise CheckpointError(f"{self.folder} has no tensor for {name!r} of a {type(self.model).__name__}.")
-
-    def _tied(self, name: str) -> list[str]:
-        """Other names of the same tensor, of which a checkpoint has one."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return [other for other, parameter in named.items() if parameter is named.get(name)]

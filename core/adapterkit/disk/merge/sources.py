@@ -26,7 +26,6 @@ from adapterkit.record import AdapterRecord
 from adapterkit.walk import Walk, base_parameters
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
-_HASHED = 1 << 20
 _BASE_LAYER = "base_layer."
 
 
@@ -56,11 +55,8 @@ class Source:
 
 def sha256(file: Path) -> str:
     """The hash of a file."""
-    found = hashlib.sha256()
     with file.open("rb") as opened:
-        while part := opened.read(_HASHED):
-            found.update(part)
-    return found.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def checked_sources(adapters: Sources) -> list[Source]:
