@@ -13,6 +13,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
+from adapterkit.disk.mapping import as_bytes
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import umask
 
@@ -61,7 +62,7 @@ class TensorWriter:
                 "length (padding='max_length'), or pool."
             )
         try:
-            self._file.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+            self._file.write(as_bytes(part))
         except OSError as error:
             raise SaveError(f"{self.path} cannot be written: {error}.") from error
         self._rows += len(part)

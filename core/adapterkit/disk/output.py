@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.disk.mapping import FactorSpool, MappedFiles, write_tensors
 from adapterkit.errors import ConfigError, SaveError
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path, umask
+from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, appearing, local_path
 from adapterkit.keys import file_key
 from adapterkit.persistence import save_record
 from adapterkit.record import AdapterRecord
@@ -92,18 +90,8 @@ def write_file(
     """
     try:
         place = place.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        os.close(handle)
-        fresh = Path(name)
-        try:
+        with appearing(place) as fresh:
             write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, lambda: _release(mapped))
-            with fresh.open("rb") as file:
-                os.fsync(file.fileno())
-            fresh.chmod(0o666 & ~umask())
-            fresh.replace(place)
-        finally:
-            fresh.unlink(missing_ok=True)
     except OSError as error:
         raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error
 

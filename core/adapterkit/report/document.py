@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import ConfigError, SaveError
-from adapterkit.files import local_path, umask
+from adapterkit.files import appearing, local_path
 from adapterkit.report.curves import check_matplotlib
 from adapterkit.report.findings import Findings, measure
 from adapterkit.report.grid import Grid
@@ -70,8 +67,8 @@ class Report:
         """
         path = local_path(out)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, self.html)
+            with appearing(path) as fresh:
+                fresh.write_text(self.html, encoding="utf-8")
         except OSError as error:
             raise SaveError(f"The report cannot be written to {path}: {error}.") from error
         return path
@@ -97,15 +94,3 @@ class Report:
 
 def _title(names: Sequence[str]) -> str:
     return f"Adapter {names[0]}" if len(names) == 1 else f"Adapters {', '.join(names[:-1])} and {names[-1]}"
-
-
-def _replace(path: Path, text: str) -> None:
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o666 & ~umask())
-        Path(name).replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
