@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+TOOLS  := $(VENV)/.tools-installed
 DATA   := .cache/data/vaderSentiment-3.3.2.tar.gz
 # The versions of constraints.txt hold for build environments too.
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-plot docs clean
+.PHONY: help setup demo test test-tools lint format bench bench-plot docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -30,7 +31,15 @@ demo: setup  ## train, save and reload an adapter on real data
 	$(PY) examples/quickstart.py
 
 test: setup  ## run the tests
-	$(PY) -m pytest -n 2 -q
+	$(PY) -m pytest -n 2 -q --ignore=tests/tools
+
+# Of these deepspeed alone is built here; without DS_BUILD_OPS that needs no compiler.
+$(TOOLS): $(STAMP)
+	DS_BUILD_OPS=0 $(PIP) install --quiet --editable '.[test,lint,bench,tools]'
+	touch $@
+
+test-tools: setup $(TOOLS)  ## install the tools people train with, and run the tests in tests/tools
+	$(PY) -m pytest -q tests/tools
 
 lint: setup  ## check style, format and types
 	$(VENV)/bin/ruff check .
