@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.selection import Match, Selection
 from adapterkit.shared import SharedTensors, SharedView
-from adapterkit.slots import module_slots
 from adapterkit.target import Target
 from adapterkit.walk import Uncalled, Walk, tensors_below
 
@@ -83,6 +83,8 @@ class Builder:
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
                 "Leave it out with exclude_modules."
             )
+        if self.rule.derived:
+            self._check_kept("inject", (name for name, _ in layer.named_parameters()))
         if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
             self._check_names(target, layer)  # a module without parameters is called as it likes
         return layer
@@ -142,6 +144,17 @@ class Builder:
                 f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "
                 f"{sorted(shared)}, but its key rule declares the shared tensors {sorted(declared)}."
             )
+        self._check_kept("prepare", [name for name, t in shared.items() if isinstance(t, nn.Parameter)])
+
+    def _check_kept(self, hook: str, trained: Iterable[str]) -> None:
+        """What trains goes to files."""
+        lost = [name for name in trained if self.rule.derives(name)]
+        if lost:
+            raise PluginError(
+                f"The method {self.method.name!r} ({self.method.provider}): its hook {hook} made the Parameter "
+                f"{lost[0]!r}, which its key rule declares as derived. What is derived is never written to a file, so "
+                "what was trained would be lost: make it a buffer, or leave it out of `derived`."
+            )
 
     def _add_biases(self, record: AdapterRecord, active: Active) -> list[str]:
         which = self.config.trained_biases
@@ -169,9 +182,10 @@ class Builder:
 
 
 def _assign(module: nn.Module, fresh: nn.Module) -> None:
-    for (_, own), (_, new) in zip(module_slots(module), module_slots(fresh), strict=True):
-        if own.tensor.is_meta:
-            own.assign(new.tensor.detach())
+    """Give every tensor without values the fresh module's: buffers that no file holds, too."""
+    for own, new in zip(module.modules(), fresh.modules(), strict=True):
+        for held, made in ((own._parameters, new._parameters), (own._buffers, new._buffers)):
+            held.update({name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta})
 
 
 def _trained_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -157,7 +157,7 @@ def check_not_installed(method: Method, installed: Mapping[str, EntryPoint]) -> 
 
 
 def check_method(method: Method, others: Mapping[str, Method]) -> None:
-    """Names agree, and no prefix begins another method's.
+    """Names agree, and the key prefix is a name. Others may have the same prefix: files name their method.
 
     Raises:
         PluginError: names the method, its package and what is wrong.
@@ -174,13 +174,6 @@ def check_method(method: Method, others: Mapping[str, Method]) -> None:
     prefix = _prefix(method)
     if not prefix or "." in prefix:
         raise PluginError(f"{who}: its key prefix {prefix!r} must be a name without dots, such as 'lora_'.")
-    for other in others.values():
-        theirs = _prefix(other)
-        if prefix.startswith(theirs) or theirs.startswith(prefix):
-            raise PluginError(
-                f"{who}: its key prefix {prefix!r} and {theirs!r} of {other.name!r} ({other.provider}) begin alike, "
-                "so their parameters could not be told apart."
-            )
 
 
 def _prefix(method: Method) -> str:

@@ -14,13 +14,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from adapterkit.config import AdapterConfig
-from adapterkit.errors import AdapterWarning, CheckpointError, PluginError
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.files import CONFIG_FILE
 from adapterkit.keys import FILE_PREFIX
 from adapterkit.kinds import LayerKind
 from adapterkit.matching import Names
 from adapterkit.method import Method
-from adapterkit.registry import default_registry
+from adapterkit.registry import DISABLE_VARIABLE, default_registry
 from adapterkit.walk import Walk
 
 T = TypeVar("T")
@@ -268,7 +268,7 @@ def recognise(
     Raises:
         CheckpointError: none of them knows it, or several do.
     """
-    found, asked, broken = [], [], []
+    found, asked, broken, refused = [], [], [], []
     for name in default_registry.methods():
         try:
             method = default_registry.method(name)
@@ -276,15 +276,35 @@ def recognise(
         except PluginError as error:
             broken.append(str(error))
             continue
+        except AdapterError as error:
+            refused.append((name, error))
+            continue
         asked.append(name)
         if config is not None:
             found.append((method, config))
+    if len(found) + len(refused) > 1:
+        found = [claim for claim in found if _reads(*claim, tensors, layers)]
+    if refused and not found:
+        raise refused[0][1]
+    broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
     if len(found) != 1:
         raise CheckpointError(_not_one([m.name for m, _ in found], asked, broken, tensors, layers, file))
     for fault in broken:
         warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=5)
     method, config = found[0]
     return method, config.replace(modules_to_save=None) if config.modules_to_save == "auto" else config
+
+
+def _reads(
+    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> bool:
+    """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
+    try:
+        rule, keys = method.key_rule(config), method.from_file(config, tensors, layers)
+    except AdapterError:
+        return False
+    split = (key.split(".") for key in keys)
+    return any(rule.owns(parts[i]) and ".".join(parts[:i]) in layers for parts in split for i in range(1, len(parts)))
 
 
 def _not_one(
@@ -296,7 +316,10 @@ def _not_one(
     file: Path,
 ) -> str:
     if found:
-        what = f"{file} holds layers of several methods: {', '.join(found)}. Split it into one file for each."
+        what = (
+            f"{file} holds layers of several methods: {', '.join(found)}. Split it into one file for each. Where "
+            f"one of them takes a file that is another's, switch it off: {DISABLE_VARIABLE}={found[-1]}."
+        )
     else:
         what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
     lines = [

@@ -53,8 +53,9 @@ def config_type() -> type[AdapterConfig]:  # type: ignore[empty-body]
 def key_rule(config: AdapterConfig) -> KeyRule:  # type: ignore[empty-body]
     """*Required.* The key prefix of the method's parameters, its shared tensors, and what files may lack.
 
-    Called with a default config at registration, where no prefix may begin another method's, and with
-    the adapter's own config on every save and load: what is exempt may depend on it.
+    Called with a default config at registration, and with the adapter's own config on every save and load: what is
+    exempt may depend on it. Two methods may have the same prefix: parameters live under their adapter, and a file
+    names its method.
     """
 
 
@@ -63,10 +64,10 @@ def prepare(targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Te
     """Tensors that all targets of one adapter share, made once, before any layer.
 
     The core owns the one copy, registers it with the model so that `.to(...)` moves it, and hands it to
-    `inject` as `shared`. Adapters whose tensors are equal have one copy, so a method must never change them in
-    place. The names must be the `shared` names of the key rule. `None`, the default, and
-    an empty mapping mean that there are none. When an adapter is loaded, `prepare` is called as well and the
-    file's tensors replace what it returned.
+    `inject` as `shared`. An `nn.Parameter` trains, as those of the layers do, and is its adapter's own. Any other
+    tensor is fixed: adapters whose tensors are equal have one copy, so a method must never change it in place.
+    The names must be the `shared` names of the key rule. `None`, the default, and an empty mapping mean that there
+    are none. When an adapter is loaded, `prepare` is called as well and the file's tensors replace what it returned.
     """
 
 

@@ -140,8 +140,8 @@ class AdapterLayer(Holder):
         """The tensors, by their names here, with which this layer does what `other` does: `Adapters.swap`.
 
         A method overrides this where its sizes or its scaling may differ from one adapter to another. Shapes are
-        this layer's own; a tensor that may stay is left out. By default the other's tensors, of the same shapes and
-        from the same config.
+        this layer's own; a tensor that may stay is left out. By default the other's parameters and persistent buffers,
+        of the same shapes and from the same config.
 
         Args:
             other: another adapter's layer at the same target; `None`: the layer is to change nothing.
@@ -151,7 +151,13 @@ class AdapterLayer(Holder):
         """
         if other is None:
             raise CheckpointError("the file has nothing, and the method does not say what changes nothing")
-        return {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        made_again = {
+            f"{path}.{name}" if path else name
+            for path, module in other.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        fixed = {name: buffer for name, buffer in other.named_buffers() if name not in made_again}
+        return {**dict(other.named_parameters()), **fixed}
 
     def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a file may give the parameters named these other shapes than they have; by default not."""

@@ -65,6 +65,7 @@ class Preview:
         skipped: layers that a rule named and another left out, and the reason; those alike as one.
         unmatched: entries of the config that match nothing.
         notes: other things worth knowing.
+        shared: numbers trained of what all layers share.
     """
 
     model: str
@@ -77,11 +78,13 @@ class Preview:
     skipped: tuple[tuple[str, str], ...] = ()
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    shared: int = 0
 
     @property
     def parameters(self) -> int:
         """All numbers that train."""
-        return sum(g.layers * g.parameters for g in self.groups) + sum(self.heads.values()) + self.biases
+        own = self.biases + self.shared
+        return sum(g.layers * g.parameters for g in self.groups) + sum(self.heads.values()) + own
 
     @property
     def share(self) -> float:
@@ -97,6 +100,7 @@ class Preview:
         lines = [columns([titles, *rows])]
         lines += [f"trained in full: {path}, {count:,} parameters" for path, count in self.heads.items()]
         lines += [f"trained biases: {self.biases:,} parameters"] if self.biases else []
+        lines += [f"shared by all layers: {self.shared:,} parameters"] if self.shared else []
         lines += [f"left out: {path}: {reason}" for path, reason in self.skipped]
         lines += [f"matched nothing: {rule}" for rule in self.unmatched]
         lines += [f"note: {note}" for note in self.notes]
@@ -138,6 +142,7 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
         _skipped(selection.skipped),
         selection.unmatched,
         tuple(notes),
+        0 if record.shared is None else _count(record.shared.module),
     )
 
 

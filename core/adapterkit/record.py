@@ -49,7 +49,9 @@ class AdapterRecord:
                 yield container, path, module
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(<path>.<local>, parameter)` of everything that trains."""
+        """`(<path>.<local>, parameter)` of everything that trains; a shared one's name has no path."""
+        if self.shared is not None:
+            yield from self.shared.module.named_parameters()
         for _, path, module in self.parts():
             for local, parameter in module.named_parameters():
                 yield f"{path}.{local}", parameter
@@ -60,7 +62,8 @@ class AdapterRecord:
         return list({id(p): p for p in held}.values())
 
     def _modules(self) -> Iterator[nn.Module]:
-        return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values()))
+        shared = () if self.shared is None else (self.shared.module,)
+        return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
 
     def set_trainable(self, trainable: bool) -> None:
         """Set `requires_grad` of all parameters; nothing to do if that is how they are."""

@@ -38,7 +38,7 @@ class Installed:
 
 
 def switched_off() -> frozenset[str]:
-    """Names of plugins that the environment says are not there."""
+    """Names of plugins, and of distributions, that the environment says are not there."""
     return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
 
 
@@ -83,7 +83,10 @@ class Registry:
             raise unknown("adapter method", name, self.methods(), advice)
         if len(claims) > 1:
             owners = " and ".join(sorted(f"{dist or '?'} ({value})" for dist, value in claims))
-            raise PluginError(f"Two packages provide the method {name!r}: {owners}. Uninstall one of them.")
+            raise PluginError(
+                f"Two packages provide the method {name!r}: {owners}. Uninstall one of them, or switch it off: "
+                f"{DISABLE_VARIABLE}={min(claims)[0]}."
+            )
         return self._load(next(iter(claims.values())))
 
     def register(self, plugin: object, name: str | None = None) -> Method:
@@ -94,7 +97,7 @@ class Registry:
             name: the method's name; its config's `method` if `None`.
 
         Raises:
-            PluginError: the plugin breaks the contract, or its name or prefix is taken.
+            PluginError: the plugin breaks the contract, or its name is taken.
         """
         provider = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
         installed = {e.name: e for e in _entries(METHODS_GROUP)}
@@ -147,7 +150,18 @@ class Registry:
     def kind_of(self, module: nn.Module) -> LayerKind | None:
         """What sort of layer `module` is, or `None` if it can hold no adapter."""
         for kind in self.kinds():
-            found = kind.of(module)
+            try:
+                found = kind.of(module)
+            except Exception as error:
+                if kind in kinds.BUILTIN:
+                    raise
+                warnings.warn(
+                    f"The layer kind {kind.name!r} of {kind.__module__} is passed over for a {type(module).__name__}: "
+                    f"it raised {type(error).__name__}: {error}.",
+                    AdapterWarning,
+                    stacklevel=2,
+                )
+                continue
             if found is not None:
                 return found
         return None
@@ -195,19 +209,28 @@ class Registry:
     def _load_extensions(self) -> dict[str, PluginError]:
         """Load what is announced and not there yet; what fails breaks only itself, and is returned by name."""
         failed = {}
-        for entry in _entries(EXTENSIONS_GROUP):
-            if not self._manager.has_plugin(entry.name):
+        entries = list(dict.fromkeys(_entries(EXTENSIONS_GROUP)))
+        for entry in entries:
+            shared = sum(other.name == entry.name for other in entries) > 1
+            name = f"{entry.name} ({entry.value})" if shared else entry.name
+            if not self._manager.has_plugin(name):
                 try:
-                    self._extend(_import(entry, "extension"), f"The extension {entry.name!r}", entry.name)
+                    self._extend(_import(entry, "extension"), f"The extension {name!r}", name)
                     self._kinds = None
                 except PluginError as error:
-                    failed[entry.name] = error
+                    failed[name] = error
         return failed
 
     def _extend(self, plugin: object, who: str, name: str | None = None) -> None:
         contract.check_plugin(plugin, self._manager, who)
         contract.check_extension(plugin, who)
         self._manager.register(plugin, name)
+        try:  # what it adds is asked for now, so that what is wrong with it hinders nobody later
+            contract.kinds_of(self._manager, plugin)
+            contract.added_combiners(self._manager)
+        except Exception:
+            self._manager.unregister(plugin)
+            raise
 
     def _load(self, entry: EntryPoint) -> Method:
         dist = entry.dist
@@ -234,7 +257,7 @@ def _import(entry: EntryPoint, what: str) -> object:
     owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
     try:
         return entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"The {what} {entry.name!r} of {owner} cannot be imported from {entry.value!r}: "
             f"{type(error).__name__}: {error}. Other methods are not affected; reinstall or remove that package, or "
@@ -244,7 +267,8 @@ def _import(entry: EntryPoint, what: str) -> object:
 
 def _entries(group: str) -> Iterator[EntryPoint]:
     disabled = switched_off()
-    return (e for e in importlib.metadata.entry_points(group=group) if e.name not in disabled)
+    found = importlib.metadata.entry_points(group=group)
+    return (e for e in found if not disabled & {e.name, e.dist.name if e.dist else e.name})
 
 
 default_registry = Registry()

@@ -59,11 +59,11 @@ class Roster:
         return self._record(name).config
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters an adapter trains: its layers', its heads' and its biases'."""
+        """The parameters an adapter trains: its layers', its heads', its biases' and those that its layers share."""
         return (parameter for _, parameter in self.named_parameters(name))
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same with their names, `<module path>.<parameter>`."""
+        """The same with their names: `<module path>.<parameter>`, or `<parameter>` of those that layers share."""
         return self._record(name).named_parameters()
 
     def status(self) -> Status:

@@ -1,4 +1,7 @@
-"""Shared tensors: what all targets of one adapter use, in one copy, and one for adapters that have equal ones."""
+"""Shared tensors: what all targets of one adapter use, in one copy.
+
+Adapters that have equal ones use one copy, if nothing in it is trained: what trains is its adapter's own.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ class SharedTensors(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            (self.register_parameter if isinstance(tensor, nn.Parameter) else self.register_buffer)(name, tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
     def equals(self, other: Self) -> bool:
-        """Whether the other has the same names, and the same values, dtypes and devices under them."""
+        """Whether both are fixed, with the same names, and the same values, dtypes and devices under them."""
+        if self._parameters or other._parameters:
+            return False
         ours, theirs = self.tensors(), other.tensors()
         return ours.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in ours.items())
 
@@ -38,15 +43,17 @@ class SharedView(Mapping[str, Tensor]):
         self.module = module
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.module._buffers[name]
+        tensor = self.module._parameters.get(name)
+        if tensor is None:
+            tensor = self.module._buffers[name]
         assert tensor is not None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.module._buffers)
+        return iter(self.module.tensors())
 
     def __len__(self) -> int:
-        return len(self.module._buffers)
+        return len(self.module.tensors())
 
     def part(self) -> None:
         """Have a copy of one's own from now on, to be written to."""

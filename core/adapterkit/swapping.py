@@ -32,8 +32,7 @@ def values_to_swap(record: AdapterRecord, other: AdapterRecord) -> Values:
     _check_inside("it has a head at", other.heads, "the adapter has none there", record.heads)
     _check_inside("the adapter has a head at", record.heads, "the file has none there", other.heads)
     _check_inside("it trains the bias of", other.biases, "the adapter does not", record.biases)
-    _check_shared(record, other)
-    values: Values = []
+    values = _of_shared(record, other)
     for path, layer in record.layers.items():
         values += _of_layer(path, layer, other.layers.get(path), _alike(record.config, other.config))
     for path, head in record.heads.items():
@@ -60,13 +59,19 @@ def _check_inside(what: str, paths: Collection[str], but: str, known: Collection
         raise CheckpointError(f"{what} {outside[0]!r}{more}, and {but}")
 
 
-def _check_shared(record: AdapterRecord, other: AdapterRecord) -> None:
-    """What all layers share stays as it is: other adapters may use it too."""
-    own, theirs = (dict(r.shared or {}) for r in (record, other))
-    for name, tensor in own.items():
-        found = theirs.get(name)
-        if found is None or found.shape != tensor.shape or not torch.equal(found.to(tensor), tensor):
+def _of_shared(record: AdapterRecord, other: AdapterRecord) -> Values:
+    """What all layers share: what trains is taken over; what is fixed must be equal, for other adapters may use it."""
+    theirs = dict(other.shared or {})
+    values: Values = []
+    for name, slot in () if record.shared is None else module_slots(record.shared.module):
+        own, found = slot.tensor, theirs.get(name)
+        fits = found is not None and found.shape == own.shape
+        trains = isinstance(own, nn.Parameter)
+        if found is None or not fits or not (trains or torch.equal(found.to(own), own)):
             raise CheckpointError(f"its {name!r}, which all layers share, is another (another key, rank or size)")
+        if trains:
+            values.append((slot, found.detach()))
+    return values
 
 
 def _of_layer(path: str, layer: AdapterLayer, other: AdapterLayer | None, alike: bool) -> Values:

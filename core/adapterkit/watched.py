@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapterkit.shared import SharedView
+
 _version = attrgetter("_version")
 
 
 class Watched:
     """Some modules' own attributes (`training`, a scaling), and the parameters, buffers and modules in them, as of now.
+
+    The tensors that they share with others count as theirs.
 
     A tensor changes by being written to (its version counter), by having its data replaced, as `.to(...)` does
     (its address), or by another being put in its place (its identity). Not seen is what torch itself does not count:
@@ -21,7 +25,9 @@ class Watched:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
-        groups = [g for top in modules for m in top.modules() for g in (m._parameters, m._buffers, m._modules)]
+        views = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, SharedView)}.values()
+        held = [m for top in (*modules, *(view.module for view in views)) for m in top.modules()]
+        groups = [*map(vars, views), *(g for m in held for g in (m._parameters, m._buffers, m._modules))]
         self.places: list[tuple[dict[str, Any], str]] = [(g, n) for g in groups for n in g]
         self.parts = self._now()
         self.tensors: list[Tensor] = [part for part in self.parts if isinstance(part, Tensor)]

@@ -129,6 +129,8 @@ def _show_preview(report: Preview) -> Iterator[RenderableType]:
         yield hanging("trained in full", f"{path}, {count:,} parameters")
     if report.biases:
         yield hanging("trained biases", f"{report.biases:,} parameters")
+    if report.shared:
+        yield hanging("shared by all layers", f"{report.shared:,} parameters")
     for path, reason in report.skipped:
         yield hanging("left out", f"{path}: {reason}")
     for rule in report.unmatched:

@@ -53,7 +53,7 @@ def test_targets_is_preview_of_the_config(options: list[str], fields: dict[str, 
     assert (report["parameters"], report["total"]) == (expected.parameters, expected.total)
     assert set(report) == {
         *("model", "method", "groups", "paths", "heads", "biases", "total", "skipped", "unmatched", "notes"),
-        *("parameters", "share"),
+        *("parameters", "share", "shared"),
     }
 
 

@@ -144,6 +144,30 @@ def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path,
         ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x")
 
 
+def test_method_that_takes_every_file_hinders_none(model: nn.Module, tmp_path: Path, registered: Any) -> None:
+    greedy = method()
+    config = greedy.config_type()
+    registered(
+        method(
+            config_type=ak.hookimpl(lambda: config),
+            foreign_config=ak.hookimpl(lambda tensors: config(target_modules=["head"])),
+            from_file=ak.hookimpl(lambda tensors: tensors),
+        )
+    )
+    adapters = ak.attach(model)
+    assert adapters.load(write(tmp_path / "a.safetensors", LORA), "x") == ak.LoadReport()
+    assert adapters.config("x").method == "lora"
+
+
+def test_method_that_refuses_another_s_file_hinders_none(model: nn.Module, tmp_path: Path, registered: Any) -> None:
+    registered(method(ak.UnsupportedError("not mine")))
+    file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
+    with pytest.raises(ak.UnsupportedError, match="not mine"):
+        ak.attach(model).load(file, "x")
+    with pytest.warns(ak.AdapterWarning, match="The method 'shift' refuses it: not mine"):
+        assert ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x") == ak.LoadReport()
+
+
 def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path, registered: Any) -> None:
     registered(method(LoraConfig))
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})

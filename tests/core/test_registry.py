@@ -18,6 +18,7 @@ from tests.models import EmbeddingNet
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit import combiners
 from adapterkit.kinds import BUILTIN, Linear
 from adapterkit.registry import DISABLE_VARIABLE, default_registry
 from adapterkit_lora import LoraConfig
@@ -42,6 +43,27 @@ METHOD = """
     def inject(target):
         return None
 """
+
+
+# A method of another package whose parameters are called as LoRA's are.
+TWIN = (
+    METHOD.format(name="twin").replace("twin_", "lora_").replace("return None", "return Layer(target)")
+    + """
+    class Layer(ak.AdapterLayer):
+        def __init__(self, target):
+            super().__init__(target.kind)
+            self.hold(lora_A=target.empty(target.in_features), lora_B=target.empty(target.out_features))
+            self.lora_A.data.fill_(1.0)
+            self.lora_B.data.zero_()
+
+        def delta(self, x):
+            return self.kind.apply(x, factors(self))
+
+    @ak.hookimpl
+    def factors(layer):
+        return ak.Factors(layer.lora_B[:, None], layer.lora_A[None])
+"""
+)
 
 
 # Discovery
@@ -84,7 +106,9 @@ def test_method_of_a_name_that_is_none(name: Any) -> None:
         ak.config(name)
 
 
-def test_two_distributions_of_one_name_are_named_to_who_asks_for_it(install: Any) -> None:
+def test_two_distributions_of_one_name_are_named_to_who_asks_for_it(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("foo_dist", "foo", METHOD.format(name="foo"))
     install("other_dist", "foo", METHOD.format(name="foo"))
     registry = ak.Registry()
@@ -92,12 +116,14 @@ def test_two_distributions_of_one_name_are_named_to_who_asks_for_it(install: Any
         registry.method("foo")
     assert (
         "Two packages provide the method 'foo': foo_dist (plugin_of_foo_dist) and other_dist (plugin_of_other_dist). "
-        "Uninstall one of them."
+        f"Uninstall one of them, or switch it off: {DISABLE_VARIABLE}=foo_dist."
     ) in str(caught.value)
     assert registry.method("lora").name == "lora"
+    monkeypatch.setenv(DISABLE_VARIABLE, "foo_dist")
+    assert registry.method("foo").provider == "other_dist 1.2"
 
 
-@pytest.mark.parametrize("code", ["import no_such_module_at_all", "1 / 0", "def f(:"])
+@pytest.mark.parametrize("code", ["import no_such_module_at_all", "1 / 0", "def f(:", "raise SystemExit"])
 def test_plugin_that_cannot_be_imported_breaks_only_itself(install: Any, code: str) -> None:
     install("foo_dist", "foo", code)
     registry = ak.Registry()
@@ -108,7 +134,7 @@ def test_plugin_that_cannot_be_imported_breaks_only_itself(install: Any, code: s
     assert "The method 'foo' of foo_dist 1.2 cannot be imported from 'plugin_of_foo_dist': " in message
     assert f"set {DISABLE_VARIABLE}=foo." in message
     assert "Other methods are not affected; reinstall or remove that package" in message
-    assert isinstance(caught.value.__cause__, ImportError | ZeroDivisionError | SyntaxError)
+    assert isinstance(caught.value.__cause__, ImportError | ZeroDivisionError | SyntaxError | SystemExit)
     assert "foo" in registry.methods()
 
 
@@ -517,12 +543,71 @@ WRONG_KINDS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("answer", "message"), WRONG_KINDS.values(), ids=WRONG_KINDS.keys())
-def test_layer_kinds_that_are_wrong(extend: Any, answer: object, message: str) -> None:
-    extend(kinds_plugin(answer))
+def test_layer_kinds_that_are_wrong_are_refused_and_hinder_nobody(answer: object, message: str) -> None:
+    before = default_registry.kinds()
     with pytest.raises(ak.PluginError) as caught:
-        ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
+        default_registry.extend(kinds_plugin(answer))
     assert message in str(caught.value)
     assert "The extension " in str(caught.value)
+    assert default_registry.kinds() == before
+    ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
+
+
+def test_layer_kind_that_raises_is_passed_over(extend: Any) -> None:
+    class Broken(Linear):
+        name = "Broken"
+
+        @classmethod
+        def of(cls, module: nn.Module) -> Any:
+            raise ZeroDivisionError("no such module")
+
+    extend(kinds_plugin([Broken]))
+    with pytest.warns(ak.AdapterWarning, match="The layer kind 'Broken' of .* is passed over for a Linear: it raised"):
+        ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("hook", ["layer_kinds", "combiners"])
+def test_extension_of_a_package_whose_hook_raises_breaks_only_itself(install: Any, hook: str) -> None:
+    code = f"import adapterkit as ak\n@ak.hookimpl\ndef {hook}():\n    raise ValueError('oh')\n"
+    install("ext_dist", "ext", code, group="adapterkit.extensions")
+    registry = ak.Registry()
+    with pytest.warns(ak.AdapterWarning, match=f"The extension 'ext': its hook {hook} raised ValueError: oh"):
+        assert registry.kind_of(nn.Linear(2, 2)) == Linear(2, 2)
+    assert registry.combiner("linear") is combiners.BUILTIN["linear"]
+
+
+def test_combiner_of_a_taken_name_hinders_nobody(install: Any) -> None:
+    code = """
+        import adapterkit as ak
+        from adapterkit.combiners import BUILTIN
+
+        @ak.hookimpl
+        def combiners():
+            return {"linear": BUILTIN["ties"]}
+    """
+    install("ext_dist", "ext", code, group="adapterkit.extensions")
+    registry = ak.Registry()
+    with pytest.warns(ak.AdapterWarning, match="gives 'linear', a name that is taken"):
+        assert registry.combiner("linear") is combiners.BUILTIN["linear"]
+
+
+def test_methods_with_one_prefix_work_side_by_side(install: Any, tmp_path: Path) -> None:
+    install("twin_dist", "twin", TWIN)
+    adapters = ak.attach(linear())
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    adapters.add("b", ak.config("twin", target_modules=["0"]))
+    for name in "ab":
+        set_parameters(adapters, name)
+    adapters.activate("a", "b")
+    expected = adapters.model(X).detach()
+    folders = [adapters.save(name, tmp_path / name) for name in "ab"]
+    again = ak.attach(linear())
+    for name, folder in zip("ab", folders, strict=True):
+        assert again.load(folder, name) == ak.LoadReport()
+    again.activate("a", "b")
+    torch.testing.assert_close(again.model(X), expected)
+    torch.testing.assert_close(again.merge_and_detach("a", "b")(X), expected)
+    default_registry.unregister("twin")
 
 
 def test_extension_that_answers_for_methods_is_refused() -> None:
@@ -564,6 +649,22 @@ def test_extension_of_an_installed_package_is_found(install: Any) -> None:
     """
     install("ext_dist", "ext", code, group="adapterkit.extensions")
     assert [k.name for k in ak.Registry().kinds()][:2] == ["Theirs", "Linear"]
+
+
+def test_extensions_of_one_name_are_both_there(install: Any) -> None:
+    code = """
+        import adapterkit as ak
+        from adapterkit.combiners import BUILTIN
+
+        @ak.hookimpl
+        def combiners():
+            return {{"{0}": BUILTIN["ties"]}}
+    """
+    install("one_dist", "ext", code.format("one"), group="adapterkit.extensions")
+    install("two_dist", "ext", code.format("two"), group="adapterkit.extensions")
+    registry = ak.Registry()
+    assert registry.combiner("one") is registry.combiner("two")
+    assert len(registry.extensions()) == 2
 
 
 def test_wrapper_sees_every_methods_calls() -> None:

@@ -43,7 +43,8 @@ def check_shared_tensors_are_one_copy(case: Case) -> None:
             subject.inputs = subject.inputs.to(dtype) if subject.inputs.is_floating_point() else subject.inputs
             subject.train()
             before = subject.out()
-            tensors = list(subject.model.get_submodule("adapter_shared.a").buffers())
+            shared = subject.model.get_submodule("adapter_shared.a")
+            tensors = [tensor.detach() for tensor in (*shared.parameters(), *shared.buffers())]
             expect(bool(tensors), "expected the shared tensors that the key rule names; prepare returned none.")
             for tensor in tensors:
                 tensor.mul_(2)

@@ -1,0 +1,230 @@
+"""What all layers of an adapter share and what trains in it; and which of a layer's tensors a file holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tests.core.conftest import assert_as_before, snapshot
+from tests.models import EmbeddingNet, tokens
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.registry import default_registry
+
+
+class BankConfig(ak.AdapterConfig):
+    """A bank of vectors `(entries, size)` that trains, and from which each layer's factors are mixed."""
+
+    method = "bank"
+
+
+class BankLayer(ak.AdapterLayer):
+    """`dW = scale * (u B) (v B)^T`: two mixtures of the bank's vectors; a fixed sign is in the file, a scale is not."""
+
+    bank_sign: Tensor
+    bank_scale: Tensor
+
+    def __init__(self, target: ak.Target, shared: Mapping[str, Tensor]) -> None:
+        super().__init__(target.kind, shared=shared)
+        self.hold(bank_u=target.empty(ENTRIES), bank_v=target.empty(ENTRIES))
+        self.register_buffer("bank_sign", torch.ones(1, dtype=target.dtype, device=target.device))
+        scale = torch.full((1,), 0.5, dtype=target.dtype, device=target.device)
+        self.register_buffer("bank_scale", scale, persistent=False)
+        if not target.load:
+            nn.init.normal_(self.bank_u)
+            nn.init.zeros_(self.bank_v)
+
+    def factors(self) -> ak.Factors:
+        bank = self.shared["bank_vectors"]
+        up, down = self.bank_u @ bank[:, : self.kind.out_features], self.bank_v @ bank[:, : self.kind.in_features]
+        return ak.Factors(up[:, None] * self.bank_scale * self.bank_sign, down[None])
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.kind.apply(x, self.factors())
+
+
+ENTRIES = 3
+
+
+class BankPlugin:
+    rule: ClassVar[ak.KeyRule] = ak.KeyRule(prefix="bank_", shared=("bank_vectors", "bank_note"))
+
+    @ak.hookimpl
+    def config_type(self) -> type[ak.AdapterConfig]:
+        return BankConfig
+
+    @ak.hookimpl
+    def key_rule(self, config: ak.AdapterConfig) -> ak.KeyRule:
+        return self.rule
+
+    @ak.hookimpl
+    def prepare(self, targets: Sequence[ak.Target]) -> Mapping[str, Tensor]:
+        size = max(n for t in targets for n in (t.in_features, t.out_features))
+        bank = targets[0].empty(ENTRIES, size)
+        if not targets[0].load:
+            nn.init.normal_(bank)
+        return {"bank_vectors": bank, "bank_note": torch.arange(3.0, device=targets[0].device)}
+
+    @ak.hookimpl
+    def inject(self, target: ak.Target, shared: Mapping[str, Tensor]) -> ak.AdapterLayer:
+        return BankLayer(target, shared)
+
+    @ak.hookimpl
+    def factors(self, layer: ak.AdapterLayer) -> ak.Factors:
+        assert isinstance(layer, BankLayer)
+        return layer.factors()
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    ak.register(BankPlugin())
+    yield
+    default_registry.unregister("bank")
+
+
+def model(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EmbeddingNet().double().eval()
+
+
+TARGETS = ["layers.0", "layers.1", "embed"]
+
+
+def trained(name: str = "a", steps: int = 3, net: nn.Module | None = None) -> ak.Adapters:
+    adapters = ak.attach(model() if net is None else net)
+    adapters.add(name, ak.config("bank", target_modules=TARGETS, modules_to_save=None))
+    optimizer = torch.optim.SGD(adapters.parameters(name), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        adapters.model(tokens()).pow(2).sum().backward()
+        optimizer.step()
+    return adapters
+
+
+def bank(adapters: ak.Adapters, name: str = "a") -> Tensor:
+    return dict(adapters.named_parameters(name))["bank_vectors"]
+
+
+def test_the_bank_trains_and_counts() -> None:
+    adapters = trained(steps=0)
+    before = bank(adapters).clone()
+    trained_adapters = trained()
+    assert not torch.equal(bank(trained_adapters), before)
+    row = adapters.status().rows[0]
+    assert row.parameters == sum(p.numel() for p in adapters.parameters("a")) == ENTRIES * (32 + 2 * 3)
+    assert ak.preview(model(), adapters.config("a")).parameters == row.parameters
+    adapters.activate("a", trainable=False)
+    assert not bank(adapters).requires_grad
+    adapters.activate("a")
+    assert bank(adapters).requires_grad
+
+
+def test_it_is_saved_loaded_and_swapped_in(tmp_path: Path) -> None:
+    adapters = trained()
+    ids = tokens()
+    expected = adapters.model(ids).detach()
+    folder = adapters.save("a", tmp_path / "a")
+    again = ak.attach(model())
+    assert again.load(folder, "b") == ak.LoadReport()
+    torch.testing.assert_close(again.model(ids), expected)
+    other = trained("c", steps=1)
+    place = bank(other, "c")
+    other.swap("c", folder)
+    assert bank(other, "c") is place
+    torch.testing.assert_close(other.model(ids), expected)
+    full = adapters.model.state_dict()
+    other = trained("a", steps=1)
+    other.load_state_dict("a", full)
+    torch.testing.assert_close(other.model(ids), expected)
+    torch.testing.assert_close(adapters.state_dict("a", full), adapters.state_dict("a"))
+
+
+def test_each_adapter_has_its_own() -> None:
+    adapters = trained()
+    expected = adapters.model(tokens()).detach()
+    adapters.copy("a", "b")
+    assert bank(adapters, "b").data_ptr() != bank(adapters).data_ptr()
+    with torch.no_grad():
+        for parameter in adapters.parameters("b"):
+            parameter.mul_(2)
+    torch.testing.assert_close(adapters.model(tokens()), expected)
+    deep = copy.deepcopy(adapters.model)
+    assert bank(ak.attach(deep)).data_ptr() != bank(adapters).data_ptr()
+    adapters.rename("a", "c")
+    torch.testing.assert_close(adapters.model(tokens()), expected)
+    assert "adapter_shared.c.bank_vectors" in adapters.model.state_dict()
+
+
+def test_it_moves_with_the_model() -> None:
+    adapters = trained()
+    expected = adapters.model(tokens()).float()
+    adapters.model.to(torch.float32)
+    assert bank(adapters).dtype == torch.float32
+    torch.testing.assert_close(adapters.model(tokens()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_merged_combined_and_chosen_by_row() -> None:
+    adapters = trained()
+    ids = tokens()
+    expected = adapters.model(ids).detach()
+    adapters.copy("a", "b")
+    with torch.no_grad():
+        bank(adapters, "b").mul_(-1.5)
+    adapters.activate("b")
+    second = adapters.model(ids).detach()
+    with adapters.disabled():
+        bare = adapters.model(ids)
+    with adapters.per_sample(["a", None]):
+        rows = adapters.model(ids)
+    torch.testing.assert_close(rows, torch.stack([expected[0], bare[1]]))
+    adapters.combine("sum", {"a": 1.0})
+    adapters.activate("sum")
+    torch.testing.assert_close(adapters.model(ids), expected)
+    adapters.activate()
+    adapters.merge("b")
+    torch.testing.assert_close(adapters.model(ids), second)
+    adapters.unmerge()
+    torch.testing.assert_close(adapters.model(ids), bare)
+
+
+def test_detach_takes_it_away() -> None:
+    net = model()
+    before = snapshot(net)
+    trained(net=net).detach()
+    assert_as_before(net, before)
+
+
+def test_a_fixed_tensor_beside_it_is_not_trained(tmp_path: Path) -> None:
+    adapters = trained()
+    assert "bank_note" not in dict(adapters.named_parameters("a"))
+    assert "base_model.bank_note" in adapters.state_dict("a")
+
+
+def test_of_a_layer_s_buffers_a_file_holds_the_persistent_ones(tmp_path: Path) -> None:
+    adapters = trained()
+    layer: Any = adapters.model.get_submodule("layers.0.adapters.a")
+    layer.bank_sign.fill_(-1.0)
+    expected = adapters.model(tokens()).detach()
+    folder = adapters.save("a", tmp_path / "a")
+    names = {key.rpartition(".")[2] for key in adapters.state_dict("a")}
+    assert {"bank_sign"} == names & {"bank_sign", "bank_scale"}
+    adapters.swap("a", folder)
+    torch.testing.assert_close(adapters.model(tokens()), expected)
+    other = trained(steps=1)
+    other.swap("a", folder)
+    torch.testing.assert_close(other.model(tokens()), expected)
+
+
+@pytest.mark.parametrize("hook", ["prepare", "inject"])
+def test_what_trains_cannot_be_derived(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = {"prepare": "bank_vectors", "inject": "bank_u"}[hook]
+    rule = ak.KeyRule(prefix="bank_", shared=BankPlugin.rule.shared, derived=frozenset({name}))
+    monkeypatch.setattr(BankPlugin, "rule", rule)
+    with pytest.raises(ak.PluginError, match=f"its hook {hook} made the Parameter '{name}', which its key rule"):
+        trained(steps=0)
