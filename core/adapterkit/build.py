@@ -184,7 +184,8 @@ class Builder:
 def _assign(module: nn.Module, fresh: nn.Module) -> None:
     """Give every tensor without values the fresh module's: buffers that no file holds, too."""
     for own, new in zip(module.modules(), fresh.modules(), strict=True):
-        for held, made in ((own._parameters, new._parameters), (own._buffers, new._buffers)):
+        groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
+        for held, made in groups:
             held.update({name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta})
 
 

@@ -18,7 +18,10 @@ class SharedTensors(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            (self.register_parameter if isinstance(tensor, nn.Parameter) else self.register_buffer)(name, tensor)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -43,9 +46,8 @@ class SharedView(Mapping[str, Tensor]):
         self.module = module
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.module._parameters.get(name)
-        if tensor is None:
-            tensor = self.module._buffers[name]
+        held = self.module._parameters
+        tensor = held[name] if name in held else self.module._buffers[name]
         assert tensor is not None
         return tensor
 
