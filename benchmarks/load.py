@@ -1,6 +1,7 @@
 """What does it cost to load a further adapter from a file?
 
-`hand` maps the file and registers its tensors as parameters. Files are PEFT's, in the page cache.
+`hand` maps the file and registers its tensors as parameters; adapterkit reads them into memory of their own. Files are
+PEFT's, in the page cache.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ import safetensors
 import torch
 from torch import Tensor
 
-from adapterkit.disk.mapping import mapped_tensors, write_tensors
+from adapterkit.disk.mapping import read_tensors, write_tensors
 from adapterkit.errors import CheckpointError, ConfigError, SaveError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Another process may save to the folder while it is read (safetensors opens its file twice); then it is read again.
+# Another process may save to the folder while it is read (each file is opened by itself); then it is read again.
 _READ_ATTEMPTS = 200
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
@@ -63,7 +63,7 @@ def read(place: Path, reader: Reader | None = None) -> AdapterFiles:
 
 
 def read_folder(folder: Path, reader: Reader | None = None) -> AdapterFiles:
-    """Read an adapter folder. Tensors of a safetensors file are mapped, not copied.
+    """Read an adapter folder. Each tensor has memory of its own.
 
     Args:
         reader: reads safetensors files in place of the function here.
@@ -149,21 +149,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return mapped_tensors(path), metadata  # whose header has been checked by that
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} ({_size(path)}) is no readable safetensors file: {error}. "
-            "It is damaged or of another format; fetch or save it again."
-        ) from error
-
-
-def _size(path: Path) -> str:
-    try:
-        return f"{path.stat().st_size:,} bytes"
-    except OSError:
-        return "gone meanwhile"
+        return read_tensors(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
 
 
 # What torch.load raises on files that are no pickle of tensors.

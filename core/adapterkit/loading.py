@@ -218,8 +218,12 @@ def refuse(report: LoadReport, name: str, where: str) -> None:
 def put(
     values: Iterable[tuple[Slot, Tensor]], *, assign: bool, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> None:
-    """Move tensors to their places: assigned to a new adapter, copied into one that is in use."""
-    values = list(values)
+    """Move tensors to their places: assigned to a new adapter, copied into one that is in use.
+
+    What is assigned has memory of its own. A file may hold one tensor under two keys, or a method read two of its
+    tensors from one; training one of them must not change the other, and kernels round by where a tensor begins.
+    """
+    values, taken = list(values), set[int]()
     for slot, _ in values:
         if is_hooked(slot.owner) and slot.tensor.is_meta:
             raise StateError(
@@ -234,4 +238,9 @@ def put(
                 continue
             device = tensor.device if own.is_meta else own.device
             dtype = dtypes.get(slot.key, own.dtype) if dtypes else own.dtype
-            slot.assign(tensor.to(device, dtype).contiguous())
+            value = tensor.to(device, dtype).contiguous()
+            storage = value.untyped_storage()
+            if storage.nbytes() > value.nbytes or storage.data_ptr() in taken:
+                value = value.clone()
+            taken.add(value.untyped_storage().data_ptr())
+            slot.assign(value)

@@ -277,23 +277,23 @@ def full_model(folder: Path) -> None:
 
 
 DAMAGED = {
-    "empty": (overwrite(b""), "(0 bytes) is no readable safetensors file"),
-    "short": (overwrite(b"abc"), "(3 bytes) is no readable safetensors file"),
+    "empty": (overwrite(b""), "(0 bytes) is no safetensors file, or is cut off"),
+    "short": (overwrite(b"abc"), "(3 bytes) is no safetensors file, or is cut off"),
     "half": (
         lambda f: overwrite((f / WEIGHTS_FILE).read_bytes()[:-100])(f),
-        "It is damaged or of another format; fetch or save it again.",
+        "It is cut off or damaged; fetch it again.",
     ),
-    "header of 2**63 bytes": (overwrite(struct.pack("<Q", 2**63) + b"{}"), "is no readable safetensors file"),
-    "header longer than the file": (overwrite(struct.pack("<Q", 10**6) + b"{}"), "is no readable safetensors file"),
-    "header that is no JSON": (overwrite(struct.pack("<Q", 2) + b"[["), "is no readable safetensors file"),
-    "a web page": (overwrite(b"<!DOCTYPE html><html>Access denied</html>"), "is no readable safetensors file"),
+    "header of 2**63 bytes": (overwrite(struct.pack("<Q", 2**63) + b"{}"), "Fetch or save it again."),
+    "header longer than the file": (overwrite(struct.pack("<Q", 10**6) + b"{}"), "should have 1,000,000 bytes"),
+    "header that is no JSON": (overwrite(struct.pack("<Q", 2) + b"[["), "its header is no JSON"),
+    "a web page": (overwrite(b"<!DOCTYPE html><html>Access denied</html>"), "is no safetensors file"),
     "a pointer of git lfs": (
         overwrite(b"version https://git-lfs.github.com/spec/v1\noid"),
-        "is no readable safetensors",
+        "is no safetensors file",
     ),
     "tensors of an unknown dtype": (
         lambda f: overwrite((f / WEIGHTS_FILE).read_bytes().replace(b'"F32"', b'"F99"'))(f),
-        "is no readable safetensors file",
+        "has the dtype 'F99'. Known are:",
     ),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "Found: adapter_config.json. Only its config is there."),
     "sharded": (
@@ -1070,3 +1070,50 @@ def test_loading_copies_the_file(model: nn.Module, folder: Path) -> None:
         for parameter in ak.attach(model).parameters("x"):
             parameter.add_(1.0)
     assert (folder / WEIGHTS_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "file"}], ids=["dtype of the model", "dtype of the file"])
+def test_loaded_tensors_have_memory_of_their_own_where_torch_puts_it(
+    model: nn.Module, folder: Path, options: dict[str, Any]
+) -> None:
+    load(model, folder, **options)
+    assert_own_memory(model)
+
+
+def assert_own_memory(model: nn.Module) -> None:
+    tensors = list(ak.attach(model).parameters("x"))
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)  # of a cache line: what torch's allocator gives
+
+
+def test_file_may_be_overwritten_and_cut_off_after_loading(model: nn.Module, folder: Path) -> None:
+    load(model, folder)
+    before = {name: p.detach().clone() for name, p in ak.attach(model).named_parameters("x")}
+    with (folder / WEIGHTS_FILE).open("r+b") as file:  # as `cp` writes over a file that is there
+        file.write(b"\x55" * file.seek(0, 2))
+        assert all(torch.equal(p, before[name]) for name, p in ak.attach(model).named_parameters("x"))
+        file.truncate(8)
+    assert all(torch.equal(p, before[name]) for name, p in ak.attach(model).named_parameters("x"))
+
+
+def test_file_that_is_cut_off_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_header = mapping.read_header
+
+    def cut_after(path: Path) -> Any:
+        shard = read_header(path)
+        os.truncate(path, shard.size - 4)
+        return shard
+
+    monkeypatch.setattr(mapping, "read_header", cut_after)
+    with pytest.raises(ak.CheckpointError, match="was cut off while it was read"):
+        mapping.read_tensors(folder / WEIGHTS_FILE)
+
+
+def test_tensors_that_share_memory_in_a_file_are_trained_apart(model: nn.Module, folder: Path) -> None:
+    tensors = tensors_of(folder)
+    (folder / WEIGHTS_FILE).unlink()
+    first, second = (key for key in tensors if key.endswith("lora_A.weight"))
+    torch.save({**tensors, second: tensors[first]}, folder / PICKLE_FILE)
+    load(model, folder, trainable=True)
+    assert_own_memory(model)

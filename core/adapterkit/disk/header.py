@@ -156,7 +156,8 @@ def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
     length = int.from_bytes(first, "little")
     if len(first) < LENGTH_BYTES or length > size - LENGTH_BYTES:
         raise CheckpointError(
-            f"{file} ({size:,} bytes) is no safetensors file, or is cut off: its header should have {length:,} bytes."
+            f"{file} ({size:,} bytes) is no safetensors file, or is cut off: its header should have {length:,} bytes. "
+            "Fetch or save it again."
         )
     if length > _LARGEST:
         raise CheckpointError(f"{file}: a header of {length:,} bytes; the format allows {_LARGEST:,}.")
