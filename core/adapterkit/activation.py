@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.perrow import RowState
@@ -40,7 +41,8 @@ class Activation(Roster):
         Raises:
             UnknownNameError: no such adapter.
             ConfigError: a name twice, or two heads for one module and no choice.
-            StateError: an adapter that is merged.
+            StateError: an adapter that is merged, or on modules that were replaced since. With `trainable=False` the
+                first forward says so.
         """
         records = [self._record(name) for name in names]
         if len(set(names)) < len(names):
@@ -48,8 +50,11 @@ class Activation(Roster):
         for name in names:
             self._check_not_merged(name)
         acting = acting_heads([*map(self._record, self._merged.names), *records], heads)
+        if trainable:
+            self._check_present("activate", *names)
         self._set_trainable(names if trainable else ())
         self._set_active(names, acting)
+        self._active.state.first = partial(self._check_present, "activate", *names)
 
     @contextmanager
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:

@@ -25,7 +25,13 @@ _classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary(
 
 
 class Slots(Holder):
-    """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`."""
+    """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`.
+
+    Attributes:
+        path: of the module it is at, for messages.
+    """
+
+    path = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,18 +67,26 @@ def is_adapted(module: nn.Module) -> bool:
     return ACTIVE in module.__dict__
 
 
+def calls_adapters(module: nn.Module) -> bool:
+    """Whether the forward of an adapted module runs its adapters: nobody has given it another class since."""
+    if hasattr(type(module), "_adapted_from"):
+        return True
+    return any(isinstance(module.__dict__.get(name), _WrappedForward) for name in ("forward", "_old_forward"))
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class the module had before it was adapted."""
     return getattr(type(module), "_adapted_from", type(module))
 
 
-def install(module: nn.Module, container: str, name: str, part: nn.Module, active: Active) -> None:
-    """Register `part` as adapter `name`'s at `module`, which calls it from now on while `active` names it."""
+def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
+    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it."""
     if not is_adapted(module):
         _adapt(module, active)
     slots = module._modules.get(container)
     if slots is None:
         slots = module._modules[container] = Slots()
+        slots.__dict__["path"] = path
     assert isinstance(slots, Slots)
     if slots.training != module.training:
         slots.training = module.training
@@ -83,16 +97,16 @@ def install(module: nn.Module, container: str, name: str, part: nn.Module, activ
 
 
 def uninstall(module: nn.Module, container: str, name: str) -> None:
-    """Take adapter `name`'s part away; a module without parts is again what it was."""
-    slots = module._modules[container]
-    assert isinstance(slots, Slots)
-    del slots._modules[name]
-    module.__dict__[ACTIVE].replan(module)
-    if slots._modules:
-        return
-    del module._modules[container]
-    if not any(c in module._modules for c in CONTAINERS):
-        _release(module)
+    """Take adapter `name`'s part away, if it is there still; a module without parts is again what it was."""
+    slots = module._modules.get(container)
+    if isinstance(slots, Slots):
+        slots._modules.pop(name, None)
+        if not slots._modules:
+            del module._modules[container]
+    if is_adapted(module):
+        module.__dict__[ACTIVE].replan(module)
+        if not any(c in module._modules for c in CONTAINERS):
+            _release(module)
 
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:

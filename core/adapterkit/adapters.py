@@ -72,6 +72,8 @@ class Adapters(Combination):
         from adapterkit.report.live import live_sources
 
         records = [self._record(name) for name in names or self.names]
+        for name in names or self.names:
+            self._warn_if_changed(name, "The report shows what was trained there, beside the base as it was.")
         report = Report.of(live_sources(records, self._merged), title)
         if out is not None:
             report.save(out)

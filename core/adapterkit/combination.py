@@ -60,6 +60,7 @@ class Combination(Merger):
         self._check_new_name(name)
         check_sources(sources)
         records = [self._record(source) for source in sources]
+        self._check_present("combine", *sources)
         if not same_base:
             check_same_base(records)
         choices = Choices(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import offload
-from adapterkit.errors import SelectionError
+from adapterkit.errors import SelectionError, StateError
 from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.rows import Rows
@@ -33,9 +33,11 @@ class State:
         idle: nothing acts.
         rows: which of them acts on which row of the batch; `None`: all on all.
         plans: what acts at each module, by the module's `id`; each plan holds its module, so no `id` comes again.
+        first: called once, before the first plan: what is checked where a switch must cost nothing.
     """
 
     rows: Rows | None = None
+    first: Callable[[], None] | None = None
 
     def __init__(self, names: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> None:
         self.names, self.heads = names, heads
@@ -56,6 +58,9 @@ class State:
             return self.make_plan(module)
         found = self.plans.get(id(module))
         if found is None:
+            if self.first is not None:
+                self.first()
+                self.first = None
             found = self.make_plan(module)
             if "_is_replica" not in module.__dict__:
                 self.plans[id(module)] = found
@@ -101,13 +106,14 @@ class Plan:
         additive: whether all the layers are.
         adders: if they are, what adds: the layers, or several that add as one.
         changer: the one layer that acts, if it may take the module's weight and change it.
+        table: whether the module is an embedding.
     """
 
-    __slots__ = ("adders", "additive", "biases", "changer", "head", "layers", "module")
+    __slots__ = ("adders", "additive", "biases", "changer", "head", "layers", "module", "table")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         parts, names = module._modules, state.names
-        self.module, self.head = module, None
+        self.module, self.head, self.table = module, None, isinstance(module, nn.Embedding)
         for head, owner in parts_of(parts.get(HEADS), state.heads):
             # In place of the module for everyone: what others change in it has nothing to act on.
             self.head, names = head, tuple(n for n in state.names if n == owner)
@@ -159,7 +165,38 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     active: Active | None = module.__dict__.get(ACTIVE)
     if active is None or active.state.idle:  # None: our class, kept by a wrapper's class
         return original(*args, **kwargs)
-    return active.state.plan(module).run(original, args, kwargs)
+    plan = active.state.plan(module)
+    if plan.table:  # a row that is not there is no error on a GPU, but the end of it
+        check_sizes(module, active.state)
+    try:
+        return plan.run(original, args, kwargs)
+    except (IndexError, RuntimeError):
+        check_sizes(module, active.state)
+        raise
+
+
+def check_sizes(module: nn.Module, state: State) -> None:
+    """Raise `StateError` if the module's weight has other sizes than what is at work there was made for."""
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.dim() < 2:  # packed, or in pieces
+        return
+    for container, names in ((LAYERS, state.names), (HEADS, state.heads)):
+        slots = module._modules.get(container)
+        for part, name in parts_of(slots, names):
+            if container == LAYERS:
+                before, now = (part.kind.out_features, part.kind.in_features), part.kind.read(module).shape
+            elif isinstance(part, nn.Embedding):
+                before, now = part.weight.shape, weight.shape
+            else:  # a head may have other rows
+                continue
+            if tuple(before) != tuple(now):
+                assert slots is not None
+                raise StateError(
+                    f"{slots.path!r} was resized since adapter {name!r} was added: the adapter's sizes there are "
+                    f"{tuple(before)}, and those of its weight, which was replaced, are {tuple(now)}. Add the adapter "
+                    f"again: adapters.save({name!r}, folder) keeps what was trained, and adapters.remove({name!r}) "
+                    "takes it away."
+                )
 
 
 def _with_weight(layer: Any, module: nn.Module, base: Callable[..., Any], x: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from adapterkit.checkpointing import InputGradients
 from adapterkit.dispatch import Active
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
+from adapterkit.presence import Presence
 from adapterkit.record import AdapterRecord
 from adapterkit.shared import SharedTensors
 from adapterkit.walk import Walk, base_parameters
@@ -64,6 +65,7 @@ class Host:
         self._handle: RemovableHandle | None = None
         self._batch: Batch | None = None
         self._tied: dict[str, Any] | None = None
+        self._presence: dict[str, Presence] = {}
 
     @property
     def labels(self) -> LabelSet | None:
@@ -91,6 +93,7 @@ class Host:
 
     def remember(self, record: AdapterRecord) -> None:
         """Register an adapter's shared tensors, and keep its keys out of the base model's checkpoints."""
+        self._presence[record.name] = Presence(record, self.model)
         if record.shared is not None:
             slots = self.model._modules.get(SHARED)
             if slots is None:
@@ -121,6 +124,7 @@ class Host:
 
     def forget(self, record: AdapterRecord) -> None:
         """Undo `remember`."""
+        del self._presence[record.name]
         if hasattr(self.model, _IGNORED):
             getattr(self.model, _IGNORED).difference_update(record.memory_keys())
         slots = self.model._modules.get(SHARED)
@@ -128,6 +132,10 @@ class Host:
             del slots._modules[record.name]
             if not slots._modules:
                 del self.model._modules[SHARED]
+
+    def changes(self, record: AdapterRecord) -> dict[str, str]:
+        """See `Presence.changes`."""
+        return self._presence[record.name].changes()
 
     def restore(self) -> None:
         """Give the model back what `freeze` took."""

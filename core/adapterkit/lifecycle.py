@@ -81,6 +81,7 @@ class Lifecycle(PerSample):
         self._check_not_merged(old)
         self._check_not_per_sample("rename")
         self._check_new_name(new)
+        self._check_present("rename", old)
         self._live.forget(record)
         record.uninstall()
         record.name = new
@@ -97,6 +98,7 @@ class Lifecycle(PerSample):
         """Add a copy of an adapter under another name, independent of it, and not active."""
         record = self._record(source)
         self._check_new_name(target)
+        self._check_present("copy", source)
         # The modules they are on are the model's and stay; the rest is the adapter's own.
         memo = {id(module): module for module in record.hosts.values()}
         duplicate = copy.deepcopy(record, memo)

@@ -46,11 +46,13 @@ class Merger(Storage):
                 all of these are active.
 
         Raises:
-            StateError: merged already, weights that are tied or not in memory, or values that are not finite.
+            StateError: merged already, modules that were replaced since, weights that are tied or not in memory, or
+                values that are not finite.
             UnsupportedError: an adapter that cannot be merged.
         """
         records = self._to_merge(names)
         self._check_not_per_sample("merge")
+        self._check_present("merge", *names)
         rest = [self._record(n) for n in self.active if n not in names]
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
@@ -73,22 +75,16 @@ class Merger(Storage):
         The adapters that were active when they were merged are active again, before those active now.
 
         Raises:
-            StateError: nothing is merged, or the base was not kept.
+            StateError: nothing is merged, the base was not kept, or a merged module was replaced since.
         """
-        state = self._merged
-        self._check_not_per_sample("unmerge")
-        if not state.names:
-            raise StateError("Nothing is merged.")
-        if not state.keeps_base:
+        self._check_base_kept()
+        changed = next(filter(None, map(self._changed, self.merged)), None)
+        if changed:
             raise StateError(
-                f"{', '.join(map(repr, state.names))} cannot be unmerged: with keep_base=False the base is gone. "
-                "Load the base model again."
+                f"unmerge is refused: {changed} The weights that were merged into are gone there. merge_and_detach() "
+                "keeps the model as it is now, and detach() gives back the weights that are left."
             )
-        give_back(state)
-        self._live.tie()
-        self._merged = Merged()
-        names = (*state.were_active, *self.active)
-        self._set_active(names, tuple(n for n in self._active.heads if n in names))
+        self._give_back()
 
     def merge_and_detach(
         self, *names: str, safe: bool = False, untie: bool = False, heads: str | None = None
@@ -103,6 +99,9 @@ class Merger(Storage):
         wanted = names or self.active
         if not wanted and not self.merged:
             raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
+        self._check_present("merge_and_detach", *(n for n in wanted if n not in self.merged))
+        for name in self.merged:
+            self._warn_if_changed(name, "What is there now stays as it is.")
         if names:
             kept = [n for n in self.active if n in names]
             settled = heads or next(reversed(self._active.heads), None)
@@ -123,8 +122,32 @@ class Merger(Storage):
             StateError: something was merged with `keep_base=False`; `merge_and_detach` keeps it instead.
         """
         if self.merged:
-            self.unmerge()
+            self._check_base_kept()
+            for name in self.merged:
+                self._warn_if_changed(name, "What is there now stays as it is.")
+            for kept in self._merged.kept.values():
+                kept.leave_resized()
+            self._give_back()
         return super().detach()
+
+    def _check_base_kept(self) -> None:
+        self._check_not_per_sample("unmerge")
+        names = self.merged
+        if not names:
+            raise StateError("Nothing is merged.")
+        if not self._merged.keeps_base:
+            raise StateError(
+                f"{', '.join(map(repr, names))} cannot be unmerged: with keep_base=False the base is gone. "
+                "Load the base model again."
+            )
+
+    def _give_back(self) -> None:
+        state = self._merged
+        give_back(state)
+        self._live.tie()
+        self._merged = Merged()
+        names = (*state.were_active, *self.active)
+        self._set_active(names, tuple(n for n in self._active.heads if n in names))
 
     def _to_merge(self, names: tuple[str, ...]) -> list[AdapterRecord]:
         records = [self._record(name) for name in names]

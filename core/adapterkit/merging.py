@@ -26,6 +26,13 @@ class Kept:
     parameters: dict[str, nn.Parameter]
     values: dict[str, Tensor]
 
+    def leave_resized(self) -> None:
+        """Forget the parameters in whose place there are larger or smaller ones now."""
+        for name, value in self.values.items():
+            now = self.module._parameters.get(name)
+            if now is None or now.shape != value.shape or self.parameters[name].shape != value.shape:
+                del self.parameters[name]
+
     def give_back(self) -> None:
         """The same parameter objects with the same bits."""
         for name, parameter in self.parameters.items():
@@ -90,11 +97,11 @@ def give_back(state: Merged) -> None:
 
 def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
     """Make the adapters' heads the model's own modules; the last one's where several have one."""
-    for record in records:
-        for path, head in record.heads.items():
-            for place in (path, *record.aliases.get(path, ())):
-                parent, _, name = place.rpartition(".")
-                model.get_submodule(parent)._modules[name] = head
+    heads = {record.hosts[path]: head for record in records for path, head in record.heads.items()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in heads:
+                parent._modules[name] = heads[child]
 
 
 def _keep(change: Change, *, values: bool) -> Kept:

@@ -38,6 +38,7 @@ class PerSample(Activation):
             StateError: an adapter that is merged; in the block or in a forward: rows that cannot be told apart.
         """
         rows = self._rows(names, trusted=batch_first)
+        self._check_present("per_sample", *rows.adapters)
         before = self._state()
         self._set_trainable(rows.adapters if trainable else ())
         self._set_rows(rows)

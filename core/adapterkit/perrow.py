@@ -87,7 +87,7 @@ class RowPlan(Plan):
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         slots, names = module._modules, state.names
-        self.module, self.state = module, state
+        self.module, self.state, self.table = module, state, isinstance(module, nn.Embedding)
         self.heads: dict[str, Any] = {name: head for head, name in parts_of(slots.get(HEADS), names)}
         self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in parts_of(slots.get(LAYERS), names)}
         self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in parts_of(slots.get(BIASES), names)}

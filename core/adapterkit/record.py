@@ -74,7 +74,7 @@ class AdapterRecord:
                         parameter.requires_grad_(trainable)
             self.trainable = trainable
 
-    def status(self, *, active: bool, merged: bool) -> AdapterStatus:
+    def status(self, *, active: bool, merged: bool, notes: tuple[str, ...] = ()) -> AdapterStatus:
         """This adapter's row in the table of all."""
         parameters = self.parameters()
         return AdapterStatus(
@@ -88,6 +88,7 @@ class AdapterRecord:
             active=active,
             trainable=self.trainable,
             merged=merged,
+            notes=notes,
         )
 
     def memory_keys(self) -> Iterator[str]:
@@ -103,7 +104,7 @@ class AdapterRecord:
     def install(self, active: Active) -> None:
         """Register every part at its host."""
         for container, path, module in self.parts():
-            install(self.hosts[path], container, self.name, module, active)
+            install(self.hosts[path], path, container, self.name, module, active)
 
     def uninstall(self) -> None:
         """Take every part away from its host."""

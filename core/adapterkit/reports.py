@@ -191,7 +191,7 @@ class CombineReport(Shown):
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter's row in `Status`."""
+    """One adapter's row in `Status`; its notes say what is wrong with it."""
 
     name: str
     method: str
@@ -203,6 +203,7 @@ class AdapterStatus:
     active: bool
     trainable: bool
     merged: bool = False
+    notes: tuple[str, ...] = ()
 
 
 _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "device", "active", "trainable", "merged")
@@ -215,7 +216,12 @@ class Status(Shown):
     rows: tuple[AdapterStatus, ...]
 
     def __str__(self) -> str:
-        return columns([_TITLES, *self._cells()]) if self.rows else "no adapters"
+        if not self.rows:
+            return "no adapters"
+        return "\n".join([columns([_TITLES, *self._cells()]), *(f"{name}: {note}" for name, note in self._notes())])
+
+    def _notes(self) -> list[tuple[str, str]]:
+        return [(row.name, note) for row in self.rows for note in row.notes]
 
     def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = []
@@ -228,7 +234,8 @@ class Status(Shown):
 
     def _shown(self) -> tuple[str, list[Table]]:
         count = len(self.rows)
-        return f"{count or 'no'} adapter{'s' * (count != 1)}", [Table(_TITLES, self._cells())]
+        tables = [Table(_TITLES, self._cells()), Table(("adapter", "note"), self._notes())]
+        return f"{count or 'no'} adapter{'s' * (count != 1)}", tables
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

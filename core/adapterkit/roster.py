@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
 
 from adapterkit.config import AdapterConfig
 from adapterkit.dispatch import Active
-from adapterkit.errors import ConfigError, StateError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.host import Host
 from adapterkit.merging import Merged
 from adapterkit.record import AdapterRecord
@@ -67,10 +68,17 @@ class Roster:
         return self._record(name).named_parameters()
 
     def status(self) -> Status:
-        """A table of the adapters; prints as one."""
+        """A table of the adapters; prints as one.
+
+        A note says where an adapter does not act any more, because the module there was replaced since.
+        """
         return Status(
             tuple(
-                record.status(active=name in self.active, merged=name in self._merged.names)
+                record.status(
+                    active=name in self.active,
+                    merged=name in self._merged.names,
+                    notes=tuple(f"{path!r} {what} since" for path, what in self._live.changes(record).items()),
+                )
                 for name, record in self._records.items()
             )
         )
@@ -107,6 +115,30 @@ class Roster:
     def _check_not_merged(self, name: str) -> None:
         if name in self._merged.names:
             raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")
+
+    def _check_present(self, call: str, *names: str) -> None:
+        """Refuse a call for adapters whose modules are not the model's any more."""
+        for name in names:
+            changed = self._changed(name)
+            if changed:
+                raise StateError(
+                    f"{call} is refused: {changed} Add it again: adapters.remove({name!r}), then add or load it on the "
+                    f"model as it is now. adapters.save({name!r}, folder) keeps what was trained."
+                )
+
+    def _warn_if_changed(self, name: str, advice: str) -> None:
+        changed = self._changed(name)
+        if changed:
+            warnings.warn(f"{changed} {advice}", AdapterWarning, stacklevel=3)
+
+    def _changed(self, name: str) -> str:
+        """What became of the modules of an adapter, as a sentence; empty if they are what they were."""
+        changes = self._live.changes(self._record(name))
+        if not changes:
+            return ""
+        (path, what), *more = changes.items()
+        others = f" (and {len(more)} more: {', '.join(repr(p) for p, _ in more[:3])})" if more else ""
+        return f"{path!r}{others} {what} since adapter {name!r} was added, so the adapter does not act there."
 
     def _check_not_per_sample(self, call: str) -> None:
         if self._active.state.rows is not None:

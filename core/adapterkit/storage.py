@@ -19,6 +19,8 @@ from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport, SwapReport
 from adapterkit.swapping import swapped_config, values_to_swap
 
+_KEPT = "What is written there is what it was trained to until then."
+
 
 class Storage(Lifecycle):
     """The part of `Adapters` that saves and loads."""
@@ -35,6 +37,7 @@ class Storage(Lifecycle):
         """
         record = self._record(name)
         self._check_heads_not_merged(name)
+        self._warn_if_changed(name, _KEPT)
         return to_file(record, default_registry.method_of(record.config), source)
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -49,6 +52,7 @@ class Storage(Lifecycle):
         """
         record = self._record(name)
         self._check_not_merged(name)
+        self._check_present("load_state_dict", name)
         with self._live.writing(record):
             found = fit(record, default_registry.method_of(record.config), self.model, tensors)
             if not found.report.ok:
@@ -73,6 +77,7 @@ class Storage(Lifecycle):
         path = local_path(folder)
         record = self._record(name)
         self._check_heads_not_merged(name)
+        self._warn_if_changed(name, _KEPT)
         persistence.save_record(record, self.model, path, source)
         return path
 
@@ -153,6 +158,7 @@ class Storage(Lifecycle):
         """
         record = self._record(name)
         self._check_not_merged(name)
+        self._check_present("swap", name)
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         other, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component

@@ -1,0 +1,312 @@
+"""Modules that are replaced, resized, moved or taken away after an adapter was put on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.core.conftest import set_parameters
+from tests.models import build, run
+from torch import nn
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 6)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids).mean(1)
+        if hasattr(self, "body"):
+            h = self.body(h)
+        return self.head(self.norm(h))
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+def adapted(model: nn.Module | None = None, **fields: Any) -> ak.Adapters:
+    adapters = ak.attach(net() if model is None else model)
+    given = {"target_modules": ["body.0", "body.2", "embed", "head"], "modules_to_save": None, **fields}
+    adapters.add("a", LoraConfig(r=2, **given))
+    set_parameters(adapters, "a")
+    return adapters
+
+
+class Other(nn.Linear):
+    pass
+
+
+def replace_head(model: Any) -> None:
+    model.head = nn.Linear(6, 5)
+
+
+def replace_in_sequential(model: Any) -> None:
+    model.body[2] = nn.Linear(6, 6)
+
+
+def replace_parent(model: Any) -> None:
+    model.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+
+def delete(model: Any) -> None:
+    del model.body
+
+
+def change_class(model: Any) -> None:
+    model.body[0].__class__ = Other
+
+
+def resize_weight(model: Any) -> None:
+    model.head.weight = nn.Parameter(torch.zeros(5, 6))
+    model.head.bias = nn.Parameter(torch.zeros(5))
+
+
+def grow_embedding(model: Any) -> None:
+    model.embed.weight = nn.Parameter(torch.zeros(12, 6))
+    model.embed.num_embeddings = 12
+
+
+REPLACED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a head": (replace_head, "'head' was replaced"),
+    "a layer of a sequence": (replace_in_sequential, "'body.2' was replaced"),
+    "a parent": (replace_parent, r"'body.0' \(and 1 more: 'body.2'\) was replaced"),
+    "a deleted module": (delete, "'body.0' .* was replaced"),
+    "a class": (change_class, r"'body.0' was given another class \(Other\)"),
+    "a weight": (resize_weight, r"'head' has another weight, of shape \(5, 6\) in place of \(3, 6\): it was replaced"),
+    "an embedding": (grow_embedding, r"'embed' has another weight, of shape \(12, 6\) in place of \(8, 6\)"),
+}
+every_way = pytest.mark.parametrize(("change", "message"), REPLACED.values(), ids=REPLACED.keys())
+
+
+@every_way
+def test_status_says_so(change: Any, message: str) -> None:
+    adapters = adapted()
+    assert adapters.status().rows[0].notes == ()
+    change(adapters.model)
+    notes = " ".join(adapters.status().rows[0].notes)
+    assert message.split("'")[1] in notes
+    assert "since" in str(adapters.status()).splitlines()[-1]
+
+
+CALLS: dict[str, Callable[[ak.Adapters, Path], Any]] = {
+    "activate": lambda a, f: a.activate("a"),
+    "merge": lambda a, f: a.merge("a"),
+    "merge_and_detach": lambda a, f: a.merge_and_detach(),
+    "copy": lambda a, f: a.copy("a", "b"),
+    "rename": lambda a, f: a.rename("a", "b"),
+    "combine": lambda a, f: a.combine("b", {"a": 1.0}),
+    "convert": lambda a, f: a.convert("a", to="lora", name="b"),
+    "swap": lambda a, f: a.swap("a", f),
+    "load_state_dict": lambda a, f: a.load_state_dict("a", {}),
+    "per_sample": lambda a, f: a.per_sample(["a", None]).__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@every_way
+def test_calls_that_would_pass_it_over_are_refused_and_change_nothing(
+    change: Any, message: str, call: str, tmp_path: Path
+) -> None:
+    adapters = adapted()
+    folder = adapters.save("a", tmp_path / "a")
+    change(adapters.model)
+    before = {key: value.clone() for key, value in adapters.model.state_dict().items()}
+    with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added.*Add it again"):
+        CALLS[call](adapters, folder)
+    assert adapters.names == adapters.active == ("a",)
+    after = adapters.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@every_way
+def test_what_was_trained_can_be_saved(change: Any, message: str, tmp_path: Path) -> None:
+    adapters = adapted()
+    expected = adapters.model(IDS)
+    tensors = {key: tensor.clone() for key, tensor in adapters.state_dict("a").items()}
+    change(adapters.model)
+    with pytest.warns(ak.AdapterWarning, match=message + ".* since adapter 'a' was added.*What is written there"):
+        folder = adapters.save("a", tmp_path / "a")
+    with pytest.warns(ak.AdapterWarning, match=message):
+        found = adapters.state_dict("a")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    again = ak.attach(net())
+    again.load(folder, "a")
+    torch.testing.assert_close(again.model(IDS), expected)
+
+
+@pytest.mark.parametrize("call", ["detach", "remove"])
+@every_way
+def test_the_model_is_cleaned_and_stays_as_it_is(change: Any, message: str, call: str) -> None:
+    adapters, alone = adapted(), net()
+    old = [module for module in adapters.model.modules() if "adapters" in module._modules]
+    for model in (adapters.model, alone):
+        torch.manual_seed(1)
+        change(model)
+    if call == "remove":
+        adapters.remove("a")
+    model = adapters.detach()
+    assert list(model.state_dict()) == list(alone.state_dict())
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in alone.named_modules()}
+    torch.testing.assert_close(model(IDS), alone(IDS))
+    assert len(old) == 4
+    assert {type(module) for module in old} <= {nn.Linear, nn.Embedding, Other}
+    assert not any("adapters" in module._modules for module in old)
+
+
+@every_way
+def test_the_first_forward_says_it_after_a_switch_for_inference(change: Any, message: str) -> None:
+    adapters = adapted()
+    adapters.activate("a", trainable=False)
+    change(adapters.model)
+    adapters.activate("a", trainable=False)
+    with pytest.raises(ak.StateError, match=message):
+        adapters.model(IDS)
+
+
+def test_a_table_or_a_weight_that_grew_is_named_by_the_forward() -> None:
+    adapters = adapted()
+    adapters.model(IDS)
+    grow_embedding(adapters.model)
+    text = r"'embed' was resized since adapter 'a' was added: .* \(6, 8\), and .* \(6, 12\)\. Add the adapter again"
+    with pytest.raises(ak.StateError, match=text):
+        adapters.model(IDS)
+    adapters = adapted()
+    adapters.model(IDS)
+    resize_weight(adapters.model)
+    with pytest.raises(ak.StateError, match=r"'head' was resized since adapter 'a' was added: .* \(3, 6\)"):
+        adapters.model(IDS)
+
+
+def test_a_head_of_a_table_that_grew_is_named_by_the_forward() -> None:
+    adapters = adapted(modules_to_save=["embed"], target_modules=["body.0"])
+    adapters.model(IDS)
+    grow_embedding(adapters.model)
+    with pytest.raises(ak.StateError, match="'embed' was resized since adapter 'a' was added"):
+        adapters.model(IDS)
+
+
+def test_other_errors_of_a_forward_stay_what_they_are() -> None:
+    adapters = adapted()
+    with pytest.raises(IndexError):
+        adapters.model(IDS + 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart"])
+def test_resize_token_embeddings_after_add_is_noticed(name: str, tmp_path: Path) -> None:
+    model: Any = build(name)
+    if name == "bert":
+        model.set_output_embeddings = lambda module: None
+    table = {"gpt2": "wte", "llama": "embed_tokens", "bert": "word_embeddings", "bart": "encoder.embed_tokens"}[name]
+    adapters = ak.attach(model)
+    layer = {"gpt2": "c_attn", "bert": "query"}.get(name, "q_proj")
+    adapters.add("a", LoraConfig(r=2, target_modules=[layer, table], modules_to_save=None))
+    model.resize_token_embeddings(40)
+    with pytest.raises(ak.StateError, match=f"{table}.* since adapter 'a' was added"):
+        adapters.merge("a", untie=True)
+    with pytest.raises(ak.StateError, match=f"{table}.* since adapter 'a' was added"):
+        run(model, name)
+
+
+def test_resizing_to_the_same_size_is_no_change() -> None:
+    model: Any = build("llama")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=None))
+    set_parameters(adapters, "a")
+    expected = run(model, "llama")
+    model.resize_token_embeddings(32)
+    assert adapters.status().rows[0].notes == ()
+    adapters.activate("a")
+    torch.testing.assert_close(run(model, "llama"), expected)
+
+
+def test_batch_norms_that_were_converted(tmp_path: Path) -> None:
+    adapters = adapted(target_modules=["body.0"], modules_to_save=["norm"])
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(adapters.model)
+    assert model is adapters.model
+    with pytest.raises(ak.StateError, match="'norm' was replaced since adapter 'a' was added"):
+        adapters.merge_and_detach()
+
+
+def test_what_is_wrapped_or_moved_acts_and_can_be_merged(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any) -> Any:
+            return self.inner(*args)
+
+    adapters = adapted(modules_to_save=["head"], target_modules=["body.0"])
+    model: Any = adapters.model
+    expected = model(IDS)
+    folder = adapters.save("a", tmp_path / "a")
+    model.head, model.body[0] = Wrapper(model.head), Wrapper(model.body[0])
+    assert adapters.status().rows[0].notes == ()
+    adapters.activate("a")
+    torch.testing.assert_close(model(IDS), expected)
+    found = adapters.state_dict("a")
+    assert all(torch.equal(found[key], value) for key, value in adapted_tensors(folder).items())
+    plain = adapters.merge_and_detach()
+    torch.testing.assert_close(plain(IDS), expected)
+    assert isinstance(plain.head, Wrapper)
+
+
+def adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    again = ak.attach(net())
+    again.load(folder, "x")
+    return again.state_dict("x")
+
+
+@pytest.mark.parametrize("change", [replace_head, resize_weight])
+def test_weights_that_were_replaced_while_merged_stay(change: Any) -> None:
+    adapters = adapted()
+    before = {key: value.clone() for key, value in net().state_dict().items()}
+    adapters.merge("a")
+    change(adapters.model)
+    head = {key: value.clone() for key, value in adapters.model.head.state_dict().items()}
+    with pytest.raises(ak.StateError, match=r"unmerge is refused: 'head' .* since adapter 'a' was added"):
+        adapters.unmerge()
+    assert adapters.merged == ("a",)
+    with pytest.warns(ak.AdapterWarning, match="'head' .* What is there now stays as it is"):
+        model = adapters.detach()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, head[key.removeprefix("head.")] if key.startswith("head.") else before[key]), key
+
+
+def test_a_copy_of_the_model_asks_itself() -> None:
+    adapters = adapted()
+    other = copy.deepcopy(adapters.model)
+    replace_head(adapters.model)
+    assert ak.attach(other).status().rows[0].notes == ()
+    ak.attach(other).activate("a")
+    replace_head(other)
+    assert ak.attach(other).status().rows[0].notes != ()
+
+
+def test_another_adapter_goes_on() -> None:
+    adapters = adapted()
+    adapters.add("b", LoraConfig(r=2, target_modules=["body.0"], modules_to_save=None))
+    set_parameters(adapters, "b")
+    replace_head(adapters.model)
+    adapters.activate("b")
+    expected = adapters.model(IDS)
+    adapters.merge("b")
+    torch.testing.assert_close(adapters.model(IDS), expected)
