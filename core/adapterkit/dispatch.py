@@ -182,20 +182,20 @@ def check_sizes(module: nn.Module, state: State) -> None:
         return
     for container, names in ((LAYERS, state.names), (HEADS, state.heads)):
         slots = module._modules.get(container)
+        before: tuple[int, ...]
         for part, name in parts_of(slots, names):
             if container == LAYERS:
-                before, now = (part.kind.out_features, part.kind.in_features), part.kind.read(module).shape
+                before, now = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
             elif isinstance(part, nn.Embedding):
-                before, now = part.weight.shape, weight.shape
+                before, now = tuple(part.weight.shape), tuple(weight.shape)
             else:  # a head may have other rows
                 continue
-            if tuple(before) != tuple(now):
+            if before != now:
                 assert slots is not None
                 raise StateError(
                     f"{slots.path!r} was resized since adapter {name!r} was added: the adapter's sizes there are "
-                    f"{tuple(before)}, and those of its weight, which was replaced, are {tuple(now)}. Add the adapter "
-                    f"again: adapters.save({name!r}, folder) keeps what was trained, and adapters.remove({name!r}) "
-                    "takes it away."
+                    f"{before}, and those of its weight, which was replaced, are {now}. Add the adapter again: "
+                    f"adapters.save({name!r}, folder) keeps what was trained, adapters.remove({name!r}) takes it away."
                 )
 
 
