@@ -9,7 +9,7 @@ from torch import nn
 
 from adapterkit.combination import Combination
 from adapterkit.errors import ConfigError
-from adapterkit.host import ATTRIBUTE
+from adapterkit.keys import ATTRIBUTE
 
 if TYPE_CHECKING:
     from adapterkit.report import Report

@@ -16,35 +16,13 @@ from adapterkit.dispatch import Active
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.presence import Presence
+from adapterkit.pretrained import Loader, install, uninstall
 from adapterkit.record import AdapterRecord
 from adapterkit.shared import SharedTensors
 from adapterkit.walk import Walk, base_parameters
 
-# Where a model keeps its `Adapters`.
-ATTRIBUTE = "_adapterkit"
 _TIED = "all_tied_weights_keys"
-_IGNORED = "_keys_to_ignore_on_save"
-_SAVE = "save_pretrained"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
-
-
-class BaseSaver:
-    """Stands for a transformers model's `save_pretrained`: the base's weights go to a file with the base's labels."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, whichever adapter's label set the model's config follows now."""
-        model: Any = self.host.model
-        own, acting = self.host.labels, LabelSet.of(model)
-        if own is None or acting is None or self.host.labels_of is None:
-            return type(model).save_pretrained(model, *args, **kwargs)
-        own.apply(model)
-        try:
-            return type(model).save_pretrained(model, *args, **kwargs)
-        finally:
-            acting.apply(model)
 
 
 class Host:
@@ -60,8 +38,7 @@ class Host:
         self.labels_of: str | None = None
         self.size = 0
         self._trained: list[str] | None = None
-        self._ignored: Any = None
-        self._ignored_here = False
+        self._loader: Loader | None = None
         self._handle: RemovableHandle | None = None
         self._batch: Batch | None = None
         self._tied: dict[str, Any] | None = None
@@ -84,15 +61,10 @@ class Host:
         for _, parameter in parameters:
             parameter.requires_grad_(False)
         self._handle = InputGradients.install(self.model)
-        if hasattr(type(self.model), _SAVE) and _SAVE not in self.model.__dict__:
-            self.model.__dict__[_SAVE] = BaseSaver(self)
-        if hasattr(self.model, _IGNORED):
-            self._ignored_here = _IGNORED in self.model.__dict__
-            self._ignored = getattr(self.model, _IGNORED)
-            setattr(self.model, _IGNORED, set(self._ignored or ()))
+        self._loader = install(self.model)
 
     def remember(self, record: AdapterRecord) -> None:
-        """Register an adapter's shared tensors, and keep its keys out of the base model's checkpoints."""
+        """Register an adapter's shared tensors, and where in the model it is."""
         self._presence[record.name] = Presence(record, self.model)
         if record.shared is not None:
             slots = self.model._modules.get(SHARED)
@@ -101,8 +73,6 @@ class Host:
             # Torch moves a module that has two names once, so it stays one copy.
             record.shared.join(self._shared().values())
             slots._modules[record.name] = record.shared.module
-        if hasattr(self.model, _IGNORED):
-            getattr(self.model, _IGNORED).update(record.memory_keys())
 
     def _shared(self) -> dict[str, SharedTensors]:
         slots = self.model._modules.get(SHARED)
@@ -125,8 +95,6 @@ class Host:
     def forget(self, record: AdapterRecord) -> None:
         """Undo `remember`."""
         del self._presence[record.name]
-        if hasattr(self.model, _IGNORED):
-            getattr(self.model, _IGNORED).difference_update(record.memory_keys())
         slots = self.model._modules.get(SHARED)
         if record.shared is not None and slots is not None:
             del slots._modules[record.name]
@@ -145,15 +113,11 @@ class Host:
                 parameters[name].requires_grad_(True)
         if self._handle is not None:
             self._handle.remove()
-        if self._trained is not None and hasattr(self.model, _IGNORED):
-            setattr(self.model, _IGNORED, self._ignored)
-            if not self._ignored_here:
-                delattr(self.model, _IGNORED)
+        if self._loader is not None:
+            uninstall(self.model, self._loader)
         if self._batch is not None:
             self._batch.remove()
             self._batch = None
-        if isinstance(self.model.__dict__.get(_SAVE), BaseSaver):
-            del self.model.__dict__[_SAVE]
 
     def watch(self, active: Active) -> Batch:
         """What knows the size of the model's batches, from the first call on."""

@@ -18,6 +18,9 @@ from adapterkit.errors import CheckpointError
 LAYERS, HEADS, BIASES, SHARED = "adapters", "adapter_heads", "adapter_biases", "adapter_shared"
 CONTAINERS = (LAYERS, HEADS, BIASES)
 
+# Where a model keeps its `Adapters`.
+ATTRIBUTE = "_adapterkit"
+
 FILE_PREFIX = "base_model.model."
 FILE_SHARED_PREFIX = "base_model."
 

@@ -12,7 +12,7 @@ from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, ConfigError, StateError
 from adapterkit.heads import resize_output
-from adapterkit.host import ATTRIBUTE
+from adapterkit.keys import ATTRIBUTE
 from adapterkit.labels import LabelSet
 from adapterkit.per_sample import PerSample
 from adapterkit.record import AdapterRecord

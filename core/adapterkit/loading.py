@@ -52,6 +52,11 @@ def _full_key(key: str) -> str:
     return file_key(*key.rsplit(".", 1)) if "." in key else file_key("", key)
 
 
+def unwrapped_key(key: str) -> str:
+    """A path or key without the names that wrappers put into it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """This adapter's tensors in a full state dict, under their keys in a file, and the keys of no adapter."""
     known = {path: path for path in record.hosts}
@@ -63,7 +68,7 @@ def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> tuple[dic
             others.append(key)
             continue
         container, path, local = split
-        path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        path = unwrapped_key(path)
         path = known.get(path, known.get(path.removeprefix("module."), ""))
         if container == SHARED:
             found[local] = tensor

@@ -19,7 +19,7 @@ from adapterkit.files import AdapterFiles, Writer, write_folder
 from adapterkit.foreign import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
 from adapterkit.hookspecs import METHODS_GROUP
-from adapterkit.keys import strip_file_prefix
+from adapterkit.keys import FILE_PREFIX, strip_file_prefix
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
 from adapterkit.loading import equals_base, fit, put, refuse, to_file
@@ -49,31 +49,55 @@ def save_record(
         SaveError: the folder cannot be written; what was there is untouched.
         CheckpointError: the adapter is on the meta device and has no values.
     """
-    method = default_registry.method_of(record.config)
+    write_folder(folder, *to_files(record, model, source), writer)
+
+
+def to_files(
+    record: AdapterRecord, model: nn.Module, source: Mapping[str, Tensor] | None = None, inside: str = ""
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """What the files of an adapter hold: the config, the tensors, and the tensors' metadata.
+
+    Args:
+        inside: the path of `model` where it is a part of the adapted one; `source` is of that part, and so are files.
+    """
+    method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
+    if inside and source is not None:
+        source = {prefix + key: tensor for key, tensor in source.items()}
     tensors = to_file(record, method, source)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
+    if inside:
+        outer = FILE_PREFIX + prefix
+        tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
-    config = file_config(record, method, model).to_dict()
-    write_folder(folder, config, tensors, metadata, writer)
+    return file_config(record, method, model, prefix).to_dict(), tensors, metadata
 
 
-def file_config(record: AdapterRecord, method: Method, model: nn.Module) -> AdapterConfig:
-    """The config that goes to the file: one that PEFT reads, and that selects exactly these layers."""
+def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
+    """The config that goes to the file: one that PEFT reads, and that selects exactly these layers.
+
+    Args:
+        prefix: what the paths of the adapter's layers begin with, and those of `model` do not.
+    """
     config = method.file_config(record.config)
+    heads = tuple(p.removeprefix(prefix) for p in record.heads if p not in record.layers)
     changes: dict[str, Any] = {
-        "modules_to_save": tuple(p for p in record.heads if p not in record.layers) or None,
+        "modules_to_save": heads or None,
         "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
     }
     resolved = ("layers_to_transform", *config.not_in_files)
-    if config.target_modules in (None, ALL_LINEAR) or any(getattr(config, name) is not None for name in resolved):
+    if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
         changes |= {
-            "target_modules": short_names(record.layers, Walk(model).paths),
+            "target_modules": short_names([p.removeprefix(prefix) for p in record.layers], Walk(model).paths),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
         }
+    for patterns in ("rank_pattern", "alpha_pattern") if prefix else ():
+        given = getattr(config, patterns, None)
+        if given:
+            changes[patterns] = {key.removeprefix(prefix): value for key, value in given.items()}
     return config.replace(**changes)
 
 

@@ -23,7 +23,7 @@ class Walk:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.aliases: dict[nn.Module, list[str]] = {}
-        for path, module in _named_modules(model, ""):
+        for path, module in named_modules(model):
             if path:
                 self.aliases.setdefault(module, []).append(path)
 
@@ -33,16 +33,17 @@ class Walk:
         return [path for paths in self.aliases.values() for path in paths]
 
 
-def _named_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its paths, the root included, without what adapters own."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, Slots):
-            yield from _named_modules(child, f"{path}.{name}" if path else name)
+            yield from named_modules(child, f"{path}.{name}" if path else name)
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter under each of its names, without those of adapters (a model inside may have its own)."""
-    for path, module in _named_modules(model, ""):
+    for path, module in named_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{path}.{name}" if path else name, parameter

@@ -1,0 +1,266 @@
+"""`save_pretrained` of an adapted model, and its `load_state_dict`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from tests.models import build, run
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    EncoderDecoderModel,
+)
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+from .conftest import different, set_parameters
+
+Trained = Callable[..., ak.Adapters]
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+QUERY = {"target_modules": ["query"], "modules_to_save": None}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> nn.Module:
+    """A classifier that was loaded from a folder, as people's are."""
+    build("bert").save_pretrained(tmp_path / "base")
+    return BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_adapter_that_acts_is_what_is_written(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", target_modules=["query"])
+    adapters.activate("a")
+    expected = run(model, "bert")
+    model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == FILES
+    fresh = build("bert")
+    assert ak.attach(fresh).load(tmp_path / "out", "b").ok
+    torch.testing.assert_close(run(fresh, "bert"), expected)
+
+
+@pytest.mark.parametrize("reader", ["transformers", "peft"])
+def test_others_read_what_is_written(reader: str, model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    trained(model, "a", **QUERY).activate("a")
+    expected = run(model, "bert")
+    model.save_pretrained(tmp_path / "out")
+    if reader == "transformers":
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    else:
+        theirs = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "out").eval()
+    torch.testing.assert_close(run(theirs, "bert"), expected)
+
+
+def test_several_that_act_have_a_subfolder_each(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", "b", **QUERY)
+    adapters.activate("a")
+    model.save_pretrained(tmp_path / "out")
+    adapters.activate("a", "b")
+    expected = run(model, "bert")
+    model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == {"a", "b"}  # the files of the one that acted before would be read as the whole
+    fresh = build("bert")
+    again = ak.attach(fresh)
+    for name in ("a", "b"):
+        again.load(tmp_path / "out" / name, name, activate=False)
+    again.activate("a", "b")
+    torch.testing.assert_close(run(fresh, "bert"), expected)
+
+
+def test_an_adapter_that_does_not_act_now_is_written_too(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", "b", **QUERY)
+    adapters.activate("b")
+    model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == FILES | {"a"}
+    saved = safetensors.torch.load_file(tmp_path / "out" / "a" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in adapters.state_dict("a").items())
+
+
+@pytest.mark.parametrize(("name", "fields"), [
+    ("bert", {"target_modules": ["query"], "bias": "all"}),
+    ("vit", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("gpt2", {"target_modules": ["c_attn"]}),
+])  # fmt: skip
+def test_merged_the_model_is_written_as_it_computes(name: str, fields: Any, tmp_path: Path, trained: Trained) -> None:
+    model = build(name)
+    adapters = trained(model, "a", **fields)
+    adapters.activate("a")
+    expected = run(model, name)
+    assert different(expected, run(build(name), name))
+    adapters.merge("a")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(run(again, name), expected, rtol=1e-4, atol=1e-5)
+    assert not any("adapter" in file for file in names(tmp_path))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_merged_the_head_that_acts_and_its_labels_are_the_models(given: bool, model: nn.Module, tmp_path: Path) -> None:
+    adapters = ak.attach(model)
+    config = LoraConfig(r=2, target_modules=["query"])
+    adapters.add("b", config, num_labels=4)
+    adapters.add("a", config, id2label=dict(enumerate("vwxyz")))
+    set_parameters(adapters, "a")
+    adapters.merge("a")
+    expected = run(model, "bert")
+    model.save_pretrained(tmp_path / "out", **({"state_dict": model.state_dict()} if given else {}))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(run(again, "bert"), expected)
+    assert list(again.config.id2label.values()) == list("vwxyz")
+    adapters.unmerge()
+    with adapters.disabled():
+        model.save_pretrained(tmp_path / "bare")
+    bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare").eval()
+    torch.testing.assert_close(run(bare, "bert"), run(build("bert"), "bert"))
+
+
+def test_one_merged_and_one_that_acts_beside_it_are_refused(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", "b", **QUERY)
+    adapters.activate("b")
+    adapters.merge("a")
+    with pytest.raises(ak.StateError, match="Adapter 'a' is merged and 'b' acts beside it, and no format holds both"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_written_beside_another_whole_model(
+    model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
+    adapters = trained(model, "a", **QUERY)
+    adapters.merge("a")
+    model.save_pretrained(tmp_path / "out")
+    adapters.unmerge()
+    adapters.activate("a")
+    before = names(tmp_path / "out")
+    with pytest.raises(ak.SaveError, match="holds a whole model, and the adapter beside it would be read as one of"):
+        model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == before
+    model.save_pretrained(tmp_path / "base")  # of its own base it is one
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    torch.testing.assert_close(run(again, "bert"), run(model, "bert"))
+    with pytest.raises(ak.SaveError, match="holds a whole model"):  # whose weights would be overwritten
+        model.save_pretrained(tmp_path / "base", state_dict=model.state_dict())
+
+
+def test_a_merged_model_is_not_written_beside_an_adapter(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", **QUERY)
+    adapters.activate("a")
+    model.save_pretrained(tmp_path / "out")
+    adapters.merge("a")
+    with pytest.raises(ak.SaveError, match="holds an adapter, which from_pretrained would add to the merged model"):
+        model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == FILES
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"safe_serialization": False}, "only safetensors is written"),
+    ({"variant": "fp16"}, "adapter files have no variants"),
+    ({"save_peft_format": False}, "only PEFT's keys are written"),
+    ({"distributed_checkpoint": True}, "use torch.distributed.checkpoint"),
+])  # fmt: skip
+def test_what_cannot_be_had_for_adapters_is_refused(
+    option: dict[str, Any], message: str, model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
+    trained(model, "a", **QUERY).activate("a")
+    with pytest.raises(ak.UnsupportedError, match=message):
+        model.save_pretrained(tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_process_writes_nothing(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    trained(model, "a", **QUERY).activate("a")
+    model.save_pretrained(tmp_path / "out", is_main_process=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_state_dict_that_is_given_is_what_is_written(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", **QUERY)
+    adapters.activate("a")
+    given = {f"_orig_mod.{key}": value + 1 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "out", state_dict=given)
+    saved = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], value + 1) for key, value in adapters.state_dict("a").items())
+    training = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert training.keys() == {key for key in given if ".adapters.a." in key}
+    with pytest.raises(ak.CheckpointError, match="The state dict lacks 4 of adapter 'a''s tensors"):
+        model.save_pretrained(tmp_path / "other", state_dict={})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_writes_its_own_adapters(
+    way: Callable[[nn.Module], nn.Module], model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
+    trained(model, "a", **QUERY).activate("a")
+    other = way(model)
+    set_parameters(ak.attach(other), "a", seed=5)
+    other.save_pretrained(tmp_path / "out")
+    saved = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in ak.attach(other).state_dict("a").items())
+    keys = other.load_state_dict({k: v for k, v in model.state_dict().items() if ".adapters." in k}, strict=False)
+    assert not keys.missing_keys
+    torch.testing.assert_close(run(other, "bert"), run(model, "bert"))
+
+
+def two_towers() -> nn.Module:
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=32, **tower)
+    decoder = BertConfig(vocab_size=32, is_decoder=True, add_cross_attention=True, **tower)
+    from transformers import EncoderDecoderConfig
+
+    torch.manual_seed(0)
+    return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(config, decoder)).eval()
+
+
+def hidden(encoder: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = encoder(input_ids=torch.arange(6)[None]).last_hidden_state
+    return output
+
+
+def test_a_model_inside_is_written_with_its_part_of_the_adapter(tmp_path: Path, trained: Trained) -> None:
+    model = two_towers()
+    model.encoder.save_pretrained(tmp_path / "base")
+    plain = type(model.encoder).from_pretrained(tmp_path / "base").eval()
+    trained(model, "a", target_modules=["encoder.encoder.layer.0.attention.self.query"]).activate("a")
+    assert different(hidden(model.encoder), hidden(plain))
+    model.encoder.save_pretrained(tmp_path / "encoder")
+    ak.attach(plain).load(tmp_path / "encoder", "b")
+    torch.testing.assert_close(hidden(plain), hidden(model.encoder))
+    model.decoder.save_pretrained(tmp_path / "decoder")  # has no part of it
+    assert "adapter_config.json" not in names(tmp_path / "decoder")
+
+
+def test_a_model_inside_is_not_written_with_half_an_adapter(tmp_path: Path, trained: Trained) -> None:
+    model = two_towers()
+    trained(model, "a", **QUERY).activate("a")
+    with pytest.raises(ak.StateError, match=r"'encoder' is to be saved with adapter 'a', which has another part at"):
+        model.encoder.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_without_an_adapter_that_trains_is_refused(model: nn.Module, trained: Trained) -> None:
+    adapters = trained(model, "a", "b", **QUERY)
+    adapters.activate("a", "b")
+    state = {key: value for key, value in model.state_dict().items() if ".adapters.a." in key}
+    with pytest.raises(ak.CheckpointError, match=re.escape("The model trains 'b', and the state dict lacks them")):
+        model.load_state_dict(state, strict=False)
+    assert model.load_state_dict(model.state_dict()) == ([], [])
+    base = build("bert").state_dict()
+    assert set(model.load_state_dict(base, strict=False).missing_keys) == model.state_dict().keys() - base.keys()
