@@ -8,6 +8,9 @@ from adapterkit.adapted import calls_adapters
 from adapterkit.record import AdapterRecord
 from adapterkit.walk import Walk
 
+# What is said where such an adapter is written.
+KEPT = "What is written there is what it was trained to until then."
+
 
 class Presence:
     """What has become of one adapter's modules since it was put on them.

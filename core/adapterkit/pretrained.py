@@ -22,6 +22,7 @@ from adapterkit.labels import LabelSet
 from adapterkit.loading import unwrapped_key
 from adapterkit.offload import real_value
 from adapterkit.persistence import to_files
+from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
 from adapterkit.walk import named_modules
 
@@ -181,6 +182,8 @@ class Saver:
         if not self._check_no_model(folder, training=training):
             training |= (folder / TRAINING_FILE).exists()  # it must not be of another moment than the adapters
         names = {name: folder if [name] == acting else folder / _file_name(name) for name in records}
+        for name in names:
+            adapters._warn_if_changed(name, KEPT)
         files = {name: to_files(records[name], self.module, source, self.path) for name in names}
         state = self._training_state(records.values(), source) if training else {}
         if not given.get("is_main_process", True):

@@ -15,11 +15,10 @@ from adapterkit.files import local_path, read
 from adapterkit.hub import adapter_folder
 from adapterkit.lifecycle import Lifecycle
 from adapterkit.loading import fit, put, refuse, to_file
+from adapterkit.presence import KEPT
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport, SwapReport
 from adapterkit.swapping import swapped_config, values_to_swap
-
-_KEPT = "What is written there is what it was trained to until then."
 
 
 class Storage(Lifecycle):
@@ -37,7 +36,7 @@ class Storage(Lifecycle):
         """
         record = self._record(name)
         self._check_heads_not_merged(name)
-        self._warn_if_changed(name, _KEPT)
+        self._warn_if_changed(name, KEPT)
         return to_file(record, default_registry.method_of(record.config), source)
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -77,7 +76,7 @@ class Storage(Lifecycle):
         path = local_path(folder)
         record = self._record(name)
         self._check_heads_not_merged(name)
-        self._warn_if_changed(name, _KEPT)
+        self._warn_if_changed(name, KEPT)
         persistence.save_record(record, self.model, path, source)
         return path
 
