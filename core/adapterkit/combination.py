@@ -44,7 +44,8 @@ class Combination(Merger):
             space: `"delta"` works on dW itself; `"core"` on its coordinates in the sources' common subspace (small
                 matrices, no dense one); `"factors"` on A and B apart, which is what PEFT does.
             rank, energy: truncate the result optimally, to a rank or to a share of the squared singular
-                values. Neither: exact, ranks add up.
+                values. A layer too small for the rank gets the largest that it can have; the report lists these.
+                Neither: exact, ranks add up.
             to: the method of the result; one with the hook `from_factors`.
             heads: what becomes of the heads: an adapter's name, `"average"`, `"concat"` or `"drop"`.
             density, majority_sign_method, seed: for the methods that prune, elect signs and draw.

@@ -119,6 +119,7 @@ def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in com
         layers: gives a target's layer in the base and in the tuned model.
     """
     errors, ranks, kinds = {}, {}, {}
+    clipped = lowrank.clipped(rank, {m.path: min(m.kind.out_features, m.kind.in_features) for m in selection.targets})
     for match in selection.targets:
         path = match.path
         made, errors[path] = _difference(match, *layers(match), rank, energy)
@@ -127,7 +128,7 @@ def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in com
     changes = Changes(space.store, kinds, {}, heads, labels)
     method = default_registry.method(to)
     record = build_result(name, changes, method, space.model, space.active, device=space.device)
-    return record, CombineReport(name, to, ranks, errors, tuple(heads))
+    return record, CombineReport(name, to, ranks, errors, tuple(heads), clipped)
 
 
 def _module(tuned: nn.Module, path: str) -> nn.Module:
@@ -156,11 +157,10 @@ def _difference(
         raise StateError(f"The models' difference at {match.path!r} has values that are not finite.")
     bias = _bias_difference(own, other)
     most = min(delta.shape)
-    if rank is not None and rank > most:
-        raise ConfigError(f"rank = {rank} is more than {match.path!r} can have: min(out, in) = {most} there.")
     if rank is None or most <= _LARGE:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         return lowrank.keep(u, s, vh, bias, rank=rank, energy=energy)
+    rank = min(rank, most)
     with torch.random.fork_rng([delta.device] if delta.is_cuda else []):  # the same result at every call
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)

@@ -6,7 +6,7 @@ those of the small core `Ru Rd^T`, and its singular vectors are the core's, rota
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -163,3 +163,19 @@ def check_size(rank: object, energy: object) -> None:
         isinstance(energy, bool) or not isinstance(energy, int | float) or not 0.0 < energy <= 1.0
     ):
         raise ConfigError(f"energy = {energy!r} must be a share of the squared singular values: above 0, at most 1.")
+
+
+def clipped(rank: int | None, most: Mapping[str, int]) -> tuple[str, ...]:
+    """The layers, of those with the `most` that their ranks can be, that cannot have this rank and get their most.
+
+    Raises:
+        ConfigError: no layer can have it.
+    """
+    paths = tuple(path for path, size in most.items() if rank is not None and rank > size)
+    if paths and len(paths) == len(most):
+        widest = max(most, key=most.__getitem__)
+        raise ConfigError(
+            f"rank = {rank} is more than {widest!r} can have: min(out, in) = {most[widest]} there, and no other layer "
+            "of these can have more."
+        )
+    return paths

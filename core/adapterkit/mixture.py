@@ -105,10 +105,10 @@ def mix(
     recipe = choices.recipe()
     heads, labels = combine_heads(records, choices.heads)
     _warn_of_replaced(records, heads)
-    factors, errors, ranks = space.store, {}, {}
+    factors, errors, ranks, most = space.store, {}, {}, {}
     for path, having in _targets(records, weights, space.model, heads):
         found = [factors_at(record, path, space.dtype) for record, _ in having]
-        _check_rank_fits(recipe.rank, path, found[0])
+        most[path] = min(found[0].up.shape[0], found[0].down.shape[1])
         try:
             made, errors[path] = combine_factors(
                 found, [w for _, w in having], _seeded(recipe, choices.seed, path, found[0])
@@ -117,12 +117,13 @@ def mix(
             raise ConfigError(f"{path!r}: {error}") from error
         check_finite(name, path, made)
         factors[path], ranks[path] = made, made.rank
+    clipped = lowrank.clipped(recipe.rank, most)
     kinds = {path: layer.kind for record in records for path, layer in record.layers.items()}
     changes = Changes(factors, kinds, _biases(records, weights, heads), heads, labels)
     to = default_registry.method(choices.to)
     record = build_result(name, changes, to, space.model, space.active, device=space.device)
     record.config = record.config.replace(**_shared_fields(records, heads=bool(heads)))
-    return record, CombineReport(name, choices.to, ranks, errors, tuple(heads))
+    return record, CombineReport(name, choices.to, ranks, errors, tuple(heads), clipped)
 
 
 def _targets(
@@ -213,12 +214,6 @@ def factors_at(record: AdapterRecord, path: str, dtype: torch.dtype = torch.floa
     if not lowrank.all_finite(*found[:3]):
         raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
     return found
-
-
-def _check_rank_fits(rank: int | None, path: str, factors: Factors) -> None:
-    most = min(factors.up.shape[0], factors.down.shape[1])
-    if rank is not None and rank > most:
-        raise ConfigError(f"rank = {rank} is more than {path!r} can have: min(out, in) = {most} there.")
 
 
 def _biases(records: Sequence[AdapterRecord], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:

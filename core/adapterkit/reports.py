@@ -159,6 +159,7 @@ class CombineReport(Shown):
         ranks: the rank of its change at each target.
         errors: the relative error there that truncation made, `|dW - result| / |dW|`.
         heads: paths of its heads.
+        clipped: targets that are too small for the rank asked for. They have the largest rank possible, which is exact.
     """
 
     name: str
@@ -166,12 +167,14 @@ class CombineReport(Shown):
     ranks: Mapping[str, int]
     errors: Mapping[str, float]
     heads: tuple[str, ...] = ()
+    clipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         worst = max(self.errors, key=self.errors.__getitem__)
         lines = [self._sentence()]
         if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
+        lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped]
         lines += [f"  head: {path}" for path in self.heads]
         return "\n".join(lines)
 
@@ -185,6 +188,7 @@ class CombineReport(Shown):
         rows = [(path, rank, errors[path]) for path, rank in self.ranks.items()]
         return self._sentence(), [
             Table(("layer", "rank", "error of truncation"), rows),
+            Table(("layer",), [(path,) for path in self.clipped], "clipped to the largest rank they can have"),
             Table(("head",), [(path,) for path in self.heads]),
         ]
 

@@ -101,6 +101,20 @@ def test_a_target_that_only_some_have_is_combined_from_those() -> None:
         same({p: d for p, d in deltas(adapters, method).items() if p.endswith("value")}, values)
 
 
+def test_a_layer_too_small_for_the_rank_gets_the_largest_that_it_can_have_and_the_report_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).double()
+    adapters = adapted(model, {"a": {"r": 4}, "b": {"r": 4}}, ["0", "1"])
+    weights = {"a": 0.7, "b": 0.3}
+    reports = [adapters.combine("c", weights, rank=4), adapters.convert("a", to="lora", name="d", rank=5)]
+    assert [r.ranks for r in reports] == [{"0": 4, "1": 3}] * 2
+    assert [r.clipped for r in reports] == [("1",), ("1",)]
+    assert "clipped to rank 3: 1" in str(reports[0])
+    assert adapters.combine("e", weights, rank=3).clipped == ()
+    exact = sums(adapters, weights)
+    same({"1": deltas(adapters, "c")["1"]}, {"1": exact["1"]})
+    same(deltas(adapters, "d"), deltas(adapters, "a"))
+
+
 BACK: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("bert", {}),
     "rslora": ("bert", {"use_rslora": True, "r": 4}),

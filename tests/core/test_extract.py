@@ -46,6 +46,16 @@ def differences(base: nn.Module, other: nn.Module, paths: Any) -> dict[str, Tens
     return found
 
 
+def test_a_layer_too_small_for_the_rank_gets_the_largest_that_it_can_have() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).double()
+    other = tuned(base)
+    report = ak.extract(base, other, rank=4, target_modules=["0", "1"], modules_to_save=None)
+    assert report.ranks == {"0": 4, "1": 3}
+    assert report.clipped == ("1",)
+    exact = differences(base, other, ["1"])
+    same({"1": deltas(ak.attach(base), "extracted")["1"]}, exact, 1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_every_layer_gets_the_best_of_its_rank(name: str, dtype: torch.dtype) -> None:
