@@ -109,6 +109,30 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
             _release(module)
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The function of `(module, *inputs)` that the module computes with, adapters and accelerate's hooks left out.
+
+    `None`: someone put a callable on the instance that is no function of the module alone.
+    """
+    own = module.__dict__.get("forward")
+    if (
+        "_old_forward" in module.__dict__
+        and getattr(getattr(own, "func", None), "__module__", "") == "accelerate.hooks"
+    ):
+        own = module.__dict__["_old_forward"]
+    if isinstance(own, _WrappedForward):
+        own = own.original
+    if own is not None and not (isinstance(own, types.MethodType) and own.__self__ is module):
+        return None
+    found: Callable[..., Any]
+    classes = [cls for cls in type(module).__mro__ if "forward" in cls.__dict__]
+    if own is not None and own.__func__ not in [cls.__dict__["forward"] for cls in classes]:
+        found = own.__func__
+    else:
+        found = next(cls for cls in classes if "_adapted_from" not in cls.__dict__).__dict__["forward"]
+    return found
+
+
 def check_free(module: nn.Module, path: str, active: Active) -> None:
     """Raise `StateError` if `module` cannot be adapted by the holder of `active`."""
     owner = module.__dict__.get(ACTIVE)

@@ -14,6 +14,7 @@ from adapterkit.biases import BiasLayer
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
+from adapterkit.plain import is_writable, obstacle, own
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.tiles import AddTile
@@ -108,13 +109,18 @@ class Change:
         return not all(part.additive for part in self.parts)
 
     @property
-    def touched(self) -> dict[str, nn.Parameter]:
-        """The parameters of the module that the change writes to."""
-        names = ["weight"] * bool(self.parts)
-        if self.general or self.biases or any(part.biased for part in self.parts):
-            names.append("bias")
-        found = {name: self.module._parameters.get(name) for name in names}
-        return {name: p for name, p in found.items() if p is not None}
+    def names(self) -> tuple[str, ...]:
+        """Names of what the change writes to; the module need not have it as a tensor of its own."""
+        held = () if self.kind is None else self.kind.held(self.module)
+        changes_bias = self.general or self.biases or any(part.biased for part in self.parts)
+        has_bias = isinstance(getattr(self.module, "bias", None), Tensor)
+        return (*held, "bias") if changes_bias and has_bias and "bias" not in held else held
+
+    @property
+    def touched(self) -> dict[str, Tensor]:
+        """The module's own parameters and buffers that the change writes to."""
+        found = {name: own(self.module, name) for name in self.names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @torch.no_grad()
@@ -150,9 +156,9 @@ def plan(
     return list(changes.values())
 
 
-def _owners(walk: Walk) -> dict[nn.Parameter, int]:
+def _owners(walk: Walk) -> dict[Tensor, int]:
     """How many modules have each parameter as their own."""
-    owners: dict[nn.Parameter, int] = {}
+    owners: dict[Tensor, int] = {}
     for module in (walk.model, *walk.aliases):
         for parameter in {p for p in module._parameters.values() if p is not None}:
             owners[parameter] = owners.get(parameter, 0) + 1
@@ -160,20 +166,43 @@ def _owners(walk: Walk) -> dict[nn.Parameter, int]:
 
 
 def _check(change: Change, untie: bool) -> None:
+    kind = change.kind or default_registry.kind_of(change.module)
+    reason = obstacle(change.module, kind, change.names)
+    if reason is not None:
+        raise UnsupportedError(
+            f"Nothing can be merged into {change.path!r}: {reason}. Or leave the adapter active, which is right as it "
+            "is; or register a layer kind that vouches for such layers (LayerKind.vouches)."
+        )
     for name in sorted(change.tied) if not untie else ():
         raise StateError(
             f"'{change.path}.{name}' is tied to another module, which would change with it. Merge with untie=True to "
             f"give {change.path!r} a weight of its own, or leave it out of the adapter."
         )
-    if any(part.biased for part in change.parts) and change.module._parameters.get("bias") is None:
+    if any(part.biased for part in change.parts) and "bias" not in change.touched:
         raise StateError(f"{change.path!r} has no bias to merge the adapter's into. Leave the adapter active instead.")
 
 
 def check_in_memory(changes: Sequence[Change]) -> None:
-    """Raise `StateError` if the weights to be changed are elsewhere."""
+    """Raise `StateError` if the weights to be changed are elsewhere, or cannot be written to."""
     for change in changes:
-        for name, parameter in change.touched.items():
-            if parameter.is_meta:
+        for name, tensor in change.touched.items():
+            where = f"'{change.path}.{name}'"
+            if tensor.is_meta:
+                raise StateError(f"{where} is not in memory (meta device or offloaded); nothing can be merged there.")
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise StateError(
-                    f"'{change.path}.{name}' is not in memory (meta device or offloaded); nothing can be merged there."
+                    f"{where} was made under torch.inference_mode(), outside of which torch lets nobody write to it. "
+                    "Merge under torch.inference_mode(), or load the model outside of it."
                 )
+            if tensor.device.type == "cpu" and not is_writable(tensor):
+                raise StateError(
+                    f"{where} is in read-only memory (a file that is mapped?). Copy it first: layer.{name} = "
+                    f"torch.nn.Parameter(layer.{name}.clone())."
+                )
+        weight, kind = change.touched.get("weight"), change.kind
+        if kind is not None and weight is not None and weight.numel() != kind.out_features * kind.in_features:
+            raise StateError(
+                f"'{change.path}.weight' has the shape {tuple(weight.shape)}, and the adapter was made for a "
+                f"{kind.name} of {kind.out_features} x {kind.in_features}: it is sharded (DeepSpeed's ZeRO-3: merge "
+                "inside deepspeed.zero.GatheredParameters), or was replaced since."
+            )

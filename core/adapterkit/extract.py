@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit import lowrank
 from adapterkit.adapters import attach
-from adapterkit.errors import ConfigError, SelectionError, StateError
+from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.heads import copy_head
 from adapterkit.labels import LabelSet
 from adapterkit.mixture import Workspace
+from adapterkit.plain import obstacle
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import CombineReport
@@ -57,6 +59,7 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         SelectionError: nothing selected, or models that do not match.
         ConfigError: neither or both sizes, or a name that is taken.
         StateError: weights that are not in memory or not finite, or a base with something merged into it.
+        UnsupportedError: a layer that computes something else than the plain product with its weight.
     """
     check_asked(rank, energy)
     adapters = attach(base)
@@ -149,6 +152,10 @@ def _same_layer(tuned: nn.Module, match: Match) -> nn.Module:
 def _difference(
     match: Match, own: nn.Module, other: nn.Module, rank: int | None, energy: float | None
 ) -> tuple[Factors, float]:
+    for module in (own, other):
+        reason = None if is_parametrized(module, "weight") else obstacle(module, match.kind, match.kind.held(module))
+        if reason is not None:
+            raise UnsupportedError(f"{match.path!r} cannot be extracted from: {reason}. Leave it out.")
     before, after = (match.kind.read(m) for m in (own, other))
     if before.is_meta or after.is_meta:
         raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")

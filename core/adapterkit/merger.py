@@ -102,12 +102,17 @@ class Merger(Storage):
         self._check_present("merge_and_detach", *(n for n in wanted if n not in self.merged))
         for name in self.merged:
             self._warn_if_changed(name, "What is there now stays as it is.")
-        if names:
-            kept = [n for n in self.active if n in names]
-            settled = heads or next(reversed(self._active.heads), None)
-            self.activate(*kept, trainable=False, heads=settled if settled in kept else None)
-        if wanted:
-            self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
+        before = self._state()
+        try:
+            if names:
+                kept = [n for n in self.active if n in names]
+                settled = heads or next(reversed(self._active.heads), None)
+                self.activate(*kept, trainable=False, heads=settled if settled in kept else None)
+            if wanted:
+                self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
+        except BaseException:
+            self._return_to(before)
+            raise
         acting = [self._records[name] for name in self._active.heads]
         model, host = self.model, self._live
         host.keep_labels()

@@ -14,31 +14,32 @@ from adapterkit.change import Change, Part
 from adapterkit.errors import StateError
 from adapterkit.keys import BIASES
 from adapterkit.kinds import LayerKind
+from adapterkit.plain import own, put
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 
 
 @dataclass
 class Kept:
-    """The parameters of one module before merging: the objects themselves and, if kept, their values."""
+    """The parameters and buffers of one module before merging: the objects themselves and, if kept, their values."""
 
     module: nn.Module
-    parameters: dict[str, nn.Parameter]
+    tensors: dict[str, Tensor]
     values: dict[str, Tensor]
 
     def leave_resized(self) -> None:
-        """Forget the parameters in whose place there are larger or smaller ones now."""
+        """Forget the tensors in whose place there are larger or smaller ones now."""
         for name, value in self.values.items():
-            now = self.module._parameters.get(name)
-            if now is None or now.shape != value.shape or self.parameters[name].shape != value.shape:
-                del self.parameters[name]
+            now = own(self.module, name)
+            if now is None or now.shape != value.shape or self.tensors[name].shape != value.shape:
+                del self.tensors[name]
 
     def give_back(self) -> None:
-        """The same parameter objects with the same bits."""
-        for name, parameter in self.parameters.items():
-            self.module._parameters[name] = parameter
+        """The same objects with the same bits."""
+        for name, tensor in self.tensors.items():
+            put(self.module, name, tensor)
             with torch.no_grad():
-                parameter.copy_(self.values[name])
+                tensor.copy_(self.values[name])
 
 
 @dataclass
@@ -85,7 +86,7 @@ def carry_out(changes: Sequence[Change], state: Merged, *, safe: bool, keep_base
     state.heads |= {change.head for change in changes if change.head is not None}
     for module, kept in done.items():
         known = state.kept.setdefault(module, kept)  # the first merge's are the base's
-        known.parameters = kept.parameters | known.parameters
+        known.tensors = kept.tensors | known.tensors
         known.values = kept.values | known.values
 
 
@@ -112,8 +113,9 @@ def _keep(change: Change, *, values: bool) -> Kept:
         layer.keep_base(touched["bias"])
     kept = Kept(change.module, touched, {n: p.detach().clone() for n, p in touched.items()} if values else {})
     for name in change.tied:
-        own = nn.Parameter(touched[name].detach().clone(), requires_grad=touched[name].requires_grad)
-        change.module._parameters[name] = own
+        fresh = touched[name].detach().clone()
+        is_parameter = isinstance(touched[name], nn.Parameter)
+        put(change.module, name, nn.Parameter(fresh, touched[name].requires_grad) if is_parameter else fresh)
     return kept
 
 
@@ -130,12 +132,12 @@ def merge_module(change: Change, *, safe: bool = False) -> None:
         weight, bias = _merged_values(change)
         kind.write(module, weight)
         if bias is not None:
-            module._parameters["bias"].copy_(bias)  # type: ignore[union-attr]
+            own(module, "bias").copy_(bias)  # type: ignore[union-attr]
     else:
         shifts = _add_changes(kind, module, change.parts) if kind is not None else []
         _add_biases(change, shifts)
     if safe:
-        _check_finite(change, module._parameters.get("weight"), module._parameters.get("bias"))
+        _check_finite(change, *change.touched.values())
 
 
 def _add_changes(kind: LayerKind, module: nn.Module, parts: Sequence[Part]) -> list[Tensor]:
@@ -150,13 +152,12 @@ def _add_changes(kind: LayerKind, module: nn.Module, parts: Sequence[Part]) -> l
 
 
 def _is_view(weight: Tensor, module: nn.Module) -> bool:
-    own = module.weight
-    assert isinstance(own, Tensor)
-    return weight.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    held = own(module, "weight")
+    return held is not None and weight.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
 
 
 def _add_biases(change: Change, shifts: Sequence[Tensor]) -> None:
-    bias = change.module._parameters.get("bias")
+    bias = own(change.module, "bias")
     if bias is None or not (shifts or change.biases):
         return
     work = torch.promote_types(bias.dtype, torch.float32)
@@ -172,8 +173,8 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
     """The merged canonical weight and bias in float32, by each method's own rule; the module is not changed."""
     assert change.kind is not None or not change.parts
     module, kind = change.module, change.kind
-    own = module._parameters.get("bias")
-    bias = None if own is None else own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True)
+    base = own(module, "bias")
+    bias = None if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32), copy=True)
     weight = torch.zeros(0)
     if kind is not None:
         weight = kind.read(module)
@@ -189,8 +190,8 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
             weight, bias = method.merge(part.layer, weight, bias, where=repr(change.path))
     for trained, scale in change.biases:
         assert bias is not None
-        assert own is not None
-        bias = bias + trained.shift(own).to(bias.dtype) * scale
+        assert base is not None
+        bias = bias + trained.shift(base).to(bias.dtype) * scale
     return weight, bias
 
 

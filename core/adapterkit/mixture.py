@@ -237,8 +237,8 @@ def _biases(records: Sequence[AdapterRecord], weights: Sequence[float], heads: C
 
 
 def _shift(record: AdapterRecord, path: str) -> Tensor:
-    base = record.hosts[path]._parameters["bias"]
-    assert base is not None
+    base = record.hosts[path].bias
+    assert isinstance(base, Tensor)
     layer = record.biases[path]
     if layer.base is None and base.is_meta:
         raise StateError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,10 @@ class LayerKind(ABC):
         lookup: the input is row numbers, which stand for one-hot vectors (embeddings).
         all_linear: whether `target_modules="all-linear"` takes layers of this kind.
         sample_dims: dimensions of one sample's smallest input, without the batch's.
+        vouches: a merge may trust `read` and `write` for every module that `of` takes. Without it a merge proves first
+            that the module computes `apply_weight(x, read(module), module.bias)` from a weight and a bias that are its
+            own plain parameters or buffers, and is refused where it does not: for weights that are computed, and for
+            classes with a `forward` of their own that does something else. A kind for such layers says `True`.
         out_features, in_features: sizes of the canonical weight.
     """
 
@@ -36,6 +41,7 @@ class LayerKind(ABC):
     lookup: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
     sample_dims: ClassVar[int] = 1
+    vouches: ClassVar[bool] = False
 
     out_features: int
     in_features: int
@@ -63,6 +69,10 @@ class LayerKind(ABC):
     def ungrouped_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Shapes of the up and the down factor in that form; `None` if the layer has no groups."""
         return None
+
+    def held(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the module's own parameters and buffers that `write` writes to."""
+        return ("weight",)
 
     def read(self, module: nn.Module) -> Tensor:
         """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
@@ -123,6 +133,13 @@ class LayerKind(ABC):
     def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """Whether `forward`, the module's, computes `apply_weight(x, read(module), module.bias)` as things are now."""
         return False
+
+    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """Whether `forward`, a function of a class, computes `apply_weight(x, read(module), module.bias)`, as is known.
+
+        Where it is not, a merge runs it to prove that, which costs a product with a second weight of that size.
+        """
+        return self.is_plain_forward(MethodType(forward, module), module)
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,10 @@ class Embedding(LayerKind):
         """See `LayerKind.apply_weight`."""
         rows = self._rows(x, weight)
         return self._scaled(rows if bias is None else rows + bias)
+
+    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """See `LayerKind.computes_plainly`."""
+        return forward is nn.Embedding.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`: reading rows is none."""

@@ -47,6 +47,10 @@ class TransposedLinear(LayerKind):
         in_features, out_features = module.weight.shape
         return cls(out_features, in_features)
 
+    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """See `LayerKind.computes_plainly`."""
+        return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
+
     def read(self, module: nn.Module) -> Tensor:
         """See `LayerKind.read`: a transposed view."""
         return self._weight(module).t()

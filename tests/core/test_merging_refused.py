@@ -1,0 +1,327 @@
+"""What a merge meets that is no plain weight: done right, or refused with the reason before anything is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.combining import nothing_changes
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+
+import adapterkit as ak
+from adapterkit.registry import default_registry
+from adapterkit_lora import LoraConfig
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+Make = Callable[[nn.Linear], nn.Module | None]
+
+
+class Equalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.in_features**-0.5, self.bias)
+
+
+class Masked(nn.Linear):
+    """One entry is masked, and zero in the weight too: only other values show it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        mask = torch.ones(8, 8)
+        mask[2, 3] = 0
+        self.register_buffer("mask", mask)
+        with torch.no_grad():
+            self.weight.mul_(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Counting(nn.Linear):
+    """Its own forward computes the plain product."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return x @ self.weight.T + self.bias
+
+
+def as_buffer(name: str) -> Make:
+    def make(layer: nn.Linear) -> None:
+        value = getattr(layer, name).detach()
+        delattr(layer, name)
+        layer.register_buffer(name, value)
+
+    return make
+
+
+def hooked(layer: nn.Linear) -> None:
+    raw = layer.weight.detach().clone()
+
+    def hook(module: nn.Module, args: object) -> None:
+        module.weight.data.copy_(raw)
+
+    layer.register_forward_pre_hook(hook)
+
+
+def doubled(layer: nn.Linear) -> None:
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) * 2  # type: ignore[method-assign]
+
+
+def hooked_by_accelerate(layer: nn.Linear) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+def falcon(_: nn.Linear) -> nn.Module:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    return FalconLinear(8, 8)
+
+
+def mapped(layer: nn.Linear) -> None:
+    np.save("weight.npy", layer.weight.detach().numpy())
+    with warnings.catch_warnings(action="ignore"):  # torch says once in each process that it is not writable
+        weight = torch.from_numpy(np.load("weight.npy", mmap_mode="r"))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def inference(layer: nn.Linear) -> None:
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+
+
+def old_norm(layer: nn.Linear) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old_weight_norm(layer)
+
+
+REFUSED: dict[str, tuple[Make, type[ak.AdapterError], str]] = {
+    "weight norm": (parametrizations.weight_norm, ak.UnsupportedError, "weight is computed .* by a parametrization"),
+    "spectral norm": (parametrizations.spectral_norm, ak.UnsupportedError, "by a parametrization"),
+    "orthogonal": (parametrizations.orthogonal, ak.UnsupportedError, "by a parametrization"),
+    "old weight norm": (old_norm, ak.UnsupportedError, "computed in each forward, by its hook WeightNorm"),
+    "old spectral norm": (old_spectral_norm, ak.UnsupportedError, "by its hook SpectralNorm"),
+    "pruned": (lambda m: prune.l1_unstructured(m, "weight", 0.5), ak.UnsupportedError, "by its hook L1Unstructured"),
+    "hook": (hooked, ak.UnsupportedError, "its forward pre-hook .* may set the weight anew"),
+    "forward on the instance": (doubled, ak.UnsupportedError, "its forward was replaced on the instance"),
+    "equalised": (lambda _: Equalised(8, 8), ak.UnsupportedError, r"Equalised\.forward computes something else"),
+    "masked": (lambda _: Masked(), ak.UnsupportedError, r"Masked\.forward computes something else"),
+    "read-only": (mapped, ak.StateError, r"'fc\.weight' is in read-only memory"),
+    "inference tensor": (inference, ak.StateError, r"'fc\.weight' was made under torch\.inference_mode"),
+}
+
+
+def network(make: Make) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(8, 8))
+    model.add_module("fc", nn.Linear(8, 8))
+    other = make(model.fc)
+    if isinstance(other, nn.Module):
+        model.fc = other
+    return model.eval()
+
+
+def adapted(model: nn.Module, **fields: Any) -> ak.Adapters:
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["first", "fc"], r=2, init_lora_weights=False, **fields))
+    return adapters
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> Tensor:
+    return model(X)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("keep_base", [True, False], ids=["base kept", "base not kept"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weight_that_is_not_plain_is_refused_before_anything_is_written(case: str, keep_base: bool) -> None:
+    make, error, message = REFUSED[case]
+    adapters = adapted(network(make))
+    expected = output(adapters.model)
+    with nothing_changes(adapters):
+        with pytest.raises(error, match=message):
+            adapters.merge("a", keep_base=keep_base)
+        with pytest.raises(error, match=message):
+            adapters.merge_and_detach("a")
+    assert torch.equal(output(adapters.model), expected)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def halved(layer: nn.Linear) -> None:
+    parametrize.register_parametrization(layer, "weight", Half())
+
+
+def test_a_parametrization_that_was_put_on_after_the_adapter_is_seen_too() -> None:
+    adapters = adapted(network(lambda _: None))
+    halved(adapters.model.fc)
+    expected = output(adapters.model)
+    with pytest.raises(ak.UnsupportedError, match="by a parametrization"):
+        adapters.merge("a")
+    parametrize.remove_parametrizations(adapters.model.fc, "weight")
+    adapters.merge("a")
+    torch.testing.assert_close(output(adapters.model), expected)
+
+
+def test_what_the_message_says_of_parametrizations_works() -> None:
+    model = network(halved)
+    adapters = adapted(model)
+    expected = output(model)
+    adapters.save("a", "saved")
+    adapters.detach()
+    parametrize.remove_parametrizations(model.fc, "weight")
+    adapters = ak.attach(model)
+    adapters.load("saved", "a")
+    adapters.merge("a")
+    torch.testing.assert_close(output(model), expected)
+
+
+RIGHT: dict[str, Make] = {
+    "the weight is a buffer": as_buffer("weight"),
+    "the bias is a buffer": as_buffer("bias"),
+    "an own forward that is plain": lambda _: Counting(),
+    "Falcon's": falcon,
+    "accelerate's hook": hooked_by_accelerate,
+    "a method of the class on the instance": lambda m: setattr(m, "forward", m.forward),
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("case", RIGHT)
+def test_a_layer_that_computes_plainly_with_its_own_weight_is_merged(case: str, fields: dict[str, Any]) -> None:
+    model = network(RIGHT[case])
+    before, base = {k: v.clone() for k, v in model.state_dict().items()}, output(model)
+    adapters = adapted(model, **fields)
+    for parameter in adapters.parameters("a"):
+        nn.init.normal_(parameter, std=0.3)
+    expected = output(model)
+    count = model.state_dict().get("fc.count", torch.zeros(())).clone()
+    adapters.merge("a")
+    assert torch.equal(model.state_dict().get("fc.count", torch.zeros(())), count)
+    torch.testing.assert_close(output(model), expected)
+    adapters.unmerge()
+    assert torch.equal(output(model), expected)
+    assert torch.equal(adapters.detach()(X), base)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "fc.count")
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_bias_that_is_computed_is_refused_where_a_merge_would_change_it(name: str) -> None:
+    model = network(lambda _: None)
+    adapters = adapted(model, lora_bias=True)
+    prune.l1_unstructured(model.fc, name, 0.5)
+    with pytest.raises(ak.UnsupportedError, match=f"its {name} is none of its parameters and buffers"):
+        adapters.merge("a")
+
+
+@dataclass(frozen=True)
+class EqualisedKind(ak.LayerKind):
+    """It scales as the layer does, so it need not vouch: that is proven."""
+
+    name = "Equalised"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        return cls(8, 8) if isinstance(module, Equalised) else None
+
+    def read(self, module: nn.Module) -> Tensor:
+        return self._weight(module) * self.in_features**-0.5
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        self._weight(module).copy_(weight / self.in_features**-0.5)
+
+
+class TrustedKind(EqualisedKind):
+    """Vouches for what no run of a copy can show."""
+
+    vouches = True
+
+
+@pytest.fixture
+def extend() -> Iterator[Callable[[type[ak.LayerKind]], None]]:
+    class Extension:
+        kinds: ClassVar[list[type[ak.LayerKind]]] = []
+
+        @ak.hookimpl
+        def layer_kinds(self) -> Any:
+            return self.kinds
+
+    extension = Extension()
+
+    def add(kind: type[ak.LayerKind]) -> None:
+        extension.kinds = [kind]
+        default_registry.extend(extension)
+
+    yield add
+    default_registry.retract(extension)
+
+
+@pytest.mark.parametrize("kind", [EqualisedKind, TrustedKind])
+def test_a_layer_kind_may_know_or_vouch_for_a_class(kind: type[ak.LayerKind], extend: Any) -> None:
+    extend(kind)
+    model = network(lambda _: Equalised(8, 8))
+    if kind is TrustedKind:
+        model.fc.register_forward_pre_hook(lambda *_: None)
+    adapters = adapted(model)
+    before, expected = model.fc.weight.clone(), output(model)
+    adapters.merge("a")
+    torch.testing.assert_close(output(model), expected)
+    adapters.unmerge()
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_a_sharded_weight_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        adapters = adapted(network(lambda _: None))
+        fully_shard(adapters.model.fc, mesh=init_device_mesh("cpu", (1,)))
+        for keep_base in (True, False):
+            before = adapters.model.first.weight.clone()
+            with pytest.raises(ak.UnsupportedError, match=r"'fc': its weight is a DTensor"):
+                adapters.merge("a", keep_base=keep_base)
+            assert torch.equal(adapters.model.first.weight, before)
+            assert adapters.active == ("a",)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_layer_that_quantises_in_its_forward_is_refused_and_not_compiled_for_that() -> None:
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    adapters = adapted(network(lambda _: AutoBitLinear(8, 8, bias=True, online_quant=True)))
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    with pytest.raises(ak.UnsupportedError, match=r"AutoBitLinear\.forward computes something else"):
+        adapters.merge("a")
+    assert torch._dynamo.utils.counters["frames"]["total"] == before
+
+
+def test_nothing_is_extracted_from_weights_that_the_layer_does_not_compute_with() -> None:
+    base, tuned = (network(lambda _: Masked()) for _ in range(2))
+    with pytest.raises(ak.UnsupportedError, match=r"Masked\.forward computes something else"):
+        ak.extract(base, tuned, rank=2, target_modules=["fc"], modules_to_save=None)
