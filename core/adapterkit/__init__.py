@@ -30,6 +30,7 @@ from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer, Holder
 from adapterkit.matching import PatternTable
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
+from adapterkit.readers import declare_reader, effective_weight
 from adapterkit.registry import Registry, default_registry
 from adapterkit.reports import AddReport, CombineReport, LoadReport, Status, SwapReport
 from adapterkit.selection import Selection, select
@@ -133,8 +134,10 @@ __all__ = [
     "combine_files",
     "config",
     "convert_file",
+    "declare_reader",
     "describe_methods",
     "diff_adapters",
+    "effective_weight",
     "extract",
     "extract_files",
     "features",

@@ -8,10 +8,11 @@ because a class-level `forward` would be passed over in silence.
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.jit import ScriptModule
@@ -20,8 +21,25 @@ from adapterkit.dispatch import ACTIVE, Active, run
 from adapterkit.errors import StateError
 from adapterkit.keys import CONTAINERS
 from adapterkit.layer import Holder
+from adapterkit.readers import READS, Path, effective, reads, running
 
-_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+class Roles(NamedTuple):
+    """What the class of a module does beside the class that the module had.
+
+    Attributes:
+        runs: its forward runs adapters.
+        read: its `weight` and `bias` are, for a reader, those with the adapters at work.
+        reads: it is a reader.
+    """
+
+    runs: bool = False
+    read: bool = False
+    reads: bool = False
+
+
+RUNS = Roles(runs=True)
+_classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
 
 
 class Slots(Holder):
@@ -79,10 +97,18 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_adapted_from", type(module))
 
 
-def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
-    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it."""
+def install(
+    module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active, *, read: bool = False
+) -> None:
+    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it.
+
+    Args:
+        read: a declared reader reads the module's weight.
+    """
     if not is_adapted(module):
         _adapt(module, active)
+    if read:
+        _become(module, read=True)
     slots = module._modules.get(container)
     if slots is None:
         slots = module._modules[container] = Slots()
@@ -133,6 +159,21 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     return found
 
 
+def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
+    """Make `reader` a reader of what adapter `name` has at these paths below it."""
+    reader.__dict__.setdefault(READS, {})[name] = paths
+    _become(reader, reads=True)
+
+
+def stop_reading(reader: nn.Module, name: str) -> None:
+    """Undo `let_read`."""
+    held = reader.__dict__.get(READS, {})
+    held.pop(name, None)
+    if not held:
+        reader.__dict__.pop(READS, None)
+        _become(reader, reads=False)
+
+
 def check_free(module: nn.Module, path: str, active: Active) -> None:
     """Raise `StateError` if `module` cannot be adapted by the holder of `active`."""
     owner = module.__dict__.get(ACTIVE)
@@ -170,6 +211,8 @@ def _has(module: nn.Module, name: str) -> bool:
 def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
     for module in list(root.modules()):
+        if module.__dict__.pop(READS, None) is not None:
+            _become(module, reads=False)
         if is_adapted(module):
             for container in CONTAINERS:
                 module._modules.pop(container, None)
@@ -183,7 +226,11 @@ class _WrappedForward:
         self.module, self.original = module, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self.module, self.original, args, kwargs)
+        running.stack.append((self.module, ()))
+        try:
+            return run(self.module, self.original, args, kwargs)
+        finally:
+            running.stack.pop()
 
 
 def _adapt(module: nn.Module, active: Active) -> None:
@@ -193,26 +240,37 @@ def _adapt(module: nn.Module, active: Active) -> None:
         name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
         module.__dict__[name] = _WrappedForward(module, module.__dict__[name])
     else:
-        module.__class__ = adapted_class(type(module))
+        _become(module, runs=True)
 
 
 def _release(module: nn.Module) -> None:
     del module.__dict__[ACTIVE]
-    adapted, original = type(module), original_class(module)
-    if "_adapted_from" in adapted.__dict__:  # else someone made a class of our class since: leave it be
-        module.__class__ = original
     for name in ("forward", "_old_forward"):
         value = module.__dict__.get(name)
         if isinstance(value, _WrappedForward):
             module.__dict__[name] = value.original
-        elif isinstance(value, types.MethodType) and value.__func__ is adapted.__dict__.get("forward"):
+    _become(module, runs=False, read=False)
+
+
+def _become(module: nn.Module, **roles: bool) -> None:
+    """Give the module the class with these roles beside those that it has."""
+    now = type(module)
+    # Someone may have made a class of ours since: that stays, and gets a class of its own.
+    base, known = (now.__dict__.get(name, other) for name, other in (("_adapted_from", now), ("_roles", Roles())))
+    wanted = known._replace(**roles)
+    if wanted == known:
+        return
+    module.__class__ = new = adapted_class(base, wanted) if any(wanted) else base
+    for name in ("forward", "_old_forward"):
+        value = module.__dict__.get(name)
+        if isinstance(value, types.MethodType) and value.__func__ is now.__dict__.get("forward"):
             # A hook that was put on after the adapters, and so had kept our forward.
-            module.__dict__[name] = types.MethodType(original.forward, module)
+            module.__dict__[name] = types.MethodType(new.forward, module)
 
 
-def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `cls` whose `forward` runs adapters; made once per class, with the same name."""
-    found = _classes.get(cls)
+def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
+    """The subclass of `cls` with these roles; made once, with the same name."""
+    found = _classes.get((cls, roles))
     if found is not None:
         return found
 
@@ -223,16 +281,35 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         # The subclass has no name to be found under, so copies and pickles make it again.
         reduced = super(adapted, self).__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        return _new, (cls,), *reduced[2:]
+        return _new, (cls, roles), *reduced[2:]
 
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_adapted_from": cls}
-    adapted: type[nn.Module] = type(
-        cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    )
-    _classes[cls] = adapted
+    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": roles}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if roles.runs:
+        body["forward"] = forward
+    if roles.read or roles.reads:
+        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward)))
+        body["__call__"] = _entering(cls.__call__)
+    if roles.read:
+        body |= {name: effective(cls, name) for name in ("weight", "bias")}
+    adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
+    _classes[cls, roles] = adapted
     return adapted
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
-    adapted = adapted_class(cls)
+def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, a method, which lets a reader read while it runs, and a layer that is read find its own parameters."""
+
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running.stack.append((self, reads(self)))
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running.stack.pop()
+
+    return enter
+
+
+def _new(cls: type[nn.Module], roles: Roles) -> nn.Module:
+    adapted = adapted_class(cls, roles)
     return adapted.__new__(adapted)

@@ -18,6 +18,7 @@ from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Injector, Method
 from adapterkit.offload import execution_device, real_value
+from adapterkit.readers import readers_of
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.selection import Match, Selection
@@ -67,6 +68,7 @@ class Builder:
         for path in self.selection.heads:
             self.add_head(record, path, active)
         notes = self._add_biases(record, active)
+        record.readers = readers_of(self.walk, record.hosts.values())
         return record, notes
 
     def _make_layers(self, record: AdapterRecord, active: Active) -> None:
@@ -87,6 +89,7 @@ class Builder:
             self._check_kept("inject", (name for name, _ in layer.named_parameters()))
         if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
             self._check_names(target, layer)  # a module without parameters is called as it likes
+        layer.__dict__["method"] = self.method.name
         return layer
 
     def _check_names(self, target: Target, layer: AdapterLayer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit import offload
+from adapterkit import offload, readers
 from adapterkit.errors import SelectionError, StateError
 from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
@@ -139,6 +139,10 @@ class Plan:
             with offload.fetched(*self.layers, *self.biases):
                 return self._changed(base, args[0])
         return self._changed(base, args[0])
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The module's weight or bias with all that acts at work, for who reads it; see `readers`."""
+        return readers.changed(self, name)
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""

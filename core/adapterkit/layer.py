@@ -61,6 +61,8 @@ class AdapterLayer(Holder):
     joined_from: ClassVar[int] = 0
 
     kind: LayerKind
+    # The name of the method that made it; set by the core.
+    method: str = ""
 
     def __init__(self, kind: LayerKind, **values: Any) -> None:
         super().__init__()

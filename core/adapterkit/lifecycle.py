@@ -100,7 +100,7 @@ class Lifecycle(PerSample):
         self._check_new_name(target)
         self._check_present("copy", source)
         # The modules they are on are the model's and stay; the rest is the adapter's own.
-        memo = {id(module): module for module in record.hosts.values()}
+        memo = {id(module): module for module in (*record.hosts.values(), *record.readers)}
         duplicate = copy.deepcopy(record, memo)
         duplicate.name = target
         duplicate.set_trainable(False)

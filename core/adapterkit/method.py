@@ -30,11 +30,14 @@ class Method:
     Attributes:
         name: the method's name, such as `"lora"`.
         provider: who provides it, for messages: the distribution and version, or the module.
+        plain: the functions that implement its hooks, by hook, for a compiler: it cannot trace pluggy's calls.
     """
 
     def __init__(self, name: str, plugin: object, provider: str, manager: pluggy.PluginManager) -> None:
         self.name, self.plugin, self.provider = name, plugin, provider
         self._manager = manager
+        callers = manager.get_hookcallers(plugin) or []
+        self.plain = {c.name: _plain(i) for c in callers for i in c.get_hookimpls() if i.plugin is plugin}
 
     def __repr__(self) -> str:
         return f"<method {self.name!r} from {self.provider}>"
@@ -180,3 +183,8 @@ class Method:
 
     def _fault(self, hook: str, what: str) -> PluginError:
         return PluginError(f"The method {self.name!r} ({self.provider}): its hook {hook} {what}.")
+
+
+def _plain(implementation: pluggy.HookImpl) -> Callable[..., Any]:
+    function, names = implementation.function, implementation.argnames
+    return lambda **given: function(**{name: given[name] for name in names})

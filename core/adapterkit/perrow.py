@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit import offload
+from adapterkit import offload, readers
 from adapterkit.batch import Batch
 from adapterkit.biases import BiasLayer
 from adapterkit.dispatch import Inner, Plan, State, by_keyword, parts_of, run, summable
@@ -114,6 +114,17 @@ class RowPlan(Plan):
             return act(inner, args[0])
         with offload.fetched(*self.parts.values(), *self.shifts.values()):
             return act(inner, args[0])
+
+    def parameter(self, name: str) -> Tensor | None:
+        """See `Plan.parameter`; there is no one weight for all rows."""
+        if self.default is not None or self.heads or self.parts or self.shifts:
+            raise UnsupportedError(
+                f"The model reads the {name} of a {type(self.module).__name__} instead of calling it, and per_sample "
+                "has adapters there that differ from row to row. Leave this layer out of the adapters "
+                "(exclude_modules, modules_to_save), or run the rows of one adapter at a time."
+            )
+        own: Tensor | None = readers.own(self.module, name)
+        return own
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows, (x, *others) = self.state.rows, args

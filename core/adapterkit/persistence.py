@@ -25,6 +25,7 @@ from adapterkit.labels import LabelSet
 from adapterkit.loading import equals_base, fit, put, refuse, to_file
 from adapterkit.matching import Names
 from adapterkit.method import Method
+from adapterkit.readers import readers_of
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
@@ -170,6 +171,7 @@ def load_record(
     embeddings = _embeddings_in_file(model, walk, record, tensors)
     for path in embeddings:
         builder.add_head(record, path, active)
+    record.readers = readers_of(walk, record.hosts.values())
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
     optional = {f"{path}.bias" for path in embeddings}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from adapterkit.adapted import install, uninstall
+from adapterkit.adapted import install, let_read, stop_reading, uninstall
 from adapterkit.biases import BiasLayer
 from adapterkit.config import AdapterConfig
 from adapterkit.dispatch import Active
@@ -16,6 +16,7 @@ from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
+from adapterkit.readers import Path, below
 from adapterkit.reports import AdapterStatus
 from adapterkit.shared import SharedView
 from adapterkit.walk import modules_below
@@ -28,6 +29,7 @@ class AdapterRecord:
     Attributes:
         hosts: the adapted modules of the model, by path.
         aliases: for hosts that several paths lead to, the others, by path.
+        readers: modules of the model that read the weights of hosts, and where below them those are.
         labels: the label set of its heads, or `None` if it has none of its own.
     """
 
@@ -38,6 +40,7 @@ class AdapterRecord:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     heads: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, BiasLayer] = field(default_factory=dict)
+    readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: SharedView | None = None
     labels: LabelSet | None = None
     trainable: bool = False
@@ -103,13 +106,19 @@ class AdapterRecord:
 
     def install(self, active: Active) -> None:
         """Register every part at its host."""
+        for reader, paths in self.readers.items():
+            let_read(reader, self.name, paths)
+        read = {below(reader, path) for reader, paths in self.readers.items() for path in paths}
         for container, path, module in self.parts():
-            install(self.hosts[path], path, container, self.name, module, active)
+            host = self.hosts[path]
+            install(host, path, container, self.name, module, active, read=host in read)
 
     def uninstall(self) -> None:
         """Take every part away from its host."""
         for container, path, _ in self.parts():
             uninstall(self.hosts[path], container, self.name)
+        for reader in self.readers:
+            stop_reading(reader, self.name)
 
 
 def acting_heads(records: Sequence[AdapterRecord], chosen: str | None) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from adapterkit import defaults
 from adapterkit.adapted import Slots
 
 
@@ -75,18 +74,29 @@ class Uncalled:
     """Layers whose `forward` is never called, so that an adapter there would be ignored."""
 
     def __init__(self, walk: Walk) -> None:
-        self._attention = {m.out_proj for m in walk.aliases if isinstance(m, nn.MultiheadAttention)}
-        if isinstance(walk.model, nn.MultiheadAttention):
-            self._attention.add(walk.model.out_proj)
-        model_type = getattr(getattr(walk.model, "config", None), "model_type", None)
-        self._fused = model_type if str(model_type) in defaults.FUSED_MODEL_TYPES else None
+        self._unused: dict[nn.Module, str] = {}
+        for module in (walk.model, *walk.aliases):
+            if hasattr(type(module), "base_model_prefix") and isinstance(module._modules.get("shared"), nn.Embedding):
+                self._unused |= _unused_table(walk, module)
 
     def reason(self, path: str, module: nn.Module) -> str | None:
         """Why an adapter at `module` would not act, or `None` if it would."""
-        if module in self._attention:
-            return "torch's MultiheadAttention reads its weight and never calls it"
-        if self._fused and path.rpartition(".")[2] in defaults.FUSED_LAYERS:
-            return f"fused kernels of {self._fused} models read its weight and never call it"
+        if module in self._unused:
+            return self._unused[module]
         if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
             return f"a {type(module).__name__} is a container that is never called itself"
         return None
+
+
+def _unused_table(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
+    """The table called `shared` of a transformers encoder-decoder, if its stacks have, and call, tables of their own.
+
+    transformers 4 made it the stacks' own table; since 5 it only gives its parameter to theirs.
+    """
+    table = model._modules["shared"]
+    tables = [stack._modules.get("embed_tokens") for stack in model._modules.values() if stack is not None]
+    called = [t for t in tables if isinstance(t, nn.Embedding)]
+    if table is None or not called or any(t is table for t in called):
+        return {}
+    paths = " and ".join(repr(walk.aliases[t][0]) for t in called)
+    return {table: f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"}

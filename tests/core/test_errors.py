@@ -295,14 +295,6 @@ class TwoOutputs(nn.Linear):
         return super().forward(x), None
 
 
-class Uncalled(nn.Module):
-    """A linear layer inside attention, whose `forward` is never called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2)
-
-
 def with_layer(layer: nn.Module) -> nn.Module:
     model = nn.Module()
     model.fc, model.odd = nn.Linear(4, 4), layer
@@ -336,12 +328,6 @@ def of_another_model() -> nn.Module:
 def typed(model_type: str) -> nn.Module:
     model = with_layer(nn.Linear(4, 4))
     model.config = type("Config", (), {"model_type": model_type})()
-    return model
-
-
-def mamba() -> nn.Module:
-    model = nn.Module()
-    model.out_proj, model.config = nn.Linear(4, 4), type("Config", (), {"model_type": "mamba"})()
     return model
 
 
@@ -563,28 +549,20 @@ ODD_MODELS = {
         case(add(target_modules=["odd"]), ak.SelectionError, "Its weight is complex (torch.complex64)."),
     ),
     "a layer that is never called": (
-        Uncalled,
+        lambda: build("t5"),
         case(
-            add(target_modules=["out_proj"]),
+            add(target_modules=["shared"]),
             ak.SelectionError,
-            "'attention.out_proj', taken by target_modules 'out_proj', cannot be adapted: torch's MultiheadAttention "
-            "reads its weight and never calls it. Leave it out.",
+            "'shared', taken by target_modules 'shared', cannot be adapted: the model neither calls nor reads it; it "
+            "calls 'encoder.embed_tokens' and 'decoder.embed_tokens', which may be tied to it. Leave it out.",
         ),
     ),
     "a head that is never called": (
-        lambda: nn.ModuleDict({"fc": nn.Linear(4, 4), "mha": nn.MultiheadAttention(4, 2)}),
+        lambda: build("t5"),
         case(
-            add(target_modules=["fc"], modules_to_save=["out_proj"]),
+            add(target_modules=["q"], modules_to_save=["shared"]),
             ak.SelectionError,
-            "modules_to_save 'out_proj' cannot be trained as a copy: torch's MultiheadAttention reads",
-        ),
-    ),
-    "fused": (
-        mamba,
-        case(
-            add(target_modules=["out_proj"]),
-            ak.SelectionError,
-            "fused kernels of mamba models read its weight and never",
+            "modules_to_save 'shared' cannot be trained as a copy: the model neither calls nor reads it; it calls",
         ),
     ),
     "a model type without a default": (

@@ -493,18 +493,19 @@ def test_adapters_act_where_torchs_encoder_has_a_fast_path(
     assert torch.equal(forward(False), base)
 
 
-@pytest.mark.parametrize("targets", [["out_proj"], r".*out_proj"])
-def test_the_output_projection_of_torchs_attention_is_refused(targets: list[str] | str) -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(ak.SelectionError, match=r"'self_attn\.out_proj'.*MultiheadAttention reads its weight"):
-        ak.attach(model).add("a", LoraConfig(target_modules=targets))
-
-
-def test_all_linear_leaves_out_the_output_projection_of_torchs_attention_and_says_so() -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    selection = ak.select(model, LoraConfig(target_modules="all-linear"))
-    assert selection.paths == ("linear1", "linear2")
-    assert [path for path, _ in selection.skipped] == ["self_attn.out_proj"]
+@pytest.mark.parametrize("grad", [True, False])
+def test_output_projection_of_torchs_attention_acts_in_an_encoder(trained: Trained, grad: bool) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    adapters = trained(model, "a", target_modules="all-linear")
+    assert adapters.status().rows[0].targets == 3
+    base = model(x)
+    adapters.activate("a", trainable=False)
+    with torch.set_grad_enabled(grad):
+        adapted = model(x)
+    assert different(adapted, base)
+    adapters.merge("a")
+    torch.testing.assert_close(model(x), adapted, atol=2e-6, rtol=1e-5)
 
 
 # Trainers and shards

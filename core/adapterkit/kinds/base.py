@@ -76,11 +76,20 @@ class LayerKind(ABC):
 
     def read(self, module: nn.Module) -> Tensor:
         """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
-        return self._weight(module)
+        return self.canonical(self._weight(module))
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Set the layer's weight from a canonical `(out, in)` tensor, cast to the layer's dtype, in place."""
-        self._weight(module).copy_(weight)
+        own = self._weight(module)
+        own.copy_(self.laid_out(weight, own))
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """A weight in the layer's own layout as `(out, in)`, with gradients."""
+        return weight
+
+    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
+        """The reverse of `canonical`: a weight `(out, in)` in the layout of the layer's `own`, with gradients."""
+        return weight
 
     @staticmethod
     def _weight(module: nn.Module) -> Tensor:

@@ -65,14 +65,13 @@ class Conv(LayerKind):
         """See `LayerKind.down_shape`: the layer's kernel."""
         return (rank, self.in_features // math.prod(self.kernel), *self.kernel)
 
-    def read(self, module: nn.Module) -> Tensor:
-        """See `LayerKind.read`: a view, but a copy of a channels-last weight."""
-        return self._weight(module).flatten(1)
+    def canonical(self, weight: Tensor) -> Tensor:
+        """See `LayerKind.canonical`: a view, but a copy of a channels-last weight."""
+        return weight.flatten(1)
 
-    def write(self, module: nn.Module, weight: Tensor) -> None:
-        """See `LayerKind.write`."""
-        own = self._weight(module)
-        own.copy_(weight.reshape(own.shape))
+    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
+        """See `LayerKind.laid_out`."""
+        return weight.reshape(own.shape)
 
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.project`: `r` channels for each group, or `r` in all from a factor that is ungrouped."""

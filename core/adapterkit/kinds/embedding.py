@@ -45,13 +45,13 @@ class Embedding(LayerKind):
             scale=_embed_scale(module),
         )
 
-    def read(self, module: nn.Module) -> Tensor:
-        """See `LayerKind.read`: a transposed view."""
-        return self._weight(module).t()
+    def canonical(self, weight: Tensor) -> Tensor:
+        """See `LayerKind.canonical`: a transposed view."""
+        return weight.t()
 
-    def write(self, module: nn.Module, weight: Tensor) -> None:
-        """See `LayerKind.write`."""
-        self._weight(module).copy_(weight.t())
+    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
+        """See `LayerKind.laid_out`."""
+        return weight.t()
 
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.project`. Dropping an entry of a one-hot input drops its whole row."""

@@ -51,10 +51,10 @@ class TransposedLinear(LayerKind):
         """See `LayerKind.computes_plainly`."""
         return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
 
-    def read(self, module: nn.Module) -> Tensor:
-        """See `LayerKind.read`: a transposed view."""
-        return self._weight(module).t()
+    def canonical(self, weight: Tensor) -> Tensor:
+        """See `LayerKind.canonical`: a transposed view."""
+        return weight.t()
 
-    def write(self, module: nn.Module, weight: Tensor) -> None:
-        """See `LayerKind.write`."""
-        self._weight(module).copy_(weight.t())
+    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
+        """See `LayerKind.laid_out`."""
+        return weight.t()

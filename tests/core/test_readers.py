@@ -1,0 +1,791 @@
+"""Declared readers: modules that read the weights of layers below them instead of calling them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
+from tests.models import build, inputs, run
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import adapterkit as ak
+from adapterkit import defaults, readers
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+Trained = Callable[..., ak.Adapters]
+CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+
+class Reader(nn.Module):
+    """Calls `called` and `table`, and reads `read`, `conv` and, once more, `table`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.called = nn.Linear(6, 6)
+        self.read = nn.Linear(6, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+        self.inner: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(rows, places)` to `(rows, places, 7)`."""
+        h = self.called(self.table(x))
+        h = torch.tanh(F.linear(h, self.read.weight, self.read.bias))
+        h = F.conv1d(h.transpose(1, 2), self.conv.weight, self.conv.bias, padding=1, groups=2).transpose(1, 2)
+        if self.inner is not None:
+            h = self.inner(h)
+        return F.linear(h, self.table.weight)
+
+
+class Outer(nn.Module):
+    """A reader of its own layer, above a reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = Reader()
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(rows, places, 3)`."""
+        return F.linear(self.reader(x), self.out.weight, self.out.bias)
+
+
+X = torch.tensor([[0, 3, 5, 2], [1, 1, 6, 4]])
+TARGETS = ("table", "called", "read", "conv", "out")
+
+
+@pytest.fixture(autouse=True)
+def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_declared", {})
+    ak.declare_reader(Reader, "read", "conv", "table")
+    ak.declare_reader(Outer, "out")
+
+
+@pytest.fixture
+def net() -> Outer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Outer().eval()
+
+
+def without_gradient(model: nn.Module, adapters: ak.Adapters, name: str, out: Tensor) -> list[str]:
+    model.zero_grad()
+    out.float().square().sum().backward()
+    return [n for n, p in adapters.named_parameters(name) if p.grad is None or not p.grad.any()]
+
+
+# What is read is what acts
+
+CONFIGS: dict[str, ak.AdapterConfig] = {
+    "lora": LoraConfig(r=2, target_modules=TARGETS),
+    "lora with a bias": LoraConfig(r=2, target_modules=TARGETS[1:], lora_bias=True),
+    "trained biases": LoraConfig(r=2, target_modules=TARGETS, bias="all"),
+    "loha": LoHaConfig(r=2, target_modules=TARGETS),
+    "vera": VeraConfig(r=4, target_modules=["called", "read", "out"]),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_adapted_equals_merged_and_every_parameter_has_a_gradient(net: Outer, config: ak.AdapterConfig) -> None:
+    base = net(X).detach()
+    adapters = ak.attach(net)
+    adapters.add("a", config)
+    set_parameters(adapters, "a")
+    adapted = net(X)
+    assert different(adapted, base)
+    assert not without_gradient(net, adapters, "a", adapted)
+    adapters.merge("a")
+    torch.testing.assert_close(net(X), adapted, **CLOSE)
+    adapters.unmerge()
+    torch.testing.assert_close(net(X), adapted, **CLOSE)
+
+
+def test_several_adapters_act_together_where_they_are_read(net: Outer, trained: Trained) -> None:
+    adapters = trained(net, "a", "b", target_modules=TARGETS)
+    adapters.activate("a", "b")
+    adapted = net(X)
+    adapters.merge("a", "b")
+    torch.testing.assert_close(net(X), adapted, **CLOSE)
+
+
+@dataclass(frozen=True)
+class ScaleConfig(ak.AdapterConfig):
+    """The config of a method that is no sum."""
+
+    method = "scale"
+
+
+class ScaleLayer(ak.AdapterLayer):
+    """`s * base(x)`, bias included, or another function of the weight without gradients."""
+
+    def __init__(self, target: ak.Target) -> None:
+        super().__init__(target.kind)
+        self.scale_s = target.empty(target.out_features)
+        if not target.load:
+            nn.init.constant_(self.scale_s, 1.5)
+
+    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output, scaled."""
+        return base(x) * self.scale_s
+
+
+class Scale:
+    """The plugin."""
+
+    @ak.hookimpl
+    def config_type(self) -> type[ak.AdapterConfig]:
+        """See the spec."""
+        return ScaleConfig
+
+    @ak.hookimpl
+    def key_rule(self) -> ak.KeyRule:
+        """See the spec."""
+        return ak.KeyRule(prefix="scale_")
+
+    @ak.hookimpl
+    def inject(self, target: ak.Target) -> ak.AdapterLayer:
+        """See the spec."""
+        return ScaleLayer(target)
+
+
+class Merges(Scale):
+    """With a merge rule."""
+
+    @ak.hookimpl
+    def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See the spec."""
+        return weight * layer.scale_s[:, None], None if bias is None else bias * layer.scale_s
+
+
+class Stops(Scale):
+    """With a merge rule that stops gradients."""
+
+    @ak.hookimpl
+    def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See the spec."""
+        s = layer.scale_s.detach()
+        return weight * s[:, None], None if bias is None else bias * s
+
+
+@pytest.fixture
+def scaled(net: Outer) -> Iterator[Callable[[object], ak.Adapters]]:
+    def make(plugin: object) -> ak.Adapters:
+        ak.register(plugin)
+        adapters = ak.attach(net)
+        adapters.add("s", ScaleConfig(target_modules=["read", "out"]))
+        return adapters
+
+    yield make
+    readers.default_registry.unregister("scale")
+
+
+def test_method_that_is_no_sum_is_read_by_its_merge_rule(net: Outer, scaled: Callable[..., ak.Adapters]) -> None:
+    adapters = scaled(Merges())
+    adapted = net(X)
+    assert not without_gradient(net, adapters, "s", adapted)
+    adapters.merge("s")
+    torch.testing.assert_close(net(X), adapted, **CLOSE)
+
+
+def test_method_without_a_merge_rule_is_refused_where_it_is_read(net: Outer, scaled: Callable[..., Any]) -> None:
+    scaled(Scale())
+    with pytest.raises(ak.UnsupportedError, match=r"reads the weight of a Linear .* 'scale' has no merge rule there"):
+        net(X)
+
+
+def test_merge_rule_without_gradients_is_refused_where_it_trains(net: Outer, scaled: Callable[..., Any]) -> None:
+    scaled(Stops())
+    with pytest.raises(ak.UnsupportedError, match="'scale' has a merge rule without gradients there"):
+        net(X)
+    with torch.no_grad():
+        assert net(X).isfinite().all()
+
+
+def test_trained_copy_that_is_read_trains_and_is_the_parameter_itself(net: Outer) -> None:
+    adapters = ak.attach(net)
+    adapters.add("a", LoraConfig(r=2, target_modules=["called"], modules_to_save=["read", "out", "table"]))
+    set_parameters(adapters, "a")
+    copies = dict(adapters.named_parameters("a"))
+    seen: list[Tensor] = []
+    net.reader.inner = lambda h: (seen.append(net.reader.read.weight), h)[1]
+    adapted = net(X)
+    assert seen[0] is copies["reader.read.weight"]
+    assert not without_gradient(net, adapters, "a", adapted)
+    adapters.merge("a")
+    torch.testing.assert_close(net(X), adapted, **CLOSE)
+
+
+def test_two_adapters_are_each_read_while_they_are_active(net: Outer, trained: Trained) -> None:
+    base = net(X)
+    adapters = trained(net, "a", "b", target_modules=TARGETS)
+    outputs = []
+    for name in ("a", "b"):
+        adapters.activate(name)
+        outputs.append(net(X))
+    adapters.activate("a")
+    torch.testing.assert_close(net(X), outputs[0], **CLOSE)
+    assert different(*outputs)
+    with adapters.disabled():
+        torch.testing.assert_close(net(X), base, **CLOSE)
+
+
+def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer) -> None:
+    adapters = ak.attach(net.bfloat16())
+    adapters.add("a", LoraConfig(r=2, target_modules=["read"]))
+    set_parameters(adapters, "a")
+    assert {p.dtype for p in adapters.parameters("a")} == {torch.float32}
+    (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
+    exact = net.reader.read.weight.float() + layer.factors().up @ layer.factors().down
+    found = ak.effective_weight(net.reader.read)
+    assert found is not None
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact.bfloat16(), atol=0, rtol=2**-7)
+
+
+def test_autocast_does_not_round_the_change(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=["read"]).activate("a")
+    plain = ak.effective_weight(net.reader.read)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ak.effective_weight(net.reader.read), plain)
+
+
+# Architectures
+
+
+def wavlm() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import WavLMConfig, WavLMModel
+
+    sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = WavLMConfig(**SMALL, **sizes, **positions, layerdrop=0.0, mask_time_prob=0.0, vocab_size=32)
+    return WavLMModel(config), {"input_values": torch.randn(2, 100)}
+
+
+def mixer(name: str, **fields: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
+    def make() -> tuple[nn.Module, dict[str, Tensor]]:
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(**{**SMALL, "vocab_size": 32, **fields})
+        return getattr(transformers, f"{name}ForCausalLM")(config), {"input_ids": torch.arange(1, 13).view(2, 6)}
+
+    return make
+
+
+def mobilebert() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import MobileBertConfig, MobileBertForMaskedLM
+
+    config = MobileBertConfig(**SMALL, vocab_size=32, embedding_size=8, intra_bottleneck_size=16, true_hidden_size=16)
+    return MobileBertForMaskedLM(config), {"input_ids": torch.arange(1, 13).view(2, 6)}
+
+
+def attention() -> tuple[nn.Module, dict[str, Tensor]]:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {"src": torch.randn(2, 5, 8)}
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+STATES = {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}
+HEADS = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LAYERS = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
+JAMBA = {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+MAMBA2 = {"state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "torch": attention,
+    "wavlm": wavlm,
+    "mobilebert": mobilebert,
+    "mamba": mixer("Mamba", **STATES),
+    "falcon_mamba": mixer("FalconMamba", **STATES),
+    "mamba2": mixer("Mamba2", **MAMBA2),
+    "jamba": mixer("Jamba", num_key_value_heads=2, **JAMBA, **LAYERS),
+    "bamba": mixer("Bamba", num_key_value_heads=2, attn_layer_indices=[1], attn_rotary_emb=4, **HEADS),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_all_layers_of_an_architecture_act_merged_as_adapted(
+    make: Callable[[], tuple[nn.Module, dict[str, Tensor]]],
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, given = make()
+    model.eval()
+
+    def forward() -> Tensor:
+        out = model(**given)
+        return out if isinstance(out, Tensor) else out[0]
+
+    named = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d)) and "pos_conv" not in n]
+    base = forward()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=named))
+    set_parameters(adapters, "a", scale=0.1)
+    adapted = forward()
+    assert not without_gradient(model, adapters, "a", adapted)
+    adapters.merge("a", untie=True)
+    merged = forward()
+    assert (merged - adapted).abs().max() <= 2e-6 * (merged - base).abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_of_torch_reads_its_output_projection_on_the_fast_path_too(trained: Trained, grad: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    base = model(x, x, x, need_weights=False)[0]
+    adapters = trained(model, "a", target_modules=["out_proj"], bias="all")
+    adapters.activate("a", trainable=False)
+    with torch.set_grad_enabled(grad):
+        adapted = model(x, x, x, need_weights=False)[0]
+    assert different(adapted, base)
+    adapters.merge("a")
+    torch.testing.assert_close(model(x, x, x, need_weights=False)[0], adapted, **CLOSE)
+
+
+def test_every_reader_of_transformers_in_the_table_exists() -> None:
+    import transformers
+
+    folder = Path(transformers.__file__).parent / "models"
+    text = "\n".join(p.read_text(encoding="utf-8") for p in folder.glob("*/modeling_*.py"))
+    classes = set(re.findall(r"^class (\w+)", text, re.MULTILINE))
+    assert {name for name in defaults.READERS if "." not in name} <= classes
+
+
+# What is neither called nor read
+
+
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["shared"]}, {"target_modules": ["q"], "modules_to_save": ["shared"]}], ids=str
+)
+def test_table_that_is_neither_called_nor_read_is_refused_with_those_that_are(fields: dict[str, Any]) -> None:
+    model = build("t5")
+    with pytest.raises(ak.SelectionError, match=r"neither calls nor reads it; it calls 'encoder\.embed_tokens' and"):
+        ak.attach(model).add("a", LoraConfig(**fields))
+
+
+def test_table_that_is_called_under_two_names_is_adapted(trained: Trained) -> None:
+    model: Any = build("t5")  # as transformers 4 made it
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    base = run(model, "t5")
+    trained(model, "a", target_modules=["shared"]).activate("a")
+    assert different(run(model, "t5"), base)
+
+
+# Everywhere else it is the parameter itself
+
+
+def test_outside_a_readers_forward_the_weight_is_the_parameter(net: Outer, trained: Trained) -> None:
+    own = net.reader.read._parameters["weight"]
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    net(X)
+    assert net.reader.read.weight is own
+    assert isinstance(net.reader.read.weight, nn.Parameter)
+
+
+WRITES: dict[str, Callable[[nn.Linear], object]] = {
+    "data": lambda layer: layer.weight.data.zero_(),
+    "no_grad": lambda layer: torch.no_grad()(lambda: layer.weight.copy_(torch.zeros(6, 6)))(),
+    "init": lambda layer: nn.init.zeros_(layer.weight),
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(6, 6))),
+    "loaded": lambda layer: layer.load_state_dict({"weight": torch.zeros(6, 6)}, strict=False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_write_reaches_the_parameter(net: Outer, trained: Trained, write: Callable[[nn.Linear], object]) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    write(net.reader.read)
+    assert not net.reader.read._parameters["weight"].any()  # type: ignore[union-attr]
+    assert not net.state_dict()["reader.read.weight"].any()
+
+
+def test_weight_is_deleted_and_set_as_any_attribute(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=["read"])
+    layer: Any = net.reader.read
+    own = layer.weight
+    del layer.weight
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'weight'"):
+        del layer.weight
+    layer.weight = own.detach() + 1  # no parameter: torch's older weight_norm does that
+    torch.testing.assert_close(layer.weight, own + 1)
+    del layer.weight
+    layer.register_parameter("weight", own)
+    assert layer.weight is own
+
+
+def test_state_dict_and_parameters_are_as_they_were(net: Outer, trained: Trained) -> None:
+    before, names = net.state_dict(), [name for name, _ in net.named_parameters()]
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    own = {key: value for key, value in net.state_dict().items() if ".adapters." not in key}
+    assert list(own) == list(before)
+    assert all(own[key].data_ptr() == before[key].data_ptr() for key in before)
+    assert [name for name, _ in net.named_parameters() if ".adapters." not in name] == names
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copy_reads_its_own_adapters(net: Outer, trained: Trained, copied: Callable[[Outer], Outer]) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    expected = net(X)
+    other = copied(net)
+    torch.testing.assert_close(other(X), expected, **CLOSE)
+    with torch.no_grad():
+        for parameter in ak.attach(other).parameters("a"):
+            parameter.zero_()
+    assert different(other(X), expected)
+    torch.testing.assert_close(net(X), expected, **CLOSE)
+
+
+def test_detach_gives_back_the_model_as_it_was(net: Outer, trained: Trained) -> None:
+    before = snapshot(net)
+    adapters = trained(net, "a", "b", target_modules=TARGETS)
+    adapters.activate("a", "b")
+    net(X)
+    adapters.remove("a")
+    adapters.rename("b", "c")
+    adapters.copy("c", "d")
+    adapters.detach()
+    assert_as_before(net, before)
+
+
+def test_forward_kept_by_somebody_runs_after_detach(net: Outer, trained: Trained) -> None:
+    base = net(X)
+    adapters = trained(net, "a", target_modules=TARGETS)
+    kept = net.forward
+    adapters.detach()
+    torch.testing.assert_close(kept(X), base, **CLOSE)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_exception_in_a_reader_ends_its_reading(net: Outer, trained: Trained, error: type[BaseException]) -> None:
+    own = net.reader.read._parameters["weight"]
+    trained(net, "a", target_modules=TARGETS).activate("a")
+
+    def fail(h: Tensor) -> Tensor:
+        raise error
+
+    net.reader.inner = fail
+    with pytest.raises(error):
+        net(X)
+    assert net.reader.read.weight is own
+    assert not readers.running.stack
+
+
+def test_reader_in_another_thread_changes_nothing_here(net: Outer, trained: Trained) -> None:
+    own = net.reader.read._parameters["weight"]
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    inside, done, found = threading.Event(), threading.Event(), []
+
+    def wait(h: Tensor) -> Tensor:
+        found.append(net.reader.read.weight)
+        inside.set()
+        assert done.wait(30)
+        return h
+
+    net.reader.inner = wait
+    thread = threading.Thread(target=net, args=(X,))
+    thread.start()
+    assert inside.wait(30)
+    here = net.reader.read.weight
+    done.set()
+    thread.join(30)
+    assert here is own
+    assert found[0] is not own
+
+
+def test_own_forward_within_a_reader_adds_the_adapter_once(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    h = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    expected, outputs = net.reader.read(h), []
+
+    def call(x: Tensor) -> Tensor:
+        outputs.extend([net.reader.read(h), net.reader.read.forward(h)])
+        return x
+
+    net.reader.inner = call
+    net(X)
+    for out in outputs:
+        torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_reader_whose_forward_is_called_directly_reads(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    torch.testing.assert_close(net.forward(X), net(X), **CLOSE)
+
+
+def test_layers_that_nobody_reads_are_as_they_were(trained: Trained) -> None:
+    model = build("t5")  # reads `wo.weight.dtype` at every feed-forward
+    trained(model, "a", target_modules=["q", "wo"])
+    adapted = [m for m in model.modules() if "adapters" in m._modules]
+    assert adapted
+    assert not any(isinstance(vars(type(m)).get("weight"), property) for m in adapted)
+    assert not any(readers.READS in m.__dict__ for m in model.modules())
+
+
+# With what others do to a model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_reader_has_the_same_gradients(net: Outer, trained: Trained, reentrant: bool) -> None:
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    net(X).square().sum().backward()
+    expected = {name: p.grad for name, p in adapters.named_parameters("a")}
+    net.zero_grad()
+
+    def again(x: Tensor, _: Tensor) -> Tensor:
+        return net(x)
+
+    checkpoint(again, X, torch.zeros(1, requires_grad=True), use_reentrant=reentrant).square().sum().backward()
+    for name, parameter in adapters.named_parameters("a"):
+        torch.testing.assert_close(parameter.grad, expected[name], **CLOSE)
+
+
+def test_compiled_reader_reads_without_a_break(net: Outer, trained: Trained) -> None:
+    base = net(X)
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    adapted = net(X)
+    torch.testing.assert_close(compiled(X), adapted, **CLOSE)
+    assert not without_gradient(net, adapters, "a", compiled(X))
+    with adapters.disabled():
+        torch.testing.assert_close(compiled(X), base, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_exported_reader_reads(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a", trainable=False)
+    adapted = net(X)
+    for strict in (False, True):
+        program = torch.export.export(net, (X,), strict=strict)
+        torch.testing.assert_close(program.module()(X), adapted, **CLOSE)
+
+
+def test_functional_call_reads(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=TARGETS).activate("a")
+    values = {name: p.detach().clone() for name, p in net.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(net, values, (X,)), net(X), **CLOSE)
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes it: parameters are attributes."""
+    replica = module._replicate_for_data_parallel()  # type: ignore[operator]
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.clone())
+    return replica  # type: ignore[no-any-return]
+
+
+def test_replica_of_data_parallel_reads_its_own_parameters(net: Outer, trained: Trained) -> None:
+    base = net(X)
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    replica = replica_of(net)
+    assert different(net(X), base)
+    torch.testing.assert_close(replica(X), net(X), **CLOSE)
+    assert not without_gradient(net, adapters, "a", replica(X))
+    assert isinstance(net.reader.read.weight, nn.Parameter)
+
+
+def test_hooks_of_accelerate_at_a_read_layer_and_at_its_reader(net: Outer, trained: Trained) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    expected = net(X)
+    adapters.detach()
+    for module in (net.reader.read, net.reader.table, net.reader):
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    before = snapshot(net)
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    torch.testing.assert_close(net(X), expected, **CLOSE)
+    torch.testing.assert_close(net.reader.table(X), net.reader.table.forward(X), **CLOSE)
+    adapters.detach()
+    assert_as_before(net, before)
+
+
+def test_parametrization_below_the_adapter_is_read_with_it(net: Outer) -> None:
+    parametrizations.weight_norm(net.reader.read)
+    adapters = ak.attach(net)
+    adapters.add("a", LoraConfig(r=2, target_modules=["read"], init_lora_weights=False))
+    plain = net.reader.read.weight.detach().clone()
+    found = ak.effective_weight(net.reader.read)
+    (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
+    torch.testing.assert_close(found, plain + layer.factors().up @ layer.factors().down, **CLOSE)
+
+
+def test_parametrization_put_on_later_is_refused(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=["read"]).activate("a")
+    parametrizations.weight_norm(net.reader.read)
+    with pytest.raises(ak.UnsupportedError, match=r"parametrization .* was put on it after the adapter"):
+        net(X)
+
+
+# Rows, shards, other memory
+
+
+def test_rows_with_different_adapters_are_refused_where_they_are_read(net: Outer, trained: Trained) -> None:
+    adapters = trained(net, "a", target_modules=["read"])
+    with adapters.per_sample(["a", None]), pytest.raises(ak.UnsupportedError, match="reads the weight of a Linear"):
+        net(X)
+
+
+def test_rows_that_all_have_one_adapter_read_it(net: Outer, trained: Trained) -> None:
+    adapters = trained(net, "a", target_modules=["read", "called"])
+    adapters.activate("a", trainable=False)
+    expected = net(X)
+    with adapters.per_sample(["a", "a"]):
+        torch.testing.assert_close(net(X), expected, **CLOSE)
+
+
+def test_output_layer_that_is_called_has_an_adapter_for_each_row(trained: Trained) -> None:
+    model = build("llama")
+    adapters = trained(model, "a", target_modules=["lm_head"])
+    with adapters.per_sample(["a", None]):
+        assert run(model, "llama").isfinite().all()
+
+
+def test_sharded_weight_is_refused_where_it_is_read(net: Outer, trained: Trained, tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    trained(net, "a", target_modules=["read"]).activate("a")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(net.reader.read.weight.detach(), init_device_mesh("cpu", (1,)))
+        net.reader.read.weight = nn.Parameter(weight)
+        with pytest.raises(ak.UnsupportedError, match=r"is a DTensor \(sharded or quantised\)"):
+            net(X)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_weight_that_is_offloaded_is_refused_where_it_is_read(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=["read"]).activate("a")
+    net.reader.read.weight = nn.Parameter(net.reader.read.weight.to("meta"))
+    with pytest.raises(ak.UnsupportedError, match=r"is not in memory \(meta device or offloaded\)"):
+        net(X)
+
+
+def test_model_on_the_meta_device_runs() -> None:
+    with torch.device("meta"):
+        net = Outer()
+    ak.attach(net).add("a", LoraConfig(r=2, target_modules=TARGETS))
+    assert net(X.to("meta")).shape == (2, 4, 3)
+
+
+# Losses that take the output layer's weight
+
+
+def with_fused_loss(model: Any) -> Any:
+    """As training tools patch it: `model(..., fused=True)` multiplies by `lm_head.weight` itself."""
+    original = model.forward
+
+    def forward(fused: bool = False, **given: Any) -> Any:
+        if not fused:
+            return original(**given)
+        hidden = model.base_model(**given).last_hidden_state
+        head = model.get_output_embeddings()
+        return F.linear(hidden, head.weight, head.bias)
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_loss_patched_into_a_models_forward_reads_what_acts(fields: dict[str, Any], patched_first: bool) -> None:
+    model: Any = build("llama")
+    given = inputs("llama")
+    if patched_first:
+        with_fused_loss(model)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
+    set_parameters(adapters, "a")
+    if not patched_first:
+        with_fused_loss(model)
+    fused = model(fused=True, **given)
+    torch.testing.assert_close(fused, model(**given).logits, **CLOSE)
+    assert not without_gradient(model, adapters, "a", fused)
+    adapters.detach()
+    torch.testing.assert_close(model(fused=True, **given), model(**given).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_loss_outside_every_forward_asks_for_what_acts(fields: dict[str, Any]) -> None:
+    model: Any = build("llama")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
+    set_parameters(adapters, "a")
+    hidden = model.model(**inputs("llama")).last_hidden_state
+    weight = ak.effective_weight(model.lm_head)
+    assert weight is not None
+    logits = F.linear(hidden, weight, ak.effective_weight(model.lm_head, "bias"))
+    torch.testing.assert_close(logits, model(**inputs("llama")).logits, **CLOSE)
+    assert not without_gradient(model, adapters, "a", logits)
+
+
+def test_effective_weight_of_a_layer_without_adapters_is_its_parameter() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    assert ak.effective_weight(layer) is layer.weight
+    assert ak.effective_weight(layer, "bias") is None
+
+
+@pytest.mark.parametrize("arguments", [(3,), (nn.Linear(2, 2), "scale")], ids=str)
+def test_effective_weight_of_something_else_is_refused(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ak.ConfigError, match="effective_weight needs a module and 'weight' or 'bias', not"):
+        ak.effective_weight(*arguments)
+
+
+# Declaring
+
+
+def test_reader_is_declared_by_its_name_and_for_subclasses(monkeypatch: pytest.MonkeyPatch, net: Outer) -> None:
+    class Mine(Reader):
+        pass
+
+    net.reader.__class__ = Mine
+    adapters = ak.attach(net)
+    adapters.add("a", LoraConfig(r=2, target_modules=["read", "called"]))
+    set_parameters(adapters, "a")
+    assert not without_gradient(net, adapters, "a", net(X))
+    adapters.detach()
+    monkeypatch.setattr(readers, "_declared", {})
+    ak.declare_reader("Mine", "read")
+    ak.declare_reader("Mine", "table")
+    adapters = ak.attach(net)
+    adapters.add("a", LoraConfig(r=2, target_modules=["read", "table"]))
+    set_parameters(adapters, "a")
+    assert not without_gradient(net, adapters, "a", net(X))
+
+
+@pytest.mark.parametrize("reader", [3, "", int, None], ids=repr)
+def test_reader_that_is_no_class_of_modules_is_refused(reader: Any) -> None:
+    with pytest.raises(ak.ConfigError, match="declare_reader needs a class of modules or its name, not"):
+        ak.declare_reader(reader, "read")
+
+
+@pytest.mark.parametrize("children", [(), ("",), ("a..b",), (3,)], ids=repr)
+def test_reader_without_layers_is_refused(children: Any) -> None:
+    with pytest.raises(ak.ConfigError, match="declare_reader needs the paths of the layers that 'Reader' reads, not"):
+        ak.declare_reader("Reader", *children)
