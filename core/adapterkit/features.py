@@ -20,8 +20,10 @@ from adapterkit.pooling import Pooling
 from adapterkit.streaming import TensorWriter
 
 Stack = Literal["encoder", "decoder"]
+Layer = int | Literal["last"]
 Batches = Iterable[Mapping[str, Any]]
 KEY = "features"
+LAST = "last"
 # transformers 5 records hidden states by hooks that it leaves on the model, and marks the model that has them.
 _CAPTURING = "_output_capturing_hooks_installed"
 
@@ -31,7 +33,7 @@ def features(
     model: nn.Module,
     batches: Batches,
     *,
-    layer: int | Sequence[int] = -1,
+    layer: Layer | Sequence[Layer] = "last",
     pooling: Pooling | None = "mean",
     stack: Stack = "encoder",
     progress: bool = True,
@@ -44,7 +46,7 @@ def features(
     model: nn.Module,
     batches: Batches,
     *,
-    layer: int | Sequence[int] = -1,
+    layer: Layer | Sequence[Layer] = "last",
     pooling: Pooling | None = "mean",
     stack: Stack = "encoder",
     progress: bool = True,
@@ -57,7 +59,7 @@ def features(
     model: nn.Module,
     batches: Batches,
     *,
-    layer: int | Sequence[int] = -1,
+    layer: Layer | Sequence[Layer] = "last",
     pooling: Pooling | None = "mean",
     stack: Stack = "encoder",
     progress: bool = True,
@@ -70,8 +72,9 @@ def features(
 
     Args:
         batches: mappings of tensors, as the model takes them; labels and the like are left out.
-        layer: `-1`: the body's output, behind its last norm. `-2`: what its last layer gets; and so on, down to `0`,
-            the embeddings. A list: several.
+        layer: `"last"`: the body's output, `last_hidden_state`. A number: the index into the `hidden_states` that
+            transformers gives; `0` is the embeddings, and `-1` the output of the last layer, which many models (ViT,
+            CLIP, Whisper) give before their last norm. A list: several.
         pooling: over the places that are no padding: `"mean"`; `"cls"`, the first; `"last"`, the last; or `None`: every
             place as it is, zeros where there is padding. Images have all their places, a class token included; of
             feature maps `(channels, height, width)` each pixel is one.
@@ -93,7 +96,7 @@ def features(
     layers = _layers(layer)
     inner = inner_model(model)
     parts = _pooled(_Body(inner, stack), batches, layers, pooling, progress)
-    if isinstance(layer, int):
+    if isinstance(layer, int | str):
         parts = (part[:, 0] for part in parts)
     with _evaluating(inner):
         if out is None:
@@ -104,11 +107,11 @@ def features(
         return writer.path
 
 
-def _layers(layer: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = (layer,) if isinstance(layer, int) else tuple(layer)
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise ConfigError(f"layer = {layer!r} must be a layer's number, such as -1, or a list of them.")
-    return numbers
+def _layers(layer: Layer | Sequence[Layer]) -> tuple[Layer, ...]:
+    layers = (layer,) if isinstance(layer, int | str) else tuple(layer)
+    if not layers or any(n != LAST and (isinstance(n, bool) or not isinstance(n, int)) for n in layers):
+        raise ConfigError(f"layer = {layer!r} must be {LAST!r}, a layer's number, such as -1, or a list of them.")
+    return layers
 
 
 @contextmanager
@@ -129,7 +132,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _pooled(
-    body: _Body, batches: Batches, layers: tuple[int, ...], pooling: Pooling | None, progress: bool
+    body: _Body, batches: Batches, layers: tuple[Layer, ...], pooling: Pooling | None, progress: bool
 ) -> Iterator[Tensor]:
     """`(rows, layers, ...)` of each batch."""
     from tqdm import tqdm
@@ -153,6 +156,8 @@ class _Body:
             raise ConfigError(f"stack = {stack!r} must be 'encoder' or 'decoder'.")
         config = getattr(model, "config", None)
         body: Any = getattr(model, "base_model", model)
+        if getattr(model, "main_input_name", None) not in {None, *_parameters(body)}:
+            body = model  # what is called its base is a stack of layers, without the embeddings
         both = bool(getattr(config, "is_encoder_decoder", False)) and callable(getattr(body, "get_encoder", None))
         self.decoder = both and stack == "decoder"
         self.module: nn.Module = body if self.decoder or not both else body.get_encoder()
@@ -163,7 +168,7 @@ class _Body:
         self.positions = causal and not both and "position_ids" in self.takes
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def run(self, batch: Mapping[str, Any], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor | None]:
+    def run(self, batch: Mapping[str, Any], layers: tuple[Layer, ...]) -> tuple[list[Tensor], Tensor | None]:
         """The hidden states of these layers, `(rows, length, hidden)`, and the mask `(rows, length)`."""
         values = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         values = {k: v for k, v in values.items() if k not in self.left_out}
@@ -176,31 +181,33 @@ class _Body:
             values.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
         if "use_cache" in self.takes:
             values["use_cache"] = False
-        if layers != (-1,) or self.decoder:
+        if set(layers) != {LAST} or self.decoder:
+            named = inspect.signature(original_class(self.module).forward).parameters
+            if "output_hidden_states" not in named and not any(p.kind is p.VAR_KEYWORD for p in named.values()):
+                raise self._none("hidden_states")
             values["output_hidden_states"] = True
         return self._states(self.module(**values), layers), mask
 
-    def _states(self, output: Any, layers: tuple[int, ...]) -> list[Tensor]:
+    def _states(self, output: Any, layers: tuple[Layer, ...]) -> list[Tensor]:
         name = "decoder_hidden_states" if self.decoder else "hidden_states"
-        found = getattr(output, name, None)
+        found = getattr(output, name, None) or ()
         # T5 with its output layer tells the decoder's states only; the last of them is behind the last norm.
         last = getattr(output, "last_hidden_state", found[-1] if self.decoder and found else None)
-        if not isinstance(last, Tensor):
+        if LAST in layers and not isinstance(last, Tensor):
             raise UnsupportedError(
                 f"A {type(self.module).__name__} gives no last_hidden_state, so it has no features. Give the part "
                 "of the model that does, such as model.vision_model."
             )
-        if layers == (-1,):
-            return [last]
-        if found is None:
-            raise UnsupportedError(
-                f"A {type(self.module).__name__} gives no hidden states but the last: take layer=-1."
-            )
-        states = [*found[:-1], last]
-        wrong = [n for n in layers if not -len(states) <= n < len(states)]
+        numbers = [n for n in layers if n != LAST]
+        if numbers and not all(isinstance(state, Tensor) for state in found or (None,)):
+            raise self._none(name)
+        wrong = [n for n in numbers if not -len(found) <= n < len(found)]
         if wrong:
-            raise ConfigError(f"layer = {wrong[0]} does not exist: there are -{len(states)} (embeddings) to -1.")
-        return [states[n] for n in layers]
+            raise ConfigError(f"layer = {wrong[0]} does not exist: there are -{len(found)} (embeddings) to -1.")
+        return [last if n == LAST else found[n] for n in layers]
+
+    def _none(self, name: str) -> UnsupportedError:
+        return UnsupportedError(f"A {type(self.module).__name__} gives no {name}: take layer={LAST!r}.")
 
 
 def _parameters(module: nn.Module) -> set[str]:

@@ -28,7 +28,7 @@ def rows(side: str = "right", batch: int = 4) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def one_by_one(model: nn.Module, batch: dict[str, Tensor], layer: int, pooling: str) -> Tensor:
+def one_by_one(model: nn.Module, batch: dict[str, Tensor], layer: Any, pooling: str) -> Tensor:
     """Each row alone, without any padding, through transformers' own outputs."""
     body = model.base_model
     body = body.get_encoder() if model.config.is_encoder_decoder else body
@@ -36,13 +36,13 @@ def one_by_one(model: nn.Module, batch: dict[str, Tensor], layer: int, pooling: 
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         with torch.no_grad():
             output = body(input_ids=ids[mask.bool()][None], output_hidden_states=True)
-        states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer])[0]
+        states = (output.last_hidden_state if layer == "last" else output.hidden_states[layer])[0]
         found.append({"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling])
     return torch.stack(found)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("layer", ["last", -2])
 @pytest.mark.parametrize(
     ("name", "side"), [("bert", "right"), ("gpt2", "right"), ("gpt2", "left"), ("llama", "left"), ("t5", "right")]
 )
@@ -62,16 +62,17 @@ def test_without_pooling_padding_is_zero_and_shorter_batches_are_filled_up(side:
     assert not found[:4][~mask].any()
     assert found[:4][mask].any(1).all()
     assert not found[4:, 2:].any()
-    both = ak.features(model, [batch, short], layer=[-1, 0], pooling=None, progress=False)
+    both = ak.features(model, [batch, short], layer=["last", 0], pooling=None, progress=False)
     assert both.shape == (6, 2, LENGTH, 16)
     torch.testing.assert_close(both[:, 0], found)
 
 
 def test_a_list_of_layers_gives_one_more_dimension() -> None:
     model, batch = build("bert"), rows()
-    found = ak.features(model, [batch, batch], layer=[-1, -2, 0], progress=False)
+    layers: list[Any] = ["last", -2, 0]
+    found = ak.features(model, [batch, batch], layer=layers, progress=False)
     assert found.shape == (8, 3, 16)
-    for i, layer in enumerate((-1, -2, 0)):
+    for i, layer in enumerate(layers):
         torch.testing.assert_close(found[:, i], ak.features(model, [batch, batch], layer=layer, progress=False))
 
 
@@ -204,9 +205,14 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {
     "padding": ([rows(), PADDING], {}, ak.ConfigError, r"Batch 1: row 1 is all padding"),
     "mask": ([SQUARE], {}, ak.UnsupportedError, r"Batch 0: the mask has shape \(2, 1, 6, 6\), the hidden states"),
     "pooling": ([rows()], {"pooling": "max"}, ak.ConfigError, r"pooling = 'max' must be one of 'mean', 'cls', 'last'"),
-    "layer": ([rows()], {"layer": "last"}, ak.ConfigError, r"layer = 'last' must be a layer's number, such as -1"),
-    "no layer": ([rows()], {"layer": []}, ak.ConfigError, r"layer = \[\] must be a layer's number"),
-    "bool": ([rows()], {"layer": True}, ak.ConfigError, r"layer = True must be a layer's number"),
+    "layer": (
+        [rows()],
+        {"layer": "end"},
+        ak.ConfigError,
+        r"layer = 'end' must be 'last', a layer's number, such as",
+    ),
+    "no layer": ([rows()], {"layer": []}, ak.ConfigError, r"layer = \[\] must be 'last', a layer's number"),
+    "bool": ([rows()], {"layer": True}, ak.ConfigError, r"layer = True must be 'last', a layer's number"),
     "deep": ([rows()], {"layer": -4}, ak.ConfigError, r"layer = -4 does not exist: there are -3 \(embeddings\) to -1"),
     "stack": ([rows()], {"stack": "both"}, ak.ConfigError, r"stack = 'both' must be 'encoder' or 'decoder'"),
 }
@@ -219,6 +225,74 @@ def test_errors_say_what_is_wrong(case: str) -> None:
         ak.features(build("bert"), batches, progress=False, **fields)
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+VISION = {**SIZES, "image_size": 16, "patch_size": 4}
+TEXT = {**SIZES, "vocab_size": 32, "max_position_embeddings": 16}
+IMAGES = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+SOUND = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0))}
+CONVOLUTIONS = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+STAGES = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+# A class of transformers, the fields of its config, inputs, and whether its last hidden state is behind another norm.
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor], bool]] = {
+    "a decoder": ("LlamaModel", TEXT, rows(), False),
+    "a text encoder": ("RobertaModel", {**TEXT, "pad_token_id": 0}, rows(), False),
+    "a post-norm text tower": ("CLIPTextModel", {**TEXT, "eos_token_id": 31}, rows(), True),
+    "an image tower": ("SiglipVisionModel", VISION, IMAGES, True),
+    "an image encoder": ("Dinov2Model", VISION, IMAGES, True),
+    "an image encoder whose base is its layers": ("DINOv3ViTModel", VISION, IMAGES, True),
+    "stages of images": ("SwinModel", STAGES, IMAGES, True),
+    "a sound encoder": (
+        "Wav2Vec2Model",
+        {
+            **SIZES,
+            **CONVOLUTIONS,
+            "num_feat_extract_layers": 1,
+            "num_conv_pos_embedding_groups": 2,
+            "do_stable_layer_norm": True,
+        },
+        SOUND,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_number_is_the_index_into_hidden_states(name: str) -> None:
+    import transformers
+
+    cls, fields, batch, behind = MODELS[name]
+    model_class = getattr(transformers, cls)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**fields)).eval()
+    with torch.no_grad():
+        output = model(**batch, output_hidden_states=True)
+    mask = batch.get("attention_mask")
+    for layer in (*range(len(output.hidden_states)), -1, "last"):
+        state = output.last_hidden_state if layer == "last" else output.hidden_states[layer]
+        state = state if mask is None else state * mask[..., None]
+        found = ak.features(model, [batch], layer=layer, pooling=None, progress=False)
+        torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
+    last = output.last_hidden_state
+    assert behind == (last.shape != state.shape or not torch.allclose(last, output.hidden_states[-1], atol=1e-4))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_the_last_hidden_states_of_a_model_with_a_head(name: str) -> None:
+    model = build(name)
+    with torch.no_grad():
+        states = model(**inputs(name), output_hidden_states=True).hidden_states
+    for layer in (-1, 0):
+        found = ak.features(model, [inputs(name)], layer=layer, progress=False)
+        torch.testing.assert_close(found, states[layer].mean(1), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_without_hidden_states_is_refused() -> None:
+    with pytest.raises(ak.UnsupportedError, match="A Linear gives no hidden_states: take layer='last'"):
+        ak.features(nn.Linear(2, 2), [{"input": torch.zeros(1, 2)}], layer=0, progress=False)
     with pytest.raises(ak.UnsupportedError, match=r"A Linear gives no last_hidden_state, so it has no features\. Give"):
         ak.features(nn.Linear(2, 2), [{"input": torch.zeros(1, 2)}], progress=False)
