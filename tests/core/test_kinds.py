@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import adapterkit as ak
 from adapterkit.kinds import base
 from adapterkit.registry import default_registry
+from adapterkit_lora import LoraConfig
 
 pytestmark = [
     # torch's note that an even kernel with padding="same" is padded in a copy
@@ -268,6 +270,44 @@ def test_the_padding_row_of_an_embedding_gets_no_gradient() -> None:
     kind.apply(torch.tensor([0, 1, 1, 2]), ak.Factors(torch.ones(3, 2), down)).sum().backward()
     assert down.grad is not None
     assert down.grad.count_nonzero(0).tolist() == [2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "name", ["bart.Bart", "mbart.MBart", "m2m_100.M2M100", "gemma.GemmaText", "gemma2.Gemma2Text", "gemma3.Gemma3Text"]
+)
+def test_a_change_is_multiplied_by_what_the_layer_multiplies_by(name: str, dtype: torch.dtype) -> None:
+    place, prefix = name.split(".")
+    module = importlib.import_module(f"transformers.models.{place}.modeling_{place}")
+    model: Any = nn.Sequential(getattr(module, f"{prefix}ScaledWordEmbedding")(6, 4, 0, embed_scale=33.94)).to(dtype)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    x = torch.tensor([[1, 2, 4]])
+    with torch.no_grad():
+        model[0].weight.zero_()
+        for parameter in adapters.parameters("a"):
+            parameter.fill_(0.25)  # each number of the change is 0.125
+    for factor in (33.94, 3.0):
+        if isinstance(model[0].embed_scale, Tensor):
+            model[0].embed_scale.fill_(factor)
+        else:
+            model[0].embed_scale = factor
+        adapted = model(x)
+        own = copy.deepcopy(model)
+        adapters.merge("a")
+        torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=0)
+        torch.testing.assert_close(own(x), adapted, rtol=1e-4, atol=0)
+        adapters.unmerge()
+    adapters.copy("a", "b")
+    adapters.activate("b")
+    torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=0)
+
+
+def test_a_plain_embedding_is_not_scaled_whatever_is_noted_on_it() -> None:
+    layer = nn.Embedding(5, 4).double()
+    layer.embed_scale = 2.0  # type: ignore[assignment]
+    factors, x = factors_for(kind_of(layer), 2), torch.tensor([[1, 2, 4]])
+    torch.testing.assert_close(kind_of(layer).apply(x, factors), change_of_output(layer, factors.delta(), x))
 
 
 def test_gemma_embeddings_are_scaled_by_their_own_factor() -> None:

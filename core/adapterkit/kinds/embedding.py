@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -17,9 +17,13 @@ from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 class Embedding(LayerKind):
     """`torch.nn.Embedding`: the linear map on one-hot rows, canonical weight `(dim, num_embeddings)`.
 
-    Gemma, BART and others multiply the rows by an `embed_scale` inside the layer; the change is
-    multiplied as well. A table with `max_norm` is none: it rewrites its own rows while it is read. Nor is
-    a subclass with another `forward`, such as the positions of BART: it looks up other rows than it is given.
+    Gemma, BART and others multiply the rows by an `embed_scale` inside the layer; the change is multiplied as well,
+    by what the layer has there when it runs. A table with `max_norm` is none: it rewrites its own rows while it is
+    read. Nor is a subclass with another `forward`, such as the positions of BART: it looks up other rows than it is
+    given.
+
+    Attributes:
+        scaled_by: the layer that holds its `embed_scale`, if it has one.
     """
 
     name = "Embedding"
@@ -28,22 +32,27 @@ class Embedding(LayerKind):
 
     padding_idx: int | None
     scale_grad_by_freq: bool
-    scale: float
+    scaled_by: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
         """See `LayerKind.of`."""
         if not isinstance(module, nn.Embedding) or not is_floating_weight(module, 2):
             return None
-        if module.max_norm is not None or not (_is_scaled(module) or runs_forward_of(module, nn.Embedding)):
+        plain = runs_forward_of(module, nn.Embedding)
+        if module.max_norm is not None or not (plain or hasattr(module, "embed_scale")):
             return None
         return cls(
             out_features=module.embedding_dim,
             in_features=module.num_embeddings,
             padding_idx=module.padding_idx,
             scale_grad_by_freq=module.scale_grad_by_freq,
-            scale=_embed_scale(module),
+            scaled_by=None if plain else module,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The copy of an adapted model scales by its own layer; the copy of an adapter alone by the same layer."""
+        return replace(self, scaled_by=memo.get(id(self.scaled_by), self.scaled_by))
 
     def canonical(self, weight: Tensor) -> Tensor:
         """See `LayerKind.canonical`: a transposed view."""
@@ -81,14 +90,9 @@ class Embedding(LayerKind):
         return F.embedding(x, matrix.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
     def _scaled(self, out: Tensor) -> Tensor:
-        return out if self.scale == 1.0 else out * self.scale
-
-
-def _is_scaled(module: nn.Module) -> bool:
-    return hasattr(module, "scalar_embed_scale") or hasattr(module, "embed_scale")
-
-
-def _embed_scale(module: nn.Module) -> float:
-    # Gemma 3 keeps the number beside a buffer, which holds nothing on the meta device.
-    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
-    return 1.0 if scale is None else float(scale)
+        if self.scaled_by is None:
+            return out
+        scale: Any = self.scaled_by.embed_scale
+        if isinstance(scale, Tensor):  # the layer multiplies by what its dtype makes of it
+            scale = scale.to(self.scaled_by.weight.dtype)
+        return out if scale is None else out * scale
