@@ -190,21 +190,21 @@ class _Body:
 
     def _states(self, output: Any, layers: tuple[Layer, ...]) -> list[Tensor]:
         name = "decoder_hidden_states" if self.decoder else "hidden_states"
-        found = getattr(output, name, None) or ()
+        found: tuple[Any, ...] = getattr(output, name, None) or ()
         # T5 with its output layer tells the decoder's states only; the last of them is behind the last norm.
-        last = getattr(output, "last_hidden_state", found[-1] if self.decoder and found else None)
+        last: Any = getattr(output, "last_hidden_state", found[-1] if self.decoder and found else None)
         if LAST in layers and not isinstance(last, Tensor):
             raise UnsupportedError(
                 f"A {type(self.module).__name__} gives no last_hidden_state, so it has no features. Give the part "
                 "of the model that does, such as model.vision_model."
             )
-        numbers = [n for n in layers if n != LAST]
+        numbers = [n for n in layers if isinstance(n, int)]
         if numbers and not all(isinstance(state, Tensor) for state in found or (None,)):
             raise self._none(name)
         wrong = [n for n in numbers if not -len(found) <= n < len(found)]
         if wrong:
             raise ConfigError(f"layer = {wrong[0]} does not exist: there are -{len(found)} (embeddings) to -1.")
-        return [last if n == LAST else found[n] for n in layers]
+        return [found[n] if isinstance(n, int) else last for n in layers]
 
     def _none(self, name: str) -> UnsupportedError:
         return UnsupportedError(f"A {type(self.module).__name__} gives no {name}: take layer={LAST!r}.")

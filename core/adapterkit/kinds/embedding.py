@@ -92,7 +92,8 @@ class Embedding(LayerKind):
     def _scaled(self, out: Tensor) -> Tensor:
         if self.scaled_by is None:
             return out
-        scale: Any = self.scaled_by.embed_scale
+        layer: Any = self.scaled_by
+        scale = layer.embed_scale
         if isinstance(scale, Tensor):  # the layer multiplies by what its dtype makes of it
-            scale = scale.to(self.scaled_by.weight.dtype)
+            scale = scale.to(layer.weight.dtype)
         return out if scale is None else out * scale
