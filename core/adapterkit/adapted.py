@@ -61,6 +61,17 @@ class Slots(Holder):
         """Nothing: a head may be an `nn.Sequential`, which calls each of its children in turn."""
         return x
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Called where a sentence-transformers model saves each of its children, and this is one.
+
+        Raises:
+            StateError: always, for the children are read again, and this one could not be.
+        """
+        raise StateError(
+            "An adapter's shared tensors are a child of the model, and this model saves each child as a module of its "
+            "own. To save it, attach the adapters to the transformers model inside: model[0].auto_model."
+        )
+
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[name]
         assert module is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from adapterkit.offload import real_value
 from adapterkit.persistence import to_files
 from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
+from adapterkit.slots import module_slots, slots
 from adapterkit.walk import named_modules
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _REFUSED = {
     "save_peft_format": (False, "only PEFT's keys are written"),
     "distributed_checkpoint": (True, "use torch.distributed.checkpoint on adapters.state_dict(name)"),
 }
+# Where PEFT keeps an adapted layer, and a module that it trains a copy of; and that copy.
+_PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 
 class Saver:
@@ -295,10 +298,12 @@ class Loader:
             CheckpointError: the state dict is of other adapters than the model's, or lacks some that train.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         known = {key for record in adapters._records.values() for key in record.memory_keys()}
-        base = self.root.state_dict(keep_vars=True).keys() - known
-        foreign = sorted(key for key in given - known - base if {*CONTAINERS, SHARED} & set(key.split(".")))
+        own = self.root.state_dict(keep_vars=True)
+        base = {key: value for key, value in own.items() if key not in known}
+        _from_peft(adapters, own, base, state, prefix)
+        given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+        foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
         self._partial = bool(given) and given <= known | set(foreign)
         lacking = [
             name
@@ -321,6 +326,56 @@ class Loader:
         if self._partial:
             ours = {key for record in self.root.__dict__[ATTRIBUTE]._records.values() for key in record.memory_keys()}
             result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
+
+
+def _from_peft(
+    adapters: Adapters,
+    mine: Mapping[str, Tensor],
+    base: Collection[str],
+    state: MutableMapping[str, Any],
+    prefix: str,
+) -> None:
+    """Give the state dict of a model that PEFT adapted the keys of this one, if it is of such a model.
+
+    sentence-transformers restores a checkpoint so: it builds the model of the folder, whose adapter PEFT puts on, and
+    hands its state dict over.
+
+    Args:
+        mine: the model's own state dict, for biases of the base.
+        base: those of its keys that are no adapter's.
+    """
+    given = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    if not any(name in key.split(".") and key not in base for key in given for name in _PEFT_BASE):
+        return
+    if len(adapters.active) != 1:
+        raise CheckpointError(
+            f"The state dict is of a model that PEFT adapted once, and here {', '.join(map(repr, adapters.active))} "
+            "act. Activate the one adapter that it belongs to."
+        )
+    record = adapters._records[adapters.active[0]]
+    places = dict(_places(record))
+    for key in given:
+        value, parts = state.pop(prefix + key), key.split(".")
+        plain = ".".join(part for part in parts if part not in _PEFT_BASE)
+        if key in places:  # a trained bias, which PEFT writes over the base's
+            state[prefix + places[key]], state[prefix + plain] = value, mine[plain]
+        elif plain in base:
+            state[prefix + plain] = value
+        else:  # the adapter's name stands somewhere in the key
+            names = [".".join(parts[:i] + parts[i + 1 + (part == _PEFT_HEAD) :]) for i, part in enumerate(parts)]
+            state[prefix + next((places[name] for name in names if name in places), key)] = value
+
+
+def _places(record: AdapterRecord) -> Iterator[tuple[str, str]]:
+    """The key in a file, without PEFT's prefix, and the key in the model of each tensor."""
+    memory = {
+        (id(slot.owner), slot.name): f"{path}.{container}.{record.name}.{local}"
+        for container, path, module in record.parts()
+        for local, slot in module_slots(module)
+    }
+    for file, slot in slots(record).items():
+        if (id(slot.owner), slot.name) in memory:  # transformers puts on no adapter that has shared tensors
+            yield file, memory[id(slot.owner), slot.name]
 
 
 def install(root: nn.Module) -> Loader:

@@ -1,4 +1,4 @@
-"""Trainers of other libraries on an adapted model: train, save, kill, resume, compare."""
+"""TRL's trainers on an adapted model: train, save, resume, compare."""
 
 from __future__ import annotations
 
@@ -6,47 +6,92 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from tests.models import VOCABULARY, build
+from tests.models import build
+from torch import Tensor
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+from .words import datasets, sentence, texts, tokenizer
 
 pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+OPTIONS = {"max_steps": 4, "save_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
 
 
-def tokenizer() -> Any:
-    """Words `w0`, `w1`, ... of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w3"
-    )
+def adapted(config: ak.AdapterConfig = LORA) -> tuple[Any, ak.Adapters]:
+    model = build("llama")
+    torch.manual_seed(3)
+    adapters = ak.attach(model)
+    adapters.add("t", config)
+    return model, adapters
 
 
-def sentences(count: int = 16) -> Any:
-    """A data set of texts in which each word follows from the one before."""
-    texts = [" ".join(f"w{4 + (start + 3 * i) % (VOCABULARY - 4)}" for i in range(8)) for start in range(count)]
-    return datasets.Dataset.from_dict({"text": texts})
-
-
-def test_sft_trains_the_adapter_alone(tmp_path: Path) -> None:
+def sft(model: Any, folder: Path, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    model = build("llama")
-    adapters = ak.attach(model)
-    adapters.add("t", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    arguments = SFTConfig(
-        str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
-    )
-    SFTTrainer(model, arguments, train_dataset=sentences(), processing_class=tokenizer()).train()
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed
-    assert changed == {key for key in changed if ".adapters.t." in key}
+    arguments = SFTConfig(str(folder), **{**OPTIONS, **options})
+    return SFTTrainer(model, arguments, train_dataset=texts(), eval_dataset=texts(4), processing_class=tokenizer())
+
+
+def dpo(model: Any, folder: Path, **options: Any) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    rows = {
+        "prompt": [sentence(i) for i in range(16)],
+        "chosen": [sentence(i + 1) for i in range(16)],
+        "rejected": [sentence(i, 5) for i in range(16)],
+    }
+    arguments = DPOConfig(str(folder), **{**OPTIONS, **options})
+    data = datasets.Dataset.from_dict(rows)
+    return DPOTrainer(model, build("llama"), arguments, train_dataset=data, processing_class=tokenizer())
+
+
+TRAINERS = pytest.mark.parametrize("trainer", [sft, dpo])
+
+
+def values(model: Any) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {key for key in one if not torch.equal(one[key], other[key])}
+
+
+@TRAINERS
+def test_the_adapter_alone_is_trained_and_saved(trainer: Any, tmp_path: Path) -> None:
+    model, adapters = adapted()
+    before = values(model)
+    trainer(model, tmp_path).train()
+    trained = changed(values(model), before)
+    assert trained == {key for key in before if ".adapters.t." in key}
+    saved = safetensors.torch.load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert saved.keys() == adapters.state_dict("t").keys()
+    assert all(torch.equal(saved[key], value) for key, value in adapters.state_dict("t").items())
+
+
+@TRAINERS
+@pytest.mark.parametrize("config", [LORA, VeraConfig(r=2, target_modules=["q_proj"])], ids=["lora", "vera"])
+def test_a_resumed_training_equals_an_uninterrupted_one(config: ak.AdapterConfig, trainer: Any, tmp_path: Path) -> None:
+    model, _ = adapted(config)
+    trainer(model, tmp_path).train()
+    again, _ = adapted(config)
+    assert changed(values(again), values(model))
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not changed(values(again), values(model))
+
+
+def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(tmp_path: Path) -> None:
+    model, adapters = adapted()
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss", "learning_rate": 1e-2}
+    run = sft(model, tmp_path, load_best_model_at_end=True, greater_is_better=True, **options)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")  # the loss falls
+    saved = [safetensors.torch.load_file(tmp_path / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (2, 4)]
+    assert not changed(adapters.state_dict("t"), saved[0])
+    assert changed(adapters.state_dict("t"), saved[1])

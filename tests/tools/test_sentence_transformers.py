@@ -1,0 +1,142 @@
+"""sentence-transformers on an adapted model: train, save, load, resume, best model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models import build
+from torch import Tensor
+
+import adapterkit as ak
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+from .words import datasets, sentence, tokenizer
+
+pytest.importorskip("sentence_transformers")
+
+CONFIGS = {
+    "lora": LoraConfig(r=2, target_modules=["query"], bias="all", lora_dropout=0.1),
+    "loha": LoHaConfig(r=2, target_modules=["query", "value"]),
+    "vera": VeraConfig(r=2, target_modules=["query"]),
+}
+MODEL, INSIDE = "the model", "the transformer inside"  # where the adapters are attached
+CASES = pytest.mark.parametrize(("name", "place"), [("lora", MODEL), ("lora", INSIDE), ("loha", MODEL)])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    build("bert").bert.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base: Path, place: str, config: ak.AdapterConfig) -> tuple[Any, ak.Adapters]:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    model = SentenceTransformer(modules=[Transformer(str(base)), Pooling(16)], device="cpu")
+    torch.manual_seed(3)
+    adapters = ak.attach(model if place == MODEL else model[0].auto_model)
+    adapters.add("t", config)
+    return model, adapters
+
+
+def embeddings(model: Any) -> Tensor:
+    return model.encode([sentence(1), sentence(5)], convert_to_tensor=True)
+
+
+def trainer(model: Any, folder: Path, **options: Any) -> Any:
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
+    given = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, **options}
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder), per_device_train_batch_size=4, disable_tqdm=True, **given
+    )
+    pairs = {"a": [sentence(i) for i in range(16)], "b": [sentence(i, 5) for i in range(16)], "label": [1.0, 0.0] * 8}
+    data = datasets.Dataset.from_dict(pairs)
+    return SentenceTransformerTrainer(model, arguments, data, data, CosineSimilarityLoss(model))
+
+
+@CASES
+def test_a_saved_model_gives_the_trained_embeddings(name: str, place: str, base: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model, adapters = adapted(base, place, CONFIGS[name])
+    with adapters.disabled():
+        bare = embeddings(model)
+    trainer(model, tmp_path / "out", save_strategy="no").train()
+    trained = embeddings(model)
+    assert (trained - bare).abs().max() > 1e-3
+    model.save_pretrained(str(tmp_path / "saved"))
+    torch.testing.assert_close(embeddings(SentenceTransformer(str(tmp_path / "saved"), device="cpu")), trained)
+    adapters.merge("t")
+    model.save_pretrained(str(tmp_path / "merged"))
+    torch.testing.assert_close(embeddings(SentenceTransformer(str(tmp_path / "merged"), device="cpu")), trained)
+
+
+@CASES
+def test_a_resumed_training_equals_an_uninterrupted_one(name: str, place: str, base: Path, tmp_path: Path) -> None:
+    model, _ = adapted(base, place, CONFIGS[name])
+    trainer(model, tmp_path / "out").train()
+    again, _ = adapted(base, place, CONFIGS[name])
+    trainer(again, tmp_path / "out").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    expected, found = model.state_dict(), again.state_dict()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(base: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model, _ = adapted(base, MODEL, CONFIGS["lora"])
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
+    run = trainer(model, tmp_path / "out", load_best_model_at_end=True, greater_is_better=True, **options)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-2")  # the loss falls
+    best = SentenceTransformer(run.state.best_model_checkpoint, device="cpu")
+    torch.testing.assert_close(embeddings(model), embeddings(best))
+    last = SentenceTransformer(str(tmp_path / "out" / "checkpoint-4"), device="cpu")
+    assert (embeddings(model) - embeddings(last)).abs().max() > 1e-4
+
+
+def test_shared_tensors_at_the_model_itself_are_refused(base: Path, tmp_path: Path) -> None:
+    model, _ = adapted(base, MODEL, CONFIGS["vera"])
+    with pytest.raises(ak.StateError, match=r"attach the adapters to the transformers model inside: model\[0\]"):
+        model.save_pretrained(str(tmp_path / "saved"))
+
+
+def test_an_adapter_that_is_more_than_the_transformers_is_refused(base: Path, tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model, _ = adapted(base, MODEL, CONFIGS["lora"])
+    model.append(Dense(16, 4))
+    adapters = ak.attach(model)
+    adapters.add("u", LoraConfig(r=2, target_modules=["query", "2.linear"]))
+    with pytest.raises(ak.StateError, match=r"'0.model' is to be saved with adapter 'u', which has another part at"):
+        model.save_pretrained(str(tmp_path / "saved"))
+
+
+def test_a_cross_encoder_is_saved_with_its_adapter_and_head(base: Path, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(base), num_labels=1, device="cpu")
+    pairs = [(sentence(1), sentence(2)), (sentence(1), sentence(7))]
+    with torch.no_grad():
+        model[0].model.classifier.weight.mul_(50)
+    model.save_pretrained(str(tmp_path / "whole"))
+    model = CrossEncoder(str(tmp_path / "whole"), device="cpu")
+    adapters = ak.attach(model[0].model)
+    adapters.add("t", LoraConfig(r=2, target_modules=["query"]))
+    with torch.no_grad():
+        for parameter in adapters.parameters("t"):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected = model.predict(pairs, convert_to_tensor=True)
+    model.save_pretrained(str(tmp_path / "saved"))
+    torch.testing.assert_close(
+        CrossEncoder(str(tmp_path / "saved"), device="cpu").predict(pairs, convert_to_tensor=True), expected
+    )
