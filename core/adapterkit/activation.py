@@ -12,6 +12,7 @@ from adapterkit.perrow import RowState
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.roster import Roster
 from adapterkit.rows import Rows
+from adapterkit.wrapped import check_averaged, reshard
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Activation(Roster):
         Raises:
             UnknownNameError: no such adapter.
             ConfigError: a name twice, or two heads for one module and no choice.
-            StateError: an adapter that is merged, or on modules that were replaced since. With `trainable=False` the
-                first forward says so.
+            StateError: an adapter that is merged, or on modules that were replaced since (with `trainable=False` the
+                first forward says so), or one to be trained that DDP, FSDP or DeepSpeed around the model do not know.
         """
         records = [self._record(name) for name in names]
         if len(set(names)) < len(names):
@@ -52,6 +53,8 @@ class Activation(Roster):
         acting = acting_heads([*map(self._record, self._merged.names), *records], heads)
         if trainable:
             self._check_present("activate", *names)
+        for record in records if trainable else ():
+            check_averaged(self.model, record)
         self._set_trainable(names if trainable else ())
         self._set_active(names, acting)
         self._active.state.first = partial(self._check_present, "activate", *names)
@@ -121,6 +124,7 @@ class Activation(Roster):
 
     def _set_trainable(self, names: tuple[str, ...]) -> None:
         names = tuple(n for n in names if n in self._records)
+        reshard(self.model)  # the flags of its shards are those that FSDP2 goes by
         for name in {*self._trainable, *names}:
             self._records[name].set_trainable(name in names)
         self._trainable = names

@@ -10,25 +10,33 @@ from torch import nn
 from adapterkit.combination import Combination
 from adapterkit.errors import ConfigError
 from adapterkit.keys import ATTRIBUTE
+from adapterkit.wrapped import watch
 
 if TYPE_CHECKING:
     from adapterkit.report import Report
 
 # Wrappers that only forward to the model inside: the adapters are the inner model's.
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
 
 
 def attach(model: nn.Module) -> Adapters:
     """The adapters of this model: made at the first call, the same object at every later one.
 
-    Changes nothing by itself. A model wrapped by `torch.compile` or `DistributedDataParallel` has the
-    adapters of the model inside.
+    Changes nothing by itself. A model wrapped by `torch.compile`, `DistributedDataParallel` or DeepSpeed's engine has
+    the adapters of the model inside.
 
     Raises:
         ConfigError: not a module.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach needs a torch.nn.Module, not a {type(model).__name__}.")
+    watch()
     model = inner_model(model)
     found = model.__dict__.get(ATTRIBUTE)
     if found is None:
@@ -74,7 +82,8 @@ class Adapters(Combination):
         records = [self._record(name) for name in names or self.names]
         for name in names or self.names:
             self._warn_if_changed(name, "The report shows what was trained there, beside the base as it was.")
-        report = Report.of(live_sources(records, self._merged), title)
+        with self._as_wholes(records):
+            report = Report.of(live_sources(records, self._merged), title)
         if out is not None:
             report.save(out)
         return report

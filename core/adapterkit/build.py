@@ -13,7 +13,7 @@ from adapterkit.adapted import check_free, original_class
 from adapterkit.biases import BiasLayer, bias_place
 from adapterkit.config import AdapterConfig
 from adapterkit.dispatch import Active
-from adapterkit.errors import PluginError, SelectionError
+from adapterkit.errors import PluginError, SelectionError, StateError
 from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Injector, Method
@@ -25,6 +25,7 @@ from adapterkit.selection import Match, Selection
 from adapterkit.shared import SharedTensors, SharedView
 from adapterkit.target import Target
 from adapterkit.walk import Uncalled, Walk, tensors_below
+from adapterkit.wrapped import is_fsdp, reshard
 
 
 class Builder:
@@ -47,6 +48,7 @@ class Builder:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
+        reshard(walk.model)
         self.walk, self.method, self.config, self.selection = walk, method, config, selection
         self.rule = method.key_rule(config)
         self.load, self.dtype, self.device = load, dtype, device
@@ -104,6 +106,11 @@ class Builder:
     def add_head(self, record: AdapterRecord, path: str, active: Active) -> nn.Module:
         """Give the adapter its own copy of the module at `path`."""
         module = self.walk.model.get_submodule(path)
+        if is_fsdp(module):
+            raise StateError(
+                f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
+                "it. Add the adapter before fully_shard."
+            )
         self._add_host(record, path, module, active)
         head = record.heads[path] = copy_head(module)
         return head

@@ -77,7 +77,8 @@ class Combination(Merger):
             isotropize=isotropize,
         )
         weights = [float(weight) for weight in sources.values()]
-        record, report = mix(name, records, weights, choices, Workspace(self.model, self._active))
+        with self._as_wholes(records):
+            record, report = mix(name, records, weights, choices, Workspace(self.model, self._active))
         self._install(record)
         return report
 

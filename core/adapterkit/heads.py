@@ -12,6 +12,7 @@ from adapterkit.adapted import strip
 from adapterkit.errors import ConfigError, SelectionError, nearest
 from adapterkit.matching import Names
 from adapterkit.offload import hook_objects, remove_hooks
+from adapterkit.sharded import as_wholes
 from adapterkit.walk import Uncalled, Walk
 
 AUTO = "auto"
@@ -97,7 +98,8 @@ def copy_head(module: nn.Module) -> nn.Module:
     # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
     own = (hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())
     hooks = [*hook_objects(module), *own]
-    head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hooks})
+    with as_wholes(module, module.modules()):
+        head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hooks})
     remove_hooks(head, module)
     for kind in _HOOKS:  # the module's own fire there; the copy is called by it
         getattr(head, kind).clear()

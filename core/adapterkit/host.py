@@ -18,6 +18,7 @@ from adapterkit.labels import LabelSet
 from adapterkit.presence import Presence
 from adapterkit.pretrained import Loader, install, uninstall
 from adapterkit.record import AdapterRecord
+from adapterkit.sharded import size_of
 from adapterkit.shared import SharedTensors
 from adapterkit.walk import Walk, base_parameters
 
@@ -57,7 +58,7 @@ class Host:
             return
         parameters = list(base_parameters(self.model))
         self._trained = [name for name, p in parameters if p.requires_grad]
-        self.size = sum(p.numel() for p in {p for _, p in parameters})
+        self.size = size_of({p for _, p in parameters})
         for _, parameter in parameters:
             parameter.requires_grad_(False)
         self._handle = InputGradients.install(self.model)

@@ -19,7 +19,9 @@ from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import AddReport
 from adapterkit.selection import select_on
+from adapterkit.sharded import size_of
 from adapterkit.walk import Walk
+from adapterkit.wrapped import check_averaged, check_can_grow
 
 
 class Lifecycle(PerSample):
@@ -57,10 +59,10 @@ class Lifecycle(PerSample):
         notes += self._live.notes(record, walk)
         record.labels = self._own_labels(record, labels)
         self._warn_unmatched(selection.unmatched)
-        self._install(record)
+        self._install(record, train=activate)
         if activate:
             self.activate(name)
-        parameters = sum(p.numel() for p in record.parameters())
+        parameters = size_of(record.parameters())
         heads = tuple(record.heads)
         return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
 
@@ -101,7 +103,8 @@ class Lifecycle(PerSample):
         self._check_present("copy", source)
         # The modules they are on are the model's and stay; the rest is the adapter's own.
         memo = {id(module): module for module in (*record.hosts.values(), *record.readers)}
-        duplicate = copy.deepcopy(record, memo)
+        with self._as_wholes([record]):
+            duplicate = copy.deepcopy(record, memo)
         duplicate.name = target
         duplicate.set_trainable(False)
         self._install(duplicate)
@@ -120,7 +123,10 @@ class Lifecycle(PerSample):
         self._host = None
         return model
 
-    def _install(self, record: AdapterRecord) -> None:
+    def _install(self, record: AdapterRecord, *, train: bool = False) -> None:
+        check_can_grow(self.model, record.name)
+        if train:
+            check_averaged(self.model, record)
         if record.biases and self._merged.names:
             raise StateError(
                 f"Adapter {record.name!r} trains biases, which start from the base's; others' are merged into those "

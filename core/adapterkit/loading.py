@@ -15,6 +15,7 @@ from adapterkit.method import Method
 from adapterkit.offload import is_hooked, real_value
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import LoadReport, Mismatch
+from adapterkit.sharded import shape_of, whole
 from adapterkit.slots import Slot, slots
 from adapterkit.walk import Walk
 
@@ -35,7 +36,8 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
-        values = {key: found[key] for key in places if key in found}
+        found = {key: found[key] for key in places if key in found}
+        values = dict(zip(found, whole(list(found.values())), strict=True))
         lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))
         if lacking:
             raise CheckpointError(
@@ -195,10 +197,10 @@ def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     for part in path:
         module = module._modules.get(part) if module is not None else None
     own = None if module is None else {**module._buffers, **module._parameters}.get(name)
-    if own is None or own.shape != tensor.shape or own.is_meta:
+    if own is None or shape_of(own) != tensor.shape or own.is_meta:
         return False
     wide = torch.float32 if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.dtype
-    return torch.equal(own.detach().to(tensor.dtype).to(wide), tensor.to(own.device, wide))
+    return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
 def refuse(report: LoadReport, name: str, where: str) -> None:
@@ -229,6 +231,8 @@ def put(
     tensors from one; training one of them must not change the other, and kernels round by where a tensor begins.
     """
     values, taken = list(values), set[int]()
+    given = whole([tensor for _, tensor in values])
+    values = [(slot, tensor) for (slot, _), tensor in zip(values, given, strict=True)]
     for slot, _ in values:
         if is_hooked(slot.owner) and slot.tensor.is_meta:
             raise StateError(

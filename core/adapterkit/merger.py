@@ -10,6 +10,7 @@ from adapterkit.merging import Merged, carry_out, give_back, take_heads
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.storage import Storage
 from adapterkit.walk import Walk
+from adapterkit.wrapped import reshard
 
 
 class Merger(Storage):
@@ -57,6 +58,7 @@ class Merger(Storage):
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
         acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
+        reshard(self.model)  # copies that FSDP2 leaves in place would take the merge with them
         changes = plan(records, Walk(self.model), untie=untie)
         check_in_memory(changes)
         carry_out(changes, self._merged, safe=safe, keep_base=keep_base)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.sharded import whole
+
 
 def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where the module computes with `tensor`: offloaded weights are on the meta device between forwards."""
@@ -21,7 +23,7 @@ def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
 
 
 def real_value(module: nn.Module, name: str) -> Tensor:
-    """The module's own parameter or buffer `name`, fetched from where accelerate offloaded it if need be."""
+    """The module's own parameter or buffer `name`, fetched from where it is offloaded or sharded if need be."""
     tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers[name]
@@ -32,7 +34,7 @@ def real_value(module: nn.Module, name: str) -> Tensor:
             if weights is not None:
                 value: Tensor = weights[name]
                 return value.to(execution_device(module, tensor))
-    return tensor.detach()
+    return whole([tensor])[0]
 
 
 @contextmanager

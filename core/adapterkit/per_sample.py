@@ -9,6 +9,7 @@ from adapterkit.activation import Activation
 from adapterkit.batch import check_paths
 from adapterkit.errors import ConfigError
 from adapterkit.rows import Rows
+from adapterkit.wrapped import check_averaged
 
 
 class PerSample(Activation):
@@ -39,6 +40,8 @@ class PerSample(Activation):
         """
         rows = self._rows(names, trusted=batch_first)
         self._check_present("per_sample", *rows.adapters)
+        for name in rows.adapters if trainable else ():
+            check_averaged(self.model, self._record(name))
         before = self._state()
         self._set_trainable(rows.adapters if trainable else ())
         self._set_rows(rows)

@@ -30,8 +30,10 @@ from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
 from adapterkit.selection import ALL_LINEAR, select_on
+from adapterkit.sharded import as_wholes, by_first_rank, groups_of, shape_of
 from adapterkit.slots import slots
 from adapterkit.walk import Walk
+from adapterkit.wrapped import reshard
 
 
 def save_record(
@@ -43,6 +45,8 @@ def save_record(
 ) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
 
+    A sharded adapter is gathered, which every process takes part in, and the first one writes.
+
     Args:
         source, writer: see `to_file` and `write_folder`.
 
@@ -50,7 +54,10 @@ def save_record(
         SaveError: the folder cannot be written; what was there is untouched.
         CheckpointError: the adapter is on the meta device and has no values.
     """
-    write_folder(folder, *to_files(record, model, source), writer)
+    reshard(model)
+    groups = groups_of(record.parameters()) if source is None else []
+    files = to_files(record, model, source)
+    by_first_rank(groups, lambda: write_folder(folder, *files, writer))
 
 
 def to_files(
@@ -64,7 +71,8 @@ def to_files(
     method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
-    tensors = to_file(record, method, source)
+    with as_wholes(model, record.modules() if source is None else ()):
+        tensors = to_file(record, method, source)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
@@ -248,9 +256,9 @@ def _embeddings_in_file(
                 )
             rows, own = tensors[keys[0]].shape[0], module.weight
             assert isinstance(own, Tensor)
-            if rows != own.shape[0]:
+            if rows != shape_of(own)[0]:
                 raise CheckpointError(
-                    f"The file holds its own {path!r} with {rows:,} rows; the model's has {own.shape[0]:,}. It was "
+                    f"The file holds its own {path!r} with {rows:,} rows; the model's has {shape_of(own)[0]:,}. It was "
                     f"trained with a resized vocabulary: call model.resize_token_embeddings({rows}) first."
                 )
             found.append(paths[0])

@@ -18,6 +18,7 @@ from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
 from adapterkit.readers import Path, below
 from adapterkit.reports import AdapterStatus
+from adapterkit.sharded import size_of
 from adapterkit.shared import SharedView
 from adapterkit.walk import modules_below
 
@@ -61,17 +62,18 @@ class AdapterRecord:
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains, each once."""
-        held = [p for module in self._modules() for p in module._parameters.values() if p is not None]
+        held = [p for module in self.modules() for p in module._parameters.values() if p is not None]
         return list({id(p): p for p in held}.values())
 
-    def _modules(self) -> Iterator[nn.Module]:
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module that is the adapter's, shared tensors included."""
         shared = () if self.shared is None else (self.shared.module,)
         return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
 
     def set_trainable(self, trainable: bool) -> None:
         """Set `requires_grad` of all parameters; nothing to do if that is how they are."""
         if trainable != self.trainable:
-            for module in self._modules():
+            for module in self.modules():
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter.requires_grad_(trainable)
@@ -85,7 +87,7 @@ class AdapterRecord:
             method=self.config.method,
             targets=len(self.layers),
             heads=tuple(self.heads),
-            parameters=sum(p.numel() for p in parameters),
+            parameters=size_of(parameters),
             dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             devices=tuple(sorted({str(p.device) for p in parameters})),
             active=active,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from adapterkit.host import Host
 from adapterkit.merging import Merged
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import Status
+from adapterkit.sharded import as_wholes
+from adapterkit.wrapped import reshard
 
 
 class Roster:
@@ -65,13 +68,16 @@ class Roster:
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with their names: `<module path>.<parameter>`, or `<parameter>` of those that layers share."""
-        return self._record(name).named_parameters()
+        record = self._record(name)
+        reshard(self.model)  # FSDP2 leaves copies in place after a forward, which an optimizer must not get
+        return record.named_parameters()
 
     def status(self) -> Status:
         """A table of the adapters; prints as one.
 
         A note says where an adapter does not act any more, because the module there was replaced since.
         """
+        reshard(self.model)
         return Status(
             tuple(
                 record.status(
@@ -104,6 +110,10 @@ class Roster:
         self._check_live()
         if name in self._records:
             raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
+
+    def _as_wholes(self, records: Iterable[AdapterRecord], *, writing: bool = False) -> AbstractContextManager[None]:
+        """See `as_wholes`, for everything that is these adapters'."""
+        return as_wholes(self.model, (m for record in records for m in record.modules()), writing=writing)
 
     def _check_heads_not_merged(self, name: str) -> None:
         if name in self._merged.heads:

@@ -37,7 +37,8 @@ class Storage(Lifecycle):
         record = self._record(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
-        return to_file(record, default_registry.method_of(record.config), source)
+        with self._as_wholes([record] if source is None else []):
+            return to_file(record, default_registry.method_of(record.config), source)
 
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Copy tensors into an existing adapter.
@@ -52,7 +53,7 @@ class Storage(Lifecycle):
         record = self._record(name)
         self._check_not_merged(name)
         self._check_present("load_state_dict", name)
-        with self._live.writing(record):
+        with self._live.writing(record), self._as_wholes([record], writing=True):
             found = fit(record, default_registry.method_of(record.config), self.model, tensors)
             if not found.report.ok:
                 if strict:
@@ -121,7 +122,7 @@ class Storage(Lifecycle):
         record, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
-        self._install(record)
+        self._install(record, train=activate and trainable)
         if activate:
             self.activate(name, trainable=trainable)
         return report
@@ -162,15 +163,16 @@ class Storage(Lifecycle):
         other, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
         )
-        try:
-            with torch.no_grad():
-                values = values_to_swap(record, other)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it under "
-                "another name instead (adapters.load)."
-            ) from error
-        put(values, assign=False)
+        with self._as_wholes([record], writing=True):
+            try:
+                with torch.no_grad():
+                    values = values_to_swap(record, other)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it under "
+                    "another name instead (adapters.load)."
+                ) from error
+            put(values, assign=False)
         record.config = swapped_config(record.config, other.config)
         record.labels = other.labels if record.heads else record.labels
         self._live.renew_labels(record)

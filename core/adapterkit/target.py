@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.kinds import LayerKind
+from adapterkit.sharded import as_wholes
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Target:
 
     def weight(self) -> Tensor:
         """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation."""
-        weight = self.kind.read(self.module)
-        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        with as_wholes(self.module, self.module.modules()):
+            weight = self.kind.read(self.module)
+            return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """A new parameter of this shape, uninitialised, with the adapter's dtype and device."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.factors import Factors
+from adapterkit.sharded import shape_of
 
 # Numbers in a layer's output from which one tensor less of its size saves more time than views of it cost.
 WIDE = 2**16
@@ -173,7 +174,7 @@ def is_floating_weight(module: nn.Module, dim: int) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
         return False
-    return weight.is_floating_point() and weight.dim() == dim
+    return weight.is_floating_point() and len(shape_of(weight)) == dim
 
 
 def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from adapterkit.kinds.base import LayerKind, is_floating_weight
+from adapterkit.sharded import shape_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TransposedLinear(LayerKind):
         utils = sys.modules.get("transformers.pytorch_utils")
         if utils is None or not isinstance(module, utils.Conv1D) or not is_floating_weight(module, 2):
             return None
-        in_features, out_features = module.weight.shape
+        in_features, out_features = shape_of(module.weight)
         return cls(out_features, in_features)
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from adapterkit.merging import Merged
 from adapterkit.record import AdapterRecord
 from adapterkit.report.sources import Source, of_record
+from adapterkit.sharded import as_wholes
 
 
 def live_sources(records: Iterable[AdapterRecord], merged: Merged) -> list[Source]:
@@ -25,8 +26,9 @@ def _base_norm(record: AdapterRecord, merged: Merged) -> Callable[[str], float |
     def found(path: str) -> float | None:
         module = record.heads.get(path, record.hosts[path])
         kept = merged.kept.get(module)
-        weight = record.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
-        return None if weight is None or weight.is_meta else norm_of(weight)
+        with as_wholes(module, module.modules()):
+            weight = record.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
+            return None if weight is None or weight.is_meta else norm_of(weight)
 
     return found
 
