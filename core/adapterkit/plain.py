@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -116,7 +116,8 @@ def _computed(module: nn.Module, name: str) -> str:
 def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) -> bool:
     """Whether the forward of a copy, with another weight and bias, computes what the kind says of these.
 
-    The values are small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum.
+    It is run with small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum; and with
+    numbers of many sizes and both signs, which a forward that rounds its weight, or leaves small entries out, changes.
     """
     if kind.sample_dims > 1:
         return False
@@ -126,29 +127,44 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)
 
-    def numbers(*shape: int) -> Tensor:
+    def whole(*shape: int) -> Tensor:
         return torch.randint(1, 4, shape, generator=generator).to(device, torch.float32)
 
+    def of_any_size(*shape: int) -> Tensor:
+        sizes = 10.0 ** -torch.rand(shape, generator=generator).mul_(4).to(device)
+        return sizes * (whole(*shape) % 2 * 2 - 1)
+
     rows = _ROWS if kind.lookup else weight.shape[0]
-    put(layer, "weight", nn.Parameter(numbers(rows, 1) * numbers(1, *weight.shape[1:]), requires_grad=False))
-    if bias is not None:
-        put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))
     if kind.lookup:
         layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
-    x = torch.arange(rows, device=device) if kind.lookup else numbers(1, kind.in_features)
+    x = torch.arange(rows, device=device) if kind.lookup else whole(1, kind.in_features)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # it may be compiled
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            found = forward(layer, x)
-        expected = kind.apply_weight(x, kind.read(layer), own(layer, "bias"))
-        if kind.lookup:  # rows may be scaled, by whichever number: what is merged is scaled alike
-            expected = expected * (found.flatten()[0] / expected.flatten()[0])
-        return torch.allclose(found.to(expected.dtype), expected, _RTOL, 0.0) and bool(expected.all())
+        for numbers in (whole, of_any_size):
+            put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:]), requires_grad=False))
+            if bias is not None:
+                put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))
+            with _in_plain_torch(device):
+                found = forward(layer, x)
+            expected = kind.apply_weight(x, kind.read(layer), own(layer, "bias"))
+            if kind.lookup:  # rows may be scaled, by whichever number: what is merged is scaled alike
+                expected = expected * (found.flatten()[0] / expected.flatten()[0])
+            margin = _RTOL * float(expected.abs().max())
+            if not expected.all() or not torch.allclose(found.to(expected.dtype), expected, _RTOL, margin):
+                return False
     except Exception:  # noqa: BLE001 - a stranger's forward
         return False
+    return True
+
+
+@contextmanager
+def _in_plain_torch(device: torch.device) -> Iterator[None]:
+    """Without autocast or a compiler, and with random numbers that nobody else misses."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # the forward may be compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def _copy(module: nn.Module) -> nn.Module:

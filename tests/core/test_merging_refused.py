@@ -46,6 +46,16 @@ class Masked(nn.Linear):
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
+class Thresholded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * (self.weight.abs() > 0.1), self.bias)
+
+
+class Rounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * 16).round() / 16, self.bias)
+
+
 class Counting(nn.Linear):
     """Its own forward computes the plain product."""
 
@@ -120,6 +130,8 @@ REFUSED: dict[str, tuple[Make, type[ak.AdapterError], str]] = {
     "forward on the instance": (doubled, ak.UnsupportedError, "its forward was replaced on the instance"),
     "equalised": (lambda _: Equalised(8, 8), ak.UnsupportedError, r"Equalised\.forward computes something else"),
     "masked": (lambda _: Masked(), ak.UnsupportedError, r"Masked\.forward computes something else"),
+    "thresholded": (lambda _: Thresholded(8, 8), ak.UnsupportedError, r"Thresholded\.forward computes something else"),
+    "rounded": (lambda _: Rounded(8, 8), ak.UnsupportedError, r"Rounded\.forward computes something else"),
     "read-only": (mapped, ak.StateError, r"'fc\.weight' is in read-only memory"),
     "inference tensor": (inference, ak.StateError, r"'fc\.weight' was made under torch\.inference_mode"),
 }
