@@ -1,30 +1,30 @@
-"""Pretrained: what an adapted model's own `save_pretrained` writes, and what its `load_state_dict` takes back.
+"""Pretrained: what an adapted model's own `save_pretrained` writes.
 
-Trainers know the model and not its adapters. What they write and read goes through these two, so that is where the
-adapters of an unchanged `Trainer` are saved and restored.
+Trainers know the model and not its adapters. What they write goes through it, and what they read through the model's
+`load_state_dict` (see `adapterkit.restoring`), so that is where the adapters of an unchanged `Trainer` are.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from adapterkit.disk.mapping import write_tensors
-from adapterkit.errors import CheckpointError, SaveError, StateError, UnsupportedError
+from adapterkit.errors import SaveError, StateError, UnsupportedError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, appearing, local_path, write_folder
-from adapterkit.keys import ATTRIBUTE, CONTAINERS, HEADS, SHARED, split_memory_key
+from adapterkit.keys import ATTRIBUTE, HEADS, SHARED, split_memory_key
 from adapterkit.labels import LabelSet
 from adapterkit.loading import unwrapped_key
 from adapterkit.offload import real_value
 from adapterkit.persistence import to_files
 from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
-from adapterkit.slots import module_slots, slots
+from adapterkit.restoring import Loader
 from adapterkit.walk import named_modules
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ _REFUSED = {
     "save_peft_format": (False, "only PEFT's keys are written"),
     "distributed_checkpoint": (True, "use torch.distributed.checkpoint on adapters.state_dict(name)"),
 }
-# Where PEFT keeps an adapted layer, and a module that it trains a copy of; and that copy.
-_PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 
 class Saver:
@@ -273,109 +271,6 @@ def _push(folder: Path, given: Mapping[str, Any]) -> None:
         revision=given.get("revision"),
         create_pr=given.get("create_pr", False),
     )
-
-
-class Loader:
-    """Watches the model's `load_state_dict`, with which trainers restore what `Saver` wrote."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self._partial = False
-        self._handles = (
-            root.register_load_state_dict_pre_hook(self._before),
-            root.register_load_state_dict_post_hook(self._after),
-        )
-
-    def remove(self) -> None:
-        """Watch no longer."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
-        """Raise where an adapter that trains would stay as it is beside others that are restored.
-
-        Raises:
-            CheckpointError: the state dict is of other adapters than the model's, or lacks some that train.
-        """
-        adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        known = {key for record in adapters._records.values() for key in record.memory_keys()}
-        own = self.root.state_dict(keep_vars=True)
-        base = {key: value for key, value in own.items() if key not in known}
-        _from_peft(adapters, own, base, state, prefix)
-        given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
-        foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
-        self._partial = bool(given) and given <= known | set(foreign)
-        lacking = [
-            name
-            for name, record in adapters._records.items()
-            if not given.intersection(record.memory_keys()) and any(p.requires_grad for p in record.parameters())
-        ]
-        if (self._partial and (foreign or lacking)) or (foreign and lacking):
-            here = ", ".join(map(repr, adapters.names))
-            what = (
-                f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}" if foreign else "lacks them"
-            )
-            raise CheckpointError(
-                f"The model trains {', '.join(map(repr, lacking)) or 'none of these'}, and the state dict {what}. The "
-                f"model has {here}. Add the adapters that were saved, under the same names and with the same configs, "
-                "before you resume; or load one from its folder: adapters.load(folder, name, trainable=True)."
-            )
-
-    def _after(self, module: nn.Module, result: Any) -> None:
-        """The base's keys are not missing where only adapters were given: they are where they were."""
-        if self._partial:
-            ours = {key for record in self.root.__dict__[ATTRIBUTE]._records.values() for key in record.memory_keys()}
-            result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
-
-
-def _from_peft(
-    adapters: Adapters,
-    mine: Mapping[str, Tensor],
-    base: Collection[str],
-    state: MutableMapping[str, Any],
-    prefix: str,
-) -> None:
-    """Give the state dict of a model that PEFT adapted the keys of this one, if it is of such a model.
-
-    sentence-transformers restores a checkpoint so: it builds the model of the folder, whose adapter PEFT puts on, and
-    hands its state dict over.
-
-    Args:
-        mine: the model's own state dict, for biases of the base.
-        base: those of its keys that are no adapter's.
-    """
-    given = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
-    if not any(name in key.split(".") and key not in base for key in given for name in _PEFT_BASE):
-        return
-    if len(adapters.active) != 1:
-        raise CheckpointError(
-            f"The state dict is of a model that PEFT adapted once, and here {', '.join(map(repr, adapters.active))} "
-            "act. Activate the one adapter that it belongs to."
-        )
-    record = adapters._records[adapters.active[0]]
-    places = dict(_places(record))
-    for key in given:
-        value, parts = state.pop(prefix + key), key.split(".")
-        plain = ".".join(part for part in parts if part not in _PEFT_BASE)
-        if key in places:  # a trained bias, which PEFT writes over the base's
-            state[prefix + places[key]], state[prefix + plain] = value, mine[plain]
-        elif plain in base:
-            state[prefix + plain] = value
-        else:  # the adapter's name stands somewhere in the key
-            names = [".".join(parts[:i] + parts[i + 1 + (part == _PEFT_HEAD) :]) for i, part in enumerate(parts)]
-            state[prefix + next((places[name] for name in names if name in places), key)] = value
-
-
-def _places(record: AdapterRecord) -> Iterator[tuple[str, str]]:
-    """The key in a file, without PEFT's prefix, and the key in the model of each tensor."""
-    memory = {
-        (id(slot.owner), slot.name): f"{path}.{container}.{record.name}.{local}"
-        for container, path, module in record.parts()
-        for local, slot in module_slots(module)
-    }
-    for file, slot in slots(record).items():
-        if (id(slot.owner), slot.name) in memory:  # transformers puts on no adapter that has shared tensors
-            yield file, memory[id(slot.owner), slot.name]
 
 
 def install(root: nn.Module) -> Loader:
