@@ -16,8 +16,9 @@ from adapterkit.dispatch import Active
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.presence import Presence
-from adapterkit.pretrained import Loader, install, uninstall
+from adapterkit.pretrained import install, uninstall
 from adapterkit.record import AdapterRecord
+from adapterkit.restoring import Loader
 from adapterkit.sharded import size_of
 from adapterkit.shared import SharedTensors
 from adapterkit.walk import Walk, base_parameters
