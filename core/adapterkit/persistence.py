@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def to_files(
     method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
-    with as_wholes(model, record.modules() if source is None else ()):
+    with as_wholes(model, record.modules()) if source is None else nullcontext():
         tensors = to_file(record, method, source)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from adapterkit.persistence import to_files
 from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
 from adapterkit.restoring import Loader
+from adapterkit.sharded import as_wholes, by_first_rank, groups_of, whole
 from adapterkit.walk import named_modules
 
 if TYPE_CHECKING:
@@ -187,23 +188,32 @@ class Saver:
             adapters._warn_if_changed(name, KEPT)
         files = {name: to_files(records[name], self.module, source, self.path) for name in names}
         state = self._training_state(records.values(), source) if training else {}
-        if not given.get("is_main_process", True):
-            return
-        for name, place in names.items():
-            write_folder(place, *files[name])
-        for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if len(acting) > 1 else ():
-            (folder / stale).unlink(missing_ok=True)
-        if training:
-            with appearing(folder / TRAINING_FILE) as fresh:
-                write_tensors(state, fresh, {"format": "pt"})
-        if given.get("push_to_hub"):
-            _push(folder, given)
+        groups = groups_of(p for record in records.values() for p in record.parameters()) if source is None else []
 
-    def _training_state(self, records: Any, source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        def write() -> None:
+            for name, place in names.items():
+                write_folder(place, *files[name])
+            for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if len(acting) > 1 else ():
+                (folder / stale).unlink(missing_ok=True)
+            if training:
+                with appearing(folder / TRAINING_FILE) as fresh:
+                    write_tensors(state, fresh, {"format": "pt"})
+            if given.get("push_to_hub"):
+                _push(folder, given)
+
+        if groups or given.get("is_main_process", True):
+            by_first_rank(groups, write)
+
+    def _training_state(
+        self, records: Collection[AdapterRecord], source: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
         ours = {key for record in records for key in self._keys(record)}
-        state = self.module.state_dict() if source is None else source
-        found = {key: tensor for key, tensor in state.items() if unwrapped_key(key) in ours}
-        for key, tensor in found.items() if source is None else ():
+        if source is not None:
+            found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
+            return dict(zip(found, whole(list(found.values())), strict=True))
+        with as_wholes(self.root, (module for record in records for module in record.modules())):
+            found = {key: tensor for key, tensor in self.module.state_dict().items() if key in ours}
+        for key, tensor in found.items():
             if tensor.is_meta:
                 owner, _, local = key.rpartition(".")
                 found[key] = real_value(self.module.get_submodule(owner), local)
