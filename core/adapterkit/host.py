@@ -21,6 +21,7 @@ from adapterkit.record import AdapterRecord
 from adapterkit.restoring import Loader
 from adapterkit.sharded import size_of
 from adapterkit.shared import SharedTensors
+from adapterkit.vocabulary import resized_tables
 from adapterkit.walk import Walk, base_parameters
 
 _TIED = "all_tied_weights_keys"
@@ -179,10 +180,17 @@ class Host:
             and module.track_running_stats
             and not any(paths[0] == head or paths[0].startswith(head + ".") for head in record.heads)
         ]
+        resized = [path for path in resized_tables(walk) if path not in record.heads]
+        notes = [
+            f"the vocabulary was resized, so the adapter's file will hold {path!r} too (save(embeddings=False) leaves "
+            "it out)"
+            for path in resized
+        ]
         if not norms:
-            return []
+            return notes
         return [
+            *notes,
             f"{len(norms)} batch norms, such as {norms[0]!r}, update their running statistics in training mode. These "
             "are the base's and are not saved with the adapter: keep the batch norms in eval mode, or name them in "
-            "modules_to_save."
+            "modules_to_save.",
         ]

@@ -20,12 +20,13 @@ from adapterkit.files import AdapterFiles, Writer, write_folder
 from adapterkit.foreign import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
 from adapterkit.hookspecs import METHODS_GROUP
-from adapterkit.keys import FILE_PREFIX, strip_file_prefix
+from adapterkit.keys import FILE_PREFIX, file_key, strip_file_prefix
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
-from adapterkit.loading import equals_base, fit, put, refuse, to_file
+from adapterkit.loading import equals_base, fit, put, refuse, to_file, unwrapped_key
 from adapterkit.matching import Names
 from adapterkit.method import Method
+from adapterkit.offload import real_value
 from adapterkit.readers import readers_of
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
@@ -33,7 +34,8 @@ from adapterkit.reports import LoadReport
 from adapterkit.selection import ALL_LINEAR, select_on
 from adapterkit.sharded import as_wholes, by_first_rank, groups_of, shape_of
 from adapterkit.slots import slots
-from adapterkit.walk import Walk
+from adapterkit.vocabulary import resized_tables, tables, tied_to
+from adapterkit.walk import Uncalled, Walk
 from adapterkit.wrapped import reshard
 
 
@@ -43,13 +45,14 @@ def save_record(
     folder: Path,
     source: Mapping[str, Tensor] | None = None,
     writer: Writer = write_tensors,
+    embeddings: bool | None = None,
 ) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
 
     A sharded adapter is gathered, which every process takes part in, and the first one writes.
 
     Args:
-        source, writer: see `to_file` and `write_folder`.
+        source, writer, embeddings: see `to_files` and `write_folder`.
 
     Raises:
         SaveError: the folder cannot be written; what was there is untouched.
@@ -57,23 +60,28 @@ def save_record(
     """
     reshard(model)
     groups = groups_of(record.parameters()) if source is None else []
-    files = to_files(record, model, source)
+    files = to_files(record, model, source, embeddings=embeddings)
     by_first_rank(groups, lambda: write_folder(folder, *files, writer))
 
 
 def to_files(
-    record: AdapterRecord, model: nn.Module, source: Mapping[str, Tensor] | None = None, inside: str = ""
+    record: AdapterRecord,
+    model: nn.Module,
+    source: Mapping[str, Tensor] | None = None,
+    inside: str = "",
+    embeddings: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """What the files of an adapter hold: the config, the tensors, and the tensors' metadata.
 
     Args:
+        embeddings: whether the model's own tables of embeddings go there too; `None`: if they were resized.
         inside: the path of `model` where it is a part of the adapted one; `source` is of that part, and so are files.
     """
     method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
     with as_wholes(model, record.modules()) if source is None else nullcontext():
-        tensors = to_file(record, method, source)
+        tensors = to_file(record, method, source) | _tables(record, model, source, prefix, embeddings)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
@@ -82,6 +90,32 @@ def to_files(
         tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
     return file_config(record, method, model, prefix).to_dict(), tensors, metadata
+
+
+def _tables(
+    record: AdapterRecord,
+    model: nn.Module,
+    source: Mapping[str, Tensor] | None,
+    prefix: str,
+    wanted: bool | None,
+) -> dict[str, Tensor]:
+    """The model's tables of embeddings that go to the adapter's file, without those that are its heads anyway."""
+    if wanted is False:
+        return {}
+    walk, found = Walk(model), {}
+    given = {unwrapped_key(key).removeprefix("module."): tensor for key, tensor in (source or {}).items()}
+    for path, table in (tables(walk) if wanted else resized_tables(walk)).items():
+        place = prefix + path
+        for name in table._parameters if place not in record.heads else ():
+            if table._parameters[name] is None:
+                continue
+            value = real_value(table, name) if source is None else given.get(f"{place}.{name}")
+            if value is None:
+                raise CheckpointError(
+                    f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
+                )
+            found[file_key(f"{place}.base_layer" if place in record.layers else place, name)] = value
+    return found
 
 
 def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
@@ -177,13 +211,13 @@ def load_record(
     given = dtype if isinstance(dtype, torch.dtype) else None
     builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
     record, _ = builder.build(name, active)
-    embeddings = _embeddings_in_file(model, walk, record, tensors)
-    for path in embeddings:
+    heads, tied = _tables_in_file(walk, record, tensors)
+    for path in (*heads, *tied):
         builder.add_head(record, path, active)
     record.readers = readers_of(walk, record.hosts.values())
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
-    optional = {f"{path}.bias" for path in embeddings}
+    optional = {f"{path}.bias" for path in (*heads, *tied)} | {f"{path}.weight" for path in tied}
     found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
     if not found.report.ok:
         if strict:
@@ -193,6 +227,8 @@ def load_record(
     dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
     put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
     builder.fill(record)
+    for path, head in tied.items():
+        record.heads[path]._parameters["weight"] = record.heads[head]._parameters["weight"]
     record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
 
@@ -265,6 +301,23 @@ def _embeddings_in_file(
             found.append(paths[0])
             break
     return found
+
+
+def _tables_in_file(walk: Walk, record: AdapterRecord, tensors: dict[str, Tensor]) -> tuple[list[str], dict[str, str]]:
+    """Modules whose table is in the file; and those that share one's parameter on the model, each with that module.
+
+    A table that is never called, as T5's `shared` is, gives its tensor to one that is.
+    """
+    heads, tied, uncalled = [], {}, Uncalled(walk)
+    for table in _embeddings_in_file(walk.model, walk, record, tensors):
+        module, head = walk.model.get_submodule(table), table
+        others = [p for p in tied_to(walk, module)[1:] if f"{p}.weight" not in tensors and p not in record.heads]
+        if others and uncalled.reason(table, module):
+            head = others.pop(0)
+            tensors[f"{head}.weight"] = tensors.pop(f"{table}.weight")
+        heads.append(head)
+        tied |= dict.fromkeys(others, head)
+    return heads, tied
 
 
 def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles) -> LabelSet | None:

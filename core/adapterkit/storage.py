@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import persistence
-from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
+from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, StateError
 from adapterkit.files import local_path, read
 from adapterkit.hub import adapter_folder
 from adapterkit.lifecycle import Lifecycle
@@ -19,6 +19,8 @@ from adapterkit.presence import KEPT
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport, SwapReport
 from adapterkit.swapping import swapped_config, values_to_swap
+from adapterkit.vocabulary import resized_tables, tables
+from adapterkit.walk import Walk
 
 
 class Storage(Lifecycle):
@@ -62,23 +64,42 @@ class Storage(Lifecycle):
             put(found.values, assign=False)
         return found.report
 
-    def save(self, name: str, folder: str | Path, *, source: Mapping[str, Tensor] | None = None) -> Path:
+    def save(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        source: Mapping[str, Tensor] | None = None,
+        embeddings: bool | None = None,
+    ) -> Path:
         """Write an adapter to a folder, in PEFT's format, all or nothing.
 
         Args:
             source: a full state dict of the adapted model to take the tensors from, as for `state_dict`.
+            embeddings: whether the model's embeddings, input and output, go into the file, for `load` and for PEFT.
+                `None`: if the vocabulary was resized (`resize_token_embeddings`), by the config of the base where
+                that is on this machine, and else by what the resizing left on the model.
 
         Returns:
             The folder.
 
         Raises:
             SaveError: it cannot be written there; what was there is untouched.
+            StateError: a part of what the file must hold is merged now.
         """
         path = local_path(folder)
         record = self._record(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
-        persistence.save_record(record, self.model, path, source)
+        if self._merged.kept and embeddings is not False:
+            walk = Walk(self.model)
+            for place, table in (tables(walk) if embeddings else resized_tables(walk)).items():
+                if table in self._merged.kept:
+                    raise StateError(
+                        f"The file must hold {place!r}, because the vocabulary was resized, and an adapter is merged "
+                        "into it. Call unmerge() first."
+                    )
+        persistence.save_record(record, self.model, path, source, embeddings=embeddings)
         return path
 
     def load(  # noqa: PLR0913 - the last four are the hub's

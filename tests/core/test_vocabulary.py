@@ -1,0 +1,184 @@
+"""A vocabulary that was resized before an adapter was added: its tables go where the adapter goes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.core.conftest import set_parameters
+from tests.models import build
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+ROWS = 40
+LAYERS = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query", "t5": "q", "bart": "q_proj", "gemma3": "q_proj"}
+# The tables that a file holds; a table that is tied to another is written once.
+TABLES = {
+    "llama": ["lm_head.weight", "model.embed_tokens.weight"],
+    "gpt2": ["transformer.wte.weight"],
+    "bert": ["bert.embeddings.word_embeddings.weight"],
+    "t5": ["shared.weight"],
+    "bart": ["model.shared.weight"],
+    "gemma3": ["model.embed_tokens.weight"],
+}
+every_model = pytest.mark.parametrize("name", LAYERS)
+
+
+def resized(name: str, seed: int) -> Any:
+    """The base, whose new rows are other ones for each seed."""
+    model: Any = build(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(ROWS, mean_resizing=False)
+        with torch.no_grad():  # far from the old ones
+            for table in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+                table.weight[32:] = torch.randn(ROWS - 32, table.weight.shape[1])
+    return model
+
+
+def logits(model: nn.Module, name: str) -> Tensor:
+    """The output for tokens old and new."""
+    ids = torch.tensor([[1, 35, 39, 4], [33, 5, 6, 38]])
+    given = {"decoder_input_ids": ids} if name in ("t5", "bart") else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **given).logits
+
+
+def adapted(model: Any, name: str, *more: str) -> ak.Adapters:
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=[LAYERS[name], *more], modules_to_save=None))
+    set_parameters(adapters, "a")
+    return adapters
+
+
+def written(folder: Path) -> list[str]:
+    keys = load_file(folder / "adapter_model.safetensors")
+    return sorted(key.removeprefix("base_model.model.") for key in keys if "lora" not in key)
+
+
+@every_model
+def test_the_new_rows_are_in_the_file_and_act_on_a_base_resized_alike(name: str, tmp_path: Path) -> None:
+    adapters = adapted(resized(name, 0), name)
+    expected = logits(adapters.model, name)
+    folder = adapters.save("a", tmp_path / "a")
+    assert written(folder) == TABLES[name]
+    other = resized(name, 1)
+    bare = logits(other, name)
+    again = ak.attach(other)
+    assert again.load(folder, "a") == ak.LoadReport()
+    torch.testing.assert_close(logits(other, name), expected)
+    assert not torch.allclose(bare, expected, atol=1e-2)
+    with again.disabled():
+        torch.testing.assert_close(logits(other, name), bare)
+    third = ak.attach(resized(name, 2))
+    third.load(again.save("a", tmp_path / "b"), "a")
+    torch.testing.assert_close(logits(third.model, name), expected)
+    torch.testing.assert_close(logits(third.merge_and_detach(untie=True), name), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_peft_reads_them(name: str, tmp_path: Path) -> None:
+    adapters = adapted(resized(name, 0), name)
+    folder = adapters.save("a", tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(resized(name, 1), folder).eval()
+    torch.testing.assert_close(logits(theirs, name), logits(adapters.model, name))
+
+
+def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
+    adapters = adapted(resized("llama", 0), "llama", "embed_tokens")
+    folder = adapters.save("a", tmp_path / "a")
+    assert written(folder) == ["lm_head.weight", "model.embed_tokens.base_layer.weight"]
+    again = ak.attach(resized("llama", 1))
+    again.load(folder, "a")
+    torch.testing.assert_close(logits(again.model, "llama"), logits(adapters.model, "llama"))
+    theirs = peft.PeftModel.from_pretrained(resized("llama", 1), folder).eval()
+    torch.testing.assert_close(logits(theirs, "llama"), logits(adapters.model, "llama"))
+    adapters.merge("a")
+    with pytest.raises(ak.StateError, match=r"The file must hold 'model.embed_tokens', because the vocabulary was"):
+        adapters.save("a", tmp_path / "b")
+    adapters.save("a", tmp_path / "b", embeddings=False)
+
+
+def test_add_says_that_the_file_will_hold_them() -> None:
+    model = resized("gpt2", 0)
+    report = ak.attach(model).add("a", LoraConfig(r=2, target_modules=["c_attn"]))
+    assert "note: the vocabulary was resized, so the adapter's file will hold 'transformer.wte' too" in str(report)
+
+
+@every_model
+def test_the_config_of_a_base_on_this_machine_decides(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "base")
+    cls = type(build(name))
+    model = cls.from_pretrained(tmp_path / "base")
+    folder = adapted(model, name).save("a", tmp_path / "a")
+    assert written(folder) == []
+    model = cls.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(ROWS, mean_resizing=False)
+    adapters = adapted(model, name)
+    assert written(adapters.save("a", tmp_path / "b")) == TABLES[name]
+    ak.attach(model).detach().save_pretrained(tmp_path / "resized")
+    model = cls.from_pretrained(tmp_path / "resized")
+    assert written(adapted(model, name).save("a", tmp_path / "c")) == []
+
+
+@pytest.mark.parametrize("rows", [32, 24])
+def test_the_same_size_is_no_change_and_a_smaller_one_is(rows: int, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    model = type(build("llama")).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(rows)
+    folder = adapted(model, "llama").save("a", tmp_path / "a")
+    assert written(folder) == ([] if rows == 32 else TABLES["llama"])
+
+
+@every_model
+def test_models_that_were_not_resized_have_none_in_the_file(name: str, tmp_path: Path) -> None:
+    adapters = adapted(build(name), name)
+    assert written(adapters.save("a", tmp_path / "a")) == []
+    assert written(adapters.save("a", tmp_path / "b", embeddings=True)) == TABLES[name]
+    adapters = adapted(resized(name, 0), name)
+    assert written(adapters.save("a", tmp_path / "c", embeddings=False)) == []
+
+
+def test_a_full_state_dict_gives_them_too(tmp_path: Path) -> None:
+    adapters = adapted(resized("llama", 0), "llama")
+    full = {f"module.{key}": tensor for key, tensor in adapters.model.state_dict().items()}
+    full["module.model.embed_tokens.weight"] = full["module.model.embed_tokens.weight"] + 1
+    folder = adapters.save("a", tmp_path / "a", source=full)
+    held = load_file(folder / "adapter_model.safetensors")["base_model.model.model.embed_tokens.weight"]
+    torch.testing.assert_close(held, adapters.model.get_submodule("model.embed_tokens").weight + 1)
+    del full["module.model.embed_tokens.weight"]
+    with pytest.raises(ak.CheckpointError, match=r"lacks the model's own 'model.embed_tokens.weight'"):
+        adapters.save("a", tmp_path / "a", source=full)
+
+
+def test_save_pretrained_writes_them(tmp_path: Path) -> None:
+    adapters = adapted(resized("llama", 0), "llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapters.model.save_pretrained(tmp_path / "a")
+    assert written(tmp_path / "a") == TABLES["llama"]
+
+
+def test_trained_heads_at_the_tables_are_written_as_such(tmp_path: Path) -> None:
+    adapters = ak.attach(resized("llama", 0))
+    adapters.add("a", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    set_parameters(adapters, "a")
+    folder = adapters.save("a", tmp_path / "a")
+    assert written(folder) == TABLES["llama"]
+    again = ak.attach(resized("llama", 1))
+    again.load(folder, "a")
+    torch.testing.assert_close(logits(again.model, "llama"), logits(adapters.model, "llama"))
+
+
+def test_a_base_of_another_size_says_what_to_resize_to(tmp_path: Path) -> None:
+    folder = adapted(resized("gpt2", 0), "gpt2").save("a", tmp_path / "a")
+    with pytest.raises(ak.CheckpointError, match=rf"call model\.resize_token_embeddings\({ROWS}\) first"):
+        ak.attach(build("gpt2")).load(folder, "a")
