@@ -17,6 +17,7 @@ from adapterkit.errors import SelectionError, StateError
 from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.rows import Rows
+from adapterkit.sharded import shape_of
 
 ACTIVE = "_adapter_active"
 # Where `W + dW` is rounded no worse than the sum of their products is.
@@ -191,7 +192,7 @@ def check_sizes(module: nn.Module, state: State) -> None:
             if container == LAYERS:
                 before, now = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
             elif isinstance(part, nn.Embedding):
-                before, now = tuple(part.weight.shape), tuple(weight.shape)
+                before, now = tuple(shape_of(part.weight)), tuple(weight.shape)
             else:  # a head may have other rows
                 continue
             if before != now:

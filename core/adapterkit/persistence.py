@@ -227,8 +227,8 @@ def load_record(
     dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
     put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
     builder.fill(record)
-    for path, head in tied.items():
-        record.heads[path]._parameters["weight"] = record.heads[head]._parameters["weight"]
+    for path, first in tied.items():
+        record.heads[path]._parameters["weight"] = record.heads[first]._parameters["weight"]
     record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
 
@@ -308,7 +308,8 @@ def _tables_in_file(walk: Walk, record: AdapterRecord, tensors: dict[str, Tensor
 
     A table that is never called, as T5's `shared` is, gives its tensor to one that is.
     """
-    heads, tied, uncalled = [], {}, Uncalled(walk)
+    heads, uncalled = [], Uncalled(walk)
+    tied: dict[str, str] = {}
     for table in _embeddings_in_file(walk.model, walk, record, tensors):
         module, head = walk.model.get_submodule(table), table
         others = [p for p in tied_to(walk, module)[1:] if f"{p}.weight" not in tensors and p not in record.heads]
