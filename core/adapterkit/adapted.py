@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.jit import ScriptModule
 
-from adapterkit.dispatch import ACTIVE, Active, run
+from adapterkit.acting import Active
+from adapterkit.dispatch import ACTIVE, INPUT, input_name, run
 from adapterkit.errors import StateError
 from adapterkit.keys import CONTAINERS
 from adapterkit.layer import Holder
@@ -235,6 +236,7 @@ class _WrappedForward:
 
     def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
         self.module, self.original = module, original
+        setattr(self, INPUT, input_name(original))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running.stack.append((self.module, ()))
@@ -297,7 +299,7 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
     body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": roles}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if roles.runs:
-        body["forward"] = forward
+        body |= {"forward": forward, INPUT: input_name(cls.forward)}
     if roles.read or roles.reads:
         body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward)))
         body["__call__"] = _entering(cls.__call__)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.acting import Active
 from adapterkit.adapted import check_free, original_class
 from adapterkit.biases import BiasLayer, bias_place
 from adapterkit.config import AdapterConfig
-from adapterkit.dispatch import Active
 from adapterkit.errors import PluginError, SelectionError, StateError
 from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer

@@ -1,50 +1,92 @@
-"""Gradient checkpointing over a frozen base: torch's reentrant form needs an input that requires a gradient."""
+"""Gradient checkpointing: what is computed again in the backward is what was computed, and its adapters get gradients.
+
+torch.utils.checkpoint runs a function again in the backward, perhaps in another thread, and by then other adapters may
+be active. So each function that it is given runs again in the state that it first ran in. That is done in torch's own
+module, once and for all models, because models call it in many ways: transformers' and diffusers' switches, timm's
+sequences, and code of one's own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, is_grad_enabled
+
+from adapterkit import threads
+from adapterkit.acting import Active
+from adapterkit.errors import StateError
+
+_WRAPPED = "_adapterkit_keeps_states"
+_GENERATOR = "_checkpoint_without_reentrant_generator"
 
 
-class InputGradients:
-    """A hook on the input embeddings that makes their output require a gradient when that is needed.
-
-    It is needed in training, if a module of the model checkpoints in torch's reentrant form: that form
-    gives no gradient at all to what is inside a segment none of whose inputs requires one. Whether it does is
-    looked up in each forward, so checkpointing may be switched on before or after adding an adapter.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Torch calls this after each forward of the input embeddings."""
-        if torch.is_grad_enabled() and module.training and any(map(_reentrant, self.modules)):
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
-                    tensor.requires_grad_(True)
-
-    @classmethod
-    def install(cls, model: nn.Module) -> RemovableHandle | None:
-        """Put the hook on the model's input embeddings; `None` if the model cannot checkpoint."""
-        hook = cls(model)
-        get = getattr(model, "get_input_embeddings", None)
-        if not hook.modules or not callable(get):
-            return None
-        try:
-            embeddings = get()
-        except NotImplementedError:
-            return None
-        if not isinstance(embeddings, nn.Module):
-            return None
-        return embeddings.register_forward_hook(hook)
+def wrap() -> None:
+    """Let checkpointing keep states. Done once."""
+    with threads.lock:
+        if not hasattr(torch_checkpoint, _WRAPPED):
+            setattr(torch_checkpoint, _WRAPPED, True)
+            function: Any = torch_checkpoint.CheckpointFunction
+            function.apply = staticmethod(_reentrant(function.apply))
+            setattr(torch_checkpoint, _GENERATOR, _without_reentrant(getattr(torch_checkpoint, _GENERATOR)))
 
 
-def _reentrant(module: nn.Module) -> bool:
-    if not module.gradient_checkpointing:
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+def _without_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(KeepsStates(function), *args, **kwargs)
+
+    return generator
+
+
+def _reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        kept = KeepsStates(function)
+        if kept.trains and is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            # The base is frozen, and this form gives gradients to nothing inside unless an input requires one.
+            return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+        return original(kept, preserve, *args)
+
+    return apply
+
+
+class KeepsStates:
+    """A function that always runs in the states of this moment and thread; what trains now trains in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.states = [(active, active.state, active.merged) for active in threads.models()]
+        self.trained = [record for active, state, _ in self.states for record in _training(active)]
+
+    @property
+    def trains(self) -> bool:
+        """Whether any adapter that acts now trains."""
+        return bool(self.trained)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function.
+
+        Raises:
+            StateError: the adapters are not there any more as they were.
+        """
+        with ExitStack() as stack:
+            for active, state, merged in self.states:
+                if state is active.state:
+                    continue
+                lost = state.lost or ("adapters were merged or unmerged" if merged != active.merged else "")
+                if lost:
+                    raise StateError(
+                        f"This backward computes a forward again (gradient checkpointing), and since then {lost}. Call "
+                        "backward() before that."
+                    )
+                stack.enter_context(active.acting(state))
+            for record in self.trained:
+                record.light_again()  # the reentrant form makes no graph before that would have held them
+            return self.function(*args, **kwargs)
+
+
+def _training(active: Active) -> list[Any]:
+    state = active.state
+    found = [active.records[name] for name in dict.fromkeys((*state.names, *state.heads)) if name in active.records]
+    return [] if state.still else [record for record in found if record.trains()]

@@ -1,100 +1,32 @@
 """Dispatch: what acts at a module now, and the module's forward with it at work.
 
 This is in every forward of every adapted module, so it is lean: what acts at a module (`Plan`) is decided once
-for each state of the model (`State`), at the module's first forward in it.
+for each state (`acting.State`), at the module's first forward in it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit import offload, readers
-from adapterkit.errors import SelectionError, StateError
+from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
-from adapterkit.rows import Rows
 from adapterkit.sharded import shape_of
 
+if TYPE_CHECKING:
+    from adapterkit.acting import Active, State
+
+INPUT = "_adapted_input"
 ACTIVE = "_adapter_active"
 # Where `W + dW` is rounded no worse than the sum of their products is.
 _EXACT = (torch.float32, torch.float64)
 _TENSORS = (Tensor, nn.Parameter)
-
-
-class State:
-    """Which adapters act, while they do: never changed, but replaced by another.
-
-    Attributes:
-        names: active adapters; the first is the innermost.
-        heads: those of them whose heads act.
-        idle: nothing acts.
-        rows: which of them acts on which row of the batch; `None`: all on all.
-        plans: what acts at each module, by the module's `id`; each plan holds its module, so no `id` comes again.
-        first: called once, before the first plan: what is checked where a switch must cost nothing.
-    """
-
-    rows: Rows | None = None
-    first: Callable[[], None] | None = None
-
-    def __init__(self, names: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> None:
-        self.names, self.heads = names, heads
-        self.idle = not (names or heads)
-        self.plans: dict[int, Plan] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and pickles make their plans themselves.
-        return State, (self.names, self.heads)
-
-    def plan(self, module: nn.Module) -> Plan:
-        """What acts at `module`.
-
-        Compiled, it is decided at each compilation: what is kept for later calls would be guarded, and so compiled
-        anew in each state. The replicas of `DataParallel` live for one forward and are not kept either.
-        """
-        if torch.compiler.is_compiling():
-            return self.make_plan(module)
-        found = self.plans.get(id(module))
-        if found is None:
-            if self.first is not None:
-                self.first()
-                self.first = None
-            found = self.make_plan(module)
-            if "_is_replica" not in module.__dict__:
-                self.plans[id(module)] = found
-        return found
-
-    def make_plan(self, module: nn.Module) -> Plan:
-        """Decide what acts at `module`."""
-        return Plan(module, self)
-
-
-class Active:
-    """Which adapters of a model act now. One per model, read by every adapted module in each forward."""
-
-    def __init__(self) -> None:
-        self.state = State()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """See `State`."""
-        return self.state.names
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """See `State`."""
-        return self.state.heads
-
-    def become(self, names: tuple[str, ...], heads: tuple[str, ...]) -> None:
-        """Let these act from now on. Costs the same for any number of modules: each makes its plan when called."""
-        self.state = State(names, heads)
-
-    def replan(self, module: nn.Module) -> None:
-        """The parts at `module` are others now."""
-        self.state.plans.pop(id(module), None)
 
 
 class Plan:
@@ -113,13 +45,13 @@ class Plan:
     __slots__ = ("adders", "additive", "biases", "changer", "head", "layers", "module", "table")
 
     def __init__(self, module: nn.Module, state: State) -> None:
-        parts, names = module._modules, state.names
+        names = state.names
         self.module, self.head, self.table = module, None, isinstance(module, nn.Embedding)
-        for head, owner in parts_of(parts.get(HEADS), state.heads):
+        for head, owner in state.parts(module, HEADS, state.heads):
             # In place of the module for everyone: what others change in it has nothing to act on.
             self.head, names = head, tuple(n for n in state.names if n == owner)
-        self.layers = [layer for layer, _ in parts_of(parts.get(LAYERS), names)]
-        self.biases = [bias for bias, _ in parts_of(parts.get(BIASES), names)]
+        self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
+        self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.additive = all(layer.additive for layer in self.layers)
         # Compiled, the compiler decides what is made of it.
         eager = self.additive and not torch.compiler.is_compiling()
@@ -133,7 +65,7 @@ class Plan:
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         if not args:  # the input came by keyword
-            original, x = by_keyword(original, kwargs)
+            original, x = by_keyword(self.module, original, kwargs)
             args = (x,)
         base = original if len(args) == 1 and not kwargs else Inner(original, args[1:], kwargs)
         if "_hf_hook" in self.module.__dict__:
@@ -166,17 +98,20 @@ class Plan:
 
 
 def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`original(*args, **kwargs)` with the active heads, biases and adapter layers of `module` at work."""
+    """`original(*args, **kwargs)` with what acts at `module` in this thread: heads, biases and adapter layers."""
     active: Active | None = module.__dict__.get(ACTIVE)
-    if active is None or active.state.idle:  # None: our class, kept by a wrapper's class
+    if active is None:  # our class, kept by a wrapper's class
         return original(*args, **kwargs)
-    plan = active.state.plan(module)
+    state: State = active.here.slot.state
+    if state.idle:
+        return original(*args, **kwargs)
+    plan = state.plan(module)
     if plan.table:  # a row that is not there is no error on a GPU, but the end of it
-        check_sizes(module, active.state)
+        check_sizes(module, state)
     try:
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError):
-        check_sizes(module, active.state)
+        check_sizes(module, state)
         raise
 
 
@@ -240,10 +175,37 @@ def summable(module: nn.Module, out: Any) -> Tensor:
     return out
 
 
-def by_keyword(original: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
-    """`original` as a function of its input, which is the first tensor in `kwargs` and is taken out of it."""
-    name = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), next(iter(kwargs)))
+def by_keyword(
+    module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Any]:
+    """`original` as a function of its input, which is taken out of `kwargs`: the first parameter of the forward.
+
+    Raises:
+        UnsupportedError: the forward does not say what its input is called, and there are several tensors.
+    """
+    # Either was put on the module itself, before or after the adapters (accelerate's hooks).
+    places = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"), type(module))
+    name: str = next(filter(None, [getattr(place, INPUT, None) for place in places]), "")
+    if name not in kwargs:
+        tensors = [key for key, value in kwargs.items() if isinstance(value, Tensor)] or list(kwargs)[:1]
+        if len(tensors) > 1:
+            raise UnsupportedError(
+                f"A {type(module).__name__} is called with several tensors by keyword ({', '.join(tensors)}), and its "
+                "forward does not say which is its input. Give the input first, without a keyword."
+            )
+        name = tensors[0]
     return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
+
+
+def input_name(forward: Callable[..., Any]) -> str | None:
+    """What a module's forward calls its input; `None` if it does not say."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    first = next((p for p in parameters if p.name != "self"), None)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return first.name if first is not None and first.kind in named else None
 
 
 class Inner:

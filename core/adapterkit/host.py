@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from adapterkit import checkpointing
+from adapterkit.acting import Active
 from adapterkit.adapted import Slots
-from adapterkit.batch import Batch
-from adapterkit.checkpointing import InputGradients
-from adapterkit.dispatch import Active
+from adapterkit.batch import Entries
 from adapterkit.keys import SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.presence import Presence
@@ -42,8 +41,7 @@ class Host:
         self.size = 0
         self._trained: list[str] | None = None
         self._loader: Loader | None = None
-        self._handle: RemovableHandle | None = None
-        self._batch: Batch | None = None
+        self._entries: Entries | None = None
         self._tied: dict[str, Any] | None = None
         self._presence: dict[str, Presence] = {}
 
@@ -63,7 +61,7 @@ class Host:
         self.size = size_of({p for _, p in parameters})
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-        self._handle = InputGradients.install(self.model)
+        checkpointing.wrap()
         self._loader = install(self.model)
 
     def remember(self, record: AdapterRecord) -> None:
@@ -114,19 +112,17 @@ class Host:
         for name in self._trained or ():
             if name in parameters:
                 parameters[name].requires_grad_(True)
-        if self._handle is not None:
-            self._handle.remove()
         if self._loader is not None:
             uninstall(self.model, self._loader)
-        if self._batch is not None:
-            self._batch.remove()
-            self._batch = None
+        if self._entries is not None:
+            self._entries.remove()
+            self._entries = None
 
-    def watch(self, active: Active) -> Batch:
-        """What knows the size of the model's batches, from the first call on."""
-        if self._batch is None:
-            self._batch = Batch(active, self.model)
-        return self._batch
+    def watch(self, active: Active) -> Entries:
+        """What sees the model's batches, from the first call on."""
+        if self._entries is None:
+            self._entries = Entries(active, self.model)
+        return self._entries
 
     def untie(self) -> None:
         """Tell transformers that the model's weights are not tied any more: it would leave one of them out of files."""

@@ -71,8 +71,8 @@ class Lifecycle(PerSample):
         record = self._record(name)
         self._check_not_merged(name)
         self._check_not_per_sample("remove")
-        self._set_active(*(tuple(n for n in names if n != name) for names in (self._active.names, self._active.heads)))
-        self._trainable = tuple(n for n in self._trainable if n != name)
+        self._active.remove(name)
+        self._live.follow_labels(self._records, self._active.heads)
         record.uninstall()
         self._live.forget(record)
         del self._records[name]
@@ -89,12 +89,12 @@ class Lifecycle(PerSample):
         record.name = new
         record.install(self._active)
         self._live.remember(record)
-        self._records = {record.name: record for record in self._records.values()}
-        swap = {old: new}
-        groups = (self._active.names, self._active.heads, self._trainable)
-        names, heads, self._trainable = (tuple(swap.get(n, n) for n in group) for group in groups)
-        self._active.become(names, heads)
-        self._live.labels_of = swap.get(self._live.labels_of or "", self._live.labels_of)
+        records = [*self._records.values()]
+        self._records.clear()
+        self._records.update((record.name, record) for record in records)
+        self._active.rename(old, new)
+        if self._live.labels_of == old:
+            self._live.labels_of = new
 
     def copy(self, source: str, target: str) -> None:
         """Add a copy of an adapter under another name, independent of it, and not active."""
@@ -106,7 +106,7 @@ class Lifecycle(PerSample):
         with self._as_wholes([record]):
             duplicate = copy.deepcopy(record, memo)
         duplicate.name = target
-        duplicate.set_trainable(False)
+        duplicate.lent, duplicate.dimmed = [], []
         self._install(duplicate)
 
     def detach(self) -> nn.Module:
@@ -134,8 +134,8 @@ class Lifecycle(PerSample):
             )
         if not self._records:
             self._live.freeze()
-        record.trainable = True  # as modules are made
-        record.set_trainable(False)
+        for parameter in record.parameters():
+            parameter.requires_grad_(False)
         record.install(self._active)
         self._records[record.name] = record
         self._live.remember(record)

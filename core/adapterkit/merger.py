@@ -65,16 +65,15 @@ class Merger(Storage):
         if untie:
             self._live.untie()
         state = self._merged
-        state.were_active += tuple(n for n in names if n in self.active)
         state.names += names
         state.keeps_base &= keep_base
-        self._set_trainable(tuple(n for n in self._trainable if n not in names))
-        self._set_active(tuple(r.name for r in rest), acting)
+        self._set_merged(records, acting)
 
     def unmerge(self) -> None:
         """Give the weights back, every bit as they were before the first merge.
 
-        The adapters that were active when they were merged are active again, before those active now.
+        The adapters that were active when they were merged are active again, before those active now, and train if
+        they trained then.
 
         Raises:
             StateError: nothing is merged, the base was not kept, or a merged module was replaced since.
@@ -104,7 +103,7 @@ class Merger(Storage):
         self._check_present("merge_and_detach", *(n for n in wanted if n not in self.merged))
         for name in self.merged:
             self._warn_if_changed(name, "What is there now stays as it is.")
-        before = self._state()
+        before, trained = self._active.state, self._trained()
         try:
             if names:
                 kept = [n for n in self.active if n in names]
@@ -113,7 +112,7 @@ class Merger(Storage):
             if wanted:
                 self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
         except BaseException:
-            self._return_to(before)
+            self._return_to(before, trained)
             raise
         acting = [self._records[name] for name in self._active.heads]
         model, host = self.model, self._live
@@ -153,8 +152,7 @@ class Merger(Storage):
         give_back(state)
         self._live.tie()
         self._merged = Merged()
-        names = (*state.were_active, *self.active)
-        self._set_active(names, tuple(n for n in self._active.heads if n in names))
+        self._set_unmerged([self._records[name] for name in state.names])
 
     def _to_merge(self, names: tuple[str, ...]) -> list[AdapterRecord]:
         records = [self._record(name) for name in names]

@@ -48,13 +48,11 @@ class Merged:
 
     Attributes:
         names: the merged adapters, the first merged first.
-        were_active: those of them that were active when they were merged, to be active again.
         kept: the base's parameters by module; empty where they were not kept.
         heads: those of them whose own copy of a module has their change in it.
     """
 
     names: tuple[str, ...] = ()
-    were_active: tuple[str, ...] = ()
     keeps_base: bool = True
     kept: dict[nn.Module, Kept] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import combiners, lowrank
+from adapterkit.acting import Active
 from adapterkit.combine import SPACES, Recipe, Space, combine_factors
 from adapterkit.combiners import MajoritySign, Options
-from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.headmix import combine_heads

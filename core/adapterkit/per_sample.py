@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from adapterkit.activation import Activation
-from adapterkit.batch import check_paths
+from adapterkit.batch import Batch, check_paths
 from adapterkit.errors import ConfigError
+from adapterkit.perrow import RowState
 from adapterkit.rows import Rows
-from adapterkit.wrapped import check_averaged
 
 
 class PerSample(Activation):
@@ -25,11 +25,11 @@ class PerSample(Activation):
         `None` are the bare model's. Additive adapters whose method has `AdapterLayer.stacked` cost the same however
         many there are; with other methods the adapted layers run on the rows of one adapter after another. A batch
         may have each row several times, one after another, as `generate` makes it for beams. Adapters that are merged
-        act on all rows. A backward that computes forwards again (gradient checkpointing) belongs into the block.
+        act on all rows. The block is its thread's, and a `backward` may come after it (see `activated`).
 
         Args:
             names: an adapter or `None` for each row.
-            trainable: whether their parameters require gradients. All others' do not.
+            trainable: whether their parameters require gradients; else they act as constants.
             batch_first: vouch that the first dimension of every adapted layer's input is the batch, each row's
                 entries together; else this is proven for each layer (see `adapterkit.batch.Batch`), or refused.
 
@@ -40,16 +40,13 @@ class PerSample(Activation):
         """
         rows = self._rows(names, trusted=batch_first)
         self._check_present("per_sample", *rows.adapters)
-        for name in rows.adapters if trainable else ():
-            check_averaged(self.model, self._record(name))
-        before = self._state()
-        self._set_trainable(rows.adapters if trainable else ())
-        self._set_rows(rows)
-        self._live.watch(self._active).reset()
-        try:
+        records = [self._records[name] for name in rows.adapters]
+        merged = tuple(n for n in self._active.heads if n in self._merged.names)
+        heads = merged + tuple(record.name for record in records if record.heads)
+        batch = Batch(self._live.watch(self._active))
+        state = RowState(rows, batch, heads, merged, trainable=trainable, still=not trainable)
+        with self._block(state, records if trainable else ()):
             yield
-        finally:
-            self._return_to(before)
 
     def _rows(self, names: Sequence[str | None], *, trusted: bool) -> Rows:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:

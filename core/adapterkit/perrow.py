@@ -7,7 +7,7 @@ adapter after another. So do heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import offload, readers
+from adapterkit.acting import State
 from adapterkit.batch import Batch
 from adapterkit.biases import BiasLayer
-from adapterkit.dispatch import Inner, Plan, State, by_keyword, parts_of, run, summable
+from adapterkit.dispatch import ACTIVE, Inner, Plan, by_keyword, run, summable
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.layer import AdapterLayer
@@ -37,40 +38,79 @@ class RowState(State):
     Attributes:
         rows: which.
         defaults: whose heads act on rows that have none by their adapter: those of merged adapters.
-        batch: the model's.
+        batch: what is known of the batch that runs in this state.
     """
 
     rows: Rows
 
-    def __init__(self, rows: Rows, batch: Batch, heads: tuple[str, ...], defaults: tuple[str, ...]) -> None:
-        super().__init__(rows.adapters, heads)
+    def __init__(
+        self,
+        rows: Rows,
+        batch: Batch,
+        heads: tuple[str, ...],
+        defaults: tuple[str, ...],
+        *,
+        trainable: bool = False,
+        still: bool = False,
+    ) -> None:
+        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), still=still)
         self.rows, self.batch, self.defaults = rows, batch, defaults
         self._rest: dict[tuple[str, ...], RowState] = {}
+        self._before: RowState | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowState, (self.rows, self.batch, self.heads, self.defaults)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rest": {}}
+
+    def rename(self, old: str, new: str) -> None:
+        """See `State.rename`."""
+        super().rename(old, new)
+        names = [new if name == old else name for name in self.rows.names]
+        self.rows, self._rest = Rows(names, trusted=self.rows.trusted), {}
+        self.names = self.rows.adapters
+        self.defaults = tuple(new if name == old else name for name in self.defaults)
+
+    def without(self, gone: Collection[str]) -> State:
+        """See `State.without`: rows of theirs have none."""
+        rest = super().without(gone)
+        rows = Rows([None if name in gone else name for name in self.rows.names], trusted=self.rows.trusted)
+        defaults = tuple(name for name in self.defaults if name not in gone)
+        return RowState(rows, self.batch, rest.heads, defaults, trainable=bool(self.trains), still=self.still)
+
+    def merged(self, names: Collection[str], heads: tuple[str, ...]) -> State:
+        """See `State.merged`."""
+        found = self.without(names)
+        assert isinstance(found, RowState)
+        found.heads = heads + tuple(name for name in found.heads if name not in heads)
+        found.defaults, found._before = heads, self._before or self
+        return found
+
+    def unmerged(self, trained: Collection[str]) -> State:
+        """See `State.unmerged`."""
+        found = self._before or self
+        found.plans.clear()
+        return found
 
     def make_plan(self, module: nn.Module) -> Plan:
         """See `State.make_plan`."""
         return Plan(module, self) if self.rows.uniform else RowPlan(module, self)
 
     @contextmanager
-    def without(self, adapters: tuple[str, ...]) -> Iterator[None]:
-        """While a module runs on the rows that have none of these adapters."""
+    def lacking(self, module: nn.Module, adapters: tuple[str, ...]) -> Iterator[None]:
+        """While `module` runs on the rows that have none of these adapters."""
         rest = self._rest.get(adapters)
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
-            rest = RowState(rows, self.batch, self.defaults, self.defaults)
+            rest = RowState(rows, self.batch, self.defaults, self.defaults, still=self.still)
             if not torch.compiler.is_compiling():
                 self._rest[adapters] = rest
-        active, size = self.batch.active, self.batch.size
-        active.state = rest
+        slot, size = module.__dict__[ACTIVE].here.slot, self.batch.size
+        slot.state = rest
         if size is not None:
             self.batch.size = size // self.rows.count * rest.rows.count
         try:
             yield
         finally:
-            active.state, self.batch.size = self, size
+            slot.state, self.batch.size = self, size
 
 
 class RowPlan(Plan):
@@ -86,12 +126,12 @@ class RowPlan(Plan):
     __slots__ = ("default", "groups", "heads", "least", "parts", "shifts", "state")
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
-        slots, names = module._modules, state.names
-        self.module, self.state, self.table = module, state, isinstance(module, nn.Embedding)
-        self.heads: dict[str, Any] = {name: head for head, name in parts_of(slots.get(HEADS), names)}
-        self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in parts_of(slots.get(LAYERS), names)}
-        self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in parts_of(slots.get(BIASES), names)}
-        self.default = next((head for head, _ in parts_of(slots.get(HEADS), state.defaults[::-1])), None)
+        self.module, self.state, names = module, state, state.names
+        self.table = isinstance(module, nn.Embedding)
+        self.heads: dict[str, Any] = {name: head for head, name in state.parts(module, HEADS, names)}
+        self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in state.parts(module, LAYERS, names)}
+        self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in state.parts(module, BIASES, names)}
+        self.default = next((head for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None)
         self.additive = all(layer.additive for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         classes = dict.fromkeys(map(type, self.parts.values()))
@@ -105,7 +145,7 @@ class RowPlan(Plan):
         if not (self.heads or self.parts or self.shifts) or not (args or kwargs):
             return original(*args, **kwargs)
         if not args:
-            original, x = by_keyword(original, kwargs)
+            original, x = by_keyword(self.module, original, kwargs)
             args = (x,)
         self._check(args, kwargs)
         inner, hooked = Inner(original, args[1:], kwargs), "_hf_hook" in self.module.__dict__
@@ -151,7 +191,7 @@ class RowPlan(Plan):
             done.append((repr(name), own, summable(self.module, out)))
         rest = rows.lacking(self.heads)
         if rest:
-            with self.state.without(tuple(self.heads)):
+            with self.state.lacking(self.module, tuple(self.heads)):
                 out = run(self.module, base.call, (rows.pick(x, rest), *base.args), base.kwargs)
             done.append(("the others", rest, summable(self.module, out)))
         shapes = {tuple(out.shape[1:]): name for name, _, out in done}

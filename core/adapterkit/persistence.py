@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.acting import Active
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.disk.mapping import write_tensors
-from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
 from adapterkit.files import AdapterFiles, Writer, write_folder
 from adapterkit.foreign import check_foreign, layers_of, of_component, passed_over, recognise

@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import nn
 
 from adapterkit import files
+from adapterkit.acting import Active
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.disk.skeleton import skeleton
-from adapterkit.dispatch import Active
 from adapterkit.files import CONFIG_FILE, local_path
 from adapterkit.hub import adapter_folder
 from adapterkit.kinds import LayerKind

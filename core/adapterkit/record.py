@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from adapterkit import gradients
+from adapterkit.acting import Active
 from adapterkit.adapted import install, let_read, stop_reading, uninstall
 from adapterkit.biases import BiasLayer
 from adapterkit.config import AdapterConfig
-from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet
@@ -32,6 +33,8 @@ class AdapterRecord:
         aliases: for hosts that several paths lead to, the others, by path.
         readers: modules of the model that read the weights of hosts, and where below them those are.
         labels: the label set of its heads, or `None` if it has none of its own.
+        lent: parameters that require gradients for a block, or for a graph, and else would not.
+        dimmed: those that required gradients until other adapters were activated, or this one was merged.
     """
 
     name: str
@@ -44,7 +47,8 @@ class AdapterRecord:
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: SharedView | None = None
     labels: LabelSet | None = None
-    trainable: bool = False
+    lent: list[nn.Parameter] = field(default_factory=list)
+    dimmed: list[nn.Parameter] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
         """`(container, path, module)` of everything that is installed at a host."""
@@ -70,14 +74,33 @@ class AdapterRecord:
         shared = () if self.shared is None else (self.shared.module,)
         return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
 
-    def set_trainable(self, trainable: bool) -> None:
-        """Set `requires_grad` of all parameters; nothing to do if that is how they are."""
-        if trainable != self.trainable:
-            for module in self.modules():
-                for parameter in module._parameters.values():
-                    if parameter is not None:
-                        parameter.requires_grad_(trainable)
-            self.trainable = trainable
+    def trains(self) -> bool:
+        """Whether any parameter requires a gradient."""
+        return any(p.requires_grad for module in self.modules() for p in module._parameters.values() if p is not None)
+
+    def may_train(self) -> bool:
+        """The same by the first and the last part's, which costs as much for any number of layers.
+
+        That is enough to see what the user says about the whole model; parameters that were lit here are in `lent`.
+        """
+        parts = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
+        ends = modules_below((parts[0], parts[-1])) if parts else ()
+        return any(p.requires_grad for module in ends for p in module._parameters.values() if p is not None)
+
+    def light(self, *, lent: bool) -> None:
+        """Let all parameters require gradients: until `dim`, if `lent`."""
+        self.dimmed, lit = [], gradients.light(self.parameters())
+        self.lent = [*self.lent, *lit] if lent else []
+
+    def light_again(self) -> None:
+        """Let those parameters require gradients, for a time, that did so before `dim`."""
+        self.lent += gradients.light(self.dimmed)
+        self.dimmed = []
+
+    def dim(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let these require no gradients, as soon as no graph holds them."""
+        dimmed, self.lent = gradients.dim(parameters)
+        self.dimmed = [*self.dimmed, *dimmed]
 
     def status(self, *, active: bool, merged: bool, notes: tuple[str, ...] = ()) -> AdapterStatus:
         """This adapter's row in the table of all."""
@@ -91,9 +114,10 @@ class AdapterRecord:
             dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             devices=tuple(sorted({str(p.device) for p in parameters})),
             active=active,
-            trainable=self.trainable,
+            trainable=any(p.requires_grad for p in parameters),
             merged=merged,
             notes=notes,
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         )
 
     def memory_keys(self) -> Iterator[str]:

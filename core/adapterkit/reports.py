@@ -195,7 +195,14 @@ class CombineReport(Shown):
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter's row in `Status`; its notes say what is wrong with it."""
+    """One adapter's row in `Status`.
+
+    Attributes:
+        active: whether it acts here: in this block, if the thread is in one.
+        trainable: whether any of its parameters requires gradients.
+        trainable_parameters: how many numbers do.
+        notes: what is wrong with it.
+    """
 
     name: str
     method: str
@@ -208,6 +215,7 @@ class AdapterStatus:
     trainable: bool
     merged: bool = False
     notes: tuple[str, ...] = ()
+    trainable_parameters: int = 0
 
 
 _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "device", "active", "trainable", "merged")
@@ -230,10 +238,14 @@ class Status(Shown):
     def _cells(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = []
         for r in self.rows:
-            flags = tuple("yes" if flag else "no" for flag in (r.active, r.trainable, r.merged))
+            active, trains, merged = ("yes" if flag else "no" for flag in (r.active, r.trainable, r.merged))
+            if 0 < r.trainable_parameters < r.parameters:
+                trains = f"{r.trainable_parameters:,}"
             heads = ", ".join(r.heads) or "-"
             dtypes, devices = ", ".join(r.dtypes), ", ".join(r.devices)
-            table.append((r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, *flags))
+            table.append(
+                (r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, active, trains, merged)
+            )
         return table
 
     def _shown(self) -> tuple[str, list[Table]]:

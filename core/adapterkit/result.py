@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adapterkit.acting import Active
 from adapterkit.build import Builder
-from adapterkit.dispatch import Active
 from adapterkit.errors import PluginError, StateError, UnsupportedError
 from adapterkit.factors import Factors
 from adapterkit.hookspecs import RESULT_HOOKS

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from adapterkit.acting import Active
 from adapterkit.config import AdapterConfig
-from adapterkit.dispatch import Active
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.host import Host
 from adapterkit.merging import Merged
@@ -24,8 +24,7 @@ class Roster:
 
     def __init__(self, model: nn.Module) -> None:
         self._records: dict[str, AdapterRecord] = {}
-        self._active = Active()
-        self._trainable: tuple[str, ...] = ()
+        self._active = Active(self._records)
         self._merged = Merged()
         self._host: Host | None = Host(model)
 
@@ -75,7 +74,9 @@ class Roster:
     def status(self) -> Status:
         """A table of the adapters; prints as one.
 
-        A note says where an adapter does not act any more, because the module there was replaced since.
+        `active` is what acts in this thread. `trainable` is what the parameters' own `requires_grad` say: where only
+        some of an adapter's require gradients, it prints how many. A note says where an adapter does not act any more,
+        because the module there was replaced since.
         """
         reshard(self.model)
         return Status(

@@ -124,7 +124,8 @@ class Storage(Lifecycle):
                 that kohya-ss's programs, LyCORIS or diffusers wrote, of any method that knows its keys.
             name: what it is called here.
             activate: make it the one active adapter.
-            trainable: whether it is to be trained further.
+            trainable: whether it is to be trained further: its parameters require gradients. With `activate=False` they
+                do so, too, until others are activated, and where `activated` or `per_sample` let it act it trains.
             strict: raise if anything is missing, unexpected or mismatched; else warn, and load what fits.
             dtype: of its layers; `None` follows the model, but float32 for a half-precision one; `"file"`
                 keeps the file's.
@@ -146,6 +147,8 @@ class Storage(Lifecycle):
         self._install(record, train=activate and trainable)
         if activate:
             self.activate(name, trainable=trainable)
+        elif trainable:
+            record.light(lent=False)
         return report
 
     def swap(

@@ -144,6 +144,8 @@ class Lifecycle(RuleBasedStateMachine):
         if activate:
             self.active = (name,)
             self.trained = (name,) if trainable else ()
+        elif trainable:
+            self.trained += (name,)
 
     @rule(data=st.data())
     @precondition(lambda self: self.records)
@@ -216,7 +218,7 @@ class Lifecycle(RuleBasedStateMachine):
         assert {n: self.adapters.config(n) for n in self.adapters.names} == self.configs
 
     @invariant()
-    def only_active_trainable_adapters_require_gradients(self) -> None:
+    def trainable_adapters_alone_require_gradients(self) -> None:
         expected = {id(p) for name in self.trained for p in self.adapters.parameters(name)}
         if self.records:
             assert {id(p) for p in self.model.parameters() if p.requires_grad} == expected

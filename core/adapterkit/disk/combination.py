@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.acting import Active
 from adapterkit.combine import Space
 from adapterkit.combiners import MajoritySign
 from adapterkit.disk.base import Base
 from adapterkit.disk.mapping import FactorSpool
 from adapterkit.disk.opened import Opened, names_of, open_adapter, stand_in, working_dtype
 from adapterkit.disk.output import check_dtype, output_place, write_record
-from adapterkit.dispatch import Active
 from adapterkit.mixture import Choices, Workspace, check_same_base, check_sources, mix
 from adapterkit.persistence import short_names
 from adapterkit.record import AdapterRecord

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adapterkit.acting import Active
 from adapterkit.disk.mapping import FactorSpool
 from adapterkit.disk.output import check_dtype, output_place, write_record
 from adapterkit.disk.skeleton import skeleton
 from adapterkit.disk.stored import StoredModel
-from adapterkit.dispatch import Active
 from adapterkit.errors import ConfigError, SelectionError
 from adapterkit.extract import check_asked, extracted, wanted_layers
 from adapterkit.files import local_path

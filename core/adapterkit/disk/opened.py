@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.acting import Active
 from adapterkit.config import AdapterConfig
 from adapterkit.disk.base import Base
 from adapterkit.disk.contents import other_modules, split_key, without_values
 from adapterkit.disk.mapping import MappedFiles
 from adapterkit.disk.standin import assemble
 from adapterkit.disk.translation import translated
-from adapterkit.dispatch import Active
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files import AdapterFiles, read
 from adapterkit.foreign import exactly

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.acting import Active
 from adapterkit.disk.checkpoint import Checkpoint, mapped
 from adapterkit.disk.header import Entry
 from adapterkit.disk.names import Names
-from adapterkit.dispatch import Active
 from adapterkit.errors import ConfigError
 from adapterkit.files import AdapterFiles, read
 from adapterkit.hub import adapter_folder
