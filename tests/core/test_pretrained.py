@@ -203,6 +203,17 @@ def test_the_state_dict_that_is_given_is_what_is_written(model: nn.Module, tmp_p
     assert not (tmp_path / "other").exists()
 
 
+def test_a_compiled_model_takes_back_what_it_gave(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", **QUERY)
+    adapters.activate("a")
+    compiled, expected = torch.compile(model), run(model, "bert")
+    model.save_pretrained(tmp_path / "out", state_dict=compiled.state_dict())  # as Trainer does
+    set_parameters(adapters, "a", seed=5)
+    assert different(run(model, "bert"), expected)
+    compiled.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), strict=False)
+    torch.testing.assert_close(run(model, "bert"), expected)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_the_model_writes_its_own_adapters(
     way: Callable[[nn.Module], nn.Module], model: nn.Module, tmp_path: Path, trained: Trained

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,35 @@ def test_a_resumed_training_equals_an_uninterrupted_one(config: ak.AdapterConfig
     again, _ = adapted(config)
     assert changed(values(again), values(model))
     trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not changed(values(again), values(model))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.tools.test_trainer import adapted, sft
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run = sft(adapted()[0], Path(sys.argv[1]))
+run.add_callback(Kill())
+run.train()
+"""
+
+
+def test_a_training_that_was_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    killed = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    model, _ = adapted()
+    sft(model, tmp_path / "whole").train()
+    again, _ = adapted()
+    sft(again, tmp_path / "killed").train(resume_from_checkpoint=True)
     assert not changed(values(again), values(model))
 
 
