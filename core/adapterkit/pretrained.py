@@ -26,7 +26,8 @@ from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
 from adapterkit.restoring import Loader
 from adapterkit.sharded import as_wholes, by_first_rank, groups_of, whole
-from adapterkit.walk import named_modules
+from adapterkit.vocabulary import resized_keys
+from adapterkit.walk import Walk, named_modules
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -207,7 +208,7 @@ class Saver:
     def _training_state(
         self, records: Collection[AdapterRecord], source: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        ours = {key for record in records for key in self._keys(record)}
+        ours = {key for record in records for key in self._keys(record)} | resized_keys(Walk(self.module))
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return dict(zip(found, whole(list(found.values())), strict=True))

@@ -11,6 +11,8 @@ from adapterkit.errors import CheckpointError
 from adapterkit.keys import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.record import AdapterRecord
 from adapterkit.slots import module_slots, slots
+from adapterkit.vocabulary import resized_keys
+from adapterkit.walk import Walk
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -48,7 +50,9 @@ class Loader:
         _from_peft(adapters, own, base, state, prefix)
         given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
-        self._partial = bool(given) and given <= known | set(foreign)
+        # New rows of a vocabulary are random, so these tables of the base are saved with adapters.
+        tables = resized_keys(Walk(self.root))
+        self._partial = not given <= tables and given <= known | set(foreign) | tables
         lacking = [
             name
             for name, record in adapters._records.items()

@@ -25,6 +25,11 @@ def resized_tables(walk: Walk) -> dict[str, nn.Module]:
     return tables(walk) if _size(getattr(model, "config", None)) is not None and _was_resized(model) else {}
 
 
+def resized_keys(walk: Walk) -> set[str]:
+    """The keys of `resized_tables` in the model's state dict."""
+    return {f"{path}.{name}" for path, table in resized_tables(walk).items() for name in table._parameters}
+
+
 def tables(walk: Walk) -> dict[str, nn.Module]:
     """The input and the output embedding of a transformers model by path, one of them if they are tied."""
     found: dict[str, nn.Module] = {}

@@ -179,6 +179,17 @@ def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(tmp_path: Path
     assert any(not torch.equal(own[key], last[key]) for key in own)
 
 
+def test_a_resized_vocabulary_is_restored_with_the_adapter(tmp_path: Path) -> None:
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = build("bert")
+        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)  # new rows are random
+        ak.attach(model).add("t", LORA)
+        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
+        results.append(values(model))
+    assert_equal(*results)
+
+
 def test_resuming_with_another_adapter_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     model, _ = adapted()
     trainer(model, tmp_path, max_steps=2).train()
