@@ -75,8 +75,9 @@ class Roster:
         """A table of the adapters; prints as one.
 
         `active` is what acts in this thread. `trainable` is what the parameters' own `requires_grad` say: where only
-        some of an adapter's require gradients, it prints how many. A note says where an adapter does not act any more,
-        because the module there was replaced since.
+        some of an adapter's require gradients, it prints how many. Notes say where an adapter does not act any more,
+        because the module there was replaced since, and where nothing called or read an adapted layer since its
+        adapter was activated (compiled forwards are not seen).
         """
         reshard(self.model)
         return Status(
@@ -84,11 +85,27 @@ class Roster:
                 record.status(
                     active=name in self.active,
                     merged=name in self._merged.names,
-                    notes=tuple(f"{path!r} {what} since" for path, what in self._live.changes(record).items()),
+                    notes=(
+                        *(f"{path!r} {what} since" for path, what in self._live.changes(record).items()),
+                        *self._never_ran(record),
+                    ),
                 )
                 for name, record in self._records.items()
             )
         )
+
+    def _never_ran(self, record: AdapterRecord) -> list[str]:
+        """A note if nothing called or read some of the adapter's layers since it was activated, while others ran."""
+        state = self._active.state
+        if state.rows is not None or not state.plans or record.name not in {*state.names, *state.heads}:
+            return []
+        idle = [path for path, host in record.hosts.items() if id(host) not in state.plans]
+        if not idle:
+            return []
+        return [
+            f"{len(idle)} of its {len(record.hosts)} layers never ran since it was activated, such as {idle[0]!r}. If "
+            "the model reads their weights instead of calling them, declare the module that does: ak.declare_reader"
+        ]
 
     @property
     def _live(self) -> Host:

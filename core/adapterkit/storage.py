@@ -74,6 +74,8 @@ class Storage(Lifecycle):
     ) -> Path:
         """Write an adapter to a folder, in PEFT's format, all or nothing.
 
+        A warning says if some of its layers never ran since it was activated, so that nothing trained there.
+
         Args:
             source: a full state dict of the adapted model to take the tensors from, as for `state_dict`.
             embeddings: whether the model's embeddings, input and output, go into the file, for `load` and for PEFT.
@@ -100,6 +102,8 @@ class Storage(Lifecycle):
                         "into it. Call unmerge() first."
                     )
         persistence.save_record(record, self.model, path, source, embeddings=embeddings)
+        for note in self._never_ran(record):
+            warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
         return path
 
     def load(  # noqa: PLR0913 - the last four are the hub's

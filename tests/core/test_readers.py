@@ -387,6 +387,46 @@ def test_table_that_is_called_under_two_names_is_adapted(trained: Trained) -> No
     assert different(run(model, "t5"), base)
 
 
+# Layers that are read by nobody knows whom
+
+
+@pytest.fixture
+def undeclared(net: Outer, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> ak.Adapters:
+    monkeypatch.setattr(readers, "_declared", {})
+    adapters = trained(net, "a", "idle", target_modules=["read", "called", "out"])
+    adapters.activate("a")
+    return adapters
+
+
+NEVER_RAN = "2 of its 3 layers never ran since it was activated, such as 'reader.read'. If the model reads their"
+
+
+def test_status_says_which_layers_never_ran(net: Outer, undeclared: ak.Adapters) -> None:
+    assert not any(row.notes for row in undeclared.status().rows)  # nothing ran yet
+    net(X)
+    active, idle = undeclared.status().rows
+    assert [note.startswith(NEVER_RAN) for note in active.notes] == [True]
+    assert not idle.notes
+    undeclared.activate("idle")
+    assert not any(row.notes for row in undeclared.status().rows)
+
+
+def test_save_warns_of_layers_that_never_ran_and_saves(net: Outer, undeclared: ak.Adapters, tmp_path: Path) -> None:
+    undeclared.save("a", tmp_path / "before")
+    net(X)
+    with pytest.warns(ak.AdapterWarning, match=f"Adapter 'a': {NEVER_RAN}"):
+        undeclared.save("a", tmp_path / "after")
+    undeclared.save("idle", tmp_path / "idle")
+    assert (tmp_path / "after" / "adapter_model.safetensors").is_file()
+
+
+def test_layers_that_were_read_or_called_are_in_no_note(net: Outer, trained: Trained) -> None:
+    adapters = trained(net, "a", target_modules=TARGETS, bias="all")
+    adapters.activate("a")
+    net(X)
+    assert not any(row.notes for row in adapters.status().rows)
+
+
 # Everywhere else it is the parameter itself
 
 
