@@ -22,7 +22,7 @@ from adapterkit.dispatch import ACTIVE, INPUT, input_name, run
 from adapterkit.errors import StateError
 from adapterkit.keys import CONTAINERS
 from adapterkit.layer import Holder
-from adapterkit.readers import READS, Path, effective, reads, running
+from adapterkit.readers import READ, READS, Path, below, effective, reads, running
 
 
 class Roles(NamedTuple):
@@ -109,18 +109,10 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_adapted_from", type(module))
 
 
-def install(
-    module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active, *, read: bool = False
-) -> None:
-    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it.
-
-    Args:
-        read: a declared reader reads the module's weight.
-    """
+def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
+    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it."""
     if not is_adapted(module):
         _adapt(module, active)
-    if read:
-        _become(module, read=True)
     slots = module._modules.get(container)
     if slots is None:
         slots = module._modules[container] = Slots()
@@ -175,15 +167,20 @@ def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
     """Make `reader` a reader of what adapter `name` has at these paths below it."""
     reader.__dict__.setdefault(READS, {})[name] = paths
     _become(reader, reads=True)
+    for module in filter(None, (below(reader, path) for path in paths)):
+        module.__dict__.setdefault(READ, {})[name] = True
+        _become(module, read=True)
 
 
 def stop_reading(reader: nn.Module, name: str) -> None:
     """Undo `let_read`."""
-    held = reader.__dict__.get(READS, {})
-    held.pop(name, None)
-    if not held:
-        reader.__dict__.pop(READS, None)
-        _become(reader, reads=False)
+    paths = reader.__dict__.get(READS, {}).get(name, ())
+    for module, key in [(reader, READS), *((below(reader, path), READ) for path in paths)]:
+        held = {} if module is None else module.__dict__.get(key, {})
+        held.pop(name, None)
+        if module is not None and not held:
+            module.__dict__.pop(key, None)
+            _become(module, **({"reads": False} if key == READS else {"read": False}))
 
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:
@@ -223,8 +220,9 @@ def _has(module: nn.Module, name: str) -> bool:
 def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
     for module in list(root.modules()):
-        if module.__dict__.pop(READS, None) is not None:
-            _become(module, reads=False)
+        for key in (READS, READ):
+            module.__dict__.pop(key, None)
+        _become(module, read=False, reads=False)
         if is_adapted(module):
             for container in CONTAINERS:
                 module._modules.pop(container, None)
@@ -262,7 +260,7 @@ def _release(module: nn.Module) -> None:
         value = module.__dict__.get(name)
         if isinstance(value, _WrappedForward):
             module.__dict__[name] = value.original
-    _become(module, runs=False, read=False)
+    _become(module, runs=False)
 
 
 def _become(module: nn.Module, **roles: bool) -> None:

@@ -70,7 +70,7 @@ class Builder:
         for path in self.selection.heads:
             self.add_head(record, path, active)
         notes = self._add_biases(record, active)
-        record.readers = readers_of(self.walk, record.hosts.values())
+        record.readers = readers_of(self.walk, record.hosts, record.heads)
         return record, notes
 
     def _make_layers(self, record: AdapterRecord, active: Active) -> None:

@@ -73,6 +73,10 @@ class Plan:
                 return self._changed(base, args[0])
         return self._changed(base, args[0])
 
+    def stand_in(self) -> nn.Module | None:
+        """What stands in place of the module for who reads the weights of layers inside it."""
+        return self.head
+
     def parameter(self, name: str) -> Tensor | None:
         """The module's weight or bias with all that acts at work, for who reads it; see `readers`."""
         return readers.changed(self, name)

@@ -155,14 +155,19 @@ class RowPlan(Plan):
         with offload.fetched(*self.parts.values(), *self.shifts.values()):
             return act(inner, args[0])
 
-    def parameter(self, name: str) -> Tensor | None:
-        """See `Plan.parameter`; there is no one weight for all rows."""
+    def stand_in(self) -> nn.Module | None:
+        """See `Plan.stand_in`; there is no one weight for all rows."""
         if self.default is not None or self.heads or self.parts or self.shifts:
             raise UnsupportedError(
-                f"The model reads the {name} of a {type(self.module).__name__} instead of calling it, and per_sample "
+                f"The model reads the weight of a {type(self.module).__name__} instead of calling it, and per_sample "
                 "has adapters there that differ from row to row. Leave this layer out of the adapters "
                 "(exclude_modules, modules_to_save), or run the rows of one adapter at a time."
             )
+        return None
+
+    def parameter(self, name: str) -> Tensor | None:
+        """See `Plan.parameter`."""
+        self.stand_in()
         own: Tensor | None = readers.own(self.module, name)
         return own
 

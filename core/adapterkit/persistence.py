@@ -214,7 +214,7 @@ def load_record(
     heads, tied = _tables_in_file(walk, record, tensors)
     for path in (*heads, *tied):
         builder.add_head(record, path, active)
-    record.readers = readers_of(walk, record.hosts.values())
+    record.readers = readers_of(walk, record.hosts, record.heads)
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
     optional = {f"{path}.bias" for path in (*heads, *tied)} | {f"{path}.weight" for path in tied}

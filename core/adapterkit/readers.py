@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # A path below a reader, by its parts.
 Path = tuple[str, ...]
-# Where a reader keeps, for each adapter's name, the paths below it that it reads.
-READS = "_adapter_reads"
+# Where a reader keeps, for each adapter's name, the paths below it that it reads; and where such a layer keeps the names.
+READS, READ = "_adapter_reads", "_adapter_read"
 _ORDINARY = (nn.Parameter, Tensor)
 _declared: dict[str, tuple[str, ...]] = {}
 
@@ -77,15 +77,28 @@ def below(module: nn.Module, path: Path) -> nn.Module | None:
     return found
 
 
-def is_read(module: nn.Module) -> bool:
-    """Whether a reader of `module` runs in this thread, and not, inside it, the module's own forward."""
+def reading(module: nn.Module) -> nn.Module | None:
+    """What is read for `module` if a reader of it runs in this thread and not, inside it, its own forward; else `None`.
+
+    That is the module, or what stands for it in the copy (`modules_to_save`) of a module around it.
+    """
     for reader, paths in reversed(running.stack):
         if reader is module:
-            return False
+            return None
         for path in paths:
             if below(reader, path) is module:
-                return True
-    return False
+                return _standing(reader, path)
+    return None
+
+
+def _standing(reader: nn.Module, path: Path) -> nn.Module | None:
+    found: nn.Module | None = reader
+    for name in path:
+        active = None if found is None or found is reader else found.__dict__.get("_adapter_active")
+        if active is not None and not active.state.idle:
+            found = active.state.plan(found).stand_in() or found
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
@@ -111,9 +124,16 @@ def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
     _declared[reader] = tuple(dict.fromkeys((*_declared.get(reader, ()), *children)))
 
 
-def readers_of(walk: Walk, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[Path, ...]]:
-    """The readers in a model of some of these modules, each with the paths below it where they are."""
-    wanted, declared, found = set(modules), {}, {}
+def readers_of(walk: Walk, hosts: Mapping[str, nn.Module], heads: Iterable[str]) -> dict[nn.Module, tuple[Path, ...]]:
+    """The readers in a model of some of an adapter's layers, each with the paths below it where those are.
+
+    Args:
+        hosts: the layers, by path.
+        heads: paths of modules that have copies; readers may read what is in one of them.
+    """
+    inside = tuple(f"{path}." for path in heads)
+    wanted, declared, found = set(hosts.values()), {}, {}
+    wanted |= {module for module, paths in walk.aliases.items() if any(path.startswith(inside) for path in paths)}
     for module in (walk.model, *walk.aliases):
         cls = type(module)
         if cls not in declared:
@@ -149,8 +169,11 @@ def effective(cls: type[nn.Module], name: str) -> Effective:
     inherited: Any = getattr(cls, name, None)  # a parametrization's, for one
 
     def get(self: nn.Module) -> Any:
+        read = reading(self) if running.stack else None
+        if read is not None and read is not self:
+            return getattr(read, name)
         active = self.__dict__.get("_adapter_active")
-        if active is not None and not active.state.idle and is_read(self):
+        if read is not None and active is not None and not active.state.idle:
             return active.state.plan(self).parameter(name)
         return inherited.__get__(self, cls) if hasattr(inherited, "__get__") else _attribute(self, name)
 

@@ -17,7 +17,7 @@ from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.keys import BIASES, HEADS, LAYERS, SHARED
 from adapterkit.labels import LabelSet
 from adapterkit.layer import AdapterLayer
-from adapterkit.readers import Path, below
+from adapterkit.readers import Path
 from adapterkit.reports import AdapterStatus
 from adapterkit.sharded import size_of
 from adapterkit.shared import SharedView
@@ -31,7 +31,7 @@ class AdapterRecord:
     Attributes:
         hosts: the adapted modules of the model, by path.
         aliases: for hosts that several paths lead to, the others, by path.
-        readers: modules of the model that read the weights of hosts, and where below them those are.
+        readers: modules of the model that read the weights of hosts, or of what heads stand for, and where below them.
         labels: the label set of its heads, or `None` if it has none of its own.
         lent: parameters that require gradients for a block, or for a graph, and else would not.
         dimmed: those that required gradients until other adapters were activated, or this one was merged.
@@ -134,10 +134,8 @@ class AdapterRecord:
         """Register every part at its host."""
         for reader, paths in self.readers.items():
             let_read(reader, self.name, paths)
-        read = {below(reader, path) for reader, paths in self.readers.items() for path in paths}
         for container, path, module in self.parts():
-            host = self.hosts[path]
-            install(host, path, container, self.name, module, active, read=host in read)
+            install(self.hosts[path], path, container, self.name, module, active)
 
     def uninstall(self) -> None:
         """Take every part away from its host."""

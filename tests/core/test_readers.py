@@ -230,6 +230,42 @@ def test_trained_copy_that_is_read_trains_and_is_the_parameter_itself(net: Outer
     torch.testing.assert_close(net(X), adapted, **CLOSE)
 
 
+class Nested(nn.Module):
+    """Reads a layer of its head, which it calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(rows, 3)`."""
+        return self.head(self.fc(x)) + F.linear(x, self.head[1].weight, self.head[1].bias)  # type: ignore[arg-type]
+
+
+def test_layer_inside_a_trained_copy_is_read_in_the_copy() -> None:
+    ak.declare_reader(Nested, "head.1")
+    model, x = Nested(), torch.ones(2, 4)
+    before = snapshot(model)
+    base = model(x).detach()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["fc"], modules_to_save=["head"]))
+    adapters.add("b", LoraConfig(r=2, target_modules=["head.1"], modules_to_save=None), activate=False)
+    set_parameters(adapters, "a")
+    adapted = model(x)
+    assert not without_gradient(model, adapters, "a", adapted)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), adapted, **CLOSE)
+    adapters.merge_and_detach("a")
+    torch.testing.assert_close(model(x), adapted, **CLOSE)
+    with ak.attach(copied).disabled():
+        torch.testing.assert_close(copied(x), base, **CLOSE)
+    with ak.attach(copied).per_sample(["a", None]), pytest.raises(ak.UnsupportedError, match="weight of a Sequential"):
+        copied(x)
+    ak.attach(copied).remove("b")
+    assert_as_before(ak.attach(copied).detach(), before)
+
+
 def test_two_adapters_are_each_read_while_they_are_active(net: Outer, trained: Trained) -> None:
     base = net(X)
     adapters = trained(net, "a", "b", target_modules=TARGETS)
