@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # A path below a reader, by its parts.
 Path = tuple[str, ...]
-# Where a reader keeps, for each adapter's name, the paths below it that it reads; and where such a layer keeps the names.
+# Where a reader keeps, by adapter, the paths below it that it reads, and where such a layer keeps the names.
 READS, READ = "_adapter_reads", "_adapter_read"
 _ORDINARY = (nn.Parameter, Tensor)
 _declared: dict[str, tuple[str, ...]] = {}
