@@ -22,7 +22,7 @@ from adapterkit.dispatch import ACTIVE, INPUT, input_name, run
 from adapterkit.errors import StateError
 from adapterkit.keys import CONTAINERS
 from adapterkit.layer import Holder
-from adapterkit.readers import READ, READS, Path, below, effective, reads, running
+from adapterkit.readers import READ, READS, Path, begin, below, effective, reads, running
 
 
 class Roles(NamedTuple):
@@ -166,6 +166,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
     """Make `reader` a reader of what adapter `name` has at these paths below it."""
     reader.__dict__.setdefault(READS, {})[name] = paths
+    reader._forward_pre_hooks[-1] = begin
     _become(reader, reads=True)
     for module in filter(None, (below(reader, path) for path in paths)):
         module.__dict__.setdefault(READ, {})[name] = True
@@ -174,13 +175,19 @@ def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
 
 def stop_reading(reader: nn.Module, name: str) -> None:
     """Undo `let_read`."""
-    paths = reader.__dict__.get(READS, {}).get(name, ())
-    for module, key in [(reader, READS), *((below(reader, path), READ) for path in paths)]:
-        held = {} if module is None else module.__dict__.get(key, {})
-        held.pop(name, None)
-        if module is not None and not held:
-            module.__dict__.pop(key, None)
-            _become(module, **({"reads": False} if key == READS else {"read": False}))
+    for path in reader.__dict__.get(READS, {}).pop(name, ()):
+        module = below(reader, path)
+        if module is not None and module.__dict__.get(READ, {}).pop(name, False) and not module.__dict__[READ]:
+            del module.__dict__[READ]
+            _become(module, read=False)
+    if not reader.__dict__.get(READS):
+        _read_no_more(reader)
+
+
+def _read_no_more(reader: nn.Module) -> None:
+    if reader.__dict__.pop(READS, None) is not None:
+        reader._forward_pre_hooks.pop(-1, None)
+        _become(reader, reads=False)
 
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:
@@ -220,9 +227,9 @@ def _has(module: nn.Module, name: str) -> bool:
 def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
     for module in list(root.modules()):
-        for key in (READS, READ):
-            module.__dict__.pop(key, None)
-        _become(module, read=False, reads=False)
+        _read_no_more(module)
+        module.__dict__.pop(READ, None)
+        _become(module, read=False)
         if is_adapted(module):
             for container in CONTAINERS:
                 module._modules.pop(container, None)
@@ -299,8 +306,8 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
     if roles.runs:
         body |= {"forward": forward, INPUT: input_name(cls.forward)}
     if roles.read or roles.reads:
-        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward)))
-        body["__call__"] = _entering(cls.__call__)
+        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), reads))
+        body["__call__"] = _entering(cls.__call__, _nothing)  # hooks run in it; `begin` is the last before the forward
     if roles.read:
         body |= {name: effective(cls, name) for name in ("weight", "bias")}
     adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
@@ -308,17 +315,21 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
     return adapted
 
 
-def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, a method, which lets a reader read while it runs, and a layer that is read find its own parameters."""
+def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, ...]]) -> Callable[..., Any]:
+    """`call`, a method, during which the module finds its own weight, and reads that of what is at `read(module)`."""
 
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running.stack.append((self, reads(self)))
+        running.stack.append((self, read(self)))
         try:
             return call(self, *args, **kwargs)
         finally:
             running.stack.pop()
 
     return enter
+
+
+def _nothing(_: nn.Module) -> tuple[Path, ...]:
+    return ()
 
 
 def _new(cls: type[nn.Module], roles: Roles) -> nn.Module:

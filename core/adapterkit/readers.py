@@ -69,6 +69,12 @@ def reads(module: nn.Module) -> tuple[Path, ...]:
     return paths
 
 
+def begin(module: nn.Module, args: object) -> None:
+    """A forward pre-hook of readers: somebody may have put another forward on the instance, or reads in a hook."""
+    if running.stack and running.stack[-1][0] is module:
+        running.stack[-1] = module, reads(module)
+
+
 def below(module: nn.Module, path: Path) -> nn.Module | None:
     """The module at `path` below `module`, or `None`."""
     found: nn.Module | None = module
@@ -245,7 +251,7 @@ def changed(plan: Plan, name: str) -> Tensor | None:
     if not (layers or shifts):
         return asked
     like = weight if asked is None else asked
-    _check_in_memory(plan.module, like, layers)
+    _check_in_memory(plan.module, name, like, layers)
     work, dense = torch.promote_types(like.dtype, torch.float32), name == "weight" or not plan.additive
     device = "cpu" if like.is_meta else like.device.type  # there is no autocast on meta
     with torch.autocast(device, enabled=False):
@@ -309,16 +315,18 @@ def _unreadable(layer: AdapterLayer, why: str) -> UnsupportedError:
     )
 
 
-def _check_in_memory(module: nn.Module, weight: Tensor, layers: Sequence[AdapterLayer]) -> None:
+def _check_in_memory(module: nn.Module, name: str, weight: Tensor, layers: Sequence[AdapterLayer]) -> None:
     if torch.compiler.is_compiling():
         return
     what = ""
     if type(weight) not in _ORDINARY and not isinstance(weight, FakeTensor):
         what = f"is a {type(weight).__name__} (sharded or quantised)"
+    elif layers and name == "weight" and weight.numel() != layers[0].kind.out_features * layers[0].kind.in_features:
+        what = f"has the shape {tuple(weight.shape)} here (sharded by DeepSpeed's ZeRO-3, or replaced since)"
     elif weight.is_meta and not all(p.is_meta for layer in layers for p in layer.parameters()):
         what = "is not in memory (meta device or offloaded)"
     if what:
         raise UnsupportedError(
-            f"The model reads the weight of a {type(module).__name__} instead of calling it, and that weight {what}, "
+            f"The model reads the {name} of a {type(module).__name__} instead of calling it, and that {name} {what}, "
             "so no adapter can be added to it. Leave this layer out with exclude_modules."
         )

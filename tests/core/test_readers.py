@@ -756,6 +756,33 @@ def test_sharded_weight_is_refused_where_it_is_read(net: Outer, trained: Trained
         dist.destroy_process_group()
 
 
+def test_weight_of_another_shape_is_refused_where_it_is_read(net: Outer, trained: Trained) -> None:
+    trained(net, "a", target_modules=["read"]).activate("a")
+    net.reader.read.weight.data = torch.empty(0)
+    with pytest.raises(ak.UnsupportedError, match=r"has the shape \(0,\) here \(sharded by DeepSpeed's ZeRO-3, or"):
+        net(X)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_reader_that_is_sharded_by_fsdp_reads(net: Outer, trained: Trained, tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    expected = net(X).detach()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(net.reader, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        adapted = net(X)
+        torch.testing.assert_close(adapted, expected, **CLOSE)
+        assert not without_gradient(net, adapters, "a", adapted)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_weight_that_is_offloaded_is_refused_where_it_is_read(net: Outer, trained: Trained) -> None:
     trained(net, "a", target_modules=["read"]).activate("a")
     net.reader.read.weight = nn.Parameter(net.reader.read.weight.to("meta"))
