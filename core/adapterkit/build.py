@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit.acting import Active
 from adapterkit.adapted import check_free, original_class
@@ -174,12 +174,16 @@ class Builder:
         seen: set[Any] = set()
         for module, paths in self.walk.aliases.items():
             path, bias = paths[0], module._parameters.get("bias")
-            if bias is None or bias in seen or (which == "targets" and path not in record.layers):
+            if not isinstance(getattr(module, "bias", None), Tensor) or (
+                which == "targets" and path not in record.layers
+            ):
                 continue
             if any(path == h or path.startswith(h + ".") for h in record.heads):
                 continue
             trailing = bias_place(original_class(module), default_registry.kind_of(module))
-            if trailing is None or uncalled.reason(path, module):
+            if trailing is None and bias is None:  # a buffer that is called so, such as a mask
+                continue
+            if trailing is None or bias is None or bias in seen or uncalled.reason(path, module):
                 skipped.append(path)
                 continue
             seen.add(bias)
@@ -188,7 +192,8 @@ class Builder:
             record.biases[path] = BiasLayer(value.to(_trained_dtype(value.dtype)), trailing)
         if not skipped:
             return []
-        return [f"biases not trained, because it is not known where they act: {', '.join(skipped)}"]
+        why = "it is not known where they act, or they are buffers, computed, or another layer's too"
+        return [f"biases not trained, because {why}: {', '.join(skipped)}"]
 
 
 def _assign(module: nn.Module, fresh: nn.Module) -> None:

@@ -14,6 +14,7 @@ from adapterkit.biases import BiasLayer
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.kinds import LayerKind
 from adapterkit.layer import AdapterLayer
+from adapterkit.memory import Place, overlaps
 from adapterkit.plain import is_writable, obstacle, own
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
@@ -90,7 +91,7 @@ class Change:
     Attributes:
         parts: adapter layers in the order they act.
         biases: trained biases, each with what its shift is multiplied by.
-        tied: names of the module's parameters that other modules have, too.
+        tied: what the change writes to that shares memory with another tensor of the model, and that one's name.
         head: the adapter whose own copy of the module it is, where it has both a copy and a change of it: a resized
             embedding. The change belongs into that copy.
     """
@@ -100,7 +101,7 @@ class Change:
     kind: LayerKind | None
     parts: list[Part] = field(default_factory=list)
     biases: list[tuple[BiasLayer, float]] = field(default_factory=list)
-    tied: frozenset[str] = frozenset()
+    tied: dict[str, str] = field(default_factory=dict)
     head: str | None = None
 
     @property
@@ -149,20 +150,12 @@ def plan(
         for path, bias in record.biases.items():
             module = record.hosts[path]
             changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
-    owners = _owners(walk)
+    places = {Place(change.module, name): change for change in changes.values() for name in change.touched}
+    for place, other in overlaps(walk, places).items():
+        places[place].tied[place.name] = other
     for change in changes.values():
-        change.tied = frozenset(name for name, p in change.touched.items() if owners.get(p, 1) > 1)
         _check(change, untie)
     return list(changes.values())
-
-
-def _owners(walk: Walk) -> dict[Tensor, int]:
-    """How many modules have each parameter as their own."""
-    owners: dict[Tensor, int] = {}
-    for module in (walk.model, *walk.aliases):
-        for parameter in {p for p in module._parameters.values() if p is not None}:
-            owners[parameter] = owners.get(parameter, 0) + 1
-    return owners
 
 
 def _check(change: Change, untie: bool) -> None:
@@ -175,11 +168,19 @@ def _check(change: Change, untie: bool) -> None:
         )
     for name in sorted(change.tied) if not untie else ():
         raise StateError(
-            f"'{change.path}.{name}' is tied to another module, which would change with it. Merge with untie=True to "
-            f"give {change.path!r} a weight of its own, or leave it out of the adapter."
+            f"'{change.path}.{name}' is tied to another module: it shares memory with {change.tied[name]!r}, which "
+            f"would change with it. Merge with untie=True to give {change.path!r} a {name} of its own, or leave it out "
+            "of the adapter."
         )
     if any(part.biased for part in change.parts) and "bias" not in change.touched:
         raise StateError(f"{change.path!r} has no bias to merge the adapter's into. Leave the adapter active instead.")
+
+
+def parted_names(changes: Sequence[Change], walk: Walk) -> set[str]:
+    """Every name in the model's state dict of what the changes give memory of its own."""
+    return {
+        f"{path}.{name}" for change in changes for name in change.tied for path in walk.aliases.get(change.module, ())
+    }
 
 
 def check_in_memory(changes: Sequence[Change]) -> None:

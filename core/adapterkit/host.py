@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -20,10 +19,10 @@ from adapterkit.record import AdapterRecord
 from adapterkit.restoring import Loader
 from adapterkit.sharded import size_of
 from adapterkit.shared import SharedTensors
+from adapterkit.ties import Parting
 from adapterkit.vocabulary import resized_tables
 from adapterkit.walk import Walk, base_parameters
 
-_TIED = "all_tied_weights_keys"
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -42,7 +41,7 @@ class Host:
         self._trained: list[str] | None = None
         self._loader: Loader | None = None
         self._entries: Entries | None = None
-        self._tied: dict[str, Any] | None = None
+        self._parted: list[Callable[[], None]] = []
         self._presence: dict[str, Presence] = {}
 
     @property
@@ -124,23 +123,15 @@ class Host:
             self._entries = Entries(active, self.model)
         return self._entries
 
-    def untie(self) -> None:
-        """Tell transformers that the model's weights are not tied any more: it would leave one of them out of files."""
-        config = getattr(self.model, "config", None)
-        if self._tied is None and getattr(config, "tie_word_embeddings", False):
-            self._tied = {_TIED: getattr(self.model, _TIED, None)}
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            if hasattr(self.model, _TIED):
-                setattr(self.model, _TIED, {})
+    def part(self, parting: Parting) -> None:
+        """Tell transformers which of its tied weights are apart now."""
+        self._parted = [*parting.tell(), *self._parted]
 
     def tie(self) -> None:
-        """Undo `untie`."""
-        if self._tied is not None:
-            config: Any = self.model.config
-            config.tie_word_embeddings = True
-            if hasattr(self.model, _TIED):
-                setattr(self.model, _TIED, self._tied[_TIED])
-            self._tied = None
+        """Undo every `part`."""
+        while self._parted:
+            self._parted[0]()
+            del self._parted[0]
 
     def keep_labels(self) -> None:
         """The label set that the model's config follows now becomes the model's own."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from adapterkit.change import check_in_memory, plan
+from adapterkit.change import check_in_memory, parted_names, plan
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.merging import Merged, carry_out, give_back, take_heads
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.storage import Storage
+from adapterkit.ties import Parting
 from adapterkit.walk import Walk
 from adapterkit.wrapped import reshard
 
@@ -42,7 +43,10 @@ class Merger(Storage):
         Args:
             safe: check for values that are not finite, and change nothing if there is one.
             keep_base: keep the replaced weights, for `unmerge`; `False` saves that memory.
-            untie: give a target whose weight is tied to another module a weight of its own.
+            untie: give a target whose weight is tied to another module a weight of its own. A transformers model is
+                told: its files hold what was parted, and its config's flag is cleared. Where the model computes with
+                that flag (T5, Switch Transformers) the flag stays, and only transformers 5 and later read such files
+                rightly.
             heads: whose head acts, where two have their own copy of one module; `None`: the one that acts now, if
                 all of these are active.
 
@@ -59,11 +63,12 @@ class Merger(Storage):
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
         acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
         reshard(self.model)  # copies that FSDP2 leaves in place would take the merge with them
-        changes = plan(records, Walk(self.model), untie=untie)
+        walk = Walk(self.model)
+        changes = plan(records, walk, untie=untie)
         check_in_memory(changes)
+        parting = Parting.of(self.model, parted_names(changes, walk))
         carry_out(changes, self._merged, safe=safe, keep_base=keep_base)
-        if untie:
-            self._live.untie()
+        self._live.part(parting)
         state = self._merged
         state.names += names
         state.keeps_base &= keep_base
@@ -118,7 +123,9 @@ class Merger(Storage):
         model, host = self.model, self._live
         host.keep_labels()
         self._merged = Merged()
+        parting = Parting.of(model, (), [path for record in acting for path in record.head_paths()])
         take_heads(acting, model)
+        parting.tell()
         return self.detach()
 
     def detach(self) -> nn.Module:

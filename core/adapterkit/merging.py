@@ -21,7 +21,12 @@ from adapterkit.registry import default_registry
 
 @dataclass
 class Kept:
-    """The parameters and buffers of one module before merging: the objects themselves and, if kept, their values."""
+    """The parameters and buffers of one module before merging.
+
+    Attributes:
+        tensors: the objects themselves.
+        values: what they held, if kept; not of those that were tied, to which nothing was written.
+    """
 
     module: nn.Module
     tensors: dict[str, Tensor]
@@ -29,17 +34,24 @@ class Kept:
 
     def leave_resized(self) -> None:
         """Forget the tensors in whose place there are larger or smaller ones now."""
-        for name, value in self.values.items():
-            now = own(self.module, name)
-            if now is None or now.shape != value.shape or self.tensors[name].shape != value.shape:
+        for name, tensor in list(self.tensors.items()):
+            now, value = own(self.module, name), self.values.get(name, tensor)
+            if now is None or now.shape != value.shape or tensor.shape != value.shape:
                 del self.tensors[name]
 
     def give_back(self) -> None:
         """The same objects with the same bits."""
         for name, tensor in self.tensors.items():
             put(self.module, name, tensor)
-            with torch.no_grad():
-                tensor.copy_(self.values[name])
+            if name in self.values:
+                with torch.no_grad():
+                    tensor.copy_(self.values[name])
+
+    def add(self, later: Kept) -> None:
+        """Keep also what a later merge was the first to write to."""
+        for name in later.tensors.keys() - self.tensors.keys():
+            self.tensors[name] = later.tensors[name]
+            self.values |= {n: value for n, value in later.values.items() if n == name}
 
 
 @dataclass
@@ -83,9 +95,7 @@ def carry_out(changes: Sequence[Change], state: Merged, *, safe: bool, keep_base
         raise
     state.heads |= {change.head for change in changes if change.head is not None}
     for module, kept in done.items():
-        known = state.kept.setdefault(module, kept)  # the first merge's are the base's
-        known.tensors = kept.tensors | known.tensors
-        known.values = kept.values | known.values
+        state.kept.setdefault(module, kept).add(kept)  # the first merge's are the base's
 
 
 def give_back(state: Merged) -> None:
@@ -109,7 +119,8 @@ def _keep(change: Change, *, values: bool) -> Kept:
     for layer in biases.children() if biases is not None and "bias" in touched else ():
         assert isinstance(layer, BiasLayer)
         layer.keep_base(touched["bias"])
-    kept = Kept(change.module, touched, {n: p.detach().clone() for n, p in touched.items()} if values else {})
+    own_values = {n: t.detach().clone() for n, t in touched.items() if n not in change.tied} if values else {}
+    kept = Kept(change.module, touched, own_values)
     for name in change.tied:
         fresh = touched[name].detach().clone()
         is_parameter = isinstance(touched[name], nn.Parameter)

@@ -145,7 +145,8 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
                 put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))
             with _in_plain_torch(device):
                 found = forward(layer, x)
-            expected = kind.apply_weight(x, kind.read(layer), own(layer, "bias"))
+            same: Any = kind.of(layer)
+            expected = same.apply_weight(x, same.read(layer), own(layer, "bias"))
             if kind.lookup:  # rows may be scaled, by whichever number: what is merged is scaled alike
                 expected = expected * (found.flatten()[0] / expected.flatten()[0])
             margin = _RTOL * float(expected.abs().max())

@@ -26,6 +26,7 @@ from adapterkit.presence import KEPT
 from adapterkit.record import AdapterRecord
 from adapterkit.restoring import Loader
 from adapterkit.sharded import as_wholes, by_first_rank, groups_of, whole
+from adapterkit.ties import Parting
 from adapterkit.vocabulary import resized_keys
 from adapterkit.walk import Walk, named_modules
 
@@ -130,17 +131,21 @@ class Saver:
         def without_adapters(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
             self._make_plain(adapters, heads, state, prefix)
 
+        parting = Parting.of(self.root, (), [path for record in heads for path in record.head_paths()])
         given = call.arguments.get("state_dict")
         if given is not None:
-            call.arguments["state_dict"] = dict(given)
-            self._make_plain(adapters, heads, call.arguments["state_dict"], "")
+            call.arguments["state_dict"] = given = dict(given)
+            for key in (self._inside(tie.target) for tie in parting.freed):
+                given |= {key: given[key].clone()} if key in given else {}
+            self._make_plain(adapters, heads, given, "")
         host, acting = adapters._live, LabelSet.of(self.root)
         own = None if follow or acting is None or host.labels_of is None else host.labels
         handle = self.module.register_state_dict_post_hook(without_adapters)
         if own is not None:
             own.apply(self.root)
         try:
-            return getattr(type(self.module), SAVE)(*call.args, **call.kwargs)
+            with parting.told():
+                return getattr(type(self.module), SAVE)(*call.args, **call.kwargs)
         finally:
             handle.remove()
             if own is not None and acting is not None:

@@ -130,6 +130,11 @@ class AdapterRecord:
             for local in self.shared:
                 yield f"{SHARED}.{self.name}.{local}"
 
+    def head_paths(self) -> Iterator[str]:
+        """Every path of the modules in whose place its heads stand."""
+        for path in self.heads:
+            yield from (path, *self.aliases.get(path, ()))
+
     def install(self, active: Active) -> None:
         """Register every part at its host."""
         for reader, paths in self.readers.items():

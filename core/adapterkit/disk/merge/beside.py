@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from adapterkit.disk.skeleton import CONFIG
 from adapterkit.errors import CheckpointError
 from adapterkit.files import CONFIG_FILE
 from adapterkit.labels import LabelSet
+from adapterkit.ties import FLAG
 
 MANIFEST = "adapterkit_merge.json"
 _WEIGHTS = (
@@ -68,7 +69,7 @@ def copy_others(base: Path, names: list[str], folder: Path) -> None:
 
 
 def write_config(
-    folder: Path, *, architecture: str | None, labels: LabelSet | None, unties: bool, vocabulary: int | None = None
+    folder: Path, *, architecture: str | None, labels: LabelSet | None, untied: Iterable[tuple[str, ...]]
 ) -> None:
     """Change the copied `config.json` where it would be untrue."""
     path = folder / CONFIG
@@ -78,8 +79,11 @@ def write_config(
     before = json.dumps(config)
     if architecture is not None and config.get("architectures") != [architecture]:
         config["architectures"] = [architecture]
-    if unties:
-        config["tie_word_embeddings"] = False
+    for names in untied:
+        place = config
+        for name in names:
+            place = place.setdefault(name, {})
+        place[FLAG] = False
     if labels is not None:
         named = {str(i): name for i, name in labels.id2label.items()}
         reverse = {name: i for i, name in labels.id2label.items()}

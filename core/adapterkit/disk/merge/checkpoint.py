@@ -248,7 +248,7 @@ def _write(job: _Job, staging: Staging, *, safe: bool, workers: int, progress: P
         worker = writing.Worker(inputs, safe=safe, largest=writing.buffer_size(rest))
         writing.write_files(rest, staging.folder, worker, workers=workers, finished=staging.finished, progress=wrote)
     beside.copy_others(job.base, job.copied, staging.folder)
-    beside.write_config(staging.folder, architecture=job.architecture, labels=job.labels, unties=job.contents.unties)
+    beside.write_config(staging.folder, architecture=job.architecture, labels=job.labels, untied=job.contents.untied)
     beside.write_index(job.checkpoint, job.layouts, staging.folder)
     manifest = {
         "base": str(job.base),

@@ -14,6 +14,7 @@ from adapterkit.disk.merge.sources import can_be_merged
 from adapterkit.disk.names import Names, match_names
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.record import AdapterRecord
+from adapterkit.ties import Parting, nested
 from adapterkit.walk import base_parameters
 
 
@@ -49,12 +50,12 @@ class Contents:
     Attributes:
         origins: where they come from, by their names in the file.
         heads: modules that were taken over.
-        unties: whether weights that the config ties are apart now.
+        untied: where in the config flags say that weights are tied which are apart now: the names that lead there.
     """
 
     origins: dict[str, Origin] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
-    unties: bool = False
+    untied: tuple[tuple[str, ...], ...] = ()
 
 
 class ContentsBuilder:
@@ -67,6 +68,7 @@ class ContentsBuilder:
         for key, parameter in self.parameters.items():
             self.keys.setdefault(parameter, []).append(key)
         self.contents = Contents()
+        self._parted: set[str] = set()
 
     def file_name(self, key: str) -> str:
         """The tensor in the file that is the model's `key`, or that is tied to it.
@@ -109,7 +111,7 @@ class ContentsBuilder:
 
     def _untie(self, key: str, name: str) -> None:
         """Every other name of a tied weight keeps the base's values, under its own name in the file."""
-        self.contents.unties = True
+        self._parted.add(key)
         for other in self.keys[self.parameters[key]]:
             if other != key and other not in self.names.in_file:
                 self.contents.origins.setdefault(other, self.checkpoint.entries[name])
@@ -124,7 +126,7 @@ class ContentsBuilder:
                     tied = [k for k in self.keys.get(self.parameters.get(key), []) if k != key]  # type: ignore[arg-type]
                     own = self.names.in_file.get(key)
                     if tied and not all(k.startswith(f"{place}.") for k in tied):
-                        self.contents.unties = True
+                        self._parted.add(key)
                         base = next((self.names.in_file[k] for k in (key, *tied) if k in self.names.in_file), None)
                         if base is not None:
                             self._untie(key, base)
@@ -132,13 +134,13 @@ class ContentsBuilder:
         self.contents.heads = tuple(heads)
 
     def finish(self) -> Contents:
-        """All that was added. If one weight is untied, the config ties none any more, so each gets its own tensor.
+        """All that was added, and what follows from ties that hold no longer: see `Parting`.
 
         Raises:
-            UnsupportedError: the model has no config that could say that.
+            UnsupportedError: the model has no config that could say that, or names that would not be found.
         """
-        if self.contents.unties:
-            self._untie_all()
+        if self._parted:
+            self._part()
         origins, held = self.contents.origins, self.checkpoint.entries
         added = [name for name in origins if name not in held]
         found = match_names(self.model, [*held, *added]).of_model if added else {}
@@ -150,12 +152,17 @@ class ContentsBuilder:
             )
         return self.contents
 
-    def _untie_all(self) -> None:
-        if not hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
+    def _part(self) -> None:
+        parting = Parting.of(self.model, self._parted)
+        said = {name for tie in parting.parted if tie.outer is self.model for name in (tie.target, tie.source)}
+        if not self._parted <= said:
             raise UnsupportedError(
                 f"A {type(self.model).__name__} ties weights in its code, so its files cannot say that they are apart."
             )
-        for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
+        config = self.model.config
+        self.contents.untied = tuple(path for path, c in nested(config) if any(c is other for other in parting.configs))
+        for tie in parting.freed:
+            pair = (tie.target, tie.source)
             held = next((self.names.in_file[key] for key in pair if key in self.names.in_file), None)
             for key in pair:
                 if held is not None and key not in self.names.in_file:
