@@ -205,7 +205,8 @@ class Saver:
                 with appearing(folder / TRAINING_FILE) as fresh:
                     write_tensors(state, fresh, {"format": "pt"})
             if given.get("push_to_hub"):
-                _push(folder, given)
+                parts = [f"{name}/*" for name, place in names.items() if place != folder]
+                _push(folder, [CONFIG_FILE, WEIGHTS_FILE, *parts], given)
 
         if groups or given.get("is_main_process", True):
             by_first_rank(groups, write)
@@ -274,8 +275,8 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _push(folder: Path, given: Mapping[str, Any]) -> None:
-    """Upload what lies in the folder, as the model's own function does after saving."""
+def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
+    """Upload these files of the folder, as the model's own function does after saving."""
     from huggingface_hub import HfApi
 
     hub = HfApi(token=given.get("token"))
@@ -283,6 +284,7 @@ def _push(folder: Path, given: Mapping[str, Any]) -> None:
     hub.upload_folder(
         repo_id=repo,
         folder_path=os.fspath(folder),
+        allow_patterns=files,
         commit_message=given.get("commit_message") or "Upload adapter",
         revision=given.get("revision"),
         create_pr=given.get("create_pr", False),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.keys import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.record import AdapterRecord
 from adapterkit.slots import module_slots, slots
@@ -40,6 +41,8 @@ class Loader:
     def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
         """Raise where an adapter that trains would stay as it is beside others that are restored.
 
+        A state dict of the base alone may be loaded, with a warning.
+
         Raises:
             CheckpointError: the state dict is of other adapters than the model's, or lacks some that train.
         """
@@ -56,7 +59,8 @@ class Loader:
         lacking = [
             name
             for name, record in adapters._records.items()
-            if not given.intersection(record.memory_keys()) and any(p.requires_grad for p in record.parameters())
+            if not given.intersection(record.memory_keys())
+            and any(p.requires_grad and not p.is_meta for p in record.parameters())
         ]
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
             here = ", ".join(map(repr, adapters.names))
@@ -67,6 +71,13 @@ class Loader:
                 f"The model trains {', '.join(map(repr, lacking)) or 'none of these'}, and the state dict {what}. The "
                 f"model has {here}. Add the adapters that were saved, under the same names and with the same configs, "
                 "before you resume; or load one from its folder: adapters.load(folder, name, trainable=True)."
+            )
+        if lacking and given and not given & known:
+            warnings.warn(
+                f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
+                "training, load the adapter that was saved with it.",
+                AdapterWarning,
+                stacklevel=2,
             )
 
     def _after(self, module: nn.Module, result: Any) -> None:

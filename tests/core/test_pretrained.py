@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -273,5 +274,43 @@ def test_a_state_dict_without_an_adapter_that_trains_is_refused(model: nn.Module
     with pytest.raises(ak.CheckpointError, match=re.escape("The model trains 'b', and the state dict lacks them")):
         model.load_state_dict(state, strict=False)
     assert model.load_state_dict(model.state_dict()) == ([], [])
-    base = build("bert").state_dict()
+
+
+def test_a_state_dict_of_the_base_alone_is_loaded_with_a_warning(model: nn.Module, trained: Trained) -> None:
+    adapters = trained(model, "a", **QUERY)
+    base = build("bert", seed=3).state_dict()
     assert set(model.load_state_dict(base, strict=False).missing_keys) == model.state_dict().keys() - base.keys()
+    adapters.activate("a")
+    with pytest.warns(ak.AdapterWarning, match="The state dict holds no adapters: 'a' stays as it is"):
+        model.load_state_dict(base, strict=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
+
+
+def test_blocks_decide_what_is_written(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+    adapters = trained(model, "a", "b", **QUERY)
+    adapters.activate("a")
+    with adapters.activated("b"):
+        model.save_pretrained(tmp_path / "activated")
+    with adapters.per_sample(["a", "b"]):
+        model.save_pretrained(tmp_path / "per sample")
+    with adapters.disabled():
+        model.save_pretrained(tmp_path / "disabled")
+    assert names(tmp_path / "activated") == FILES | {"a"}
+    assert names(tmp_path / "per sample") == {"a", "b"}
+    assert names(tmp_path / "disabled") == {"config.json", "model.safetensors"}
+
+
+def test_what_is_pushed_is_what_was_written(
+    model: nn.Module, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    calls: list[dict[str, Any]] = []
+    created = SimpleNamespace(repo_id="me/out")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: created)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **given: calls.append(given))
+    trained(model, "a", "b", **QUERY).activate("a")
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, commit_message="Trained")
+    (call,) = calls
+    assert (call["repo_id"], call["commit_message"]) == ("me/out", "Trained")
+    assert set(call["allow_patterns"]) == FILES | {"b/*"}
