@@ -116,8 +116,9 @@ def _computed(module: nn.Module, name: str) -> str:
 def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) -> bool:
     """Whether the forward of a copy, with another weight and bias, computes what the kind says of these.
 
-    It is run with small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum; and with
-    numbers of many sizes and both signs, which a forward that rounds its weight, or leaves small entries out, changes.
+    It is run on one input with small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum;
+    and on three with numbers of many sizes and both signs, which a forward that rounds or cuts off its weight or its
+    input would change.
     """
     if kind.sample_dims > 1:
         return False
@@ -137,9 +138,9 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
     rows = _ROWS if kind.lookup else weight.shape[0]
     if kind.lookup:
         layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
-    x = torch.arange(rows, device=device) if kind.lookup else whole(1, kind.in_features)
     try:
-        for numbers in (whole, of_any_size):
+        for numbers, inputs in ((whole, 1), (of_any_size, 3)):
+            x = torch.arange(rows, device=device) if kind.lookup else numbers(inputs, kind.in_features)
             put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:]), requires_grad=False))
             if bias is not None:
                 put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))

@@ -56,6 +56,16 @@ class Rounded(nn.Linear):
         return nn.functional.linear(x, (self.weight * 16).round() / 16, self.bias)
 
 
+class OfMagnitudes(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.abs(), self.weight, self.bias)
+
+
+class OfSeveral(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / len(x)
+
+
 class Counting(nn.Linear):
     """Its own forward computes the plain product."""
 
@@ -132,6 +142,8 @@ REFUSED: dict[str, tuple[Make, type[ak.AdapterError], str]] = {
     "masked": (lambda _: Masked(), ak.UnsupportedError, r"Masked\.forward computes something else"),
     "thresholded": (lambda _: Thresholded(8, 8), ak.UnsupportedError, r"Thresholded\.forward computes something else"),
     "rounded": (lambda _: Rounded(8, 8), ak.UnsupportedError, r"Rounded\.forward computes something else"),
+    "of magnitudes": (lambda _: OfMagnitudes(8, 8), ak.UnsupportedError, r"OfMagnitudes\.forward computes something"),
+    "of several": (lambda _: OfSeveral(8, 8), ak.UnsupportedError, r"OfSeveral\.forward computes something else"),
     "read-only": (mapped, ak.StateError, r"'fc\.weight' is in read-only memory"),
     "inference tensor": (inference, ak.StateError, r"'fc\.weight' was made under torch\.inference_mode"),
 }
