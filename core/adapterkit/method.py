@@ -174,7 +174,9 @@ class Method:
         except AdapterError:
             raise
         except Exception as error:
-            raise self._fault(caller.name, f"raised {type(error).__name__}: {error}") from error
+            wrappers = [i.plugin_name for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
+            also = f" (the hook is wrapped by the extensions {', '.join(wrappers)})" if wrappers else ""
+            raise self._fault(caller.name, f"raised {type(error).__name__}: {error}{also}") from error
         if found is not None and not isinstance(found, kind):
             raise self._fault(
                 caller.name, f"returned a {type(found).__name__}; it must return a {kind.__name__} or None"

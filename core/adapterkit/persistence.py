@@ -32,7 +32,7 @@ from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
 from adapterkit.selection import ALL_LINEAR, select_on
-from adapterkit.sharded import as_wholes, by_first_rank, groups_of, shape_of
+from adapterkit.sharded import as_wholes, by_first_rank, groups_of, is_sharded, shape_of
 from adapterkit.slots import slots
 from adapterkit.vocabulary import resized_tables, tables, tied_to
 from adapterkit.walk import Uncalled, Walk
@@ -106,15 +106,16 @@ def _tables(
     given = {unwrapped_key(key).removeprefix("module."): tensor for key, tensor in (source or {}).items()}
     for path, table in (tables(walk) if wanted else resized_tables(walk)).items():
         place = prefix + path
-        for name in table._parameters if place not in record.heads else ():
-            if table._parameters[name] is None:
+        for name, own in table._parameters.items() if place not in record.heads else ():
+            if own is None:
                 continue
-            value = real_value(table, name) if source is None else given.get(f"{place}.{name}")
-            if value is None:
+            value = given.get(f"{place}.{name}")
+            if value is None and source is not None and is_sharded(own):
                 raise CheckpointError(
                     f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
                 )
-            found[file_key(f"{place}.base_layer" if place in record.layers else place, name)] = value
+            key = file_key(f"{place}.base_layer" if place in record.layers else place, name)
+            found[key] = real_value(table, name) if value is None else value
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from adapterkit.adapted import calls_adapters
+from adapterkit.loading import unwrapped_key
 from adapterkit.record import AdapterRecord
 from adapterkit.walk import Walk
 
@@ -23,7 +26,8 @@ class Presence:
         self.record, self.model = record, model
         # The way to each module, step by step: as long as it is the same, no walk over the model is needed.
         self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
-        for path in record.hosts:
+        self._places = {path: (path, *record.aliases.get(path, ())) for path in record.hosts}
+        for path in (place for places in self._places.values() for place in places):
             module: nn.Module | None = model
             for name in path.split("."):
                 if module is None:
@@ -40,7 +44,7 @@ class Presence:
         found = {}
         for path, host in self.record.hosts.items():
             before, now = self._sizes[path], _size(host)
-            if known is not None and host not in known:
+            if known is not None and not _is_there(known.get(host, []), self._places[path]):
                 found[path] = "was replaced"
             elif not calls_adapters(host):
                 found[path] = f"was given another class ({type(host).__name__})"
@@ -51,6 +55,12 @@ class Presence:
             if path not in found and (slots is None or slots._modules.get(self.record.name) is not part):
                 found[path] = "has another module in place of the adapter's own: it was replaced"
         return found
+
+
+def _is_there(now: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether a module is at all of its places still, wrapped maybe; or at others alone, for it was moved."""
+    kept = [any(unwrapped_key(p) == place or p.startswith(place + ".") for p in now) for place in before]
+    return all(kept) or bool(now and not any(kept))
 
 
 def _size(module: nn.Module) -> tuple[int, ...] | None:

@@ -685,6 +685,19 @@ def test_wrapper_sees_every_methods_calls() -> None:
     assert seen == ["lora_", "shift_"]
 
 
+def test_wrapper_that_raises_is_named() -> None:
+    @ak.hookimpl(wrapper=True)
+    def key_rule(config: ak.AdapterConfig) -> Any:
+        yield
+        raise ValueError("oh")
+
+    registry = ak.Registry()
+    lora = registry.method("lora")
+    registry._manager.register(Plugin(key_rule=key_rule), "stranger")
+    with pytest.raises(ak.PluginError, match=r"raised ValueError: oh \(the hook is wrapped by .* stranger\)"):
+        lora.key_rule(LoraConfig())
+
+
 def test_wrapper_of_config_type_is_no_method() -> None:
     seen = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,34 @@ def test_weights_that_were_replaced_while_merged_stay(change: Any) -> None:
         model = adapters.detach()
     for key, value in model.state_dict().items():
         assert torch.equal(value, head[key.removeprefix("head.")] if key.startswith("head.") else before[key]), key
+
+
+def test_a_module_that_was_replaced_at_one_of_its_places_is_noticed() -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.body
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.again(self.body(self.embed(ids).mean(1))))
+
+    adapters = adapted(Twice().eval(), target_modules=["body.0"])
+    adapters.model.again = nn.Linear(6, 6)
+    with pytest.raises(ak.StateError, match=r"'body.0' was replaced since"):
+        adapters.merge("a")
+    adapters.model.again = adapters.model.body
+    adapters.merge("a")
+
+
+def test_quantisation_that_swaps_modules_is_noticed() -> None:
+    adapters = adapted(modules_to_save=["head"], target_modules=["body.0"])
+    expected = adapters.model(IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        quantised = torch.ao.quantization.quantize_dynamic(adapters.model, {nn.Linear}, inplace=True)
+    torch.testing.assert_close(quantised(IDS), expected, rtol=0.1, atol=0.1)
+    with pytest.raises(ak.StateError, match="'head' has another module in place of the adapter's own: it was replaced"):
+        adapters.merge_and_detach()
 
 
 def test_a_copy_of_the_model_asks_itself() -> None:
