@@ -43,7 +43,8 @@ class Presence:
         known = None if there else Walk(self.model).aliases
         found = {}
         for path, host in self.record.hosts.items():
-            before, now = self._sizes[path], _size(host)
+            before, weight = self._sizes[path], host._parameters.get("weight")
+            now = before if weight is None or weight.shape == before else _size(host)
             if known is not None and not _is_there(known.get(host, []), self._places[path]):
                 found[path] = "was replaced"
             elif not calls_adapters(host):
