@@ -35,7 +35,7 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
         raise unknown("choice of heads", choice, [*names, *CHOICES])
     if choice in names:  # before the other words: an adapter may be called "drop"
         own = records[names.index(choice)]
-        return {path: copy.deepcopy(head) for path, head in own.heads.items()}, own.labels
+        return copy.deepcopy(own.heads), own.labels
     if not owners or choice == "drop":
         return {}, None
     if choice is None:

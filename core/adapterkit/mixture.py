@@ -123,6 +123,7 @@ def mix(
     to = default_registry.method(choices.to)
     record = build_result(name, changes, to, space.model, space.active, device=space.device)
     record.config = record.config.replace(**_shared_fields(records, heads=bool(heads)))
+    record.tables = frozenset(path for r in records for path in r.tables if path in heads)
     return record, CombineReport(name, choices.to, ranks, errors, tuple(heads), clipped)
 
 

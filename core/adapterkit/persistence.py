@@ -35,7 +35,7 @@ from adapterkit.selection import ALL_LINEAR, select_on
 from adapterkit.sharded import as_wholes, by_first_rank, groups_of, is_sharded, shape_of
 from adapterkit.slots import slots
 from adapterkit.vocabulary import resized_tables, tables, tied_to
-from adapterkit.walk import Uncalled, Walk
+from adapterkit.walk import Walk
 from adapterkit.wrapped import reshard
 
 
@@ -126,7 +126,7 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix:
         prefix: what the paths of the adapter's layers begin with, and those of `model` do not.
     """
     config = method.file_config(record.config)
-    heads = tuple(p.removeprefix(prefix) for p in record.heads if p not in record.layers)
+    heads = tuple(p.removeprefix(prefix) for p in record.heads if p not in {*record.layers, *record.tables})
     changes: dict[str, Any] = {
         "modules_to_save": heads or None,
         "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
@@ -212,13 +212,11 @@ def load_record(
     given = dtype if isinstance(dtype, torch.dtype) else None
     builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
     record, _ = builder.build(name, active)
-    heads, tied = _tables_in_file(walk, record, tensors)
-    for path in (*heads, *tied):
-        builder.add_head(record, path, active)
+    tied = _add_tables(builder, record, tensors, active)
     record.readers = readers_of(walk, record.hosts, record.heads)
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
-    optional = {f"{path}.bias" for path in (*heads, *tied)} | {f"{path}.weight" for path in tied}
+    optional = {f"{path}.bias" for path in record.tables} | {f"{path}.weight" for path in tied}
     found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
     if not found.report.ok:
         if strict:
@@ -304,22 +302,23 @@ def _embeddings_in_file(
     return found
 
 
-def _tables_in_file(walk: Walk, record: AdapterRecord, tensors: dict[str, Tensor]) -> tuple[list[str], dict[str, str]]:
-    """Modules whose table is in the file; and those that share one's parameter on the model, each with that module.
+def _add_tables(
+    builder: Builder, record: AdapterRecord, tensors: Mapping[str, Tensor], active: Active
+) -> dict[str, str]:
+    """Make the tables of embeddings that the file holds heads of the adapter, and those that are tied to them.
 
-    A table that is never called, as T5's `shared` is, gives its tensor to one that is.
+    Returns:
+        Those that share the parameter of another on the model and have no tensor in the file, each with that other.
     """
-    heads, uncalled = [], Uncalled(walk)
-    tied: dict[str, str] = {}
-    for table in _embeddings_in_file(walk.model, walk, record, tensors):
-        module, head = walk.model.get_submodule(table), table
-        others = [p for p in tied_to(walk, module)[1:] if f"{p}.weight" not in tensors and p not in record.heads]
-        if others and uncalled.reason(table, module):
-            head = others.pop(0)
-            tensors[f"{head}.weight"] = tensors.pop(f"{table}.weight")
-        heads.append(head)
-        tied |= dict.fromkeys(others, head)
-    return heads, tied
+    walk, tied = builder.walk, dict[str, str]()
+    found = _embeddings_in_file(walk.model, walk, record, tensors)
+    for table in found:
+        others = tied_to(walk, walk.model.get_submodule(table))[1:]
+        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in record.heads}
+    record.tables = frozenset((*found, *tied))
+    for path in (*found, *tied):
+        builder.add_head(record, path, active)
+    return tied
 
 
 def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles) -> LabelSet | None:

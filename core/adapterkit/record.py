@@ -32,6 +32,7 @@ class AdapterRecord:
         hosts: the adapted modules of the model, by path.
         aliases: for hosts that several paths lead to, the others, by path.
         readers: modules of the model that read the weights of hosts, or of what heads stand for, and where below them.
+        tables: the heads that are the base's embeddings with other values, because its vocabulary was resized.
         labels: the label set of its heads, or `None` if it has none of its own.
         lent: parameters that require gradients for a block, or for a graph, and else would not.
         dimmed: those that required gradients until other adapters were activated, or this one was merged.
@@ -44,6 +45,7 @@ class AdapterRecord:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     heads: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, BiasLayer] = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: SharedView | None = None
     labels: LabelSet | None = None

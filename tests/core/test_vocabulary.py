@@ -147,6 +147,36 @@ def test_models_that_were_not_resized_have_none_in_the_file(name: str, tmp_path:
     assert written(adapters.save("a", tmp_path / "c", embeddings=False)) == []
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_they_stay_with_the_adapter_whatever_is_made_of_it(name: str, tmp_path: Path) -> None:
+    resized(name, 1).save_pretrained(tmp_path / "base")
+    cls = type(build(name))
+
+    def base() -> ak.Adapters:
+        return ak.attach(cls.from_pretrained(tmp_path / "base"))
+
+    adapters = adapted(resized(name, 0), name)
+    expected = logits(adapters.model, name)
+    folder = adapters.save("a", tmp_path / "a")
+    ak.combine_files({folder: 1.0}, tmp_path / "combined", heads="a")
+    ak.convert_file(folder, tmp_path / "converted", to="lora")
+    for made in ("combined", "converted"):
+        again = base()
+        again.load(tmp_path / made, "x")
+        torch.testing.assert_close(logits(again.model, name), expected, rtol=1e-4, atol=1e-4)
+    again.copy("x", "y")
+    again.combine("z", {"y": 1.0}, heads="y")
+    for made in "yz":
+        again.activate(made)
+        torch.testing.assert_close(logits(again.model, name), expected, rtol=1e-4, atol=1e-4)
+    again.activate("z")
+    again.merge_and_detach().save_pretrained(tmp_path / "merged")
+    ak.merge_checkpoint(tmp_path / "base", folder, tmp_path / "on_disk")
+    for made in ("merged", "on_disk"):
+        model = cls.from_pretrained(tmp_path / made)
+        torch.testing.assert_close(logits(model, name), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_full_state_dict_gives_them_too(tmp_path: Path) -> None:
     adapters = adapted(resized("llama", 0), "llama")
     full = {f"module.{key}": tensor for key, tensor in adapters.model.state_dict().items()}
