@@ -123,7 +123,7 @@ class Merger(Storage):
         model, host = self.model, self._live
         host.keep_labels()
         self._merged = Merged()
-        parting = Parting.of(model, (), [path for record in acting for path in record.head_paths()])
+        parting = Parting.of(model, (), {p: n for record in acting for p, n in record.head_paths().items()})
         take_heads(acting, model)
         parting.tell()
         return self.detach()

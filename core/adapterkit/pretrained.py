@@ -131,7 +131,7 @@ class Saver:
         def without_adapters(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
             self._make_plain(adapters, heads, state, prefix)
 
-        parting = Parting.of(self.root, (), [path for record in heads for path in record.head_paths()])
+        parting = Parting.of(self.root, (), {p: n for record in heads for p, n in record.head_paths().items()})
         given = call.arguments.get("state_dict")
         if given is not None:
             call.arguments["state_dict"] = given = dict(given)

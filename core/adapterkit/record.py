@@ -132,10 +132,13 @@ class AdapterRecord:
             for local in self.shared:
                 yield f"{SHARED}.{self.name}.{local}"
 
-    def head_paths(self) -> Iterator[str]:
-        """Every path of the modules in whose place its heads stand."""
-        for path in self.heads:
-            yield from (path, *self.aliases.get(path, ()))
+    def head_paths(self) -> dict[str, int]:
+        """Every path of the modules in whose place its heads stand; heads that are tied have one number."""
+        found: dict[str, int] = {}
+        for path, head in self.heads.items():
+            number = id(next(head.parameters(), head))
+            found |= dict.fromkeys((path, *self.aliases.get(path, ())), number)
+        return found
 
     def install(self, active: Active) -> None:
         """Register every part at its host."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,12 +61,13 @@ class Parting:
     freed: Sequence[Tie]
 
     @classmethod
-    def of(cls, model: nn.Module, names: Collection[str], heads: Collection[str] = ()) -> Parting:
+    def of(cls, model: nn.Module, names: Collection[str], heads: Mapping[str, int] = MappingProxyType({})) -> Parting:
         """Decide it, before anything is parted.
 
         Args:
             names: what is about to get memory of its own.
-            heads: paths of modules that are about to be replaced by copies of theirs, inside which ties are kept.
+            heads: paths of modules that are about to be replaced by copies of theirs, inside which ties are kept, as
+                they are between those of one number.
 
         Raises:
             UnsupportedError: files could not say what is parted.
@@ -169,8 +170,8 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     return own(modules[path], local) if path in modules else None
 
 
-def _inside(name: str, heads: Collection[str]) -> str | None:
-    return next((head for head in heads if name.startswith(f"{head}.")), None)
+def _inside(name: str, heads: Mapping[str, int]) -> int | None:
+    return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
 
 
 def _is_in(config: Any, configs: Sequence[Any]) -> bool:
