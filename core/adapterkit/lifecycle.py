@@ -21,7 +21,7 @@ from adapterkit.reports import AddReport
 from adapterkit.selection import select_on
 from adapterkit.sharded import size_of
 from adapterkit.walk import Walk
-from adapterkit.wrapped import check_averaged, check_can_grow
+from adapterkit.wrapped import check_averaged
 
 
 class Lifecycle(PerSample):
@@ -82,7 +82,7 @@ class Lifecycle(PerSample):
         record = self._record(old)
         self._check_not_merged(old)
         self._check_not_per_sample("rename")
-        self._check_new_name(new)
+        self._check_new_name(new, grows=False)
         self._check_present("rename", old)
         self._live.forget(record)
         record.uninstall()
@@ -124,7 +124,6 @@ class Lifecycle(PerSample):
         return model
 
     def _install(self, record: AdapterRecord, *, train: bool = False) -> None:
-        check_can_grow(self.model, record.name)
         if train:
             check_averaged(self.model, record)
         if record.biases and self._merged.names:

@@ -36,6 +36,12 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
+        others = sorted(found.keys() - places.keys())
+        if others:
+            raise CheckpointError(
+                f"The state dict has {len(others)} tensors of adapter {record.name!r} for which "
+                f"the adapter on this model has no place, such as {others[0]!r}."
+            )
         found = {key: found[key] for key in places if key in found}
         values = dict(zip(found, whole(list(found.values())), strict=True))
         lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))

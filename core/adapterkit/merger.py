@@ -11,7 +11,7 @@ from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.storage import Storage
 from adapterkit.ties import Parting
 from adapterkit.walk import Walk
-from adapterkit.wrapped import reshard
+from adapterkit.wrapped import refuse_fsdp1, reshard
 
 
 class Merger(Storage):
@@ -62,6 +62,7 @@ class Merger(Storage):
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
         acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
+        refuse_fsdp1(self.model)
         reshard(self.model)  # copies that FSDP2 leaves in place would take the merge with them
         walk = Walk(self.model)
         changes = plan(records, walk, untie=untie)

@@ -17,6 +17,7 @@ from adapterkit.adapted import own_forward
 from adapterkit.dispatch import ACTIVE
 from adapterkit.keys import CONTAINERS
 from adapterkit.kinds import LayerKind
+from adapterkit.sharded import is_sharded
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rows of the table that stands for an embedding's.
@@ -84,6 +85,10 @@ def _not_own(module: nn.Module, name: str, vouched: bool) -> str | None:
     held = own(module, name)
     if held is None:
         return _computed(module, name)
+    if is_sharded(held):
+        return f"its {name} is sharded among processes. Save the adapter and use ak.merge_checkpoint on the base's files"
+    if is_sharded(held):
+        return f"its {name} is sharded among processes. Save the adapter and use ak.merge_checkpoint on the base's files"
     if vouched or _is_ordinary(held):
         return None
     layout = f"{held.dtype}, {held.layout}".replace("torch.", "")

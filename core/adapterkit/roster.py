@@ -16,7 +16,7 @@ from adapterkit.merging import Merged
 from adapterkit.record import AdapterRecord
 from adapterkit.reports import Status
 from adapterkit.sharded import as_wholes
-from adapterkit.wrapped import reshard
+from adapterkit.wrapped import check_can_grow, has_fsdp1, reshard
 
 
 class Roster:
@@ -80,12 +80,14 @@ class Roster:
         adapter was activated (compiled forwards are not seen).
         """
         reshard(self.model)
+        part = ("FullyShardedDataParallel: the parameters are those of this process",) if has_fsdp1(self.model) else ()
         return Status(
             tuple(
                 record.status(
                     active=name in self.active,
                     merged=name in self._merged.names,
                     notes=(
+                        *part,
                         *(f"{path!r} {what} since" for path, what in self._live.changes(record).items()),
                         *self._never_ran(record),
                     ),
@@ -122,12 +124,14 @@ class Roster:
             raise unknown("adapter", name, self._records)
         return self._records[name]
 
-    def _check_new_name(self, name: object) -> None:
+    def _check_new_name(self, name: object, *, grows: bool = True) -> None:
         if not isinstance(name, str) or not name or "." in name:
             raise ConfigError(f"{name!r} cannot be an adapter's name: it must be text, not empty, without a dot.")
         self._check_live()
         if name in self._records:
             raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
+        if grows:
+            check_can_grow(self.model, name)
 
     def _as_wholes(self, records: Iterable[AdapterRecord], *, writing: bool = False) -> AbstractContextManager[None]:
         """See `as_wholes`, for everything that is these adapters'."""

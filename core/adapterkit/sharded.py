@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterError, SaveError, StateError
-from adapterkit.wrapped import engine_of, has_fsdp1, is_dtensor, is_partitioned, reshard
+from adapterkit.wrapped import engine_of, is_dtensor, is_partitioned, refuse_fsdp1, reshard
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -43,13 +43,11 @@ def as_wholes(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool =
     Raises:
         StateError: torch's older FSDP holds them, or a value that was written has another shape.
     """
-    if has_fsdp1(model):
-        raise StateError(
-            "The model is in FullyShardedDataParallel, which keeps its parameters where nothing else can use them. "
-            "Give save and state_dict a full state dict (source=...), or shard the model by fully_shard."
-        )
+    modules = dict.fromkeys(modules)
+    if modules:
+        refuse_fsdp1(model)
     reshard(model)
-    held = ((m, name, p) for m in dict.fromkeys(modules) for name, p in m._parameters.items())
+    held = ((m, name, p) for m in modules for name, p in m._parameters.items())
     places = [(m, name, p) for m, name, p in held if p is not None and is_sharded(p)]
     own = list({id(p): p for _, _, p in places}.values())
     stands = {id(p): nn.Parameter(value, p.requires_grad) for p, value in zip(own, whole(own), strict=True)}

@@ -21,6 +21,7 @@ from adapterkit.reports import LoadReport, SwapReport
 from adapterkit.swapping import swapped_config, values_to_swap
 from adapterkit.vocabulary import resized_tables, tables
 from adapterkit.walk import Walk
+from adapterkit.wrapped import refuse_fsdp1
 
 
 class Storage(Lifecycle):
@@ -187,6 +188,7 @@ class Storage(Lifecycle):
         record = self._record(name)
         self._check_not_merged(name)
         self._check_present("swap", name)
+        refuse_fsdp1(self.model)
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         other, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component

@@ -101,8 +101,18 @@ def _fsdp_modules(root: nn.Module) -> Iterator[Any]:
         yield from (module for module in root.modules() if isinstance(module, fsdp.FSDPModule))
 
 
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise `StateError` if torch's older FSDP is around the model or in it."""
+    if has_fsdp1(model):
+        raise StateError(
+            "The model is in FullyShardedDataParallel, which keeps its parameters where nothing else can use them. "
+            "Give save and state_dict a full state dict (source=...), or shard the model by fully_shard."
+        )
+
+
 def check_can_grow(model: nn.Module, name: str) -> None:
     """Raise `StateError` if no parameter may be added to the model any more: ZeRO-3 stumbles over it."""
+    refuse_fsdp1(model)
     if engine_of(model) is not None and any(map(is_partitioned, model.parameters())):
         raise StateError(
             f"Adapter {name!r} cannot be added: the model is in a DeepSpeed engine with ZeRO stage 3, which takes no "
