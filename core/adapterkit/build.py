@@ -14,6 +14,7 @@ from adapterkit.adapted import check_free, original_class
 from adapterkit.biases import BiasLayer, bias_place
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import PluginError, SelectionError, StateError
+from adapterkit.headcast import trained_dtype, widen
 from adapterkit.heads import copy_head
 from adapterkit.layer import AdapterLayer
 from adapterkit.method import Injector, Method
@@ -113,6 +114,7 @@ class Builder:
             )
         self._add_host(record, path, module, active)
         head = record.heads[path] = copy_head(module)
+        widen(head)
         return head
 
     def fill(self, record: AdapterRecord) -> None:
@@ -136,7 +138,7 @@ class Builder:
     def _target(self, match: Match) -> Target:
         weight = match.module.weight
         assert isinstance(weight, torch.Tensor)
-        dtype = self.dtype or _trained_dtype(weight.dtype)
+        dtype = self.dtype or trained_dtype(weight.dtype)
         device = self.device or execution_device(match.module, weight)
         return Target(match.path, match.module, match.kind, dtype, device, self.load)
 
@@ -189,7 +191,7 @@ class Builder:
             seen.add(bias)
             self._add_host(record, path, module, active)
             value = real_value(module, "bias")
-            record.biases[path] = BiasLayer(value.to(_trained_dtype(value.dtype)), trailing)
+            record.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
         if not skipped:
             return []
         why = "it is not known where they act, or they are buffers, computed, or another layer's too"
@@ -202,8 +204,3 @@ def _assign(module: nn.Module, fresh: nn.Module) -> None:
         groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
         for held, made in groups:
             held.update({name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta})
-
-
-def _trained_dtype(dtype: torch.dtype) -> torch.dtype:
-    """PEFT's rule: half precision, and less, is too coarse to train small numbers in."""
-    return torch.float32 if dtype.itemsize < 4 else dtype

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit import offload, readers
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
+from adapterkit.headcast import callable_head
 from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.sharded import shape_of
@@ -33,7 +34,7 @@ class Plan:
     """What acts at one module in one state.
 
     Attributes:
-        head: what stands in place of the module, if some adapter's head does.
+        head, called: what stands in place of the module, if some adapter's head does, and how that is called.
         layers: the adapter layers that act, the innermost first.
         biases: the trained biases that act.
         additive: whether all the layers are.
@@ -42,7 +43,7 @@ class Plan:
         table: whether the module is an embedding.
     """
 
-    __slots__ = ("adders", "additive", "biases", "changer", "head", "layers", "module", "table")
+    __slots__ = ("adders", "additive", "biases", "called", "changer", "head", "layers", "module", "table")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -50,6 +51,7 @@ class Plan:
         for head, owner in state.parts(module, HEADS, state.heads):
             # In place of the module for everyone: what others change in it has nothing to act on.
             self.head, names = head, tuple(n for n in state.names if n == owner)
+            self.called = callable_head(head, module)
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.additive = all(layer.additive for layer in self.layers)
@@ -61,7 +63,7 @@ class Plan:
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
         if self.head is not None:
-            original = self.head
+            original = self.called
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         if not args:  # the input came by keyword

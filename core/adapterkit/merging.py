@@ -12,6 +12,7 @@ from adapterkit import tiles
 from adapterkit.biases import BiasLayer
 from adapterkit.change import Change, Part
 from adapterkit.errors import StateError
+from adapterkit.headcast import give_dtypes_back
 from adapterkit.keys import BIASES
 from adapterkit.kinds import LayerKind
 from adapterkit.plain import own, put
@@ -107,6 +108,8 @@ def give_back(state: Merged) -> None:
 def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
     """Make the adapters' heads the model's own modules; the last one's where several have one."""
     heads = {record.hosts[path]: head for record in records for path, head in record.heads.items()}
+    for module, head in heads.items():
+        give_dtypes_back(head, module)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in heads:

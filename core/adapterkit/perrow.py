@@ -20,6 +20,7 @@ from adapterkit.batch import Batch
 from adapterkit.biases import BiasLayer
 from adapterkit.dispatch import ACTIVE, Inner, Plan, by_keyword, run, summable
 from adapterkit.errors import ConfigError, UnsupportedError
+from adapterkit.headcast import callable_head
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.layer import AdapterLayer
 from adapterkit.rows import Rows
@@ -128,10 +129,14 @@ class RowPlan(Plan):
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
         self.table = isinstance(module, nn.Embedding)
-        self.heads: dict[str, Any] = {name: head for head, name in state.parts(module, HEADS, names)}
+        self.heads: dict[str, Any] = {
+            name: callable_head(head, module) for head, name in state.parts(module, HEADS, names)
+        }
         self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in state.parts(module, LAYERS, names)}
         self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in state.parts(module, BIASES, names)}
-        self.default = next((head for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None)
+        self.default = next(
+            (callable_head(head, module) for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None
+        )
         self.additive = all(layer.additive for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         classes = dict.fromkeys(map(type, self.parts.values()))

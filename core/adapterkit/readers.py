@@ -249,7 +249,8 @@ def changed(plan: Plan, name: str) -> Tensor | None:
     layers, shifts = plan.layers, plan.biases if name == "bias" else []
     asked: Tensor | None = weight if name == "weight" else bias
     if not (layers or shifts):
-        return asked
+        outer = own(plan.module, name)
+        return asked if asked is None or outer is None else asked.to(outer.dtype)
     like = weight if asked is None else asked
     _check_in_memory(plan.module, name, like, layers)
     work, dense = torch.promote_types(like.dtype, torch.float32), name == "weight" or not plan.additive
@@ -271,7 +272,7 @@ def changed(plan: Plan, name: str) -> Tensor | None:
             assert added is not None
             added = added + bias_layer.shift(bias).to(work)
         if name == "weight":
-            laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(weight.dtype)
+            laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(own(plan.module, "weight").dtype)
             return laid_out
         return None if added is None else added.to(like.dtype)
 

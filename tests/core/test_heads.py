@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
-from tests.models import build, run, tokens
+from tests.models import build, inputs, run, tokens
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -535,13 +535,100 @@ def test_a_batch_norm_in_modules_to_save_has_its_own_statistics(tmp_path: Path) 
     assert torch.equal(run(fresh.model, "convnet"), expected)
 
 
-def test_a_head_keeps_its_models_dtype(tmp_path: Path) -> None:
-    model = build("bert").to(torch.bfloat16)
-    adapters = ak.attach(model)
-    add(adapters, "a")
-    assert model.classifier.adapter_heads["a"].weight.dtype == torch.bfloat16
-    expected = run(model, "bert")
+HALF = [torch.float16, torch.bfloat16]
+
+
+def half(name: str, dtype: torch.dtype, *heads: str, **fields: Any) -> ak.Adapters:
+    """The adapters of a half-precision model: one, `"a"`, with these heads, as if trained."""
+    adapters = ak.attach(build(name).to(dtype))
+    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields}, modules_to_save=list(heads)))
+    set_parameters(adapters, "a")
+    return adapters
+
+
+def near(one: Tensor, other: Tensor) -> bool:
+    """Whether they differ by roundings to bfloat16 only."""
+    return bool((one.float() - other.float()).norm() < 0.15 * other.float().norm())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_everything_that_trains_on_a_half_precision_model_is_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapters = half("bert", dtype, "classifier", bias="all")
+    assert {p.dtype for p in adapters.parameters("a")} == {torch.float32}
+    expected = run(adapters.model, "bert")
+    assert expected.dtype == dtype
     adapters.save("a", tmp_path)
-    fresh = ak.attach(build("bert").to(torch.bfloat16))
+    fresh = ak.attach(build("bert").to(dtype))
     fresh.load(tmp_path, "a")
-    assert torch.equal(run(fresh.model, "bert"), expected)
+    assert {p.dtype for p in fresh.parameters("a")} == {torch.float32}
+    torch.testing.assert_close(run(fresh.model, "bert"), expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_gradient_scaler_takes_the_gradients_of_a_half_precision_models_head(dtype: torch.dtype) -> None:
+    adapters = half("bert", dtype, "classifier")
+    optimizer = torch.optim.SGD(list(adapters.parameters("a")), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    start = adapters.model.classifier.adapter_heads["a"].weight.detach().clone()
+    scaler.scale(adapters.model(**inputs("bert")).logits.float().square().mean()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert different(adapters.model.classifier.adapter_heads["a"].weight, start)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("bert", ["classifier"]),
+        ("bert", ["word_embeddings", "LayerNorm"]),
+        ("bert", ["encoder.layer.1", "pooler"]),  # a block that gives a tuple; a module in modules
+        ("gpt2", ["wte", "ln_f"]),
+        ("embednet", ["embed", "head"]),
+        ("convnet", ["norm", "conv2d"]),
+    ],
+)
+def test_float32_heads_give_a_half_precision_model_what_its_own_modules_would(name: str, heads: list[str]) -> None:
+    adapters = half(name, torch.bfloat16, *heads)
+    model = adapters.model
+    wide = ak.attach(build(name).to(torch.bfloat16).float())
+    wide.add("a", adapters.config("a"))
+    wide.load_state_dict("a", adapters.state_dict("a"))
+    given = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs(name).items()}
+
+    def out(of: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+        found = of(**tensors)
+        return getattr(found, "logits", found)
+
+    found = out(model, given)
+    assert found.dtype == torch.bfloat16
+    expected = out(wide.model, {key: x.float() if x.is_floating_point() else x for key, x in given.items()})
+    assert near(found, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert near(out(model, given), expected)
+    with adapters.per_sample(["a", None]):
+        assert near(out(model, given)[:1], found[:1])
+
+
+def test_float32_heads_of_a_half_precision_model_compile() -> None:
+    torch._dynamo.reset()
+    adapters = half("embednet", torch.bfloat16, "embed", "head")
+    compiled = torch.compile(adapters.model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(compiled, "embednet"), run(adapters.model, "embednet"))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_merge_and_detach_gives_a_head_the_models_dtype(dtype: torch.dtype) -> None:
+    adapters = half("bert", dtype, "classifier", "word_embeddings")
+    model, expected = adapters.model, run(adapters.model, "bert")
+    adapters.merge_and_detach()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert near(run(model, "bert"), expected)
+
+
+def test_a_float32_model_calls_its_heads_without_casts() -> None:
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a")
+    run(adapters.model, "bert")
+    head = adapters.model.classifier
+    plan = head.__dict__["_adapter_active"].state.plan(head)
+    assert plan.called is plan.head
