@@ -204,6 +204,5 @@ def check_in_memory(changes: Sequence[Change]) -> None:
         if kind is not None and weight is not None and weight.numel() != kind.out_features * kind.in_features:
             raise StateError(
                 f"'{change.path}.weight' has the shape {tuple(weight.shape)}, and the adapter was made for a "
-                f"{kind.name} of {kind.out_features} x {kind.in_features}: it is sharded (DeepSpeed's ZeRO-3: merge "
-                "inside deepspeed.zero.GatheredParameters), or was replaced since."
+                f"{kind.name} of {kind.out_features} x {kind.in_features}: it was replaced since."
             )

@@ -215,7 +215,7 @@ def test_a_model_in_stage_3_takes_no_new_parameters(process: Found, stage: str) 
 @three
 def test_merging_into_partitions_is_refused_and_changes_nothing(process: Found, stage: str) -> None:
     one = process[stage]
-    assert one["merge"].startswith("StateError")
+    assert "sharded among processes" in one["merge"]
     torch.testing.assert_close(one["after merge"], process["outputs"])
 
 
