@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapted import strip
+from adapterkit.adapted import is_adapted, strip
+from adapterkit.dispatch import ACTIVE
 from adapterkit.errors import ConfigError, SelectionError, nearest
 from adapterkit.matching import Names
 from adapterkit.offload import hook_objects, remove_hooks
@@ -98,8 +99,11 @@ def copy_head(module: nn.Module) -> nn.Module:
     # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
     own = (hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())
     hooks = [*hook_objects(module), *own]
+    active = [
+        m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)
+    ]  # which knows all adapters and their modules
     with as_wholes(module, module.modules()):
-        head: nn.Module = copy.deepcopy(module, {id(hook): hook for hook in hooks})
+        head: nn.Module = copy.deepcopy(module, {id(kept): kept for kept in (*hooks, *active)})
     remove_hooks(head, module)
     for kind in _HOOKS:  # the module's own fire there; the copy is called by it
         getattr(head, kind).clear()

@@ -86,13 +86,7 @@ def _not_own(module: nn.Module, name: str, vouched: bool) -> str | None:
     if held is None:
         return _computed(module, name)
     if is_sharded(held):
-        return (
-            f"its {name} is sharded among processes. Save the adapter and use ak.merge_checkpoint on the base's files"
-        )
-    if is_sharded(held):
-        return (
-            f"its {name} is sharded among processes. Save the adapter and use ak.merge_checkpoint on the base's files"
-        )
+        return f"its {name} is sharded among processes. Save the adapter, and merge it on disk by ak.merge_checkpoint"
     if vouched or _is_ordinary(held):
         return None
     layout = f"{held.dtype}, {held.layout}".replace("torch.", "")
