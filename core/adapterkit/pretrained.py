@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adapterkit.disk.mapping import write_tensors
-from adapterkit.errors import SaveError, StateError, UnsupportedError
+from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, appearing, local_path, write_folder
 from adapterkit.keys import ATTRIBUTE, HEADS, SHARED, split_memory_key
 from adapterkit.labels import LabelSet
@@ -210,6 +211,8 @@ class Saver:
 
         if groups or given.get("is_main_process", True):
             by_first_rank(groups, write)
+        for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(records[name])):
+            warnings.warn(note, AdapterWarning, stacklevel=3)
 
     def _training_state(
         self, records: Collection[AdapterRecord], source: Mapping[str, Tensor] | None

@@ -87,7 +87,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(name: str, place: str, b
     again, _ = adapted(base, place, CONFIGS[name])
     trainer(again, tmp_path / "out").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     expected, found = model.state_dict(), again.state_dict()
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():  # another alignment of memory changes less than this, a step far more
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=key)
 
 
 def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(base: Path, tmp_path: Path) -> None:

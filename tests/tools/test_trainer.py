@@ -23,7 +23,15 @@ from .words import datasets, sentence, texts, tokenizer
 pytest.importorskip("trl")
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
-OPTIONS = {"max_steps": 4, "save_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+OPTIONS = {
+    "learning_rate": 1e-2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
 
 
 def adapted(config: ak.AdapterConfig = LORA) -> tuple[Any, ak.Adapters]:
@@ -52,6 +60,14 @@ def dpo(model: Any, folder: Path, **options: Any) -> Any:
     arguments = DPOConfig(str(folder), **{**OPTIONS, **options})
     data = datasets.Dataset.from_dict(rows)
     return DPOTrainer(model, build("llama"), arguments, train_dataset=data, processing_class=tokenizer())
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Within what another alignment of memory may change; a step of training changes a hundred times that."""
+    expected, found = values(one), values(other)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=key)
 
 
 TRAINERS = pytest.mark.parametrize("trainer", [sft, dpo])
@@ -86,14 +102,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(config: ak.AdapterConfig
     again, _ = adapted(config)
     assert changed(values(again), values(model))
     trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not changed(values(again), values(model))
+    assert_equal(model, again)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import torch
 from tests.tools.test_trainer import adapted, sft
 from transformers import TrainerCallback
+
+torch.set_num_threads(1)
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
@@ -115,12 +134,12 @@ def test_a_training_that_was_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> 
     sft(model, tmp_path / "whole").train()
     again, _ = adapted()
     sft(again, tmp_path / "killed").train(resume_from_checkpoint=True)
-    assert not changed(values(again), values(model))
+    assert_equal(model, again)
 
 
 def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(tmp_path: Path) -> None:
     model, adapters = adapted()
-    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss", "learning_rate": 1e-2}
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
     run = sft(model, tmp_path, load_best_model_at_end=True, greater_is_better=True, **options)
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")  # the loss falls
