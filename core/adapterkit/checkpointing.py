@@ -1,7 +1,8 @@
 """Gradient checkpointing: what is computed again in the backward is what was computed, and its adapters get gradients.
 
 torch.utils.checkpoint runs a function again in the backward, perhaps in another thread, and by then other adapters may
-be active. So each function that it is given runs again in the state that it first ran in. That is done in torch's own
+be active. So each function that it is given runs again in the state that it first ran in, and inside the same readers
+(`readers`). That is done in torch's own
 module, once and for all models, because models call it in many ways: transformers' and diffusers' switches, timm's
 sequences, and code of one's own.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
-from adapterkit import threads
+from adapterkit import readers, threads
 from adapterkit.acting import Active
 from adapterkit.errors import StateError
 
@@ -55,7 +56,7 @@ class KeepsStates:
     """A function that always runs in the states of this moment and thread; what trains now trains in it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+        self.function, self.readers = function, tuple(readers.running.stack)
         self.states = [(active, active.state, active.merged) for active in threads.models()]
         self.trained = [record for active, state, _ in self.states for record in _training(active)]
 
@@ -81,6 +82,7 @@ class KeepsStates:
                         "backward() before that."
                     )
                 stack.enter_context(active.acting(state))
+            stack.enter_context(readers.inside(self.readers))
             for record in self.trained:
                 record.light_again()  # the reentrant form makes no graph before that would have held them
             return self.function(*args, **kwargs)

@@ -9,7 +9,8 @@ there worked in, with gradients. Everywhere else they are the module's own param
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,16 @@ def reads(module: nn.Module) -> tuple[Path, ...]:
                 "the parametrization on first, then add the adapter."
             )
     return paths
+
+
+@contextmanager
+def inside(stack: Sequence[tuple[nn.Module, tuple[Path, ...]]]) -> Iterator[None]:
+    """As if the forwards on `stack`, a copy of `running.stack`, ran in this thread, and no others."""
+    before, running.stack = running.stack, list(stack)
+    try:
+        yield
+    finally:
+        running.stack = before
 
 
 def begin(module: nn.Module, args: object) -> None:
