@@ -70,14 +70,18 @@ def tensors_below(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
                     yield tensor
 
 
+# Tables of a model, and what the tables of its stacks are called.
+_GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
+
+
 class Uncalled:
     """Layers whose `forward` is never called, so that an adapter there would be ignored."""
 
     def __init__(self, walk: Walk) -> None:
         self._unused: dict[nn.Module, str] = {}
         for module in (walk.model, *walk.aliases):
-            if hasattr(type(module), "base_model_prefix") and isinstance(module._modules.get("shared"), nn.Embedding):
-                self._unused |= _unused_table(walk, module)
+            if hasattr(type(module), "base_model_prefix"):  # transformers'
+                self._unused |= _unused_tables(walk, module)
 
     def reason(self, path: str, module: nn.Module) -> str | None:
         """Why an adapter at `module` would not act, or `None` if it would."""
@@ -88,15 +92,18 @@ class Uncalled:
         return None
 
 
-def _unused_table(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
-    """The table called `shared` of a transformers encoder-decoder, if its stacks have, and call, tables of their own.
+def _unused_tables(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
+    """Tables of an encoder-decoder that only give their parameters to those which its stacks have, and call.
 
-    transformers 4 made it the stacks' own table; since 5 it only gives its parameter to theirs.
+    transformers 4 made them the stacks' own; since 5 they are neither called nor read.
     """
-    table = model._modules["shared"]
-    tables = [stack._modules.get("embed_tokens") for stack in model._modules.values() if stack is not None]
-    called = [t for t in tables if isinstance(t, nn.Embedding)]
-    if table is None or not called or any(t is table for t in called):
-        return {}
-    paths = " and ".join(repr(walk.aliases[t][0]) for t in called)
-    return {table: f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"}
+    unused = {}
+    for name, inner in _GIVEN.items():
+        table = model._modules.get(name)
+        stacks = [stack for stack in model.children() if inner in stack._modules]
+        called = [t for stack in stacks if (t := stack._modules[inner]) is not None]
+        if table is not None and called and not any(t is table for t in called):
+            paths = " and ".join(repr(walk.aliases[t][0]) for t in called)
+            reason = f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"
+            unused |= dict.fromkeys(table.modules(), reason)
+    return unused

@@ -415,6 +415,28 @@ def test_table_that_is_neither_called_nor_read_is_refused_with_those_that_are(fi
         ak.attach(model).add("a", LoraConfig(**fields))
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "unused", "called"),
+    [
+        ("Bart", {"encoder_layers": 1, "decoder_layers": 1}, "model.shared", "model.encoder.embed_tokens"),
+        ("Marian", {"encoder_layers": 1, "decoder_layers": 1}, "model.shared", "model.encoder.embed_tokens"),
+        ("ProphetNet", {"num_encoder_layers": 1}, "prophetnet.word_embeddings", "prophetnet.encoder.word_embeddings"),
+        ("Udop", {"num_layers": 1}, "patch_embed.proj", "encoder.embed_patches"),
+    ],
+)
+def test_unused_table_of_an_encoder_decoder_is_found(
+    name: str, sizes: dict[str, Any], unused: str, called: str
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    suffix = "ForConditionalGeneration" if name != "Marian" else "MTModel"
+    with torch.device("meta"):
+        model = getattr(transformers, name + suffix)(config)
+    with pytest.raises(ak.SelectionError, match=f"neither calls nor reads it; it calls '{re.escape(called)}'"):
+        ak.select(model, LoraConfig(target_modules=[unused]))
+
+
 def test_table_that_is_called_under_two_names_is_adapted(trained: Trained) -> None:
     model: Any = build("t5")  # as transformers 4 made it
     model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
