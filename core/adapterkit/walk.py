@@ -97,7 +97,7 @@ def _unused_tables(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
 
     transformers 4 made them the stacks' own; since 5 they are neither called nor read.
     """
-    unused = {}
+    unused: dict[nn.Module, str] = {}
     for name, inner in _GIVEN.items():
         table = model._modules.get(name)
         stacks = [stack for stack in model.children() if inner in stack._modules]
