@@ -167,7 +167,7 @@ class Host:
             and module.track_running_stats
             and not any(paths[0] == head or paths[0].startswith(head + ".") for head in record.heads)
         ]
-        resized = [path for path in resized_tables(walk) if path not in record.heads]
+        resized = resized_tables(walk, record.heads)
         notes = [
             f"the vocabulary was resized, so the adapter's file will hold {path!r} too (save(embeddings=False) leaves "
             "it out)"

@@ -104,9 +104,10 @@ def _tables(
         return {}
     walk, found = Walk(model), {}
     given = {unwrapped_key(key).removeprefix("module."): tensor for key, tensor in (source or {}).items()}
-    for path, table in (tables(walk) if wanted else resized_tables(walk)).items():
+    heads = [path.removeprefix(prefix) for path in record.heads]
+    for path, table in (tables if wanted else resized_tables)(walk, heads).items():
         place = prefix + path
-        for name, own in table._parameters.items() if place not in record.heads else ():
+        for name, own in table._parameters.items():
             if own is None:
                 continue
             value = given.get(f"{place}.{name}")

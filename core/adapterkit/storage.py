@@ -96,7 +96,7 @@ class Storage(Lifecycle):
         self._warn_if_changed(name, KEPT)
         if self._merged.kept and embeddings is not False:
             walk = Walk(self.model)
-            for place, table in (tables(walk) if embeddings else resized_tables(walk)).items():
+            for place, table in (tables if embeddings else resized_tables)(walk, record.heads).items():
                 if table in self._merged.kept:
                     raise StateError(
                         f"The file must hold {place!r}, because the vocabulary was resized, and an adapter is merged "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,38 @@ from torch import nn
 from adapterkit.walk import Walk
 
 
-def resized_tables(walk: Walk) -> dict[str, nn.Module]:
-    """The input and the output embedding of a transformers model by path, if its vocabulary was resized, else none.
-
-    An output embedding that is tied to the input's is left out: it is the same table.
-    """
-    model = walk.model
-    return tables(walk) if _size(getattr(model, "config", None)) is not None and _was_resized(model) else {}
+def resized_tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+    """`tables`, if the vocabulary was resized, else none."""
+    return tables(walk, without) if _was_resized(walk.model) else {}
 
 
 def resized_keys(walk: Walk) -> set[str]:
-    """The keys of `resized_tables` in the model's state dict."""
-    return {f"{path}.{name}" for path, table in resized_tables(walk).items() for name in table._parameters}
+    """The keys of both embeddings in the model's state dict, if the vocabulary was resized, else none."""
+    found = _both(walk) if _was_resized(walk.model) else {}
+    return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
 
 
-def tables(walk: Walk) -> dict[str, nn.Module]:
-    """The input and the output embedding of a transformers model by path, one of them if they are tied."""
+def tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The input and the output embedding of a transformers model by path, but for those at these paths.
+
+    One of them alone if they are tied: it is the same table.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, table in _both(walk).items():
+        known = [other._parameters["weight"] for other in found.values()]
+        if path not in without and not any(table._parameters["weight"] is other for other in known):
+            found[path] = table
+    return found
+
+
+def _both(walk: Walk) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             table = getattr(walk.model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        weight = None if not isinstance(table, nn.Module) else table._parameters.get("weight")
-        known = [other._parameters["weight"] for other in found.values()]
-        if table in walk.aliases and weight is not None and not any(weight is other for other in known):
+        if table in walk.aliases and table._parameters.get("weight") is not None:
             found[walk.aliases[table][0]] = table
     return found
 
@@ -54,7 +62,10 @@ def tied_to(walk: Walk, table: nn.Module) -> list[str]:
 
 def _was_resized(model: Any) -> bool:
     """By the config of the base if it is on this machine; else by what `resize_token_embeddings` leaves on a model."""
-    now, base = _size(model.config), _size(_base_config(model))
+    now = _size(getattr(model, "config", None))
+    if now is None:
+        return False
+    base = _size(_base_config(model))
     if base is not None:
         return now != base
     if "vocab_size" in model.__dict__ and not any(_stores_size(cls) for cls in type(model).__mro__):

@@ -207,6 +207,19 @@ def test_trained_heads_at_the_tables_are_written_as_such(tmp_path: Path) -> None
     torch.testing.assert_close(logits(again.model, "llama"), logits(adapters.model, "llama"))
 
 
+def test_a_trained_head_at_one_of_two_tied_tables_leaves_the_other_to_be_written(tmp_path: Path) -> None:
+    adapters = ak.attach(resized("gpt2", 0))
+    adapters.add("a", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True))
+    set_parameters(adapters, "a")
+    folder = adapters.save("a", tmp_path / "a")
+    assert written(folder) == ["lm_head.weight", "transformer.wte.weight"]
+    again = ak.attach(resized("gpt2", 1))
+    again.load(folder, "a")
+    torch.testing.assert_close(logits(again.model, "gpt2"), logits(adapters.model, "gpt2"))
+    theirs = peft.PeftModel.from_pretrained(resized("gpt2", 1), folder).eval()
+    torch.testing.assert_close(logits(theirs, "gpt2"), logits(adapters.model, "gpt2"))
+
+
 def test_a_base_of_another_size_says_what_to_resize_to(tmp_path: Path) -> None:
     folder = adapted(resized("gpt2", 0), "gpt2").save("a", tmp_path / "a")
     with pytest.raises(ak.CheckpointError, match=rf"call model\.resize_token_embeddings\({ROWS}\) first"):
