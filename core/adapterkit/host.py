@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -41,7 +41,7 @@ class Host:
         self._trained: list[str] | None = None
         self._loader: Loader | None = None
         self._entries: Entries | None = None
-        self._parted: list[Callable[[], None]] = []
+        self._parted: list[Parting] = []
         self._presence: dict[str, Presence] = {}
 
     @property
@@ -125,13 +125,14 @@ class Host:
 
     def part(self, parting: Parting) -> None:
         """Tell transformers which of its tied weights are apart now."""
-        self._parted = [*parting.tell(), *self._parted]
+        self._parted.append(parting)
+        parting.tell()
 
-    def tie(self) -> None:
-        """Undo every `part`."""
-        while self._parted:
-            self._parted[0]()
-            del self._parted[0]
+    def tie(self, parting: Parting | None = None) -> None:
+        """Undo one `part`, or every one."""
+        for done in [p for p in reversed(self._parted) if parting in (None, p)]:
+            done.take_back()
+            self._parted.remove(done)
 
     def keep_labels(self) -> None:
         """The label set that the model's config follows now becomes the model's own."""

@@ -6,7 +6,8 @@ from torch import nn
 
 from adapterkit.change import check_in_memory, parted_names, plan
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.merging import Merged, carry_out, give_back, take_heads
+from adapterkit.interrupts import uninterrupted
+from adapterkit.merging import Done, Merged, carry_out, give_back, take_back, take_heads
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.storage import Storage
 from adapterkit.ties import Parting
@@ -42,7 +43,9 @@ class Merger(Storage):
 
         Args:
             safe: check for values that are not finite, and change nothing if there is one.
-            keep_base: keep the replaced weights, for `unmerge`; `False` saves that memory.
+            keep_base: keep the replaced weights, for `unmerge`, and to give them back bit for bit where a merge breaks
+                off. `False` saves that memory: Ctrl-C waits until the merge is complete, and after an error in the
+                middle, such as full memory, what was added is subtracted again, as the message says.
             untie: give a target whose weight is tied to another module a weight of its own. A transformers model is
                 told: its files hold what was parted, and its config's flag is cleared. Where the model computes with
                 that flag (T5, Switch Transformers) the flag stays, and only transformers 5 and later read such files
@@ -68,12 +71,20 @@ class Merger(Storage):
         changes = plan(records, walk, untie=untie)
         check_in_memory(changes)
         parting = Parting.of(self.model, parted_names(changes, walk))
-        carry_out(changes, self._merged, safe=safe, keep_base=keep_base)
-        self._live.part(parting)
-        state = self._merged
-        state.names += names
-        state.keeps_base &= keep_base
-        self._set_merged(records, acting)
+        before, acted, trained = self._merged, self._active.state, self._trained()
+        done: Done = []
+        with uninterrupted() as stop:
+            try:
+                carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
+                self._live.part(parting)
+                self._merged = before.joined(names, done, keep_base=keep_base)
+                self._set_merged(records, acting)
+            except BaseException as error:  # noqa: BLE001 - raised again
+                self._live.tie(parting)
+                raised = take_back(done, error)
+                self._merged, self._active.merged = before, before.names
+                self._return_to(acted, trained)
+                raise raised from (None if raised is error else error)
 
     def unmerge(self) -> None:
         """Give the weights back, every bit as they were before the first merge.
@@ -109,25 +120,27 @@ class Merger(Storage):
         self._check_present("merge_and_detach", *(n for n in wanted if n not in self.merged))
         for name in self.merged:
             self._warn_if_changed(name, "What is there now stays as it is.")
-        before, trained = self._active.state, self._trained()
-        try:
-            if names:
-                kept = [n for n in self.active if n in names]
-                settled = heads or next(reversed(self._active.heads), None)
-                self.activate(*kept, trainable=False, heads=settled if settled in kept else None)
-            if wanted:
-                self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
-        except BaseException:
-            self._return_to(before, trained)
-            raise
-        acting = [self._records[name] for name in self._active.heads]
-        model, host = self.model, self._live
-        host.keep_labels()
-        self._merged = Merged()
-        parting = Parting.of(model, (), {p: n for record in acting for p, n in record.head_paths().items()})
-        take_heads(acting, model)
-        parting.tell()
-        return self.detach()
+        before, trained, merged = self._active.state, self._trained(), self.merged
+        with uninterrupted():
+            try:
+                if names:
+                    kept = [n for n in self.active if n in names]
+                    settled = heads or next(reversed(self._active.heads), None)
+                    self.activate(*kept, trainable=False, heads=settled if settled in kept else None)
+                if wanted:
+                    self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
+            except BaseException:
+                if self.merged == merged:
+                    self._return_to(before, trained)
+                raise
+            acting = [self._records[name] for name in self._active.heads]
+            model, host = self.model, self._live
+            parting = Parting.of(model, (), {p: n for record in acting for p, n in record.head_paths().items()})
+            host.keep_labels()
+            self._merged = Merged()
+            take_heads(acting, model)
+            parting.tell()
+            return self.detach()
 
     def detach(self) -> nn.Module:
         """See `Lifecycle.detach`; what is merged is unmerged first.
@@ -157,10 +170,17 @@ class Merger(Storage):
 
     def _give_back(self) -> None:
         state = self._merged
-        give_back(state)
-        self._live.tie()
-        self._merged = Merged()
-        self._set_unmerged([self._records[name] for name in state.names])
+        with uninterrupted():
+            try:
+                give_back(state)
+            except Exception as error:
+                raise StateError(
+                    f"Not every weight could be given back ({type(error).__name__}: {error}). Call unmerge() again: "
+                    "all that is kept is kept still."
+                ) from error
+            self._live.tie()
+            self._merged = Merged()
+            self._set_unmerged([self._records[name] for name in state.names])
 
     def _to_merge(self, names: tuple[str, ...]) -> list[AdapterRecord]:
         records = [self._record(name) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit import tiles
 from adapterkit.biases import BiasLayer
 from adapterkit.change import Change, Part
-from adapterkit.errors import StateError
+from adapterkit.errors import AdapterError, StateError
 from adapterkit.headcast import give_dtypes_back
 from adapterkit.keys import BIASES
 from adapterkit.kinds import LayerKind
@@ -27,11 +27,15 @@ class Kept:
     Attributes:
         tensors: the objects themselves.
         values: what they held, if kept; not of those that were tied, to which nothing was written.
+        versions: how often they had been written to.
+        whole: whether the merge of this module is complete.
     """
 
     module: nn.Module
     tensors: dict[str, Tensor]
     values: dict[str, Tensor]
+    versions: dict[str, int] = field(default_factory=dict)
+    whole: bool = False
 
     def leave_resized(self) -> None:
         """Forget the tensors in whose place there are larger or smaller ones now."""
@@ -48,11 +52,14 @@ class Kept:
                 with torch.no_grad():
                     tensor.copy_(self.values[name])
 
-    def add(self, later: Kept) -> None:
-        """Keep also what a later merge was the first to write to."""
-        for name in later.tensors.keys() - self.tensors.keys():
-            self.tensors[name] = later.tensors[name]
-            self.values |= {n: value for n, value in later.values.items() if n == name}
+    def joined(self, later: Kept) -> Kept:
+        """What was before both merges, of which this is the first's."""
+        first = later.tensors.keys() - self.tensors.keys()
+        values = {name: value for name, value in later.values.items() if name in first}
+        return Kept(self.module, later.tensors | self.tensors, values | self.values)
+
+
+Done = list[tuple[Change, Kept]]
 
 
 @dataclass
@@ -70,33 +77,80 @@ class Merged:
     kept: dict[nn.Module, Kept] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
 
+    def joined(self, names: tuple[str, ...], done: Done, *, keep_base: bool) -> Merged:
+        """What is merged after a further merge."""
+        kept = dict(self.kept)
+        for change, whole in done:
+            new = whole if keep_base else Kept(whole.module, whole.tensors, {})
+            kept[change.module] = kept[change.module].joined(new) if change.module in kept else new
+        heads = self.heads | {change.head for change, _ in done if change.head is not None}
+        return Merged(self.names + names, self.keeps_base and keep_base, kept, heads)
+
 
 @torch.no_grad()
-def carry_out(changes: Sequence[Change], state: Merged, *, safe: bool, keep_base: bool) -> None:
-    """Merge, all or nothing.
+def carry_out(
+    changes: Sequence[Change], done: Done, *, safe: bool, keep_base: bool, stop: Sequence[object] = ()
+) -> None:
+    """Merge; if it raises, `take_back` undoes it.
 
     Args:
-        state: where the base's parameters are kept, those of earlier merges included.
-        safe: raise, and change nothing, if a merged value would not be finite.
-        keep_base: keep what is replaced.
+        done: gets each change, with what was before, when it is begun.
+        safe: raise if a merged value would not be finite.
+        keep_base: keep what is replaced. Else only of what is no sum in a plain weight: that can be subtracted again.
+        stop: if there is something in it, Ctrl-C was pressed: what can be undone exactly is given up then.
     """
-    if not keep_base:  # nothing could be given back afterwards, so try what may fail first
-        for change in changes:
-            if safe or change.general:
-                values = _merged_values(change)
-                _check_finite(change, *values if safe else ())
-    done: dict[nn.Module, Kept] = {}
-    try:
-        for change in changes:
-            done[change.module] = _keep(change, values=keep_base)
-            merge_module(change, safe=safe)
-    except BaseException:
-        for kept in done.values() if keep_base else ():
-            kept.give_back()
-        raise
-    state.heads |= {change.head for change in changes if change.head is not None}
-    for module, kept in done.items():
-        state.kept.setdefault(module, kept).add(kept)  # the first merge's are the base's
+    for change in changes if safe and not keep_base else ():
+        _check_finite(change, *_merged_values(change))
+    for change in changes:
+        if stop and keep_base:
+            raise KeyboardInterrupt
+        values = keep_base or change.general or (change.kind is not None and change.kind.vouches)
+        kept = _kept(change, values=values)
+        done.append((change, kept))
+        _begin(change)
+        merge_module(change, safe=safe)
+        kept.whole = True
+
+
+def take_back(done: Done, error: BaseException) -> BaseException:
+    """Undo `carry_out`, which raised; what comes back is to be raised, and says what the weights are now."""
+    lost, subtracted = _take_back(done)
+    note = "Nothing was changed."
+    if lost:
+        note = f"{lost!r} is merged in part, and with keep_base=False its base is gone: load the base model again."
+    elif subtracted:
+        note = (
+            f"Nothing is merged. With keep_base=False the base is not kept: what had been added to {subtracted} layers "
+            "was subtracted again, so their last bits may differ."
+        )
+    if isinstance(error, Exception) and not isinstance(error, AdapterError):
+        where = f" into {done[-1][0].path!r}" if done else ""
+        return StateError(f"Merging{where} failed ({type(error).__name__}: {error}). {note}")
+    if lost or subtracted:
+        error.add_note(note)
+    return error
+
+
+@torch.no_grad()
+def _take_back(done: Done) -> tuple[str, int]:
+    """Undo what was done to modules, the last of which may not be whole.
+
+    Returns:
+        The path of a module that cannot be, and to how many the undoing was a subtraction.
+    """
+    lost, subtracted = "", 0
+    for change, kept in reversed(done):
+        kept.give_back()
+        unkept = kept.tensors.keys() - kept.values.keys() - change.tied.keys()
+        if not any(version_of(kept.tensors[name]) != kept.versions[name] for name in unkept):
+            continue
+        if not kept.whole:
+            lost = change.path
+            continue
+        opposite = [replace(part, scale=-part.scale) for part in change.parts]
+        merge_module(replace(change, parts=opposite, biases=[(layer, -scale) for layer, scale in change.biases]))
+        subtracted += 1
+    return lost, subtracted
 
 
 def give_back(state: Merged) -> None:
@@ -116,19 +170,28 @@ def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
                 parent._modules[name] = heads[child]
 
 
-def _keep(change: Change, *, values: bool) -> Kept:
+def _kept(change: Change, *, values: bool) -> Kept:
+    touched = change.touched
+    copied = {name: t.detach().clone() for name, t in touched.items() if values and name not in change.tied}
+    return Kept(change.module, touched, copied, {name: version_of(t) for name, t in touched.items()})
+
+
+def _begin(change: Change) -> None:
+    """Let trained biases know their base, and give the module tensors of its own where they are tied."""
     touched = change.touched
     biases = change.module._modules.get(BIASES)
     for layer in biases.children() if biases is not None and "bias" in touched else ():
         assert isinstance(layer, BiasLayer)
         layer.keep_base(touched["bias"])
-    own_values = {n: t.detach().clone() for n, t in touched.items() if n not in change.tied} if values else {}
-    kept = Kept(change.module, touched, own_values)
     for name in change.tied:
         fresh = touched[name].detach().clone()
         is_parameter = isinstance(touched[name], nn.Parameter)
         put(change.module, name, nn.Parameter(fresh, touched[name].requires_grad) if is_parameter else fresh)
-    return kept
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to, so far as torch counts that."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Tie:
     outer: Any = field(compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parting:
     """What is to be said and done when some ties hold no longer.
 
@@ -59,6 +59,7 @@ class Parting:
     parted: Sequence[Tie]
     configs: Sequence[Any]
     freed: Sequence[Tie]
+    _undo: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, names: Collection[str], heads: Mapping[str, int] = MappingProxyType({})) -> Parting:
@@ -91,12 +92,12 @@ class Parting:
         freed = [tie for tie in ties if _is_in(tie.declarer.config, configs) and tie not in parted]
         return cls(model, parted, configs, freed)
 
-    def tell(self) -> list[Callable[[], None]]:
-        """Do it, after the weights were parted; what comes back undoes it, in this order."""
-        undo: list[Callable[[], None]] = []
+    def tell(self) -> None:
+        """Do it, after the weights were parted."""
+        undo = self._undo
         for config in self.configs:
-            setattr(config, FLAG, False)
             undo.insert(0, partial(setattr, config, FLAG, True))
+            setattr(config, FLAG, False)
         modules = dict(named_modules(self.model))
         gone = {tie.target for tie in (*self.parted, *self.freed)}
         governed = [t for t in (*self.parted, *self.freed) if _is_in(t.declarer.config, self.configs)]
@@ -112,17 +113,21 @@ class Parting:
                 own_pairs = _declared_by(module, modules, prefix)
                 if not _is_in(module.config, self.configs):  # who ties anew reads these, where the flag stays
                     _set(module, _DECLARED, {k: v for k, v in own_pairs.items() if prefix + k not in gone}, undo)
-        return undo
+
+    def take_back(self) -> None:
+        """Undo `tell`."""
+        while self._undo:
+            self._undo[0]()
+            del self._undo[0]
 
     @contextmanager
     def told(self) -> Iterator[None]:
         """`tell` for the length of a block."""
-        undo = self.tell()
         try:
+            self.tell()
             yield
         finally:
-            for step in undo:
-                step()
+            self.take_back()
 
 
 def declared(model: nn.Module) -> list[Tie]:
@@ -189,8 +194,8 @@ def _separate(modules: Mapping[str, nn.Module], names: Sequence[str], undo: list
         if any(same(held, other) for other in seen):
             module, fresh = modules[path], held.detach().clone()
             is_parameter = isinstance(held, nn.Parameter)
-            put(module, local, nn.Parameter(fresh, held.requires_grad) if is_parameter else fresh)
             undo.insert(0, partial(put, module, local, held))
+            put(module, local, nn.Parameter(fresh, held.requires_grad) if is_parameter else fresh)
         else:
             seen.append(held)
 
@@ -200,7 +205,7 @@ def _set(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]
         before = module.__dict__[name]
         undo.insert(0, lambda: module.__dict__.__setitem__(name, before))
     else:
-        undo.insert(0, lambda: module.__dict__.__delitem__(name))
+        undo.insert(0, lambda: module.__dict__.pop(name, None))
     module.__dict__[name] = value
 
 
