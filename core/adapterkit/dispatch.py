@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from adapterkit import offload, readers
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.headcast import callable_head
-from adapterkit.joint import adders
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.sharded import shape_of
 
@@ -38,12 +37,11 @@ class Plan:
         layers: the adapter layers that act, the innermost first.
         biases: the trained biases that act.
         additive: whether all the layers are.
-        adders: if they are, what adds: the layers, or several that add as one.
         changer: the one layer that acts, if it may take the module's weight and change it.
         table: whether the module is an embedding.
     """
 
-    __slots__ = ("adders", "additive", "biases", "called", "changer", "head", "layers", "module", "table")
+    __slots__ = ("additive", "biases", "called", "changer", "head", "layers", "module", "table")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -57,7 +55,6 @@ class Plan:
         self.additive = all(layer.additive for layer in self.layers)
         # Compiled, the compiler decides what is made of it.
         eager = self.additive and not torch.compiler.is_compiling()
-        self.adders = adders(self.layers) if eager else self.layers
         self.changer = self.layers[0] if eager and len(self.layers) == 1 and self.layers[0].changes_weight else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,8 +88,8 @@ class Plan:
         elif self.additive:
             out = summable(self.module, base(x))
             dtype = out.dtype
-            for adder in self.adders:
-                out = adder.add_to(out, x)
+            for layer in self.layers:
+                out = layer.add_to(out, x)
         else:
             for layer in self.layers[:-1]:
                 base = Inner(layer, (base,), {})

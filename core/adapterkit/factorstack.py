@@ -21,22 +21,21 @@ class FactorStack:
 
     Args:
         factors: one for each adapter, all for one layer.
-        slots: `(rows,)`, which of them each row has.
+        slots: `(rows,)`, which of them each row has; `None`: the rows have one each, in this order.
     """
 
-    def __init__(self, factors: Sequence[Factors], slots: Tensor) -> None:
+    def __init__(self, factors: Sequence[Factors], slots: Tensor | None) -> None:
         rank = max(f.rank for f in factors)
         dtype = reduce(torch.promote_types, (f.up.dtype for f in factors))
         # Measured: these two layouts are the ones in which a product with few tokens runs over rows of memory.
         downs = [F.pad(f.down.to(dtype), (0, 0, 0, rank - f.rank)) for f in factors]
         ups = [F.pad(f.up.to(dtype).t(), (0, 0, 0, rank - f.rank)) for f in factors]
-        self.down = torch.stack(downs).index_select(0, slots)
-        self.up = torch.stack(ups).index_select(0, slots)
+        self.down, self.up = by_row(downs, slots), by_row(ups, slots)
         self.bias: Tensor | None = None
         if any(f.bias is not None for f in factors):
             none = self.up.new_zeros(self.up.shape[2])
-            biases = torch.stack([none if f.bias is None else f.bias.to(dtype) for f in factors])
-            self.bias = biases.index_select(0, slots)[:, None]
+            biases = [none if f.bias is None else f.bias.to(dtype) for f in factors]
+            self.bias = by_row(biases, slots)[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -44,3 +43,9 @@ class FactorStack:
         if self.bias is None:
             return torch.bmm(hidden, self.up)
         return torch.baddbmm(self.bias, hidden, self.up)
+
+
+def by_row(tensors: Sequence[Tensor], slots: Tensor | None) -> Tensor:
+    """`(rows, ...)`: for each row the tensor at its slot; without slots they are the rows' in turn."""
+    stacked = torch.stack(list(tensors))
+    return stacked if slots is None else stacked.index_select(0, slots)

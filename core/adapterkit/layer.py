@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, UnsupportedError
-from adapterkit.factors import Factors
 from adapterkit.kinds import LayerKind
 from adapterkit.tiles import AddTile
 
 Base = Callable[[Tensor], Tensor]
 
 # What a method may have beside `delta`, and what must be of the same class as it.
-_FASTER = {"add_to", "with_weight", "stacked", "adopt", "joined", "joined_from"}
+_FASTER = {"add_to", "with_weight", "stacked", "adopt"}
 
 # What a new `nn.Module` has, with the type of each container of its own.
 _STATE = tuple(
@@ -57,9 +56,6 @@ class AdapterLayer(Holder):
     is the innermost.
     """
 
-    # From how many active layers at one target on `joined` costs less in inference than one after another; 0: never.
-    joined_from: ClassVar[int] = 0
-
     kind: LayerKind
     # The name of the method that made it; set by the core.
     method: str = ""
@@ -86,13 +82,14 @@ class AdapterLayer(Holder):
         return out + self.delta(x)
 
     @classmethod
-    def stacked(cls, layers: Sequence[Self], slots: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def stacked(cls, layers: Sequence[Self], slots: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """What many layers at one target add, each to its own row: `Adapters.per_sample` at the speed of one adapter.
 
-        A method overrides this, most with `FactorStack`. `slots (rows,)` has the place in `layers` of each row's. The
-        function returned gives for `x (rows, tokens, in)` what `layers[slots[i]].delta(x[i])` is for each row `i`,
-        `(rows, tokens, out)`. It may hold tensors made from the layers' parameters, and is dropped when one of these
-        changes. Asked only for layers whose kind `is_plain`. `None`, the default: the layers are called in turn.
+        A method overrides this, most with `FactorStack`. `slots (rows,)` has the place in `layers` of each row's;
+        `None`: there is a row for each of the layers, in their order. The function returned gives for
+        `x (rows, tokens, in)` what `layers[slots[i]].delta(x[i])` is for each row `i`, `(rows, tokens, out)`. It is
+        called once and not kept. Asked only for layers whose kind `is_plain`. `None`, the default: the layers are
+        called in turn.
         """
         return None
 
@@ -107,16 +104,6 @@ class AdapterLayer(Holder):
         Args:
             weight: `(out, in)`, see `LayerKind.read`; not to be changed.
             bias: the layer's.
-        """
-        return None
-
-    @classmethod
-    def joined(cls, layers: Sequence[Self]) -> tuple[Factors, float] | None:
-        """Factors, and a number that multiplies them, of the sum of what these layers at one target do.
-
-        A method whose `joined_from` is not 0 overrides this. It is asked in inference, for at least so many layers, and
-        the factors are kept while the layers' parameters, buffers and `training` are as they are. They are to be no
-        less exact than the layers one by one, so a scaling belongs into the number. `None`: the layers act one by one.
         """
         return None
 

@@ -24,9 +24,7 @@ from adapterkit.headcast import callable_head
 from adapterkit.keys import BIASES, HEADS, LAYERS
 from adapterkit.layer import AdapterLayer
 from adapterkit.rows import Rows
-from adapterkit.watched import Watched
 
-Stack = Callable[[Tensor], Tensor]
 Base = Callable[[Tensor], Any]
 
 # Rows for each adapter up to which they are stacked. Measured by benchmarks/per_sample.py.
@@ -259,13 +257,12 @@ class RowPlan(Plan):
 class LayerGroup:
     """The layers of one class at one module, and what they add to all rows."""
 
-    __slots__ = ("kept", "layers", "names", "rows", "stackable")
+    __slots__ = ("layers", "names", "rows", "stackable")
 
     def __init__(self, rows: Rows, parts: dict[str, AdapterLayer]) -> None:
         self.rows, self.names, self.layers = rows, tuple(parts), list(parts.values())
         few = rows.count <= STACKED * len(self.layers)
         self.stackable = few and all(layer.kind.is_plain for layer in self.layers)
-        self.kept: tuple[Watched, Stack | None] | None = None
 
     def apart(self, x: Tensor) -> list[tuple[list[int], Tensor]]:
         """What each layer adds to the rows of its adapter."""
@@ -275,34 +272,34 @@ class LayerGroup:
     def stacked(self, x: Tensor) -> Tensor | None:
         """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
 
-        The cost rule: stacked, each row has a copy of its adapter's numbers, and there are two or three kernels
-        whatever the number of adapters; one after another, nothing is copied, and each adapter has kernels of its
-        own. With up to `STACKED` rows for each adapter the stack is the faster one, or as fast (the two meet there at
-        width 1024, and with more rows in narrower layers), and takes at most that many times the memory of the adapters
-        themselves.
+        The cost rule: stacked, each adapter's numbers are copied once, and there are a few kernels whatever the number
+        of adapters; one after another, nothing is copied, and each adapter has kernels of its own. With up to `STACKED`
+        rows for each adapter the stack is the faster one, or as fast, unless one adapter has so many that the others'
+        would be filled up to more than twice the batch. The stack is made in each forward: one that is kept would miss
+        what is written to the parameters behind torch's back. Compiled, each row has a copy of its adapter's numbers,
+        so that one graph serves every assignment.
         """
-        stack = self._stack(x.device) if self.stackable else None
-        if stack is None:
+        if not self.stackable:
             return None
-        change = stack(x.reshape(self.rows.count, -1, x.shape[-1]))
+        make, rows = type(self.layers[0]).stacked, x.reshape(self.rows.count, -1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            stack = make(self.layers, self.rows.slots(self.names, x.device))
+            change = None if stack is None else stack(rows)
+        else:
+            change = self._grouped(rows)
+        if change is None:
+            return None
         mask = self.rows.mask(self.names, x.device)
         if mask is not None:
             change = torch.where(mask, change, 0)
         return change.reshape(*x.shape[:-1], change.shape[-1])
 
-    def _stack(self, device: torch.device) -> Stack | None:
-        """The function; it is kept while the layers are as they were and do not train: a fused step is not counted."""
-        slots = self.rows.slots(self.names, device)
-        make = type(self.layers[0]).stacked
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return make(self.layers, slots)
-        kept = self.kept
-        if kept is not None and not kept[0].learns and kept[0].unchanged():
-            return kept[1]
-        watched, self.kept = Watched(self.layers), None
-        if watched.learns:
-            return make(self.layers, slots)
-        with torch.inference_mode(False), torch.no_grad():
-            stack = make(self.layers, slots)
-        self.kept = watched, stack  # both at once: other threads read them
-        return stack
+    def _grouped(self, x: Tensor) -> Tensor | None:
+        """The change of the rows `x (rows, tokens, in)`, those of one adapter as one."""
+        order, places = self.rows.groups(self.names, x.device)
+        count = len(self.layers)
+        stack = type(self.layers[0]).stacked(self.layers, None) if len(order) <= 2 * len(x) else None
+        if stack is None:
+            return None
+        change = stack(x.index_select(0, order).reshape(count, -1, x.shape[-1]))
+        return change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)

@@ -30,7 +30,7 @@ class Rows:
         self.count = len(self.names)
         self.adapters = tuple(sorted({name for name in self.names if name is not None}))
         self.uniform = len(set(self.names)) == 1
-        self._kept: dict[Any, Tensor | None] = {}
+        self._kept: dict[Any, Any] = {}
         # What is compiled reads the assignment from this alone, so that it serves every assignment.
         self._all_have = None not in self.names
         self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names])
@@ -55,6 +55,22 @@ class Rows:
         if found is None:
             places: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
             found = self._kept[key] = self._tensor([places.get(name, 0) for name in self.names], device)
+        return found
+
+    def groups(self, adapters: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of one adapter after another's, `(len(adapters) * most,)`, and each row's place there, `(n,)`.
+
+        An adapter with fewer rows than most has its first row again and again; a row that has none of them is at 0.
+        """
+        key = ("groups", adapters, device)
+        if key not in self._kept:
+            owns = [self.having((name,)) for name in adapters]
+            most = max(map(len, owns))
+            order = [own[i] if i < len(own) else own[0] for own in owns for i in range(most)]
+            first = {row: place for place, row in reversed(list(enumerate(order)))}
+            places = [first.get(row, 0) for row in range(self.count)]
+            self._kept[key] = self._tensor(order, device), self._tensor(places, device)
+        found: tuple[Tensor, Tensor] = self._kept[key]
         return found
 
     def mask(self, adapters: tuple[str, ...], device: torch.device) -> Tensor | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +144,104 @@ def test_a_faster_form_of_ones_own_is_kept() -> None:
         pass
 
     assert Inherited.add_to is Same.add_to is not ak.AdapterLayer.add_to
+
+
+# Changes between forwards
+
+
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("loha",), ("vera", "lora", "loha")], ids=str)
+@pytest.mark.parametrize("change", ["in place", "behind torch's back", "data", "parameter", "fused step"])
+def test_a_change_is_seen_at_the_next_forward(change: str, methods: tuple[str, ...]) -> None:
+    layer: Any = nn.Linear(48, 40).double()
+    adapters = ak.attach(nn.Sequential(layer))
+    for i, method in enumerate(methods):
+        adapters.add(str(i), ak.config(method, r=2, target_modules=["0"]))
+        set_parameters(adapters, str(i), seed=i)
+    adapters.activate(*adapters.names)
+    x = torch.randn(3, 48, dtype=torch.float64)
+    with torch.no_grad():
+        before = [layer(x) for _ in range(3)][-1]
+        first = layer.adapters["0"]
+        owner, name, own = next((m, n, p) for m in first.modules() for n, p in m.named_parameters(recurse=False))
+        if change == "in place":
+            own.mul_(2)
+        elif change == "behind torch's back":
+            own.data.mul_(2)
+        elif change == "data":
+            own.data = own.data * 2
+        elif change == "parameter":
+            setattr(owner, name, nn.Parameter(own * 2))
+        else:
+            own.grad = torch.ones_like(own)
+            torch.optim.Adam([own], lr=0.1, fused=True).step()
+        found = layer(x)
+        expected = nn.Linear.forward(layer, x) + sum(layer.adapters[n].delta(x) for n in adapters.names)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)
+
+
+# Inputs by keyword
+
+
+class Gated(nn.Linear):
+    """A linear layer with a scale, which may come before its input."""
+
+    def forward(self, input: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        return super().forward(input) * scale
+
+
+def wrapped(layer: nn.Linear) -> None:
+    forward = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(forward), forward)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("first", ["adapter", "wrapper", None])
+def test_the_input_is_found_among_keywords_by_the_forwards_own_name(first: str | None) -> None:
+    layer: Any = Gated(4, 4)
+    if first == "wrapper":
+        wrapped(layer)
+    adapters = ak.attach(nn.Sequential(layer))
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    set_parameters(adapters, "a")
+    if first == "adapter":
+        wrapped(layer)
+    x, scale = torch.randn(3, 4), torch.randn(3, 4)
+    expected = layer(x, scale)
+    torch.testing.assert_close(layer(scale=scale, input=x), expected)
+    torch.testing.assert_close(layer(input=x, scale=scale), expected)
+    torch.testing.assert_close(layer(x, scale=scale), expected)
+
+
+def test_an_input_that_cannot_be_found_among_keywords_is_refused() -> None:
+    class Anything(nn.Linear):
+        def forward(self, **tensors: Tensor) -> Tensor:
+            return super().forward(tensors["x"]) * tensors.get("scale", 1.0)
+
+    layer = Anything(4, 4)
+    ak.attach(nn.Sequential(layer)).add("a", LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(3, 4)
+    layer(x=x)
+    with pytest.raises(ak.UnsupportedError, match=r"several tensors by keyword \(scale, x\)"):
+        layer(scale=x, x=x)
+
+
+def test_the_batch_is_read_from_the_models_first_input() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.fc(x) * scale
+
+    model = Scaled()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["fc"]))
+    set_parameters(adapters, "a")
+    x, scale = torch.randn(2, 4), torch.randn(1, 4)
+    with adapters.disabled():
+        bare = model(x, scale)
+    adapted = model(x, scale)
+    with adapters.per_sample(["a", None]):
+        found = model(scale=scale, x=x)
+    torch.testing.assert_close(found, torch.stack([adapted[0], bare[1]]))

@@ -36,8 +36,6 @@ class LoHaLayer(AdapterLayer):
     (r, r, *kernel)`, with `B[i, (c, k)] = sum_j t[i, j, k] w_b[j, c]`.
     """
 
-    joined_from = 1
-
     r: int
     scaling: float
     rank_dropout: float
@@ -108,18 +106,7 @@ class LoHaLayer(AdapterLayer):
         return add
 
     @classmethod
-    def joined(cls, layers: Sequence[LoHaLayer]) -> tuple[Factors, float] | None:
-        """See `AdapterLayer.joined`: a layer's Khatri-Rao factors, building which is most of a forward with few tokens.
-
-        Of one layer, as several scalings would have to be worked into them; not while a dropout acts.
-        """
-        layer = layers[0]
-        if len(layers) > 1 or (layer.training and (layer.rank_dropout or layer.module_dropout)):
-            return None
-        return khatri_rao(*layer.pair()), layer.scaling
-
-    @classmethod
-    def stacked(cls, layers: Sequence[LoHaLayer], slots: Tensor) -> FactorStack | None:
+    def stacked(cls, layers: Sequence[LoHaLayer], slots: Tensor | None) -> FactorStack | None:
         """See `AdapterLayer.stacked`: by the Khatri-Rao factors, of rank `r * r`; not while a dropout acts."""
         if any(layer.training and (layer.rank_dropout or layer.module_dropout) for layer in layers):
             return None

@@ -37,8 +37,6 @@ class LoraLayer(AdapterLayer):
     terms cancel exactly.
     """
 
-    joined_from = 2
-
     r: int
     scaling: float
     dropout: float
@@ -96,26 +94,7 @@ class LoraLayer(AdapterLayer):
         return self.kind.project(x, down, self.dropout if self.training else 0.0), up, bias
 
     @classmethod
-    def joined(cls, layers: Sequence[LoraLayer]) -> tuple[Factors, float] | None:
-        """See `AdapterLayer.joined`: `[B1 B2 ...]` and `[A1; A2; ...]`; not while a dropout acts.
-
-        Nor with PiSSA or OLoRA, whose two terms must cancel before they are added; with factors across groups; or where
-        the scalings are no powers of two of each other: working them into B would round it.
-        """
-        if any((layer.training and layer.dropout) or layer.initial() is not None for layer in layers):
-            return None
-        found, scale = [Factors(up, down, bias) for down, up, bias in map(cls.matrices, layers)], layers[0].scaling
-        shares = [layer.scaling / scale for layer in layers]
-        exact = all(math.frexp(share)[0] == 0.5 for share in shares)
-        if not exact or len({f.up.dtype for f in found}) > 1 or any(map(layers[0].kind.is_ungrouped, found)):
-            return None
-        biases = [f.bias * share for f, share in zip(found, shares, strict=True) if f.bias is not None]
-        ups = [f.up * share for f, share in zip(found, shares, strict=True)]
-        bias = torch.stack(biases).sum(0) if biases else None
-        return Factors(torch.cat(ups, 1), torch.cat([f.down for f in found]), bias), scale
-
-    @classmethod
-    def stacked(cls, layers: Sequence[LoraLayer], slots: Tensor) -> FactorStack | None:
+    def stacked(cls, layers: Sequence[LoraLayer], slots: Tensor | None) -> FactorStack | None:
         """See `AdapterLayer.stacked`; not while a dropout acts."""
         found = [None if layer.training and layer.dropout else layer.factors() for layer in layers]
         factors = [f for f in found if f is not None]

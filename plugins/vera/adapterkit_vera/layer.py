@@ -123,7 +123,7 @@ class VeraLayer(AdapterLayer):
         return _Expand.apply(hidden, up, self.vera_lambda_d, self.vera_lambda_b)  # type: ignore[no-untyped-call,no-any-return]
 
     @classmethod
-    def stacked(cls, layers: Sequence[VeraLayer], slots: Tensor) -> VeraStack | None:
+    def stacked(cls, layers: Sequence[VeraLayer], slots: Tensor | None) -> VeraStack | None:
         """See `AdapterLayer.stacked`; for layers with the same projections, and not while a dropout acts."""
         if any(layer.training and layer.dropout for layer in layers):
             return None
@@ -145,10 +145,10 @@ class VeraLayer(AdapterLayer):
 class VeraStack:
     """`b_i * (B (d_i * (A x_i)))` for each row `i`: A and B once for all, d and b by row."""
 
-    def __init__(self, layers: Sequence[VeraLayer], slots: Tensor) -> None:
+    def __init__(self, layers: Sequence[VeraLayer], slots: Tensor | None) -> None:
         self.first = layers[0]  # its projections are read when they are needed: `.to(...)` replaces them
-        self.lambda_d = torch.stack([layer.vera_lambda_d for layer in layers]).index_select(0, slots)[:, None]
-        self.lambda_b = torch.stack([layer.vera_lambda_b for layer in layers]).index_select(0, slots)[:, None]
+        lambda_d, lambda_b = (torch.stack([getattr(layer, f"vera_lambda_{n}") for layer in layers]) for n in "db")
+        self.lambda_d, self.lambda_b = (v[:, None] if slots is None else v[slots, None] for v in (lambda_d, lambda_b))
 
     def __call__(self, x: Tensor) -> Tensor:
         """`(rows, tokens, out)` for `x (rows, tokens, in)`."""
