@@ -55,3 +55,9 @@ def test_readme_test_command_is_what_ci_runs() -> None:
     assert command in README
     assert command in (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert "-m pytest -n 2 -q" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_page_about_blocks_runs() -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks((ROOT / "docs" / "blocks.md").read_text(encoding="utf-8"), "python"):
+        exec(compile(block, "docs/blocks.md", "exec"), namespace)

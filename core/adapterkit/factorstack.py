@@ -28,9 +28,8 @@ class FactorStack:
         rank = max(f.rank for f in factors)
         dtype = reduce(torch.promote_types, (f.up.dtype for f in factors))
         # Measured: these two layouts are the ones in which a product with few tokens runs over rows of memory.
-        downs = [F.pad(f.down.to(dtype), (0, 0, 0, rank - f.rank)) for f in factors]
-        ups = [F.pad(f.up.to(dtype).t(), (0, 0, 0, rank - f.rank)) for f in factors]
-        self.down, self.up = by_row(downs, slots), by_row(ups, slots)
+        self.down = by_row([_filled(f.down.to(dtype), rank) for f in factors], slots)
+        self.up = by_row([_filled(f.up.to(dtype).t(), rank) for f in factors], slots)
         self.bias: Tensor | None = None
         if any(f.bias is not None for f in factors):
             none = self.up.new_zeros(self.up.shape[2])
@@ -49,3 +48,8 @@ def by_row(tensors: Sequence[Tensor], slots: Tensor | None) -> Tensor:
     """`(rows, ...)`: for each row the tensor at its slot; without slots they are the rows' in turn."""
     stacked = torch.stack(list(tensors))
     return stacked if slots is None else stacked.index_select(0, slots)
+
+
+def _filled(matrix: Tensor, rank: int) -> Tensor:
+    missing = rank - matrix.shape[0]
+    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix

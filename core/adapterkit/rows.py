@@ -83,7 +83,8 @@ class Rows:
         if key not in self._kept:
             held = [name in adapters for name in self.names]
             self._kept[key] = None if all(held) else self._tensor(held, device).view(-1, 1, 1)
-        return self._kept[key]
+        found: Tensor | None = self._kept[key]
+        return found
 
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """The entries of some rows of `x`."""
