@@ -115,6 +115,7 @@ class Builder:
         self._add_host(record, path, module, active)
         head = record.heads[path] = copy_head(module)
         widen(head)
+        record.readers = readers_of(self.walk, record.hosts, record.heads)
         return head
 
     def fill(self, record: AdapterRecord) -> None:

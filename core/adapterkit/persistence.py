@@ -27,7 +27,6 @@ from adapterkit.loading import equals_base, fit, put, refuse, to_file, unwrapped
 from adapterkit.matching import Names
 from adapterkit.method import Method
 from adapterkit.offload import real_value
-from adapterkit.readers import readers_of
 from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
@@ -214,7 +213,6 @@ def load_record(
     builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
     record, _ = builder.build(name, active)
     tied = _add_tables(builder, record, tensors, active)
-    record.readers = readers_of(walk, record.hosts, record.heads)
     for path, head in record.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
     optional = {f"{path}.bias" for path in record.tables} | {f"{path}.weight" for path in tied}
