@@ -58,26 +58,28 @@ class Saver:
     With the argument `state_dict`, which `Trainer` gives and people do not, the folder is a checkpoint of a training:
     it gets `model.safetensors` too, with the adapters' tensors under the model's own names. `load_state_dict` takes
     these back, all bits, so a plain `Trainer` resumes, and loads the best model.
+
+    It stands for `save` of the modules of sentence-transformers too, which write no adapters: they are refused.
     """
 
-    def __init__(self, root: nn.Module, module: nn.Module, path: str) -> None:
-        self.root, self.module, self.path = root, module, path
+    def __init__(self, root: nn.Module, module: nn.Module, path: str, name: str) -> None:
+        self.root, self.module, self.path, self.name = root, module, path, name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saver:
         # A copy of a part of the model has no adapters that are managed; it must not copy the whole model either.
         module = memo.get(id(self.module), self.module)
-        return Saver(memo.get(id(self.root), module), module, self.path)
+        return Saver(memo.get(id(self.root), module), module, self.path, self.name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, which is asked for all that it alone can write.
 
         Raises:
-            StateError: some adapters are merged while others act beside them.
+            StateError: some adapters are merged while others act beside them, or this module cannot write any.
             SaveError: the folder cannot be written, or holds something that would be read together with this.
             UnsupportedError: an argument that asks for another format.
             CheckpointError: `state_dict` lacks tensors of the adapters.
         """
-        own: Any = getattr(type(self.module), SAVE)
+        own: Any = getattr(type(self.module), self.name)
         call = inspect.signature(own).bind(self.module, *args, **kwargs)
         adapters: Adapters | None = self.root.__dict__.get(ATTRIBUTE)
         if adapters is None:
@@ -91,9 +93,17 @@ class Saver:
                 f"{acting[0]!r} too, or call activate() without names, to write the whole merged model; call unmerge() "
                 "to write the adapters."
             )
+        here = f"{self.path}." if self.path else ""
+        heads = [n for n in adapters._active.heads if any(f"{p}.".startswith(here) for p in adapters._records[n].heads)]
+        for name in (*acting, *heads) if self.name != SAVE else ():
+            raise StateError(
+                f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
+                f"adapters and no heads. Call merge({name!r}) first, with a head merge_and_detach({name!r}); or save "
+                f"the adapter alone: adapters.save({name!r}, folder)."
+            )
         if acting:
             return self._write_adapters(adapters, records, acting, call)
-        if merged:
+        if merged and self.name == SAVE:
             self._check_no_adapter(call.arguments)
         return self._write_model(adapters, call, follow=bool(merged))
 
@@ -108,15 +118,15 @@ class Saver:
         found = {}
         for name, record in adapters._records.items():
             inside = [path for path in record.hosts if f"{path}.".startswith(f"{self.path}.")]
-            if not inside:
-                continue
-            if len(inside) < len(record.hosts):
+            whole = len(inside) == len(record.hosts)
+            if inside and not whole and name in adapters._active.names:
                 other = next(path for path in record.hosts if path not in inside)
                 raise StateError(
                     f"{self.path!r} is to be saved with adapter {name!r}, which has another part at {other!r}. Save "
                     f"it with adapters.save({name!r}, folder), or call merge({name!r}) first."
                 )
-            found[name] = record
+            if inside and (whole or name in adapters._merged.names):
+                found[name] = record
         return found
 
     # The whole model
@@ -146,7 +156,7 @@ class Saver:
             own.apply(self.root)
         try:
             with parting.told():
-                return getattr(type(self.module), SAVE)(*call.args, **call.kwargs)
+                return getattr(type(self.module), self.name)(*call.args, **call.kwargs)
         finally:
             handle.remove()
             if own is not None and acting is not None:
@@ -296,17 +306,29 @@ def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
 
 def install(root: nn.Module) -> Loader:
     """Let the model, and the models inside it, save and load with their adapters."""
-    for path, module in named_modules(root):
-        own = getattr(type(module), SAVE, None)
-        if callable(own) and SAVE not in module.__dict__ and "save_directory" in inspect.signature(own).parameters:
-            module.__dict__[SAVE] = Saver(root, module, path)
+    writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
+    for path, (module, name) in writers.items():
+        inside = f"{path}." if path else ""
+        by_parts = name != SAVE and any(other.startswith(inside) and other != path for other in writers)
+        if not by_parts and name not in module.__dict__:
+            module.__dict__[name] = Saver(root, module, path, name)
     return Loader(root)
+
+
+def _writer(module: nn.Module) -> Iterator[str]:
+    """The name of the function by which a model, or a module of sentence-transformers, is written."""
+    for name, argument in ((SAVE, "save_directory"), ("save", "safe_serialization")):
+        own = getattr(type(module), name, None)
+        if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
+            yield name
+            return
 
 
 def uninstall(root: nn.Module, loader: Loader) -> None:
     """Undo `install`."""
     loader.remove()
     for _, module in named_modules(root):
-        saver = module.__dict__.get(SAVE)
-        if isinstance(saver, Saver) and saver.root is root:
-            del module.__dict__[SAVE]
+        for name in (SAVE, "save"):
+            saver = module.__dict__.get(name)
+            if isinstance(saver, Saver) and saver.root is root:
+                del module.__dict__[name]

@@ -262,9 +262,13 @@ def test_a_model_inside_is_written_with_its_part_of_the_adapter(tmp_path: Path, 
 def test_a_model_inside_is_not_written_with_half_an_adapter(tmp_path: Path, trained: Trained) -> None:
     model = two_towers()
     trained(model, "a", **QUERY).activate("a")
+    expected = hidden(model.encoder)
     with pytest.raises(ak.StateError, match=r"'encoder' is to be saved with adapter 'a', which has another part at"):
         model.encoder.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    ak.attach(model).merge("a")
+    model.encoder.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(hidden(type(model.encoder).from_pretrained(tmp_path / "merged").eval()), expected)
 
 
 def test_a_state_dict_without_an_adapter_that_trains_is_refused(model: nn.Module, trained: Trained) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.core.conftest import set_parameters
 from tests.models import build
 from torch import Tensor
 
@@ -123,6 +124,30 @@ def test_an_adapter_that_is_more_than_the_transformers_is_refused(base: Path, tm
         model.save_pretrained(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_module_that_writes_no_adapters_is_refused_until_they_are_merged(inside: bool, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
+
+    words = StaticEmbedding(tokenizer().backend_tokenizer, embedding_dim=8)
+    model = SentenceTransformer(modules=[words, Dense(8, 4)], device="cpu")
+    adapters = ak.attach(model[1] if inside else model)
+    adapters.add("t", LoraConfig(r=2, target_modules=["linear"], modules_to_save=None))
+    set_parameters(adapters, "t")
+    expected = embeddings(model)
+    with pytest.raises(ak.StateError, match=r"acts in a Dense, whose function 'save' writes no adapters"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    adapters.merge("t")
+    model.save_pretrained(str(tmp_path / "merged"))
+    torch.testing.assert_close(embeddings(SentenceTransformer(str(tmp_path / "merged"), device="cpu")), expected)
+    adapters.unmerge()
+    if not inside:  # what is not in a state dict is not replaced there
+        adapters.add("u", LoraConfig(r=2, target_modules=["linear"], modules_to_save=["embedding"]))
+        adapters.merge("u")
+        with pytest.raises(ak.StateError, match=r"with a head merge_and_detach\('u'\)"):
+            model.save_pretrained(str(tmp_path / "head"))
+
+
 def test_a_cross_encoder_is_saved_with_its_adapter_and_head(base: Path, tmp_path: Path) -> None:
     from sentence_transformers import CrossEncoder
 
@@ -134,9 +159,7 @@ def test_a_cross_encoder_is_saved_with_its_adapter_and_head(base: Path, tmp_path
     model = CrossEncoder(str(tmp_path / "whole"), device="cpu")
     adapters = ak.attach(model[0].model)
     adapters.add("t", LoraConfig(r=2, target_modules=["query"]))
-    with torch.no_grad():
-        for parameter in adapters.parameters("t"):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    set_parameters(adapters, "t", scale=0.1)
     expected = model.predict(pairs, convert_to_tensor=True)
     model.save_pretrained(str(tmp_path / "saved"))
     torch.testing.assert_close(
