@@ -84,9 +84,8 @@ def to_files(
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
-    if inside:
-        outer = FILE_PREFIX + prefix
-        tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
+    outer = FILE_PREFIX + prefix
+    tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
     return file_config(record, method, model, prefix).to_dict(), tensors, metadata
 
@@ -140,8 +139,7 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix:
             "layers_pattern": None,
         }
     for patterns in ("rank_pattern", "alpha_pattern") if prefix else ():
-        given = getattr(config, patterns, None)
-        if given:
+        if given := getattr(config, patterns, None):
             changes[patterns] = {key.removeprefix(prefix): value for key, value in given.items()}
     return config.replace(**changes)
 
