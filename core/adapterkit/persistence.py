@@ -31,7 +31,7 @@ from adapterkit.record import AdapterRecord
 from adapterkit.registry import default_registry
 from adapterkit.reports import LoadReport
 from adapterkit.selection import ALL_LINEAR, select_on
-from adapterkit.sharded import as_wholes, by_first_rank, groups_of, is_sharded, shape_of
+from adapterkit.sharded import as_wholes, by_first_rank, groups_of, is_sharded, shape_of, whole
 from adapterkit.slots import slots
 from adapterkit.vocabulary import resized_tables, tables, tied_to
 from adapterkit.walk import Walk
@@ -114,7 +114,7 @@ def _tables(
                     f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
                 )
             key = file_key(f"{place}.base_layer" if place in record.layers else place, name)
-            found[key] = real_value(table, name) if value is None else value
+            found[key] = real_value(table, name) if value is None else whole([value])[0]
     return found
 
 

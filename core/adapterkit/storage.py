@@ -21,7 +21,7 @@ from adapterkit.reports import LoadReport, SwapReport
 from adapterkit.swapping import swapped_config, values_to_swap
 from adapterkit.vocabulary import resized_tables, tables
 from adapterkit.walk import Walk
-from adapterkit.wrapped import refuse_fsdp1
+from adapterkit.wrapped import check_can_replace, refuse_fsdp1
 
 
 class Storage(Lifecycle):
@@ -62,6 +62,9 @@ class Storage(Lifecycle):
                 if strict:
                     refuse(found.report, name, "The state dict")
                 warnings.warn(str(found.report), AdapterWarning, stacklevel=2)
+            for slot, tensor in found.values:
+                if slot.tensor.shape != tensor.shape:
+                    check_can_replace(self.model, slot.key)
             put(found.values, assign=False)
         return found.report
 

@@ -133,6 +133,15 @@ def check_averaged(model: nn.Module, record: AdapterRecord) -> None:
         )
 
 
+def check_can_replace(model: nn.Module, key: str) -> None:
+    """Raise `StateError` if a parameter of the model may not be replaced by another."""
+    for setup, _ in _setups(model) if _is_distributed() else ():
+        raise StateError(
+            f"{key!r} is loaded in another shape than it has, so another parameter must stand there, and {setup} "
+            "averages only those that it was given. Load it before that."
+        )
+
+
 def _unaware(model: nn.Module, record: AdapterRecord) -> str | None:
     """What averages the model's gradients, but not all of this adapter's."""
     for setup, averages in _setups(model):

@@ -609,6 +609,22 @@ def test_float32_heads_give_a_half_precision_model_what_its_own_modules_would(na
         assert near(out(model, given)[:1], found[:1])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("dtype", HALF)
+def test_peft_reads_a_float32_head_of_a_half_precision_model_and_we_read_its(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    adapters = half("bert", dtype, "classifier", target_modules=["query"], task_type="SEQ_CLS")
+    adapters.save("a", tmp_path / "ours")
+    other = PeftModel.from_pretrained(build("bert").to(dtype), tmp_path / "ours").eval()
+    assert near(run(other, "bert"), run(adapters.model, "bert"))
+    other.save_pretrained(tmp_path / "peft")
+    adapters.load(tmp_path / "peft", "b")
+    assert near(run(adapters.model, "bert"), run(other, "bert"))
+
+
 def test_float32_heads_of_a_half_precision_model_compile() -> None:
     torch._dynamo.reset()
     adapters = half("embednet", torch.bfloat16, "embed", "head")

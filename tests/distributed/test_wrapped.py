@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def scenario(folder: Path) -> Found:
     wrapper = DistributedDataParallel(outer)
     found["inside a wrapped model"] = attempt(lambda: adapters.add("late", CONFIG))
     del wrapper, outer
+    convolutions = build("convnet")
+    grouped = ak.attach(convolutions)
+    grouped.add("a", LoraConfig(r=2, target_modules=["grouped"]))
+    shapes = zip(("lora_B", "lora_A"), grouped.model.grouped.adapters["a"].kind.ungrouped_shapes(2), strict=True)
+    tensors = {f"grouped.{name}.weight": torch.ones(shape) for name, shape in shapes}
+    wrapper = DistributedDataParallel(convolutions)
+    parameters = list(grouped.parameters("a"))
+    found["other shapes"] = attempt(lambda: grouped.load_state_dict("a", tensors))
+    found["the same parameters"] = all(map(operator.is_, parameters, grouped.parameters("a")))
+    del wrapper
+    grouped.load_state_dict("a", tensors)
     adapters.add("late", CONFIG)
     return found | fsdp1(folder)
 
@@ -176,6 +188,12 @@ def test_what_was_active_when_the_model_was_wrapped_is_the_same_in_all_processes
 
 def test_the_wrapper_of_a_model_around_the_adapted_one_counts(found: tuple[Found, Found]) -> None:
     assert all("DistributedDataParallel" in one["inside a wrapped model"] for one in found)
+
+
+def test_a_parameter_that_a_wrapper_knows_is_not_replaced(found: tuple[Found, Found]) -> None:
+    for one in found:
+        assert one["other shapes"].startswith("StateError: 'grouped.lora_")
+        assert one["the same parameters"]
 
 
 # The older FSDP
