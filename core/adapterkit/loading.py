@@ -36,7 +36,7 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
     else:
         check_tensors(source)
         found, _ = _from_full(record, source)
-        others = sorted(found.keys() - places.keys())
+        others = sorted(found.keys() - places.keys() - source.keys())  # a module of the model may be called like ours
         if others:
             raise CheckpointError(
                 f"The state dict has {len(others)} tensors of adapter {record.name!r} for which "
