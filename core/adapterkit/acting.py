@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit import threads
 from adapterkit.dispatch import Plan, parts_of
@@ -119,23 +119,31 @@ class State:
         return found
 
 
-class Ended(State):
-    """In a thread that began in a block, works on for others, and says no more what is to act."""
+class Refused(State):
+    """It is not known, or not there any more, what is to act: a forward of an adapted module raises `StateError`."""
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__()
-        self.idle = False
+        self.reason, self.idle = reason, False
 
     def plan(self, module: nn.Module) -> Plan:
         """Raise `StateError`."""
-        raise StateError(
-            "This thread was started in a block (activated, disabled or per_sample) that has ended since, and it works "
-            "on for others, so it is not known which adapters are to act. Open a block in the task itself."
-        )
+        raise StateError(self.reason)
+
+
+_ENDED = (
+    "This thread was started in a block (activated, disabled or per_sample) that has ended since, and it works on for "
+    "others, so it is not known which adapters are to act. Open a block in the task itself."
+)
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
+    return any(map(_learns, module.parameters()))
+
+
+def _learns(parameter: Tensor) -> bool:
+    # A tensor that `torch.func.functional_call` puts in a parameter's place is to get what gradients it may.
+    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 
 def constant(module: nn.Module | None) -> Any:
@@ -144,7 +152,9 @@ def constant(module: nn.Module | None) -> Any:
         return module
     same = object.__new__(type(module))
     same.__dict__.update(module.__dict__)
-    same.__dict__["_parameters"] = {n: None if p is None else p.detach() for n, p in module._parameters.items()}
+    same.__dict__["_parameters"] = {
+        name: p.detach() if p is not None and _learns(p) else p for name, p in module._parameters.items()
+    }
     same.__dict__["_modules"] = {name: constant(child) for name, child in module._modules.items()}
     return same
 
@@ -246,7 +256,7 @@ class Active:
 
     def refresh(self, slot: threads.Slot) -> None:
         """Blocks of a thread have begun or ended, or there is another default."""
-        slot.state = slot.blocks[-1].state if slot.blocks else Ended() if slot.ended else self.default
+        slot.state = slot.blocks[-1].state if slot.blocks else Refused(_ENDED) if slot.ended else self.default
 
     def states(self) -> list[State]:
         """The default and those of all open blocks."""

@@ -17,8 +17,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
 from adapterkit import readers, threads
-from adapterkit.acting import Active
-from adapterkit.errors import StateError
+from adapterkit.acting import Active, Refused
 
 _WRAPPED = "_adapterkit_keeps_states"
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -66,22 +65,15 @@ class KeepsStates:
         return bool(self.trained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function.
-
-        Raises:
-            StateError: the adapters are not there any more as they were.
-        """
+        """The function; a forward of a model whose adapters are not there any more as they were raises `StateError`."""
         with ExitStack() as stack:
             for active, state, merged in self.states:
                 if state is active.state:
                     continue
                 lost = state.lost or ("adapters were merged or unmerged" if merged != active.merged else "")
-                if lost:
-                    raise StateError(
-                        f"This backward computes a forward again (gradient checkpointing), and since then {lost}. Call "
-                        "backward() before that."
-                    )
-                stack.enter_context(active.acting(state))
+                reason = f"This backward computes a forward again (gradient checkpointing), and since then {lost}. "
+                acts = Refused(reason + "Call backward() before that.") if lost else state
+                stack.enter_context(active.acting(acts))  # it may be another model's, which does not run here
             stack.enter_context(readers.inside(self.readers))
             for record in self.trained:
                 record.light_again()  # the reentrant form makes no graph before that would have held them

@@ -181,6 +181,16 @@ def test_what_cannot_be_computed_again_is_refused(change: str, reentrant: bool) 
         first.backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_another_models_merge_is_of_no_concern(reentrant: bool) -> None:
+    (adapters, loss), (others, _) = with_blocks(reentrant), with_blocks(None)
+    adapters.activate("a")
+    first = loss()
+    others.merge("a")
+    first.backward()
+    assert all(p.grad is not None for p in adapters.parameters("a"))
+
+
 def test_merged_and_unmerged_again_it_is_computed_as_before() -> None:
     found = []
     for change in (False, True):
@@ -249,6 +259,23 @@ def test_reentrant_checkpointing_gives_gradients_where_no_tokens_are_embedded(ma
         found.append({key: p.grad for key, p in adapters.named_parameters("a")})
     assert any("encoder" in key or "layers" in key for key, grad in found[0].items() if grad is not None)
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_parameters_of_one_call_get_their_gradients_in_every_block(trainable: bool) -> None:
+    adapters, loss = with_blocks(None)
+    adapters.activate("a")
+    loss().backward()
+    model, x = adapters.model, torch.ones(2, 6)
+    given = {name: p.detach() for name, p in model.named_parameters() if ".adapters.a." in name}
+
+    def square(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    expected = torch.func.grad(square)(given)
+    with adapters.activated("a", trainable=trainable):
+        torch.testing.assert_close(torch.func.grad(square)(given), expected)
+    assert all(grad.any() for grad in expected.values())
 
 
 # Flags
