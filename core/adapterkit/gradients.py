@@ -41,6 +41,8 @@ def _in_graph(parameter: nn.Parameter) -> bool:
     The node that accumulates its gradient is made when it is asked for, and dies at once unless a graph holds it. So
     a mark is found again only on a node that lives on.
     """
+    if parameter.is_inference():  # no graph can hold it
+        return False
     _accumulator(parameter).metadata[_MARK] = True
     return bool(_accumulator(parameter).metadata.pop(_MARK, False))
 

@@ -184,7 +184,8 @@ def _begin(change: Change) -> None:
         assert isinstance(layer, BiasLayer)
         layer.keep_base(touched["bias"])
     for name in change.tied:
-        fresh = touched[name].detach().clone()
+        with torch.inference_mode(False):  # it may be trained later
+            fresh = touched[name].detach().clone()
         is_parameter = isinstance(touched[name], nn.Parameter)
         put(change.module, name, nn.Parameter(fresh, touched[name].requires_grad) if is_parameter else fresh)
 

@@ -78,7 +78,7 @@ class Parting:
             tie
             for tie in ties
             if not {tie.target, tie.source}.isdisjoint(names)
-            or _inside(tie.target, heads) != _inside(tie.source, heads)
+            or number_of(tie.target, heads) != number_of(tie.source, heads)
         ]
         configs = [
             config for outer in {id(t.outer): t.outer for t in parted}.values() for config in _silent(outer, parted)
@@ -175,7 +175,8 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     return own(modules[path], local) if path in modules else None
 
 
-def _inside(name: str, heads: Mapping[str, int]) -> int | None:
+def number_of(name: str, heads: Mapping[str, int]) -> int | None:
+    """The number of the head that a tensor of this name is in; see `Parting.of`."""
     return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
 
 

@@ -24,6 +24,7 @@ from adapterkit.disk.merge.staging import Staging, write_durably
 from adapterkit.disk.names import match_names
 from adapterkit.errors import ConfigError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import local_path
+from adapterkit.headcast import give_dtypes_back
 from adapterkit.hub import model_folder
 from adapterkit.labels import LabelSet
 from adapterkit.merging import merge_module
@@ -181,6 +182,9 @@ def _plan(
             builder.add_change(change)
         else:  # its own copy of the module is in memory, and is written as the head that it is
             merge_module(change, safe=safe)
+    for record in acting:
+        for path, head in record.heads.items():
+            give_dtypes_back(head, record.hosts[path])
     builder.add_heads(acting)
     contents = builder.finish()
     labels = next((r.labels for r in reversed(acting) if r.labels is not None), None)

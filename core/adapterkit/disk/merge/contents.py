@@ -14,7 +14,7 @@ from adapterkit.disk.merge.sources import can_be_merged
 from adapterkit.disk.names import Names, match_names
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.record import AdapterRecord
-from adapterkit.ties import Parting, nested
+from adapterkit.ties import Parting, nested, number_of
 from adapterkit.walk import base_parameters
 
 
@@ -119,17 +119,20 @@ class ContentsBuilder:
     def add_heads(self, records: Sequence[AdapterRecord]) -> None:
         """The tensors of the heads that act, in place of the model's; the last one's at each module."""
         heads = {path: (record, head) for record in records for path, head in record.heads.items()}
+        numbers = {path: number for record in records for path, number in record.head_paths().items()}
         for path, (record, head) in heads.items():
             for place in (path, *record.aliases.get(path, ())):
                 for local, tensor in head.state_dict().items():
                     key = f"{place}.{local}"
                     tied = [k for k in self.keys.get(self.parameters.get(key), []) if k != key]  # type: ignore[arg-type]
                     own = self.names.in_file.get(key)
-                    if tied and not all(k.startswith(f"{place}.") for k in tied):
+                    if any(number_of(k, numbers) != numbers[place] for k in tied):
                         self._parted.add(key)
                         base = next((self.names.in_file[k] for k in (key, *tied) if k in self.names.in_file), None)
                         if base is not None:
                             self._untie(key, base)
+                    elif own is None and any(k in self.names.in_file for k in tied):
+                        continue  # it is still tied to that one
                     self.contents.origins[own or key] = tensor
         self.contents.heads = tuple(heads)
 
