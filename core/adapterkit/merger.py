@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from adapterkit.change import check_in_memory, parted_names, plan
-from adapterkit.errors import ConfigError, StateError
+from adapterkit.errors import AdapterWarning, ConfigError, StateError
 from adapterkit.interrupts import uninterrupted
 from adapterkit.merging import Done, Merged, carry_out, give_back, take_back, take_heads
 from adapterkit.record import AdapterRecord, acting_heads
@@ -61,6 +63,8 @@ class Merger(Storage):
         records = self._to_merge(names)
         self._check_not_per_sample("merge")
         self._check_present("merge", *names)
+        if keep_base:
+            self._check_not_edited("merge")
         rest = [self._record(n) for n in self.active if n not in names]
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
@@ -93,7 +97,7 @@ class Merger(Storage):
         they trained then.
 
         Raises:
-            StateError: nothing is merged, the base was not kept, or a merged module was replaced since.
+            StateError: nothing is merged, the base was not kept, or a merged module was replaced or written to since.
         """
         self._check_base_kept()
         changed = next(filter(None, map(self._changed, self.merged)), None)
@@ -102,6 +106,7 @@ class Merger(Storage):
                 f"unmerge is refused: {changed} The weights that were merged into are gone there. merge_and_detach() "
                 "keeps the model as it is now, and detach() gives back the weights that are left."
             )
+        self._check_not_edited("unmerge")
         self._give_back()
 
     def merge_and_detach(
@@ -152,6 +157,13 @@ class Merger(Storage):
             self._check_base_kept()
             for name in self.merged:
                 self._warn_if_changed(name, "What is there now stays as it is.")
+            edited = self._merged.edited
+            if edited:
+                warnings.warn(
+                    f"{edited[0]!r} was written to while it was merged; that is gone now, the base is given back.",
+                    AdapterWarning,
+                    stacklevel=2,
+                )
             for kept in self._merged.kept.values():
                 kept.leave_resized()
             self._give_back()
@@ -166,6 +178,15 @@ class Merger(Storage):
             raise StateError(
                 f"{', '.join(map(repr, names))} cannot be unmerged: with keep_base=False the base is gone. "
                 "Load the base model again."
+            )
+
+    def _check_not_edited(self, call: str) -> None:
+        edited = self._merged.edited
+        if edited:
+            raise StateError(
+                f"{call} is refused: {edited[0]!r} was written to while {', '.join(map(repr, self.merged))} was merged "
+                "(by an optimizer, or load_state_dict?), and unmerge() would throw that away. merge_and_detach() keeps "
+                "the model as it is now; detach() gives back the base all the same."
             )
 
     def _give_back(self) -> None:

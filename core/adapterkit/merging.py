@@ -28,14 +28,24 @@ class Kept:
         tensors: the objects themselves.
         values: what they held, if kept; not of those that were tied, to which nothing was written.
         versions: how often they had been written to.
+        merged: how often the tensors that act now had been written to when the merge was done.
         whole: whether the merge of this module is complete.
     """
 
     module: nn.Module
+    path: str
     tensors: dict[str, Tensor]
     values: dict[str, Tensor]
     versions: dict[str, int] = field(default_factory=dict)
+    merged: dict[str, int] = field(default_factory=dict)
     whole: bool = False
+
+    @property
+    def edited(self) -> list[str]:
+        """What somebody has written to since the merge: an optimizer, or `load_state_dict`."""
+        now = {name: own(self.module, name) for name in self.merged}
+        # Copies of a model begin to count at 0.
+        return [f"{self.path}.{n}" for n, t in now.items() if t is not None and version_of(t) > self.merged[n]]
 
     def leave_resized(self) -> None:
         """Forget the tensors in whose place there are larger or smaller ones now."""
@@ -56,7 +66,7 @@ class Kept:
         """What was before both merges, of which this is the first's."""
         first = later.tensors.keys() - self.tensors.keys()
         values = {name: value for name, value in later.values.items() if name in first}
-        return Kept(self.module, later.tensors | self.tensors, values | self.values)
+        return Kept(self.module, self.path, later.tensors | self.tensors, values | self.values)
 
 
 Done = list[tuple[Change, Kept]]
@@ -77,12 +87,18 @@ class Merged:
     kept: dict[nn.Module, Kept] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
 
+    @property
+    def edited(self) -> list[str]:
+        """Weights that somebody has written to since they were merged into."""
+        return [name for kept in self.kept.values() for name in kept.edited]
+
     def joined(self, names: tuple[str, ...], done: Done, *, keep_base: bool) -> Merged:
         """What is merged after a further merge."""
         kept = dict(self.kept)
         for change, whole in done:
-            new = whole if keep_base else Kept(whole.module, whole.tensors, {})
+            new = whole if keep_base else Kept(whole.module, whole.path, whole.tensors, {})
             kept[change.module] = kept[change.module].joined(new) if change.module in kept else new
+            kept[change.module].merged = {name: version_of(tensor) for name, tensor in change.touched.items()}
         heads = self.heads | {change.head for change, _ in done if change.head is not None}
         return Merged(self.names + names, self.keeps_base and keep_base, kept, heads)
 
@@ -173,7 +189,7 @@ def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
 def _kept(change: Change, *, values: bool) -> Kept:
     touched = change.touched
     copied = {name: t.detach().clone() for name, t in touched.items() if values and name not in change.tied}
-    return Kept(change.module, touched, copied, {name: version_of(t) for name, t in touched.items()})
+    return Kept(change.module, change.path, touched, copied, {name: version_of(t) for name, t in touched.items()})
 
 
 def _begin(change: Change) -> None:

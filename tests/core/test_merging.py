@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -305,6 +305,55 @@ def test_detach_unmerges_first() -> None:
     adapters.merge("a")
     adapters.detach()
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def load_again(model: nn.Module) -> None:
+    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
+
+
+def step(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(0.1)
+
+
+@pytest.mark.parametrize("edit", [load_again, step])
+def test_what_is_written_to_merged_weights_is_never_thrown_away_in_silence(edit: Callable[[Net], None]) -> None:
+    model = network()
+    before = snapshot(model)
+    adapters = adapted(model, "a", "b")
+    adapters.merge("a")
+    edit(model)
+    edited = model(IDS)
+    for call in (adapters.unmerge, lambda: adapters.merge("b")):
+        with pytest.raises(ak.StateError, match=r"is refused: '.*' was written to while 'a' was merged"):
+            call()
+    torch.testing.assert_close(model(IDS), edited)
+    with pytest.warns(ak.AdapterWarning, match="was written to while it was merged"):
+        adapters.detach()
+    assert torch.equal(model.linear.weight, before["linear.weight"])
+
+
+def test_merged_weights_may_move_to_another_dtype_and_back_to_the_base() -> None:
+    model = network()
+    expected = network().to(torch.bfloat16)(IDS)
+    adapters = adapted(model, "a")
+    adapters.merge("a")
+    model.to(torch.bfloat16)
+    adapters.unmerge()
+    with adapters.disabled():
+        torch.testing.assert_close(model(IDS), expected, rtol=0.04, atol=0.04)
+
+
+def test_a_copy_of_a_merged_model_is_unmerged_by_itself() -> None:
+    model = network()
+    adapters = adapted(model, "a")
+    expected = model(IDS)
+    adapters.merge("a")
+    twin = copy.deepcopy(model)
+    ak.attach(twin).unmerge()
+    torch.testing.assert_close(twin(IDS), expected)
+    assert adapters.merged == ("a",)
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
