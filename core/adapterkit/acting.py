@@ -227,11 +227,23 @@ class Active:
                     self.refresh(slot)
 
     def enter(self, state: State) -> threads.Block:
-        """Begin a block of this thread."""
+        """Begin a block of this thread.
+
+        Raises:
+            StateError: another asyncio task of this thread is in a block.
+        """
         threads.wrap()
         with threads.lock:
-            self.alive.add(state)
             block = threads.Block(self.here.slot, state)
+            if any(
+                None not in (block.task, other.task) and other.task is not block.task for other in block.slot.blocks
+            ):
+                raise StateError(
+                    "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and tasks of "
+                    "one thread share what acts. Do not await inside a block, or run the forward with its block in "
+                    "asyncio.to_thread."
+                )
+            self.alive.add(state)
             block.slot.blocks.append(block)
             block.slot.state = state
         return block

@@ -10,6 +10,7 @@ is open they do what they always did.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -55,11 +56,12 @@ class Block:
     """A block that is open in one thread.
 
     Attributes:
+        task: the asyncio task that opened it, if one did.
         workers: blocks that threads began in because of this one, and that end with it.
     """
 
     def __init__(self, slot: Slot, state: State) -> None:
-        self.slot, self.state = slot, state
+        self.slot, self.state, self.task = slot, state, _task()
         self.open = True
         self.workers: list[Block] = []
 
@@ -81,6 +83,15 @@ class Here(threading.local):
                 if model is active:
                     self.slot.begin(block, worker=not _has_one_task(thread))
             active.refresh(self.slot)
+
+
+def _task() -> object:
+    """The asyncio task that runs in this thread now, if there is one."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 def know(active: Active) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 from collections.abc import Callable, Iterator
@@ -250,3 +251,37 @@ def test_detaching_in_a_block_ends_it() -> None:
         bare = model.adapters.detach()
     torch.testing.assert_close(bare(model.x), model.outputs[""])
     assert ak.attach(bare).names == ()
+
+
+def test_tasks_of_one_loop_do_not_use_each_others_adapters() -> None:
+    model = Model()
+
+    async def use(name: str) -> str:
+        with model.block(name):
+            await asyncio.sleep(0)
+            return model.acting()
+
+    async def both() -> list[str | BaseException]:
+        return await asyncio.gather(use("a"), use("b"), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first == "a"
+    assert isinstance(second, ak.StateError)
+    assert "Another asyncio task of this thread is in a block" in str(second)
+    assert model.acting() == ""
+
+
+def test_a_task_may_have_blocks_inside_blocks_and_each_task_its_own_in_a_thread() -> None:
+    model = Model()
+
+    def use(name: str) -> str:
+        with model.block(name):
+            return model.acting()
+
+    async def both() -> list[str]:
+        with model.block("c"), model.block("b"):
+            await asyncio.sleep(0)
+            assert model.acting() == "b"
+        return await asyncio.gather(asyncio.to_thread(use, "a"), asyncio.to_thread(use, "b"))
+
+    assert asyncio.run(both()) == ["a", "b"]
