@@ -239,8 +239,8 @@ class Active:
                 None not in (block.task, other.task) and other.task is not block.task for other in block.slot.blocks
             ):
                 raise StateError(
-                    "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and tasks of "
-                    "one thread share what acts. Do not await inside a block, or run the forward with its block in "
+                    "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and tasks "
+                    "of one thread share what acts. Do not await inside a block, or run the forward with its block in "
                     "asyncio.to_thread."
                 )
             self.alive.add(state)
