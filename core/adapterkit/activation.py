@@ -10,6 +10,7 @@ from torch import nn
 from adapterkit import gradients, threads
 from adapterkit.acting import State
 from adapterkit.errors import ConfigError, StateError
+from adapterkit.interrupts import uninterrupted
 from adapterkit.record import AdapterRecord, acting_heads
 from adapterkit.roster import Roster
 from adapterkit.wrapped import check_averaged, reshard
@@ -40,7 +41,7 @@ class Activation(Roster):
                 first forward says so), or one to be trained that DDP, FSDP or DeepSpeed around the model do not know.
         """
         records, acting = self._chosen("activate", names, heads, trainable)
-        with threads.lock:
+        with uninterrupted(), threads.lock:
             block, before = self._active.in_block, self._active.state
             for record in records if trainable else ():
                 record.light(lent=block)
@@ -51,7 +52,7 @@ class Activation(Roster):
             self._settle(None if block else before.trains)
             if not trainable and any(record.lent for record in records):
                 state.still = True
-        self._live.follow_labels(self._records, acting)
+            self._live.follow_labels(self._records, acting)
 
     @contextmanager
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:

@@ -12,6 +12,7 @@ from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import AdapterWarning, ConfigError, StateError
 from adapterkit.heads import resize_output
+from adapterkit.interrupts import uninterrupted
 from adapterkit.keys import ATTRIBUTE
 from adapterkit.labels import LabelSet
 from adapterkit.per_sample import PerSample
@@ -59,13 +60,15 @@ class Lifecycle(PerSample):
         notes += self._live.notes(record, walk)
         record.labels = self._own_labels(record, labels)
         self._warn_unmatched(selection.unmatched)
-        self._install(record, train=activate)
-        if activate:
-            self.activate(name)
+        with uninterrupted():
+            self._install(record, train=activate)
+            if activate:
+                self.activate(name)
         parameters = size_of(record.parameters())
         heads = tuple(record.heads)
         return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
 
+    @uninterrupted()
     def remove(self, name: str) -> None:
         """Remove an adapter and all that was its own. If it was active it no longer is."""
         record = self._record(name)
@@ -77,6 +80,7 @@ class Lifecycle(PerSample):
         self._live.forget(record)
         del self._records[name]
 
+    @uninterrupted()
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         record = self._record(old)
@@ -109,6 +113,7 @@ class Lifecycle(PerSample):
         duplicate.lent, duplicate.dimmed = [], []
         self._install(duplicate)
 
+    @uninterrupted()
     def detach(self) -> nn.Module:
         """Remove every adapter and every trace of them: classes, parameters, hooks, `requires_grad`, labels.
 
@@ -123,6 +128,7 @@ class Lifecycle(PerSample):
         self._host = None
         return model
 
+    @uninterrupted()
     def _install(self, record: AdapterRecord, *, train: bool = False) -> None:
         if train:
             check_averaged(self.model, record)

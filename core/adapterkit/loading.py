@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.foreign import layers_of, passed_over
+from adapterkit.interrupts import uninterrupted
 from adapterkit.keys import BIASES, HEADS, SHARED, file_key, split_memory_key, strip_file_prefix
 from adapterkit.method import Method
 from adapterkit.offload import is_hooked, real_value
@@ -171,7 +172,7 @@ def _from_file(
 
 
 def check_tensors(tensors: object) -> None:
-    """Raise `CheckpointError` if this is no mapping from names to tensors."""
+    """Raise `CheckpointError` if this is no mapping from names to tensors with values."""
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"A state dict is a mapping from names to tensors, not a {type(tensors).__name__}.")
     for key, tensor in tensors.items():
@@ -179,6 +180,8 @@ def check_tensors(tensors: object) -> None:
             raise CheckpointError(
                 f"A state dict is a mapping from names to tensors; at {key!r} there is a {type(tensor).__name__}."
             )
+        if tensor.is_meta:
+            raise CheckpointError(f"The state dict has no values of {key!r}: it is on the meta device.")
 
 
 def _aliased(record: AdapterRecord, places: Mapping[str, Slot]) -> dict[str, Slot]:
@@ -231,12 +234,12 @@ def refuse(report: LoadReport, name: str, where: str) -> None:
 def put(
     values: Iterable[tuple[Slot, Tensor]], *, assign: bool, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> None:
-    """Move tensors to their places: assigned to a new adapter, copied into one that is in use.
+    """Move tensors to their places, all or none: assigned to a new adapter, copied into one that is in use.
 
     What is assigned has memory of its own. A file may hold one tensor under two keys, or a method read two of its
     tensors from one; training one of them must not change the other, and kernels round by where a tensor begins.
     """
-    values, taken = list(values), set[int]()
+    values = list(values)
     given = whole([tensor for _, tensor in values])
     values = [(slot, tensor) for (slot, _), tensor in zip(values, given, strict=True)]
     for slot, _ in values:
@@ -245,17 +248,32 @@ def put(
                 f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
                 "offload the model then, or load it under another name."
             )
-    with torch.no_grad():
-        for slot, tensor in values:
-            own = slot.tensor
-            if not assign and own.shape == tensor.shape and not own.is_meta:
-                own.copy_(tensor)
-                continue
-            device = tensor.device if own.is_meta else own.device
-            dtype = dtypes.get(slot.key, own.dtype) if dtypes else own.dtype
-            value = tensor.to(device, dtype).contiguous()
-            storage = value.untyped_storage()
-            if storage.nbytes() > value.nbytes or storage.data_ptr() in taken:
-                value = value.clone()
-            taken.add(value.untyped_storage().data_ptr())
-            slot.assign(value)
+    undo: list[tuple[Slot, Tensor, Tensor | None]] = []
+    taken: set[int] = set()
+    with torch.no_grad(), uninterrupted():
+        try:
+            for slot, tensor in values:
+                own = slot.tensor
+                copied = not assign and own.shape == tensor.shape and not own.is_meta
+                undo.append((slot, own, own.clone() if copied else None))
+                if copied:
+                    own.copy_(tensor)
+                else:
+                    device = tensor.device if own.is_meta else own.device
+                    dtype = dtypes.get(slot.key, own.dtype) if dtypes else own.dtype
+                    slot.assign(_apart(tensor.to(device, dtype).contiguous(), taken))
+        except BaseException:
+            for slot, own, value in undo:
+                slot.restore(own)
+                if value is not None:
+                    own.copy_(value)
+            raise
+
+
+def _apart(value: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, or a copy of it if it is a part of other memory, or of memory that is taken."""
+    storage = value.untyped_storage()
+    if storage.nbytes() > value.nbytes or storage.data_ptr() in taken:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value

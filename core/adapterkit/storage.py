@@ -13,6 +13,7 @@ from adapterkit import persistence
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, StateError
 from adapterkit.files import local_path, read
 from adapterkit.hub import adapter_folder
+from adapterkit.interrupts import uninterrupted
 from adapterkit.lifecycle import Lifecycle
 from adapterkit.loading import fit, put, refuse, to_file
 from adapterkit.presence import KEPT
@@ -152,11 +153,12 @@ class Storage(Lifecycle):
         record, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
-        self._install(record, train=activate and trainable)
-        if activate:
-            self.activate(name, trainable=trainable)
-        elif trainable:
-            record.light(lent=False)
+        with uninterrupted():
+            self._install(record, train=activate and trainable)
+            if activate:
+                self.activate(name, trainable=trainable)
+            elif trainable:
+                record.light(lent=False)
         return report
 
     def swap(
@@ -196,18 +198,19 @@ class Storage(Lifecycle):
         other, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
         )
-        with self._as_wholes([record], writing=True):
-            try:
-                with torch.no_grad():
-                    values = values_to_swap(record, other)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it under "
-                    "another name instead (adapters.load)."
-                ) from error
-            put(values, assign=False)
-        record.config = swapped_config(record.config, other.config)
-        record.labels = other.labels if record.heads else record.labels
-        self._live.renew_labels(record)
+        with uninterrupted():
+            with self._as_wholes([record], writing=True):
+                try:
+                    with torch.no_grad():
+                        values = values_to_swap(record, other)
+                except CheckpointError as error:
+                    raise CheckpointError(
+                        f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it "
+                        "under another name instead (adapters.load)."
+                    ) from error
+                put(values, assign=False)
+            record.config = swapped_config(record.config, other.config)
+            record.labels = other.labels if record.heads else record.labels
+            self._live.renew_labels(record)
         cleared = tuple(path for path in record.layers if path not in other.layers)
         return SwapReport(name, tuple(other.layers), cleared, tuple(record.heads), report.ignored)
