@@ -170,6 +170,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in tensors.items()
     ):
         raise CheckpointError(f"{path} holds no mapping from names to tensors.")
+    without = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if without is not None:
+        raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")
     return tensors
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Adapters compute in this precision at least; what it does not hold would be infinite there.
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+
 
 def conforms(value: object, hint: Any) -> bool:
     """Whether `value` has type `hint`: unions, literals, sequences and mappings looked into.
 
-    A bool is no number, an int is a float, and a float must be finite.
+    A bool is no number, an int is a float, and a float must be finite in float32.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -34,7 +36,7 @@ def _is_plain(value: object, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        return isinstance(value, int | float) and abs(value) <= _LARGEST_FLOAT32
     if hint is None:
         return value is None
     return not isinstance(hint, type) or isinstance(value, hint)  # what is no class is its author's to check
@@ -53,4 +55,4 @@ def readable(hint: Any) -> str:
         return f"a list of {readable(args[0])}"
     if hint is type(None) or hint is None:
         return "None"
-    return "a finite float" if hint is float else str(getattr(hint, "__name__", hint))
+    return "a finite float32" if hint is float else str(getattr(hint, "__name__", hint))

@@ -50,14 +50,19 @@ def _detail(module: nn.Module) -> tuple[int, ...]:
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path; not where an attribute has that name, such as a weight: no model has a module there."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in model._modules:
+            if hasattr(model, parent):
+                return
             model._modules[parent] = Part()
         inner = model._modules[parent]
         assert inner is not None
         model = inner
     there = model._modules.get(name)
+    if there is None and hasattr(model, name):
+        return
     for child, inner_module in () if there is None else there._modules.items():
         module._modules[child] = inner_module
     model._modules[name] = module

@@ -141,17 +141,17 @@ class Staging:
             except OSError as error:
                 raise SaveError(f"{self.out} has been made meanwhile. The merged model is in {self.folder}.") from error
         else:
-            self._replace()
+            self._exchange()
         (self.out / LOCK).unlink()  # not before: another run would find the folder free
+        shutil.rmtree(self.folder, ignore_errors=True)  # where it changed places: the old output
         sync_folder(self.out.parent)
 
-    def _replace(self) -> None:
+    def _exchange(self) -> None:
         if not exchange(self.folder, self.out):  # where folders cannot change places there is a moment with neither
             old = self.out.with_name(f".{self.out.name}.old")
             self.out.rename(old)
             self.folder.rename(self.out)
             old.rename(self.folder)
-        shutil.rmtree(self.folder)
 
 
 def _hold(descriptor: int) -> None:
