@@ -35,7 +35,7 @@ def start(*arguments: str, path: Path | None = None, **variables: str) -> subpro
 def execute(*arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
     """Its exit status, stdout and stderr."""
     process = start(*arguments, path=path, **variables)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=900)
     return process.returncode, out, error
 
 

@@ -49,7 +49,7 @@ def test_what_closes_its_input_is_no_error() -> None:
     with start("methods", "--json") as process:
         assert process.stdout is not None
         process.stdout.close()
-        assert process.wait(timeout=120) == 141
+        assert process.wait(timeout=900) == 141
         assert process.stderr is not None
         assert process.stderr.read() == ""
 
@@ -64,7 +64,7 @@ def test_ctrl_c_ends_it_without_a_traceback(foreign: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == "importing\n"
     os.kill(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=900)
     assert (process.returncode, out, error) == (130, "", "adapterkit: interrupted\n")
 
 

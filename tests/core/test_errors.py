@@ -115,13 +115,13 @@ CONFIGS = {
         lambda c: c(rank_pattern={"q": "4"}), ak.ConfigError, "it must be a mapping from str to int."
     ),
     "rank_pattern list": case(lambda c: c(rank_pattern=[4]), ak.ConfigError, "it must be a mapping from str to int."),
-    "alpha nan": case(lambda c: c(lora_alpha=float("nan")), ak.ConfigError, "it must be a finite float."),
-    "alpha infinite": case(lambda c: c(lora_alpha=float("inf")), ak.ConfigError, "it must be a finite float."),
-    "alpha beyond floats": case(lambda c: c(lora_alpha=10**400), ak.ConfigError, "it must be a finite float."),
+    "alpha nan": case(lambda c: c(lora_alpha=float("nan")), ak.ConfigError, "it must be a finite float32."),
+    "alpha infinite": case(lambda c: c(lora_alpha=float("inf")), ak.ConfigError, "it must be a finite float32."),
+    "alpha beyond floats": case(lambda c: c(lora_alpha=10**400), ak.ConfigError, "it must be a finite float32."),
     "alpha_pattern nan": case(
         lambda c: c(alpha_pattern={"q": float("nan")}),
         ak.ConfigError,
-        "it must be a mapping from str to a finite float",
+        "it must be a mapping from str to a finite float32",
     ),
     "dropout one": case(
         lambda c: c(lora_dropout=1.0),
@@ -129,7 +129,7 @@ CONFIGS = {
         "lora_dropout = 1.0 must be a probability, at least 0 and below 1.",
     ),
     "dropout negative": case(lambda c: c(lora_dropout=-0.1), ak.ConfigError, "must be a probability"),
-    "dropout nan": case(lambda c: c(lora_dropout=float("nan")), ak.ConfigError, "it must be a finite float."),
+    "dropout nan": case(lambda c: c(lora_dropout=float("nan")), ak.ConfigError, "it must be a finite float32."),
     "bias": case(
         lambda c: c(bias="some"), ak.ConfigError, "bias = 'some' is a str; it must be 'none' or 'all' or 'lora_only'."
     ),

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
-from tests.models import build, inputs, run
+from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -48,7 +48,7 @@ def test_a_deep_copys_adapters_are_independent(trained: Trained) -> None:
     duplicate = copy.deepcopy(model)
     others = ak.attach(duplicate)
     assert others is not adapters
-    assert torch.equal(run(duplicate, "bert"), expected)
+    assert_same_outputs(run(duplicate, "bert"), expected)
     set_parameters(others, "a", seed=7)
     others.activate()
     others.add("b", LoraConfig(target_modules=["query"]))
@@ -75,10 +75,10 @@ def test_a_whole_adapted_model_goes_through_torch_save(name: str, trained: Train
     torch.save(model, buffer)
     buffer.seek(0)
     again = torch.load(buffer, weights_only=False)
-    assert torch.equal(run(again, name), expected)
+    assert_same_outputs(run(again, name), expected)
     assert ak.attach(again).names == ("a", "b")
     with ak.attach(again).disabled():
-        assert torch.equal(run(again, name), run(build(name), name))
+        assert_same_outputs(run(again, name), run(build(name), name))
 
 
 def test_a_pickled_layer_is_of_the_layers_own_class_again_after_detach(trained: Trained) -> None:
@@ -296,7 +296,7 @@ def test_an_adapter_added_on_the_meta_device_is_filled_by_load_state_dict(traine
     assert adapters.load_state_dict("a", source.state_dict("a")).ok
     assert not any(p.is_meta for p in adapters.parameters("a"))
     assert all(p.requires_grad for p in adapters.parameters("a"))
-    assert torch.equal(run(model, "bert"), run(source.model, "bert"))
+    assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
 
 
 def test_a_model_made_on_the_meta_device_is_filled_after_to_empty(trained: Trained) -> None:
@@ -313,7 +313,7 @@ def test_a_model_made_on_the_meta_device_is_filled_after_to_empty(trained: Train
     model.load_state_dict(source.model.state_dict())
     for path, module in build("bert").named_modules():
         model.get_submodule(path)._buffers.update(module._buffers)
-    assert torch.equal(run(model, "bert"), run(source.model, "bert"))
+    assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
 
 
 def test_an_adapter_is_loaded_before_the_base_is_there(tmp_path: Path, trained: Trained) -> None:
@@ -326,7 +326,7 @@ def test_an_adapter_is_loaded_before_the_base_is_there(tmp_path: Path, trained: 
     assert adapters.load(tmp_path, "x").ok
     assert not any(p.is_meta for p in adapters.parameters("x"))
     give_values(model, build("bert"))
-    assert torch.equal(run(model, "bert"), run(source.model, "bert"))
+    assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
 
 
 def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
@@ -547,7 +547,7 @@ def test_an_adapter_goes_through_a_distributed_checkpoint(tmp_path: Path, traine
     dcp.load(tensors, checkpoint_id=tmp_path / "dcp")
     other.load_state_dict("a", tensors)
     other.activate("a", trainable=False)
-    assert torch.equal(run(other.model, "bert"), expected)
+    assert_same_outputs(run(other.model, "bert"), expected)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

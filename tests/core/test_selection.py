@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import peft
@@ -375,20 +374,25 @@ def test_a_regular_expression_that_never_ends_hits_the_time_limit(
 ) -> None:
     monkeypatch.setattr(matching, "TIME_LIMIT_SECONDS", 0.1)
     model = nn.ModuleDict({"a" * 60: nn.ModuleList([nn.Linear(2, 2)])})
-    start = time.perf_counter()
-    with pytest.raises(ak.ConfigError, match="backtracks without end"):
+    with pytest.raises(ak.ConfigError, match="backtracks without end"):  # without the limit: longer than the universe
         select(model, **{"targets": ["0"], **fields})
-    assert time.perf_counter() - start < 5
 
 
 def test_the_time_limit_is_for_all_matches_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "TIME_LIMIT_SECONDS", 0.1)
     pattern = matching.Pattern(r"(a|aa)+!", "target_modules")
-    start = time.perf_counter()
-    for _ in range(50):
+    compiled, given = pattern._compiled, []
+
+    class Recording:
+        def fullmatch(self, path: str, timeout: float) -> object:
+            given.append(timeout)
+            return compiled.fullmatch(path, timeout=timeout)
+
+    pattern._compiled = Recording()
+    for _ in range(5):
         with pytest.raises(ak.ConfigError, match="took over"):
             pattern.matches("a" * 60)
-    assert time.perf_counter() - start < 3
+    assert given == [0.1, *[1e-3] * 4]  # the first one has used up what they had
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])

@@ -55,7 +55,7 @@ def look(page: str, folder: Path, width: int, *, dark: bool = False) -> dict[str
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command += ["--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     title = re.search(r"<title>(.*?)</title>", run.stdout, re.DOTALL)
     assert title is not None
     found: dict[str, Any] = json.loads(html.unescape(title[1]))

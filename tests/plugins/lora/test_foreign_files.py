@@ -442,7 +442,7 @@ DAMAGE = {
     "integers": ("lora_down.weight", torch.ones(2, 8).int(), "holds torch.int32 of shape (2, 8); a factor is a"),
     "two alphas": ("alpha", torch.ones(2), ".alpha' has shape (2,); 'alpha' is a single number."),
     "core": ("lora_mid.weight", torch.ones(3, 2, 3, 3), "a Tucker core is (r, r, kernel), and its factor (r, in)."),
-    "alpha nan": ("alpha", torch.tensor(float("nan")), "must be a finite float"),
+    "alpha nan": ("alpha", torch.tensor(float("nan")), "must be a finite float32"),
 }
 
 
