@@ -20,7 +20,7 @@ from torch.jit import ScriptModule
 from adapterkit.acting import Active
 from adapterkit.dispatch import ACTIVE, INPUT, input_name, run
 from adapterkit.errors import StateError
-from adapterkit.keys import CONTAINERS
+from adapterkit.keys import CONTAINERS, SHARED
 from adapterkit.layer import Holder
 from adapterkit.readers import READ, READS, Path, begin, below, effective, reads, running
 
@@ -214,6 +214,15 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
                 f"{path!r} has an attribute {container!r} of its own, which adapterkit would overwrite. "
                 "Leave this layer out with exclude_modules."
             )
+
+
+def check_free_root(model: nn.Module) -> None:
+    """Raise `StateError` if `model` has something else where shared tensors are registered."""
+    if not isinstance(model._modules.get(SHARED), Slots) and _has(model, SHARED):
+        raise StateError(
+            f"The model has an attribute {SHARED!r} of its own, which adapterkit would overwrite with the tensors that "
+            "the layers of this adapter share. Rename it, or take a method that shares none."
+        )
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.acting import Active
-from adapterkit.adapted import check_free, original_class
+from adapterkit.adapted import check_free, check_free_root, original_class
 from adapterkit.biases import BiasLayer, bias_place
 from adapterkit.config import AdapterConfig
 from adapterkit.errors import PluginError, SelectionError, StateError
@@ -66,6 +66,8 @@ class Builder:
         record = AdapterRecord(name, self.config)
         shared = dict(self.method.prepare(list(self.targets.values()), self.config))
         self._check_shared(shared)
+        if shared:
+            check_free_root(self.walk.model)
         record.shared = SharedView(SharedTensors(shared)) if shared else None
         self._make_layers(record, active)
         for path in self.selection.heads:

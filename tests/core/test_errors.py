@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
 
 ROOT = Path(__file__).parents[2]
 FIELDS: dict[str, Any] = {"r": 2, "target_modules": ["layers.0", "layers.1"]}
@@ -307,6 +308,12 @@ def own_attribute() -> nn.Module:
     return with_layer(layer)
 
 
+def own_shared() -> nn.Module:
+    model = with_layer(nn.Linear(4, 4))
+    model.adapter_shared = nn.Linear(4, 4)
+    return model
+
+
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -575,6 +582,14 @@ ODD_MODELS = {
             add(target_modules=["odd"]),
             ak.StateError,
             "'odd' has an attribute 'adapters' of its own, which adapterkit would overwrite. Leave this layer out",
+        ),
+    ),
+    "an attribute where shared tensors go": (
+        own_shared,
+        case(
+            lambda model: ak.attach(model).add("c", VeraConfig(target_modules=["fc"])),
+            ak.StateError,
+            "The model has an attribute 'adapter_shared' of its own, which adapterkit would overwrite with the tensors",
         ),
     ),
     "scripted": (
