@@ -7,7 +7,7 @@ for each state (`acting.State`), at the module's first forward in it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from adapterkit import offload, readers
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.headcast import callable_head
 from adapterkit.keys import BIASES, HEADS, LAYERS
+from adapterkit.kinds import LayerKind
 from adapterkit.sharded import shape_of
 
 if TYPE_CHECKING:
@@ -38,20 +39,21 @@ class Plan:
         biases: the trained biases that act.
         additive: whether all the layers are.
         changer: the one layer that acts, if it may take the module's weight and change it.
-        table: whether the module is an embedding.
+        check: what is asked before each forward; see `checks`.
     """
 
-    __slots__ = ("additive", "biases", "called", "changer", "head", "layers", "module", "table")
+    __slots__ = ("additive", "biases", "called", "changer", "check", "head", "layers", "module")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
-        self.module, self.head, self.table = module, None, isinstance(module, nn.Embedding)
+        self.module, self.head = module, None
         for head, owner in state.parts(module, HEADS, state.heads):
             # In place of the module for everyone: what others change in it has nothing to act on.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.called = callable_head(head, module)
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
+        self.check = checks(module, self.layers)
         self.additive = all(layer.additive for layer in self.layers)
         # Compiled, the compiler decides what is made of it.
         eager = self.additive and not torch.compiler.is_compiling()
@@ -109,13 +111,37 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     if state.idle:
         return original(*args, **kwargs)
     plan = state.plan(module)
-    if plan.table:  # a row that is not there is no error on a GPU, but the end of it
-        check_sizes(module, state)
+    if plan.check is not None:
+        plan.check(module, state)
     try:
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError):
         check_sizes(module, state)
         raise
+
+
+def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, State], None] | None:
+    """What raises `StateError` in a forward that would go wrong in silence, or `None`: sizes that do not fit raise.
+
+    A row that is not there is no error on a GPU, but the end of it; and a convolution may do something else.
+    """
+    if isinstance(module, nn.Embedding):
+        return check_sizes
+    return check_unchanged if any(type(x.kind).changed is not LayerKind.changed for x in layers) else None
+
+
+def check_unchanged(module: nn.Module, state: State) -> None:
+    """Raise `StateError` if the module does something else than what is at work there was made for."""
+    slots = module._modules.get(LAYERS)
+    for part, name in parts_of(slots, state.names):
+        what = part.kind.changed(module)
+        if what is not None:
+            assert slots is not None
+            raise StateError(
+                f"{slots.path!r} has {what} since adapter {name!r} was added, which acts as it was then. Set it back, "
+                f"or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
+                f"adapters.remove({name!r}) takes it away."
+            )
 
 
 def check_sizes(module: nn.Module, state: State) -> None:

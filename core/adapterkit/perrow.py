@@ -18,7 +18,7 @@ from adapterkit import offload, readers
 from adapterkit.acting import State
 from adapterkit.batch import Batch
 from adapterkit.biases import BiasLayer
-from adapterkit.dispatch import ACTIVE, Inner, Plan, by_keyword, run, summable
+from adapterkit.dispatch import ACTIVE, Inner, Plan, by_keyword, checks, run, summable
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.headcast import callable_head
 from adapterkit.keys import BIASES, HEADS, LAYERS
@@ -126,7 +126,6 @@ class RowPlan(Plan):
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
-        self.table = isinstance(module, nn.Embedding)
         self.heads: dict[str, Any] = {
             name: callable_head(head, module) for head, name in state.parts(module, HEADS, names)
         }
@@ -135,6 +134,7 @@ class RowPlan(Plan):
         self.default = next(
             (callable_head(head, module) for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None
         )
+        self.check = checks(module, self.parts.values())
         self.additive = all(layer.additive for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         classes = dict.fromkeys(map(type, self.parts.values()))

@@ -51,6 +51,8 @@ class Presence:
                 found[path] = f"was given another class ({type(host).__name__})"
             elif before and now and before != now:
                 found[path] = f"has another weight, of shape {now} in place of {before}: it was replaced"
+            elif path in self.record.layers and (what := self.record.layers[path].kind.changed(host)) is not None:
+                found[path] = f"has {what}"
         for container, path, part in self.record.parts():
             slots = self.record.hosts[path]._modules.get(container)
             if path not in found and (slots is None or slots._modules.get(self.record.name) is not part):

@@ -339,3 +339,66 @@ def test_another_adapter_goes_on() -> None:
     expected = adapters.model(IDS)
     adapters.merge("b")
     torch.testing.assert_close(adapters.model(IDS), expected)
+
+
+def conv(**fields: Any) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 4, 3, **{"padding": 1, **fields}))
+
+
+RESHAPED: dict[str, tuple[dict[str, Any], Callable[[Any], None], str]] = {
+    "stride": ({"stride": 2}, lambda c: setattr(c, "stride", (1, 1)), r"another stride: \(1, 1\) in place of \(2, 2\)"),
+    "one stride for both": ({"stride": 2}, lambda c: setattr(c, "stride", 1), r"another stride: \(1, 1\)"),
+    "padding": ({}, lambda c: setattr(c, "padding", (2, 2)), r"another padding: \(2, 2\) in place of \(1, 1\)"),
+    "dilation of the same output": (
+        {},
+        lambda c: c.__dict__.update(padding=(2, 2), dilation=(2, 2)),
+        r"another padding: \(2, 2\) in place of \(1, 1\)",
+    ),
+    "padding mode": (
+        {},
+        lambda c: c.__dict__.update(padding_mode="circular", _reversed_padding_repeated_twice=[1, 1, 1, 1]),
+        "another padding_mode: 'circular' in place of 'zeros'",
+    ),
+    "amount of circular padding": (
+        {"padding_mode": "circular"},
+        lambda c: c.__dict__.update(_reversed_padding_repeated_twice=[2, 2, 2, 2]),
+        r"another padding: \(2, 2, 2, 2\)",
+    ),
+    "groups": (
+        {"groups": 2},
+        lambda c: (
+            c.__dict__.update(groups=4, weight=None) or setattr(c, "weight", nn.Parameter(torch.ones(4, 1, 3, 3)))
+        ),
+        "another number of groups: 4 in place of 2|another weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "change", "message"), RESHAPED.values(), ids=RESHAPED.keys())
+def test_convolution_that_does_something_else_is_refused_in_the_forward_and_by_calls(
+    fields: dict[str, Any], change: Callable[[Any], None], message: str
+) -> None:
+    model, x = conv(**fields), torch.ones(2, 4, 8, 8)
+    adapters = adapted(model, target_modules=["0"])
+    model(x)
+    change(model[0])
+    with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added, which acts as it was then"):
+        model(x)
+    with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", None]):
+        model(x)
+    with pytest.raises(ak.StateError, match="merge is refused: '0' has " + message):
+        adapters.merge("a")
+    with adapters.disabled():
+        assert model(x).isfinite().all()
+
+
+def test_convolution_with_one_number_for_all_dimensions_is_adapted() -> None:
+    model, x = conv(), torch.ones(2, 4, 8, 8)
+    model[0].stride, model[0].padding = 2, 1
+    adapters = adapted(model, target_modules=["0"])
+    with torch.no_grad():
+        expected = model(x)
+        adapters.merge("a")
+        torch.testing.assert_close(model(x), expected)

@@ -71,6 +71,13 @@ class LayerKind(ABC):
         """Shapes of the up and the down factor in that form; `None` if the layer has no groups."""
         return None
 
+    def changed(self, module: nn.Module) -> str | None:
+        """What the module does otherwise than it did when this kind was made, to go on from `"'path' has "`, or `None`.
+
+        A kind that keeps more of a module than sizes overrides this; it is asked in each forward, so it must be fast.
+        """
+        return None
+
     def held(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the module's own parameters and buffers that `write` writes to."""
         return ("weight",)

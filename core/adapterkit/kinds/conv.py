@@ -14,6 +14,7 @@ from adapterkit.factors import Factors
 from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_NAMES = {"groups": "number of groups", "pad_mode": "padding_mode", "pad_amount": "padding"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,32 @@ class Conv(LayerKind):
             out_features=module.out_channels,
             in_features=module.in_channels // module.groups * math.prod(module.kernel_size),
             kernel=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
-            dilation=tuple(module.dilation),
+            stride=cls._each(module.stride),
+            padding=module.padding if isinstance(module.padding, str) else cls._each(module.padding),
+            dilation=cls._each(module.dilation),
             groups=module.groups,
             pad_mode=module.padding_mode,
             pad_amount=pad,
         )
+
+    @classmethod
+    def _each(cls, value: Any) -> tuple[int, ...]:
+        """A number for each dimension; torch takes one for all, too."""
+        return (value,) * cls.dims if isinstance(value, int) else tuple(value)
+
+    def changed(self, module: nn.Module) -> str | None:
+        """See `LayerKind.changed`: another stride, padding, dilation or number of groups."""
+        m: Any = module
+        known = (self.stride, self.padding, self.dilation, self.groups, self.pad_mode)
+        as_known = (m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == known
+        if as_known and (not self.pad_amount or tuple(m._reversed_padding_repeated_twice) == self.pad_amount):
+            return None
+        now = type(self).of(module)
+        for name in ("stride", "padding", "dilation", "groups", "pad_mode", "pad_amount") if now is not None else ():
+            before, after = getattr(self, name), getattr(now, name)
+            if before != after:
+                return f"another {_NAMES.get(name, name)}: {after!r} in place of {before!r}"
+        return None
 
     def up_shape(self, rank: int) -> tuple[int, ...]:
         """See `LayerKind.up_shape`: a 1 x 1 kernel."""
