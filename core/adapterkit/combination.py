@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from adapterkit.combine import Space
 from adapterkit.combiners import MajoritySign
 from adapterkit.merger import Merger
@@ -14,6 +16,7 @@ from adapterkit.reports import CombineReport
 class Combination(Merger):
     """The part of `Adapters` that combines and converts."""
 
+    @torch.inference_mode(False)
     def combine(  # noqa: PLR0913 - three independent choices and what they need
         self,
         name: str,

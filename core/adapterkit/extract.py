@@ -28,6 +28,7 @@ _LARGE = 1024
 _OVERSAMPLING, _ITERATIONS = 16, 4
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     base: nn.Module,

@@ -290,7 +290,7 @@ def recognise(
     if len(found) != 1:
         raise CheckpointError(_not_one([m.name for m, _ in found], asked, broken, tensors, layers, file))
     for fault in broken:
-        warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=5)
+        warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
     method, config = found[0]
     return method, config.replace(modules_to_save=None) if config.modules_to_save == "auto" else config
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from adapterkit.build import Builder
@@ -28,6 +29,7 @@ from adapterkit.wrapped import check_averaged
 class Lifecycle(PerSample):
     """The part of `Adapters` that adds and removes."""
 
+    @torch.inference_mode(False)
     def add(
         self,
         name: str,
@@ -100,6 +102,7 @@ class Lifecycle(PerSample):
         if self._live.labels_of == old:
             self._live.labels_of = new
 
+    @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:
         """Add a copy of an adapter under another name, independent of it, and not active."""
         record = self._record(source)

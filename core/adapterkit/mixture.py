@@ -181,7 +181,7 @@ def _warn_of_replaced(records: Sequence[AdapterRecord], heads: Collection[str]) 
         warnings.warn(
             f"The chosen head takes the place of what {name!r} changes at {path!r}, which is not in the result.",
             AdapterWarning,
-            stacklevel=5,  # the caller of combine, behind the frame of torch.no_grad
+            stacklevel=6,  # the caller of combine, behind the frames of torch.no_grad and inference_mode
         )
 
 

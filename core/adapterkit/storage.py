@@ -44,6 +44,7 @@ class Storage(Lifecycle):
         with self._as_wholes([record] if source is None else []):
             return to_file(record, default_registry.method_of(record.config), source)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Copy tensors into an existing adapter.
 
@@ -62,7 +63,7 @@ class Storage(Lifecycle):
             if not found.report.ok:
                 if strict:
                     refuse(found.report, name, "The state dict")
-                warnings.warn(str(found.report), AdapterWarning, stacklevel=2)
+                warnings.warn(str(found.report), AdapterWarning, stacklevel=3)
             for slot, tensor in found.values:
                 if slot.tensor.shape != tensor.shape:
                     check_can_replace(self.model, slot.key)
@@ -111,6 +112,7 @@ class Storage(Lifecycle):
             warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
         return path
 
+    @torch.inference_mode(False)
     def load(  # noqa: PLR0913 - the last four are the hub's
         self,
         source: str | Path,
@@ -161,6 +163,7 @@ class Storage(Lifecycle):
                 record.light(lent=False)
         return report
 
+    @torch.inference_mode(False)
     def swap(
         self,
         name: str,

@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
@@ -92,6 +93,7 @@ class Parting:
         freed = [tie for tie in ties if _is_in(tie.declarer.config, configs) and tie not in parted]
         return cls(model, parted, configs, freed)
 
+    @torch.inference_mode(False)
     def tell(self) -> None:
         """Do it, after the weights were parted."""
         undo = self._undo

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
 
 Trained = Callable[..., ak.Adapters]
 
@@ -665,3 +666,50 @@ def test_adapters_of_a_model_inside_another_are_left_alone_by_it(trained: Traine
     assert all(p.requires_grad for p in inner.parameters("a"))
     inner.detach()
     assert_as_before(model, before)
+
+
+BORN: dict[str, Callable[[ak.Adapters, Path], Any]] = {
+    "add": lambda a, f: a.add("b", VeraConfig(r=2, target_modules=["0"], modules_to_save=["2"])),
+    "copy": lambda a, f: a.copy("a", "b"),
+    "load": lambda a, f: a.load(f, "b"),
+    "load of random tensors": lambda a, f: a.load(f.parent / "vera", "b"),
+    "combine": lambda a, f: a.combine("b", {"a": 1.0}, heads="a"),
+    "extract": lambda a, f: ak.extract(a.model, mlp(seed=1), name="b", rank=1),
+}
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("call", BORN)
+def test_adapter_made_in_inference_mode_can_be_trained_later(call: str, tmp_path: Path) -> None:
+    other = ak.attach(mlp())
+    other.add("vera", VeraConfig(r=2, target_modules=["0"]))
+    other.save("vera", tmp_path / "vera")
+    model = mlp()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    set_parameters(adapters, "a")
+    folder = adapters.save("a", tmp_path / "a")
+    with torch.inference_mode():
+        BORN[call](adapters, folder)
+    adapters.activate("b", trainable=True)
+    model(torch.ones(2, 6)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapters.parameters("b"))
+
+
+def test_weight_merged_in_inference_mode_can_be_trained_beside() -> None:
+    model = mlp()
+    model[2].weight = nn.Parameter(torch.ones(6, 6))
+    model[0].weight = model[2].weight
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    adapters.add("b", LoraConfig(r=2, target_modules=["0", "2"]), activate=False)
+    with torch.inference_mode():
+        adapters.merge("a", untie=True)
+    adapters.activate("b")
+    model[:2](torch.ones(2, 6)).sum().backward()
+    assert model[0].adapters["b"].lora_B.weight.grad is not None

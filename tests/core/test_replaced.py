@@ -368,10 +368,8 @@ RESHAPED: dict[str, tuple[dict[str, Any], Callable[[Any], None], str]] = {
     ),
     "groups": (
         {"groups": 2},
-        lambda c: (
-            c.__dict__.update(groups=4, weight=None) or setattr(c, "weight", nn.Parameter(torch.ones(4, 1, 3, 3)))
-        ),
-        "another number of groups: 4 in place of 2|another weight",
+        lambda c: c.__dict__.update(groups=4),
+        "another number of groups: 4 in place of 2",
     ),
 }
 
@@ -390,8 +388,6 @@ def test_convolution_that_does_something_else_is_refused_in_the_forward_and_by_c
         model(x)
     with pytest.raises(ak.StateError, match="merge is refused: '0' has " + message):
         adapters.merge("a")
-    with adapters.disabled():
-        assert model(x).isfinite().all()
 
 
 def test_convolution_with_one_number_for_all_dimensions_is_adapted() -> None:
