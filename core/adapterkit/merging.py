@@ -56,6 +56,7 @@ class Kept:
 
     def give_back(self) -> None:
         """The same objects with the same bits."""
+        self.merged = {}  # what is written from now on is the base
         for name, tensor in self.tensors.items():
             put(self.module, name, tensor)
             if name in self.values:
