@@ -37,6 +37,9 @@ from adapterkit.vocabulary import resized_tables, tables, tied_to
 from adapterkit.walk import Walk
 from adapterkit.wrapped import reshard
 
+# In a file's metadata: modules that have several paths are adapted under all of them.
+_EVERYWHERE = "adapterkit_every_path"
+
 
 def save_record(
     record: AdapterRecord,
@@ -87,6 +90,7 @@ def to_files(
     outer = FILE_PREFIX + prefix
     tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
+    metadata |= {_EVERYWHERE: "true"} if record.aliases else {}
     return file_config(record, method, model, prefix).to_dict(), tensors, metadata
 
 
@@ -220,6 +224,8 @@ def load_record(
             refuse(found.report, name, str(files.folder))
         if strict is not None:
             warnings.warn(f"{files.folder}: {found.report}", AdapterWarning, stacklevel=4)
+    if strict is not None and files.config is not None and _EVERYWHERE not in files.metadata:
+        _warn_of_aliases(record, str(files.folder))
     dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
     put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
     builder.fill(record)
@@ -227,6 +233,19 @@ def load_record(
         record.heads[path]._parameters["weight"] = record.heads[first]._parameters["weight"]
     record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
+
+
+def _warn_of_aliases(record: AdapterRecord, folder: str) -> None:
+    for path, others in record.aliases.items():
+        if path in record.layers or path in record.heads:
+            warnings.warn(
+                f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
+                "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
+                "adapts the first path alone, and the outputs differ from PEFT's.",
+                AdapterWarning,
+                stacklevel=5,
+            )
+            return
 
 
 def _method_and_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,20 +104,38 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
 
 def select_on(walk: Walk, config: AdapterConfig) -> Selection:
     """`select` on a model that has been walked."""
+    _check_no_peft(walk)
     heads = head_paths(walk, config.modules_to_save)
     found, skipped, unmatched = _candidates(walk, config, heads)
     layers = LayerFilter(config, walk.paths)
     targets = []
+    lost: dict[str, str] = {}
     for match in found:
         reason = layers.refuse(match.path)
         if reason:
             skipped.append((match.path, reason))
+            lost.setdefault(match.rule, f"{match.rule} ({match.path!r}: {reason})")
         else:
             targets.append(match)
     if not targets:
         raise SelectionError(_nothing(walk, config, skipped, unmatched))
+    if config.target_modules is not None:  # a default names what some models have
+        unmatched += [entry for rule, entry in lost.items() if rule not in {match.rule for match in targets}]
     unmatched += layers.unused + _unused_patterns(config, targets)
     return Selection(tuple(targets), heads, tuple(skipped), tuple(unmatched))
+
+
+def _check_no_peft(walk: Walk) -> None:
+    """Raise `SelectionError` if the model has PEFT's adapters, whose layers would be taken for its own."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    for module, paths in walk.aliases.items() if peft is not None else ():
+        if isinstance(module, peft.BaseTunerLayer):
+            raise SelectionError(
+                f"The model has adapters of PEFT, such as at {paths[0]!r}. Take them off first: peft_model.unload() "
+                "gives the bare model, peft_model.merge_and_unload() the model with them in its weights, and "
+                "model.delete_adapter(name) takes off what transformers' model.add_adapter put on. Then adapt that; "
+                "adapters.load reads the folders that PEFT writes."
+            )
 
 
 def _candidates(

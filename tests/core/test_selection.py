@@ -476,3 +476,23 @@ def test_select_does_not_look_at_the_adapters_there_are() -> None:
 def test_a_selections_kinds_are_those_of_its_layers() -> None:
     kinds = {m.path: m.kind.name for m in select(build("convnet"), ["conv1d", "conv3d", "fc"]).targets}
     assert kinds == {"conv1d": "Conv1d", "conv3d": "Conv3d", "fc": "Linear"}
+
+
+@pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"layers_to_transform": {"layers": [0]}}], ids=str)
+def test_entry_whose_every_layer_the_numbers_leave_out_is_told(fields: dict[str, Any]) -> None:
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=None, **fields)
+    with pytest.warns(ak.AdapterWarning, match="matched nothing: target_modules 'lm_head' .*'lm_head': .* in no stack"):
+        report = ak.attach(build("llama")).add("a", config)
+    assert report.targets == ("model.layers.0.self_attn.q_proj",)
+    assert "lm_head" in str(report)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+@pytest.mark.parametrize("wrap", ["get_peft_model", "inject_adapter_in_model"])
+def test_model_with_adapters_of_peft_is_refused(wrap: str, targets: Any) -> None:
+    config, model = peft.LoraConfig(target_modules=["q_proj"]), build("llama")
+    theirs = peft.get_peft_model(model, config) if wrap.startswith("get") else peft.inject_adapter_in_model(config, model)
+    with pytest.raises(ak.SelectionError, match=r"adapters of PEFT, such as at '.*q_proj'\. Take them off first: "):
+        ak.attach(theirs).add("a", LoraConfig(target_modules=targets))
+    if wrap.startswith("get"):
+        assert ak.attach(theirs.unload()).add("a", LoraConfig(target_modules=targets)).targets

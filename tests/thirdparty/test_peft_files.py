@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator
@@ -88,3 +89,32 @@ def test_what_is_written_here_gives_the_same_outputs_in_peft(
     adapters.save("a", tmp_path)
     theirs = peft.PeftModel.from_pretrained(build(model), str(tmp_path)).eval()
     torch.testing.assert_close(run(theirs, model), run(ours, model), rtol=1e-4, atol=1e-5)
+
+
+class TwoNames(nn.Module):
+    """One layer under two paths, called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_file_of_peft_for_a_module_of_two_paths_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["first", "second"], init_lora_weights=False)
+    peft.get_peft_model(TwoNames(), config).save_pretrained(tmp_path)
+    with pytest.warns(ak.AdapterWarning, match="'first' is one module with 'second', .* PEFT, .* adapts the first path"):
+        ak.attach(TwoNames()).load(tmp_path, "a")
+
+
+def test_own_file_for_a_module_of_two_paths_is_loaded_without_a_warning(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TwoNames()
+    adapters, other = ak.attach(copy.deepcopy(model)), ak.attach(model)
+    adapters.add("a", ak.config("lora", target_modules=["first"], init_lora_weights=False))
+    other.load(adapters.save("a", tmp_path), "a")
+    x = torch.ones(2, 4)
+    torch.testing.assert_close(other.model(x), adapters.model(x))
