@@ -115,7 +115,7 @@ class Builder:
                 "it. Add the adapter before fully_shard."
             )
         self._add_host(record, path, module, active)
-        head = record.heads[path] = copy_head(module)
+        head = record.heads[path] = copy_head(module, path)
         widen(head)
         record.readers = readers_of(self.walk, record.hosts, record.heads)
         return head

@@ -69,7 +69,7 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         listed = ", ".join(map(repr, adapters.merged))
         raise StateError(f"The base's weights have {listed} merged into them. Call unmerge() first.")
     selection = wanted_layers(base, to, target_modules, exclude_modules, modules_to_save)
-    heads = {path: copy_head(_module(tuned, path)) for path in selection.heads}
+    heads = {path: copy_head(_module(tuned, path), path) for path in selection.heads}
     labels = LabelSet.of(tuned) if heads else None
     space = Workspace(base, adapters._active)
     record, report = extracted(

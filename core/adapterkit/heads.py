@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from adapterkit.adapted import is_adapted, strip
 from adapterkit.dispatch import ACTIVE
-from adapterkit.errors import ConfigError, SelectionError, nearest
+from adapterkit.errors import ConfigError, SelectionError, UnsupportedError, nearest
+from adapterkit.kinds.base import is_special
 from adapterkit.matching import Names
 from adapterkit.offload import hook_objects, remove_hooks
 from adapterkit.sharded import as_wholes
@@ -94,8 +95,12 @@ def output_layers(model: nn.Module) -> set[nn.Module]:
     return layers
 
 
-def copy_head(module: nn.Module) -> nn.Module:
-    """A copy of `module` without adapters and without accelerate's hooks, holding real values."""
+def copy_head(module: nn.Module, path: str) -> nn.Module:
+    """A copy of the module at `path` without adapters and without accelerate's hooks, holding real values.
+
+    Raises:
+        UnsupportedError: it cannot be copied, or the copy could not be trained.
+    """
     # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
     own = (hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())
     hooks = [*hook_objects(module), *own]
@@ -103,12 +108,38 @@ def copy_head(module: nn.Module) -> nn.Module:
         m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)
     ]  # which knows all adapters and their modules
     with as_wholes(module, module.modules()):
-        head: nn.Module = copy.deepcopy(module, {id(kept): kept for kept in (*hooks, *active)})
+        reason = _untrainable(module)
+        if reason is not None:
+            raise UnsupportedError(f"{path!r} cannot be trained as a copy: {reason}.")
+        try:
+            head: nn.Module = copy.deepcopy(module, {id(kept): kept for kept in (*hooks, *active)})
+        except Exception as error:
+            why = f"copying it raises {type(error).__name__}: {error}"
+            raise UnsupportedError(f"{path!r} cannot be trained as a copy: {why}") from error
     remove_hooks(head, module)
     for kind in _HOOKS:  # the module's own fire there; the copy is called by it
         getattr(head, kind).clear()
     strip(head)
     return head.requires_grad_(True)
+
+
+def _untrainable(root: nn.Module) -> str | None:
+    """Why a copy of this module could not be trained, or `None`."""
+    for path, module in root.named_modules():
+        place = f"{path}." if path else ""
+        for name, p in module._parameters.items():
+            if p is not None and (is_special(p) or not (p.is_floating_point() or p.is_complex())):
+                return (
+                    f"its {place}{name} is a {type(p).__name__} ({p.dtype}), which takes no gradient: quantised, or of "
+                    "whole numbers. Leave that module out when the model is quantised, or out of modules_to_save"
+                )
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):  # it would set the module's own, not the copy's
+                return (
+                    f"{type(hook).__name__} computes {place or 'its '}weight before each forward. Make it permanent "
+                    "first, or use torch.nn.utils.parametrizations"
+                )
+    return None
 
 
 def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Module) -> None:

@@ -8,7 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from adapterkit.errors import UnsupportedError
 from adapterkit.kinds import LayerKind
+from adapterkit.kinds.base import dense
 from adapterkit.sharded import as_wholes
 
 
@@ -41,9 +43,19 @@ class Target:
         return self.kind.in_features
 
     def weight(self) -> Tensor:
-        """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation."""
+        """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation.
+
+        Raises:
+            UnsupportedError: it is quantised, and does not say which numbers it stands for.
+        """
         with as_wholes(self.module, self.module.modules()):
-            weight = self.kind.read(self.module)
+            held = self.kind.read(self.module)
+            weight = dense(held)
+            if weight is None:
+                raise UnsupportedError(
+                    f"The weight of {self.path!r} is a {type(held).__name__}, which does not give the numbers that it "
+                    "stands for. Begin with others than the weight's own, or add the adapter before it is quantised."
+                )
             return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
     def empty(self, *shape: int) -> nn.Parameter:

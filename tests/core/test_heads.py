@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
 from tests.models import assert_same_outputs, build, inputs, run, tokens
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -648,3 +651,41 @@ def test_a_float32_model_calls_its_heads_without_casts() -> None:
     head = adapters.model.classifier
     plan = head.__dict__["_adapter_active"].state.plan(head)
     assert plan.called is plan.head
+
+
+def weight_norm(layer: nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+def whole_numbers(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+def unknown_to_copy(layer: nn.Linear) -> None:
+    layer.lock = threading.Lock()  # type: ignore[assignment]
+
+
+UNTRAINABLE: dict[str, tuple[Callable[[nn.Linear], None], str]] = {
+    "weight_norm of old": (weight_norm, "WeightNorm computes its weight before each forward. Make it permanent first"),
+    "pruned": (lambda layer: prune.identity(layer, "weight"), "Identity computes its weight before each forward"),
+    "of whole numbers": (whole_numbers, r"its weight is a Parameter \(torch.int8\), which takes no gradient"),
+    "with a lock": (unknown_to_copy, "copying it raises TypeError: cannot pickle '_thread.lock' object"),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside"])
+@pytest.mark.parametrize(("change", "message"), UNTRAINABLE.values(), ids=UNTRAINABLE.keys())
+def test_module_of_which_no_copy_can_be_trained_is_refused(
+    change: Callable[[nn.Linear], None], message: str, inside: bool
+) -> None:
+    layer = nn.Linear(4, 4)
+    change(layer)
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Sequential(layer) if inside else layer})
+    adapters = ak.attach(model)
+    message = message.replace("its weight", "0.weight") if inside and "computes" in message else message
+    message = message.replace("its weight", "its 0.weight") if inside else message
+    with pytest.raises(ak.UnsupportedError, match="'head' cannot be trained as a copy: " + message):
+        adapters.add("a", LoraConfig(target_modules=["body"], modules_to_save=["head"]))
+    assert adapters.names == ()

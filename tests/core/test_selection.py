@@ -491,7 +491,9 @@ def test_entry_whose_every_layer_the_numbers_leave_out_is_told(fields: dict[str,
 @pytest.mark.parametrize("wrap", ["get_peft_model", "inject_adapter_in_model"])
 def test_model_with_adapters_of_peft_is_refused(wrap: str, targets: Any) -> None:
     config, model = peft.LoraConfig(target_modules=["q_proj"]), build("llama")
-    theirs = peft.get_peft_model(model, config) if wrap.startswith("get") else peft.inject_adapter_in_model(config, model)
+    theirs = (
+        peft.get_peft_model(model, config) if wrap.startswith("get") else peft.inject_adapter_in_model(config, model)
+    )
     with pytest.raises(ak.SelectionError, match=r"adapters of PEFT, such as at '.*q_proj'\. Take them off first: "):
         ak.attach(theirs).add("a", LoraConfig(target_modules=targets))
     if wrap.startswith("get"):

@@ -106,7 +106,9 @@ class TwoNames(nn.Module):
 def test_file_of_peft_for_a_module_of_two_paths_is_loaded_with_a_warning(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["first", "second"], init_lora_weights=False)
     peft.get_peft_model(TwoNames(), config).save_pretrained(tmp_path)
-    with pytest.warns(ak.AdapterWarning, match="'first' is one module with 'second', .* PEFT, .* adapts the first path"):
+    with pytest.warns(
+        ak.AdapterWarning, match="'first' is one module with 'second', .* PEFT, .* adapts the first path"
+    ):
         ak.attach(TwoNames()).load(tmp_path, "a")
 
 

@@ -53,3 +53,43 @@ def test_one_quantised_layer_refuses_the_whole_merge(quantise: Callable[[nn.Modu
 @torch.no_grad()
 def output(model: nn.Module) -> Tensor:
     return model(X)
+
+
+QUANTISED = [int8_of_torchao, int8_of_quanto]
+
+
+def quantised(quantise: Callable[[nn.Module], None]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(32, 32))
+    model.add_module("second", nn.Linear(32, 32))
+    quantise(model.eval())
+    return model
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_a_report_has_the_size_of_a_quantised_weight(quantise: Callable[[nn.Module], None]) -> None:
+    adapters = ak.attach(quantised(quantise))
+    adapters.add("a", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+    layers = adapters.report().findings.adapters[0].layers.values()
+    assert [layer.base_norm for layer in layers] == [pytest.approx(3.27, rel=0.05)] * 2
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_an_adapter_begins_with_the_leading_part_of_a_quantised_weight(
+    quantise: Callable[[nn.Module], None], init: str
+) -> None:
+    model = quantised(quantise)
+    expected = model(X)
+    ak.attach(model).add("a", LoraConfig(r=4, target_modules=["second"], init_lora_weights=init))
+    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+    assert model.second.adapters["a"].lora_A.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_a_quantised_module_is_not_trained_as_a_copy(quantise: Callable[[nn.Module], None]) -> None:
+    adapters = ak.attach(quantised(quantise))
+    with pytest.raises(ak.UnsupportedError, match="'second' cannot be trained as a copy: its weight is a .*Tensor"):
+        adapters.add("a", LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"]))
+    assert adapters.names == ()

@@ -68,7 +68,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     before, after = StoredModel(model, folders[0]), StoredModel(model, folders[1])
     working = torch.float64 if torch.float64 in before.dtypes else torch.float32
     selection = wanted_layers(model.to(working), to, target_modules, exclude_modules, modules_to_save)
-    heads = {path: copy_head(after.module(path)) for path in selection.heads}
+    heads = {path: copy_head(after.module(path), path) for path in selection.heads}
     labels = LabelSet.of(model) if heads else None
 
     def layers(match: Match) -> tuple[nn.Module, nn.Module]:

@@ -184,6 +184,22 @@ def is_floating_weight(module: nn.Module, dim: int) -> bool:
     return weight.is_floating_point() and len(shape_of(weight)) == dim
 
 
+def is_special(tensor: Tensor) -> bool:
+    """Whether its class says itself how it computes: a quantised or sharded one."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def dense(tensor: Tensor) -> Tensor | None:
+    """The tensor, or the values that one which is quantised stands for; `None` if it does not give them."""
+    if not is_special(tensor):
+        return tensor
+    try:
+        found: Tensor = tensor.dequantize()
+    except Exception:  # noqa: BLE001 - a stranger's class
+        return None
+    return None if is_special(found) else found
+
+
 def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether `module` computes as `cls` does: a subclass with a `forward` of its own may pad or look up otherwise."""
     own = getattr(type(module), "_adapted_from", type(module))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from adapterkit.kinds.base import dense
 from adapterkit.merging import Merged
 from adapterkit.record import AdapterRecord
 from adapterkit.report.sources import Source, of_record
@@ -28,6 +29,7 @@ def _base_norm(record: AdapterRecord, merged: Merged) -> Callable[[str], float |
         kept = merged.kept.get(module)
         with as_wholes(module, module.modules()):
             weight = record.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
+            weight = None if weight is None else dense(weight)
             return None if weight is None or weight.is_meta else norm_of(weight)
 
     return found
