@@ -20,6 +20,7 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
     "DataParallel": "module",
+    "AveragedModel": "module",
     "DeepSpeedEngine": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
@@ -29,7 +30,7 @@ def attach(model: nn.Module) -> Adapters:
     """The adapters of this model: made at the first call, the same object at every later one.
 
     Changes nothing by itself. A model wrapped by `torch.compile`, `DistributedDataParallel` or DeepSpeed's engine has
-    the adapters of the model inside.
+    the adapters of the model inside; torch's `AveragedModel` those of its copy.
 
     Raises:
         ConfigError: not a module.

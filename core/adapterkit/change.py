@@ -167,6 +167,11 @@ def _check(change: Change, untie: bool) -> None:
             "is; or register a layer kind that vouches for such layers (LayerKind.vouches)."
         )
     for name in sorted(change.tied) if not untie else ():
+        if change.tied[name] == "itself":
+            raise StateError(
+                f"'{change.path}.{name}' is expanded: several of its numbers are one in memory, and would change "
+                f"together. Merge with untie=True to give each its own, or leave {change.path!r} out of the adapter."
+            )
         raise StateError(
             f"'{change.path}.{name}' is tied to another module: it shares memory with {change.tied[name]!r}, which "
             f"would change with it. Merge with untie=True to give {change.path!r} a {name} of its own, or leave it out "

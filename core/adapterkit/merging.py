@@ -104,7 +104,6 @@ class Merged:
         return Merged(self.names + names, self.keeps_base and keep_base, kept, heads)
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def carry_out(
     changes: Sequence[Change], done: Done, *, safe: bool, keep_base: bool, stop: Sequence[object] = ()

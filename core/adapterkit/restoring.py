@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.keys import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.record import AdapterRecord
+from adapterkit.sharded import shape_of
 from adapterkit.slots import module_slots, slots
 from adapterkit.vocabulary import resized_keys
 from adapterkit.walk import Walk
@@ -44,7 +45,8 @@ class Loader:
         A state dict of the base alone may be loaded, with a warning.
 
         Raises:
-            CheckpointError: the state dict is of other adapters than the model's, or lacks some that train.
+            CheckpointError: the state dict is of other adapters than the model's, lacks some that train, or has other
+                shapes for them.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
         known = {key for record in adapters._records.values() for key in record.memory_keys()}
@@ -72,6 +74,15 @@ class Loader:
                 f"model has {here}. Add the adapters that were saved, under the same names and with the same configs, "
                 "before you resume; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
+        for name, record in adapters._records.items():
+            for key in record.memory_keys():
+                here, there = _shape(own.get(key)), _shape(state.get(prefix + key))
+                if here and there and here != there:
+                    raise CheckpointError(
+                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is {there} in "
+                        f"the state dict, and {here} here (such as another rank). Add it with the config that was "
+                        f"saved, or load it from its folder: adapters.load(folder, {name!r}, trainable=True)."
+                    )
         if lacking and given and not given & known:
             warnings.warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
@@ -85,6 +96,10 @@ class Loader:
         if self._partial:
             ours = {key for record in self.root.__dict__[ATTRIBUTE]._records.values() for key in record.memory_keys()}
             result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(shape_of(value)) if isinstance(value, Tensor) else None
 
 
 def _from_peft(

@@ -15,6 +15,7 @@ from tests.core.conftest import assert_as_before, different, set_parameters, sna
 from tests.models import assert_same_outputs, build, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
@@ -713,3 +714,18 @@ def test_weight_merged_in_inference_mode_can_be_trained_beside() -> None:
     adapters.activate("b")
     model[:2](torch.ones(2, 6)).sum().backward()
     assert model[0].adapters["b"].lora_B.weight.grad is not None
+
+
+def test_averaged_model_has_the_adapters_of_its_copy() -> None:
+    model = mlp()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    averaged = AveragedModel(model)
+    set_parameters(adapters, "a")
+    averaged.update_parameters(model)
+    found = ak.attach(averaged)
+    assert found is not adapters
+    assert found.model is averaged.module
+    assert found.names == ("a",)
+    with torch.no_grad():
+        torch.testing.assert_close(averaged(torch.ones(2, 6)), model(torch.ones(2, 6)))

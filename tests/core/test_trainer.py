@@ -200,3 +200,19 @@ def test_resuming_with_another_adapter_is_an_error_and_changes_nothing(tmp_path:
     with pytest.raises(ak.CheckpointError, match=r"trains 'u', and the state dict holds tensors of adapters .*\.t\."):
         trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(values(other), before)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=3, target_modules=["query"]), LoraConfig(r=1, target_modules=["query"])]
+)
+def test_resuming_with_another_rank_names_the_adapter_and_changes_nothing(config: LoraConfig, tmp_path: Path) -> None:
+    model, _ = adapted(LoraConfig(r=2, target_modules=["query"]))
+    trainer(model, tmp_path, max_steps=2).train()
+    other, _ = adapted(config)
+    before = values(other)
+    message = (
+        rf"Adapter 't' was saved with another config .*: '.*lora_A.*' is \(2, \d+\) .*, and \({config.r}, \d+\) here"
+    )
+    with pytest.raises(ak.CheckpointError, match=message):
+        trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(values(other), before)

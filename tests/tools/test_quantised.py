@@ -90,6 +90,6 @@ def test_an_adapter_begins_with_the_leading_part_of_a_quantised_weight(
 @pytest.mark.parametrize("quantise", QUANTISED)
 def test_a_quantised_module_is_not_trained_as_a_copy(quantise: Callable[[nn.Module], None]) -> None:
     adapters = ak.attach(quantised(quantise))
-    with pytest.raises(ak.UnsupportedError, match="'second' cannot be trained as a copy: its weight is a .*Tensor"):
+    with pytest.raises(ak.UnsupportedError, match=r"'second' cannot be trained as a copy: its weight is a .*Tensor"):
         adapters.add("a", LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"]))
     assert adapters.names == ()
