@@ -76,11 +76,11 @@ class Loader:
             )
         for name, record in adapters._records.items():
             for key in record.memory_keys():
-                here, there = _shape(own.get(key)), _shape(state.get(prefix + key))
-                if here and there and here != there:
+                mine, theirs = _shape(own.get(key)), _shape(state.get(prefix + key))
+                if mine and theirs and mine != theirs:
                     raise CheckpointError(
-                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is {there} in "
-                        f"the state dict, and {here} here (such as another rank). Add it with the config that was "
+                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is {theirs} in "
+                        f"the state dict, and {mine} here (such as another rank). Add it with the config that was "
                         f"saved, or load it from its folder: adapters.load(folder, {name!r}, trainable=True)."
                     )
         if lacking and given and not given & known:

@@ -127,7 +127,7 @@ def select_on(walk: Walk, config: AdapterConfig) -> Selection:
 
 def _check_no_peft(walk: Walk) -> None:
     """Raise `SelectionError` if the model has PEFT's adapters, whose layers would be taken for its own."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")
+    peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     for module, paths in walk.aliases.items() if peft is not None else ():
         if isinstance(module, peft.BaseTunerLayer):
             raise SelectionError(
