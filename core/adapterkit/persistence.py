@@ -237,7 +237,7 @@ def load_record(
 
 def _warn_of_aliases(record: AdapterRecord, folder: str) -> None:
     for path, others in record.aliases.items():
-        if path in record.layers or path in record.heads:
+        if path in record.layers or path in {*record.heads} - record.tables:
             warnings.warn(
                 f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
                 "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
