@@ -32,6 +32,9 @@ def attach(model: nn.Module) -> Adapters:
     Changes nothing by itself. A model wrapped by `torch.compile`, `DistributedDataParallel` or DeepSpeed's engine has
     the adapters of the model inside; torch's `AveragedModel` those of its copy.
 
+    Attach to the whole model, not to a model inside it: the outer model's `save_pretrained` and `from_pretrained` would
+    not know of the adapters. A transformers model warns when it is saved so.
+
     Raises:
         ConfigError: not a module.
     """

@@ -318,3 +318,31 @@ def test_what_is_pushed_is_what_was_written(
     (call,) = calls
     assert (call["repo_id"], call["commit_message"]) == ("me/out", "Trained")
     assert set(call["allow_patterns"]) == FILES | {"b/*"}
+
+
+def test_model_around_the_one_that_has_adapters_says_that_its_files_give_the_bare_base(tmp_path: Path) -> None:
+    model = build("llama")
+    adapters = ak.attach(model.model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(ak.AdapterWarning, match="attached to 'model' inside this model, which does not know them"):
+        model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    adapters.detach()
+    model.save_pretrained(tmp_path / "bare")
+
+
+def test_adapters_of_an_earlier_save_in_subfolders_are_told_and_stay(tmp_path: Path) -> None:
+    model = build("llama")
+    adapters = ak.attach(model)
+    for name in ("a", "b"):
+        adapters.add(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapters.activate("a", "b")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "adapter_config.json").touch()
+    adapters.remove("b")
+    adapters.activate("a")
+    with pytest.warns(ak.AdapterWarning, match="that were not written now, in the subfolders 'a', 'b'. Delete them"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "b" / "adapter_config.json").is_file()
