@@ -28,7 +28,7 @@ from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
 Trained = Callable[..., ak.Adapters]
-CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 class Reader(nn.Module):
@@ -375,7 +375,7 @@ def test_all_layers_of_an_architecture_act_merged_as_adapted(
     assert not without_gradient(model, adapters, "a", adapted)
     adapters.merge("a", untie=True)
     merged = forward()
-    assert (merged - adapted).abs().max() <= 2e-6 * (merged - base).abs().max().clamp(min=1)
+    assert (merged - adapted).abs().max() <= 1e-5 * (merged - base).abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("grad", [True, False])
