@@ -78,7 +78,7 @@ def test_two_packages_with_one_name_are_an_error_for_who_asks_for_it(environment
     first, second = environment.run(code, path=[odd]).splitlines()
     assert first == (
         "Two packages provide the method 'outer': adapterkit-outer (adapterkit_outer) and adapterkit-outer_too "
-        "(adapterkit_outer_too). Uninstall one of them."
+        "(adapterkit_outer_too). Uninstall one of them, or switch it off: ADAPTERKIT_DISABLE_PLUGINS=adapterkit-outer."
     )
     assert second == "<method 'ia3' from adapterkit-ia3 1.0.0>"
 

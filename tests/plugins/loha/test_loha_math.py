@@ -565,15 +565,9 @@ def test_a_layer_with_a_forward_of_its_own_is_added_to(replaced: bool, monkeypat
     torch.testing.assert_close(model(x), base + model.fc.adapters["a"].delta(x))
 
 
-def circular(model: nn.Module) -> None:
-    model.fc.padding_mode = "circular"
-    model.fc._reversed_padding_repeated_twice = [1] * 4
-
-
 CONVOLVE = {
     "by its class": lambda model: None,
     "by a method put on the layer": lambda model: setattr(model.fc, "_conv_forward", lambda x, *_: x.new_ones(1)),
-    "by another padding": circular,
 }
 
 
