@@ -41,6 +41,9 @@ class Lifecycle(PerSample):
     ) -> AddReport:
         """Add a new adapter. The first one freezes the base; `detach` gives that back.
 
+        While an adapter is on a parametrized layer, torch's `remove_parametrizations` cannot give the layer its class
+        back, and raises `AttributeError`: save, `detach`, remove the parametrization and load again.
+
         Args:
             name: any text without a dot.
             config: says the method, the layers and the sizes.

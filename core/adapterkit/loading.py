@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import CheckpointError, StateError
+from adapterkit.errors import AdapterWarning, CheckpointError, StateError
+from adapterkit.files import AdapterFiles
 from adapterkit.foreign import layers_of, passed_over
 from adapterkit.interrupts import uninterrupted
 from adapterkit.keys import BIASES, HEADS, SHARED, file_key, split_memory_key, strip_file_prefix
@@ -20,6 +22,8 @@ from adapterkit.sharded import shape_of, whole
 from adapterkit.slots import Slot, slots
 from adapterkit.walk import Walk
 
+# In a file's metadata: modules that have several paths are adapted under all of them.
+EVERYWHERE = "adapterkit_every_path"
 # Names that wrappers put into the paths of the modules they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _BASE_LAYER = ".base_layer."
@@ -277,3 +281,20 @@ def _apart(value: Tensor, taken: set[int]) -> Tensor:
         value = value.clone()
     taken.add(value.untyped_storage().data_ptr())
     return value
+
+
+def warn_of(files: AdapterFiles, record: AdapterRecord, report: LoadReport) -> None:
+    """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
+    folder = files.folder
+    if not report.ok:
+        warnings.warn(f"{folder}: {report}", AdapterWarning, stacklevel=5)
+    for path, others in record.aliases.items() if files.config is not None and EVERYWHERE not in files.metadata else ():
+        if path in record.layers or path in {*record.heads} - record.tables:
+            warnings.warn(
+                f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
+                "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
+                "adapts the first path alone, and the outputs differ from PEFT's.",
+                AdapterWarning,
+                stacklevel=5,
+            )
+            return

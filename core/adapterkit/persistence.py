@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from adapterkit.acting import Active
 from adapterkit.build import Builder
 from adapterkit.config import AdapterConfig
 from adapterkit.disk.mapping import write_tensors
-from adapterkit.errors import AdapterWarning, CheckpointError, UnknownNameError
+from adapterkit.errors import CheckpointError, UnknownNameError
 from adapterkit.files import AdapterFiles, Writer, write_folder
 from adapterkit.foreign import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.heads import adopt_rows
@@ -23,7 +22,7 @@ from adapterkit.hookspecs import METHODS_GROUP
 from adapterkit.keys import FILE_PREFIX, file_key, strip_file_prefix
 from adapterkit.kinds import LayerKind
 from adapterkit.labels import LabelSet
-from adapterkit.loading import equals_base, fit, put, refuse, to_file, unwrapped_key
+from adapterkit.loading import EVERYWHERE, equals_base, fit, put, refuse, to_file, unwrapped_key, warn_of
 from adapterkit.matching import Names
 from adapterkit.method import Method
 from adapterkit.offload import real_value
@@ -36,9 +35,6 @@ from adapterkit.slots import slots
 from adapterkit.vocabulary import resized_tables, tables, tied_to
 from adapterkit.walk import Walk
 from adapterkit.wrapped import reshard
-
-# In a file's metadata: modules that have several paths are adapted under all of them.
-_EVERYWHERE = "adapterkit_every_path"
 
 
 def save_record(
@@ -90,7 +86,7 @@ def to_files(
     outer = FILE_PREFIX + prefix
     tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
-    metadata |= {_EVERYWHERE: "true"} if record.aliases else {}
+    metadata |= {EVERYWHERE: "true"} if record.aliases else {}
     return file_config(record, method, model, prefix).to_dict(), tensors, metadata
 
 
@@ -219,33 +215,21 @@ def load_record(
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
     optional = {f"{path}.bias" for path in record.tables} | {f"{path}.weight" for path in tied}
     found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
-    if not found.report.ok:
-        if strict:
-            refuse(found.report, name, str(files.folder))
-        if strict is not None:
-            warnings.warn(f"{files.folder}: {found.report}", AdapterWarning, stacklevel=4)
-    if strict is not None and files.config is not None and _EVERYWHERE not in files.metadata:
-        _warn_of_aliases(record, str(files.folder))
-    dtypes = {slot.key: tensor.dtype for slot, tensor in found.values} if dtype == "file" else {}
-    put(found.values, assign=True, dtypes={k: v for k, v in dtypes.items() if not _of_head(k, record)})
+    if strict and not found.report.ok:
+        refuse(found.report, name, str(files.folder))
+    if strict is not None:
+        warn_of(files, record, found.report)
+    dtypes = {
+        slot.key: tensor.dtype
+        for slot, tensor in (found.values if dtype == "file" else ())
+        if not slot.key.startswith(tuple(f"{path}." for path in record.heads))
+    }
+    put(found.values, assign=True, dtypes=dtypes)
     builder.fill(record)
     for path, first in tied.items():
         record.heads[path]._parameters["weight"] = record.heads[first]._parameters["weight"]
     record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
     return record, found.report
-
-
-def _warn_of_aliases(record: AdapterRecord, folder: str) -> None:
-    for path, others in record.aliases.items():
-        if path in record.layers or path in {*record.heads} - record.tables:
-            warnings.warn(
-                f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
-                "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
-                "adapts the first path alone, and the outputs differ from PEFT's.",
-                AdapterWarning,
-                stacklevel=5,
-            )
-            return
 
 
 def _method_and_config(
@@ -256,10 +240,6 @@ def _method_and_config(
         return recognise(tensors, layers, files.metadata, files.folder)
     method = method_in_file(files.config, files.folder)
     return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
-
-
-def _of_head(key: str, record: AdapterRecord) -> bool:
-    return any(key.startswith(path + ".") for path in record.heads)
 
 
 def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> tuple[str, ...] | str | None:

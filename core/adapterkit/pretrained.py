@@ -6,17 +6,16 @@ Trainers know the model and not its adapters. What they write goes through it, a
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from adapterkit.besides import SAVE, let_outer_models_tell, warn_of_others
 from adapterkit.disk.mapping import write_tensors
 from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, appearing, local_path, write_folder
@@ -36,14 +35,9 @@ from adapterkit.walk import Walk, named_modules
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
-SAVE = "save_pretrained"
 # What `Trainer` hands to `load_state_dict` when it resumes and for the best model, and nobody else reads.
 TRAINING_FILE = "model.safetensors"
 _WHOLE_MODEL = "config.json"
-# What `Trainer` calls its checkpoints, which lie beside what it saves at the end.
-_CHECKPOINT = "checkpoint-"
-# Marks a class's `save_pretrained` that was wrapped already.
-_TELLS = "_tells_of_adapters"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _REFUSED = {
     "safe_serialization": (False, "only safetensors is written"),
@@ -227,7 +221,7 @@ class Saver:
 
         if groups or given.get("is_main_process", True):
             by_first_rank(groups, write)
-            self._warn_of_others(folder, names.values())
+            warn_of_others(folder, names.values())
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(records[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
@@ -260,19 +254,6 @@ class Saver:
                 "another folder, or delete the model there."
             )
         return True
-
-    @staticmethod
-    def _warn_of_others(folder: Path, written: Collection[Path]) -> None:
-        """Adapters in subfolders are of an earlier save, or somebody's own: they stay, and it is said."""
-        found = {path.parent for path in folder.glob(f"*/{CONFIG_FILE}")} - {*written}
-        others = sorted(place.name for place in found if not place.name.startswith(_CHECKPOINT))
-        if others:
-            warnings.warn(
-                f"{folder} holds adapters that were not written now, in the subfolders "
-                f"{', '.join(map(repr, others))}. Delete them if they are of an earlier save.",
-                AdapterWarning,
-                stacklevel=4,
-            )
 
     @staticmethod
     def _check_no_adapter(given: Mapping[str, Any]) -> None:
@@ -324,33 +305,9 @@ def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
     )
 
 
-def _telling(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's `save_pretrained`, which says if a part of the model has adapters that the model does not know."""
-
-    @functools.wraps(own)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside = () if SAVE in self.__dict__ else named_modules(self)
-        for path, module in inside:
-            if path and module.__dict__.get(ATTRIBUTE):
-                warnings.warn(
-                    f"The adapters are attached to {path!r} inside this model, which does not know them: their tensors "
-                    "go into its file under names that from_pretrained leaves out, so that it gives the bare base. "
-                    f"Save them too: ak.attach(model.{path}).save(name, folder); or attach them to the whole model.",
-                    AdapterWarning,
-                    stacklevel=2,
-                )
-                break
-        return own(self, *args, **kwargs)
-
-    save_pretrained.__dict__[_TELLS] = True
-    return save_pretrained
-
-
 def install(root: nn.Module) -> Loader:
     """Let the model, and the models inside it, save and load with their adapters; one around it says that it cannot."""
-    transformers: Any = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and not hasattr(transformers.PreTrainedModel.save_pretrained, _TELLS):
-        transformers.PreTrainedModel.save_pretrained = _telling(transformers.PreTrainedModel.save_pretrained)
+    let_outer_models_tell()
     writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
     for path, (module, name) in writers.items():
         inside = f"{path}." if path else ""
