@@ -63,6 +63,11 @@ class Host:
         checkpointing.wrap()
         self._loader = install(self.model)
 
+    def join(self, record: AdapterRecord) -> None:
+        """Let an adapter use another one's shared tensors if they are equal. Torch moves a module of two names once."""
+        if record.shared is not None:
+            record.shared.join(self._shared().values())
+
     def remember(self, record: AdapterRecord) -> None:
         """Register an adapter's shared tensors, and where in the model it is."""
         self._presence[record.name] = Presence(record, self.model)
@@ -70,8 +75,6 @@ class Host:
             slots = self.model._modules.get(SHARED)
             if slots is None:
                 slots = self.model._modules[SHARED] = Slots()
-            # Torch moves a module that has two names once, so it stays one copy.
-            record.shared.join(self._shared().values())
             slots._modules[record.name] = record.shared.module
 
     def _shared(self) -> dict[str, SharedTensors]:
@@ -90,6 +93,7 @@ class Host:
         try:
             yield
         finally:
+            self.join(record)
             self.remember(record)
 
     def forget(self, record: AdapterRecord) -> None:

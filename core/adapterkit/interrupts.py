@@ -20,7 +20,8 @@ def uninterrupted() -> Iterator[list[tuple[Any, ...]]]:
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield waiting
         return
-    signal.signal(signal.SIGINT, lambda *given: waiting.append(given))
+    # Without the frame: it would keep alive what the interrupted line holds, such as a graph.
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, None)))
     try:
         yield waiting
     finally:

@@ -65,10 +65,7 @@ class Lifecycle(PerSample):
         notes += self._live.notes(record, walk)
         record.labels = self._own_labels(record, labels)
         self._warn_unmatched(selection.unmatched)
-        with uninterrupted():
-            self._install(record, train=activate)
-            if activate:
-                self.activate(name)
+        self._begin(record, activate=activate, trainable=activate)
         parameters = size_of(record.parameters())
         heads = tuple(record.heads)
         return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
@@ -134,6 +131,19 @@ class Lifecycle(PerSample):
         self._host = None
         return model
 
+    def _begin(self, record: AdapterRecord, *, activate: bool, trainable: bool) -> None:
+        """Install an adapter and let it act, or neither."""
+        with uninterrupted():
+            self._install(record, train=activate and trainable)
+            try:
+                if activate:
+                    self.activate(record.name, trainable=trainable)
+                elif trainable:
+                    record.light(lent=False)
+            except BaseException:
+                self.remove(record.name)
+                raise
+
     @uninterrupted()
     def _install(self, record: AdapterRecord, *, train: bool = False) -> None:
         if train:
@@ -143,6 +153,7 @@ class Lifecycle(PerSample):
                 f"Adapter {record.name!r} trains biases, which start from the base's; others' are merged into those "
                 "now. Call unmerge() first."
             )
+        self._live.join(record)  # which may fail, as what comes after may not
         if not self._records:
             self._live.freeze()
         for parameter in record.parameters():

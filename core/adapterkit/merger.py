@@ -76,7 +76,7 @@ class Merger(Storage):
         check_in_memory(changes)
         parting = Parting.of(self.model, parted_names(changes, walk))
         before, acted, trained = self._merged, self._active.state, self._trained()
-        done: Done = []
+        done, edited = Done(), before.edited
         with uninterrupted() as stop:
             try:
                 carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
@@ -86,7 +86,7 @@ class Merger(Storage):
             except BaseException as error:  # noqa: BLE001 - raised again
                 self._live.tie(parting)
                 raised = take_back(done, error)
-                self._merged, self._active.merged = before, before.names
+                self._merged, self._active.merged = before.counted_again(edited), before.names
                 self._return_to(acted, trained)
                 raise raised from (None if raised is error else error)
 

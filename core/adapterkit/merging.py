@@ -93,6 +93,15 @@ class Merged:
         """Weights that somebody has written to since they were merged into."""
         return [name for kept in self.kept.values() for name in kept.edited]
 
+    def counted_again(self, edited: Sequence[str]) -> Merged:
+        """The same, after a merge that was undone: what that wrote is nobody's; `edited` was somebody's before it."""
+        for kept in self.kept.values():
+            for name in [n for n in kept.merged if f"{kept.path}.{n}" not in edited]:
+                tensor = own(kept.module, name)
+                if tensor is not None:
+                    kept.merged[name] = version_of(tensor)
+        return self
+
     def joined(self, names: tuple[str, ...], done: Done, *, keep_base: bool) -> Merged:
         """What is merged after a further merge."""
         kept = dict(self.kept)

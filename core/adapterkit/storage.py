@@ -155,12 +155,7 @@ class Storage(Lifecycle):
         record, report = persistence.load_record(
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
-        with uninterrupted():
-            self._install(record, train=activate and trainable)
-            if activate:
-                self.activate(name, trainable=trainable)
-            elif trainable:
-                record.light(lent=False)
+        self._begin(record, activate=activate, trainable=trainable)
         return report
 
     @torch.inference_mode(False)

@@ -689,3 +689,14 @@ def test_module_of_which_no_copy_can_be_trained_is_refused(
     with pytest.raises(ak.UnsupportedError, match="'head' cannot be trained as a copy: " + message):
         adapters.add("a", LoraConfig(target_modules=["body"], modules_to_save=["head"]))
     assert adapters.names == ()
+
+
+@pytest.mark.parametrize("call", ["add", "load"])
+def test_an_adapter_that_may_not_be_activated_beside_merged_ones_is_not_added(call: str, tmp_path: Path) -> None:
+    adapters = ak.attach(build("bert"))
+    add(adapters, "a")
+    adapters.save("a", tmp_path)
+    adapters.merge("a")
+    with pytest.raises(ak.ConfigError, match="heads"):
+        adapters.load(tmp_path, "b") if call == "load" else add(adapters, "b")
+    assert adapters.names == ("a",)

@@ -66,6 +66,18 @@ ERRORS: dict[str, tuple[Callable[[], BaseException], type[BaseException]]] = {
 }
 
 
+def test_after_a_second_merge_broke_off_the_first_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = adapted()
+    adapters.copy("a", "b")
+    base = {key: value.clone() for key, value in adapters.model.state_dict().items()}
+    adapters.merge("a")
+    third(monkeypatch, raising(RuntimeError("no such kernel")))
+    with pytest.raises(ak.StateError, match="no such kernel"):
+        adapters.merge("b")
+    adapters.unmerge()
+    assert all(torch.equal(value, base[key]) for key, value in adapters.model.state_dict().items())
+
+
 @KEPT
 @pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
