@@ -544,8 +544,10 @@ HALF = [torch.float16, torch.bfloat16]
 def half(name: str, dtype: torch.dtype, *heads: str, **fields: Any) -> ak.Adapters:
     """The adapters of a half-precision model: one, `"a"`, with these heads, as if trained."""
     adapters = ak.attach(build(name).to(dtype))
-    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields}, modules_to_save=list(heads)))
-    set_parameters(adapters, "a")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapters.add("a", LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields}, modules_to_save=list(heads)))
+    set_parameters(adapters, "a", scale=0.1)
     return adapters
 
 
