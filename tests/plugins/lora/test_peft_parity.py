@@ -118,7 +118,8 @@ def loaded_in_peft(base: nn.Module, folder: Path, name: str) -> Tensor:
 def assert_same(found: Tensor, expected: Tensor, base: Tensor) -> None:
     """The same outputs, and none of the bare model's."""
     assert (expected - base).abs().max() > 1e-3, "the adapter changes nothing, so the test shows nothing"
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # A small output among large ones has the roundings of the large ones.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @every_case
