@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -85,9 +86,18 @@ class AdapterRecord:
 
         That is enough to see what the user says about the whole model; parameters that were lit here are in `lent`.
         """
+        for held in self._ends:
+            for parameter in held.values():
+                if parameter is not None and parameter.requires_grad:
+                    return True
+        return False
+
+    @cached_property
+    def _ends(self) -> list[dict[str, nn.Parameter | None]]:
+        """Where the first and the last part hold their parameters."""
         parts = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
-        ends = modules_below((parts[0], parts[-1])) if parts else ()
-        return any(p.requires_grad for module in ends for p in module._parameters.values() if p is not None)
+        ends = dict.fromkeys((parts[0], parts[-1])) if parts else ()
+        return [module._parameters for module in modules_below(ends) if module._parameters]
 
     def light(self, *, lent: bool) -> None:
         """Let all parameters require gradients: until `dim`, if `lent`."""
