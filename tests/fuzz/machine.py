@@ -236,23 +236,25 @@ class World:
         number = self.dice.randint(1, points.seen) if points.seen else -1
         self.done.append(f"{name} [{fault} {number} of {points.seen}]")
         raised = self._disturbed(call, seed, SORTS[fault][0](Points(number, SORTS[fault][1])), name)
+        what = f"{name!r} ({fault}, {number} of {points.seen})"
         now = Seen.of(self.model, self.folder)
+        again = raised and name == "unmerge" and bool(now.merged)  # it says that it goes on where it stopped
         changed = now.differs(before, trained=not name.startswith(BLOCKS))  # a block's end says anew what trains
-        if changed and raised and fault != "interrupt" and not (name == "unmerge" and now.merged):
-            raise Finding(f"{name!r} failed ({fault}, {number} of {points.seen}) and changed {changed}")
-        if raised and name == "unmerge" and now.merged:  # it says that it goes on where it stopped
-            changed = ""
-        if changed and (left := now.differs(after)):
-            raise Finding(f"{name!r} ({fault}, {number} of {points.seen}) was half done: {changed}; missing {left}")
-        if not changed and after.differs(before):  # a second try must do it
+        if changed and not again:
+            self._judge_change(what, changed, now.differs(after), failed=raised and fault != "interrupt")
+        elif after.differs(before):  # a second try must do it
             if self._refused(call, seed, name):
-                what = after.differs(before)
-                raise Finding(
-                    f"{name!r} is refused after a failure ({fault}, {number} of {points.seen}): {what}; {self.why}"
-                )
-            if what := Seen.of(self.model, self.folder).differs(after):
-                raise Finding(f"{name!r}, repeated after a failure ({fault}, {number}), is not the same: {what}")
+                raise Finding(f"{what} failed, and is refused after that: {self.why}")
+            if left := Seen.of(self.model, self.folder).differs(after):
+                raise Finding(f"{what} failed, and repeated it is not the same: {left}")
         del twin
+
+    @staticmethod
+    def _judge_change(what: str, changed: str, left: str, *, failed: bool) -> None:
+        if failed:
+            raise Finding(f"{what} failed and changed {changed}")
+        if left:
+            raise Finding(f"{what} was half done: {changed}; missing {left}")
 
     def _refused(self, call: Call, seed: int, name: str) -> bool:
         torch.manual_seed(seed)

@@ -118,8 +118,8 @@ def loaded_in_peft(base: nn.Module, folder: Path, name: str) -> Tensor:
 def assert_same(found: Tensor, expected: Tensor, base: Tensor) -> None:
     """The same outputs, and none of the bare model's."""
     assert (expected - base).abs().max() > 1e-3, "the adapter changes nothing, so the test shows nothing"
-    # A small output among large ones has the roundings of the large ones.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    # Starts from an SVD are the most sensitive: singular vectors turn by a rounding over the gap of their values.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-5)
 
 
 @every_case
