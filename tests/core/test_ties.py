@@ -271,7 +271,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "a part": (lambda: Fused(columns=False, kept=False, shift=7), torch.randn(3, 8), "left.weight"),
     "some columns": (lambda: Fused(columns=True, kept=False, shift=7), torch.randn(3, 8), "left.weight"),
     "bias": (OneBias, torch.randn(3, 8), "left.bias"),
-    "itself": (Expanded, torch.randn(3, 8), "itself"),
+    "itself": (Expanded, torch.randn(3, 8), ""),
 }
 
 
@@ -289,7 +289,8 @@ def test_weights_that_share_memory_are_tied_whichever_objects_they_are(case: str
     for parameter in adapters.parameters("a"):
         nn.init.normal_(parameter, std=0.3)
     expected = model(x)
-    with pytest.raises(ak.StateError, match=rf"is tied to another module: it shares memory with '{other}'"):
+    tied = f"is tied to another module: it shares memory with '{other}'"
+    with pytest.raises(ak.StateError, match=tied if other else "is expanded: several of its numbers are one in memory"):
         adapters.merge("a")
     adapters.merge("a", untie=True)
     torch.testing.assert_close(model(x), expected)

@@ -135,7 +135,8 @@ def test_layers_beside_a_head_are_named_in_full_where_short_names_might_be_the_h
 
 
 def test_layers_that_only_some_adapters_change_are_named_in_full(tmp_path: Path) -> None:
-    adapters = tiny("bert", {"a": {"layers_to_transform": [0]}, "b": {"target_modules": ["value"]}}, torch.float32)
+    first = {"target_modules": ["query", "value"], "layers_to_transform": [0]}
+    adapters = tiny("bert", {"a": first, "b": {"target_modules": ["value"]}}, torch.float32)
     files, memory = both(adapters, tmp_path, "a", "b")
     equal(files, memory, config=False)
     assert all(name.startswith("bert.encoder") for name in read(files)[2]["target_modules"])
