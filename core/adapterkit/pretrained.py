@@ -105,6 +105,13 @@ class Saver:
             return self._write_adapters(adapters, records, acting, call)
         if merged and self.name == SAVE:
             self._check_no_adapter(call.arguments)
+        if records and not merged and not adapters._active.in_block:
+            warnings.warn(
+                f"No adapter is active, so the bare base is written, without {', '.join(map(repr, records))}. Activate "
+                "what is to be saved, or use adapters.save; inside adapters.disabled() nothing is said.",
+                AdapterWarning,
+                stacklevel=3,
+            )
         return self._write_model(adapters, call, follow=bool(merged))
 
     def _records(self, adapters: Adapters) -> dict[str, AdapterRecord]:

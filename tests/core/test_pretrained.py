@@ -290,6 +290,17 @@ def test_a_state_dict_of_the_base_alone_is_loaded_with_a_warning(model: nn.Modul
     assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
 
 
+def test_the_bare_base_is_written_without_a_word_in_a_block_alone(
+    model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
+    adapters = trained(model, "a", **QUERY)
+    with pytest.warns(ak.AdapterWarning, match="No adapter is active, so the bare base is written, without 'a'"):
+        model.save_pretrained(tmp_path / "out")
+    with adapters.disabled():
+        model.save_pretrained(tmp_path / "out")
+    assert not FILES & names(tmp_path / "out")
+
+
 def test_blocks_decide_what_is_written(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
     adapters = trained(model, "a", "b", **QUERY)
     adapters.activate("a")
