@@ -63,6 +63,11 @@ def written(folder: Path) -> list[str]:
     return sorted(key.removeprefix("base_model.model.") for key in keys if "lora" not in key)
 
 
+def assert_read_by_peft(folder: Path, adapters: ak.Adapters, name: str) -> None:
+    theirs = peft.PeftModel.from_pretrained(resized(name, 1), folder).eval()
+    torch.testing.assert_close(logits(theirs, name), logits(adapters.model, name))
+
+
 @every_model
 def test_the_new_rows_are_in_the_file_and_act_on_a_base_resized_alike(name: str, tmp_path: Path) -> None:
     adapters = adapted(resized(name, 0), name)
@@ -88,8 +93,7 @@ def test_the_new_rows_are_in_the_file_and_act_on_a_base_resized_alike(name: str,
 def test_peft_reads_them(name: str, tmp_path: Path) -> None:
     adapters = adapted(resized(name, 0), name)
     folder = adapters.save("a", tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(resized(name, 1), folder).eval()
-    torch.testing.assert_close(logits(theirs, name), logits(adapters.model, name))
+    assert_read_by_peft(folder, adapters, name)
 
 
 def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
@@ -99,8 +103,7 @@ def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
     again = ak.attach(resized("llama", 1))
     again.load(folder, "a")
     torch.testing.assert_close(logits(again.model, "llama"), logits(adapters.model, "llama"))
-    theirs = peft.PeftModel.from_pretrained(resized("llama", 1), folder).eval()
-    torch.testing.assert_close(logits(theirs, "llama"), logits(adapters.model, "llama"))
+    assert_read_by_peft(folder, adapters, "llama")
     adapters.merge("a")
     with pytest.raises(ak.StateError, match=r"The file must hold 'model.embed_tokens', because the vocabulary was"):
         adapters.save("a", tmp_path / "b")
@@ -216,8 +219,7 @@ def test_a_trained_head_at_one_of_two_tied_tables_leaves_the_other_to_be_written
     again = ak.attach(resized("gpt2", 1))
     again.load(folder, "a")
     torch.testing.assert_close(logits(again.model, "gpt2"), logits(adapters.model, "gpt2"))
-    theirs = peft.PeftModel.from_pretrained(resized("gpt2", 1), folder).eval()
-    torch.testing.assert_close(logits(theirs, "gpt2"), logits(adapters.model, "gpt2"))
+    assert_read_by_peft(folder, adapters, "gpt2")
 
 
 def test_a_base_of_another_size_says_what_to_resize_to(tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
@@ -112,17 +110,6 @@ def draw(dice: random.Random) -> list[str]:
     return [command, *words]
 
 
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """With this working directory, and the hub switched off."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def check(words: list[str], folder: Path) -> None:
     """Run a command line in a folder made by `world`.
 
@@ -131,7 +118,7 @@ def check(words: list[str], folder: Path) -> None:
             the folders that were there.
     """
     before = _files(folder)
-    with inside(folder):
+    with contextlib.chdir(folder):
         try:
             with in_time():
                 done = CliRunner().invoke(app, words, env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
