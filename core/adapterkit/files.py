@@ -219,7 +219,8 @@ def write_folder(
         try:
             writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
             _finish(fresh, text)
-            _put(fresh, folder, text)
+            with _one_at_a_time(folder.parent):
+                _put(fresh, folder, text)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -248,6 +249,27 @@ def _finish(folder: Path, text: str) -> None:
         path.chmod(0o666 & ~umask())
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _one_at_a_time(parent: Path) -> Iterator[None]:
+    """Let one process (or thread) at a time put folders in place below `parent`, where the system has such locks.
+
+    Every process of a training run may save to the same folder at the same moment.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(parent, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _put(fresh: Path, folder: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit import files
 from adapterkit.disk import mapping
+from adapterkit.errors import SaveError
 from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from adapterkit_lora import LoraConfig
 
@@ -955,6 +957,29 @@ def test_saved_files_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     assert target.stat().st_mode & 0o777 == 0o750
     assert {p.stat().st_mode & 0o777 for p in target.iterdir()} == {0o640}
+
+
+def test_any_number_of_processes_may_save_to_one_folder_at_once(tmp_path: Path) -> None:
+    savers, folders, failed = 4, 40, []
+    begin = threading.Barrier(savers)
+
+    def save(saver: int) -> None:
+        for number in range(folders):
+            begin.wait()
+            try:
+                files.write_folder(tmp_path / str(number // 2), {"r": saver}, {"a": torch.full((2,), saver)}, {})
+            except SaveError as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=save, args=(saver,)) for saver in range(savers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for folder in tmp_path.iterdir():
+        found = files.read_folder(folder)
+        assert found.config == {"r": int(found.tensors["a"][0])}
 
 
 def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
