@@ -13,7 +13,7 @@ from tests.models import MODELS, build
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 

@@ -14,8 +14,8 @@ from tests.thirdparty.environment import HERE, ROOT, Environment
 sys.path.insert(0, str(ROOT / "docs"))
 import build_hookspecs
 
-from adapterkit import hookspecs
-from adapterkit.contract import _hook_names
+from adapterkit.contract import hookspecs
+from adapterkit.contract.registry import _hook_names
 
 TUTORIAL = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL))

@@ -4,9 +4,23 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters import Adapters, attach
-from adapterkit.combiners import Combiner
-from adapterkit.config import AdapterConfig
+from adapterkit.adapters import Adapters, attach, extract
+from adapterkit.contract import (
+    AdapterConfig,
+    AdapterLayer,
+    Combiner,
+    FactorStack,
+    ForeignFile,
+    ForeignLayers,
+    Holder,
+    KeyRule,
+    PatternTable,
+    Registry,
+    Target,
+    default_registry,
+    hookimpl,
+    with_patterns,
+)
 from adapterkit.errors import (
     AdapterError,
     AdapterWarning,
@@ -19,22 +33,12 @@ from adapterkit.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from adapterkit.extract import extract
-from adapterkit.factors import Factors
-from adapterkit.factorstack import FactorStack
 from adapterkit.features import features
-from adapterkit.foreign import ForeignFile, ForeignLayers, with_patterns
-from adapterkit.hookspecs import hookimpl
-from adapterkit.keys import KeyRule
-from adapterkit.kinds import LayerKind
-from adapterkit.layer import AdapterLayer, Holder
-from adapterkit.matching import PatternTable
+from adapterkit.forward import declare_reader, effective_weight
+from adapterkit.kinds import Factors, LayerKind
+from adapterkit.model import Selection, select
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
-from adapterkit.readers import declare_reader, effective_weight
-from adapterkit.registry import Registry, default_registry
-from adapterkit.reports import AddReport, CombineReport, LoadReport, Status, SwapReport
-from adapterkit.selection import Selection, select
-from adapterkit.target import Target
+from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
 
 # What is not needed beside a model is imported when it is asked for: `import adapterkit` costs little beside torch.
 _LATE = {
@@ -42,18 +46,18 @@ _LATE = {
     "MethodInfo": "adapterkit.describe",
     "MethodsReport": "adapterkit.describe",
     "describe_methods": "adapterkit.describe",
-    "Checkpoint": "adapterkit.disk.checkpoint",
-    "combine_files": "adapterkit.disk.combination",
-    "convert_file": "adapterkit.disk.conversion",
-    "diff_adapters": "adapterkit.disk.difference",
-    "AdapterDiff": "adapterkit.disk.diffreport",
-    "extract_files": "adapterkit.disk.extraction",
-    "AdapterInspection": "adapterkit.disk.inspection",
-    "LayerInspection": "adapterkit.disk.inspection",
-    "inspect_adapter": "adapterkit.disk.inspection",
-    "MergeReport": "adapterkit.disk.merge",
-    "merge_checkpoint": "adapterkit.disk.merge",
-    "skeleton": "adapterkit.disk.skeleton",
+    "Checkpoint": "adapterkit.disk",
+    "combine_files": "adapterkit.disk",
+    "convert_file": "adapterkit.disk",
+    "diff_adapters": "adapterkit.disk",
+    "AdapterDiff": "adapterkit.disk",
+    "extract_files": "adapterkit.disk",
+    "AdapterInspection": "adapterkit.disk",
+    "LayerInspection": "adapterkit.disk",
+    "inspect_adapter": "adapterkit.disk",
+    "MergeReport": "adapterkit.disk",
+    "merge_checkpoint": "adapterkit.disk",
+    "skeleton": "adapterkit.disk",
     "Report": "adapterkit.report",
     "write_report": "adapterkit.report",
     "new_package": "adapterkit.scaffold",
@@ -61,15 +65,20 @@ _LATE = {
 
 if TYPE_CHECKING:
     from adapterkit.describe import ExtensionInfo, MethodInfo, MethodsReport, describe_methods
-    from adapterkit.disk.checkpoint import Checkpoint
-    from adapterkit.disk.combination import combine_files
-    from adapterkit.disk.conversion import convert_file
-    from adapterkit.disk.difference import diff_adapters
-    from adapterkit.disk.diffreport import AdapterDiff
-    from adapterkit.disk.extraction import extract_files
-    from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
-    from adapterkit.disk.merge import MergeReport, merge_checkpoint
-    from adapterkit.disk.skeleton import skeleton
+    from adapterkit.disk import (
+        AdapterDiff,
+        AdapterInspection,
+        Checkpoint,
+        LayerInspection,
+        MergeReport,
+        combine_files,
+        convert_file,
+        diff_adapters,
+        extract_files,
+        inspect_adapter,
+        merge_checkpoint,
+        skeleton,
+    )
     from adapterkit.report import Report, write_report
     from adapterkit.scaffold import new_package
 else:

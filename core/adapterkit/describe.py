@@ -5,11 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 
-from adapterkit import combiners, contract, kinds
+from adapterkit import kinds
+from adapterkit.contract import (
+    EXTENSIONS_GROUP,
+    RESULT_HOOKS,
+    Installed,
+    Registry,
+    combiners,
+    default_registry,
+    switched_off,
+)
+from adapterkit.contract.registry import combiners_of, kinds_of
 from adapterkit.errors import AdapterError, PluginError
-from adapterkit.hookspecs import EXTENSIONS_GROUP, RESULT_HOOKS
-from adapterkit.registry import Installed, Registry, default_registry, switched_off
-from adapterkit.reports import columns
+from adapterkit.results import columns
 
 
 @dataclass(frozen=True)
@@ -150,8 +158,8 @@ def _extension(registry: Registry, name: str, plugin: object) -> ExtensionInfo:
     try:
         if isinstance(plugin, PluginError):
             raise plugin
-        added = tuple(kind.name for kind in contract.kinds_of(registry._manager, plugin))
-        ways = tuple(contract.combiners_of(registry._manager, plugin))
+        added = tuple(kind.name for kind in kinds_of(registry._manager, plugin))
+        ways = tuple(combiners_of(registry._manager, plugin))
     except PluginError as error:
         return ExtensionInfo(name, package, version, error=str(error))
     return ExtensionInfo(name, package, version, added, ways)

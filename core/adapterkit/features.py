@@ -2,22 +2,167 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, overload
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import pooling as pool
-from adapterkit.adapted import original_class
-from adapterkit.adapters import inner_model
-from adapterkit.errors import ConfigError, UnsupportedError
-from adapterkit.files import local_path
-from adapterkit.pooling import Pooling
-from adapterkit.streaming import TensorWriter
+from adapterkit.combining import working
+from adapterkit.errors import ConfigError, SaveError, UnsupportedError
+from adapterkit.files import as_bytes, local_path, umask
+from adapterkit.forward import original_class
+from adapterkit.model import inner_model
+
+# The header stands before the data and holds the final size. The format allows blanks behind its JSON, so room is
+# left for it and it is written last.
+_HEADER_BYTES = 248
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+
+
+class TensorWriter:
+    """A safetensors file with one tensor, whose number of rows is not known before the end.
+
+    A context: the file appears under its name when the block ends, and not at all if it raises.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self._rows, self._dtype = 0, torch.float32
+        self._shape: tuple[int, ...] | None = None
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        except OSError as error:
+            raise SaveError(f"{self.path} cannot be written: {error}.") from error
+        self._file, self._temporary = os.fdopen(handle, "wb"), Path(name)
+        self._file.write(b" " * (8 + _HEADER_BYTES))
+        return self
+
+    def append(self, part: Tensor) -> None:
+        """Write the next rows, `(rows, ...)`.
+
+        Raises:
+            ConfigError: rows of another shape than those before.
+            SaveError: they cannot be written.
+        """
+        assert self._file is not None
+        shape = tuple(part.shape[1:])
+        if self._shape is None:
+            self._shape, self._dtype = shape, part.dtype
+        if shape != self._shape:
+            raise ConfigError(
+                f"Streaming needs rows of one shape; there are {self._shape} and {shape}. Pad every batch to one "
+                "length (padding='max_length'), or pool."
+            )
+        try:
+            self._file.write(as_bytes(part))
+        except OSError as error:
+            raise SaveError(f"{self.path} cannot be written: {error}.") from error
+        self._rows += len(part)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        try:
+            if kind is None:
+                self._finish(self._file)
+        except OSError as problem:
+            raise SaveError(f"{self.path} cannot be written: {problem}.") from problem
+        finally:
+            self._file.close()
+            with contextlib.suppress(FileNotFoundError):  # it has its name now
+                self._temporary.unlink()
+
+    def _finish(self, file: BinaryIO) -> None:
+        if self._shape is None:
+            raise ConfigError("There are no batches. A generator can be read only once.")
+        end = file.tell() - 8 - _HEADER_BYTES
+        entry = {"dtype": _DTYPES[self._dtype], "shape": [self._rows, *self._shape], "data_offsets": [0, end]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, self.key: entry}).encode()
+        file.seek(0)
+        file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        self._temporary.chmod(0o666 & ~umask())
+        self._temporary.replace(self.path)
+
+
+Pooling = Literal["mean", "cls", "last"]
+
+
+def check_pooling(pooling: object) -> None:
+    """Raise `ConfigError` for a pooling that does not exist."""
+    if pooling is not None and pooling not in get_args(Pooling):
+        raise ConfigError(f"pooling = {pooling!r} must be one of {', '.join(map(repr, get_args(Pooling)))} or None.")
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling | None, number: int) -> Tensor:
+    """Pool one batch.
+
+    Args:
+        hidden: `(rows, length, hidden)`, or a feature map `(rows, hidden, height, width)`.
+        mask: `(rows, length)`, 0 where there is padding; `None`: there is none.
+        number: the batch's, for messages.
+
+    Returns:
+        `(rows, hidden)`, or `(rows, length, hidden)` without pooling; on the CPU, float32 or float64.
+    """
+    if hidden.dim() == 4:
+        if pooling in ("cls", "last"):
+            raise ConfigError(f"pooling = {pooling!r} has no meaning for a feature map; take 'mean'.")
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if hidden.dim() != 3:
+        raise UnsupportedError(f"Hidden states of shape {tuple(hidden.shape)} are no sequence that can be pooled.")
+    hidden = working(hidden)
+    real = _real(hidden, mask, number)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if pooling == "cls":
+        return hidden[rows, real.int().argmax(1)].cpu()
+    if pooling == "last":
+        return hidden[rows, real.shape[1] - 1 - real.flip(1).int().argmax(1)].cpu()
+    hidden = hidden.masked_fill(~real[..., None], 0.0)  # not a product: 0 times inf is nan
+    return (hidden if pooling is None else hidden.sum(1) / real.sum(1, keepdim=True)).cpu()
+
+
+def _real(hidden: Tensor, mask: Tensor | None, number: int) -> Tensor:
+    """Which places are no padding, `(rows, length)`."""
+    if mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if mask.shape != hidden.shape[:2]:
+        raise UnsupportedError(
+            f"Batch {number}: the mask has shape {tuple(mask.shape)}, the hidden states {tuple(hidden.shape)}, so it "
+            "is not known which of them are padding."
+        )
+    real = mask.to(hidden.device) != 0
+    empty = (~real.any(1)).nonzero()
+    if len(empty):
+        raise ConfigError(f"Batch {number}: row {int(empty[0])} is all padding.")
+    return real
+
+
+def stack_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The batches' `(rows, ..., length, hidden)` one under another; shorter ones are filled up with zeros."""
+    if not parts:
+        raise ConfigError("There are no batches. A generator can be read only once.")
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1 or parts[0].dim() < 3:
+        return torch.cat(list(parts))
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[-2])) for part in parts])
+
 
 Stack = Literal["encoder", "decoder"]
 Layer = int | Literal["last"]
@@ -92,7 +237,7 @@ def features(
         ConfigError: no batches, a layer or a pooling that does not exist, a row that is all padding.
         UnsupportedError: a model without a sequence of hidden states.
     """
-    pool.check(pooling)
+    check_pooling(pooling)
     layers = _layers(layer)
     inner = inner_model(model)
     parts = _pooled(_Body(inner, stack), batches, layers, pooling, progress)
@@ -100,7 +245,7 @@ def features(
         parts = (part[:, 0] for part in parts)
     with _evaluating(inner):
         if out is None:
-            return pool.stack_rows(list(parts))
+            return stack_rows(list(parts))
         with TensorWriter(local_path(out), KEY) as writer:
             for part in parts:
                 writer.append(part)
@@ -141,7 +286,7 @@ def _pooled(
         if not isinstance(batch, Mapping):
             raise ConfigError(f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.")
         states, mask = body.run(batch, layers)
-        pooled = [pool.pool(state, mask, pooling, number) for state in states]
+        pooled = [pool(state, mask, pooling, number) for state in states]
         if len({tuple(p.shape) for p in pooled}) > 1:
             shapes = ", ".join(f"{n}: {tuple(p.shape[1:])}" for n, p in zip(layers, pooled, strict=True))
             raise ConfigError(f"The layers have different sizes ({shapes}); ask for them one by one.")

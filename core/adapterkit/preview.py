@@ -10,20 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from adapterkit import files
-from adapterkit.acting import Active
-from adapterkit.build import Builder
-from adapterkit.config import AdapterConfig
-from adapterkit.disk.skeleton import skeleton
-from adapterkit.files import CONFIG_FILE, local_path
-from adapterkit.hub import adapter_folder
+from adapterkit.contract import AdapterConfig, default_registry
+from adapterkit.disk import skeleton
+from adapterkit.files import CONFIG_FILE, adapter_folder, local_path, method_in_file
+from adapterkit.files import folder as files
+from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
-from adapterkit.persistence import method_in_file
-from adapterkit.record import AdapterRecord
-from adapterkit.registry import default_registry
-from adapterkit.reports import columns
-from adapterkit.selection import Match, select_on
-from adapterkit.walk import Walk
+from adapterkit.model import AdapterRecord, Builder, Match, Walk, select_on
+from adapterkit.results import columns
 
 # A number that is a part of a path by itself, or a word.
 _NUMBER = re.compile(r"\b(\d+)\b")

@@ -17,7 +17,7 @@ from tests.models import MODELS, build
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.contract.registry import default_registry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

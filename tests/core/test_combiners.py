@@ -15,9 +15,9 @@ from tests.core.test_lowrank import close, dense, factored, normal
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit import combine
-from adapterkit.combiners import BUILTIN, Options
-from adapterkit.lowrank import common_bases
+from adapterkit.combining import methods as combine
+from adapterkit.combining.lowrank import common_bases
+from adapterkit.contract.combiners import BUILTIN, Options
 
 SIGNS = ("total", "frequency")
 WEIGHTS = st.sampled_from([1.0, 0.5, -0.7, 2.0, 0.0])

@@ -13,7 +13,7 @@ from tests.models import EmbeddingNet
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit import hookspecs
+from adapterkit.contract import hookspecs
 from adapterkit_lora import LoraConfig
 
 
@@ -261,7 +261,7 @@ def net() -> nn.Module:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ak.AdapterConfig]:
     """`registered(inject=...)`: a plugin with these hooks is the method `"shift"`; gives a config for it."""
-    from adapterkit.registry import default_registry
+    from adapterkit.contract.registry import default_registry
 
     done = []
 
@@ -371,7 +371,7 @@ def test_saving_with_a_hook_that_is_wrong_writes_nothing(
 ) -> None:
     model, config = net(), registered()
     ak.attach(model).add("x", config)
-    from adapterkit.registry import default_registry
+    from adapterkit.contract.registry import default_registry
 
     default_registry.unregister("shift")
     default_registry.register(plugin(**{hook: implementation}))

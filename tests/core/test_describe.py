@@ -9,7 +9,7 @@ from tests.core.test_contract import Plugin, plugin
 from tests.core.test_registry import METHOD, kinds_plugin
 
 import adapterkit as ak
-from adapterkit import combiners
+from adapterkit.contract import combiners
 from adapterkit.kinds import BUILTIN, Linear
 
 

@@ -649,7 +649,7 @@ def test_layer_whose_output_is_no_tensor_says_so_when_it_runs() -> None:
 
 
 def test_expression_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterkit.matching.TIME_LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr("adapterkit.contract.patterns.TIME_LIMIT_SECONDS", 0.05)
     model = nn.ModuleDict({"a" * 40 + "b": nn.Linear(4, 4)})
     with unchanged(model), pytest.raises(ak.ConfigError) as caught:
         ak.attach(model).add("c", LoraConfig(target_modules=r"(a|aa)+c"))

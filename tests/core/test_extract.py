@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from tests.models import MODELS, build, run
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.combining import extraction
+from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 EVERYTHING = {
@@ -117,7 +117,7 @@ def test_the_head_comes_from_the_tuned_model_with_its_labels() -> None:
 
 
 def test_large_layers_are_decomposed_at_random_but_always_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["adapterkit.extract"], "_LARGE", 30)  # its name in the package is the function's
+    monkeypatch.setattr(extraction, "_LARGE", 30)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 8)).double()
     other = copy.deepcopy(base)

@@ -33,10 +33,10 @@ from tests.models import EmbeddingNet, build
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit import files
-from adapterkit.disk import mapping
 from adapterkit.errors import SaveError
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.files import folder as files
+from adapterkit.files import tensors as mapping
+from adapterkit.files.folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from adapterkit_lora import LoraConfig
 
 PREFIX = "base_model.model."

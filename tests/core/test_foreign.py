@@ -19,8 +19,8 @@ from tests.models import EmbeddingNet, build
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.foreign import LayerNames, component
-from adapterkit.registry import default_registry
+from adapterkit.contract.foreign import LayerNames, component
+from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)

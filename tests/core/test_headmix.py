@@ -12,7 +12,7 @@ from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.keys import HEADS
+from adapterkit.contract.keys import HEADS
 from adapterkit_lora import LoraConfig
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
+from adapterkit.contract.registry import default_registry
 from adapterkit.kinds import base
-from adapterkit.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 pytestmark = [

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.layer import AdapterLayer, Holder
+from adapterkit.contract.layers import AdapterLayer, Holder
 from adapterkit_lora.layer import kaiming_uniform
 
 

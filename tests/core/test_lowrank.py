@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkit as ak
-from adapterkit import combine, lowrank
-from adapterkit.combiners import BUILTIN, Options
+from adapterkit.combining import lowrank
+from adapterkit.combining import methods as combine
+from adapterkit.contract.combiners import BUILTIN, Options
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-4, torch.float16: 2e-4}
 SIZES = st.integers(1, 7)

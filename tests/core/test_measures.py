@@ -13,7 +13,7 @@ from tests.core.test_lowrank import dense, factored, normal
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit import measures
+from adapterkit.combining import measures
 
 ENERGIES = st.sampled_from([0.5, 0.9, 0.99])
 

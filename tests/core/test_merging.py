@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.method import Method
+from adapterkit.contract.method import Method
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
@@ -188,7 +188,7 @@ def test_tiles_of_any_size_give_the_same_merge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against the dense sum, entry by entry in float64: factors, tiles, and both at one layer."""
-    monkeypatch.setattr("adapterkit.tiles.TILE_BYTES", band)
+    monkeypatch.setattr("adapterkit.kinds.tiles.TILE_BYTES", band)
     torch.manual_seed(seed)
     model = nn.Sequential(kind(*sizes, 2) if kind is nn.Conv2d else kind(*sizes)).to(dtype)
     adapters = ak.attach(model)

@@ -19,7 +19,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))

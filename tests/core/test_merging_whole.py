@@ -15,8 +15,8 @@ from tests.combining import nothing_changes, scaling_method
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit import merging
-from adapterkit.change import Part
+from adapterkit.merging import weights as merging
+from adapterkit.merging.changes import Part
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 

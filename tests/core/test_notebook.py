@@ -9,8 +9,7 @@ import pytest
 from tests.combining import tiny
 
 import adapterkit as ak
-from adapterkit.notebook import Shown, Table
-from adapterkit.reports import Mismatch
+from adapterkit.results import Mismatch, Shown, Table
 
 EVIL = "<script>alert(1)</script>"
 

@@ -18,7 +18,7 @@ from tests.models import LABELS, NAMES, build, inputs
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.contract.registry import default_registry
 
 METHODS = ("lora", "loha", "vera", "outer", "scale")
 TARGETS = {

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit import defaults, readers
+from adapterkit.forward import known_readers, readers
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
@@ -400,7 +400,7 @@ def test_every_reader_of_transformers_in_the_table_exists() -> None:
     folder = Path(transformers.__file__).parent / "models"
     text = "\n".join(p.read_text(encoding="utf-8") for p in folder.glob("*/modeling_*.py"))
     classes = set(re.findall(r"^class (\w+)", text, re.MULTILINE))
-    assert {name for name in defaults.READERS if "." not in name} <= classes
+    assert {name for name in known_readers.READERS if "." not in name} <= classes
 
 
 # What is neither called nor read

@@ -18,9 +18,9 @@ from tests.models import EmbeddingNet, assert_same_outputs
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit import combiners
+from adapterkit.contract import combiners
+from adapterkit.contract.registry import DISABLE_VARIABLE, default_registry
 from adapterkit.kinds import BUILTIN, Linear
-from adapterkit.registry import DISABLE_VARIABLE, default_registry
 from adapterkit_lora import LoraConfig
 
 METHOD = """
@@ -579,7 +579,7 @@ def test_extension_of_a_package_whose_hook_raises_breaks_only_itself(install: An
 def test_combiner_of_a_taken_name_hinders_nobody(install: Any) -> None:
     code = """
         import adapterkit as ak
-        from adapterkit.combiners import BUILTIN
+        from adapterkit.contract.combiners import BUILTIN
 
         @ak.hookimpl
         def combiners():
@@ -654,7 +654,7 @@ def test_extension_of_an_installed_package_is_found(install: Any) -> None:
 def test_extensions_of_one_name_are_both_there(install: Any) -> None:
     code = """
         import adapterkit as ak
-        from adapterkit.combiners import BUILTIN
+        from adapterkit.contract.combiners import BUILTIN
 
         @ak.hookimpl
         def combiners():

@@ -11,7 +11,8 @@ from tests.models import build
 from torch import nn
 
 import adapterkit as ak
-from adapterkit import defaults, matching
+from adapterkit.contract import patterns as matching
+from adapterkit.model import default_targets as defaults
 from adapterkit_lora import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

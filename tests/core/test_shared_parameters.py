@@ -14,7 +14,7 @@ from tests.models import EmbeddingNet, tokens
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.registry import default_registry
+from adapterkit.contract.registry import default_registry
 
 
 class BankConfig(ak.AdapterConfig):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import adapterkit as ak
 from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.header import read_header
+from adapterkit.files.header import read_header
 
 INDEX = "model.safetensors.index.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)

@@ -19,8 +19,8 @@ from tests.fuzz.oracle import Finding, State, refused, same_tensors
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.disk.mapping import write_tensors
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.files.folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.files.tensors import write_tensors
 
 
 class Net(nn.Module):

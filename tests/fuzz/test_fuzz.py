@@ -18,7 +18,7 @@ from tests.fuzz import commands, configs, folders, kills, machine, oracle
 from tests.fuzz.oracle import Finding
 
 import adapterkit as ak
-from adapterkit import lifecycle
+from adapterkit import adapters
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 
@@ -116,7 +116,7 @@ def test_a_hang_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_half_done_call_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hold on Ctrl-C, some interrupted call is half done."""
-    monkeypatch.setattr(lifecycle, "uninterrupted", contextlib.nullcontext)
+    monkeypatch.setattr(adapters, "uninterrupted", contextlib.nullcontext)
     found = ""
     for seed in range(400):
         with machine.World(random.Random(seed), others=False) as drawn:

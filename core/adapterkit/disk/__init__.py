@@ -1,1 +1,32 @@
 """Checkpoints on disk: read by their headers, and changed without loading the model."""
+
+from adapterkit.disk.base import Base
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.combination import combine_files
+from adapterkit.disk.conversion import convert_file
+from adapterkit.disk.difference import diff_adapters
+from adapterkit.disk.diffreport import AdapterDiff
+from adapterkit.disk.extraction import extract_files
+from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
+from adapterkit.disk.merge import MergeReport, merge_checkpoint
+from adapterkit.disk.opened import names_of, open_adapter, stand_in
+from adapterkit.disk.skeletons import skeleton
+
+__all__ = [
+    "AdapterDiff",
+    "AdapterInspection",
+    "Base",
+    "Checkpoint",
+    "LayerInspection",
+    "MergeReport",
+    "combine_files",
+    "convert_file",
+    "diff_adapters",
+    "extract_files",
+    "inspect_adapter",
+    "merge_checkpoint",
+    "names_of",
+    "open_adapter",
+    "skeleton",
+    "stand_in",
+]

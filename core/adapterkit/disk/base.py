@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk.checkpoint import Checkpoint, has_weights
 from adapterkit.disk.names import match_names
-from adapterkit.disk.skeleton import CONFIG, skeleton
+from adapterkit.disk.skeletons import CONFIG, skeleton
 from adapterkit.errors import CheckpointError
-from adapterkit.registry import default_registry
 
 
 class Base:

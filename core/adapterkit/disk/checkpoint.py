@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adapterkit.disk.header import Entry, Shard, read_header
 from adapterkit.errors import CheckpointError, unknown
+from adapterkit.files import Entry, Shard, read_header
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.acting import Active
-from adapterkit.combine import Space
-from adapterkit.combiners import MajoritySign
+from adapterkit.combining import Choices, Space, Workspace, check_same_base, check_sources, mix
+from adapterkit.contract import MajoritySign
 from adapterkit.disk.base import Base
-from adapterkit.disk.mapping import FactorSpool
 from adapterkit.disk.opened import Opened, names_of, open_adapter, stand_in, working_dtype
 from adapterkit.disk.output import check_dtype, output_place, write_record
-from adapterkit.mixture import Choices, Workspace, check_same_base, check_sources, mix
-from adapterkit.persistence import short_names
-from adapterkit.record import AdapterRecord
-from adapterkit.reports import CombineReport
-from adapterkit.walk import Walk
+from adapterkit.files import FactorSpool, short_names
+from adapterkit.forward import Active
+from adapterkit.model import AdapterRecord, Walk
+from adapterkit.results import CombineReport
 
 
 def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files need

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig, KeyRule, Names
 from adapterkit.disk.standin import Part
-from adapterkit.keys import KeyRule
-from adapterkit.matching import Names
 
 # PEFT writes what a head was before it was trained under these as well.
 _SHADOWS = ("modules_to_save", "original_module")

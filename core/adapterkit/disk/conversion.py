@@ -9,22 +9,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from adapterkit.combining import Choices, check_size
+from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix
 from adapterkit.disk.base import Base
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.contents import split_key
-from adapterkit.disk.mapping import FactorSpool, MappedFiles
 from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
 from adapterkit.disk.output import check_dtype, file_place, output_place, write_file, write_record
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.foreign import DOTTED, FLAT, OPTIONAL
-from adapterkit.keys import strip_file_prefix
-from adapterkit.loading import to_file
-from adapterkit.lowrank import check_size
-from adapterkit.mixture import Choices
-from adapterkit.record import AdapterRecord
-from adapterkit.registry import default_registry
-from adapterkit.reports import CombineReport
-from adapterkit.slots import stand_ins
+from adapterkit.files import FactorSpool, MappedFiles, stand_ins, to_file
+from adapterkit.model import AdapterRecord
+from adapterkit.results import CombineReport
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
 # What a part of a pipeline is called where nothing else is said, and what it may be called.

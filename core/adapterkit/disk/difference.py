@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit import measures
+from adapterkit.combining import measures
+from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.base import Base
 from adapterkit.disk.contents import split_key
 from adapterkit.disk.diffreport import AdapterDiff, LayerDifference, TensorDifference
 from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.factors import Factors
-from adapterkit.hub import adapter_folder
-from adapterkit.keys import strip_file_prefix
-from adapterkit.record import AdapterRecord
-from adapterkit.slots import widened
+from adapterkit.files import adapter_folder, widened
+from adapterkit.kinds import Factors
+from adapterkit.model import AdapterRecord
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")

@@ -8,19 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapterkit.acting import Active
-from adapterkit.disk.mapping import FactorSpool
+from adapterkit.combining import Workspace, check_asked, extracted, wanted_layers
 from adapterkit.disk.output import check_dtype, output_place, write_record
-from adapterkit.disk.skeleton import skeleton
+from adapterkit.disk.skeletons import skeleton
 from adapterkit.disk.stored import StoredModel
 from adapterkit.errors import ConfigError, SelectionError
-from adapterkit.extract import check_asked, extracted, wanted_layers
-from adapterkit.files import local_path
-from adapterkit.heads import copy_head
-from adapterkit.labels import LabelSet
-from adapterkit.mixture import Workspace
-from adapterkit.reports import CombineReport
-from adapterkit.selection import Match
+from adapterkit.files import FactorSpool, local_path
+from adapterkit.forward import Active
+from adapterkit.model import LabelSet, Match, copy_head
+from adapterkit.results import CombineReport
 
 
 @torch.no_grad()

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit import measures
+from adapterkit.combining import measures
+from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.base import Base
 from adapterkit.disk.contents import split_key
 from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import StateError
-from adapterkit.factors import Factors
-from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
-from adapterkit.keys import strip_file_prefix
-from adapterkit.labels import LabelSet
-from adapterkit.record import AdapterRecord
-from adapterkit.slots import stand_ins, widened
+from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, stand_ins, widened
+from adapterkit.kinds import Factors
+from adapterkit.model import AdapterRecord, LabelSet
 
 Shape = tuple[int, ...]
 

@@ -11,25 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.acting import Active
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig, KeyRule, Method, default_registry, exactly, strip_file_prefix
 from adapterkit.disk.base import Base
 from adapterkit.disk.contents import other_modules, split_key, without_values
-from adapterkit.disk.mapping import MappedFiles
 from adapterkit.disk.standin import assemble
 from adapterkit.disk.translation import translated
 from adapterkit.errors import CheckpointError, ConfigError
-from adapterkit.files import AdapterFiles, read
-from adapterkit.foreign import exactly
-from adapterkit.hub import adapter_folder
-from adapterkit.keys import KeyRule, strip_file_prefix
-from adapterkit.labels import LabelSet
-from adapterkit.method import Method
-from adapterkit.persistence import load_record, method_in_file
-from adapterkit.record import AdapterRecord
-from adapterkit.registry import default_registry
-from adapterkit.reports import LoadReport
-from adapterkit.walk import Walk
+from adapterkit.files import AdapterFiles, MappedFiles, adapter_folder, load_record, method_in_file, read
+from adapterkit.forward import Active
+from adapterkit.model import AdapterRecord, LabelSet, Walk
+from adapterkit.results import LoadReport
 
 _CPU = torch.device("cpu")
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")

@@ -8,13 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adapterkit.disk.mapping import FactorSpool, MappedFiles, write_tensors
+from adapterkit.contract import file_key
 from adapterkit.errors import ConfigError, SaveError
-from adapterkit.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, appearing, local_path
-from adapterkit.keys import file_key
-from adapterkit.persistence import save_record
-from adapterkit.record import AdapterRecord
-from adapterkit.slots import module_slots
+from adapterkit.files import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    FactorSpool,
+    MappedFiles,
+    appearing,
+    local_path,
+    module_slots,
+    save_record,
+    write_tensors,
+)
+from adapterkit.model import AdapterRecord
 
 
 def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from adapterkit.contract import DOTTED, component, default_registry
 from adapterkit.disk.base import Base
 from adapterkit.disk.contents import split_key, without_values
 from adapterkit.errors import CheckpointError, PluginError
-from adapterkit.files import AdapterFiles
-from adapterkit.foreign import DOTTED, check_foreign, component, layers_of, of_component, recognise
+from adapterkit.files import AdapterFiles, check_foreign, layers_of, of_component, recognise
 from adapterkit.kinds import LayerKind
-from adapterkit.registry import default_registry
-from adapterkit.walk import Walk
+from adapterkit.model import Walk
 
 
 def translated(

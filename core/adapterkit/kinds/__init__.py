@@ -1,10 +1,12 @@
 """Layer kinds: what a target is. Methods know their mathematics, kinds know their layer."""
 
-from adapterkit.kinds.base import LayerKind
+from adapterkit.kinds.base import LayerKind, dense, is_special
 from adapterkit.kinds.conv import Conv1d, Conv2d, Conv3d
 from adapterkit.kinds.embedding import Embedding
+from adapterkit.kinds.factors import Factors, numerical_rank
 from adapterkit.kinds.linear import Linear, TransposedLinear
+from adapterkit.kinds.tiles import AddTile
 
 BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding)
 
-__all__ = ["BUILTIN", "LayerKind"]
+__all__ = ["BUILTIN", "AddTile", "Factors", "LayerKind", "dense", "is_special", "numerical_rank"]

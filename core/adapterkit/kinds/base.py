@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit.factors import Factors
-from adapterkit.sharded import shape_of
+from adapterkit.kinds.factors import Factors
+from adapterkit.tensors import shape_of
 
 # Numbers in a layer's output from which one tensor less of its size saves more time than views of it cost.
 WIDE = 2**16

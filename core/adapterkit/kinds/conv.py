@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit.factors import Factors
 from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
+from adapterkit.kinds.factors import Factors
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _NAMES = {"groups": "number of groups", "pad_mode": "padding_mode", "pad_amount": "padding"}

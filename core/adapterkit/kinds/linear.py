@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from adapterkit.kinds.base import LayerKind, is_floating_weight
-from adapterkit.sharded import shape_of
+from adapterkit.tensors import shape_of
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import measures
+from adapterkit.combining import measures, svd
 from adapterkit.errors import StateError
-from adapterkit.factors import Factors
-from adapterkit.lowrank import numerical_rank, svd
+from adapterkit.kinds import Factors, numerical_rank
 from adapterkit.report.signs import NONE, Conflict, sign_conflicts
 from adapterkit.report.sources import Source
 

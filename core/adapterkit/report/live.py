@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from adapterkit.kinds.base import dense
+from adapterkit.kinds import dense
 from adapterkit.merging import Merged
-from adapterkit.record import AdapterRecord
+from adapterkit.model import AdapterRecord
 from adapterkit.report.sources import Source, of_record
-from adapterkit.sharded import as_wholes
+from adapterkit.tensors import as_wholes
 
 
 def live_sources(records: Iterable[AdapterRecord], merged: Merged) -> list[Source]:

@@ -9,8 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from adapterkit.factors import Factors
-from adapterkit.lowrank import working
+from adapterkit.combining import working
+from adapterkit.kinds import Factors
 
 # Up to this many entries of a layer are looked at; of a larger one as many whole rows as make them up. The standard
 # error of a share is then 0.1 % where entries are independent.

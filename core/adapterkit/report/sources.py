@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import StateError
-from adapterkit.factors import Factors
-from adapterkit.record import AdapterRecord
-from adapterkit.registry import default_registry
+from adapterkit.kinds import Factors
+from adapterkit.model import AdapterRecord
 
 
 @dataclass(frozen=True)

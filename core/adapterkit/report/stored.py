@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapterkit.disk.base import Base
-from adapterkit.disk.opened import names_of, open_adapter, stand_in
+from adapterkit.disk import Base, names_of, open_adapter, stand_in
 from adapterkit.errors import ConfigError
 from adapterkit.files import local_path
 from adapterkit.report.document import Report

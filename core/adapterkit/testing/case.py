@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
 from adapterkit.errors import AdapterError, PluginError
-from adapterkit.layer import AdapterLayer
-from adapterkit.method import Method
-from adapterkit.registry import default_registry
 from adapterkit.testing.probes import PROBES, TARGETS, Probe
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}

@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.disk.inspection import inspect_adapter
+from adapterkit.contract import KeyRule, strip_file_prefix
+from adapterkit.disk import inspect_adapter
 from adapterkit.errors import CheckpointError
 from adapterkit.files import WEIGHTS_FILE
-from adapterkit.keys import KeyRule, strip_file_prefix
 from adapterkit.testing.case import Case, NotApplicable, Subject, expect, expect_close, expect_equal
 from adapterkit.testing.probes import TARGETS
 
@@ -123,7 +123,7 @@ def _rule_in_file(subject: Subject, folder: Path) -> KeyRule:
     """The rule of the config that the file has, which may be another than the adapter's."""
     _, adapters = subject.fresh()
     adapters.load(folder, name="again")
-    from adapterkit.registry import default_registry
+    from adapterkit.contract import default_registry
 
     config = adapters.config("again")
     return default_registry.method_of(config).key_rule(config)

@@ -12,16 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterError, PluginError, StateError, UnsupportedError
-from adapterkit.testing.case import (
-    TOLERANCES,
-    Broken,
-    Case,
-    NotApplicable,
-    Subject,
-    expect,
-    expect_close,
-    expect_equal,
-)
+from adapterkit.testing.case import TOLERANCES, Broken, Case, NotApplicable, Subject, expect, expect_close, expect_equal
 from adapterkit.testing.probes import TARGETS, linear
 
 # Derandomised: whoever runs the kit has the same examples each time. Not shrunk: they are small as they are.
@@ -213,7 +204,7 @@ def check_order_does_not_matter(case: Case) -> None:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    from adapterkit.adapted import strip
+    from adapterkit.forward import strip
 
     strip(duplicate := copy.deepcopy(module))
     return duplicate

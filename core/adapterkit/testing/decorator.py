@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig
 from adapterkit.errors import ConfigError, unknown
 from adapterkit.testing.case import NotApplicable
 from adapterkit.testing.running import Check, CheckFailure, all_checks, describe, run_check

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adapterkit.config import AdapterConfig
-from adapterkit.hookspecs import hookimpl
-from adapterkit.keys import KeyRule
-from adapterkit.layer import AdapterLayer
-from adapterkit.registry import default_registry
-from adapterkit.target import Target
+from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Target, default_registry, hookimpl
 
 NAME = "adapterkit_testing_neighbour"
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from adapterkit.config import AdapterConfig
+from adapterkit.contract import AdapterConfig
 from adapterkit.testing import checks_copies, checks_files, checks_merging, checks_neighbours, checks_training
 from adapterkit.testing.case import Broken, Case, NotApplicable
 

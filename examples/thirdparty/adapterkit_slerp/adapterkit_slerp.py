@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.combiners import Options
+from adapterkit.contract.combiners import Options
 
 
 def slerp(stack: Tensor, weights: Tensor, options: Options) -> Tensor:

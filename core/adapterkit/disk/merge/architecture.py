@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.disk.header import read_header
+from adapterkit.contract import FILE_PREFIX
 from adapterkit.disk.merge.sources import Source
-from adapterkit.disk.skeleton import skeleton
+from adapterkit.disk.skeletons import skeleton
 from adapterkit.errors import AdapterError, CheckpointError
-from adapterkit.files import WEIGHTS_FILE, read_config
-from adapterkit.keys import FILE_PREFIX
+from adapterkit.files import WEIGHTS_FILE, read_config, read_header
 
 # By PEFT's `task_type`, transformers' tables from a config's class to the model's.
 _TASKS = {

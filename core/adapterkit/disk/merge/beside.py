@@ -12,11 +12,11 @@ from typing import Any
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.merge.layout import FileLayout
 from adapterkit.disk.merge.staging import write_durably
-from adapterkit.disk.skeleton import CONFIG
+from adapterkit.disk.skeletons import CONFIG
 from adapterkit.errors import CheckpointError
 from adapterkit.files import CONFIG_FILE
-from adapterkit.labels import LabelSet
-from adapterkit.ties import FLAG
+from adapterkit.merging import FLAG
+from adapterkit.model import LabelSet
 
 MANIFEST = "adapterkit_merge.json"
 _WEIGHTS = (

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.change import plan
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.merge import beside, writing
 from adapterkit.disk.merge.architecture import fitting
@@ -23,13 +22,10 @@ from adapterkit.disk.merge.sources import Source, Sources, checked_sources, give
 from adapterkit.disk.merge.staging import Staging, write_durably
 from adapterkit.disk.names import match_names
 from adapterkit.errors import ConfigError, PluginError, SaveError, StateError, UnsupportedError
-from adapterkit.files import local_path
-from adapterkit.headcast import give_dtypes_back
-from adapterkit.hub import model_folder
-from adapterkit.labels import LabelSet
-from adapterkit.merging import merge_module
-from adapterkit.record import AdapterRecord, acting_heads
-from adapterkit.walk import Walk
+from adapterkit.files import local_path, model_folder
+from adapterkit.forward import give_dtypes_back
+from adapterkit.merging import merge_module, plan
+from adapterkit.model import AdapterRecord, LabelSet, Walk, acting_heads
 
 Progress = Callable[[int, int], object]
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from adapterkit.change import Change
 from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.header import Entry, dtype_name
 from adapterkit.disk.merge.sources import can_be_merged
 from adapterkit.disk.names import Names, match_names
 from adapterkit.errors import CheckpointError, UnsupportedError
-from adapterkit.record import AdapterRecord
-from adapterkit.ties import Parting, nested, number_of
-from adapterkit.walk import base_parameters
+from adapterkit.files import Entry, dtype_name
+from adapterkit.merging import Change, Parting, nested, number_of
+from adapterkit.model import AdapterRecord, base_parameters
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.header import Entry, Shard, write_header
 from adapterkit.disk.merge.contents import Contents, Merged, ModuleMerge, Origin, described
+from adapterkit.files import Entry, Shard, write_header
 
 # The kernel copies so much at a time: small enough that progress is seen and that workers share large files.
 COPIED_BYTES = 1 << 26

@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.acting import Active
+from adapterkit.contract import FILE_PREFIX
 from adapterkit.disk.checkpoint import Checkpoint, mapped
-from adapterkit.disk.header import Entry
 from adapterkit.disk.names import Names
 from adapterkit.errors import ConfigError
-from adapterkit.files import AdapterFiles, read
-from adapterkit.hub import adapter_folder
-from adapterkit.keys import FILE_PREFIX
-from adapterkit.persistence import load_record
-from adapterkit.record import AdapterRecord
-from adapterkit.walk import Walk, base_parameters
+from adapterkit.files import AdapterFiles, Entry, adapter_folder, load_record, read
+from adapterkit.forward import Active
+from adapterkit.model import AdapterRecord, Walk, base_parameters
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 _BASE_LAYER = "base_layer."

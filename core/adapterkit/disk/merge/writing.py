@@ -19,8 +19,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from adapterkit.disk.mapping import as_bytes
 from adapterkit.disk.merge.layout import Copy, FileLayout, Merge, Step
+from adapterkit.files import as_bytes
 from adapterkit.merging import merge_module
 
 _READ_BYTES = 1 << 20

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import AdapterLayer, Target
-from adapterkit.layer import Base
+from adapterkit.contract.layers import Base
 
 
 class IA3Layer(AdapterLayer):

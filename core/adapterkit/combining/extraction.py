@@ -1,0 +1,132 @@
+"""Extraction: an adapter out of the difference between two models' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from adapterkit.combining import lowrank
+from adapterkit.combining.result import Changes, build_result, check_can_result, check_finite
+from adapterkit.combining.sources import Workspace
+from adapterkit.contract import default_registry
+from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
+from adapterkit.kinds import Factors
+from adapterkit.merging import obstacle
+from adapterkit.model import AdapterRecord, LabelSet, Match, Selection, select
+from adapterkit.results import CombineReport
+
+# A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
+# the exact decomposition's cost grows with the cube of the shorter side.
+_LARGE = 1024
+_OVERSAMPLING, _ITERATIONS = 16, 4
+
+
+def check_asked(rank: int | None, energy: float | None) -> None:
+    """Raise `ConfigError` unless one of the two is given, and makes sense."""
+    lowrank.check_size(rank, energy)
+    if rank is None and energy is None:
+        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
+
+
+def wanted_layers(
+    model: nn.Module,
+    to: str,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: str | Sequence[str] | None,
+) -> Selection:
+    """The layers and heads that are asked for, of a method that can be a result.
+
+    Raises:
+        UnsupportedError, SelectionError: it cannot be; nothing is selected.
+    """
+    method = default_registry.method(to)
+    check_can_result(method)
+    config = method.config_type()(
+        target_modules=target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save
+    )
+    return select(model, config)
+
+
+def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in common
+    name: str,
+    selection: Selection,
+    layers: Callable[[Match], tuple[nn.Module, nn.Module]],
+    rank: int | None,
+    energy: float | None,
+    to: str,
+    heads: Mapping[str, nn.Module],
+    labels: LabelSet | None,
+    space: Workspace,
+) -> tuple[AdapterRecord, CombineReport]:
+    """The adapter that comes closest to the difference of two models, not installed yet.
+
+    Args:
+        layers: gives a target's layer in the base and in the tuned model.
+    """
+    errors, ranks, kinds = {}, {}, {}
+    clipped = lowrank.clipped(rank, {m.path: min(m.kind.out_features, m.kind.in_features) for m in selection.targets})
+    for match in selection.targets:
+        path = match.path
+        made, errors[path] = _difference(match, *layers(match), rank, energy)
+        check_finite(name, path, made)
+        space.store[path], ranks[path], kinds[path] = made, made.rank, match.kind
+    changes = Changes(space.store, kinds, {}, heads, labels)
+    method = default_registry.method(to)
+    record = build_result(name, changes, method, space.model, space.active, device=space.device)
+    return record, CombineReport(name, to, ranks, errors, tuple(heads), clipped)
+
+
+def module_of(tuned: nn.Module, path: str) -> nn.Module:
+    """The module of that path, or a `SelectionError`."""
+    try:
+        return tuned.get_submodule(path)
+    except AttributeError as error:
+        raise SelectionError(f"The tuned model has no module {path!r}: it is no fine-tune of the base.") from error
+
+
+def same_layer(tuned: nn.Module, match: Match) -> nn.Module:
+    """The layer of the tuned model that a target of the base has become, or a `SelectionError`."""
+    module = module_of(tuned, match.path)
+    kind = default_registry.kind_of(module)
+    if kind != match.kind:
+        raise SelectionError(f"{match.path!r} is {match.kind} in the base, and {kind} in the tuned model.")
+    return module
+
+
+def _difference(
+    match: Match, own: nn.Module, other: nn.Module, rank: int | None, energy: float | None
+) -> tuple[Factors, float]:
+    for module in (own, other):
+        reason = None if is_parametrized(module, "weight") else obstacle(module, match.kind, match.kind.held(module))
+        if reason is not None:
+            raise UnsupportedError(f"{match.path!r} cannot be extracted from: {reason}. Leave it out.")
+    before, after = (match.kind.read(m) for m in (own, other))
+    if before.is_meta or after.is_meta:
+        raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")
+    delta = lowrank.working(after).to(before.device) - lowrank.working(before)
+    if not torch.isfinite(delta).all():
+        raise StateError(f"The models' difference at {match.path!r} has values that are not finite.")
+    bias = _bias_difference(own, other)
+    most = min(delta.shape)
+    if rank is None or most <= _LARGE:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        return lowrank.keep(u, s, vh, bias, rank=rank, energy=energy)
+    rank = min(rank, most)
+    with torch.random.fork_rng([delta.device] if delta.is_cuda else []):  # the same result at every call
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)
+    kept = lowrank.balanced(u[:, :rank], s[:rank], v[:, :rank].t())
+    size = float(delta.norm())
+    error = float((delta - kept.delta()).norm()) / size if size else 0.0
+    return kept._replace(bias=bias), error
+
+
+def _bias_difference(before: nn.Module, after: nn.Module) -> Tensor | None:
+    own, other = before._parameters.get("bias"), after._parameters.get("bias")
+    if own is None or other is None or torch.equal(own, other.to(own.device)):
+        return None
+    return lowrank.working(other).to(own.device) - lowrank.working(own)

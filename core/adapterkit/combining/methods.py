@@ -1,0 +1,129 @@
+"""Combining the changes of several adapters at one target, in the space that was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapterkit.combining.lowrank import as_factors, common_bases, exact, keep, svd, working
+from adapterkit.contract import Combiner, Options
+from adapterkit.errors import ConfigError
+from adapterkit.kinds import Factors, numerical_rank
+
+Space = Literal["delta", "factors", "core"]
+SPACES = ("delta", "factors", "core")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to combine: the choices of one call, the same for every target."""
+
+    combiner: Combiner
+    linear: bool
+    space: Space
+    options: Options
+    rank: int | None = None
+    energy: float | None = None
+    isotropize: bool = False
+
+
+def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Factors, float]:
+    """One change out of several at one target.
+
+    Args:
+        sources: `(out, r_t)` and `(r_t, in)` of each; ranks may differ.
+        weights: one for each source; may be negative.
+
+    Returns:
+        The factors of the result, and the relative error that truncation made.
+    """
+    sources = _alike(sources)
+    bias = _combined_bias(sources, weights, recipe)
+    decomposed = recipe.isotropize or recipe.rank is not None or recipe.energy is not None
+    if recipe.space == "delta" and not (recipe.linear or recipe.combiner.rotates):
+        dense = _on_dense(sources, weights, recipe)
+        if not decomposed:
+            return as_factors(dense, sources)._replace(bias=bias), 0.0
+        parts = exact(dense)
+    else:
+        combined = _on_few(sources, weights, recipe)
+        too_wide = combined.rank > min(combined.up.shape[0], combined.down.shape[1])
+        if not (too_wide or decomposed):
+            return combined._replace(bias=bias), 0.0
+        parts = svd(combined)
+    if recipe.isotropize:
+        parts = isotropic(*parts)
+    return keep(*parts, bias, rank=recipe.rank, energy=recipe.energy)
+
+
+def _on_few(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """What needs no dense matrix."""
+    if recipe.space == "factors":
+        return _on_factors(sources, weights, recipe)
+    if not recipe.linear:
+        return _in_core(sources, weights, recipe)
+    ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
+    return Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
+
+
+def _alike(sources: Sequence[Factors]) -> list[Factors]:
+    """The same changes in one dtype, the one that sums are made in."""
+    dtype = working(torch.cat([f.up[:0, :0] for f in sources])).dtype
+    return [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
+
+
+def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """A and B on their own, as PEFT does: weights `sqrt(|w s|)` on both, the sign on A, `s` the scaling."""
+    ranks = {f.rank for f in sources}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"space='factors' combines the factors entry by entry, so all ranks must be equal, not {sorted(ranks)}. "
+            "Use space='delta' or space='core'."
+        )
+    scaled = [w * f.scale for f, w in zip(sources, weights, strict=True)]
+    sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled], dtype=torch.float64)
+    signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled], dtype=torch.float64)
+    downs = torch.stack([f.down for f in sources])
+    ups = torch.stack([f.up / (f.scale or 1.0) for f in sources])
+    down = recipe.combiner.function(downs, sizes * signs, recipe.options)
+    return Factors(recipe.combiner.function(ups, sizes, recipe.options), down)
+
+
+def _in_core(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+    """The small matrices `M_t = U^T up_t down_t V`, combined, in their common bases."""
+    left, right = common_bases(sources)
+    cores = torch.stack([(left.t() @ f.up) @ (f.down @ right.t()) for f in sources])
+    return Factors(left @ _apply(recipe, cores, weights), right)
+
+
+def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor:
+    return _apply(recipe, torch.stack([f.delta() for f in sources]), weights)
+
+
+def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
+    """The combiner, a source of negative weight being negated first, so that the signs elected are those of `w X`."""
+    given = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
+    signs = torch.where(given < 0, -1.0, 1.0).to(stack).view(-1, *(1,) * (stack.dim() - 1))
+    return recipe.combiner.function(stack * signs, given.abs(), recipe.options)
+
+
+def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor | None:
+    """Changes of the bias: always their weighted sum; vectors have no singular vectors and few entries."""
+    found = [w * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
+    return torch.stack(found).sum(0) if found else None
+
+
+def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular values of a change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
+
+    Those that are zero but for rounding are left out.
+    """
+    count = numerical_rank(s, len(s))
+    if count == 0:
+        return u, s, vh
+    return u[:, :count], s[:count].mean().expand(count), vh[:count]

@@ -1,0 +1,80 @@
+"""Contract."""
+
+from adapterkit.contract.combiners import Combiner, MajoritySign, Options
+from adapterkit.contract.config import AdapterConfig
+from adapterkit.contract.foreign import (
+    DOTTED,
+    FLAT,
+    OPTIONAL,
+    ForeignFile,
+    ForeignLayers,
+    component,
+    exactly,
+    with_patterns,
+)
+from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, RESULT_HOOKS, hookimpl
+from adapterkit.contract.keys import (
+    ATTRIBUTE,
+    BIASES,
+    CONTAINERS,
+    FILE_PREFIX,
+    HEADS,
+    LAYERS,
+    SHARED,
+    KeyRule,
+    file_key,
+    split_memory_key,
+    strip_file_prefix,
+    unwrapped_key,
+)
+from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder
+from adapterkit.contract.method import Injector, Method
+from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
+from adapterkit.contract.registry import DISABLE_VARIABLE, Installed, Registry, default_registry, switched_off
+from adapterkit.contract.target import Target
+
+__all__ = [
+    "ATTRIBUTE",
+    "BIASES",
+    "CONTAINERS",
+    "DISABLE_VARIABLE",
+    "DOTTED",
+    "EXTENSIONS_GROUP",
+    "FILE_PREFIX",
+    "FLAT",
+    "HEADS",
+    "LAYERS",
+    "METHODS_GROUP",
+    "OPTIONAL",
+    "RESULT_HOOKS",
+    "SHARED",
+    "AdapterConfig",
+    "AdapterLayer",
+    "Combiner",
+    "FactorStack",
+    "ForeignFile",
+    "ForeignLayers",
+    "Holder",
+    "Injector",
+    "Installed",
+    "KeyRule",
+    "MajoritySign",
+    "Method",
+    "Names",
+    "Options",
+    "Pattern",
+    "PatternTable",
+    "Registry",
+    "Rule",
+    "Target",
+    "component",
+    "default_registry",
+    "exactly",
+    "file_key",
+    "hookimpl",
+    "split_memory_key",
+    "strip_file_prefix",
+    "switched_off",
+    "unwrapped_key",
+    "with_patterns",
+]

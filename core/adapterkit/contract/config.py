@@ -1,0 +1,242 @@
+"""Configs: what a user writes, checked when it is made, and PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import reprlib
+import types
+import typing
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from adapterkit.errors import ConfigError, UnknownNameError, UnsupportedError, nearest
+
+Modules = str | Sequence[str] | None
+TrainedBiases = Literal["none", "targets", "all"]
+
+_NEUTRAL: tuple[object, ...] = (None, False, {}, [], "")
+# Fields of the file that say where an adapter is from; they are kept and change no number.
+_BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Fields every method has. Names and meanings are PEFT's; a subclass adds its own and sets `method`.
+
+    Args:
+        target_modules: which layers: a list of exact paths or suffixes at a dot (`"q_proj"`,
+            `"layers.0.mlp"`), a regular expression that must match the full path, `"all-linear"`, or
+            `None` for the default of the model's `model_type`.
+        exclude_modules: layers left out; a list or a regular expression, read as `target_modules` is.
+        layers_to_transform: layer numbers to keep, negative ones counted from the end; or a mapping from
+            a stack to its numbers, `{"encoder.layers": [-2, -1], "decoder.layers": "all"}`.
+        layers_pattern: the stacks that `layers_to_transform` counts in, such as `"layers"`.
+        modules_to_save: modules trained in full and kept with the adapter. `"auto"` takes the task
+            head of transformers' classification, question-answering and multiple-choice models.
+        task_type, base_model_name_or_path, revision: kept for the file; they change nothing.
+        extra: fields of a file that are not known here, at values that change nothing; written back.
+
+    Class attributes of a method's config:
+        method: its name, that of the entry point.
+        default_targets: `target_modules` by `model_type`, where it differs from the table of all methods.
+        not_implemented: PEFT's fields that it does not have, with the values at which they change nothing.
+        not_in_files: fields above that PEFT's config of the method lacks.
+        starts_as_identity: whether a new adapter changes no output; a property where that depends on a field.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+        UnsupportedError: a field of PEFT's that this library does not implement.
+        UnknownNameError: a field that does not exist.
+    """
+
+    method: ClassVar[str] = ""
+    # PEFT's fields that are not implemented, each with the value at which it changes nothing.
+    not_implemented: ClassVar[Mapping[str, object]] = {}
+    # Fields below that PEFT's config of this method lacks. A file lists the layers that they leave instead.
+    not_in_files: ClassVar[tuple[str, ...]] = ()
+    # Defaults for a `model_type` where the method differs from `adapterkit.model.default_targets`.
+    default_targets: ClassVar[Mapping[str, Sequence[str] | str]] = {}
+
+    target_modules: Modules = None
+    exclude_modules: Modules = None
+    layers_to_transform: int | Sequence[int] | Mapping[str, str | int | Sequence[int]] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: str | Sequence[str] | None = "auto"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        """Refuse unknown fields in our words, before `__init__` would in Python's."""
+        if args:
+            raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
+        for name, value in fields.items():
+            if name not in _field_names(cls):
+                cls._refuse_field(name, value)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        hints = _hints(cls)
+        for f in dataclasses.fields(self):
+            value = _plain(getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+            if not conforms(value, hints[f.name]):
+                raise ConfigError(
+                    f"{type(self).__name__}: {f.name} = {value!r} is a {type(value).__name__}; "
+                    f"it must be {readable(hints[f.name])}."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where to count layers; it needs layers_to_transform beside it.")
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) in ((), ""):
+                raise ConfigError(f"{name} is empty; name at least one module, or leave it None.")
+        self.check()
+
+    @property
+    def trained_biases(self) -> TrainedBiases:
+        """Which biases of the base each adapter trains a copy of: `"none"`, `"targets"` or `"all"`."""
+        return "none"
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a new adapter of this config changes no output; a subclass says so where one does."""
+        return True
+
+    def check(self) -> None:
+        """A subclass checks its own fields here and raises `ConfigError`."""
+
+    @classmethod
+    def _refuse_field(cls, name: str, value: object) -> typing.NoReturn:
+        if name in cls.not_implemented:
+            raise UnsupportedError(
+                f"{cls.__name__}: {name} = {value!r} is an option of PEFT that adapterkit does not implement. "
+                "Leave it out."
+            )
+        close = nearest(name, _field_names(cls), 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownNameError(
+            f"{cls.__name__} has no field {name!r}.{hint} "
+            f"Its fields: {', '.join(f.name for f in dataclasses.fields(cls))}."
+        )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them, with `peft_type` and what `extra` kept."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "extra"]
+        own = {name: _jsonable(getattr(self, name)) for name in names}
+        own = {name: value for name, value in own.items() if value is not None or name not in self.not_in_files}
+        return dict(sorted({**self.extra, **own, "peft_type": self.method.upper(), "inference_mode": True}.items()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A config from the fields of an `adapter_config.json`.
+
+        Raises:
+            UnsupportedError: a field that is unknown, or not implemented, at a value that may change numbers.
+            ConfigError: a known field of the wrong type or value.
+        """
+        known = _field_names(cls) - {"extra"}
+        extra = {}
+        for name, value in values.items():
+            if name in known:
+                continue
+            neutral = value in _NEUTRAL or value == cls.not_implemented.get(name, _NEUTRAL)
+            if name not in _BOOKKEEPING and not neutral:
+                raise UnsupportedError(
+                    f"adapter_config.json: {name} = {reprlib.repr(value)} is not implemented by the method "
+                    f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
+                )
+            if name not in ("peft_type", "inference_mode"):
+                extra[name] = value
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+        except RecursionError as error:
+            raise ConfigError("adapter_config.json: a value is nested too deeply.") from error
+
+
+@functools.cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    """The types of a config's fields; to resolve them takes as long as all the rest of making one."""
+    return typing.get_type_hints(cls)
+
+
+def _field_names(cls: type[AdapterConfig]) -> set[str]:
+    """What a user may write; `__dataclass_fields__` has class variables too."""
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    """Sequences and sets as tuples, so that a frozen config is, and equals what its JSON gives back."""
+    if isinstance(value, Set):
+        return tuple(sorted(value, key=lambda v: v if isinstance(v, str) else repr(v)))
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(v) for v in value)
+    return value
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return value
+
+
+# Adapters compute in this precision at least; what it does not hold would be infinite there.
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
+def conforms(value: object, hint: Any) -> bool:
+    """Whether `value` has type `hint`: unions, literals, sequences and mappings looked into.
+
+    A bool is no number, an int is a float, and a float must be finite in float32.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(conforms(value, a) for a in args)
+    if origin is typing.Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            conforms(k, args[0]) and conforms(v, args[1]) for k, v in value.items()
+        )
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, tuple | list) and all(conforms(v, args[0]) for v in value)
+    return _is_plain(value, hint)
+
+
+def _is_plain(value: object, hint: Any) -> bool:
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) <= _LARGEST_FLOAT32
+    if hint is None:
+        return value is None
+    return not isinstance(hint, type) or isinstance(value, hint)  # what is no class is its author's to check
+
+
+def readable(hint: Any) -> str:
+    """A type as a user would say it: `an int`, `a list of str or None`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(readable(a) for a in args))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, args))
+    if origin is not None and issubclass(origin, Mapping):
+        return f"a mapping from {readable(args[0])} to {readable(args[1])}"
+    if origin is not None and issubclass(origin, Sequence):
+        return f"a list of {readable(args[0])}"
+    if hint is type(None) or hint is None:
+        return "None"
+    return "a finite float32" if hint is float else str(getattr(hint, "__name__", hint))

@@ -1,0 +1,110 @@
+"""Key rules: which parameters are a method's, and what they are called in memory and in files.
+
+In memory a parameter of adapter `a` at target `p` is `p.adapters.a.<local>`; a head's is
+`p.adapter_heads.a.<local>`, a trained bias `p.adapter_biases.a.bias`, a shared tensor
+`adapter_shared.a.<name>`. In a file (PEFT's format) they are `base_model.model.p.<local>`,
+`base_model.model.p.<local>`, `base_model.model.p.base_layer.bias` and `base_model.<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapterkit.errors import CheckpointError
+
+LAYERS, HEADS, BIASES, SHARED = "adapters", "adapter_heads", "adapter_biases", "adapter_shared"
+CONTAINERS = (LAYERS, HEADS, BIASES)
+
+# Where a model keeps its `Adapters`.
+ATTRIBUTE = "_adapterkit"
+
+FILE_PREFIX = "base_model.model."
+FILE_SHARED_PREFIX = "base_model."
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """What a method's parameters are called.
+
+    Args:
+        prefix: every parameter an adapter layer owns begins with it (`lora_`, `hada_`, `vera_lambda_`).
+        shared: names of the tensors that all targets of one adapter use (VeRA's `vera_A`, `vera_B`).
+        exempt: names, shared or local, that a file may lack by rule; what the file lacks then is not missing.
+        derived: names of those kinds that are made again from the config: never written to a file, exempt
+            where it lacks them, and ignored where it has them.
+    """
+
+    prefix: str
+    shared: tuple[str, ...] = ()
+    exempt: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
+
+    def owns(self, local: str) -> bool:
+        """Whether a name inside an adapter layer (`lora_A.weight`) is the method's."""
+        return local.startswith(self.prefix)
+
+    def may_lack(self, key: str) -> bool:
+        """Whether a file may lack this key, `<name>` or `<path>.<local>`."""
+        return _names(self.exempt | self.derived, key)
+
+    def derives(self, key: str) -> bool:
+        """Whether what is under this key is made again from the config."""
+        return _names(self.derived, key)
+
+
+def _names(names: frozenset[str], key: str) -> bool:
+    return bool(names) and any(key == name or key.endswith("." + name) for name in names)
+
+
+def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
+    """`(container, path, local)` of a full state dict's key if it is adapter `name`'s, else `None`.
+
+    The key is read part by part, from the right: an adapter may be called like a module of the model.
+    """
+    if f".{name}." not in key:
+        return None
+    parts = key.split(".")
+    for i in range(len(parts) - 3, -1, -1):
+        if parts[i] in (*CONTAINERS, SHARED) and parts[i + 1] == name:
+            return parts[i], ".".join(parts[:i]), ".".join(parts[i + 2 :])
+    return None
+
+
+def file_key(path: str, local: str) -> str:
+    """PEFT's key of `local` at module `path`; an empty path is the place of shared tensors."""
+    return f"{FILE_PREFIX}{path}.{local}" if path else f"{FILE_SHARED_PREFIX}{local}"
+
+
+def strip_file_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without PEFT's `base_model.model.` (or, for shared tensors, `base_model.`), which is optional.
+
+    Raises:
+        CheckpointError: a tensor is there with the prefix and without.
+    """
+    stripped: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        short = _stripped(key)
+        if short in stripped:
+            raise CheckpointError(f"There are two tensors for {short!r}: with and without PEFT's prefix.")
+        stripped[short] = tensor
+    return stripped
+
+
+def _stripped(key: str) -> str:
+    if key.startswith(FILE_PREFIX):
+        return key.removeprefix(FILE_PREFIX)
+    # A module of the model may be called `base_model`; shared tensors have no path.
+    shared = key.removeprefix(FILE_SHARED_PREFIX)
+    return key if "." in shared else shared
+
+
+# Names that wrappers put into the paths of the modules they wrap.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def unwrapped_key(key: str) -> str:
+    """A path or key without the names that wrappers put into it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)

@@ -1,0 +1,70 @@
+"""Target: one layer of the model that an adapter is about to change, as a method sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import UnsupportedError
+from adapterkit.kinds import LayerKind, dense
+from adapterkit.tensors import as_wholes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt.
+
+    Attributes:
+        path: its module path in the model, such as `"encoder.layer.0.attention.self.query"`.
+        kind: what it is; has the sizes, and applies factors to inputs.
+        dtype, device: what the adapter's parameters are to be made with.
+        load: a file's values are about to be assigned: parameters may be left empty.
+    """
+
+    path: str
+    module: nn.Module
+    kind: LayerKind
+    dtype: torch.dtype
+    device: torch.device
+    load: bool = False
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the canonical weight."""
+        return self.kind.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the canonical weight."""
+        return self.kind.in_features
+
+    def weight(self) -> Tensor:
+        """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation.
+
+        Raises:
+            UnsupportedError: it is quantised, and does not say which numbers it stands for.
+        """
+        with as_wholes(self.module, self.module.modules()):
+            held = self.kind.read(self.module)
+            weight = dense(held)
+            if weight is None:
+                raise UnsupportedError(
+                    f"The weight of {self.path!r} is a {type(held).__name__}, which does not give the numbers that it "
+                    "stands for. Begin with others than the weight's own, or add the adapter before it is quantised."
+                )
+            return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """A new parameter of this shape, uninitialised, with the adapter's dtype and device."""
+        if self.load:
+            return nn.Parameter(_placeholder(shape, self.dtype))
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+
+@lru_cache(maxsize=256)
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What stands for a file's tensor until that is assigned: it has no values, so one serves all of its shape."""
+    return torch.empty(shape, dtype=dtype, device="meta")

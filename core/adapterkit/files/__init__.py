@@ -1,0 +1,70 @@
+"""Files."""
+
+from adapterkit.files.fitting import fit, put, refuse, to_file
+from adapterkit.files.folder import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    appearing,
+    exchange,
+    local_path,
+    read,
+    read_config,
+    umask,
+    write_folder,
+)
+from adapterkit.files.header import Entry, Shard, dtype_name, read_header, write_header
+from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
+from adapterkit.files.loading import load_record, method_in_file
+from adapterkit.files.places import module_slots, slots, stand_ins, widened
+from adapterkit.files.recognising import check_foreign, layers_of, of_component, recognise
+from adapterkit.files.saving import save_record, short_names, to_files
+from adapterkit.files.swapping import swapped_config, values_to_swap
+from adapterkit.files.tensors import FactorSpool, MappedFiles, as_bytes, write_tensors
+
+__all__ = [
+    "CONFIG_FILE",
+    "PICKLE_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFiles",
+    "Entry",
+    "FactorSpool",
+    "MappedFiles",
+    "Shard",
+    "adapter_folder",
+    "appearing",
+    "as_bytes",
+    "check_foreign",
+    "dtype_name",
+    "exchange",
+    "fit",
+    "hub_id",
+    "layers_of",
+    "load_record",
+    "local_path",
+    "method_in_file",
+    "model_folder",
+    "module_slots",
+    "not_to_be_had",
+    "of_component",
+    "put",
+    "read",
+    "read_config",
+    "read_header",
+    "recognise",
+    "refuse",
+    "save_record",
+    "short_names",
+    "slots",
+    "stand_ins",
+    "swapped_config",
+    "to_file",
+    "to_files",
+    "umask",
+    "values_to_swap",
+    "widened",
+    "write_folder",
+    "write_header",
+    "write_tensors",
+]

@@ -1,0 +1,356 @@
+"""Adapter folders: `adapter_config.json` beside `adapter_model.safetensors`, read safely and written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from adapterkit.errors import CheckpointError, ConfigError, SaveError
+from adapterkit.files.tensors import read_tensors, write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Another process may save to the folder while it is read (each file is opened by itself); then it is read again.
+_READ_ATTEMPTS = 200
+
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter folder holds; or a file of another program, which has no config."""
+
+    folder: Path
+    config: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def local_path(source: object) -> Path:
+    """The path that a caller means, `~` expanded.
+
+    Raises:
+        ConfigError: not text or a path, empty, or the home of somebody unknown.
+    """
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ConfigError(f"{source!r} is no folder: give its path, as text or as a pathlib.Path.")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{source!r} is no folder: {error}") from error
+
+
+def read(place: Path, reader: Reader | None = None) -> AdapterFiles:
+    """Read an adapter folder, or a bare file; see `read_folder`."""
+    return read_file(place, reader) if place.is_file() else read_folder(place, reader)
+
+
+def read_folder(folder: Path, reader: Reader | None = None) -> AdapterFiles:
+    """Read an adapter folder. Each tensor has memory of its own.
+
+    Args:
+        reader: reads safetensors files in place of the function here.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another layout or of another format.
+    """
+    for attempt in range(_READ_ATTEMPTS):
+        before = _versions(folder)
+        try:
+            found = _read_once(folder, reader or _read_safetensors)
+        except CheckpointError:
+            if _versions(folder) == before:
+                raise
+        else:
+            if _versions(folder) == before:
+                return found
+        time.sleep(min(0.001 * attempt, 0.02))
+    raise CheckpointError(f"{folder} is being written again and again; load it when that is over.")
+
+
+def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What tells one version of the folder's files from another."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+        try:
+            status = (folder / name).stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _read_once(folder: Path, reader: Reader) -> AdapterFiles:
+    config = read_config(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return AdapterFiles(folder, config, *reader(folder / WEIGHTS_FILE))
+    if (folder / PICKLE_FILE).is_file():
+        return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
+    raise CheckpointError(_no_weights(folder))
+
+
+def read_file(file: Path, reader: Reader | None = None) -> AdapterFiles:
+    """Read a bare file of tensors, as other programs write them.
+
+    Raises:
+        CheckpointError: it is damaged, of another format, or one of the two files of an adapter folder.
+    """
+    if file.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) and (file.parent / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{file} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    if file.suffix in _PICKLE_SUFFIXES:
+        return AdapterFiles(file, None, _read_pickle(file), {})
+    return AdapterFiles(file, None, *(reader or _read_safetensors)(file))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in `adapter_config.json`.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+        what = (
+            f"It holds {', '.join(found)}."
+            if found
+            else "There is no such folder."
+            if not folder.is_dir()
+            else "It is empty."
+        )
+        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {what}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
+    return config
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_tensors(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
+
+
+# What torch.load raises on files that are no pickle of tensors.
+_PICKLE_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError),
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, struct.error),
+)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except _PICKLE_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in tensors.items()
+    ):
+        raise CheckpointError(f"{path} holds no mapping from names to tensors.")
+    without = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if without is not None:
+        raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
+    if any(".index." in n or "-of-" in n for n in others):
+        advice = "It is sharded, which no adapter format is: join the shards into one file."
+    elif others:
+        advice = f"Rename the adapter's weights to {WEIGHTS_FILE} if one of these holds them."
+    else:
+        advice = "Only its config is there."
+    return f"{folder} has no {WEIGHTS_FILE} (nor {PICKLE_FILE}). Found: {', '.join(names)}. {advice}"
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    writer: Writer = write_tensors,
+) -> None:
+    """Write an adapter folder so that at any moment it holds the old adapter whole or the new one whole.
+
+    Both files are written beside the folder first. A new folder appears by one rename. Over an old one the
+    weights replace the weights in one rename if the config is the same; if it is not, the two files
+    change places with the old ones by one exchange of folders, other files in the folder being kept. Where
+    that is not possible (not on Linux, a mount, the working directory, a file system without links) they are two
+    renames, and a crash just between them leaves the new weights beside the old config.
+
+    Args:
+        writer: writes tensors and metadata to a safetensors file.
+
+    Raises:
+        SaveError: it cannot be written there; nothing has changed.
+    """
+    try:
+        text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that matches counts
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
+    try:
+        folder = folder.resolve()  # behind a link is the folder that changes
+        fresh = _new_beside(folder)
+        try:
+            writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
+            _finish(fresh, text)
+            with _one_at_a_time(folder.parent):
+                _put(fresh, folder, text)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise SaveError(
+            f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
+        ) from error
+
+
+def _new_beside(folder: Path) -> Path:
+    """An empty folder that files can be renamed from: beside `folder`, or inside it where only that works."""
+    parent, prefix = folder.parent, f".{folder.name}."
+    parent.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() or folder.stat().st_dev == parent.stat().st_dev:
+        try:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+
+
+def _finish(folder: Path, text: str) -> None:
+    folder.chmod(0o777 & ~umask())
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
+        path.chmod(0o666 & ~umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _one_at_a_time(parent: Path) -> Iterator[None]:
+    """Let one process (or thread) at a time put folders in place below `parent`, where the system has such locks.
+
+    Every process of a training run may save to the same folder at the same moment.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(parent, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _put(fresh: Path, folder: Path, text: str) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(f"{folder} is read-only")
+    old = folder / CONFIG_FILE
+    if not old.exists() or old.read_text(encoding="utf-8", errors="replace") == text:
+        _replace_files(fresh, folder)
+        return
+    if not (_can_move(fresh, folder) and _link_others(folder, fresh) and exchange(fresh, folder)):
+        _replace_files(fresh, folder)
+
+
+def _replace_files(fresh: Path, folder: Path) -> None:
+    (fresh / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+    (fresh / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    with suppress(FileNotFoundError):  # weights of the old format would be read by others
+        (folder / PICKLE_FILE).unlink()
+
+
+def _can_move(fresh: Path, folder: Path) -> bool:
+    """Whether the folder may be exchanged: `fresh` is beside it, and this process does not work inside it."""
+    return fresh.parent == folder.parent and not Path.cwd().is_relative_to(folder)
+
+
+def _link_others(folder: Path, fresh: Path) -> bool:
+    """Give `fresh` the folder's mode and its other files; `False` where the file system has no such links."""
+    try:
+        for other in folder.iterdir():
+            if other.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
+                _link(other, fresh / other.name)
+        shutil.copymode(folder, fresh)
+    except OSError:
+        return False
+    return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file, or a folder of the same files, under another name."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for child in source.iterdir():
+            _link(child, target / child.name)
+        shutil.copystat(source, target)
+    else:
+        os.link(source, target, follow_symlinks=False)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux's `renameat2`); `False` if the system cannot."""
+    import ctypes
+
+    exchange_flag, at_cwd = 2, -100
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0)
+    return False
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to. It gets that name when the block ends, and goes if the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    fresh = Path(name)
+    try:
+        yield fresh
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        fresh.chmod(0o666 & ~umask())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The process's mask for the modes of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

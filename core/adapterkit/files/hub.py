@@ -1,0 +1,124 @@
+"""Finding an adapter: on this machine, or on the Hugging Face hub and in its local cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import CheckpointError, nearest
+from adapterkit.files.folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
+
+# What files end in; repositories of the hub do not.
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
+# Other libraries' messages are cut there.
+_LONGEST = 200
+
+
+def adapter_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
+
+    Raises:
+        CheckpointError: neither a folder nor something the hub, or its cache, has.
+    """
+    path = local_path(source)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on names that are too long
+        return path / subfolder if subfolder else path
+    if os.path.isfile(path):  # noqa: PTH113 - as above
+        if subfolder:
+            raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
+        return path
+    return _fetch(hub_id(source), revision, subfolder, cache_dir, token)
+
+
+def model_folder(source: str | Path) -> Path:
+    """The local folder, or file, of a model given by a path or a hub id, fetched if need be: all but other formats.
+
+    Raises:
+        CheckpointError: neither a folder nor something the hub, or its cache, has.
+    """
+    path = local_path(source)
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
+        return path
+    other_formats = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "*.tflite"]
+    return _snapshot(hub_id(source), ignore_patterns=other_formats)
+
+
+def hub_id(source: str | Path, what: str = "folder") -> str:
+    """What is no path of this machine, as the hub id that it may be.
+
+    Raises:
+        CheckpointError: it can only be meant as a path: by its form, or because the folder that it would be in is here.
+    """
+    text, path = str(source), local_path(source)
+    formed = isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or text.endswith("/")
+    if formed or path.suffix in _FILES or ("/" in text and os.path.isdir(path.parent)):  # noqa: PTH112 - as above
+        raise CheckpointError(f"There is no {what} {text!r} (working directory: {Path.cwd()}).{_nearest(path)}")
+    return text
+
+
+def _nearest(path: Path) -> str:
+    try:
+        close = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    except OSError:
+        return ""
+    return f" Nearest: {', '.join(repr(str(path.with_name(name))) for name in close)}." if close else ""
+
+
+def not_to_be_had(repo: str, error: BaseException) -> CheckpointError:
+    """The error for what is neither here nor on the hub, with the reason in one line."""
+    return CheckpointError(
+        f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
+        f"cache: {_reason(error)}.{_nearest(Path(repo))}"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    from huggingface_hub import constants, errors
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    reasons = {
+        errors.HFValidationError: "it is no name that a repository can have",
+        errors.GatedRepoError: "its owner has to grant access to it; log in, or give a token",
+        errors.RepositoryNotFoundError: "there is no such repository, or it is private",
+        errors.LocalEntryNotFoundError: f"it is not in the cache, and {why}",
+    }
+    chain, cause = [error], error.__cause__ or error.__context__
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind, reason in reasons.items():
+        if any(isinstance(link, kind) for link in chain):
+            return reason
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:_LONGEST]}".rstrip(".")
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+) -> Path:
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+    root = _snapshot(repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+    return root / subfolder if subfolder else root
+
+
+def _snapshot(repo: str, **arguments: Any) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, **arguments))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise not_to_be_had(repo, error) from error

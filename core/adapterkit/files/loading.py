@@ -1,0 +1,230 @@
+"""Saving an adapter to a folder, and building one from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import (
+    METHODS_GROUP,
+    AdapterConfig,
+    Method,
+    Names,
+    default_registry,
+    strip_file_prefix,
+)
+from adapterkit.errors import CheckpointError, UnknownNameError
+from adapterkit.files.fitting import equals_base, fit, put, refuse, warn_of
+from adapterkit.files.folder import AdapterFiles
+from adapterkit.files.places import slots
+from adapterkit.files.recognising import check_foreign, layers_of, of_component, passed_over, recognise
+from adapterkit.forward import Active
+from adapterkit.kinds import LayerKind
+from adapterkit.model import (
+    AdapterRecord,
+    Builder,
+    LabelSet,
+    Walk,
+    adopt_rows,
+    select_on,
+    tied_to,
+)
+from adapterkit.results import LoadReport
+from adapterkit.tensors import shape_of
+
+
+def method_in_file(config: Mapping[str, Any], folder: Path) -> Method:
+    """The method that an `adapter_config.json` is of.
+
+    Raises:
+        CheckpointError: it names none.
+        UnknownNameError: no installed plugin provides it.
+    """
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or not peft_type:
+        raise CheckpointError(f"{folder}: adapter_config.json has no 'peft_type', so its method is not known.")
+    try:
+        return default_registry.method(peft_type.lower())
+    except UnknownNameError as error:
+        installed = ", ".join(map(str, default_registry.methods().values())) or "none"
+        raise UnknownNameError(
+            f"{folder} is an adapter of type {peft_type!r}, and no plugin provides the method {peft_type.lower()!r}. "
+            f"Installed methods: {installed} (entry-point group {METHODS_GROUP!r}). Install the package of that one."
+        ) from error
+
+
+def load_record(
+    model: nn.Module,
+    name: str,
+    files: AdapterFiles,
+    active: Active,
+    *,
+    strict: bool | None,
+    dtype: torch.dtype | str | None,
+    component: str | None = None,
+    device: torch.device | None = None,
+) -> tuple[AdapterRecord, LoadReport]:
+    """Build the adapter that a folder or a file holds, with its values, not installed yet.
+
+    Args:
+        strict: `None`: what does not fit is in the report, and nowhere else.
+        device: of what the file does not hold; `None`: where the model computes.
+
+    Raises:
+        CheckpointError: with `strict`, anything missing, unexpected or mismatched.
+        SelectionError: its config selects nothing on this model.
+    """
+    walk = Walk(model)
+    layers = layers_of(walk)
+    held = strip_file_prefix(files.tensors)
+    own = of_component(held, component)
+    method, config = _method_and_config(files, own, layers)
+    tensors = dict(method.from_file(config, own, layers))
+    passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
+    tensors |= {key: held[key] for key in held.keys() - own.keys()}
+    config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
+    selection = select_on(walk, config)
+    given = dtype if isinstance(dtype, torch.dtype) else None
+    builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
+    record, _ = builder.build(name, active)
+    tied = _add_tables(builder, record, tensors, active)
+    for path, head in record.heads.items():
+        adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
+    optional = {f"{path}.bias" for path in record.tables} | {f"{path}.weight" for path in tied}
+    found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
+    if strict and not found.report.ok:
+        refuse(found.report, name, str(files.folder))
+    if strict is not None:
+        warn_of(files, record, found.report)
+    dtypes = {
+        slot.key: tensor.dtype
+        for slot, tensor in (found.values if dtype == "file" else ())
+        if not slot.key.startswith(tuple(f"{path}." for path in record.heads))
+    }
+    put(found.values, assign=True, dtypes=dtypes)
+    builder.fill(record)
+    for path, first in tied.items():
+        record.heads[path]._parameters["weight"] = record.heads[first]._parameters["weight"]
+    record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
+    return record, found.report
+
+
+def _method_and_config(
+    files: AdapterFiles, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> tuple[Method, AdapterConfig]:
+    if files.config is None:
+        check_foreign(files.tensors, files.folder)
+        return recognise(tensors, layers, files.metadata, files.folder)
+    method = method_in_file(files.config, files.folder)
+    return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
+
+
+def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> tuple[str, ...] | str | None:
+    """The modules that `modules_to_save` named to PEFT.
+
+    Without the entries that it writes on suspicion: no such module, and no such key. With the modules that it took
+    because their name merely ends like an entry (`"head"`: `overhead`), if the file holds all their parameters.
+    """
+    wanted = config.modules_to_save
+    if wanted is None or isinstance(wanted, str):
+        return wanted
+    names = Names(wanted)
+    for path in walk.paths:
+        names.match(path)
+    kept = [n for n in wanted if n in names.used or any(f".{n}." in f".{key}" for key in keys)]
+    for module, (path, *_) in walk.aliases.items():
+        held = [f"{path}.{local}" in keys for local, _ in module.named_parameters()]
+        if held and all(held) and path.endswith(tuple(kept)) and names.match(path) is None:
+            kept.append(path)
+    return tuple(kept) or None
+
+
+def _embeddings_in_file(
+    model: nn.Module, walk: Walk, record: AdapterRecord, tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Embeddings whose full weights the file holds: PEFT writes them when the vocabulary was resized.
+
+    Raises:
+        CheckpointError: their rows are not the model's.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if callable(get) else None
+    found = []
+    for module, paths in walk.aliases.items():
+        if not isinstance(module, nn.Embedding) and module is not output:
+            continue
+        for path in paths:
+            keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors]
+            keys = [k for k in keys if k not in slots(record)]
+            if not keys or paths[0] in record.heads or equals_base(model, keys[0], tensors[keys[0]]):
+                continue
+            if tensors[keys[0]].dim() != 2:
+                raise CheckpointError(
+                    f"The file holds {keys[0]!r} of shape {tuple(tensors[keys[0]].shape)}; a table "
+                    "of embeddings has two dimensions."
+                )
+            rows, own = tensors[keys[0]].shape[0], module.weight
+            assert isinstance(own, Tensor)
+            if rows != shape_of(own)[0]:
+                raise CheckpointError(
+                    f"The file holds its own {path!r} with {rows:,} rows; the model's has {shape_of(own)[0]:,}. It was "
+                    f"trained with a resized vocabulary: call model.resize_token_embeddings({rows}) first."
+                )
+            found.append(paths[0])
+            break
+    return found
+
+
+def _add_tables(
+    builder: Builder, record: AdapterRecord, tensors: Mapping[str, Tensor], active: Active
+) -> dict[str, str]:
+    """Make the tables of embeddings that the file holds heads of the adapter, and those that are tied to them.
+
+    Returns:
+        Those that share the parameter of another on the model and have no tensor in the file, each with that other.
+    """
+    walk, tied = builder.walk, dict[str, str]()
+    found = _embeddings_in_file(walk.model, walk, record, tensors)
+    for table in found:
+        others = tied_to(walk, walk.model.get_submodule(table))[1:]
+        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in record.heads}
+    record.tables = frozenset((*found, *tied))
+    for path in (*found, *tied):
+        builder.add_head(record, path, active)
+    return tied
+
+
+def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles) -> LabelSet | None:
+    """The label set the file holds.
+
+    Raises:
+        CheckpointError: it has another size than the model's, and no layer of the adapter's heads has that many rows.
+    """
+    labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
+    if labels is None or own is None or not record.heads or len(labels.id2label) == len(own.id2label):
+        return labels
+    rows = [m.out_features for head in record.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
+    if rows and len(labels.id2label) not in rows:
+        raise CheckpointError(
+            f"{files.folder}: the file's label set has {len(labels.id2label)} classes, and no layer of its heads has "
+            "that many rows. It is damaged; save the adapter again."
+        )
+    return labels
+
+
+def _labels_by_size(model: nn.Module, record: AdapterRecord) -> LabelSet | None:
+    """For files without a label set: numbered classes if the head has other rows than the model's labels."""
+    own = LabelSet.of(model)
+    if own is None:
+        return None
+    for path, head in record.heads.items():
+        before = dict(record.hosts[path].named_modules())
+        for local, layer in head.named_modules():
+            base = before.get(local)
+            if isinstance(layer, nn.Linear) and isinstance(base, nn.Linear) and layer.out_features != base.out_features:
+                return LabelSet.numbered(layer.out_features)
+    return own if record.heads else None

@@ -1,0 +1,126 @@
+"""Files of other programs, read: which part of a pipeline is asked for, and whose method a file is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from adapterkit.contract import DISABLE_VARIABLE, FILE_PREFIX, AdapterConfig, Method, component, default_registry
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
+from adapterkit.files.folder import CONFIG_FILE
+from adapterkit.kinds import LayerKind
+from adapterkit.model import Walk
+
+
+def layers_of(walk: Walk) -> dict[str, LayerKind]:
+    """Every layer of the model that can hold an adapter, by the path it is known by."""
+    kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in walk.aliases.items())
+    return {path: kind for path, kind in kinds if kind is not None}
+
+
+def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
+    """The tensors of one part of a pipeline; all of them for `None`.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    kept = {key: tensor for key, tensor in tensors.items() if part is None or component(key) == part}
+    if tensors and not kept:
+        held = sorted({component(key) for key in tensors} - {""})
+        raise CheckpointError(
+            f"The file holds nothing of component {part!r}. Its components: {', '.join(map(repr, held)) or 'none'}."
+        )
+    return kept
+
+
+def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> set[str]:
+    """Keys of those parts of a pipeline of which a method's `from_file` found no layer on this model."""
+    own = {path.partition(".")[0] for path in layers}  # GPT-2 has a module called `transformer`
+    parts = {key: component(key) for key in tensors}
+    found = {part for key, part in parts.items() if key not in read}
+    other = set(parts.values()) - found - own - {""}
+    return {key for key, part in parts.items() if part in other}
+
+
+def check_foreign(tensors: Iterable[str], file: Path) -> None:
+    """Raise `CheckpointError` if a bare file is the half of an adapter folder of PEFT's."""
+    if any(key.startswith(FILE_PREFIX) for key in tensors):
+        raise CheckpointError(
+            f"{file} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
+            "folder that holds both."
+        )
+
+
+def recognise(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str], file: Path
+) -> tuple[Method, AdapterConfig]:
+    """The method that a file without a config is of, and the config it amounts to: every method is asked.
+
+    Raises:
+        CheckpointError: none of them knows it, or several do.
+    """
+    found, asked, broken, refused = [], [], [], []
+    for name in default_registry.methods():
+        try:
+            method = default_registry.method(name)
+            config = method.foreign_config(tensors, layers, metadata)
+        except PluginError as error:
+            broken.append(str(error))
+            continue
+        except AdapterError as error:
+            refused.append((name, error))
+            continue
+        asked.append(name)
+        if config is not None:
+            found.append((method, config))
+    if len(found) + len(refused) > 1:
+        found = [claim for claim in found if _reads(*claim, tensors, layers)]
+    if refused and not found:
+        raise refused[0][1]
+    broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
+    if len(found) != 1:
+        raise CheckpointError(_not_one([m.name for m, _ in found], asked, broken, tensors, layers, file))
+    for fault in broken:
+        warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
+    method, config = found[0]
+    return method, config.replace(modules_to_save=None) if config.modules_to_save == "auto" else config
+
+
+def _reads(
+    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> bool:
+    """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
+    try:
+        rule, keys = method.key_rule(config), method.from_file(config, tensors, layers)
+    except AdapterError:
+        return False
+    split = (key.split(".") for key in keys)
+    return any(rule.owns(parts[i]) and ".".join(parts[:i]) in layers for parts in split for i in range(1, len(parts)))
+
+
+def _not_one(
+    found: list[str],
+    asked: list[str],
+    broken: list[str],
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, LayerKind],
+    file: Path,
+) -> str:
+    if found:
+        what = (
+            f"{file} holds layers of several methods: {', '.join(found)}. Split it into one file for each. Where "
+            f"one of them takes a file that is another's, switch it off: {DISABLE_VARIABLE}={found[-1]}."
+        )
+    else:
+        what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
+    lines = [
+        what,
+        f"Methods asked: {', '.join(asked) or 'none'}.",
+        f"Keys in the file: {', '.join(map(repr, list(tensors)[:3])) or 'none'}.",
+        f"Layers of the model: {', '.join(map(repr, list(layers)[:3])) or 'none'}.",
+        *(f"Not asked: {fault}" for fault in broken),
+    ]
+    return " ".join(lines)

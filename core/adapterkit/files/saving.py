@@ -1,0 +1,150 @@
+"""Saving an adapter: what its files hold, in PEFT's format, and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterkit.contract import (
+    FILE_PREFIX,
+    AdapterConfig,
+    Method,
+    default_registry,
+    file_key,
+    unwrapped_key,
+)
+from adapterkit.errors import CheckpointError
+from adapterkit.files.fitting import EVERYWHERE, to_file
+from adapterkit.files.folder import Writer, write_folder
+from adapterkit.files.tensors import write_tensors
+from adapterkit.model import (
+    ALL_LINEAR,
+    AdapterRecord,
+    Walk,
+    resized_tables,
+    tables,
+)
+from adapterkit.tensors import as_wholes, by_first_rank, groups_of, is_sharded, real_value, reshard, whole
+
+
+def save_record(
+    record: AdapterRecord,
+    model: nn.Module,
+    folder: Path,
+    source: Mapping[str, Tensor] | None = None,
+    writer: Writer = write_tensors,
+    embeddings: bool | None = None,
+) -> None:
+    """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
+
+    A sharded adapter is gathered, which every process takes part in, and the first one writes.
+
+    Args:
+        source, writer, embeddings: see `to_files` and `write_folder`.
+
+    Raises:
+        SaveError: the folder cannot be written; what was there is untouched.
+        CheckpointError: the adapter is on the meta device and has no values.
+    """
+    reshard(model)
+    groups = groups_of(record.parameters()) if source is None else []
+    files = to_files(record, model, source, embeddings=embeddings)
+    by_first_rank(groups, lambda: write_folder(folder, *files, writer))
+
+
+def to_files(
+    record: AdapterRecord,
+    model: nn.Module,
+    source: Mapping[str, Tensor] | None = None,
+    inside: str = "",
+    embeddings: bool | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """What the files of an adapter hold: the config, the tensors, and the tensors' metadata.
+
+    Args:
+        embeddings: whether the model's own tables of embeddings go there too; `None`: if they were resized.
+        inside: the path of `model` where it is a part of the adapted one; `source` is of that part, and so are files.
+    """
+    method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
+    if inside and source is not None:
+        source = {prefix + key: tensor for key, tensor in source.items()}
+    with as_wholes(model, record.modules()) if source is None else nullcontext():
+        tensors = to_file(record, method, source) | _tables(record, model, source, prefix, embeddings)
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
+    outer = FILE_PREFIX + prefix
+    tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
+    metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
+    metadata |= {EVERYWHERE: "true"} if record.aliases else {}
+    return file_config(record, method, model, prefix).to_dict(), tensors, metadata
+
+
+def _tables(
+    record: AdapterRecord,
+    model: nn.Module,
+    source: Mapping[str, Tensor] | None,
+    prefix: str,
+    wanted: bool | None,
+) -> dict[str, Tensor]:
+    """The model's tables of embeddings that go to the adapter's file, without those that are its heads anyway."""
+    if wanted is False:
+        return {}
+    walk, found = Walk(model), {}
+    given = {unwrapped_key(key).removeprefix("module."): tensor for key, tensor in (source or {}).items()}
+    heads = [path.removeprefix(prefix) for path in record.heads]
+    for path, table in (tables if wanted else resized_tables)(walk, heads).items():
+        place = prefix + path
+        for name, own in table._parameters.items():
+            if own is None:
+                continue
+            value = given.get(f"{place}.{name}")
+            if value is None and source is not None and is_sharded(own):
+                raise CheckpointError(
+                    f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
+                )
+            key = file_key(f"{place}.base_layer" if place in record.layers else place, name)
+            found[key] = real_value(table, name) if value is None else whole([value])[0]
+    return found
+
+
+def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
+    """The config that goes to the file: one that PEFT reads, and that selects exactly these layers.
+
+    Args:
+        prefix: what the paths of the adapter's layers begin with, and those of `model` do not.
+    """
+    config = method.file_config(record.config)
+    heads = tuple(p.removeprefix(prefix) for p in record.heads if p not in {*record.layers, *record.tables})
+    changes: dict[str, Any] = {
+        "modules_to_save": heads or None,
+        "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
+    }
+    resolved = ("layers_to_transform", *config.not_in_files)
+    if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
+        changes |= {
+            "target_modules": short_names([p.removeprefix(prefix) for p in record.layers], Walk(model).paths),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    for patterns in ("rank_pattern", "alpha_pattern") if prefix else ():
+        if given := getattr(config, patterns, None):
+            changes[patterns] = {key.removeprefix(prefix): value for key, value in given.items()}
+    return config.replace(**changes)
+
+
+def short_names(targets: Collection[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """Last parts of the targets' paths if those name nothing else in the model, else the whole paths."""
+    tails = {path.rpartition(".")[2] for path in targets}
+    others = any(path.rpartition(".")[2] in tails and path not in targets for path in paths)
+    return tuple(sorted(targets if others else tails))
+
+
+def _name_of(model: nn.Module) -> str | None:
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None

@@ -1,0 +1,101 @@
+"""Swapping: an adapter takes over what another one does, in the parameters that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import AdapterConfig, AdapterLayer
+from adapterkit.errors import CheckpointError
+from adapterkit.files.places import Slot, module_slots
+from adapterkit.model import AdapterRecord
+
+# Fields that say where an adapter acts and where it is from, not what it does.
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "extra")
+_ORIGIN = ("task_type", "base_model_name_or_path", "revision")
+
+Values = list[tuple[Slot, Tensor]]
+
+
+def values_to_swap(record: AdapterRecord, other: AdapterRecord) -> Values:
+    """What is to be written into `record` so that it does what `other` does. Nothing is written yet.
+
+    Raises:
+        CheckpointError: it cannot; says where and why.
+    """
+    if other.config.method != record.config.method:
+        raise CheckpointError(f"it is of the method {other.config.method!r}, not {record.config.method!r}")
+    _check_inside("it changes", other.layers, "the adapter does not", record.layers)
+    _check_inside("it has a head at", other.heads, "the adapter has none there", record.heads)
+    _check_inside("the adapter has a head at", record.heads, "the file has none there", other.heads)
+    _check_inside("it trains the bias of", other.biases, "the adapter does not", record.biases)
+    values = _of_shared(record, other)
+    for path, layer in record.layers.items():
+        values += _of_layer(path, layer, other.layers.get(path), _alike(record.config, other.config))
+    for path, head in record.heads.items():
+        given = {name: slot.tensor for name, slot in module_slots(other.heads[path])}
+        values += _fitting(path, head, given)
+    for path, bias in record.biases.items():
+        found = other.biases[path].bias if path in other.biases else bias.base
+        if found is None:  # on the meta device, where it has no value of its own
+            found = record.hosts[path]._parameters["bias"]
+        assert found is not None
+        values += _fitting(path, bias, {"bias": found})
+    return values
+
+
+def swapped_config(own: AdapterConfig, other: AdapterConfig) -> AdapterConfig:
+    """The adapter's config, which says its sizes, and so what a file of it holds; with the other's origin."""
+    return own.replace(**{name: getattr(other, name) for name in _ORIGIN})
+
+
+def _check_inside(what: str, paths: Collection[str], but: str, known: Collection[str]) -> None:
+    outside = [path for path in paths if path not in known]
+    if outside:
+        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        raise CheckpointError(f"{what} {outside[0]!r}{more}, and {but}")
+
+
+def _of_shared(record: AdapterRecord, other: AdapterRecord) -> Values:
+    """What all layers share: what trains is taken over; what is fixed must be equal, for other adapters may use it."""
+    theirs = dict(other.shared or {})
+    values: Values = []
+    for name, slot in () if record.shared is None else module_slots(record.shared.module):
+        own, found = slot.tensor, theirs.get(name)
+        fits = found is not None and found.shape == own.shape
+        trains = isinstance(own, nn.Parameter)
+        if found is None or not fits or not (trains or torch.equal(found.to(own), own)):
+            raise CheckpointError(f"its {name!r}, which all layers share, is another (another key, rank or size)")
+        if trains:
+            values.append((slot, found.detach()))
+    return values
+
+
+def _of_layer(path: str, layer: AdapterLayer, other: AdapterLayer | None, alike: bool) -> Values:
+    if type(layer).adopt is AdapterLayer.adopt and other is not None and not alike:
+        raise CheckpointError(
+            f"its config differs from the adapter's, and the method does not say what that changes at {path!r} "
+            "(AdapterLayer.adopt)"
+        )
+    try:
+        given = layer.adopt(other)
+    except CheckpointError as error:
+        raise CheckpointError(f"at {path!r} {error}") from error
+    return _fitting(path, layer, given)
+
+
+def _fitting(path: str, module: nn.Module, given: Mapping[str, Tensor]) -> Values:
+    places = dict(module_slots(module))
+    for name, tensor in given.items():
+        own = tuple(places[name].tensor.shape) if name in places else None
+        if own != tuple(tensor.shape):
+            raise CheckpointError(f"at {path!r} {name!r} is {tuple(tensor.shape)}, and the adapter's is {own}")
+    return [(places[name], tensor.detach()) for name, tensor in given.items()]
+
+
+def _alike(own: AdapterConfig, other: AdapterConfig) -> bool:
+    """Whether two configs of a method differ in nothing but where they act and are from."""
+    rest = {name: getattr(own, name) for name in (*_PLACES, *_ORIGIN)}
+    return other.replace(**rest) == own

@@ -1,0 +1,56 @@
+"""Forward."""
+
+from adapterkit.forward.biases import BiasLayer, bias_place
+from adapterkit.forward.head_dtype import callable_head, give_dtypes_back, trained_dtype, widen
+from adapterkit.forward.plan import ACTIVE, Inner, Plan, by_keyword, checks, input_name, run, summable
+from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
+from adapterkit.forward.state import Active, State
+from adapterkit.forward.surgery import (
+    Slots,
+    calls_adapters,
+    check_free,
+    check_free_root,
+    install,
+    is_adapted,
+    let_read,
+    original_class,
+    own_forward,
+    stop_reading,
+    strip,
+    uninstall,
+)
+
+__all__ = [
+    "ACTIVE",
+    "Active",
+    "BiasLayer",
+    "Inner",
+    "Path",
+    "Plan",
+    "Slots",
+    "State",
+    "bias_place",
+    "by_keyword",
+    "callable_head",
+    "calls_adapters",
+    "check_free",
+    "check_free_root",
+    "checks",
+    "declare_reader",
+    "effective_weight",
+    "give_dtypes_back",
+    "input_name",
+    "install",
+    "is_adapted",
+    "let_read",
+    "original_class",
+    "own_forward",
+    "readers_of",
+    "run",
+    "stop_reading",
+    "strip",
+    "summable",
+    "trained_dtype",
+    "uninstall",
+    "widen",
+]

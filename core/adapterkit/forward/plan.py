@@ -1,0 +1,257 @@
+"""Dispatch: what acts at a module now, and the module's forward with it at work.
+
+This is in every forward of every adapted module, so it is lean: what acts at a module (`Plan`) is decided once
+for each state (`acting.State`), at the module's first forward in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import BIASES, HEADS, LAYERS
+from adapterkit.errors import SelectionError, StateError, UnsupportedError
+from adapterkit.forward import readers
+from adapterkit.forward.head_dtype import callable_head
+from adapterkit.kinds import LayerKind
+from adapterkit.tensors import offload, shape_of
+
+if TYPE_CHECKING:
+    from adapterkit.forward.state import Active, State
+
+INPUT = "_adapted_input"
+ACTIVE = "_adapter_active"
+# Where `W + dW` is rounded no worse than the sum of their products is.
+_EXACT = (torch.float32, torch.float64)
+_TENSORS = (Tensor, nn.Parameter)
+
+
+class Plan:
+    """What acts at one module in one state.
+
+    Attributes:
+        head, called: what stands in place of the module, if some adapter's head does, and how that is called.
+        layers: the adapter layers that act, the innermost first.
+        biases: the trained biases that act.
+        additive: whether all the layers are.
+        changer: the one layer that acts, if it may take the module's weight and change it.
+        check: what is asked before each forward; see `checks`.
+    """
+
+    __slots__ = ("additive", "biases", "called", "changer", "check", "head", "layers", "module")
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        names = state.names
+        self.module, self.head = module, None
+        for head, owner in state.parts(module, HEADS, state.heads):
+            # In place of the module for everyone: what others change in it has nothing to act on.
+            self.head, names = head, tuple(n for n in state.names if n == owner)
+            self.called = callable_head(head, module)
+        self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
+        self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
+        self.check = checks(module, self.layers)
+        self.additive = all(layer.additive for layer in self.layers)
+        # Compiled, the compiler decides what is made of it.
+        eager = self.additive and not torch.compiler.is_compiling()
+        self.changer = self.layers[0] if eager and len(self.layers) == 1 and self.layers[0].changes_weight else None
+
+    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
+        if self.head is not None:
+            original = self.called
+        if not (self.layers or self.biases) or not (args or kwargs):
+            return original(*args, **kwargs)
+        if not args:  # the input came by keyword
+            original, x = by_keyword(self.module, original, kwargs)
+            args = (x,)
+        base = original if len(args) == 1 and not kwargs else Inner(original, args[1:], kwargs)
+        if "_hf_hook" in self.module.__dict__:
+            with offload.fetched(*self.layers, *self.biases):
+                return self._changed(base, args[0])
+        return self._changed(base, args[0])
+
+    def stand_in(self) -> nn.Module | None:
+        """What stands in place of the module for who reads the weights of layers inside it."""
+        return self.head
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The module's weight or bias with all that acts at work, for who reads it; see `readers`."""
+        return readers.changed(self, name)
+
+    def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
+        out = None if self.changer is None else _with_weight(self.changer, self.module, base, x)
+        if out is not None:
+            dtype = out.dtype
+        elif self.additive:
+            out = summable(self.module, base(x))
+            dtype = out.dtype
+            for layer in self.layers:
+                out = layer.add_to(out, x)
+        else:
+            for layer in self.layers[:-1]:
+                base = Inner(layer, (base,), {})
+            out = self.layers[-1](x, base)
+            dtype = out.dtype
+        for bias in self.biases:
+            out = out + bias.change(self.module.bias, out)
+        return out if out.dtype == dtype else out.to(dtype)
+
+
+def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`original(*args, **kwargs)` with what acts at `module` in this thread: heads, biases and adapter layers."""
+    active: Active | None = module.__dict__.get(ACTIVE)
+    if active is None:  # our class, kept by a wrapper's class
+        return original(*args, **kwargs)
+    state: State = active.here.slot.state
+    if state.idle:
+        return original(*args, **kwargs)
+    plan = state.plan(module)
+    if plan.check is not None:
+        plan.check(module, state)
+    try:
+        return plan.run(original, args, kwargs)
+    except (IndexError, RuntimeError):
+        check_sizes(module, state)
+        raise
+
+
+def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, State], None] | None:
+    """What raises `StateError` in a forward that would go wrong in silence, or `None`: sizes that do not fit raise.
+
+    A row that is not there is no error on a GPU, but the end of it; and a convolution may do something else.
+    """
+    if isinstance(module, nn.Embedding):
+        return check_sizes
+    return check_unchanged if any(type(x.kind).changed is not LayerKind.changed for x in layers) else None
+
+
+def check_unchanged(module: nn.Module, state: State) -> None:
+    """Raise `StateError` if the module does something else than what is at work there was made for."""
+    slots = module._modules.get(LAYERS)
+    for part, name in parts_of(slots, state.names):
+        what = part.kind.changed(module)
+        if what is not None:
+            assert slots is not None
+            raise StateError(
+                f"{slots.path!r} has {what} since adapter {name!r} was added, which acts as it was then. Set it back, "
+                f"or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
+                f"adapters.remove({name!r}) takes it away."
+            )
+
+
+def check_sizes(module: nn.Module, state: State) -> None:
+    """Raise `StateError` if the module's weight has other sizes than what is at work there was made for."""
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.dim() < 2:  # packed, or in pieces
+        return
+    for container, names in ((LAYERS, state.names), (HEADS, state.heads)):
+        slots = module._modules.get(container)
+        before: tuple[int, ...]
+        for part, name in parts_of(slots, names):
+            if container == LAYERS:
+                before, now = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
+            elif isinstance(part, nn.Embedding):
+                before, now = tuple(shape_of(part.weight)), tuple(weight.shape)
+            else:  # a head may have other rows
+                continue
+            if before != now:
+                assert slots is not None
+                raise StateError(
+                    f"{slots.path!r} was resized since adapter {name!r} was added: the adapter's sizes there are "
+                    f"{before}, and those of its weight, which was replaced, are {now}. Add the adapter again: "
+                    f"adapters.save({name!r}, folder) keeps what was trained, adapters.remove({name!r}) takes it away."
+                )
+
+
+def _with_weight(layer: Any, module: nn.Module, base: Callable[..., Any], x: Tensor) -> Tensor | None:
+    """The output of `module` from one product with its changed weight, if `layer` wants that and `module` is plain.
+
+    Plain: its own class's forward alone computes it, from a weight and a bias that are ordinary, frozen parameters.
+    Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that someone replaced.
+    """
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if "_hf_hook" in module.__dict__ or not layer.kind.is_plain_forward(base, module):
+        return None
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype not in _EXACT:
+        return None
+    if "bias" not in own or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad)):
+        return None
+    if type(x) not in _TENSORS or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if torch._C._are_functorch_transforms_active():  # they know no backward of a method's own
+        return None
+    found: Tensor | None = layer.with_weight(x, layer.kind.read(module), bias)
+    return found
+
+
+def summable(module: nn.Module, out: Any) -> Tensor:
+    """The module's output, to which something is to be added.
+
+    Raises:
+        SelectionError: it is no tensor.
+    """
+    if not isinstance(out, Tensor):
+        raise SelectionError(
+            f"A {type(module).__name__} is adapted that returns a {type(out).__name__}, and an adapter "
+            "can only be added to a tensor. Leave this layer out with exclude_modules."
+        )
+    return out
+
+
+def by_keyword(
+    module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], Any]:
+    """`original` as a function of its input, which is taken out of `kwargs`: the first parameter of the forward.
+
+    Raises:
+        UnsupportedError: the forward does not say what its input is called, and there are several tensors.
+    """
+    # Either was put on the module itself, before or after the adapters (accelerate's hooks).
+    places = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"), type(module))
+    name: str = next(filter(None, [getattr(place, INPUT, None) for place in places]), "")
+    if name not in kwargs:
+        tensors = [key for key, value in kwargs.items() if isinstance(value, Tensor)] or list(kwargs)[:1]
+        if len(tensors) > 1:
+            raise UnsupportedError(
+                f"A {type(module).__name__} is called with several tensors by keyword ({', '.join(tensors)}), and its "
+                "forward does not say which is its input. Give the input first, without a keyword."
+            )
+        name = tensors[0]
+    return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
+
+
+def input_name(forward: Callable[..., Any]) -> str | None:
+    """What a module's forward calls its input; `None` if it does not say."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    first = next((p for p in parameters if p.name != "self"), None)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return first.name if first is not None and first.kind in named else None
+
+
+class Inner:
+    """A callable of the input alone: what the next adapter layer gets as its `base`."""
+
+    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call, self.args, self.kwargs = call, args, kwargs
+
+    def __call__(self, x: Tensor) -> Any:
+        """The call with this input."""
+        return self.call(x, *self.args, **self.kwargs)
+
+
+def parts_of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
+    """What these adapters have in one container of a module, each with its adapter's name."""
+    if slots is not None:
+        for name in names:
+            part = slots._modules.get(name)
+            if part is not None:
+                yield part, name

@@ -1,0 +1,345 @@
+"""The surgery: how a module of the model comes to call its adapters, and how that is undone.
+
+The module keeps its identity. Its class becomes a cached subclass with the same name, so `isinstance`,
+parameter names, hooks and ties hold; what its adapters own is registered below it in containers. Where
+`forward` was replaced on the instance (accelerate's hooks), the instance's callable is wrapped instead,
+because a class-level `forward` would be passed over in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.jit import ScriptModule
+
+from adapterkit.contract import CONTAINERS, SHARED, Holder
+from adapterkit.errors import StateError
+from adapterkit.forward.plan import ACTIVE, INPUT, input_name, run
+from adapterkit.forward.readers import READ, READS, Path, begin, below, effective, reads, running
+from adapterkit.forward.state import Active
+
+
+class Roles(NamedTuple):
+    """What the class of a module does beside the class that the module had.
+
+    Attributes:
+        runs: its forward runs adapters.
+        read: its `weight` and `bias` are, for a reader, those with the adapters at work.
+        reads: it is a reader.
+    """
+
+    runs: bool = False
+    read: bool = False
+    reads: bool = False
+
+
+RUNS = Roles(runs=True)
+_classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
+
+
+class Slots(Holder):
+    """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`.
+
+    Attributes:
+        path: of the module it is at, for messages.
+    """
+
+    path = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Torch's TransformerEncoderLayer has a fast path that reads weights and would pass our forward
+        # over; it is not taken when a module below it has a hook. This one does nothing.
+        self._forward_pre_hooks[-1] = _no_hook
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: a head may be an `nn.Sequential`, which calls each of its children in turn."""
+        return x
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Called where a sentence-transformers model saves each of its children, and this is one.
+
+        Raises:
+            StateError: always, for the children are read again, and this one could not be.
+        """
+        raise StateError(
+            "An adapter's shared tensors are a child of the model, and this model saves each child as a module of its "
+            "own. To save it, attach the adapters to the transformers model inside: model[0].auto_model."
+        )
+
+    def __getitem__(self, name: str) -> nn.Module:
+        module = self._modules[name]
+        assert module is not None
+        return module
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def _no_hook(module: nn.Module, args: object) -> None:
+    return None
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether some adapter is installed at this very module."""
+    return ACTIVE in module.__dict__
+
+
+def calls_adapters(module: nn.Module) -> bool:
+    """Whether the forward of an adapted module runs its adapters: nobody has given it another class since."""
+    if hasattr(type(module), "_adapted_from"):
+        return True
+    return any(isinstance(module.__dict__.get(name), _WrappedForward) for name in ("forward", "_old_forward"))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it was adapted."""
+    return getattr(type(module), "_adapted_from", type(module))
+
+
+def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
+    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it."""
+    if not is_adapted(module):
+        _adapt(module, active)
+    slots = module._modules.get(container)
+    if slots is None:
+        slots = module._modules[container] = Slots()
+        slots.__dict__["path"] = path
+    assert isinstance(slots, Slots)
+    if slots.training != module.training:
+        slots.training = module.training
+    if part.training != module.training:
+        part.train(module.training)
+    slots._modules[name] = part
+    active.replan(module)
+
+
+def uninstall(module: nn.Module, container: str, name: str) -> None:
+    """Take adapter `name`'s part away, if it is there still; a module without parts is again what it was."""
+    slots = module._modules.get(container)
+    if isinstance(slots, Slots):
+        slots._modules.pop(name, None)
+        if not slots._modules:
+            del module._modules[container]
+    if is_adapted(module):
+        module.__dict__[ACTIVE].replan(module)
+        if not any(c in module._modules for c in CONTAINERS):
+            _release(module)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The function of `(module, *inputs)` that the module computes with, adapters and accelerate's hooks left out.
+
+    `None`: someone put a callable on the instance that is no function of the module alone.
+    """
+    own = module.__dict__.get("forward")
+    if (
+        "_old_forward" in module.__dict__
+        and getattr(getattr(own, "func", None), "__module__", "") == "accelerate.hooks"
+    ):
+        own = module.__dict__["_old_forward"]
+    if isinstance(own, _WrappedForward):
+        own = own.original
+    if own is not None and not (isinstance(own, types.MethodType) and own.__self__ is module):
+        return None
+    found: Callable[..., Any]
+    classes = [cls for cls in type(module).__mro__ if "forward" in cls.__dict__]
+    if own is not None and own.__func__ not in [cls.__dict__["forward"] for cls in classes]:
+        found = own.__func__
+    else:
+        found = next(cls for cls in classes if "_adapted_from" not in cls.__dict__).__dict__["forward"]
+    return found
+
+
+def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
+    """Make `reader` a reader of what adapter `name` has at these paths below it."""
+    reader.__dict__.setdefault(READS, {})[name] = paths
+    reader._forward_pre_hooks[-1] = begin
+    _become(reader, reads=True)
+    for module in filter(None, (below(reader, path) for path in paths)):
+        module.__dict__.setdefault(READ, {})[name] = True
+        _become(module, read=True)
+
+
+def stop_reading(reader: nn.Module, name: str) -> None:
+    """Undo `let_read`."""
+    for path in reader.__dict__.get(READS, {}).pop(name, ()):
+        module = below(reader, path)
+        if module is not None and module.__dict__.get(READ, {}).pop(name, False) and not module.__dict__[READ]:
+            del module.__dict__[READ]
+            _become(module, read=False)
+    if not reader.__dict__.get(READS):
+        _read_no_more(reader)
+
+
+def _read_no_more(reader: nn.Module) -> None:
+    if reader.__dict__.pop(READS, None) is not None:
+        reader._forward_pre_hooks.pop(-1, None)
+        _become(reader, reads=False)
+
+
+def check_free(module: nn.Module, path: str, active: Active) -> None:
+    """Raise `StateError` if `module` cannot be adapted by the holder of `active`."""
+    owner = module.__dict__.get(ACTIVE)
+    if owner is not None and owner is not active:
+        raise StateError(
+            f"{path!r} is already adapted through another model that shares it. "
+            "Use the adapters of that model (ak.attach on it), or detach them first."
+        )
+    if isinstance(module, ScriptModule):
+        raise StateError(f"{path!r} is scripted (torch.jit); nothing can be added to it. Adapt the model unscripted.")
+    if owner is None and "forward" not in module.__dict__:
+        try:
+            adapted_class(type(module))
+        except Exception as error:
+            raise StateError(
+                f"{path!r} is a {type(module).__name__}, a class that cannot be extended ({type(error).__name__}: "
+                f"{error}), so no adapter can be put there. Leave this layer out with exclude_modules."
+            ) from error
+    for container in CONTAINERS if owner is None else ():
+        if _has(module, container):
+            raise StateError(
+                f"{path!r} has an attribute {container!r} of its own, which adapterkit would overwrite. "
+                "Leave this layer out with exclude_modules."
+            )
+
+
+def check_free_root(model: nn.Module) -> None:
+    """Raise `StateError` if `model` has something else where shared tensors are registered."""
+    if not isinstance(model._modules.get(SHARED), Slots) and _has(model, SHARED):
+        raise StateError(
+            f"The model has an attribute {SHARED!r} of its own, which adapterkit would overwrite with the tensors that "
+            "the layers of this adapter share. Rename it, or take a method that shares none."
+        )
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """`hasattr`, without the message that a module composes for each attribute it has not."""
+    own = (module.__dict__, module._modules, module._parameters, module._buffers)
+    if type(module).__getattr__ is nn.Module.__getattr__:
+        return any(name in names for names in own) or hasattr(type(module), name)
+    return hasattr(module, name)
+
+
+def strip(root: nn.Module) -> None:
+    """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
+    for module in list(root.modules()):
+        _read_no_more(module)
+        module.__dict__.pop(READ, None)
+        _become(module, read=False)
+        if is_adapted(module):
+            for container in CONTAINERS:
+                module._modules.pop(container, None)
+            _release(module)
+
+
+class _WrappedForward:
+    """Stands where an instance's own `forward` stood."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
+        self.module, self.original = module, original
+        setattr(self, INPUT, input_name(original))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running.stack.append((self.module, ()))
+        try:
+            return run(self.module, self.original, args, kwargs)
+        finally:
+            running.stack.pop()
+
+
+def _adapt(module: nn.Module, active: Active) -> None:
+    module.__dict__[ACTIVE] = active
+    if "forward" in module.__dict__:
+        # Inside accelerate's hook, where the weights are on their device and the input has been moved.
+        name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        module.__dict__[name] = _WrappedForward(module, module.__dict__[name])
+    else:
+        _become(module, runs=True)
+
+
+def _release(module: nn.Module) -> None:
+    del module.__dict__[ACTIVE]
+    for name in ("forward", "_old_forward"):
+        value = module.__dict__.get(name)
+        if isinstance(value, _WrappedForward):
+            module.__dict__[name] = value.original
+    _become(module, runs=False)
+
+
+def _become(module: nn.Module, **roles: bool) -> None:
+    """Give the module the class with these roles beside those that it has."""
+    now = type(module)
+    # Someone may have made a class of ours since: that stays, and gets a class of its own.
+    base, known = (now.__dict__.get(name, other) for name, other in (("_adapted_from", now), ("_roles", Roles())))
+    wanted = known._replace(**roles)
+    if wanted == known:
+        return
+    module.__class__ = new = adapted_class(base, wanted) if any(wanted) else base
+    for name in ("forward", "_old_forward"):
+        value = module.__dict__.get(name)
+        if isinstance(value, types.MethodType) and value.__func__ is now.__dict__.get("forward"):
+            # A hook that was put on after the adapters, and so had kept our forward.
+            module.__dict__[name] = types.MethodType(new.forward, module)
+
+
+def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
+    """The subclass of `cls` with these roles; made once, with the same name."""
+    found = _classes.get((cls, roles))
+    if found is not None:
+        return found
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, super(adapted, self).forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The subclass has no name to be found under, so copies and pickles make it again.
+        reduced = super(adapted, self).__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _new, (cls, roles), *reduced[2:]
+
+    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": roles}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if roles.runs:
+        body |= {"forward": forward, INPUT: input_name(cls.forward)}
+    if roles.read or roles.reads:
+        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), reads))
+        body["__call__"] = _entering(cls.__call__, _nothing)  # hooks run in it; `begin` is the last before the forward
+    if roles.read:
+        body |= {name: effective(cls, name) for name in ("weight", "bias")}
+    adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
+    _classes[cls, roles] = adapted
+    return adapted
+
+
+def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, ...]]) -> Callable[..., Any]:
+    """`call`, a method, during which the module finds its own weight, and reads that of what is at `read(module)`."""
+
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running.stack.append((self, read(self)))
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running.stack.pop()
+
+    return enter
+
+
+def _nothing(_: nn.Module) -> tuple[Path, ...]:
+    return ()
+
+
+def _new(cls: type[nn.Module], roles: Roles) -> nn.Module:
+    adapted = adapted_class(cls, roles)
+    return adapted.__new__(adapted)

@@ -1,0 +1,100 @@
+"""Memory: which tensors of a model share it, whichever objects they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.model import Walk
+
+
+class Place(NamedTuple):
+    """A parameter or buffer of a module."""
+
+    module: nn.Module
+    name: str
+
+
+class _Span(NamedTuple):
+    """The bytes that a tensor lies in: `start` up to `end` of a device's memory, or of a storage without values."""
+
+    memory: Any
+    start: int
+    end: int
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Span:
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+            return cls(id(tensor), 0, 1, tensor)
+        if tensor.is_meta:
+            memory: Any = tensor.untyped_storage()._cdata
+            start = int(tensor.storage_offset()) * tensor.itemsize
+        else:
+            memory, start = tensor.device, tensor.data_ptr()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = int(sum((size - 1) * stride for size, stride in steps)) if tensor.numel() else -1
+        return cls(memory, start, start + (last + 1) * tensor.itemsize, tensor)
+
+    def meets(self, other: _Span) -> bool:
+        """Whether an element of one overlaps an element of the other; between those of one there may be gaps."""
+        one, two = self.tensor, other.tensor
+        if self[1:3] == other[1:3] or one.dtype != two.dtype:
+            return True
+        if all(span.tensor.nbytes == span.end - span.start for span in (self, other)):
+            return True
+        first = min(self.start, other.start)
+        taken = torch.zeros((max(self.end, other.end) - first) // one.itemsize, dtype=torch.bool)
+        views = [
+            taken.as_strided(span.tensor.shape, span.tensor.stride(), (span.start - first) // one.itemsize)
+            for span in (self, other)
+        ]
+        views[0].fill_(True)
+        return bool(views[1].any())
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same values in the same memory."""
+    if one is other:
+        return True
+    spans = _Span.of(one), _Span.of(other)
+    return one.numel() > 0 and spans[0][:3] == spans[1][:3] and one.stride() == other.stride()
+
+
+def overlaps(walk: Walk, places: Iterable[Place]) -> dict[Place, str]:
+    """Which of these places share memory with another of the model's, or within themselves, and with which."""
+    wanted = set(places)
+    found = {p: "itself" for p in wanted if _is_expanded(_tensor(p))}
+    spans = sorted(_spans(walk, wanted), key=lambda span: (str(span[0].memory), span[0].start))
+    begun: list[tuple[_Span, Place, str]] = []
+    for span, place, key in spans:
+        begun = [b for b in begun if b[0].memory == span.memory and b[0].end > span.start]
+        for other_span, other, other_key in begun:
+            if (place in wanted or other in wanted) and span.meets(other_span):
+                found.setdefault(place, other_key)
+                found.setdefault(other, key)
+        begun.append((span, place, key))
+    return {place: key for place, key in found.items() if place in wanted}
+
+
+def _spans(walk: Walk, wanted: Iterable[Place]) -> Iterable[tuple[_Span, Place, str]]:
+    modules = {walk.model: "", **{module: paths[0] for module, paths in walk.aliases.items()}}
+    modules = {place.module: "its own copy" for place in wanted} | modules
+    for module, path in modules.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.numel():
+                yield _Span.of(tensor), Place(module, name), f"{path}.{name}" if path else name
+
+
+def _tensor(place: Place) -> Tensor:
+    found = place.module._parameters.get(place.name)
+    return place.module._buffers[place.name] if found is None else found  # type: ignore[return-value]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and any(
+        size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

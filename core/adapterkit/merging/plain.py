@@ -1,0 +1,189 @@
+"""Plain: whether a layer computes with its own weight as it stands, so that what a merge writes there acts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from adapterkit.contract import CONTAINERS
+from adapterkit.forward import ACTIVE, own_forward
+from adapterkit.kinds import LayerKind
+from adapterkit.tensors import is_sharded
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Rows of the table that stands for an embedding's.
+_ROWS = 4
+# Sums of products of 1, 2 and 3 are exact in float32; a kind may scale them.
+_RTOL = 1e-6
+
+
+def own(module: nn.Module, name: str) -> Tensor | None:
+    """The module's own parameter or buffer of this name, not one that it computes."""
+    found: Tensor | None = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the module's own parameter or buffer of this name."""
+    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    held[name] = tensor
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether its memory, on the CPU, may be written to; writing to a page that may not ends the process.
+
+    The kernel is asked: it refuses to read a byte, the one that is there, from a pipe into such a page.
+    """
+    if not hasattr(os, "readv") or not tensor.numel():
+        return True
+    byte = (ctypes.c_char * 1).from_address(tensor.data_ptr())
+    source, target = os.pipe()
+    try:
+        os.write(target, bytes(byte))
+        return os.readv(source, [byte]) == 1
+    except OSError:
+        return False
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) -> str | None:
+    """Why writing to these tensors of `module` would not act as the adapter does; `None`: it would.
+
+    A kind may vouch for that. Else the tensors must be the module's own, and its forward one that is known to compute
+    plainly with them, or that a run on a copy of the layer proves to.
+    """
+    vouched = kind is not None and kind.vouches
+    found = next(filter(None, (_not_own(module, name, vouched) for name in names)), None)
+    if found is not None or vouched:
+        return found
+    for hook in module._forward_pre_hooks.values():
+        named = getattr(hook, "__qualname__", type(hook).__name__)
+        return f"its forward pre-hook {named} may set the {names[0]} anew in each forward. Remove the hook first"
+    forward = own_forward(module)
+    if forward is None:
+        return "its forward was replaced on the instance, so it is not known what it computes with its weight"
+    if kind is None or kind.computes_plainly(forward, module) or _is_proven(module, kind, forward):
+        return None
+    return (
+        f"{forward.__module__}.{forward.__qualname__} computes something else than the plain product with its weight "
+        "that a merge changes"
+    )
+
+
+def _not_own(module: nn.Module, name: str, vouched: bool) -> str | None:
+    held = own(module, name)
+    if held is None:
+        return _computed(module, name)
+    if is_sharded(held):
+        return f"its {name} is sharded among processes. Save the adapter, and merge it on disk by ak.merge_checkpoint"
+    if vouched or _is_ordinary(held):
+        return None
+    layout = f"{held.dtype}, {held.layout}".replace("torch.", "")
+    return (
+        f"its {name} is a {type(held).__name__} ({layout}): quantised, sharded, or of another sort than plain "
+        "floating numbers. Merge into the plain model (in memory, or on disk by ak.merge_checkpoint) and quantise or "
+        "shard it afterwards"
+    )
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor of floating numbers that torch itself computes with."""
+    cls = type(tensor)
+    ordinary = cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout is torch.strided
+    return ordinary and tensor.dtype in _FLOATING
+
+
+def _computed(module: nn.Module, name: str) -> str:
+    if is_parametrized(module, name):
+        return (
+            f"its {name} is computed in each forward, by a parametrization. Save the adapter, detach, make the {name} "
+            f"permanent (torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})), load and merge"
+        )
+    hooks = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values())
+    by = f" in each forward, by its hook {hooks}. Make it permanent first (torch.nn.utils has the function)"
+    return f"its {name} is none of its parameters and buffers, but computed{by if hooks else ''}"
+
+
+@torch.no_grad()
+def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) -> bool:
+    """Whether the forward of a copy, with another weight and bias, computes what the kind says of these.
+
+    It is run on one input with small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum;
+    and on three with numbers of many sizes and both signs, which a forward that rounds or cuts off its weight or its
+    input would change.
+    """
+    if kind.sample_dims > 1:
+        return False
+    layer = _copy(module)
+    weight, bias = own(layer, "weight"), own(layer, "bias")
+    assert weight is not None
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(1, 4, shape, generator=generator).to(device, torch.float32)
+
+    def of_any_size(*shape: int) -> Tensor:
+        sizes = 10.0 ** -torch.rand(shape, generator=generator).mul_(4).to(device)
+        return sizes * (whole(*shape) % 2 * 2 - 1)
+
+    rows = _ROWS if kind.lookup else weight.shape[0]
+    if kind.lookup:
+        layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
+    try:
+        for numbers, inputs in ((whole, 1), (of_any_size, 3)):
+            x = torch.arange(rows, device=device) if kind.lookup else numbers(inputs, kind.in_features)
+            put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:]), requires_grad=False))
+            if bias is not None:
+                put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))
+            with _in_plain_torch(device):
+                found = forward(layer, x)
+            same: Any = kind.of(layer)
+            expected = same.apply_weight(x, same.read(layer), own(layer, "bias"))
+            if kind.lookup:  # rows may be scaled, by whichever number: what is merged is scaled alike
+                expected = expected * (found.flatten()[0] / expected.flatten()[0])
+            margin = _RTOL * float(expected.abs().max())
+            if not expected.all() or not torch.allclose(found.to(expected.dtype), expected, _RTOL, margin):
+                return False
+    except Exception:  # noqa: BLE001 - a stranger's forward
+        return False
+    return True
+
+
+@contextmanager
+def _in_plain_torch(device: torch.device) -> Iterator[None]:
+    """Without autocast or a compiler, and with random numbers that nobody else misses."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # the forward may be compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """The module and those below it, without adapters, with their parameters and copies of their buffers, for a run."""
+    made: nn.Module = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__.pop(ACTIVE, None)
+    made.__dict__["_parameters"] = dict(module._parameters)
+    made.__dict__["_buffers"] = {n: None if b is None else _copied(b) for n, b in module._buffers.items()}
+    children = {n: m for n, m in module._modules.items() if n not in CONTAINERS}
+    made.__dict__["_modules"] = {n: None if m is None else _copy(m) for n, m in children.items()}
+    made.__dict__["training"] = False
+    return made
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    """A copy; a number without a value, as skeletons of models have them, becomes 1."""
+    return torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta and buffer.numel() == 1 else buffer.clone()

@@ -1,0 +1,287 @@
+"""Ties: what a transformers model declares as tied, and telling it which of these weights are apart now.
+
+Its files leave out all but one of tied weights, and a flag in a config says that the others follow. So when some are
+parted, the flag is cleared, and the other weights that it stands for get memory of their own: else they would be lost
+at the next `save_pretrained`. Where a model computes with the flag, or its config cannot say it, the flag stays: files
+hold all that is parted then, and from transformers 5 on `from_pretrained` does not tie what it finds apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import UnsupportedError
+from adapterkit.merging.memory import same
+from adapterkit.merging.plain import own, put
+from adapterkit.model import named_modules
+
+FLAG = "tie_word_embeddings"
+_DECLARED = "_tied_weights_keys"
+_ALL = "all_tied_weights_keys"
+# Parts of the names of functions that may read the flag and compute no outputs with it.
+_HARMLESS = ("init", "tie", "resize", "embeddings")
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two names of the model's state dict that a module declares as tied.
+
+    Attributes:
+        declarer: that module, and `outer` the model around it whose config is written to files.
+    """
+
+    target: str
+    source: str
+    declarer: Any = field(compare=False)
+    outer: Any = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Parting:
+    """What is to be said and done when some ties hold no longer.
+
+    Attributes:
+        parted: those ties.
+        configs: whose flag is cleared; of ties whose config is none of these, the flag has to stay.
+        freed: the other ties for which the cleared flags stand.
+    """
+
+    model: nn.Module
+    parted: Sequence[Tie]
+    configs: Sequence[Any]
+    freed: Sequence[Tie]
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Collection[str], heads: Mapping[str, int] = MappingProxyType({})) -> Parting:
+        """Decide it, before anything is parted.
+
+        Args:
+            names: what is about to get memory of its own.
+            heads: paths of modules that are about to be replaced by copies of theirs, inside which ties are kept, as
+                they are between those of one number.
+
+        Raises:
+            UnsupportedError: files could not say what is parted.
+        """
+        ties = declared(model)
+        parted = [
+            tie
+            for tie in ties
+            if not {tie.target, tie.source}.isdisjoint(names)
+            or number_of(tie.target, heads) != number_of(tie.source, heads)
+        ]
+        configs = [
+            config for outer in {id(t.outer): t.outer for t in parted}.values() for config in _silent(outer, parted)
+        ]
+        for tie in parted:
+            if not _is_in(tie.declarer.config, configs) and not hasattr(tie.outer, _ALL):
+                raise UnsupportedError(
+                    f"{tie.target!r} and {tie.source!r} cannot be parted: a {type(tie.outer).__name__} computes with "
+                    f"its config's {FLAG}, and transformers before version 5 ties by it. Merge with a later one."
+                )
+        freed = [tie for tie in ties if _is_in(tie.declarer.config, configs) and tie not in parted]
+        return cls(model, parted, configs, freed)
+
+    @torch.inference_mode(False)
+    def tell(self) -> None:
+        """Do it, after the weights were parted."""
+        undo = self._undo
+        for config in self.configs:
+            undo.insert(0, partial(setattr, config, FLAG, True))
+            setattr(config, FLAG, False)
+        modules = dict(named_modules(self.model))
+        gone = {tie.target for tie in (*self.parted, *self.freed)}
+        governed = [t for t in (*self.parted, *self.freed) if _is_in(t.declarer.config, self.configs)]
+        others = [t.target for t in self.parted if t not in governed]
+        for names in ([*(t.source for t in governed), *(t.target for t in governed)], others):
+            _separate(modules, names, undo)
+        for path, module in modules.items():
+            prefix = f"{path}." if path else ""
+            pairs = getattr(module, _ALL, None)
+            if isinstance(pairs, Mapping) and any(prefix + name in gone for name in pairs):
+                _set(module, _ALL, {k: v for k, v in pairs.items() if prefix + k not in gone}, undo)
+            if isinstance(getattr(module, _DECLARED, None), Mapping) and any(t.declarer is module for t in self.parted):
+                own_pairs = _declared_by(module, modules, prefix)
+                if not _is_in(module.config, self.configs):  # who ties anew reads these, where the flag stays
+                    _set(module, _DECLARED, {k: v for k, v in own_pairs.items() if prefix + k not in gone}, undo)
+
+    def take_back(self) -> None:
+        """Undo `tell`."""
+        while self._undo:
+            self._undo[0]()
+            del self._undo[0]
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """`tell` for the length of a block."""
+        try:
+            self.tell()
+            yield
+        finally:
+            self.take_back()
+
+
+def declared(model: nn.Module) -> list[Tie]:
+    """The ties that the model, and the models inside it, declare and that hold now."""
+    modules = dict(named_modules(model))
+    found = {}
+    for path, module in modules.items():  # outer models repeat what is declared inside them
+        prefix = f"{path}." if path else ""
+        if hasattr(module, "config"):
+            for target, source in _declared_by(module, modules, prefix).items():
+                found[prefix + target] = Tie(prefix + target, prefix + source, module, _outer(modules, path))
+    return [tie for tie in found.values() if _holds(modules, tie)]
+
+
+def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> Mapping[str, str]:
+    pairs = getattr(module, _ALL, None)
+    if isinstance(pairs, Mapping):
+        try:
+            return {**pairs, **module.get_expanded_tied_weights_keys(all_submodels=False)}
+        except (AttributeError, ValueError):  # names of adapters may match its patterns, too
+            return pairs
+    names = getattr(module, _DECLARED, None)  # before transformers 5: names alone
+    held = {f"{path}.{n}": t for path, m in modules.items() for n, t in m._parameters.items() if t is not None}
+    return {
+        name: other.removeprefix(prefix)
+        for name in (names if isinstance(names, list | tuple) else ())
+        for other, tensor in held.items()
+        if other != prefix + name and other.startswith(prefix) and tensor is held.get(prefix + name)
+    }
+
+
+def _outer(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    parts = path.split(".")
+    around = (".".join(parts[:count]) for count in range(len(parts) + 1))
+    return next(modules[p] for p in around if hasattr(getattr(modules.get(p), "config", None), "to_json_string"))
+
+
+def _holds(modules: Mapping[str, nn.Module], tie: Tie) -> bool:
+    one, other = (_find(modules, name) for name in (tie.target, tie.source))
+    return one is not None and other is not None and same(one, other)
+
+
+def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+    path, _, local = name.rpartition(".")
+    return own(modules[path], local) if path in modules else None
+
+
+def number_of(name: str, heads: Mapping[str, int]) -> int | None:
+    """The number of the head that a tensor of this name is in; see `Parting.of`."""
+    return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
+
+
+def _is_in(config: Any, configs: Sequence[Any]) -> bool:
+    return any(config is other for other in configs)
+
+
+def _separate(modules: Mapping[str, nn.Module], names: Sequence[str], undo: list[Callable[[], None]]) -> None:
+    """Give each of these, but the first of those that share memory, memory of its own."""
+    seen: list[Tensor] = []
+    for name in dict.fromkeys(names):
+        path, _, local = name.rpartition(".")
+        held = _find(modules, name)
+        if held is None:
+            continue
+        if any(same(held, other) for other in seen):
+            module, fresh = modules[path], held.detach().clone()
+            is_parameter = isinstance(held, nn.Parameter)
+            undo.insert(0, partial(put, module, local, held))
+            put(module, local, nn.Parameter(fresh, held.requires_grad) if is_parameter else fresh)
+        else:
+            seen.append(held)
+
+
+def _set(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    if name in module.__dict__:
+        before = module.__dict__[name]
+        undo.insert(0, lambda: module.__dict__.__setitem__(name, before))
+    else:
+        undo.insert(0, lambda: module.__dict__.pop(name, None))
+    module.__dict__[name] = value
+
+
+# What the flag can say
+
+
+def _silent(outer: Any, parted: Sequence[Tie]) -> list[Any]:
+    """The configs that can say, by their flags alone, that these ties of a model hold no longer; else none."""
+    own_configs = {id(t.declarer.config): t.declarer.config for t in parted if t.outer is outer}
+    if any(_reads_flag(type(module)) for module in outer.modules()):  # type: ignore[arg-type]
+        return []
+    for wanted in (own_configs, {**own_configs, **{id(c): c for o in own_configs.values() for _, c in nested(o)}}):
+        configs = [config for config in wanted.values() if getattr(config, FLAG, False)]
+        if len(configs) >= len(own_configs) and _can_say(outer.config, configs):
+            return configs
+    return []
+
+
+def nested(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The config, and those inside it, each with the names that lead to it."""
+    yield path, config
+    for name, value in vars(config).items():
+        if hasattr(value, "to_json_string"):
+            yield from nested(value, (*path, name))
+
+
+def _can_say(config: Any, inner: Sequence[Any]) -> bool:
+    """Whether a config that is written with these flags cleared, and read again, differs in just that."""
+    try:
+        before, read_before = _written(config), _written(_read(config))
+        for other in inner:
+            setattr(other, FLAG, False)
+        try:
+            after, read_after = _written(config), _written(_read(config))
+        finally:
+            for other in inner:
+                setattr(other, FLAG, True)
+    except Exception:  # noqa: BLE001 - what strangers' configs raise
+        return False
+    changed = dict(_differences(before, after))
+    cleared = [path for path, value in changed.items() if path[-1] == FLAG and value is False]
+    return len(inner) <= len(cleared) == len(changed) and changed == dict(_differences(read_before, read_after))
+
+
+def _written(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(config.to_json_string())
+    return found
+
+
+def _read(config: Any) -> Any:
+    return type(config).from_dict(_written(config))
+
+
+def _differences(one: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differences(one.get(key), other.get(key), (*path, key))
+    elif one != other:
+        yield path, other
+
+
+@lru_cache(maxsize=4096)
+def _reads_flag(cls: type) -> bool:
+    """Whether a function of the class that may compute outputs reads the flag, of whichever object."""
+    functions = (
+        inspect.unwrap(value)
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType) and not any(part in name for part in _HARMLESS)
+    )
+    return any(isinstance(f, FunctionType) and _names_flag(f.__code__) for f in functions)
+
+
+def _names_flag(code: CodeType) -> bool:
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return FLAG in code.co_names or FLAG in code.co_consts or any(map(_names_flag, inner))

@@ -1,0 +1,305 @@
+"""Merging: working adapters into the weights, and giving the weights back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import BIASES, default_registry
+from adapterkit.errors import AdapterError, StateError
+from adapterkit.forward import BiasLayer, give_dtypes_back
+from adapterkit.kinds import LayerKind, tiles
+from adapterkit.merging.changes import Change, Part
+from adapterkit.merging.plain import own, put
+from adapterkit.model import AdapterRecord
+
+
+@dataclass
+class Kept:
+    """The parameters and buffers of one module before merging.
+
+    Attributes:
+        tensors: the objects themselves.
+        values: what they held, if kept; not of those that were tied, to which nothing was written.
+        versions: how often they had been written to.
+        merged: how often the tensors that act now had been written to when the merge was done.
+        whole: whether the merge of this module is complete.
+    """
+
+    module: nn.Module
+    path: str
+    tensors: dict[str, Tensor]
+    values: dict[str, Tensor]
+    versions: dict[str, int] = field(default_factory=dict)
+    merged: dict[str, int] = field(default_factory=dict)
+    whole: bool = False
+
+    @property
+    def edited(self) -> list[str]:
+        """What somebody has written to since the merge: an optimizer, or `load_state_dict`."""
+        now = {name: own(self.module, name) for name in self.merged}
+        # Copies of a model begin to count at 0.
+        return [f"{self.path}.{n}" for n, t in now.items() if t is not None and version_of(t) > self.merged[n]]
+
+    def leave_resized(self) -> None:
+        """Forget the tensors in whose place there are larger or smaller ones now."""
+        for name, tensor in list(self.tensors.items()):
+            now, value = own(self.module, name), self.values.get(name, tensor)
+            if now is None or now.shape != value.shape or tensor.shape != value.shape:
+                del self.tensors[name]
+
+    def give_back(self) -> None:
+        """The same objects with the same bits."""
+        self.merged = {}  # what is written from now on is the base
+        for name, tensor in self.tensors.items():
+            put(self.module, name, tensor)
+            if name in self.values:
+                with torch.no_grad():
+                    tensor.copy_(self.values[name])
+
+    def joined(self, later: Kept) -> Kept:
+        """What was before both merges, of which this is the first's."""
+        first = later.tensors.keys() - self.tensors.keys()
+        values = {name: value for name, value in later.values.items() if name in first}
+        return Kept(self.module, self.path, later.tensors | self.tensors, values | self.values)
+
+
+Done = list[tuple[Change, Kept]]
+
+
+@dataclass
+class Merged:
+    """What is merged now.
+
+    Attributes:
+        names: the merged adapters, the first merged first.
+        kept: the base's parameters by module; empty where they were not kept.
+        heads: those of them whose own copy of a module has their change in it.
+    """
+
+    names: tuple[str, ...] = ()
+    keeps_base: bool = True
+    kept: dict[nn.Module, Kept] = field(default_factory=dict)
+    heads: frozenset[str] = frozenset()
+
+    @property
+    def edited(self) -> list[str]:
+        """Weights that somebody has written to since they were merged into."""
+        return [name for kept in self.kept.values() for name in kept.edited]
+
+    def counted_again(self, edited: Sequence[str]) -> Merged:
+        """The same, after a merge that was undone: what that wrote is nobody's; `edited` was somebody's before it."""
+        for kept in self.kept.values():
+            for name in [n for n in kept.merged if f"{kept.path}.{n}" not in edited]:
+                tensor = own(kept.module, name)
+                if tensor is not None:
+                    kept.merged[name] = version_of(tensor)
+        return self
+
+    def joined(self, names: tuple[str, ...], done: Done, *, keep_base: bool) -> Merged:
+        """What is merged after a further merge."""
+        kept = dict(self.kept)
+        for change, whole in done:
+            new = whole if keep_base else Kept(whole.module, whole.path, whole.tensors, {})
+            kept[change.module] = kept[change.module].joined(new) if change.module in kept else new
+            kept[change.module].merged = {name: version_of(tensor) for name, tensor in change.touched.items()}
+        heads = self.heads | {change.head for change, _ in done if change.head is not None}
+        return Merged(self.names + names, self.keeps_base and keep_base, kept, heads)
+
+
+@torch.no_grad()
+def carry_out(
+    changes: Sequence[Change], done: Done, *, safe: bool, keep_base: bool, stop: Sequence[object] = ()
+) -> None:
+    """Merge; if it raises, `take_back` undoes it.
+
+    Args:
+        done: gets each change, with what was before, when it is begun.
+        safe: raise if a merged value would not be finite.
+        keep_base: keep what is replaced. Else only of what is no sum in a plain weight: that can be subtracted again.
+        stop: if there is something in it, Ctrl-C was pressed: what can be undone exactly is given up then.
+    """
+    for change in changes if safe and not keep_base else ():
+        _check_finite(change, *_merged_values(change))
+    for change in changes:
+        if stop and keep_base:
+            raise KeyboardInterrupt
+        values = keep_base or change.general or (change.kind is not None and change.kind.vouches)
+        kept = _kept(change, values=values)
+        done.append((change, kept))
+        _begin(change)
+        merge_module(change, safe=safe)
+        kept.whole = True
+
+
+def take_back(done: Done, error: BaseException) -> BaseException:
+    """Undo `carry_out`, which raised; what comes back is to be raised, and says what the weights are now."""
+    lost, subtracted = _take_back(done)
+    note = "Nothing was changed."
+    if lost:
+        note = f"{lost!r} is merged in part, and with keep_base=False its base is gone: load the base model again."
+    elif subtracted:
+        note = (
+            f"Nothing is merged. With keep_base=False the base is not kept: what had been added to {subtracted} layers "
+            "was subtracted again, so their last bits may differ."
+        )
+    if isinstance(error, Exception) and not isinstance(error, AdapterError):
+        where = f" into {done[-1][0].path!r}" if done else ""
+        return StateError(f"Merging{where} failed ({type(error).__name__}: {error}). {note}")
+    if lost or subtracted:
+        error.add_note(note)
+    return error
+
+
+@torch.no_grad()
+def _take_back(done: Done) -> tuple[str, int]:
+    """Undo what was done to modules, the last of which may not be whole.
+
+    Returns:
+        The path of a module that cannot be, and to how many the undoing was a subtraction.
+    """
+    lost, subtracted = "", 0
+    for change, kept in reversed(done):
+        kept.give_back()
+        unkept = kept.tensors.keys() - kept.values.keys() - change.tied.keys()
+        if not any(version_of(kept.tensors[name]) != kept.versions[name] for name in unkept):
+            continue
+        if not kept.whole:
+            lost = change.path
+            continue
+        opposite = [replace(part, scale=-part.scale) for part in change.parts]
+        merge_module(replace(change, parts=opposite, biases=[(layer, -scale) for layer, scale in change.biases]))
+        subtracted += 1
+    return lost, subtracted
+
+
+def give_back(state: Merged) -> None:
+    """Undo every merge."""
+    for kept in state.kept.values():
+        kept.give_back()
+
+
+def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
+    """Make the adapters' heads the model's own modules; the last one's where several have one."""
+    heads = {record.hosts[path]: head for record in records for path, head in record.heads.items()}
+    for module, head in heads.items():
+        give_dtypes_back(head, module)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in heads:
+                parent._modules[name] = heads[child]
+
+
+def _kept(change: Change, *, values: bool) -> Kept:
+    touched = change.touched
+    copied = {name: t.detach().clone() for name, t in touched.items() if values and name not in change.tied}
+    return Kept(change.module, change.path, touched, copied, {name: version_of(t) for name, t in touched.items()})
+
+
+def _begin(change: Change) -> None:
+    """Let trained biases know their base, and give the module tensors of its own where they are tied."""
+    touched = change.touched
+    biases = change.module._modules.get(BIASES)
+    for layer in biases.children() if biases is not None and "bias" in touched else ():
+        assert isinstance(layer, BiasLayer)
+        layer.keep_base(touched["bias"])
+    for name in change.tied:
+        with torch.inference_mode(False):  # it may be trained later
+            fresh = touched[name].detach().clone()
+        is_parameter = isinstance(touched[name], nn.Parameter)
+        put(change.module, name, nn.Parameter(fresh, touched[name].requires_grad) if is_parameter else fresh)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to, so far as torch counts that."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def merge_module(change: Change, *, safe: bool = False) -> None:
+    """Write the merged weight and bias of one module, rounded once from float32 (float64 for float64).
+
+    Raises:
+        StateError: with `safe`, a value that is not finite; it is written already.
+    """
+    module, kind = change.module, change.kind
+    if change.general:
+        assert kind is not None
+        weight, bias = _merged_values(change)
+        kind.write(module, weight)
+        if bias is not None:
+            own(module, "bias").copy_(bias)  # type: ignore[union-attr]
+    else:
+        shifts = _add_changes(kind, module, change.parts) if kind is not None else []
+        _add_biases(change, shifts)
+    if safe:
+        _check_finite(change, *change.touched.values())
+
+
+def _add_changes(kind: LayerKind, module: nn.Module, parts: Sequence[Part]) -> list[Tensor]:
+    """`W += sum of dW_i`, tile by tile, with no dense delta; the shifts of the bias come back."""
+    weight = kind.read(module)
+    work = torch.promote_types(weight.dtype, torch.float32)
+    adders = [part.adder(work) for part in parts]
+    tiles.add(weight, [(adder.add, adder.tiled) for adder in adders], work)
+    if not _is_view(weight, module):
+        kind.write(module, weight)
+    return [adder.bias for adder in adders if adder.bias is not None]
+
+
+def _is_view(weight: Tensor, module: nn.Module) -> bool:
+    held = own(module, "weight")
+    return held is not None and weight.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+
+
+def _add_biases(change: Change, shifts: Sequence[Tensor]) -> None:
+    bias = own(change.module, "bias")
+    if bias is None or not (shifts or change.biases):
+        return
+    work = torch.promote_types(bias.dtype, torch.float32)
+    total = bias.to(work, copy=True)
+    for shift in shifts:
+        total += shift.to(work)
+    for layer, scale in change.biases:
+        total += layer.shift(bias).to(work) * scale
+    bias.copy_(total)
+
+
+def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
+    """The merged canonical weight and bias in float32, by each method's own rule; the module is not changed."""
+    assert change.kind is not None or not change.parts
+    module, kind = change.module, change.kind
+    base = own(module, "bias")
+    bias = None if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    weight = torch.zeros(0)
+    if kind is not None:
+        weight = kind.read(module)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for part in change.parts:
+        if part.additive:
+            adder = part.adder(weight.dtype)
+            tiles.add(weight, [(adder.add, adder.tiled)], weight.dtype)
+            if adder.bias is not None and bias is not None:
+                bias = bias + adder.bias.to(bias.dtype)
+        else:
+            method = default_registry.method_of(part.record.config)
+            weight, bias = method.merge(part.layer, weight, bias, where=repr(change.path))
+    for trained, scale in change.biases:
+        assert bias is not None
+        assert base is not None
+        bias = bias + trained.shift(base).to(bias.dtype) * scale
+    return weight, bias
+
+
+def _check_finite(change: Change, *values: object) -> None:
+    for value in values:
+        # On the meta device is what is not merged, where only that was read.
+        if isinstance(value, Tensor) and not value.is_meta and not torch.isfinite(value).all():
+            names = ", ".join(repr(part.record.name) for part in change.parts) or "a trained bias"
+            raise StateError(
+                f"Merging {names} into {change.path!r} gives values that are not finite. Nothing was changed; "
+                "look at the adapter's parameters for nan or for scales out of range."
+            )

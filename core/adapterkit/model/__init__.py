@@ -1,0 +1,37 @@
+"""Model."""
+
+from adapterkit.model.adapter import AdapterRecord, acting_heads
+from adapterkit.model.build import Builder
+from adapterkit.model.heads import adopt_rows, copy_head, resize_output, set_rows
+from adapterkit.model.host import Host
+from adapterkit.model.labels import LabelSet
+from adapterkit.model.modules import Walk, base_parameters, inner_model, named_modules
+from adapterkit.model.presence import KEPT
+from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
+from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, tied_to
+
+__all__ = [
+    "ALL_LINEAR",
+    "KEPT",
+    "AdapterRecord",
+    "Builder",
+    "Host",
+    "LabelSet",
+    "Match",
+    "Selection",
+    "Walk",
+    "acting_heads",
+    "adopt_rows",
+    "base_parameters",
+    "copy_head",
+    "inner_model",
+    "named_modules",
+    "resize_output",
+    "resized_keys",
+    "resized_tables",
+    "select",
+    "select_on",
+    "set_rows",
+    "tables",
+    "tied_to",
+]

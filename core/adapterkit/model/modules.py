@@ -1,0 +1,127 @@
+"""The model's own modules, seen without the adapters that are on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from adapterkit.forward import Slots
+
+
+class Walk:
+    """Every module of a model but the root, once, with all the paths that lead to it.
+
+    It is of the model as it was when it was made: one operation makes one, and all its steps read that.
+
+    Attributes:
+        model: the root.
+        aliases: each module's paths, in the order of the model; the first is the one it is known by.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.aliases: dict[nn.Module, list[str]] = {}
+        for path, module in named_modules(model):
+            if path:
+                self.aliases.setdefault(module, []).append(path)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every path of every module."""
+        return [path for paths in self.aliases.values() for path in paths]
+
+
+def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its paths, the root included, without what adapters own."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, Slots):
+            yield from named_modules(child, f"{path}.{name}" if path else name)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names, without those of adapters (a model inside may have its own)."""
+    for path, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def modules_below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """These modules and those below them, in no order that counts.
+
+    One that is in two places comes twice, and there are no names: that takes a fifth of the time of `modules()`.
+    """
+    left = list(modules)
+    while left:
+        module = left.pop()
+        yield module
+        if module._modules:
+            left += [child for child in module._modules.values() if child is not None]
+
+
+def tensors_below(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The parameters and buffers of `modules_below`."""
+    for module in modules_below(modules):
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    yield tensor
+
+
+# Tables of a model, and what the tables of its stacks are called.
+_GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
+
+
+class Uncalled:
+    """Layers whose `forward` is never called, so that an adapter there would be ignored."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._unused: dict[nn.Module, str] = {}
+        for module in (walk.model, *walk.aliases):
+            if hasattr(type(module), "base_model_prefix"):  # transformers'
+                self._unused |= _unused_tables(walk, module)
+
+    def reason(self, path: str, module: nn.Module) -> str | None:
+        """Why an adapter at `module` would not act, or `None` if it would."""
+        if module in self._unused:
+            return self._unused[module]
+        if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
+            return f"a {type(module).__name__} is a container that is never called itself"
+        return None
+
+
+def _unused_tables(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
+    """Tables of an encoder-decoder that only give their parameters to those which its stacks have, and call.
+
+    transformers 4 made them the stacks' own; since 5 they are neither called nor read.
+    """
+    unused: dict[nn.Module, str] = {}
+    for name, inner in _GIVEN.items():
+        table = model._modules.get(name)
+        stacks = [stack for stack in model.children() if inner in stack._modules]
+        called = [t for stack in stacks if (t := stack._modules[inner]) is not None]
+        if table is not None and called and not any(t is table for t in called):
+            paths = " and ".join(repr(walk.aliases[t][0]) for t in called)
+            reason = f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"
+            unused |= dict.fromkeys(table.modules(), reason)
+    return unused
+
+
+# Wrappers that only forward to the model inside: the adapters are the inner model's.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that only forward to it."""
+    name = _WRAPPERS.get(type(model).__name__)
+    inner = None if name is None else model._modules.get(name)
+    return model if inner is None else inner_model(inner)

@@ -1,0 +1,108 @@
+"""Vocabulary: whether a model's was resized since the model was made or loaded, and the tables that are then saved.
+
+New rows of an embedding are random, so that an adapter trained with them is of use only with them: its file holds
+the tables, as PEFT's do.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adapterkit.model.modules import Walk
+
+
+def resized_tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+    """`tables`, if the vocabulary was resized, else none."""
+    return tables(walk, without) if _was_resized(walk.model) else {}
+
+
+def resized_keys(walk: Walk) -> set[str]:
+    """The keys of both embeddings in the model's state dict, if the vocabulary was resized, else none."""
+    found = _both(walk) if _was_resized(walk.model) else {}
+    return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
+
+
+def tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The input and the output embedding of a transformers model by path, but for those at these paths.
+
+    One of them alone if they are tied: it is the same table.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, table in _both(walk).items():
+        known = [other._parameters["weight"] for other in found.values()]
+        if path not in without and not any(table._parameters["weight"] is other for other in known):
+            found[path] = table
+    return found
+
+
+def _both(walk: Walk) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            table = getattr(walk.model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if table in walk.aliases and table._parameters.get("weight") is not None:
+            found[walk.aliases[table][0]] = table
+    return found
+
+
+def tied_to(walk: Walk, table: nn.Module) -> list[str]:
+    """The path of each module whose weight is this table's very parameter, the table's own first."""
+    own = table._parameters["weight"]
+    others = [paths[0] for m, paths in walk.aliases.items() if m is not table and m._parameters.get("weight") is own]
+    return [walk.aliases[table][0], *others]
+
+
+def _was_resized(model: Any) -> bool:
+    """By the config of the base if it is on this machine; else by what `resize_token_embeddings` leaves on a model."""
+    now = _size(getattr(model, "config", None))
+    if now is None:
+        return False
+    base = _size(_base_config(model))
+    if base is not None:
+        return now != base
+    if "vocab_size" in model.__dict__ and not any(_stores_size(cls) for cls in type(model).__mro__):
+        return True
+    return any(module.__dict__.get("vocab_size", now) != now for module in model.modules())
+
+
+def _size(config: Any) -> int | None:
+    try:
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    except (AttributeError, ValueError):  # no config of transformers, or one of several texts
+        size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _base_config(model: Any) -> Any:
+    """The config that the model was loaded with, from its folder or the hub's cache; the network is not asked."""
+    name, kind = getattr(model, "name_or_path", None), type(model.config)
+    if not isinstance(name, str) or not name:
+        return None
+    try:
+        if not Path(name).is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+            if not isinstance(found, str):
+                return None
+            name = str(Path(found).parent)
+        return kind.from_pretrained(name, local_files_only=True)
+    except Exception:  # noqa: BLE001 - whatever stands there: it is not known, then
+        return None
+
+
+def _stores_size(cls: type) -> bool:
+    """Whether the class's own `__init__` gives a model an attribute `vocab_size`."""
+    made = cls.__dict__.get("__init__")
+    code = getattr(inspect.unwrap(made), "__code__", None) if callable(made) else None
+    return code is not None and any(
+        step.opname == "STORE_ATTR" and step.argval == "vocab_size" for step in dis.get_instructions(code)
+    )

@@ -1,0 +1,214 @@
+"""Batch: how many rows the model's present batch has, and which layers have them in their first dimension."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import ConfigError, StateError
+from adapterkit.forward import input_name
+
+if TYPE_CHECKING:
+    from adapterkit.forward import Active
+
+# Where a model says what its input is: the first of these that is given counts, else the first tensor.
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
+_TOKENS = _INPUTS[:-1]
+# What the config of a model has that puts images or sounds into the rows' tokens, wherever these ask for them.
+_PLACED = re.compile(r"(image|video|audio)_token_(id|index)")
+_EXPERTS = "experts"
+
+
+class Entries:
+    """Hooks where the model, and the transformers models inside it, are entered: they tell a state what its batch is.
+
+    Attributes:
+        proven: modules whose first dimension has been seen to be the batch.
+        places: whether the model puts images or sounds into the rows' tokens.
+        inputs: what each of these models calls its first input.
+    """
+
+    def __init__(self, active: Active, model: nn.Module) -> None:
+        self.active, self.model = active, model
+        self.proven: set[nn.Module] = set()
+        self.unordered = next(
+            ((path or "the model", m) for path, m in model.named_modules() if getattr(m, "batch_first", True) is False),
+            None,
+        )
+        # `generate` calls an encoder by itself.
+        entries = [m for m in model.modules() if m is model or hasattr(m, "base_model_prefix")]
+        self.inputs = {module: input_name(module.forward) or "" for module in entries}
+        self._handles = [module.register_forward_pre_hook(self, with_kwargs=True) for module in entries]
+        self._handles += [module.register_forward_hook(self._leave) for module in entries]
+        self.places = any(_PLACED.fullmatch(name) for m in entries for name in dir(getattr(m, "config", None)))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Torch calls this before each forward; see `Batch.enter`."""
+        state: Any = self.active.state
+        if state.rows is None or repeats():
+            return
+        if getattr(module, "_is_replica", False):
+            raise StateError(
+                "per_sample names the rows of one batch, and nn.DataParallel splits it among its replicas. Call the "
+                "model inside it, or use a process for each device (DistributedDataParallel)."
+            )
+        name, x = _main_input(self.inputs.get(module, ""), args, kwargs)
+        if x is not None:
+            placed = self.places and module is not self.model and name not in _TOKENS and x.is_floating_point()
+            state.batch.enter(module, x, state.rows.count, placed)
+
+    def _leave(self, module: nn.Module, *_: object) -> None:
+        """Torch calls this after each forward."""
+        state: Any = self.active.state
+        if state.rows is not None and module is state.batch.outer:
+            state.batch.outer = None
+
+    def check_order(self) -> None:
+        """Raise `StateError` if a module of the model says that its inputs do not have the batch first."""
+        if self.unordered is not None:
+            path, module = self.unordered
+            raise StateError(
+                f"{path!r} is a {type(module).__name__} with batch_first=False, so rows of the batch may not be the "
+                "first dimension around it. Make it with batch_first=True, or say per_sample(..., batch_first=True) if "
+                "every adapted layer gets the rows first all the same."
+            )
+
+
+class Batch:
+    """What is known of the batches that run in one block of `per_sample`.
+
+    It splits a layer's input along its first dimension. That this is the batch is proven for each layer:
+
+    - its size is the batch's, which was read where the model was entered, or batch times length (tokens that
+      were flattened, row by row);
+    - if the batch is as long as the sequences, sizes say nothing, and the layer must have been seen before in a
+      batch that was not;
+    - no module of the model has `batch_first=False`, and the layer is none of a mixture of experts, which are
+      given the tokens in another order;
+    - it is not in a model inside that is given something else than the batch: patches, or images, of which a row
+      may have any number.
+
+    What gradient checkpointing repeats in a backward was proven when it ran first.
+
+    Attributes:
+        size: rows of the latest batch; `None` before there was one.
+        length: its second dimension, if its inputs are sequences.
+        apart: the model inside that was entered last, if it was given something else than the batch.
+        outer: the model that runs, with the models inside it.
+    """
+
+    def __init__(self, entries: Entries) -> None:
+        self.entries = entries
+        self.size: int | None = None
+        self.length: int | None = None
+        self.apart: nn.Module | None = None
+        self.outer: nn.Module | None = None
+        self._sizes: tuple[int, ...] = ()
+
+    def enter(self, module: nn.Module, x: Tensor, count: int, placed: bool) -> None:
+        """The model, or one inside it, is called.
+
+        Args:
+            x: the input that says how large the batch is.
+            count: rows that `per_sample` names.
+            placed: these are images or sounds for tokens of the rows, wherever these ask for them.
+
+        Raises:
+            ConfigError: the batch is not one row, or the same number of rows, for each that `per_sample` names.
+        """
+        if self.outer is None or module is self.outer:  # the same again: it had raised
+            self._begin(module, x, count, placed)
+            return
+        # In a part that runs on some of the rows, the batch is as many times smaller.
+        fits = x.shape[0] in [size * count for size in self._sizes]
+        self.apart = None if fits and not placed else module
+        if self.apart is None:
+            self.size, self.length = x.shape[0], _length(x)
+
+    def _begin(self, module: nn.Module, x: Tensor, count: int, placed: bool) -> None:
+        self.size, self.length = x.shape[0], _length(x)
+        if self.size % count:
+            raise ConfigError(
+                f"per_sample names {count} rows, and the batch has {self.size}. Name one adapter (or None) for "
+                "each row; a batch may have each row several times, one after another, as beam search does."
+            )
+        self.outer, self.apart = module, module if placed else None
+        # Entries for each row, and those of a row's choices or frames, which models inside are given by themselves.
+        each = self.size // count
+        self._sizes = (each, each * x.shape[1]) if x.dim() in (3, 5) else (each,)
+
+    def check(self, module: nn.Module, size: int, count: int) -> None:
+        """Raise `StateError` unless the first dimension of the module's input, of this size, is proven the batch.
+
+        Args:
+            count: rows that `per_sample` names.
+        """
+        if repeats():
+            return
+        if self.apart is not None:
+            raise StateError(
+                f"A {type(module).__name__} of the model is in or behind a {type(self.apart).__name__} that is given "
+                "something else than the batch, such as images or patches of which a row may have any number, so it is "
+                "not known which rows are whose. Leave this layer out with exclude_modules, or say "
+                "per_sample(..., batch_first=True) if each row has as many, in order."
+            )
+        batch = self.size
+        if batch is None:  # a part of the model is called by itself
+            batch = self.size = size if size % count == 0 else None
+        if size == batch and size != self.length:
+            if not torch.compiler.is_compiling():
+                self.entries.proven.add(module)
+            return
+        if size == batch and module in self.entries.proven:
+            return
+        if batch is not None and self.length is not None and size == batch * self.length != batch:
+            return
+        what = f"A {type(module).__name__} of the model gets an input whose first dimension is {size}"
+        if size == batch:
+            raise StateError(
+                f"{what}, and there are as many rows in the batch as places in each, so it cannot be told which it is. "
+                "Run a batch of another length first, or say per_sample(..., batch_first=True) if it is the rows."
+            )
+        raise StateError(
+            f"{what}, and the batch has {batch} rows, so it is not known which rows are whose. Leave this layer "
+            "out with exclude_modules, or say per_sample(..., batch_first=True) if they are in order."
+        )
+
+
+def repeats() -> bool:
+    """Whether this is a backward, in which gradient checkpointing computes forwards again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _main_input(first: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+    """The tensor that says how large the batch is, and its name if it was given by one; `first`: of the first input."""
+    given = [(name, kwargs.get(name)) for name in _INPUTS] + [("", arg) for arg in args] + [("", kwargs.get(first))]
+    given += list(kwargs.items())
+    tensors = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim()]
+    none: tuple[str, Tensor | None] = ("", None)
+    return next((found for found in tensors if found[1].dim() > 1), tensors[0] if tensors else none)
+
+
+def _length(x: Tensor) -> int | None:
+    """Places in each row, if they are sequences."""
+    sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+    return x.shape[1] if sequences else None
+
+
+def check_paths(name: str, paths: Iterable[str]) -> None:
+    """Raise `StateError` if one of an adapter's layers is an expert's, which gets the tokens in an order of its own."""
+    for path in paths:
+        if _EXPERTS in path.split("."):
+            raise StateError(
+                f"Adapter {name!r} changes {path!r}, an expert that is given tokens of several rows in an order of its "
+                "own, so per_sample cannot tell whose they are. Leave the experts out with exclude_modules."
+            )

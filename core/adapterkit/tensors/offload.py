@@ -1,0 +1,84 @@
+"""accelerate's hooks: where an offloaded module computes, and the weights it keeps elsewhere meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.tensors.sharded import whole
+
+
+def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where the module computes with `tensor`: offloaded weights are on the meta device between forwards."""
+    if tensor.is_meta:
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return tensor.device
+
+
+def real_value(module: nn.Module, name: str) -> Tensor:
+    """The module's own parameter or buffer `name`, fetched from where it is offloaded or sharded if need be."""
+    tensor: Tensor | None = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers[name]
+    assert tensor is not None
+    if tensor.is_meta:
+        for hook in _hooks(module):
+            weights = getattr(hook, "weights_map", None)
+            if weights is not None:
+                value: Tensor = weights[name]
+                return value.to(execution_device(module, tensor))
+    return whole([tensor])[0]
+
+
+@contextmanager
+def fetched(*parts: nn.Module) -> Iterator[None]:
+    """Have the tensors of `parts` in place, where hooks that came after the adapters offload them as well.
+
+    An adapter layer reads the parameters of modules below it without calling them, so the hooks there would
+    never run.
+    """
+    hooked = [(m, m.__dict__["_hf_hook"]) for part in parts for m in part.modules() if "_hf_hook" in m.__dict__]
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooked:
+            hook.post_forward(module, None)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of accelerate's acts at this very module."""
+    return "_hf_hook" in module.__dict__
+
+
+def hook_objects(root: nn.Module) -> list[Any]:
+    """Every hook of `root` and below: they refer to the whole model's offloaded weights."""
+    return [hook for module in root.modules() for hook in _hooks(module)]
+
+
+def remove_hooks(root: nn.Module, original: nn.Module) -> None:
+    """Free a copy of `original` of accelerate's hooks, its offloaded parameters replaced by their values."""
+    for copy, source in zip(root.modules(), original.modules(), strict=True):
+        if "_hf_hook" not in source.__dict__:
+            continue
+        from accelerate.hooks import remove_hook_from_module
+
+        values = {name: real_value(source, name) for name, p in source._parameters.items() if p is not None}
+        remove_hook_from_module(copy)
+        copy.__dict__.pop("forward", None)
+        for name, value in values.items():
+            copy._parameters[name] = nn.Parameter(value.clone())
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
