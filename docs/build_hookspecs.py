@@ -1,4 +1,4 @@
-"""Write `docs/hookspecs.md` from the docstrings of `adapterkit.hookspecs`: `python docs/build_hookspecs.py`."""
+"""Write `docs/hookspecs.md` from the docstrings of the hook specs: `python docs/build_hookspecs.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from types import FunctionType
 
-from adapterkit import hookspecs
+from adapterkit.contract import hookspecs
 
 PAGE = Path(__file__).parent / "hookspecs.md"
 
@@ -31,7 +31,7 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Hook specifications",
-        "Generated from `core/adapterkit/hookspecs.py` by `docs/build_hookspecs.py`; change the docstrings there.",
+        "Generated from `core/adapterkit/contract/hookspecs.py` by `docs/build_hookspecs.py`. Change them there.",
         inspect.getdoc(hookspecs) or "",
     ]
     for name, spec in specs().items():
