@@ -1122,8 +1122,7 @@ class Adapters:
             UnsupportedError: matplotlib is not installed (the extra `report`).
             SaveError: the file cannot be written.
         """
-        from adapterkit.report import Report
-        from adapterkit.report.live import live_sources
+        from adapterkit.report import Report, live_sources
 
         records = [self._record(name) for name in names or self.names]
         for name in names or self.names:

@@ -12,10 +12,11 @@ from adapterkit.contract import (
     Installed,
     Registry,
     combiners,
+    combiners_of,
     default_registry,
+    kinds_of,
     switched_off,
 )
-from adapterkit.contract.registry import combiners_of, kinds_of
 from adapterkit.errors import AdapterError, PluginError
 from adapterkit.results import columns
 

@@ -1,4 +1,8 @@
-"""Contract."""
+"""The contract of an adapter method: what its author writes, and how the library finds and checks it.
+
+In: plugins, from entry points or `ak.register`. Out: configs, layers, key rules, and the `Method` that calls the hooks.
+Uses: errors, tensors, kinds.
+"""
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
 from adapterkit.contract.config import AdapterConfig
@@ -30,7 +34,15 @@ from adapterkit.contract.keys import (
 from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder
 from adapterkit.contract.method import Injector, Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
-from adapterkit.contract.registry import DISABLE_VARIABLE, Installed, Registry, default_registry, switched_off
+from adapterkit.contract.registry import (
+    DISABLE_VARIABLE,
+    Installed,
+    Registry,
+    combiners_of,
+    default_registry,
+    kinds_of,
+    switched_off,
+)
 from adapterkit.contract.target import Target
 
 __all__ = [
@@ -67,11 +79,13 @@ __all__ = [
     "Registry",
     "Rule",
     "Target",
+    "combiners_of",
     "component",
     "default_registry",
     "exactly",
     "file_key",
     "hookimpl",
+    "kinds_of",
     "split_memory_key",
     "strip_file_prefix",
     "switched_off",

@@ -1,4 +1,8 @@
-"""Checkpoints on disk: read by their headers, and changed without loading the model."""
+"""The same operations on files alone, without a model in memory: merge, combine, convert, extract, inspect, diff.
+
+In: adapter folders and checkpoints. Out: new folders and checkpoints, and reports of what files hold.
+Uses: errors, results, kinds, contract, forward, model, files, merging, combining.
+"""
 
 from adapterkit.disk.base import Base
 from adapterkit.disk.checkpoint import Checkpoint

@@ -1,4 +1,8 @@
-"""Files."""
+"""An adapter as files: PEFT's folder, other programs' files, the hub.
+
+In: a folder, a file or a hub id. Out: the adapter's config and tensors, placed on a model; and the way back.
+Uses: errors, results, tensors, kinds, contract, forward, model.
+"""
 
 from adapterkit.files.fitting import fit, put, refuse, to_file
 from adapterkit.files.folder import (

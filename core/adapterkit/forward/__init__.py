@@ -1,4 +1,8 @@
-"""Forward."""
+"""The forward of an adapted model: which adapters are active, and what a module then computes.
+
+In: a module with its adapter layers, heads and biases, and the active adapters of this thread. Out: the module's output.
+Uses: errors, tensors, kinds, contract.
+"""
 
 from adapterkit.forward.biases import BiasLayer, bias_place
 from adapterkit.forward.head_dtype import callable_head, give_dtypes_back, trained_dtype, widen

@@ -1,4 +1,8 @@
-"""Integrations."""
+"""Where people train: what transformers and sentence-transformers call on a model to save and restore it.
+
+In: a call of `save_pretrained` or `load_state_dict` on an adapted model. Out: the adapters, written or restored.
+Uses: errors, tensors, contract, model, files, merging.
+"""
 
 from adapterkit.integrations.load_state_dict import Loader
 from adapterkit.integrations.save_pretrained import install, uninstall

@@ -1,4 +1,8 @@
-"""Layer kinds: what a target is. Methods know their mathematics, kinds know their layer."""
+"""Layer kinds: what a layer is, whatever the adapter method.
+
+In: a module of a model. Out: its canonical weight `(out, in)`, how to read, write and apply it, and `Factors`.
+Uses: tensors.
+"""
 
 from adapterkit.kinds.base import LayerKind, dense, is_special
 from adapterkit.kinds.conv import Conv1d, Conv2d, Conv3d

@@ -1,4 +1,8 @@
-"""Merging."""
+"""Merging adapters into a model's weights, and giving the weights back bit for bit.
+
+In: adapters on a model. Out: a checked plan, and the weights with the changes in them.
+Uses: errors, tensors, kinds, contract, forward, model.
+"""
 
 from adapterkit.merging.changes import Change, check_in_memory, parted_names, plan
 from adapterkit.merging.plain import obstacle

@@ -1,4 +1,8 @@
-"""Model."""
+"""Adapters on a live model: which layers they change, and all that belongs to one adapter.
+
+In: a model and a config. Out: the selected layers, and one adapter's layers, heads, biases and shared tensors.
+Uses: errors, results, tensors, kinds, contract, forward, rows.
+"""
 
 from adapterkit.model.adapter import AdapterRecord, acting_heads
 from adapterkit.model.build import Builder

@@ -1,4 +1,8 @@
-"""Tensors."""
+"""Tensors that are not simply in this process's memory: sharded, offloaded, held by a graph.
+
+In: a model's parameters and buffers. Out: their whole values, and whether and how they can be written to.
+Uses: errors.
+"""
 
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
