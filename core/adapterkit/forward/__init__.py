@@ -1,6 +1,6 @@
 """The forward of an adapted model: which adapters are active, and what a module then computes.
 
-In: a module with its adapter layers, heads and biases, and the active adapters of this thread. Out: the module's output.
+In: a module with its adapter layers, heads and biases, and what is active in this thread. Out: the module's output.
 Uses: errors, tensors, kinds, contract.
 """
 
