@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from tests.combining import randomise
+from tests.combining import randomise, scaling_method
 from tests.models import build
 
 import adapterkit as ak
@@ -117,3 +119,35 @@ def test_what_makes_no_report(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ak.ConfigError, match="is no folder"):
         ak.write_report([folder / "lora"], "")
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.fixture
+def renamed() -> Iterator[ModuleType]:
+    """A method without a low-rank form that calls its tensors otherwise in files than in memory."""
+    plugin = scaling_method(mergeable=True)
+
+    @ak.hookimpl
+    def to_file(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {key.replace(".scale_out", ".gain"): tensor for key, tensor in tensors.items()}
+
+    @ak.hookimpl
+    def from_file(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {key.replace(".gain", ".scale_out"): tensor for key, tensor in tensors.items()}
+
+    vars(plugin).update(to_file=to_file, from_file=from_file)
+    ak.register(plugin)
+    yield plugin
+    ak.default_registry.unregister("scale")
+
+
+def test_a_base_tells_the_layers_of_a_method_with_other_names_in_files(
+    renamed: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    adapters = ak.attach(build("bert"))
+    adapters.add("s", renamed.config(target_modules=["query"], modules_to_save=None))
+    adapters.save("s", tmp_path / "s")
+    with pytest.raises(ak.CheckpointError, match="Give base="):
+        ak.write_report([tmp_path / "s"], tmp_path / "r.html")
+    report = ak.write_report([tmp_path / "s"], tmp_path / "r.html", base=folder / "base")
+    (found,) = report.findings.adapters
+    assert [path.endswith("query") for path in found.without_factors] == [True, True]

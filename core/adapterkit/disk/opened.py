@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from adapterkit.disk.contents import other_modules, split_key, without_values
 from adapterkit.disk.standin import assemble
 from adapterkit.disk.translation import translated
 from adapterkit.errors import CheckpointError, ConfigError
-from adapterkit.files import AdapterFiles, MappedFiles, adapter_folder, load_record, method_in_file, read
+from adapterkit.files import (
+    AdapterFiles,
+    MappedFiles,
+    adapter_folder,
+    layers_of,
+    load_record,
+    method_in_file,
+    read,
+)
 from adapterkit.forward import Active
 from adapterkit.model import AdapterRecord, LabelSet, Walk
 from adapterkit.results import LoadReport
@@ -119,14 +127,21 @@ def open_adapter(
     if known is None and base is None:
         known = dict(method.layers_in_file(tensors, config) or {})
         base = None if known else Base.recorded(config)
-    layers = known or ({} if base is None else _layers_of_base(tensors, method.key_rule(config), base))
+    layers = known or ({} if base is None else _layers_of_base(files, tensors, method, config, base))
     opened = Opened(name or files.folder.name, files, method, config, layers, {}, mapped, base)
     opened.others = other_modules(tensors, layers, config, opened.rule)
     return opened
 
 
-def _layers_of_base(tensors: Mapping[str, Tensor], rule: KeyRule, base: Base) -> dict[str, nn.Module]:
-    paths = dict.fromkeys(split[0] for split in (split_key(key, rule) for key in tensors) if split is not None)
+def _layers_of_base(
+    files: AdapterFiles, tensors: Mapping[str, Tensor], method: Method, config: AdapterConfig, base: Base
+) -> dict[str, nn.Module]:
+    """The base's layers that the keys name; keys that the method renames in files are renamed back first."""
+    rule = method.key_rule(config)
+    keys: Iterable[str] = tensors
+    if not any(split_key(key, rule) for key in keys):
+        keys = method.from_file(config, strip_file_prefix(files.tensors), layers_of(Walk(base.model)))
+    paths = dict.fromkeys(split[0] for split in (split_key(key, rule) for key in keys) if split is not None)
     return {path: base.layer(path) for path in paths}
 
 
