@@ -30,12 +30,12 @@ from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, Stat
 from adapterkit.files import (
     adapter_folder,
     fit,
-    load_record,
+    load_adapter,
     local_path,
     put,
     read,
     refuse,
-    save_record,
+    save_adapter,
     swapped_config,
     to_file,
     values_to_swap,
@@ -56,11 +56,11 @@ from adapterkit.merging import (
 )
 from adapterkit.model import (
     KEPT,
-    AdapterRecord,
+    Adapter,
+    BaseModules,
     Builder,
     Host,
     LabelSet,
-    Walk,
     acting_heads,
     copy_head,
     inner_model,
@@ -121,8 +121,8 @@ class Adapters:
     # What there is
 
     def __init__(self, model: nn.Module) -> None:
-        self._records: dict[str, AdapterRecord] = {}
-        self._active = Active(self._records)
+        self._adapters: dict[str, Adapter] = {}
+        self._active = Active(self._adapters)
         self._merged = Merged()
         self._host: Host | None = Host(model)
         self._loader: Loader | None = None
@@ -135,7 +135,7 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         """Every adapter, in the order they were added."""
-        return tuple(self._records)
+        return tuple(self._adapters)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -143,10 +143,10 @@ class Adapters:
         return self._active.names
 
     def __contains__(self, name: object) -> bool:
-        return name in self._records
+        return name in self._adapters
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._adapters)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -158,7 +158,7 @@ class Adapters:
 
     def config(self, name: str) -> AdapterConfig:
         """The config of an adapter."""
-        return self._record(name).config
+        return self._adapter(name).config
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters an adapter trains: its layers', its heads', its biases' and those that its layers share."""
@@ -166,9 +166,9 @@ class Adapters:
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with their names: `<module path>.<parameter>`, or `<parameter>` of those that layers share."""
-        record = self._record(name)
+        adapter = self._adapter(name)
         reshard(self.model)  # FSDP2 leaves copies in place after a forward, which an optimizer must not get
-        return record.named_parameters()
+        return adapter.named_parameters()
 
     def status(self) -> Status:
         """A table of the adapters; prints as one.
@@ -182,29 +182,29 @@ class Adapters:
         part = ("FullyShardedDataParallel: the parameters are those of this process",) if has_fsdp1(self.model) else ()
         return Status(
             tuple(
-                record.status(
+                adapter.status(
                     active=name in self.active,
                     merged=name in self._merged.names,
                     notes=(
                         *part,
-                        *(f"{path!r} {what} since" for path, what in self._live.changes(record).items()),
-                        *self._never_ran(record),
+                        *(f"{path!r} {what} since" for path, what in self._live.changes(adapter).items()),
+                        *self._never_ran(adapter),
                     ),
                 )
-                for name, record in self._records.items()
+                for name, adapter in self._adapters.items()
             )
         )
 
-    def _never_ran(self, record: AdapterRecord) -> list[str]:
+    def _never_ran(self, adapter: Adapter) -> list[str]:
         """A note if nothing called or read some of the adapter's layers since it was activated, while others ran."""
         state = self._active.state
-        if state.rows is not None or not state.plans or record.name not in {*state.names, *state.heads}:
+        if state.rows is not None or not state.plans or adapter.name not in {*state.names, *state.heads}:
             return []
-        idle = [path for path, host in record.hosts.items() if id(host) not in state.plans]
+        idle = [path for path, host in adapter.hosts.items() if id(host) not in state.plans]
         if not idle:
             return []
         return [
-            f"{len(idle)} of its {len(record.hosts)} layers never ran since it was activated, such as {idle[0]!r}. If "
+            f"{len(idle)} of its {len(adapter.hosts)} layers never ran since it was activated, such as {idle[0]!r}. If "
             "the model reads their weights instead of calling them, declare the module that does: ak.declare_reader"
         ]
 
@@ -217,24 +217,24 @@ class Adapters:
     def _check_live(self) -> None:
         _ = self._live
 
-    def _record(self, name: str) -> AdapterRecord:
+    def _adapter(self, name: str) -> Adapter:
         self._check_live()
-        if not isinstance(name, str) or name not in self._records:
-            raise unknown("adapter", name, self._records)
-        return self._records[name]
+        if not isinstance(name, str) or name not in self._adapters:
+            raise unknown("adapter", name, self._adapters)
+        return self._adapters[name]
 
     def _check_new_name(self, name: object, *, grows: bool = True) -> None:
         if not isinstance(name, str) or not name or "." in name:
             raise ConfigError(f"{name!r} cannot be an adapter's name: it must be text, not empty, without a dot.")
         self._check_live()
-        if name in self._records:
+        if name in self._adapters:
             raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
         if grows:
             check_can_grow(self.model, name)
 
-    def _as_wholes(self, records: Iterable[AdapterRecord], *, writing: bool = False) -> AbstractContextManager[None]:
+    def _as_wholes(self, adapters: Iterable[Adapter], *, writing: bool = False) -> AbstractContextManager[None]:
         """See `as_wholes`, for everything that is these adapters'."""
-        return as_wholes(self.model, (m for record in records for m in record.modules()), writing=writing)
+        return as_wholes(self.model, (m for adapter in adapters for m in adapter.modules()), writing=writing)
 
     def _check_heads_not_merged(self, name: str) -> None:
         if name in self._merged.heads:
@@ -264,7 +264,7 @@ class Adapters:
 
     def _changed(self, name: str) -> str:
         """What became of the modules of an adapter, as a sentence; empty if they are what they were."""
-        changes = self._live.changes(self._record(name))
+        changes = self._live.changes(self._adapter(name))
         if not changes:
             return ""
         (path, what), *more = changes.items()
@@ -301,19 +301,19 @@ class Adapters:
             StateError: an adapter that is merged, or on modules that were replaced since (with `trainable=False` the
                 first forward says so), or one to be trained that DDP, FSDP or DeepSpeed around the model do not know.
         """
-        records, acting = self._chosen("activate", names, heads, trainable)
+        adapters, acting = self._chosen("activate", names, heads, trainable)
         with uninterrupted(), threads.lock:
             block, before = self._active.in_block, self._active.state
-            for record in records if trainable else ():
-                record.light(lent=block)
+            for adapter in adapters if trainable else ():
+                adapter.light(lent=block)
             trains = names if trainable else ()
             state = State(names, acting, trains, still=block and not trainable, asleep=before.asleep)
             state.first = lambda: self._check_present("activate", *state.names)
             self._active.become(state)
             self._settle(None if block else before.trains)
-            if not trainable and any(record.lent for record in records):
+            if not trainable and any(adapter.lent for adapter in adapters):
                 state.still = True
-            self._live.follow_labels(self._records, acting)
+            self._live.follow_labels(self._adapters, acting)
 
     @contextmanager
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:
@@ -324,11 +324,11 @@ class Adapters:
         A `backward` may come after the block. No `requires_grad` is taken away in a block: with `trainable=False` the
         adapters act as constants.
         """
-        records, acting = self._chosen("activated", names, heads, trainable)
+        adapters, acting = self._chosen("activated", names, heads, trainable)
         asleep = self._active.state.asleep
         state = State(names, acting, names if trainable else (), still=not trainable, asleep=asleep)
         state.first = lambda: self._check_present("activated", *state.names)
-        with self._block(state, records if trainable else ()):
+        with self._block(state, adapters if trainable else ()):
             yield
 
     @contextmanager
@@ -346,58 +346,58 @@ class Adapters:
             yield
 
     @contextmanager
-    def _block(self, state: State, trained: Collection[AdapterRecord]) -> Iterator[None]:
+    def _block(self, state: State, trained: Collection[Adapter]) -> Iterator[None]:
         """What `state` says acts in this thread, and these adapters train, until the end."""
         self._check_trainable(trained)
         with threads.lock:
-            for record in trained:
-                record.light(lent=True)
+            for adapter in trained:
+                adapter.light(lent=True)
             block = self._active.enter(state)
         try:
-            self._live.follow_labels(self._records, state.heads)
+            self._live.follow_labels(self._adapters, state.heads)
             yield
         finally:
             with threads.lock:
                 self._active.leave(block)
                 self._settle()
             if self._host is not None:  # else detached meanwhile
-                self._live.follow_labels(self._records, self._active.heads)
+                self._live.follow_labels(self._adapters, self._active.heads)
 
     def _chosen(
         self, call: str, names: tuple[str, ...], heads: str | None, trainable: bool
-    ) -> tuple[list[AdapterRecord], tuple[str, ...]]:
+    ) -> tuple[list[Adapter], tuple[str, ...]]:
         """These adapters, and whose heads act with them."""
-        records = [self._record(name) for name in names]
+        adapters = [self._adapter(name) for name in names]
         if len(set(names)) < len(names):
             raise ConfigError(f"{call}{names!r} names an adapter twice.")
         for name in names:
             self._check_not_merged(name)
-        acting = acting_heads([*map(self._record, self._merged.names), *records], heads)
+        acting = acting_heads([*map(self._adapter, self._merged.names), *adapters], heads)
         if trainable:
             self._check_present(call, *names)
-            self._check_trainable(records)
-        return records, acting
+            self._check_trainable(adapters)
+        return adapters, acting
 
-    def _check_trainable(self, records: Collection[AdapterRecord]) -> None:
-        for record in records:
-            check_averaged(self.model, record)
+    def _check_trainable(self, adapters: Collection[Adapter]) -> None:
+        for adapter in adapters:
+            check_averaged(self.model, adapter)
         reshard(self.model)  # the flags of its shards are those that FSDP2 goes by
 
-    def _trained(self) -> list[tuple[AdapterRecord, list[nn.Parameter]]]:
+    def _trained(self) -> list[tuple[Adapter, list[nn.Parameter]]]:
         """What requires gradients now."""
-        return [(record, [p for p in record.parameters() if p.requires_grad]) for record in self._records.values()]
+        return [(adapter, [p for p in adapter.parameters() if p.requires_grad]) for adapter in self._adapters.values()]
 
-    def _return_to(self, before: State, trained: list[tuple[AdapterRecord, list[nn.Parameter]]]) -> None:
+    def _return_to(self, before: State, trained: list[tuple[Adapter, list[nn.Parameter]]]) -> None:
         """Undo `activate`."""
         with threads.lock:
             for _, parameters in trained:
                 gradients.light(parameters)
             self._active.become(before)
-        self._live.follow_labels(self._records, before.heads)
+        self._live.follow_labels(self._adapters, before.heads)
 
-    def _set_merged(self, records: Sequence[AdapterRecord], acting: tuple[str, ...]) -> None:
+    def _set_merged(self, adapters: Sequence[Adapter], acting: tuple[str, ...]) -> None:
         """These are in the weights now: they act nowhere else, and the heads of all that are act everywhere."""
-        merged, names = self._merged.names, tuple(record.name for record in records)
+        merged, names = self._merged.names, tuple(adapter.name for adapter in adapters)
         heads = tuple(name for name in acting if name in merged)
         reshard(self.model)
         with threads.lock:
@@ -406,21 +406,21 @@ class Adapters:
             if own.rows is None:
                 self._active.state.heads = acting
             self._active.merged = merged
-            for record in records:
-                record.dimmed = []
-                record.dim(record.parameters())
-        self._live.follow_labels(self._records, self._active.heads)
+            for adapter in adapters:
+                adapter.dimmed = []
+                adapter.dim(adapter.parameters())
+        self._live.follow_labels(self._adapters, self._active.heads)
 
-    def _set_unmerged(self, records: Sequence[AdapterRecord]) -> None:
+    def _set_unmerged(self, adapters: Sequence[Adapter]) -> None:
         """Nothing is merged any more."""
         with threads.lock:
-            self._active.each(lambda state: state.unmerged([r.name for r in records if r.dimmed]))
+            self._active.each(lambda state: state.unmerged([r.name for r in adapters if r.dimmed]))
             self._active.merged = ()
-            for record in records:
-                record.light_again()
-                if record.name in self._active.default.trains:
-                    record.lent = []
-        self._live.follow_labels(self._records, self._active.heads)
+            for adapter in adapters:
+                adapter.light_again()
+                if adapter.name in self._active.default.trains:
+                    adapter.lent = []
+        self._live.follow_labels(self._adapters, self._active.heads)
 
     def _settle(self, trained: Collection[str] | None = None) -> None:
         """Take `requires_grad` from parameters to which it was lent and that need it no more.
@@ -432,13 +432,13 @@ class Adapters:
             return
         reshard(self.model)
         wanted = {name for state in self._active.states() for name in state.trains}
-        for name, record in self._records.items():
+        for name, adapter in self._adapters.items():
             if name in wanted:
                 continue
-            if trained is not None and (name in trained or record.lent or record.may_train()):
-                record.dim(record.parameters())
-            elif record.lent:
-                record.dim(record.lent)
+            if trained is not None and (name in trained or adapter.lent or adapter.may_train()):
+                adapter.dim(adapter.parameters())
+            elif adapter.lent:
+                adapter.dim(adapter.lent)
 
     @contextmanager
     def per_sample(
@@ -465,24 +465,24 @@ class Adapters:
         """
         rows = self._rows(names, trusted=batch_first)
         self._check_present("per_sample", *rows.adapters)
-        records = [self._records[name] for name in rows.adapters]
+        adapters = [self._adapters[name] for name in rows.adapters]
         merged = tuple(n for n in self._active.heads if n in self._merged.names)
-        heads = merged + tuple(record.name for record in records if record.heads)
+        heads = merged + tuple(adapter.name for adapter in adapters if adapter.heads)
         batch = Batch(self._live.watch(self._active))
         state = RowState(rows, batch, heads, merged, trainable=trainable, still=not trainable)
-        with self._block(state, records if trainable else ()):
+        with self._block(state, adapters if trainable else ()):
             yield
 
     def _rows(self, names: Sequence[str | None], *, trusted: bool) -> Rows:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise ConfigError(f"per_sample needs an adapter's name or None for each row of the batch, not {names!r}.")
-        rows = Rows([None if name is None else self._record(name).name for name in names], trusted=trusted)
+        rows = Rows([None if name is None else self._adapter(name).name for name in names], trusted=trusted)
         for name in rows.adapters:
             self._check_not_merged(name)
         if not (trusted or rows.uniform):
             self._live.watch(self._active).check_order()
             for name in rows.adapters:
-                check_paths(name, self._record(name).layers)
+                check_paths(name, self._adapter(name).layers)
         return rows
 
     # Adding and removing
@@ -517,45 +517,45 @@ class Adapters:
         self._check_new_name(name)
         method = default_registry.method_of(config)
         labels = LabelSet.chosen(num_labels, id2label)
-        walk = Walk(self.model)
-        selection = select_on(walk, config)
-        record, notes = Builder(walk, method, config, selection).build(name, self._active)
-        notes += self._live.notes(record, walk)
-        record.labels = self._own_labels(record, labels)
+        modules = BaseModules(self.model)
+        selection = select_on(modules, config)
+        adapter, notes = Builder(modules, method, config, selection).build(name, self._active)
+        notes += self._live.notes(adapter, modules)
+        adapter.labels = self._own_labels(adapter, labels)
         self._warn_unmatched(selection.unmatched)
-        self._begin(record, activate=activate, trainable=activate)
-        parameters = size_of(record.parameters())
-        heads = tuple(record.heads)
+        self._begin(adapter, activate=activate, trainable=activate)
+        parameters = size_of(adapter.parameters())
+        heads = tuple(adapter.heads)
         return AddReport(name, selection.paths, heads, parameters, self._live.size, selection.unmatched, tuple(notes))
 
     @uninterrupted()
     def remove(self, name: str) -> None:
         """Remove an adapter and all that was its own. If it was active it no longer is."""
-        record = self._record(name)
+        adapter = self._adapter(name)
         self._check_not_merged(name)
         self._check_not_per_sample("remove")
         self._active.remove(name)
-        self._live.follow_labels(self._records, self._active.heads)
-        record.uninstall()
-        self._live.forget(record)
-        del self._records[name]
+        self._live.follow_labels(self._adapters, self._active.heads)
+        adapter.uninstall()
+        self._live.forget(adapter)
+        del self._adapters[name]
 
     @uninterrupted()
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
-        record = self._record(old)
+        adapter = self._adapter(old)
         self._check_not_merged(old)
         self._check_not_per_sample("rename")
         self._check_new_name(new, grows=False)
         self._check_present("rename", old)
-        self._live.forget(record)
-        record.uninstall()
-        record.name = new
-        record.install(self._active)
-        self._live.remember(record)
-        records = [*self._records.values()]
-        self._records.clear()
-        self._records.update((record.name, record) for record in records)
+        self._live.forget(adapter)
+        adapter.uninstall()
+        adapter.name = new
+        adapter.install(self._active)
+        self._live.remember(adapter)
+        adapters = [*self._adapters.values()]
+        self._adapters.clear()
+        self._adapters.update((adapter.name, adapter) for adapter in adapters)
         self._active.rename(old, new)
         if self._live.labels_of == old:
             self._live.labels_of = new
@@ -563,61 +563,61 @@ class Adapters:
     @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:
         """Add a copy of an adapter under another name, independent of it, and not active."""
-        record = self._record(source)
+        adapter = self._adapter(source)
         self._check_new_name(target)
         self._check_present("copy", source)
         # The modules they are on are the model's and stay; the rest is the adapter's own.
-        memo = {id(module): module for module in (*record.hosts.values(), *record.readers)}
-        with self._as_wholes([record]):
-            duplicate = copy.deepcopy(record, memo)
+        memo = {id(module): module for module in (*adapter.hosts.values(), *adapter.readers)}
+        with self._as_wholes([adapter]):
+            duplicate = copy.deepcopy(adapter, memo)
         duplicate.name = target
         duplicate.lent, duplicate.dimmed = [], []
         self._install(duplicate)
 
-    def _begin(self, record: AdapterRecord, *, activate: bool, trainable: bool) -> None:
+    def _begin(self, adapter: Adapter, *, activate: bool, trainable: bool) -> None:
         """Install an adapter and let it act, or neither."""
         with uninterrupted():
-            self._install(record, train=activate and trainable)
+            self._install(adapter, train=activate and trainable)
             try:
                 if activate:
-                    self.activate(record.name, trainable=trainable)
+                    self.activate(adapter.name, trainable=trainable)
                 elif trainable:
-                    record.light(lent=False)
+                    adapter.light(lent=False)
             except BaseException:
-                self.remove(record.name)
+                self.remove(adapter.name)
                 raise
 
     @uninterrupted()
-    def _install(self, record: AdapterRecord, *, train: bool = False) -> None:
+    def _install(self, adapter: Adapter, *, train: bool = False) -> None:
         if train:
-            check_averaged(self.model, record)
-        if record.biases and self._merged.names:
+            check_averaged(self.model, adapter)
+        if adapter.biases and self._merged.names:
             raise StateError(
-                f"Adapter {record.name!r} trains biases, which start from the base's; others' are merged into those "
+                f"Adapter {adapter.name!r} trains biases, which start from the base's; others' are merged into those "
                 "now. Call unmerge() first."
             )
-        self._live.join(record)  # which may fail, as what comes after may not
-        if not self._records:
+        self._live.join(adapter)  # which may fail, as what comes after may not
+        if not self._adapters:
             self._live.freeze()
         if self._loader is None:
             self._loader = install(self.model)
-        for parameter in record.parameters():
+        for parameter in adapter.parameters():
             parameter.requires_grad_(False)
-        record.install(self._active)
-        self._records[record.name] = record
-        self._live.remember(record)
+        adapter.install(self._active)
+        self._adapters[adapter.name] = adapter
+        self._live.remember(adapter)
 
-    def _own_labels(self, record: AdapterRecord, chosen: LabelSet | None) -> LabelSet | None:
+    def _own_labels(self, adapter: Adapter, chosen: LabelSet | None) -> LabelSet | None:
         """The new adapter's label set; its head's output layer is resized to it."""
         base = self._live.labels
         if chosen is None:
-            return base if record.heads else None
-        if not record.heads or base is None:
+            return base if adapter.heads else None
+        if not adapter.heads or base is None:
             why = "it has no head (modules_to_save)" if base is not None else "the model's config has no labels"
             raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}.")
         old, new = len(base.id2label), len(chosen.id2label)
         if old != new:
-            resize_output(list(record.heads.values()), old, new, self.model)
+            resize_output(list(adapter.heads.values()), old, new, self.model)
         return chosen
 
     @staticmethod
@@ -641,11 +641,11 @@ class Adapters:
         Raises:
             CheckpointError: `source` lacks some of them.
         """
-        record = self._record(name)
+        adapter = self._adapter(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
-        with self._as_wholes([record] if source is None else []):
-            return to_file(record, default_registry.method_of(record.config), source)
+        with self._as_wholes([adapter] if source is None else []):
+            return to_file(adapter, default_registry.method_of(adapter.config), source)
 
     @torch.inference_mode(False)
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -658,11 +658,11 @@ class Adapters:
         Raises:
             CheckpointError: with `strict`, if something does not fit; nothing has changed then.
         """
-        record = self._record(name)
+        adapter = self._adapter(name)
         self._check_not_merged(name)
         self._check_present("load_state_dict", name)
-        with self._live.writing(record), self._as_wholes([record], writing=True):
-            found = fit(record, default_registry.method_of(record.config), self.model, tensors)
+        with self._live.writing(adapter), self._as_wholes([adapter], writing=True):
+            found = fit(adapter, default_registry.method_of(adapter.config), self.model, tensors)
             if not found.report.ok:
                 if strict:
                     refuse(found.report, name, "The state dict")
@@ -699,19 +699,19 @@ class Adapters:
             StateError: a part of what the file must hold is merged now.
         """
         path = local_path(folder)
-        record = self._record(name)
+        adapter = self._adapter(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
         if self._merged.kept and embeddings is not False:
-            walk = Walk(self.model)
-            for place, table in (tables if embeddings else resized_tables)(walk, record.heads).items():
+            modules = BaseModules(self.model)
+            for place, table in (tables if embeddings else resized_tables)(modules, adapter.heads).items():
                 if table in self._merged.kept:
                     raise StateError(
                         f"The file must hold {place!r}, because the vocabulary was resized, and an adapter is merged "
                         "into it. Call unmerge() first."
                     )
-        save_record(record, self.model, path, source, embeddings=embeddings)
-        for note in self._never_ran(record):
+        save_adapter(adapter, self.model, path, source, embeddings=embeddings)
+        for note in self._never_ran(adapter):
             warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
         return path
 
@@ -755,10 +755,10 @@ class Adapters:
         if dtype not in (None, "file") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, 'file' or None.")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
-        record, report = load_record(
+        adapter, report = load_adapter(
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
-        self._begin(record, activate=activate, trainable=trainable)
+        self._begin(adapter, activate=activate, trainable=trainable)
         return report
 
     @torch.inference_mode(False)
@@ -791,30 +791,30 @@ class Adapters:
                 larger rank, with layers or heads that it has not, or with other shared tensors. Nothing has changed.
             StateError: the adapter is merged or offloaded.
         """
-        record = self._record(name)
+        adapter = self._adapter(name)
         self._check_not_merged(name)
         self._check_present("swap", name)
         refuse_fsdp1(self.model)
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
-        other, report = load_record(
+        other, report = load_adapter(
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
         )
         with uninterrupted():
-            with self._as_wholes([record], writing=True):
+            with self._as_wholes([adapter], writing=True):
                 try:
                     with torch.no_grad():
-                        values = values_to_swap(record, other)
+                        values = values_to_swap(adapter, other)
                 except CheckpointError as error:
                     raise CheckpointError(
                         f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it "
                         "under another name instead (adapters.load)."
                     ) from error
                 put(values, assign=False)
-            record.config = swapped_config(record.config, other.config)
-            record.labels = other.labels if record.heads else record.labels
-            self._live.renew_labels(record)
-        cleared = tuple(path for path in record.layers if path not in other.layers)
-        return SwapReport(name, tuple(other.layers), cleared, tuple(record.heads), report.ignored)
+            adapter.config = swapped_config(adapter.config, other.config)
+            adapter.labels = other.labels if adapter.heads else adapter.labels
+            self._live.renew_labels(adapter)
+        cleared = tuple(path for path in adapter.layers if path not in other.layers)
+        return SwapReport(name, tuple(other.layers), cleared, tuple(adapter.heads), report.ignored)
 
     # Merging
 
@@ -853,21 +853,21 @@ class Adapters:
                 values that are not finite.
             UnsupportedError: an adapter that cannot be merged.
         """
-        records = self._to_merge(names)
+        adapters = self._to_merge(names)
         self._check_not_per_sample("merge")
         self._check_present("merge", *names)
         if keep_base:
             self._check_not_edited("merge")
-        rest = [self._record(n) for n in self.active if n not in names]
+        rest = [self._adapter(n) for n in self.active if n not in names]
         if heads is None and set(names) <= set(self.active) and self._active.heads:
             heads = self._active.heads[-1]  # which one acts was settled when they were activated
-        acting = acting_heads([*map(self._record, self.merged), *records, *rest], heads)
+        acting = acting_heads([*map(self._adapter, self.merged), *adapters, *rest], heads)
         refuse_fsdp1(self.model)
         reshard(self.model)  # copies that FSDP2 leaves in place would take the merge with them
-        walk = Walk(self.model)
-        changes = plan(records, walk, untie=untie)
+        modules = BaseModules(self.model)
+        changes = plan(adapters, modules, untie=untie)
         check_in_memory(changes)
-        parting = Parting.of(self.model, parted_names(changes, walk))
+        parting = Parting.of(self.model, parted_names(changes, modules))
         before, acted, trained = self._merged, self._active.state, self._trained()
         done, edited = Done(), before.edited
         with uninterrupted() as stop:
@@ -875,7 +875,7 @@ class Adapters:
                 carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
                 self._live.part(parting)
                 self._merged = before.joined(names, done, keep_base=keep_base)
-                self._set_merged(records, acting)
+                self._set_merged(adapters, acting)
             except BaseException as error:  # noqa: BLE001 - raised again
                 self._live.tie(parting)
                 raised = take_back(done, error)
@@ -931,9 +931,9 @@ class Adapters:
                 if self.merged == merged:
                     self._return_to(before, trained)
                 raise
-            acting = [self._records[name] for name in self._active.heads]
+            acting = [self._adapters[name] for name in self._active.heads]
             model, host = self.model, self._live
-            parting = Parting.of(model, (), {p: n for record in acting for p, n in record.head_paths().items()})
+            parting = Parting.of(model, (), {p: n for adapter in acting for p, n in adapter.head_paths().items()})
             host.keep_labels()
             self._merged = Merged()
             take_heads(acting, model)
@@ -1008,15 +1008,15 @@ class Adapters:
                 ) from error
             self._live.tie()
             self._merged = Merged()
-            self._set_unmerged([self._records[name] for name in state.names])
+            self._set_unmerged([self._adapters[name] for name in state.names])
 
-    def _to_merge(self, names: tuple[str, ...]) -> list[AdapterRecord]:
-        records = [self._record(name) for name in names]
+    def _to_merge(self, names: tuple[str, ...]) -> list[Adapter]:
+        adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"merge{names!r} must name adapters, each once. There is {self.names}.")
         for name in names:
             self._check_not_merged(name)
-        return records
+        return adapters
 
     # Combining
 
@@ -1067,10 +1067,10 @@ class Adapters:
         """
         self._check_new_name(name)
         check_sources(sources)
-        records = [self._record(source) for source in sources]
+        adapters = [self._adapter(source) for source in sources]
         self._check_present("combine", *sources)
         if not same_base:
-            check_same_base(records)
+            check_same_base(adapters)
         choices = Choices(
             method=method,
             space=space,
@@ -1084,9 +1084,9 @@ class Adapters:
             isotropize=isotropize,
         )
         weights = [float(weight) for weight in sources.values()]
-        with self._as_wholes(records):
-            record, report = mix(name, records, weights, choices, Workspace(self.model, self._active))
-        self._install(record)
+        with self._as_wholes(adapters):
+            adapter, report = mix(name, adapters, weights, choices, Workspace(self.model, self._active))
+        self._install(adapter)
         return report
 
     def convert(
@@ -1099,7 +1099,7 @@ class Adapters:
         Raises:
             UnsupportedError: the source has no low-rank form, or `to` cannot be made from one.
         """
-        heads = source if self._record(source).heads else None
+        heads = source if self._adapter(source).heads else None
         return self.combine(name, {source: 1.0}, to=to, rank=rank, energy=energy, heads=heads)
 
     # Looking
@@ -1124,11 +1124,11 @@ class Adapters:
         """
         from adapterkit.report import Report, live_sources
 
-        records = [self._record(name) for name in names or self.names]
+        adapters = [self._adapter(name) for name in names or self.names]
         for name in names or self.names:
             self._warn_if_changed(name, "The report shows what was trained there, beside the base as it was.")
-        with self._as_wholes(records):
-            report = Report.of(live_sources(records, self._merged), title)
+        with self._as_wholes(adapters):
+            report = Report.of(live_sources(adapters, self._merged), title)
         if out is not None:
             report.save(out)
         return report
@@ -1178,8 +1178,8 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     heads = {path: copy_head(module_of(tuned, path), path) for path in selection.heads}
     labels = LabelSet.of(tuned) if heads else None
     space = Workspace(base, adapters._active)
-    record, report = extracted(
+    adapter, report = extracted(
         name, selection, lambda match: (match.module, same_layer(tuned, match)), rank, energy, to, heads, labels, space
     )
-    adapters._install(record)
+    adapters._install(adapter)
     return report

@@ -16,7 +16,7 @@ from adapterkit.files import CONFIG_FILE, adapter_folder, local_path, method_in_
 from adapterkit.files import folder as files
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
-from adapterkit.model import AdapterRecord, Builder, Match, Walk, select_on
+from adapterkit.model import Adapter, BaseModules, Builder, Match, select_on
 from adapterkit.results import columns
 
 # A number that is a part of a path by itself, or a word.
@@ -122,21 +122,21 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     """
     module = model if isinstance(model, nn.Module) else skeleton(model)
     method = default_registry.method_of(config)
-    walk = Walk(module)
-    selection = select_on(walk, config)
-    record, notes = Builder(walk, method, config, selection, load=True).build("preview", Active())
+    modules = BaseModules(module)
+    selection = select_on(modules, config)
+    adapter, notes = Builder(modules, method, config, selection, load=True).build("preview", Active())
     return Preview(
         type(module).__name__,
         method.name,
-        _groups(selection.targets, record),
+        _groups(selection.targets, adapter),
         selection.paths,
-        {path: _count(head) for path, head in record.heads.items()},
-        sum(_count(bias) for bias in record.biases.values()),
+        {path: _count(head) for path, head in adapter.heads.items()},
+        sum(_count(bias) for bias in adapter.biases.values()),
         sum(p.numel() for p in module.parameters()),
         _skipped(selection.skipped),
         selection.unmatched,
         tuple(notes),
-        0 if record.shared is None else _count(record.shared.module),
+        0 if adapter.shared is None else _count(adapter.shared.module),
     )
 
 
@@ -157,11 +157,11 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _groups(targets: Iterable[Match], record: AdapterRecord) -> tuple[LayerGroup, ...]:
+def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...]:
     """Layers that are equal but for numbers in their paths, in the order of the first of each."""
     found: dict[tuple[str, LayerKind, str, int], list[str]] = {}
     for match in targets:
-        key = (_blank(match.path), match.kind, match.rule, _count(record.layers[match.path]))
+        key = (_blank(match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
         found.setdefault(key, []).append(match.path)
     return tuple(
         LayerGroup(_merged(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)

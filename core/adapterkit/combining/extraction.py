@@ -15,7 +15,7 @@ from adapterkit.contract import default_registry
 from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
 from adapterkit.kinds import Factors
 from adapterkit.merging import obstacle
-from adapterkit.model import AdapterRecord, LabelSet, Match, Selection, select
+from adapterkit.model import Adapter, LabelSet, Match, Selection, select
 from adapterkit.results import CombineReport
 
 # A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
@@ -61,7 +61,7 @@ def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in com
     heads: Mapping[str, nn.Module],
     labels: LabelSet | None,
     space: Workspace,
-) -> tuple[AdapterRecord, CombineReport]:
+) -> tuple[Adapter, CombineReport]:
     """The adapter that comes closest to the difference of two models, not installed yet.
 
     Args:
@@ -76,8 +76,8 @@ def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in com
         space.store[path], ranks[path], kinds[path] = made, made.rank, match.kind
     changes = Changes(space.store, kinds, {}, heads, labels)
     method = default_registry.method(to)
-    record = build_result(name, changes, method, space.model, space.active, device=space.device)
-    return record, CombineReport(name, to, ranks, errors, tuple(heads), clipped)
+    adapter = build_result(name, changes, method, space.model, space.active, device=space.device)
+    return adapter, CombineReport(name, to, ranks, errors, tuple(heads), clipped)
 
 
 def module_of(tuned: nn.Module, path: str) -> nn.Module:

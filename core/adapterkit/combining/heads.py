@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import ConfigError, unknown
-from adapterkit.model import AdapterRecord, LabelSet, set_rows
+from adapterkit.model import Adapter, LabelSet, set_rows
 
 CHOICES = ("average", "concat", "drop")
 
 Heads = tuple[dict[str, nn.Module], LabelSet | None]
 
 
-def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads:
+def combine_heads(adapters: Sequence[Adapter], choice: str | None) -> Heads:
     """The result's heads by path, and its label set.
 
     Args:
@@ -27,12 +27,12 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
         ConfigError: there are heads and no choice, or heads that cannot be combined so.
         UnknownNameError: the choice is neither.
     """
-    owners = [record for record in records if record.heads]
-    names = [record.name for record in records]
+    owners = [adapter for adapter in adapters if adapter.heads]
+    names = [adapter.name for adapter in adapters]
     if choice is not None and choice not in CHOICES and choice not in names:
         raise unknown("choice of heads", choice, [*names, *CHOICES])
     if choice in names:  # before the other words: an adapter may be called "drop"
-        own = records[names.index(choice)]
+        own = adapters[names.index(choice)]
         return copy.deepcopy(own.heads), own.labels
     if not owners or choice == "drop":
         return {}, None
@@ -45,7 +45,7 @@ def combine_heads(records: Sequence[AdapterRecord], choice: str | None) -> Heads
     return _average(owners) if choice == "average" else _concat(owners)
 
 
-def _average(owners: Sequence[AdapterRecord]) -> Heads:
+def _average(owners: Sequence[Adapter]) -> Heads:
     """The mean of equal heads, tensor by tensor."""
     _check_same_modules(owners, "average")
     heads = {path: copy.deepcopy(head) for path, head in owners[0].heads.items()}
@@ -60,7 +60,7 @@ def _average(owners: Sequence[AdapterRecord]) -> Heads:
     return heads, owners[0].labels
 
 
-def _concat(owners: Sequence[AdapterRecord]) -> Heads:
+def _concat(owners: Sequence[Adapter]) -> Heads:
     """One head over all labels: the rows of the output layers one under another."""
     _check_same_modules(owners, "concat")
     if any(owner.labels is None or len(owner.heads) != 1 for owner in owners):
@@ -90,13 +90,13 @@ def _output(head: nn.Module, count: int) -> tuple[str, nn.Linear] | None:
     return found[-1] if found else None
 
 
-def _check_same_modules(owners: Sequence[AdapterRecord], choice: str) -> None:
+def _check_same_modules(owners: Sequence[Adapter], choice: str) -> None:
     if len({tuple(owner.heads) for owner in owners}) > 1:
         listed = "; ".join(f"{owner.name!r}: {', '.join(owner.heads)}" for owner in owners)
         raise ConfigError(f"heads={choice!r} needs heads at the same modules; there are {listed}.")
 
 
-def _check_rest_equal(owners: Sequence[AdapterRecord], path: str, place: str) -> None:
+def _check_rest_equal(owners: Sequence[Adapter], path: str, place: str) -> None:
     """Rows can be put together only if what leads to the output layer is the same for all."""
     inside = f"{place}." if place else ""
     for name, tensor in owners[0].heads[path].state_dict().items():
@@ -109,7 +109,7 @@ def _check_rest_equal(owners: Sequence[AdapterRecord], path: str, place: str) ->
             )
 
 
-def _all_labels(owners: Sequence[AdapterRecord]) -> LabelSet:
+def _all_labels(owners: Sequence[Adapter]) -> LabelSet:
     """Every label of every adapter; one that two have is told apart by the adapter's name."""
     named = [(o.name, label) for o in owners if o.labels is not None for label in _in_order(o.labels.id2label)]
     often = Counter(label for _, label in named)

@@ -14,7 +14,7 @@ from adapterkit.errors import PluginError, StateError, UnsupportedError
 from adapterkit.files import module_slots, short_names
 from adapterkit.forward import Active
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import AdapterRecord, Builder, LabelSet, Match, Selection, Walk
+from adapterkit.model import Adapter, BaseModules, Builder, LabelSet, Match, Selection
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def build_result(
     active: Active,
     *,
     device: torch.device | None = None,
-) -> AdapterRecord:
+) -> Adapter:
     """The adapter of this method whose change at each target is the one given; not installed yet.
 
     Args:
@@ -72,36 +72,36 @@ def build_result(
         UnsupportedError: the method cannot express some of the changes.
     """
     check_can_result(method)
-    walk = Walk(model)
+    modules = BaseModules(model)
     ranks = {path: f.rank for path, f in changes.factors.items()}
     config = method.config_from_ranks(
         ranks,
         bias=any(f.bias is not None for f in changes.factors.values()),
         trained_biases=_trained_biases(changes),
-    ).replace(target_modules=short_names(changes.factors, walk.paths), modules_to_save=None)
+    ).replace(target_modules=short_names(changes.factors, modules.all_paths), modules_to_save=None)
     matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
     builder = Builder(
-        walk, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
+        modules, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
     )
-    record, _ = builder.build(name, active)
+    adapter, _ = builder.build(name, active)
     with torch.no_grad():
         for path, factors in changes.factors.items():
-            _fill(record, builder, path, factors)
-        _fill_biases(record, method, changes)
-    record.heads = dict(changes.heads)
-    record.labels = changes.labels
-    return record
+            _fill(adapter, builder, path, factors)
+        _fill_biases(adapter, method, changes)
+    adapter.heads = dict(changes.heads)
+    adapter.labels = changes.labels
+    return adapter
 
 
-def _fill_biases(record: AdapterRecord, method: Method, changes: Changes) -> None:
-    lacking = sorted(set(changes.biases) - set(record.biases))
+def _fill_biases(adapter: Adapter, method: Method, changes: Changes) -> None:
+    lacking = sorted(set(changes.biases) - set(adapter.biases))
     if lacking:
         raise UnsupportedError(
             f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
         )
     for path, bias in changes.biases.items():
-        own = record.biases[path].bias
-        record.biases[path].bias = nn.Parameter(bias.to(bias.device if own.is_meta else own.device, own.dtype))
+        own = adapter.biases[path].bias
+        adapter.biases[path].bias = nn.Parameter(bias.to(bias.device if own.is_meta else own.device, own.dtype))
 
 
 def _trained_biases(changes: Changes) -> str:
@@ -110,15 +110,15 @@ def _trained_biases(changes: Changes) -> str:
     return "targets" if set(changes.biases) <= set(changes.factors) else "all"
 
 
-def _fill(record: AdapterRecord, builder: Builder, path: str, factors: Factors) -> None:
+def _fill(adapter: Adapter, builder: Builder, path: str, factors: Factors) -> None:
     target, method = builder.targets[path], builder.method
-    values = method.from_factors(target, record.config, factors)
+    values = method.from_factors(target, adapter.config, factors)
     if values is None:
         raise UnsupportedError(
             f"The method {method.name!r} cannot express the change at {path!r} ({target.kind.name}, rank "
             f"{factors.rank})."
         )
-    places = dict(module_slots(record.layers[path]))
+    places = dict(module_slots(adapter.layers[path]))
     if set(values) != set(places):
         raise PluginError(
             f"The method {method.name!r} ({method.provider}): its hook from_factors gave {sorted(values)} for "
@@ -128,7 +128,7 @@ def _fill(record: AdapterRecord, builder: Builder, path: str, factors: Factors) 
         places[local].assign(value.to(target.device, target.dtype).contiguous())
 
 
-def in_model_order(paths: Sequence[str], walk: Walk) -> list[str]:
+def in_model_order(paths: Sequence[str], modules: BaseModules) -> list[str]:
     """These paths in the order of the model's modules."""
-    order = {path: i for i, path in enumerate(walk.paths)}
+    order = {path: i for i, path in enumerate(modules.all_paths)}
     return sorted(set(paths), key=order.__getitem__)

@@ -1,4 +1,4 @@
-"""Mixture: one adapter out of several, from their records alone, wherever the values are."""
+"""One adapter out of several, from their parts alone, wherever the values are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adapterkit.errors import AdapterWarning, ConfigError, StateError, Unsupport
 from adapterkit.files import widened
 from adapterkit.forward import Active
 from adapterkit.kinds import Factors
-from adapterkit.model import AdapterRecord, Walk
+from adapterkit.model import Adapter, BaseModules
 from adapterkit.results import CombineReport
 
 
@@ -66,9 +66,9 @@ def check_sources(sources: object) -> None:
             raise ConfigError(f"The weight of {name!r} is {weight!r}; it must be a finite number.")
 
 
-def check_same_base(records: Sequence[AdapterRecord]) -> None:
+def check_same_base(adapters: Sequence[Adapter]) -> None:
     """Raise `ConfigError` if the adapters' configs name different base models."""
-    bases = {r.config.base_model_name_or_path: r.name for r in records if r.config.base_model_name_or_path}
+    bases = {r.config.base_model_name_or_path: r.name for r in adapters if r.config.base_model_name_or_path}
     if len(bases) > 1:
         listed = ", ".join(f"{name!r} of {base!r}" for base, name in bases.items())
         raise ConfigError(
@@ -97,15 +97,15 @@ class Workspace:
 
 @torch.no_grad()
 def mix(
-    name: str, records: Sequence[AdapterRecord], weights: Sequence[float], choices: Choices, space: Workspace
-) -> tuple[AdapterRecord, CombineReport]:
+    name: str, adapters: Sequence[Adapter], weights: Sequence[float], choices: Choices, space: Workspace
+) -> tuple[Adapter, CombineReport]:
     """The combination of these adapters, not installed yet."""
     recipe = choices.recipe()
-    heads, labels = combine_heads(records, choices.heads)
-    _warn_of_replaced(records, heads)
+    heads, labels = combine_heads(adapters, choices.heads)
+    _warn_of_replaced(adapters, heads)
     factors, errors, ranks, most = space.store, {}, {}, {}
-    for path, having in _targets(records, weights, space.model, heads):
-        found = [factors_at(record, path, space.dtype) for record, _ in having]
+    for path, having in _targets(adapters, weights, space.model, heads):
+        found = [factors_at(adapter, path, space.dtype) for adapter, _ in having]
         most[path] = min(found[0].up.shape[0], found[0].down.shape[1])
         try:
             made, errors[path] = combine_factors(
@@ -116,22 +116,22 @@ def mix(
         check_finite(name, path, made)
         factors[path], ranks[path] = made, made.rank
     clipped = lowrank.clipped(recipe.rank, most)
-    kinds = {path: layer.kind for record in records for path, layer in record.layers.items()}
-    changes = Changes(factors, kinds, _biases(records, weights, heads), heads, labels)
+    kinds = {path: layer.kind for adapter in adapters for path, layer in adapter.layers.items()}
+    changes = Changes(factors, kinds, _biases(adapters, weights, heads), heads, labels)
     to = default_registry.method(choices.to)
-    record = build_result(name, changes, to, space.model, space.active, device=space.device)
-    record.config = record.config.replace(**_shared_fields(records, heads=bool(heads)))
-    record.tables = frozenset(path for r in records for path in r.tables if path in heads)
-    return record, CombineReport(name, choices.to, ranks, errors, tuple(heads), clipped)
+    adapter = build_result(name, changes, to, space.model, space.active, device=space.device)
+    adapter.config = adapter.config.replace(**_shared_fields(adapters, heads=bool(heads)))
+    adapter.tables = frozenset(path for r in adapters for path in r.tables if path in heads)
+    return adapter, CombineReport(name, choices.to, ranks, errors, tuple(heads), clipped)
 
 
 def _targets(
-    records: Sequence[AdapterRecord], weights: Sequence[float], model: nn.Module, heads: Collection[str]
-) -> Iterator[tuple[str, list[tuple[AdapterRecord, float]]]]:
+    adapters: Sequence[Adapter], weights: Sequence[float], model: nn.Module, heads: Collection[str]
+) -> Iterator[tuple[str, list[tuple[Adapter, float]]]]:
     """Each target in the order of the model, with the adapters that change it there and their weights."""
     count = 0
-    for path in in_model_order([path for record in records for path in record.layers], Walk(model)):
-        pairs = zip(records, weights, strict=True)
+    for path in in_model_order([path for adapter in adapters for path in adapter.layers], BaseModules(model)):
+        pairs = zip(adapters, weights, strict=True)
         having = [(r, w) for r, w in pairs if path in r.layers and not _replaced(path, r, heads)]
         if having:
             count += 1
@@ -148,11 +148,11 @@ def _is_finite(weight: object) -> bool:
     return bool(abs(number) <= sys.float_info.max)
 
 
-def _shared_fields(records: Sequence[AdapterRecord], *, heads: bool) -> dict[str, str]:
+def _shared_fields(adapters: Sequence[Adapter], *, heads: bool) -> dict[str, str]:
     """Fields of the configs that say where the adapters are from, if all agree; the task needs its head."""
     found = {}
     for name in ("base_model_name_or_path", "revision", *(["task_type"] if heads else [])):
-        values = {getattr(record.config, name) for record in records}
+        values = {getattr(adapter.config, name) for adapter in adapters}
         if len(values) == 1 and None not in values:
             (found[name],) = values
     return found
@@ -166,14 +166,14 @@ def _check_choices(space: object, rank: object, energy: object, seed: object) ->
         raise ConfigError(f"seed = {seed!r} must be a whole number or None.")
 
 
-def _replaced(path: str, record: AdapterRecord, heads: Collection[str]) -> bool:
+def _replaced(path: str, adapter: Adapter, heads: Collection[str]) -> bool:
     """Whether a head of the result, which is not this adapter's, stands where its change at `path` would act."""
     inside = [head for head in heads if path == head or path.startswith(head + ".")]
-    return any(head not in record.heads for head in inside)
+    return any(head not in adapter.heads for head in inside)
 
 
-def _warn_of_replaced(records: Sequence[AdapterRecord], heads: Collection[str]) -> None:
-    lost = [(r.name, path) for r in records for path in (*r.layers, *r.biases) if _replaced(path, r, heads)]
+def _warn_of_replaced(adapters: Sequence[Adapter], heads: Collection[str]) -> None:
+    lost = [(r.name, path) for r in adapters for path in (*r.layers, *r.biases) if _replaced(path, r, heads)]
     if lost:
         name, path = lost[0]
         warnings.warn(
@@ -192,56 +192,56 @@ def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Re
     return replace(recipe, options=replace(recipe.options, generator=generator))
 
 
-def factors_at(record: AdapterRecord, path: str, dtype: torch.dtype = torch.float32) -> Factors:
+def factors_at(adapter: Adapter, path: str, dtype: torch.dtype = torch.float32) -> Factors:
     """The exact change of an adapter at one of its targets, worked out in float32 at least.
 
     Raises:
         UnsupportedError: it has no low-rank form.
         StateError: it has no values, or values that are not finite.
     """
-    method, layer = default_registry.method_of(record.config), record.layers[path]
+    method, layer = default_registry.method_of(adapter.config), adapter.layers[path]
     with widened(layer, dtype):
         found = method.factors(layer)
     if found is None:
         instead = "Merge it (adapters.merge), or activate" if "merge" in method.hooks else "Activate"
         raise UnsupportedError(
-            f"Adapter {record.name!r} ({record.config.method}) has no low-rank change of the weight at {path!r}, so it "
-            f"cannot be combined or converted. {instead} it beside the others instead."
+            f"Adapter {adapter.name!r} ({adapter.config.method}) has no low-rank change of the weight at {path!r}, so "
+            f"it cannot be combined or converted. {instead} it beside the others instead."
         )
     if found.down.is_meta:
-        raise StateError(f"Adapter {record.name!r} has no values at {path!r}: it is on the meta device.")
+        raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
     if not lowrank.all_finite(*found[:3]):
-        raise StateError(f"Adapter {record.name!r} has values at {path!r} that are not finite.")
+        raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
     return found
 
 
-def _biases(records: Sequence[AdapterRecord], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:
+def _biases(adapters: Sequence[Adapter], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:
     """Trained biases: the base's and the weighted sum of what each adapter changed in it.
 
     `base + sum of w_i (own_i - base)`; where the weights add up to 1 that is `sum of w_i own_i`, and no base is needed.
     """
     found: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for record in records for path in record.biases):
-        pairs = zip(records, weights, strict=True)
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.biases):
+        pairs = zip(adapters, weights, strict=True)
         having = [(r, w) for r, w in pairs if path in r.biases and not _replaced(path, r, heads)]
         if not having:
             continue
-        own = [(record.biases[path].bias.detach(), weight) for record, weight in having]
+        own = [(adapter.biases[path].bias.detach(), weight) for adapter, weight in having]
         if sum(weight for _, weight in having) == 1.0:
             found[path] = torch.stack([weight * bias for bias, weight in own]).sum(0)
             continue
-        shifts = [weight * _shift(record, path) for record, weight in having]
+        shifts = [weight * _shift(adapter, path) for adapter, weight in having]
         found[path] = own[0][0] - _shift(having[0][0], path) + torch.stack(shifts).sum(0)
     return found
 
 
-def _shift(record: AdapterRecord, path: str) -> Tensor:
-    base = record.hosts[path].bias
+def _shift(adapter: Adapter, path: str) -> Tensor:
+    base = adapter.hosts[path].bias
     assert isinstance(base, Tensor)
-    layer = record.biases[path]
+    layer = adapter.biases[path]
     if layer.base is None and base.is_meta:
         raise StateError(
-            f"Adapter {record.name!r} trains the bias of {path!r}, and its files do not tell what that was before. "
+            f"Adapter {adapter.name!r} trains the bias of {path!r}, and its files do not tell what that was before. "
             "Give base=, the folder of the model with its weights, or weights that add up to 1."
         )
     return layer.shift(base).detach()

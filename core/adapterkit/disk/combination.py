@@ -13,10 +13,10 @@ from adapterkit.combining import Choices, Space, Workspace, check_same_base, che
 from adapterkit.contract import MajoritySign
 from adapterkit.disk.base import Base
 from adapterkit.disk.opened import Opened, names_of, open_adapter, stand_in, working_dtype
-from adapterkit.disk.output import check_dtype, output_place, write_record
+from adapterkit.disk.output import check_dtype, output_place, write_adapter
 from adapterkit.files import FactorSpool, short_names
 from adapterkit.forward import Active
-from adapterkit.model import AdapterRecord, Walk
+from adapterkit.model import Adapter, BaseModules
 from adapterkit.results import CombineReport
 
 
@@ -99,8 +99,8 @@ def _combined(
     same_base: bool,
 ) -> CombineReport:
     with FactorSpool(place.parent, lambda: release(opened)) as spool:
-        record, report, model = combined(opened, weights, choices, place.name, spool, base, same_base=same_base)
-        write_record(record, model, place, dtype=dtype, mapped=[spool, *(adapter.mapped for adapter in opened)])
+        adapter, report, model = combined(opened, weights, choices, place.name, spool, base, same_base=same_base)
+        write_adapter(adapter, model, place, dtype=dtype, mapped=[spool, *(adapter.mapped for adapter in opened)])
     return report
 
 
@@ -113,17 +113,17 @@ def combined(
     base: Base | None,
     *,
     same_base: bool = False,
-) -> tuple[AdapterRecord, CombineReport, nn.Module]:
+) -> tuple[Adapter, CombineReport, nn.Module]:
     """The combination of adapters that are opened, its changes in the spool, and the stand-in that it is on."""
     working = working_dtype(opened)
     model = stand_in(opened, working)
-    records = [adapter.record(model)[0] for adapter in opened]
+    adapters = [adapter.adapter(model)[0] for adapter in opened]
     if not same_base:
-        check_same_base(records)
+        check_same_base(adapters)
     space = Workspace(model, Active(), spool, working, torch.device("cpu"))
-    record, report = mix(name, records, weights, choices, space)
-    record.config = record.config.replace(target_modules=_target_names(record, model, opened, base))
-    return record, report, model
+    adapter, report = mix(name, adapters, weights, choices, space)
+    adapter.config = adapter.config.replace(target_modules=_target_names(adapter, model, opened, base))
+    return adapter, report, model
 
 
 def release(opened: Sequence[Opened]) -> None:
@@ -138,18 +138,16 @@ def _named(heads: str | None, sources: Mapping[str | Path, float]) -> str | None
     return heads if heads is None else names.get(str(heads), heads)
 
 
-def _target_names(
-    record: AdapterRecord, model: nn.Module, opened: Sequence[Opened], base: Base | None
-) -> tuple[str, ...]:
+def _target_names(adapter: Adapter, model: nn.Module, opened: Sequence[Opened], base: Base | None) -> tuple[str, ...]:
     """`target_modules` of the result: short names only where nothing else in the model has them."""
-    paths = [] if base is None else Walk(base.model).paths
-    if record.layers.keys() <= set(paths):
-        return short_names(record.layers, paths)
-    tails = {_tail(path) for path in record.layers}
-    others = any(_tail(path) in tails and path not in record.layers for path in Walk(model).paths)
-    if not others and all(any(_vouches(adapter, tail, record.layers) for adapter in opened) for tail in tails):
+    paths = [] if base is None else BaseModules(base.model).all_paths
+    if adapter.layers.keys() <= set(paths):
+        return short_names(adapter.layers, paths)
+    tails = {_tail(path) for path in adapter.layers}
+    others = any(_tail(path) in tails and path not in adapter.layers for path in BaseModules(model).all_paths)
+    if not others and all(any(_vouches(adapter, tail, adapter.layers) for adapter in opened) for tail in tails):
         return tuple(sorted(tails))
-    return tuple(sorted(record.layers))
+    return tuple(sorted(adapter.layers))
 
 
 def _vouches(adapter: Opened, tail: str, paths: Collection[str]) -> bool:

@@ -15,10 +15,10 @@ from adapterkit.disk.base import Base
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.contents import split_key
 from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
-from adapterkit.disk.output import check_dtype, file_place, output_place, write_file, write_record
+from adapterkit.disk.output import check_dtype, file_place, output_place, write_adapter, write_file
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
 from adapterkit.files import FactorSpool, MappedFiles, stand_ins, to_file
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 from adapterkit.results import CombineReport
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
@@ -84,15 +84,15 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     place = check(out, [opened.files.folder], overwrite=overwrite)
     with FactorSpool(place.parent, lambda: release([opened])) as spool:
         if opened.method.name == to and rank is None and energy is None:
-            record, report, model = _as_it_is(opened, place.name, heads)
+            adapter, report, model = _as_it_is(opened, place.name, heads)
         else:
             choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
-            record, report, model = combined([opened], [1.0], choices, place.name, spool, given)
+            adapter, report, model = combined([opened], [1.0], choices, place.name, spool, given)
         mapped: list[MappedFiles | FactorSpool] = [spool, opened.mapped]
         if naming == "peft":
-            write_record(record, model, place, dtype=dtype, mapped=mapped)
+            write_adapter(adapter, model, place, dtype=dtype, mapped=mapped)
         else:
-            tensors, metadata = _foreign(record, naming, part)
+            tensors, metadata = _foreign(adapter, naming, part)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
             write_file(tensors, metadata, place, dtypes, mapped)
     return report
@@ -108,38 +108,42 @@ def _check_naming(naming: object, part: str | None) -> str:
     return part or default
 
 
-def _as_it_is(opened: Opened, name: str, heads: str) -> tuple[AdapterRecord, CombineReport, nn.Module]:
+def _as_it_is(opened: Opened, name: str, heads: str) -> tuple[Adapter, CombineReport, nn.Module]:
     """The adapter with the tensors and the config of its files."""
     model = stand_in([opened], working_dtype([opened]))
-    record, _ = opened.record(model)
-    record.name, record.config = name, opened.config
+    adapter, _ = opened.adapter(model)
+    adapter.name, adapter.config = name, opened.config
     if heads == "drop":
-        record.heads.clear()
+        adapter.heads.clear()
     ranks = {}
-    for path, layer in record.layers.items():
+    for path, layer in adapter.layers.items():
         with stand_ins(layer, lambda tensor: tensor.to("meta")):
             factors = opened.method.factors(layer)
         if factors is not None:
             ranks[path] = factors.rank
-    return record, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(record.heads)), model
+    return (
+        adapter,
+        CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(adapter.heads)),
+        model,
+    )
 
 
-def _foreign(record: AdapterRecord, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _foreign(adapter: Adapter, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors and the metadata of another program's file."""
     advice = "heads='drop' leaves them out; PEFT's format (naming='peft') keeps them"
-    for what, paths, do in (("heads", record.heads, advice), ("trained biases", record.biases, "Keep PEFT's format")):
+    for what, paths, do in (("heads", adapter.heads, advice), ("trained biases", adapter.biases, "Keep PEFT's format")):
         if paths:
             raise UnsupportedError(
                 f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. {do}."
             )
-    method = default_registry.method_of(record.config)
-    rule, layers = method.key_rule(record.config), {path: layer.kind for path, layer in record.layers.items()}
+    method = default_registry.method_of(adapter.config)
+    rule, layers = method.key_rule(adapter.config), {path: layer.kind for path, layer in adapter.layers.items()}
     held: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    for key, tensor in strip_file_prefix(to_file(record, method)).items():
+    for key, tensor in strip_file_prefix(to_file(adapter, method)).items():
         split = split_key(key, rule)
         if split is not None:
             held[split[0]][split[1]] = tensor
-    found = method.to_foreign(naming, method.file_config(record.config), held, layers, part)
+    found = method.to_foreign(naming, method.file_config(adapter.config), held, layers, part)
     if found is None:
         raise UnsupportedError(
             f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "

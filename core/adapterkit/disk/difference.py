@@ -18,7 +18,7 @@ from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.files import adapter_folder, widened
 from adapterkit.kinds import Factors
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -88,30 +88,30 @@ class _Side:
                 self.rest[key] = tensor
             else:
                 self.inside.setdefault(split[0], {})[split[1]] = tensor
-        self._record, self._broken = self._build()
+        self._adapter, self._broken = self._build()
 
     def factors(self, path: str) -> Factors | None:
         """The change at a layer; `None` if it has none, or none that the files tell."""
-        if self._record is None or path not in self._record.layers or path in self._broken:
+        if self._adapter is None or path not in self._adapter.layers or path in self._broken:
             return None
-        layer = self._record.layers[path]
+        layer = self._adapter.layers[path]
         with widened(layer, torch.float32):
             found = self.opened.method.factors(layer)
         finite = found is not None and all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None)
         return found if finite else None
 
-    def _build(self) -> tuple[AdapterRecord | None, set[str]]:
+    def _build(self) -> tuple[Adapter | None, set[str]]:
         name, method = self.opened.files.folder, self.opened.method.name
         if not self.opened.layers:
             self.notes.append(f"{name}: the tensors of {method!r} do not tell the sizes of its layers; give base=")
             return None, set()
         try:
-            record, report = self.opened.record(stand_in([self.opened]), strict=None)
+            adapter, report = self.opened.adapter(stand_in([self.opened]), strict=None)
         except StateError as error:  # an initialisation that needs the base's weights
             self.notes.append(f"{name}: {error}")
             return None, set()
         wrong = (*report.missing, *(m.key for m in report.mismatched))
-        return record, {split[0] for key in wrong if (split := split_key(key, self.opened.rule)) is not None}
+        return adapter, {split[0] for key in wrong if (split := split_key(key, self.opened.rule)) is not None}
 
 
 def _layers(a: _Side, b: _Side) -> Iterator[LayerDifference]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.combining import Workspace, check_asked, extracted, wanted_layers
-from adapterkit.disk.output import check_dtype, output_place, write_record
+from adapterkit.disk.output import check_dtype, output_place, write_adapter
 from adapterkit.disk.skeletons import skeleton
 from adapterkit.disk.stored import StoredModel
 from adapterkit.errors import ConfigError, SelectionError
@@ -74,9 +74,9 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
 
     with FactorSpool(place.parent, lambda: None) as spool:
         space = Workspace(model, Active(), spool, working, torch.device("cpu"))
-        record, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, space)
-        record.config = record.config.replace(base_model_name_or_path=str(base))
-        write_record(record, model, place, dtype=dtype, mapped=[spool])
+        adapter, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, space)
+        adapter.config = adapter.config.replace(base_model_name_or_path=str(base))
+        write_adapter(adapter, model, place, dtype=dtype, mapped=[spool])
     return report
 
 

@@ -21,7 +21,7 @@ from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import StateError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, stand_ins, widened
 from adapterkit.kinds import Factors
-from adapterkit.model import AdapterRecord, LabelSet
+from adapterkit.model import Adapter, LabelSet
 
 Shape = tuple[int, ...]
 
@@ -127,13 +127,13 @@ def inspect_adapter(
     """
     opened = open_adapter(source, base=Base.of(base), component=component, keep_names=True)
     notes = []
-    record, report = None, None
+    adapter, report = None, None
     try:
         if opened.layers:
-            record, report = opened.record(stand_in([opened]), strict=None)
+            adapter, report = opened.adapter(stand_in([opened]), strict=None)
     except StateError as error:  # an initialisation that needs the base's weights
         notes.append(str(error))
-    if record is None:
+    if adapter is None:
         if not notes:
             notes.append(f"the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base=")
         layers = tuple(_untold(opened))
@@ -141,7 +141,7 @@ def inspect_adapter(
         assert report is not None
         wrong = (*report.missing, *(m.key for m in report.mismatched))
         broken = {split[0] for key in wrong if (split := split_key(key, opened.rule)) is not None}
-        layers = tuple(_layer(opened, record, path, values and path not in broken) for path in record.layers)
+        layers = tuple(_layer(opened, adapter, path, values and path not in broken) for path in adapter.layers)
         if values:
             odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
             notes += [f"{path} has values that are not finite" for path in odd]
@@ -155,11 +155,11 @@ def inspect_adapter(
         missing=missing,
         mismatched=mismatched,
         notes=tuple(notes),
-        **_of_files(opened, record),
+        **_of_files(opened, adapter),
     )
 
 
-def _of_files(opened: Opened, record: AdapterRecord | None) -> dict[str, Any]:
+def _of_files(opened: Opened, adapter: Adapter | None) -> dict[str, Any]:
     files = opened.files
     place = files.folder
     if place.is_dir():
@@ -178,7 +178,7 @@ def _of_files(opened: Opened, record: AdapterRecord | None) -> dict[str, Any]:
         "base": opened.config.base_model_name_or_path,
         "config": files.config or {},
         "heads": heads,
-        "biases": biases if record is None else tuple(record.biases),
+        "biases": biases if adapter is None else tuple(adapter.biases),
         "shared": _shapes({n: tensors[n] for n in opened.rule.shared if n in tensors}),
         "labels": None if labels is None else dict(labels.id2label),
         "parameters": sum(t.numel() for t in tensors.values()),
@@ -190,8 +190,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _layer(opened: Opened, record: AdapterRecord, path: str, values: bool) -> LayerInspection:
-    layer = record.layers[path]
+def _layer(opened: Opened, adapter: Adapter, path: str, values: bool) -> LayerInspection:
+    layer = adapter.layers[path]
     kind, shapes = layer.kind, _shapes(layer.state_dict(keep_vars=True))
     with widened(layer, torch.float32) if values else stand_ins(layer, lambda t: t.to("meta")):
         factors = opened.method.factors(layer)

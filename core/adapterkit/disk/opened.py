@@ -1,4 +1,4 @@
-"""Adapters opened by their files alone: what they are, and their records on a stand-in of the model."""
+"""Adapters opened by their files alone: what they are, and what each is on a stand-in of the model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from adapterkit.files import (
     MappedFiles,
     adapter_folder,
     layers_of,
-    load_record,
+    load_adapter,
     method_in_file,
     read,
 )
 from adapterkit.forward import Active
-from adapterkit.model import AdapterRecord, LabelSet, Walk
+from adapterkit.model import Adapter, BaseModules, LabelSet
 from adapterkit.results import LoadReport
 
 _CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ class Opened:
                 "config.json is read."
             )
 
-    def record(self, model: nn.Module, *, strict: bool | None = True) -> tuple[AdapterRecord, LoadReport]:
-        """Its record on a stand-in that has its layers: the tensors as they are mapped, in the file's dtypes.
+    def adapter(self, model: nn.Module, *, strict: bool | None = True) -> tuple[Adapter, LoadReport]:
+        """Its adapter on a stand-in that has its layers: the tensors as they are mapped, in the file's dtypes.
 
         Raises:
             CheckpointError: with `strict`, tensors that are missing, or that belong to nothing.
@@ -78,19 +78,19 @@ class Opened:
         self.check_layers()
         files = self.files
         if files.config is not None:
-            chosen = {"target_modules": exactly(self.layers, Walk(model).paths), "exclude_modules": None}
+            chosen = {"target_modules": exactly(self.layers, BaseModules(model).all_paths), "exclude_modules": None}
             chosen |= {"layers_to_transform": None, "layers_pattern": None}
             files = dataclasses.replace(files, config={**files.config, **chosen})
-        record, report = load_record(model, self.name, files, Active(), strict=strict, dtype="file", device=_CPU)
-        record.labels = self._labels(record)
-        return record, report
+        adapter, report = load_adapter(model, self.name, files, Active(), strict=strict, dtype="file", device=_CPU)
+        adapter.labels = self._labels(adapter)
+        return adapter, report
 
-    def _labels(self, record: AdapterRecord) -> LabelSet | None:
+    def _labels(self, adapter: Adapter) -> LabelSet | None:
         """The label set in the file; else the base's, if that has as many classes; else numbered classes."""
         own = LabelSet.from_metadata(self.files.metadata)
-        rows = [m.out_features for head in record.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
+        rows = [m.out_features for head in adapter.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
         if own is not None or not rows:
-            return own if record.heads else None
+            return own if adapter.heads else None
         base = None if self.base is None else LabelSet.of(self.base.model)
         if base is not None and len(base.id2label) in rows:
             return base
@@ -140,7 +140,7 @@ def _layers_of_base(
     rule = method.key_rule(config)
     keys: Iterable[str] = tensors
     if not any(split_key(key, rule) for key in keys):
-        keys = method.from_file(config, strip_file_prefix(files.tensors), layers_of(Walk(base.model)))
+        keys = method.from_file(config, strip_file_prefix(files.tensors), layers_of(BaseModules(base.model)))
     paths = dict.fromkeys(split[0] for split in (split_key(key, rule) for key in keys) if split is not None)
     return {path: base.layer(path) for path in paths}
 

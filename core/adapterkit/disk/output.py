@@ -19,10 +19,10 @@ from adapterkit.files import (
     appearing,
     local_path,
     module_slots,
-    save_record,
+    save_adapter,
     write_tensors,
 )
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 
 def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:
@@ -60,28 +60,28 @@ def check_dtype(dtype: object) -> None:
         raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
 
 
-def write_record(
-    record: AdapterRecord,
+def write_adapter(
+    adapter: Adapter,
     model: nn.Module,
     place: Path,
     *,
     dtype: torch.dtype | None,
     mapped: Sequence[MappedFiles | FactorSpool],
 ) -> None:
-    """Save a record whose tensors are mapped; see `save_record`.
+    """Save an adapter whose tensors are mapped; see `save_adapter`.
 
     Args:
         dtype: what all but the heads is written in; `None`: in its own.
         mapped: has its pages released after each tensor.
     """
-    heads = {file_key(path, local) for path, head in record.heads.items() for local, _ in module_slots(head)}
+    heads = {file_key(path, local) for path, head in adapter.heads.items() for local, _ in module_slots(head)}
 
     def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
         dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
         write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
 
-    save_record(record, model, place, writer=write)
+    save_adapter(adapter, model, place, writer=write)
 
 
 def write_file(

@@ -13,7 +13,7 @@ from adapterkit.disk.contents import split_key, without_values
 from adapterkit.errors import CheckpointError, PluginError
 from adapterkit.files import AdapterFiles, check_foreign, layers_of, of_component, recognise
 from adapterkit.kinds import LayerKind
-from adapterkit.model import Walk
+from adapterkit.model import BaseModules
 
 
 def translated(
@@ -33,7 +33,7 @@ def translated(
     check_foreign(files.tensors, files.folder)
     tensors = of_component(files.tensors, part)
     modules = _layers(files, tensors, keep_names) if base is None else {}
-    kinds = _kinds(modules) if base is None else layers_of(Walk(base.model))
+    kinds = _kinds(modules) if base is None else layers_of(BaseModules(base.model))
     method, config = recognise(tensors, kinds, files.metadata, files.folder)
     rule = method.key_rule(config)
     read = method.from_file(config, tensors, kinds)

@@ -20,10 +20,10 @@ from adapterkit.files.folder import (
 )
 from adapterkit.files.header import Entry, Shard, dtype_name, read_header, write_header
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
-from adapterkit.files.loading import load_record, method_in_file
+from adapterkit.files.loading import load_adapter, method_in_file
 from adapterkit.files.places import module_slots, slots, stand_ins, widened
 from adapterkit.files.recognising import check_foreign, layers_of, of_component, recognise
-from adapterkit.files.saving import save_record, short_names, to_files
+from adapterkit.files.saving import save_adapter, short_names, to_files
 from adapterkit.files.swapping import swapped_config, values_to_swap
 from adapterkit.files.tensors import FactorSpool, MappedFiles, as_bytes, write_tensors
 
@@ -45,7 +45,7 @@ __all__ = [
     "fit",
     "hub_id",
     "layers_of",
-    "load_record",
+    "load_adapter",
     "local_path",
     "method_in_file",
     "model_folder",
@@ -58,7 +58,7 @@ __all__ = [
     "read_header",
     "recognise",
     "refuse",
-    "save_record",
+    "save_adapter",
     "short_names",
     "slots",
     "stand_ins",

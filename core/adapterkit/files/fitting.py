@@ -23,7 +23,7 @@ from adapterkit.errors import AdapterWarning, CheckpointError, StateError
 from adapterkit.files.folder import AdapterFiles
 from adapterkit.files.places import Slot, slots
 from adapterkit.files.recognising import layers_of, passed_over
-from adapterkit.model import AdapterRecord, Walk
+from adapterkit.model import Adapter, BaseModules
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import is_hooked, real_value, shape_of, uninterrupted, whole
 
@@ -32,22 +32,22 @@ EVERYWHERE = "adapterkit_every_path"
 _BASE_LAYER = ".base_layer."
 
 
-def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under the keys of PEFT's file format.
 
     Args:
         source: a full state dict of the model to take the values from; the model's own if `None`.
     """
-    rule, places = method.key_rule(record.config), slots(record)
+    rule, places = method.key_rule(adapter.config), slots(adapter)
     if source is None:
         values = {key: real_value(slot.owner, slot.name) for key, slot in places.items()}
     else:
         check_tensors(source)
-        found, _ = _from_full(record, source)
+        found, _ = _from_full(adapter, source)
         others = sorted(found.keys() - places.keys() - source.keys())  # a module of the model may be called like ours
         if others:
             raise CheckpointError(
-                f"The state dict has {len(others)} tensors of adapter {record.name!r} for which "
+                f"The state dict has {len(others)} tensors of adapter {adapter.name!r} for which "
                 f"the adapter on this model has no place, such as {others[0]!r}."
             )
         found = {key: found[key] for key in places if key in found}
@@ -55,11 +55,11 @@ def to_file(record: AdapterRecord, method: Method, source: Mapping[str, Tensor] 
         lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))
         if lacking:
             raise CheckpointError(
-                f"The state dict lacks {len(lacking)} of adapter {record.name!r}'s tensors, such as {lacking[0]!r}."
+                f"The state dict lacks {len(lacking)} of adapter {adapter.name!r}'s tensors, such as {lacking[0]!r}."
             )
     # Of the adapter layers and shared tensors: what the method's save rule is asked about.
-    own = {key for key, slot in places.items() if slot.layer is not None} | set(record.shared or ())
-    written = method.to_file(record.config, {k: v for k, v in values.items() if k in own and not rule.derives(k)})
+    own = {key for key, slot in places.items() if slot.layer is not None} | set(adapter.shared or ())
+    written = method.to_file(adapter.config, {k: v for k, v in values.items() if k in own and not rule.derives(k)})
     result = {file_key("", k) if k in rule.shared else _full_key(k): v for k, v in written.items()}
     return result | {_full_key(k): v for k, v in values.items() if k not in own}
 
@@ -68,13 +68,13 @@ def _full_key(key: str) -> str:
     return file_key(*key.rsplit(".", 1)) if "." in key else file_key("", key)
 
 
-def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _from_full(adapter: Adapter, source: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """This adapter's tensors in a full state dict, under their keys in a file, and the keys of no adapter."""
-    known = {path: path for path in record.hosts}
-    known |= {alias: path for path, aliases in record.aliases.items() for alias in aliases}
+    known = {path: path for path in adapter.hosts}
+    known |= {alias: path for path, aliases in adapter.aliases.items() for alias in aliases}
     found, others = {}, []
     for key, tensor in source.items():
-        split = split_memory_key(key, record.name)
+        split = split_memory_key(key, adapter.name)
         if split is None:
             others.append(key)
             continue
@@ -84,7 +84,7 @@ def _from_full(record: AdapterRecord, source: Mapping[str, Tensor]) -> tuple[dic
         if container == SHARED:
             found[local] = tensor
         elif path:
-            inside = container in (HEADS, BIASES) and path in record.layers
+            inside = container in (HEADS, BIASES) and path in adapter.layers
             found[f"{path}{_BASE_LAYER if inside else '.'}{local}"] = tensor
         else:  # at a layer that this adapter has not
             found[key] = tensor
@@ -100,7 +100,7 @@ class Fit:
 
 
 def fit(
-    record: AdapterRecord,
+    adapter: Adapter,
     method: Method,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -118,22 +118,22 @@ def fit(
         passed: keys of other models, to be ignored.
     """
     check_tensors(tensors)
-    rule = method.key_rule(record.config)
-    places = slots(record)
-    own, others = _from_full(record, tensors)
+    rule = method.key_rule(adapter.config)
+    places = slots(adapter)
+    own, others = _from_full(adapter, tensors)
     base_keys: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     if own.keys() & places.keys():  # a full state dict
         tensors, base_keys = own, tuple(others)
     else:
         if from_file:
-            tensors, passed = _from_file(method, record, model, tensors)
+            tensors, passed = _from_file(method, adapter, model, tensors)
         derived = tuple(key for key in tensors if key in places and rule.derives(key))
         tensors = {key: tensor for key, tensor in tensors.items() if key not in derived}
-    values, mismatched, rest = _place(tensors, places | _aliased(record, places))
+    values, mismatched, rest = _place(tensors, places | _aliased(adapter, places))
     given = {slot.key for slot, _ in values} | {m.key for m in mismatched} | set(derived) | set(optional)
     absent = [key for key in places if key not in given]
-    ignored = tuple(k for k in rest if k in passed or equals_base(model, k, tensors[k]) or _is_head_again(k, record))
+    ignored = tuple(k for k in rest if k in passed or equals_base(model, k, tensors[k]) or _is_head_again(k, adapter))
     report = LoadReport(
         missing=tuple(key for key in absent if not rule.may_lack(key)),
         unexpected=tuple(key for key in rest if key not in ignored),
@@ -165,11 +165,11 @@ def _place(
 
 
 def _from_file(
-    method: Method, record: AdapterRecord, model: nn.Module, tensors: Mapping[str, Tensor]
+    method: Method, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], set[str]]:
     """The tensors as the method reads them, and the keys that are other models' of a pipeline."""
-    layers, given = layers_of(Walk(model)), strip_file_prefix(tensors)
-    read = method.from_file(record.config, given, layers)
+    layers, given = layers_of(BaseModules(model)), strip_file_prefix(tensors)
+    read = method.from_file(adapter.config, given, layers)
     return read, passed_over(given, read, layers)
 
 
@@ -186,19 +186,19 @@ def check_tensors(tensors: object) -> None:
             raise CheckpointError(f"The state dict has no values of {key!r}: it is on the meta device.")
 
 
-def _aliased(record: AdapterRecord, places: Mapping[str, Slot]) -> dict[str, Slot]:
+def _aliased(adapter: Adapter, places: Mapping[str, Slot]) -> dict[str, Slot]:
     return {
         alias + key.removeprefix(path): slot
-        for path, aliases in record.aliases.items()
+        for path, aliases in adapter.aliases.items()
         for key, slot in places.items()
         if key.startswith(path + ".")
         for alias in aliases
     }
 
 
-def _is_head_again(key: str, record: AdapterRecord) -> bool:
+def _is_head_again(key: str, adapter: Adapter) -> bool:
     """PEFT writes biases of heads twice more with `bias="all"`: the same value, and one that does not act."""
-    return any(key.startswith((f"{path}.modules_to_save.", f"{path}.original_module.")) for path in record.heads)
+    return any(key.startswith((f"{path}.modules_to_save.", f"{path}.original_module.")) for path in adapter.heads)
 
 
 def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
@@ -281,13 +281,15 @@ def _apart(value: Tensor, taken: set[int]) -> Tensor:
     return value
 
 
-def warn_of(files: AdapterFiles, record: AdapterRecord, report: LoadReport) -> None:
+def warn_of(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
     """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
     folder = files.folder
     if not report.ok:
         warnings.warn(f"{folder}: {report}", AdapterWarning, stacklevel=5)
-    for path, others in record.aliases.items() if files.config is not None and EVERYWHERE not in files.metadata else ():
-        if path in record.layers or path in {*record.heads} - record.tables:
+    for path, others in (
+        adapter.aliases.items() if files.config is not None and EVERYWHERE not in files.metadata else ()
+    ):
+        if path in adapter.layers or path in {*adapter.heads} - adapter.tables:
             warnings.warn(
                 f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
                 "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "

@@ -25,10 +25,10 @@ from adapterkit.files.recognising import check_foreign, layers_of, of_component,
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import (
-    AdapterRecord,
+    Adapter,
+    BaseModules,
     Builder,
     LabelSet,
-    Walk,
     adopt_rows,
     select_on,
     tied_to,
@@ -57,7 +57,7 @@ def method_in_file(config: Mapping[str, Any], folder: Path) -> Method:
         ) from error
 
 
-def load_record(
+def load_adapter(
     model: nn.Module,
     name: str,
     files: AdapterFiles,
@@ -67,7 +67,7 @@ def load_record(
     dtype: torch.dtype | str | None,
     component: str | None = None,
     device: torch.device | None = None,
-) -> tuple[AdapterRecord, LoadReport]:
+) -> tuple[Adapter, LoadReport]:
     """Build the adapter that a folder or a file holds, with its values, not installed yet.
 
     Args:
@@ -78,39 +78,39 @@ def load_record(
         CheckpointError: with `strict`, anything missing, unexpected or mismatched.
         SelectionError: its config selects nothing on this model.
     """
-    walk = Walk(model)
-    layers = layers_of(walk)
+    modules = BaseModules(model)
+    layers = layers_of(modules)
     held = strip_file_prefix(files.tensors)
     own = of_component(held, component)
     method, config = _method_and_config(files, own, layers)
     tensors = dict(method.from_file(config, own, layers))
     passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
-    config = config.replace(modules_to_save=_heads_in_file(config, walk, tensors))
-    selection = select_on(walk, config)
+    config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
+    selection = select_on(modules, config)
     given = dtype if isinstance(dtype, torch.dtype) else None
-    builder = Builder(walk, method, config, selection, load=True, dtype=given, device=device)
-    record, _ = builder.build(name, active)
-    tied = _add_tables(builder, record, tensors, active)
-    for path, head in record.heads.items():
+    builder = Builder(modules, method, config, selection, load=True, dtype=given, device=device)
+    adapter, _ = builder.build(name, active)
+    tied = _add_tables(builder, adapter, tensors, active)
+    for path, head in adapter.heads.items():
         adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
-    optional = {f"{path}.bias" for path in record.tables} | {f"{path}.weight" for path in tied}
-    found = fit(record, method, model, tensors, from_file=False, optional=optional, passed=passed)
+    optional = {f"{path}.bias" for path in adapter.tables} | {f"{path}.weight" for path in tied}
+    found = fit(adapter, method, model, tensors, from_file=False, optional=optional, passed=passed)
     if strict and not found.report.ok:
         refuse(found.report, name, str(files.folder))
     if strict is not None:
-        warn_of(files, record, found.report)
+        warn_of(files, adapter, found.report)
     dtypes = {
         slot.key: tensor.dtype
         for slot, tensor in (found.values if dtype == "file" else ())
-        if not slot.key.startswith(tuple(f"{path}." for path in record.heads))
+        if not slot.key.startswith(tuple(f"{path}." for path in adapter.heads))
     }
     put(found.values, assign=True, dtypes=dtypes)
-    builder.fill(record)
+    builder.fill(adapter)
     for path, first in tied.items():
-        record.heads[path]._parameters["weight"] = record.heads[first]._parameters["weight"]
-    record.labels = _labels_in_file(model, record, files) or _labels_by_size(model, record)
-    return record, found.report
+        adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
+    adapter.labels = _labels_in_file(model, adapter, files) or _labels_by_size(model, adapter)
+    return adapter, found.report
 
 
 def _method_and_config(
@@ -123,7 +123,7 @@ def _method_and_config(
     return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
 
 
-def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> tuple[str, ...] | str | None:
+def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection[str]) -> tuple[str, ...] | str | None:
     """The modules that `modules_to_save` named to PEFT.
 
     Without the entries that it writes on suspicion: no such module, and no such key. With the modules that it took
@@ -133,10 +133,10 @@ def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> 
     if wanted is None or isinstance(wanted, str):
         return wanted
     names = Names(wanted)
-    for path in walk.paths:
+    for path in modules.all_paths:
         names.match(path)
     kept = [n for n in wanted if n in names.used or any(f".{n}." in f".{key}" for key in keys)]
-    for module, (path, *_) in walk.aliases.items():
+    for module, (path, *_) in modules.paths_of.items():
         held = [f"{path}.{local}" in keys for local, _ in module.named_parameters()]
         if held and all(held) and path.endswith(tuple(kept)) and names.match(path) is None:
             kept.append(path)
@@ -144,7 +144,7 @@ def _heads_in_file(config: AdapterConfig, walk: Walk, keys: Collection[str]) -> 
 
 
 def _embeddings_in_file(
-    model: nn.Module, walk: Walk, record: AdapterRecord, tensors: Mapping[str, Tensor]
+    model: nn.Module, modules: BaseModules, adapter: Adapter, tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """Embeddings whose full weights the file holds: PEFT writes them when the vocabulary was resized.
 
@@ -154,13 +154,13 @@ def _embeddings_in_file(
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
     found = []
-    for module, paths in walk.aliases.items():
+    for module, paths in modules.paths_of.items():
         if not isinstance(module, nn.Embedding) and module is not output:
             continue
         for path in paths:
             keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors]
-            keys = [k for k in keys if k not in slots(record)]
-            if not keys or paths[0] in record.heads or equals_base(model, keys[0], tensors[keys[0]]):
+            keys = [k for k in keys if k not in slots(adapter)]
+            if not keys or paths[0] in adapter.heads or equals_base(model, keys[0], tensors[keys[0]]):
                 continue
             if tensors[keys[0]].dim() != 2:
                 raise CheckpointError(
@@ -179,35 +179,33 @@ def _embeddings_in_file(
     return found
 
 
-def _add_tables(
-    builder: Builder, record: AdapterRecord, tensors: Mapping[str, Tensor], active: Active
-) -> dict[str, str]:
+def _add_tables(builder: Builder, adapter: Adapter, tensors: Mapping[str, Tensor], active: Active) -> dict[str, str]:
     """Make the tables of embeddings that the file holds heads of the adapter, and those that are tied to them.
 
     Returns:
         Those that share the parameter of another on the model and have no tensor in the file, each with that other.
     """
-    walk, tied = builder.walk, dict[str, str]()
-    found = _embeddings_in_file(walk.model, walk, record, tensors)
+    modules, tied = builder.modules, dict[str, str]()
+    found = _embeddings_in_file(modules.model, modules, adapter, tensors)
     for table in found:
-        others = tied_to(walk, walk.model.get_submodule(table))[1:]
-        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in record.heads}
-    record.tables = frozenset((*found, *tied))
+        others = tied_to(modules, modules.model.get_submodule(table))[1:]
+        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in adapter.heads}
+    adapter.tables = frozenset((*found, *tied))
     for path in (*found, *tied):
-        builder.add_head(record, path, active)
+        builder.add_head(adapter, path, active)
     return tied
 
 
-def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles) -> LabelSet | None:
+def _labels_in_file(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
     """The label set the file holds.
 
     Raises:
         CheckpointError: it has another size than the model's, and no layer of the adapter's heads has that many rows.
     """
     labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
-    if labels is None or own is None or not record.heads or len(labels.id2label) == len(own.id2label):
+    if labels is None or own is None or not adapter.heads or len(labels.id2label) == len(own.id2label):
         return labels
-    rows = [m.out_features for head in record.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
+    rows = [m.out_features for head in adapter.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
     if rows and len(labels.id2label) not in rows:
         raise CheckpointError(
             f"{files.folder}: the file's label set has {len(labels.id2label)} classes, and no layer of its heads has "
@@ -216,15 +214,15 @@ def _labels_in_file(model: nn.Module, record: AdapterRecord, files: AdapterFiles
     return labels
 
 
-def _labels_by_size(model: nn.Module, record: AdapterRecord) -> LabelSet | None:
+def _labels_by_size(model: nn.Module, adapter: Adapter) -> LabelSet | None:
     """For files without a label set: numbered classes if the head has other rows than the model's labels."""
     own = LabelSet.of(model)
     if own is None:
         return None
-    for path, head in record.heads.items():
-        before = dict(record.hosts[path].named_modules())
+    for path, head in adapter.heads.items():
+        before = dict(adapter.hosts[path].named_modules())
         for local, layer in head.named_modules():
             base = before.get(local)
             if isinstance(layer, nn.Linear) and isinstance(base, nn.Linear) and layer.out_features != base.out_features:
                 return LabelSet.numbered(layer.out_features)
-    return own if record.heads else None
+    return own if adapter.heads else None

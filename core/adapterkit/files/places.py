@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import LAYERS, AdapterLayer
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 
 @dataclass(slots=True)
@@ -57,19 +57,19 @@ class Slot:
             self.owner._buffers[self.name] = held
 
 
-def slots(record: AdapterRecord) -> dict[str, Slot]:
+def slots(adapter: Adapter) -> dict[str, Slot]:
     """Every tensor of the adapter by its key in a file, PEFT's prefix left out."""
     found: dict[str, Slot] = {}
-    for container, path, module in record.parts():
+    for container, path, module in adapter.parts():
         place = path
-        if path in record.layers and container != LAYERS:
+        if path in adapter.layers and container != LAYERS:
             place = f"{path}.base_layer"
         layer = module if isinstance(module, AdapterLayer) else None
         for local, slot in module_slots(module):
             slot.key, slot.layer = f"{place}.{local}", layer
             found[slot.key] = slot
-    if record.shared is not None:
-        for local, slot in module_slots(record.shared.module):
+    if adapter.shared is not None:
+        for local, slot in module_slots(adapter.shared.module):
             slot.key = local
             found[local] = slot
     return found

@@ -12,12 +12,12 @@ from adapterkit.contract import DISABLE_VARIABLE, FILE_PREFIX, AdapterConfig, Me
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.files.folder import CONFIG_FILE
 from adapterkit.kinds import LayerKind
-from adapterkit.model import Walk
+from adapterkit.model import BaseModules
 
 
-def layers_of(walk: Walk) -> dict[str, LayerKind]:
+def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
     """Every layer of the model that can hold an adapter, by the path it is known by."""
-    kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in walk.aliases.items())
+    kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in modules.paths_of.items())
     return {path: kind for path, kind in kinds if kind is not None}
 
 

@@ -23,16 +23,16 @@ from adapterkit.files.folder import Writer, write_folder
 from adapterkit.files.tensors import write_tensors
 from adapterkit.model import (
     ALL_LINEAR,
-    AdapterRecord,
-    Walk,
+    Adapter,
+    BaseModules,
     resized_tables,
     tables,
 )
 from adapterkit.tensors import as_wholes, by_first_rank, groups_of, is_sharded, real_value, reshard, whole
 
 
-def save_record(
-    record: AdapterRecord,
+def save_adapter(
+    adapter: Adapter,
     model: nn.Module,
     folder: Path,
     source: Mapping[str, Tensor] | None = None,
@@ -51,13 +51,13 @@ def save_record(
         CheckpointError: the adapter is on the meta device and has no values.
     """
     reshard(model)
-    groups = groups_of(record.parameters()) if source is None else []
-    files = to_files(record, model, source, embeddings=embeddings)
+    groups = groups_of(adapter.parameters()) if source is None else []
+    files = to_files(adapter, model, source, embeddings=embeddings)
     by_first_rank(groups, lambda: write_folder(folder, *files, writer))
 
 
 def to_files(
-    record: AdapterRecord,
+    adapter: Adapter,
     model: nn.Module,
     source: Mapping[str, Tensor] | None = None,
     inside: str = "",
@@ -69,23 +69,23 @@ def to_files(
         embeddings: whether the model's own tables of embeddings go there too; `None`: if they were resized.
         inside: the path of `model` where it is a part of the adapted one; `source` is of that part, and so are files.
     """
-    method, prefix = default_registry.method_of(record.config), f"{inside}." if inside else ""
+    method, prefix = default_registry.method_of(adapter.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
-    with as_wholes(model, record.modules()) if source is None else nullcontext():
-        tensors = to_file(record, method, source) | _tables(record, model, source, prefix, embeddings)
+    with as_wholes(model, adapter.modules()) if source is None else nullcontext():
+        tensors = to_file(adapter, method, source) | _tables(adapter, model, source, prefix, embeddings)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"Adapter {record.name!r} has no values to save: {empty[0]!r} is on the meta device.")
+        raise CheckpointError(f"Adapter {adapter.name!r} has no values to save: {empty[0]!r} is on the meta device.")
     outer = FILE_PREFIX + prefix
     tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
-    metadata = record.labels.to_metadata() if record.labels is not None and record.heads else {}
-    metadata |= {EVERYWHERE: "true"} if record.aliases else {}
-    return file_config(record, method, model, prefix).to_dict(), tensors, metadata
+    metadata = adapter.labels.to_metadata() if adapter.labels is not None and adapter.heads else {}
+    metadata |= {EVERYWHERE: "true"} if adapter.aliases else {}
+    return file_config(adapter, method, model, prefix).to_dict(), tensors, metadata
 
 
 def _tables(
-    record: AdapterRecord,
+    adapter: Adapter,
     model: nn.Module,
     source: Mapping[str, Tensor] | None,
     prefix: str,
@@ -94,10 +94,10 @@ def _tables(
     """The model's tables of embeddings that go to the adapter's file, without those that are its heads anyway."""
     if wanted is False:
         return {}
-    walk, found = Walk(model), {}
+    modules, found = BaseModules(model), {}
     given = {unwrapped_key(key).removeprefix("module."): tensor for key, tensor in (source or {}).items()}
-    heads = [path.removeprefix(prefix) for path in record.heads]
-    for path, table in (tables if wanted else resized_tables)(walk, heads).items():
+    heads = [path.removeprefix(prefix) for path in adapter.heads]
+    for path, table in (tables if wanted else resized_tables)(modules, heads).items():
         place = prefix + path
         for name, own in table._parameters.items():
             if own is None:
@@ -107,19 +107,19 @@ def _tables(
                 raise CheckpointError(
                     f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
                 )
-            key = file_key(f"{place}.base_layer" if place in record.layers else place, name)
+            key = file_key(f"{place}.base_layer" if place in adapter.layers else place, name)
             found[key] = real_value(table, name) if value is None else whole([value])[0]
     return found
 
 
-def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
+def file_config(adapter: Adapter, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
     """The config that goes to the file: one that PEFT reads, and that selects exactly these layers.
 
     Args:
         prefix: what the paths of the adapter's layers begin with, and those of `model` do not.
     """
-    config = method.file_config(record.config)
-    heads = tuple(p.removeprefix(prefix) for p in record.heads if p not in {*record.layers, *record.tables})
+    config = method.file_config(adapter.config)
+    heads = tuple(p.removeprefix(prefix) for p in adapter.heads if p not in {*adapter.layers, *adapter.tables})
     changes: dict[str, Any] = {
         "modules_to_save": heads or None,
         "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
@@ -127,7 +127,9 @@ def file_config(record: AdapterRecord, method: Method, model: nn.Module, prefix:
     resolved = ("layers_to_transform", *config.not_in_files)
     if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
         changes |= {
-            "target_modules": short_names([p.removeprefix(prefix) for p in record.layers], Walk(model).paths),
+            "target_modules": short_names(
+                [p.removeprefix(prefix) for p in adapter.layers], BaseModules(model).all_paths
+            ),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,

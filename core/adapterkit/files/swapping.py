@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapterkit.contract import AdapterConfig, AdapterLayer
 from adapterkit.errors import CheckpointError
 from adapterkit.files.places import Slot, module_slots
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 # Fields that say where an adapter acts and where it is from, not what it does.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "extra")
@@ -19,28 +19,28 @@ _ORIGIN = ("task_type", "base_model_name_or_path", "revision")
 Values = list[tuple[Slot, Tensor]]
 
 
-def values_to_swap(record: AdapterRecord, other: AdapterRecord) -> Values:
-    """What is to be written into `record` so that it does what `other` does. Nothing is written yet.
+def values_to_swap(adapter: Adapter, other: Adapter) -> Values:
+    """What is to be written into `adapter` so that it does what `other` does. Nothing is written yet.
 
     Raises:
         CheckpointError: it cannot; says where and why.
     """
-    if other.config.method != record.config.method:
-        raise CheckpointError(f"it is of the method {other.config.method!r}, not {record.config.method!r}")
-    _check_inside("it changes", other.layers, "the adapter does not", record.layers)
-    _check_inside("it has a head at", other.heads, "the adapter has none there", record.heads)
-    _check_inside("the adapter has a head at", record.heads, "the file has none there", other.heads)
-    _check_inside("it trains the bias of", other.biases, "the adapter does not", record.biases)
-    values = _of_shared(record, other)
-    for path, layer in record.layers.items():
-        values += _of_layer(path, layer, other.layers.get(path), _alike(record.config, other.config))
-    for path, head in record.heads.items():
+    if other.config.method != adapter.config.method:
+        raise CheckpointError(f"it is of the method {other.config.method!r}, not {adapter.config.method!r}")
+    _check_inside("it changes", other.layers, "the adapter does not", adapter.layers)
+    _check_inside("it has a head at", other.heads, "the adapter has none there", adapter.heads)
+    _check_inside("the adapter has a head at", adapter.heads, "the file has none there", other.heads)
+    _check_inside("it trains the bias of", other.biases, "the adapter does not", adapter.biases)
+    values = _of_shared(adapter, other)
+    for path, layer in adapter.layers.items():
+        values += _of_layer(path, layer, other.layers.get(path), _alike(adapter.config, other.config))
+    for path, head in adapter.heads.items():
         given = {name: slot.tensor for name, slot in module_slots(other.heads[path])}
         values += _fitting(path, head, given)
-    for path, bias in record.biases.items():
+    for path, bias in adapter.biases.items():
         found = other.biases[path].bias if path in other.biases else bias.base
         if found is None:  # on the meta device, where it has no value of its own
-            found = record.hosts[path]._parameters["bias"]
+            found = adapter.hosts[path]._parameters["bias"]
         assert found is not None
         values += _fitting(path, bias, {"bias": found})
     return values
@@ -58,11 +58,11 @@ def _check_inside(what: str, paths: Collection[str], but: str, known: Collection
         raise CheckpointError(f"{what} {outside[0]!r}{more}, and {but}")
 
 
-def _of_shared(record: AdapterRecord, other: AdapterRecord) -> Values:
+def _of_shared(adapter: Adapter, other: Adapter) -> Values:
     """What all layers share: what trains is taken over; what is fixed must be equal, for other adapters may use it."""
     theirs = dict(other.shared or {})
     values: Values = []
-    for name, slot in () if record.shared is None else module_slots(record.shared.module):
+    for name, slot in () if adapter.shared is None else module_slots(adapter.shared.module):
         own, found = slot.tensor, theirs.get(name)
         fits = found is not None and found.shape == own.shape
         trains = isinstance(own, nn.Parameter)

@@ -10,7 +10,7 @@ from adapterkit.forward.plan import ACTIVE, Inner, Plan, by_keyword, checks, inp
 from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, State
 from adapterkit.forward.surgery import (
-    Slots,
+    PerAdapter,
     calls_adapters,
     check_free,
     check_free_root,
@@ -30,8 +30,8 @@ __all__ = [
     "BiasLayer",
     "Inner",
     "Path",
+    "PerAdapter",
     "Plan",
-    "Slots",
     "State",
     "bias_place",
     "by_keyword",

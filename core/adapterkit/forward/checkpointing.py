@@ -57,7 +57,7 @@ class KeepsStates:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.readers = function, tuple(readers.running.stack)
         self.states = [(active, active.state, active.merged) for active in threads.models()]
-        self.trained = [record for active, state, _ in self.states for record in _training(active)]
+        self.trained = [adapter for active, state, _ in self.states for adapter in _training(active)]
 
     @property
     def trains(self) -> bool:
@@ -75,12 +75,12 @@ class KeepsStates:
                 acts = Refused(reason + "Call backward() before that.") if lost else state
                 stack.enter_context(active.acting(acts))  # it may be another model's, which does not run here
             stack.enter_context(readers.inside(self.readers))
-            for record in self.trained:
-                record.light_again()  # the reentrant form makes no graph before that would have held them
+            for adapter in self.trained:
+                adapter.light_again()  # the reentrant form makes no graph before that would have held them
             return self.function(*args, **kwargs)
 
 
 def _training(active: Active) -> list[Any]:
     state = active.state
-    found = [active.records[name] for name in dict.fromkeys((*state.names, *state.heads)) if name in active.records]
-    return [] if state.still else [record for record in found if record.trains()]
+    found = [active.adapters[name] for name in dict.fromkeys((*state.names, *state.heads)) if name in active.adapters]
+    return [] if state.still else [adapter for adapter in found if adapter.trains()]

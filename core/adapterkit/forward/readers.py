@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.contract import AdapterLayer
     from adapterkit.forward.plan import Plan
     from adapterkit.kinds import Factors
-    from adapterkit.model import Walk
+    from adapterkit.model import BaseModules
 
 # A path below a reader, by its parts.
 Path = tuple[str, ...]
@@ -141,7 +141,9 @@ def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
     _declared[reader] = tuple(dict.fromkeys((*_declared.get(reader, ()), *children)))
 
 
-def readers_of(walk: Walk, hosts: Mapping[str, nn.Module], heads: Iterable[str]) -> dict[nn.Module, tuple[Path, ...]]:
+def readers_of(
+    modules: BaseModules, hosts: Mapping[str, nn.Module], heads: Iterable[str]
+) -> dict[nn.Module, tuple[Path, ...]]:
     """The readers in a model of some of an adapter's layers, each with the paths below it where those are.
 
     Args:
@@ -150,8 +152,8 @@ def readers_of(walk: Walk, hosts: Mapping[str, nn.Module], heads: Iterable[str])
     """
     inside = tuple(f"{path}." for path in heads)
     wanted, declared, found = set(hosts.values()), {}, {}
-    wanted |= {module for module, paths in walk.aliases.items() if any(path.startswith(inside) for path in paths)}
-    for module in (walk.model, *walk.aliases):
+    wanted |= {module for module, paths in modules.paths_of.items() if any(path.startswith(inside) for path in paths)}
+    for module in (modules.model, *modules.paths_of):
         cls = type(module)
         if cls not in declared:
             declared[cls] = _declared_for(cls)

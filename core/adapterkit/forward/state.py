@@ -15,7 +15,7 @@ from adapterkit.forward import threads
 from adapterkit.forward.plan import Plan, parts_of
 
 if TYPE_CHECKING:
-    from adapterkit.model import AdapterRecord
+    from adapterkit.model import Adapter
     from adapterkit.rows import Rows
 
 
@@ -165,7 +165,7 @@ class Active:
     A copy or pickle begins with what acts in the thread that makes it.
 
     Attributes:
-        records: the model's adapters, by name.
+        adapters: the model's adapters, by name.
         default: what acts where no block is open.
         merged: the adapters in the weights.
         slots: each thread's (see `threads`).
@@ -173,18 +173,18 @@ class Active:
         alive: all states that anything may still act in, graphs included.
     """
 
-    def __init__(self, records: Mapping[str, AdapterRecord] | None = None) -> None:
-        self._begin({} if records is None else records, State(), ())
+    def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
+        self._begin({} if adapters is None else adapters, State(), ())
 
-    def _begin(self, records: Mapping[str, AdapterRecord], default: State, merged: tuple[str, ...]) -> None:
-        self.records, self.default, self.merged = records, default, merged
+    def _begin(self, adapters: Mapping[str, Adapter], default: State, merged: tuple[str, ...]) -> None:
+        self.adapters, self.default, self.merged = adapters, default, merged
         self.slots: weakref.WeakSet[threads.Slot] = weakref.WeakSet()
         self.alive: weakref.WeakSet[State] = weakref.WeakSet([default])
         self.here = threads.Here(self)
         threads.know(self)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.records, self.state, self.merged
+        return self.adapters, self.state, self.merged
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self._begin(*state)

@@ -42,7 +42,7 @@ RUNS = Roles(runs=True)
 _classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
 
 
-class Slots(Holder):
+class PerAdapter(Holder):
     """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`.
 
     Attributes:
@@ -114,9 +114,9 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
         _adapt(module, active)
     slots = module._modules.get(container)
     if slots is None:
-        slots = module._modules[container] = Slots()
+        slots = module._modules[container] = PerAdapter()
         slots.__dict__["path"] = path
-    assert isinstance(slots, Slots)
+    assert isinstance(slots, PerAdapter)
     if slots.training != module.training:
         slots.training = module.training
     if part.training != module.training:
@@ -128,7 +128,7 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
 def uninstall(module: nn.Module, container: str, name: str) -> None:
     """Take adapter `name`'s part away, if it is there still; a module without parts is again what it was."""
     slots = module._modules.get(container)
-    if isinstance(slots, Slots):
+    if isinstance(slots, PerAdapter):
         slots._modules.pop(name, None)
         if not slots._modules:
             del module._modules[container]
@@ -217,7 +217,7 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
 
 def check_free_root(model: nn.Module) -> None:
     """Raise `StateError` if `model` has something else where shared tensors are registered."""
-    if not isinstance(model._modules.get(SHARED), Slots) and _has(model, SHARED):
+    if not isinstance(model._modules.get(SHARED), PerAdapter) and _has(model, SHARED):
         raise StateError(
             f"The model has an attribute {SHARED!r} of its own, which adapterkit would overwrite with the tensors that "
             "the layers of this adapter share. Rename it, or take a method that shares none."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files import module_slots, slots
-from adapterkit.model import AdapterRecord, Walk, resized_keys
+from adapterkit.model import Adapter, BaseModules, resized_keys
 from adapterkit.tensors import shape_of
 
 if TYPE_CHECKING:
@@ -47,20 +47,20 @@ class Loader:
                 shapes for them.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        known = {key for record in adapters._records.values() for key in record.memory_keys()}
+        known = {key for adapter in adapters._adapters.values() for key in adapter.memory_keys()}
         own = self.root.state_dict(keep_vars=True)
         base = {key: value for key, value in own.items() if key not in known}
         _from_peft(adapters, own, base, state, prefix)
         given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
         # New rows of a vocabulary are random, so these tables of the base are saved with adapters.
-        tables = resized_keys(Walk(self.root))
+        tables = resized_keys(BaseModules(self.root))
         self._partial = not given <= tables and given <= known | set(foreign) | tables
         lacking = [
             name
-            for name, record in adapters._records.items()
-            if not given.intersection(record.memory_keys())
-            and any(p.requires_grad and not p.is_meta for p in record.parameters())
+            for name, adapter in adapters._adapters.items()
+            if not given.intersection(adapter.memory_keys())
+            and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
         ]
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
             here = ", ".join(map(repr, adapters.names))
@@ -72,8 +72,8 @@ class Loader:
                 f"model has {here}. Add the adapters that were saved, under the same names and with the same configs, "
                 "before you resume; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
-        for name, record in adapters._records.items():
-            for key in record.memory_keys():
+        for name, adapter in adapters._adapters.items():
+            for key in adapter.memory_keys():
                 mine, theirs = _shape(own.get(key)), _shape(state.get(prefix + key))
                 if mine and theirs and mine != theirs:
                     raise CheckpointError(
@@ -92,7 +92,9 @@ class Loader:
     def _after(self, module: nn.Module, result: Any) -> None:
         """The base's keys are not missing where only adapters were given: they are where they were."""
         if self._partial:
-            ours = {key for record in self.root.__dict__[ATTRIBUTE]._records.values() for key in record.memory_keys()}
+            ours = {
+                key for adapter in self.root.__dict__[ATTRIBUTE]._adapters.values() for key in adapter.memory_keys()
+            }
             result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
 
 
@@ -124,8 +126,8 @@ def _from_peft(
             f"The state dict is of a model that PEFT adapted once, and here {', '.join(map(repr, adapters.active))} "
             "act. Activate the one adapter that it belongs to."
         )
-    record = adapters._records[adapters.active[0]]
-    places = dict(_places(record))
+    adapter = adapters._adapters[adapters.active[0]]
+    places = dict(_places(adapter))
     for key in given:
         value, parts = state.pop(prefix + key), key.split(".")
         plain = ".".join(part for part in parts if part not in _PEFT_BASE)
@@ -138,13 +140,13 @@ def _from_peft(
             state[prefix + next((places[name] for name in names if name in places), key)] = value
 
 
-def _places(record: AdapterRecord) -> Iterator[tuple[str, str]]:
+def _places(adapter: Adapter) -> Iterator[tuple[str, str]]:
     """The key in a file, without PEFT's prefix, and the key in the model of each tensor."""
     memory = {
-        (id(slot.owner), slot.name): f"{path}.{container}.{record.name}.{local}"
-        for container, path, module in record.parts()
+        (id(slot.owner), slot.name): f"{path}.{container}.{adapter.name}.{local}"
+        for container, path, module in adapter.parts()
         for local, slot in module_slots(module)
     }
-    for file, slot in slots(record).items():
+    for file, slot in slots(adapter).items():
         if (id(slot.owner), slot.name) in memory:  # transformers puts on no adapter that has shared tensors
             yield file, memory[id(slot.owner), slot.name]

@@ -31,7 +31,7 @@ from adapterkit.files import (
 from adapterkit.integrations.load_state_dict import Loader
 from adapterkit.integrations.outer_models import SAVE, let_outer_models_tell, warn_of_others
 from adapterkit.merging import Parting
-from adapterkit.model import KEPT, AdapterRecord, LabelSet, Walk, named_modules, resized_keys
+from adapterkit.model import KEPT, Adapter, BaseModules, LabelSet, named_modules, resized_keys
 from adapterkit.tensors import as_wholes, by_first_rank, groups_of, real_value, whole
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class Saver:
         adapters: Adapters | None = self.root.__dict__.get(ATTRIBUTE)
         if adapters is None:
             return own(*call.args, **call.kwargs)
-        records = self._records(adapters)
-        acting = [name for name in adapters._active.names if name in records]
-        merged = [name for name in adapters._merged.names if name in records]
+        members = self._adapters(adapters)
+        acting = [name for name in adapters._active.names if name in members]
+        merged = [name for name in adapters._merged.names if name in members]
         if merged and acting:
             raise StateError(
                 f"Adapter {merged[0]!r} is merged and {acting[0]!r} acts beside it, and no format holds both. Merge "
@@ -96,7 +96,9 @@ class Saver:
                 "to write the adapters."
             )
         here = f"{self.path}." if self.path else ""
-        heads = [n for n in adapters._active.heads if any(f"{p}.".startswith(here) for p in adapters._records[n].heads)]
+        heads = [
+            n for n in adapters._active.heads if any(f"{p}.".startswith(here) for p in adapters._adapters[n].heads)
+        ]
         for name in (*acting, *heads) if self.name != SAVE else ():
             raise StateError(
                 f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
@@ -104,38 +106,38 @@ class Saver:
                 f"the adapter alone: adapters.save({name!r}, folder)."
             )
         if acting:
-            return self._write_adapters(adapters, records, acting, call)
+            return self._write_adapters(adapters, members, acting, call)
         if merged and self.name == SAVE:
             self._check_no_adapter(call.arguments)
-        if records and not merged and not adapters._active.in_block:
+        if members and not merged and not adapters._active.in_block:
             warnings.warn(
-                f"No adapter is active, so the bare base is written, without {', '.join(map(repr, records))}. Activate "
+                f"No adapter is active, so the bare base is written, without {', '.join(map(repr, members))}. Activate "
                 "what is to be saved, or use adapters.save; inside adapters.disabled() nothing is said.",
                 AdapterWarning,
                 stacklevel=3,
             )
         return self._write_model(adapters, call, follow=bool(merged))
 
-    def _records(self, adapters: Adapters) -> dict[str, AdapterRecord]:
+    def _adapters(self, adapters: Adapters) -> dict[str, Adapter]:
         """The adapters that have a part in this module.
 
         Raises:
             StateError: an adapter that acts has another part outside of it.
         """
         if not self.path:
-            return adapters._records
+            return adapters._adapters
         found = {}
-        for name, record in adapters._records.items():
-            inside = [path for path in record.hosts if f"{path}.".startswith(f"{self.path}.")]
-            whole = len(inside) == len(record.hosts)
+        for name, adapter in adapters._adapters.items():
+            inside = [path for path in adapter.hosts if f"{path}.".startswith(f"{self.path}.")]
+            whole = len(inside) == len(adapter.hosts)
             if inside and not whole and name in adapters._active.names:
-                other = next(path for path in record.hosts if path not in inside)
+                other = next(path for path in adapter.hosts if path not in inside)
                 raise StateError(
                     f"{self.path!r} is to be saved with adapter {name!r}, which has another part at {other!r}. Save "
                     f"it with adapters.save({name!r}, folder), or call merge({name!r}) first."
                 )
             if inside and (whole or name in adapters._merged.names):
-                found[name] = record
+                found[name] = adapter
         return found
 
     # The whole model
@@ -146,12 +148,12 @@ class Saver:
         Args:
             follow: write the label set that the config follows now, and not the model's own.
         """
-        heads = [adapters._records[name] for name in adapters._active.heads]
+        heads = [adapters._adapters[name] for name in adapters._active.heads]
 
         def without_adapters(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
             self._make_plain(adapters, heads, state, prefix)
 
-        parting = Parting.of(self.root, (), {p: n for record in heads for p, n in record.head_paths().items()})
+        parting = Parting.of(self.root, (), {p: n for adapter in heads for p, n in adapter.head_paths().items()})
         given = call.arguments.get("state_dict")
         if given is not None:
             call.arguments["state_dict"] = given = dict(given)
@@ -172,27 +174,27 @@ class Saver:
                 acting.apply(self.root)
 
     def _make_plain(
-        self, adapters: Adapters, heads: list[AdapterRecord], state: MutableMapping[str, Any], prefix: str
+        self, adapters: Adapters, heads: list[Adapter], state: MutableMapping[str, Any], prefix: str
     ) -> None:
-        owners = {key: record for record in adapters._records.values() for key in self._keys(record)}
-        replaced = {self._inside(path) + "." for record in heads for path in record.heads}
+        owners = {key: adapter for adapter in adapters._adapters.values() for key in self._keys(adapter)}
+        replaced = {self._inside(path) + "." for adapter in heads for path in adapter.heads}
         own = {}
         for key in [key for key in state if key.startswith(prefix)]:
             short = unwrapped_key(key.removeprefix(prefix))
-            record = owners.get(short)
-            if record is not None:
+            adapter = owners.get(short)
+            if adapter is not None:
                 value = state.pop(key)
-                container, path, local = split_memory_key(key, record.name) or ("", "", "")
-                if container == HEADS and record in heads:
+                container, path, local = split_memory_key(key, adapter.name) or ("", "", "")
+                if container == HEADS and adapter in heads:
                     own[f"{path}.{local}"] = value  # the last one's, which is the one that acts
             elif short.startswith(tuple(replaced)):
                 del state[key]
         state.update(own)
 
-    def _keys(self, record: AdapterRecord) -> Iterator[str]:
+    def _keys(self, adapter: Adapter) -> Iterator[str]:
         """An adapter's keys in the state dict of this module."""
         prefix = f"{self.path}." if self.path else ""
-        for key in record.memory_keys():
+        for key in adapter.memory_keys():
             if key.startswith((prefix, f"{SHARED}.")):
                 yield key.removeprefix(prefix)
 
@@ -202,19 +204,19 @@ class Saver:
     # Adapters
 
     def _write_adapters(
-        self, adapters: Adapters, records: Mapping[str, AdapterRecord], acting: list[str], call: inspect.BoundArguments
+        self, adapters: Adapters, members: Mapping[str, Adapter], acting: list[str], call: inspect.BoundArguments
     ) -> None:
         given = _arguments(call)
         folder, source = local_path(given["save_directory"]), given.get("state_dict")
         training = "state_dict" in given
         if not self._check_no_model(folder, training=training):
             training |= (folder / TRAINING_FILE).exists()  # it must not be of another moment than the adapters
-        names = {name: folder if [name] == acting else folder / _file_name(name) for name in records}
+        names = {name: folder if [name] == acting else folder / _file_name(name) for name in members}
         for name in names:
             adapters._warn_if_changed(name, KEPT)
-        files = {name: to_files(records[name], self.module, source, self.path) for name in names}
-        state = self._training_state(records.values(), source) if training else {}
-        groups = groups_of(p for record in records.values() for p in record.parameters()) if source is None else []
+        files = {name: to_files(members[name], self.module, source, self.path) for name in names}
+        state = self._training_state(members.values(), source) if training else {}
+        groups = groups_of(p for adapter in members.values() for p in adapter.parameters()) if source is None else []
 
         def write() -> None:
             for name, place in names.items():
@@ -231,17 +233,15 @@ class Saver:
         if groups or given.get("is_main_process", True):
             by_first_rank(groups, write)
             warn_of_others(folder, names.values())
-        for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(records[name])):
+        for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(members[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
-    def _training_state(
-        self, records: Collection[AdapterRecord], source: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]:
-        ours = {key for record in records for key in self._keys(record)} | resized_keys(Walk(self.module))
+    def _training_state(self, members: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        ours = {key for adapter in members for key in self._keys(adapter)} | resized_keys(BaseModules(self.module))
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return dict(zip(found, whole(list(found.values())), strict=True))
-        with as_wholes(self.root, (module for record in records for module in record.modules())):
+        with as_wholes(self.root, (module for adapter in members for module in adapter.modules())):
             found = {key: tensor for key, tensor in self.module.state_dict().items() if key in ours}
         for key, tensor in found.items():
             if tensor.is_meta:

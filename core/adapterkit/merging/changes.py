@@ -15,7 +15,7 @@ from adapterkit.forward import BiasLayer
 from adapterkit.kinds import AddTile, LayerKind, tiles
 from adapterkit.merging.memory import Place, overlaps
 from adapterkit.merging.plain import is_writable, obstacle, own
-from adapterkit.model import AdapterRecord, Walk
+from adapterkit.model import Adapter, BaseModules
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,36 @@ class Part:
         scale: what its change is multiplied by.
     """
 
-    record: AdapterRecord
+    adapter: Adapter
     layer: AdapterLayer
     additive: bool
     biased: bool = False
     scale: float = 1.0
 
     @classmethod
-    def of(cls, record: AdapterRecord, path: str, scale: float = 1.0) -> Self:
+    def of(cls, adapter: Adapter, path: str, scale: float = 1.0) -> Self:
         """The layer of an adapter at `path`, asked how it can be merged; what it answers is dropped again.
 
         Raises:
             UnsupportedError: it cannot.
         """
-        layer, method = record.layers[path], default_registry.method_of(record.config)
+        layer, method = adapter.layers[path], default_registry.method_of(adapter.config)
         if layer.tile_adder(torch.float32) is not None:
-            return cls(record, layer, additive=True, scale=scale)
+            return cls(adapter, layer, additive=True, scale=scale)
         found = method.factors(layer)
         if found is None and "merge" not in method.hooks:
             raise UnsupportedError(
-                f"Adapter {record.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
+                f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
                 "shape. Leave it active instead."
             )
-        return cls(record, layer, found is not None, found is not None and found.bias is not None, scale)
+        return cls(adapter, layer, found is not None, found is not None and found.bias is not None, scale)
 
     def adder(self, dtype: torch.dtype) -> Adder:
         """How to add this change, made anew each time: factors of all layers at once may be larger than the model."""
         by_tiles = self.layer.tile_adder(dtype)
         if by_tiles is not None:
             return Adder(tiles.scaled(by_tiles, self.scale))
-        factors = default_registry.method_of(self.record.config).factors(self.layer)
+        factors = default_registry.method_of(self.adapter.config).factors(self.layer)
         assert factors is not None
         up, down = factors.up.to(dtype), factors.down.to(dtype)
         bias = None if factors.bias is None else factors.bias.to(dtype) * self.scale
@@ -122,7 +122,7 @@ class Change:
 
 @torch.no_grad()
 def plan(
-    records: Sequence[AdapterRecord], walk: Walk, *, untie: bool, scales: Mapping[str, float] | None = None
+    adapters: Sequence[Adapter], modules: BaseModules, *, untie: bool, scales: Mapping[str, float] | None = None
 ) -> list[Change]:
     """What merging these adapters changes, checked as far as it can be without weights; nothing is changed yet.
 
@@ -134,20 +134,20 @@ def plan(
         StateError: a weight that is tied to another module, or a bias that is not there.
     """
     changes: dict[nn.Module, Change] = {}
-    for record in records:
-        scale = (scales or {}).get(record.name, 1.0)
-        for path, layer in record.layers.items():
-            module, head = record.hosts[path], None
-            if path in record.heads:
-                module, head = record.heads[path], record.name
+    for adapter in adapters:
+        scale = (scales or {}).get(adapter.name, 1.0)
+        for path, layer in adapter.layers.items():
+            module, head = adapter.hosts[path], None
+            if path in adapter.heads:
+                module, head = adapter.heads[path], adapter.name
             change = changes.setdefault(module, Change(path, module, layer.kind, head=head))
             change.kind = layer.kind
-            change.parts.append(Part.of(record, path, scale))
-        for path, bias in record.biases.items():
-            module = record.hosts[path]
+            change.parts.append(Part.of(adapter, path, scale))
+        for path, bias in adapter.biases.items():
+            module = adapter.hosts[path]
             changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
     places = {Place(change.module, name): change for change in changes.values() for name in change.touched}
-    for place, other in overlaps(walk, places).items():
+    for place, other in overlaps(modules, places).items():
         places[place].tied[place.name] = other
     for change in changes.values():
         _check(change, untie)
@@ -177,10 +177,13 @@ def _check(change: Change, untie: bool) -> None:
         raise StateError(f"{change.path!r} has no bias to merge the adapter's into. Leave the adapter active instead.")
 
 
-def parted_names(changes: Sequence[Change], walk: Walk) -> set[str]:
+def parted_names(changes: Sequence[Change], modules: BaseModules) -> set[str]:
     """Every name in the model's state dict of what the changes give memory of its own."""
     return {
-        f"{path}.{name}" for change in changes for name in change.tied for path in walk.aliases.get(change.module, ())
+        f"{path}.{name}"
+        for change in changes
+        for name in change.tied
+        for path in modules.paths_of.get(change.module, ())
     }
 
 

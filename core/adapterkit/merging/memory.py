@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkit.model import Walk
+from adapterkit.model import BaseModules
 
 
 class Place(NamedTuple):
@@ -64,11 +64,11 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.numel() > 0 and spans[0][:3] == spans[1][:3] and one.stride() == other.stride()
 
 
-def overlaps(walk: Walk, places: Iterable[Place]) -> dict[Place, str]:
+def overlaps(modules: BaseModules, places: Iterable[Place]) -> dict[Place, str]:
     """Which of these places share memory with another of the model's, or within themselves, and with which."""
     wanted = set(places)
     found = {p: "itself" for p in wanted if _is_expanded(_tensor(p))}
-    spans = sorted(_spans(walk, wanted), key=lambda span: (str(span[0].memory), span[0].start))
+    spans = sorted(_spans(modules, wanted), key=lambda span: (str(span[0].memory), span[0].start))
     begun: list[tuple[_Span, Place, str]] = []
     for span, place, key in spans:
         begun = [b for b in begun if b[0].memory == span.memory and b[0].end > span.start]
@@ -80,10 +80,10 @@ def overlaps(walk: Walk, places: Iterable[Place]) -> dict[Place, str]:
     return {place: key for place, key in found.items() if place in wanted}
 
 
-def _spans(walk: Walk, wanted: Iterable[Place]) -> Iterable[tuple[_Span, Place, str]]:
-    modules = {walk.model: "", **{module: paths[0] for module, paths in walk.aliases.items()}}
-    modules = {place.module: "its own copy" for place in wanted} | modules
-    for module, path in modules.items():
+def _spans(modules: BaseModules, wanted: Iterable[Place]) -> Iterable[tuple[_Span, Place, str]]:
+    known = {modules.model: "", **{module: paths[0] for module, paths in modules.paths_of.items()}}
+    known = {place.module: "its own copy" for place in wanted} | known
+    for module, path in known.items():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.numel():
                 yield _Span.of(tensor), Place(module, name), f"{path}.{name}" if path else name

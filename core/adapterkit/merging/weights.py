@@ -14,7 +14,7 @@ from adapterkit.forward import BiasLayer, give_dtypes_back
 from adapterkit.kinds import LayerKind, tiles
 from adapterkit.merging.changes import Change, Part
 from adapterkit.merging.plain import own, put
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 
 @dataclass
@@ -182,9 +182,9 @@ def give_back(state: Merged) -> None:
         kept.give_back()
 
 
-def take_heads(records: Sequence[AdapterRecord], model: nn.Module) -> None:
+def take_heads(adapters: Sequence[Adapter], model: nn.Module) -> None:
     """Make the adapters' heads the model's own modules; the last one's where several have one."""
-    heads = {record.hosts[path]: head for record in records for path, head in record.heads.items()}
+    heads = {adapter.hosts[path]: head for adapter in adapters for path, head in adapter.heads.items()}
     for module, head in heads.items():
         give_dtypes_back(head, module)
     for parent in list(model.modules()):
@@ -285,7 +285,7 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
             if adder.bias is not None and bias is not None:
                 bias = bias + adder.bias.to(bias.dtype)
         else:
-            method = default_registry.method_of(part.record.config)
+            method = default_registry.method_of(part.adapter.config)
             weight, bias = method.merge(part.layer, weight, bias, where=repr(change.path))
     for trained, scale in change.biases:
         assert bias is not None
@@ -298,7 +298,7 @@ def _check_finite(change: Change, *values: object) -> None:
     for value in values:
         # On the meta device is what is not merged, where only that was read.
         if isinstance(value, Tensor) and not value.is_meta and not torch.isfinite(value).all():
-            names = ", ".join(repr(part.record.name) for part in change.parts) or "a trained bias"
+            names = ", ".join(repr(part.adapter.name) for part in change.parts) or "a trained bias"
             raise StateError(
                 f"Merging {names} into {change.path!r} gives values that are not finite. Nothing was changed; "
                 "look at the adapter's parameters for nan or for scales out of range."

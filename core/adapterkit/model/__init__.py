@@ -4,12 +4,12 @@ In: a model and a config. Out: the selected layers, and one adapter's layers, he
 Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
-from adapterkit.model.adapter import AdapterRecord, acting_heads
+from adapterkit.model.adapter import Adapter, acting_heads
 from adapterkit.model.build import Builder
 from adapterkit.model.heads import adopt_rows, copy_head, resize_output, set_rows
 from adapterkit.model.host import Host
 from adapterkit.model.labels import LabelSet
-from adapterkit.model.modules import Walk, base_parameters, inner_model, named_modules
+from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.presence import KEPT
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
 from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, tied_to
@@ -17,13 +17,13 @@ from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, ti
 __all__ = [
     "ALL_LINEAR",
     "KEPT",
-    "AdapterRecord",
+    "Adapter",
+    "BaseModules",
     "Builder",
     "Host",
     "LabelSet",
     "Match",
     "Selection",
-    "Walk",
     "acting_heads",
     "adopt_rows",
     "base_parameters",

@@ -1,4 +1,4 @@
-"""AdapterRecord: everything that belongs to one adapter on one model."""
+"""Adapter: everything that belongs to one adapter on one model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @dataclass
-class AdapterRecord:
+class Adapter:
     """One adapter: its config and, by module path, its layers, heads and trained biases.
 
     Attributes:
@@ -220,39 +220,39 @@ class AdapterRecord:
             stop_reading(reader, self.name)
 
 
-def acting_heads(records: Sequence[AdapterRecord], chosen: str | None) -> tuple[str, ...]:
+def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, ...]:
     """Whose heads act when these adapters are active together; the chosen one's win.
 
     Raises:
         UnknownNameError: the chosen one is not among them.
         ConfigError: two have a head at one module, and none is chosen.
     """
-    if chosen is not None and chosen not in [r.name for r in records]:
-        raise unknown("adapter to be activated", chosen, [r.name for r in records])
+    if chosen is not None and chosen not in [r.name for r in adapters]:
+        raise unknown("adapter to be activated", chosen, [r.name for r in adapters])
     owners: dict[str, str] = {}
-    for record in records:
-        for path in record.heads:
-            other = owners.setdefault(path, record.name)
-            if other != record.name and chosen is None:
+    for adapter in adapters:
+        for path in adapter.heads:
+            other = owners.setdefault(path, adapter.name)
+            if other != adapter.name and chosen is None:
                 raise ConfigError(
-                    f"{other!r} and {record.name!r} each have their own {path!r}, and only one can act. Say which: "
+                    f"{other!r} and {adapter.name!r} each have their own {path!r}, and only one can act. Say which: "
                     f"heads={other!r}."
                 )
     for path, name in owners.items():
-        _warn_of_passed_over(path, name, records)
+        _warn_of_passed_over(path, name, adapters)
     # The last head at a module is the one that acts.
-    return tuple(sorted((r.name for r in records if r.heads), key=lambda name: name == chosen))
+    return tuple(sorted((r.name for r in adapters if r.heads), key=lambda name: name == chosen))
 
 
-def _warn_of_passed_over(head: str, owner: str, records: Sequence[AdapterRecord]) -> None:
+def _warn_of_passed_over(head: str, owner: str, adapters: Sequence[Adapter]) -> None:
     """A head stands in place of its module, so what another adapter changes in that module does not act."""
-    for record in records:
-        if record.name == owner or head in record.heads:
+    for adapter in adapters:
+        if adapter.name == owner or head in adapter.heads:
             continue
-        inside = [p for p in (*record.layers, *record.biases) if p == head or p.startswith(head + ".")]
+        inside = [p for p in (*adapter.layers, *adapter.biases) if p == head or p.startswith(head + ".")]
         if inside:
             warnings.warn(
-                f"While {owner!r} has its head at {head!r}, what {record.name!r} changes at {inside[0]!r} "
+                f"While {owner!r} has its head at {head!r}, what {adapter.name!r} changes at {inside[0]!r} "
                 "does not act.",
                 AdapterWarning,
                 stacklevel=4,

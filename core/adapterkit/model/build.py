@@ -22,9 +22,9 @@ from adapterkit.forward import (
     trained_dtype,
     widen,
 )
-from adapterkit.model.adapter import AdapterRecord, SharedTensors, SharedView
+from adapterkit.model.adapter import Adapter, SharedTensors, SharedView
 from adapterkit.model.heads import copy_head
-from adapterkit.model.modules import Uncalled, Walk, tensors_below
+from adapterkit.model.modules import BaseModules, Uncalled, tensors_below
 from adapterkit.model.selection import Match, Selection
 from adapterkit.tensors import execution_device, is_fsdp, real_value, reshard
 
@@ -40,7 +40,7 @@ class Builder:
 
     def __init__(
         self,
-        walk: Walk,
+        modules: BaseModules,
         method: Method,
         config: AdapterConfig,
         selection: Selection,
@@ -49,13 +49,13 @@ class Builder:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        reshard(walk.model)
-        self.walk, self.method, self.config, self.selection = walk, method, config, selection
+        reshard(modules.model)
+        self.modules, self.method, self.config, self.selection = modules, method, config, selection
         self.rule = method.key_rule(config)
         self.load, self.dtype, self.device = load, dtype, device
         self.targets = {m.path: self._target(m) for m in selection.targets}
 
-    def build(self, name: str, active: Active) -> tuple[AdapterRecord, list[str]]:
+    def build(self, name: str, active: Active) -> tuple[Adapter, list[str]]:
         """The adapter, not installed yet, and notes for whoever added it.
 
         Raises:
@@ -63,24 +63,24 @@ class Builder:
             PluginError: the method broke its contract.
             StateError: a module that cannot be adapted from here.
         """
-        record = AdapterRecord(name, self.config)
+        adapter = Adapter(name, self.config)
         shared = dict(self.method.prepare(list(self.targets.values()), self.config))
         self._check_shared(shared)
         if shared:
-            check_free_root(self.walk.model)
-        record.shared = SharedView(SharedTensors(shared)) if shared else None
-        self._make_layers(record, active)
+            check_free_root(self.modules.model)
+        adapter.shared = SharedView(SharedTensors(shared)) if shared else None
+        self._make_layers(adapter, active)
         for path in self.selection.heads:
-            self.add_head(record, path, active)
-        notes = self._add_biases(record, active)
-        record.readers = readers_of(self.walk, record.hosts, record.heads)
-        return record, notes
+            self.add_head(adapter, path, active)
+        notes = self._add_biases(adapter, active)
+        adapter.readers = readers_of(self.modules, adapter.hosts, adapter.heads)
+        return adapter, notes
 
-    def _make_layers(self, record: AdapterRecord, active: Active) -> None:
+    def _make_layers(self, adapter: Adapter, active: Active) -> None:
         inject = self.method.injector()
         for path, target in self.targets.items():
-            self._add_host(record, path, target.module, active)
-            record.layers[path] = self._make_layer(target, record.shared, inject)
+            self._add_host(adapter, path, target.module, active)
+            adapter.layers[path] = self._make_layer(target, adapter.shared, inject)
 
     def _make_layer(self, target: Target, shared: SharedView | None, inject: Injector) -> AdapterLayer:
         """The method's layer for one target, checked."""
@@ -106,36 +106,36 @@ class Builder:
                 f"{target.path!r}; every parameter and buffer must begin with its prefix {self.rule.prefix!r}."
             )
 
-    def add_head(self, record: AdapterRecord, path: str, active: Active) -> nn.Module:
+    def add_head(self, adapter: Adapter, path: str, active: Active) -> nn.Module:
         """Give the adapter its own copy of the module at `path`."""
-        module = self.walk.model.get_submodule(path)
+        module = self.modules.model.get_submodule(path)
         if is_fsdp(module):
             raise StateError(
                 f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
                 "it. Add the adapter before fully_shard."
             )
-        self._add_host(record, path, module, active)
-        head = record.heads[path] = copy_head(module, path)
+        self._add_host(adapter, path, module, active)
+        head = adapter.heads[path] = copy_head(module, path)
         widen(head)
-        record.readers = readers_of(self.walk, record.hosts, record.heads)
+        adapter.readers = readers_of(self.modules, adapter.hosts, adapter.heads)
         return head
 
-    def fill(self, record: AdapterRecord) -> None:
+    def fill(self, adapter: Adapter) -> None:
         """Give what a file left without values those of a new adapter, and move the rest to where it computes."""
         targets = list(self.targets.values())
-        if record.shared is not None and targets[0].device.type != "meta":
-            if any(t.is_meta for t in tensors_below([record.shared.module])):
+        if adapter.shared is not None and targets[0].device.type != "meta":
+            if any(t.is_meta for t in tensors_below([adapter.shared.module])):
                 new = [dataclasses.replace(target, load=False) for target in targets]
-                _assign(record.shared.module, SharedTensors(self.method.prepare(new, self.config)))
-            record.shared.module.to(targets[0].device)
+                _assign(adapter.shared.module, SharedTensors(self.method.prepare(new, self.config)))
+            adapter.shared.module.to(targets[0].device)
         for target in targets:
-            layer = record.layers[target.path]
+            layer = adapter.layers[target.path]
             devices = {tensor.device for tensor in tensors_below([layer])}
             if target.device.type == "meta" or devices == {target.device}:
                 continue
             if torch.device("meta") in devices:
                 new_target = dataclasses.replace(target, load=False)
-                _assign(layer, self._make_layer(new_target, record.shared, self.method.injector()))
+                _assign(layer, self._make_layer(new_target, adapter.shared, self.method.injector()))
             layer.to(target.device)
 
     def _target(self, match: Match) -> Target:
@@ -145,12 +145,12 @@ class Builder:
         device = self.device or execution_device(match.module, weight)
         return Target(match.path, match.module, match.kind, dtype, device, self.load)
 
-    def _add_host(self, record: AdapterRecord, path: str, module: nn.Module, active: Active) -> None:
+    def _add_host(self, adapter: Adapter, path: str, module: nn.Module, active: Active) -> None:
         check_free(module, path, active)
-        record.hosts[path] = module
-        others = tuple(p for p in self.walk.aliases[module] if p != path)
+        adapter.hosts[path] = module
+        others = tuple(p for p in self.modules.paths_of[module] if p != path)
         if others:
-            record.aliases[path] = others
+            adapter.aliases[path] = others
 
     def _check_shared(self, shared: dict[str, torch.Tensor]) -> None:
         declared = self.rule.shared
@@ -171,19 +171,19 @@ class Builder:
                 "what was trained would be lost: make it a buffer, or leave it out of `derived`."
             )
 
-    def _add_biases(self, record: AdapterRecord, active: Active) -> list[str]:
+    def _add_biases(self, adapter: Adapter, active: Active) -> list[str]:
         which = self.config.trained_biases
         if which == "none":
             return []
-        uncalled, skipped = Uncalled(self.walk), []
+        uncalled, skipped = Uncalled(self.modules), []
         seen: set[Any] = set()
-        for module, paths in self.walk.aliases.items():
+        for module, paths in self.modules.paths_of.items():
             path, bias = paths[0], module._parameters.get("bias")
             if not isinstance(getattr(module, "bias", None), Tensor) or (
-                which == "targets" and path not in record.layers
+                which == "targets" and path not in adapter.layers
             ):
                 continue
-            if any(path == h or path.startswith(h + ".") for h in record.heads):
+            if any(path == h or path.startswith(h + ".") for h in adapter.heads):
                 continue
             trailing = bias_place(original_class(module), default_registry.kind_of(module))
             if trailing is None and bias is None:  # a buffer that is called so, such as a mask
@@ -192,9 +192,9 @@ class Builder:
                 skipped.append(path)
                 continue
             seen.add(bias)
-            self._add_host(record, path, module, active)
+            self._add_host(adapter, path, module, active)
             value = real_value(module, "bias")
-            record.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
+            adapter.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
         if not skipped:
             return []
         why = "it is not known where they act, or they are buffers, computed, or another layer's too"

@@ -12,7 +12,7 @@ from adapterkit.contract import Names
 from adapterkit.errors import ConfigError, SelectionError, UnsupportedError, nearest
 from adapterkit.forward import ACTIVE, is_adapted, strip
 from adapterkit.kinds import is_special
-from adapterkit.model.modules import Uncalled, Walk
+from adapterkit.model.modules import BaseModules, Uncalled
 from adapterkit.tensors import as_wholes, hook_objects, remove_hooks
 
 AUTO = "auto"
@@ -29,7 +29,7 @@ _TASKS = (
 _HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
 
 
-def head_paths(walk: Walk, modules_to_save: str | Sequence[str] | None) -> tuple[str, ...]:
+def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None) -> tuple[str, ...]:
     """Paths of the modules that `modules_to_save` names; a module inside another named one is left to it.
 
     Raises:
@@ -38,11 +38,11 @@ def head_paths(walk: Walk, modules_to_save: str | Sequence[str] | None) -> tuple
     if modules_to_save is None:
         return ()
     if modules_to_save == AUTO:
-        return task_heads(walk.model)
+        return task_heads(modules.model)
     names = Names([modules_to_save] if isinstance(modules_to_save, str) else modules_to_save)
-    uncalled = Uncalled(walk)
+    uncalled = Uncalled(modules)
     found = []
-    for module, paths in walk.aliases.items():
+    for module, paths in modules.paths_of.items():
         entry = next(filter(None, list(map(names.match, paths))), None)  # all: each may use another entry
         if entry is None:
             continue
@@ -52,7 +52,7 @@ def head_paths(walk: Walk, modules_to_save: str | Sequence[str] | None) -> tuple
         found.append(paths[0])
     unused = [n for n in names.names if n not in names.used]
     if unused:
-        close = [c for n in unused for c in nearest(n, walk.paths)]
+        close = [c for n in unused for c in nearest(n, modules.all_paths)]
         hint = f" Nearest: {', '.join(map(repr, close))}." if close else ""
         raise SelectionError(
             f"modules_to_save {', '.join(map(repr, unused))} matched no module; an entry is an exact path or a "

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from adapterkit.contract import SHARED
-from adapterkit.forward import Active, Slots, checkpointing
-from adapterkit.model.adapter import AdapterRecord, SharedTensors
+from adapterkit.forward import Active, PerAdapter, checkpointing
+from adapterkit.model.adapter import Adapter, SharedTensors
 from adapterkit.model.labels import LabelSet
-from adapterkit.model.modules import Walk, base_parameters
+from adapterkit.model.modules import BaseModules, base_parameters
 from adapterkit.model.presence import Presence
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
@@ -59,19 +59,19 @@ class Host:
             parameter.requires_grad_(False)
         checkpointing.wrap()
 
-    def join(self, record: AdapterRecord) -> None:
+    def join(self, adapter: Adapter) -> None:
         """Let an adapter use another one's shared tensors if they are equal. Torch moves a module of two names once."""
-        if record.shared is not None:
-            record.shared.join(self._shared().values())
+        if adapter.shared is not None:
+            adapter.shared.join(self._shared().values())
 
-    def remember(self, record: AdapterRecord) -> None:
+    def remember(self, adapter: Adapter) -> None:
         """Register an adapter's shared tensors, and where in the model it is."""
-        self._presence[record.name] = Presence(record, self.model)
-        if record.shared is not None:
+        self._presence[adapter.name] = Presence(adapter, self.model)
+        if adapter.shared is not None:
             slots = self.model._modules.get(SHARED)
             if slots is None:
-                slots = self.model._modules[SHARED] = Slots()
-            slots._modules[record.name] = record.shared.module
+                slots = self.model._modules[SHARED] = PerAdapter()
+            slots._modules[adapter.name] = adapter.shared.module
 
     def _shared(self) -> dict[str, SharedTensors]:
         slots = self.model._modules.get(SHARED)
@@ -79,31 +79,31 @@ class Host:
         return {name: module for name, module in found.items() if isinstance(module, SharedTensors)}
 
     @contextmanager
-    def writing(self, record: AdapterRecord) -> Iterator[None]:
+    def writing(self, adapter: Adapter) -> Iterator[None]:
         """While an adapter's tensors are written to, others that use the same shared tensors keep theirs."""
-        if record.shared is None:
+        if adapter.shared is None:
             yield
             return
-        if any(module is record.shared.module for name, module in self._shared().items() if name != record.name):
-            record.shared.part()
+        if any(module is adapter.shared.module for name, module in self._shared().items() if name != adapter.name):
+            adapter.shared.part()
         try:
             yield
         finally:
-            self.join(record)
-            self.remember(record)
+            self.join(adapter)
+            self.remember(adapter)
 
-    def forget(self, record: AdapterRecord) -> None:
+    def forget(self, adapter: Adapter) -> None:
         """Undo `remember`."""
-        del self._presence[record.name]
+        del self._presence[adapter.name]
         slots = self.model._modules.get(SHARED)
-        if record.shared is not None and slots is not None:
-            del slots._modules[record.name]
+        if adapter.shared is not None and slots is not None:
+            del slots._modules[adapter.name]
             if not slots._modules:
                 del self.model._modules[SHARED]
 
-    def changes(self, record: AdapterRecord) -> dict[str, str]:
+    def changes(self, adapter: Adapter) -> dict[str, str]:
         """See `Presence.changes`."""
-        return self._presence[record.name].changes()
+        return self._presence[adapter.name].changes()
 
     def restore(self) -> None:
         """Give the model back what `freeze` took."""
@@ -136,37 +136,37 @@ class Host:
         """The label set that the model's config follows now becomes the model's own."""
         self.labels_of = None
 
-    def follow_labels(self, records: Mapping[str, AdapterRecord], heads: tuple[str, ...]) -> None:
+    def follow_labels(self, adapters: Mapping[str, Adapter], heads: tuple[str, ...]) -> None:
         """Make the model's config follow the label set of the head that acts."""
         base = self.labels
         if base is None:
             return
-        owner = next((name for name in reversed(heads) if records[name].labels is not None), None)
+        owner = next((name for name in reversed(heads) if adapters[name].labels is not None), None)
         if owner == self.labels_of:
             return
-        before = records.get(self.labels_of) if self.labels_of is not None else None
+        before = adapters.get(self.labels_of) if self.labels_of is not None else None
         if before is not None and before.labels is not None:
             before.labels = before.labels.seen(self.model)
-        wanted = base if owner is None else records[owner].labels
+        wanted = base if owner is None else adapters[owner].labels
         assert wanted is not None
         wanted.apply(self.model)
         self.labels_of = owner
 
-    def renew_labels(self, record: AdapterRecord) -> None:
+    def renew_labels(self, adapter: Adapter) -> None:
         """The adapter has another label set: the model's config follows it if it followed the old one."""
-        if record.labels is not None and self.labels_of == record.name:
-            record.labels.apply(self.model)
+        if adapter.labels is not None and self.labels_of == adapter.name:
+            adapter.labels.apply(self.model)
 
-    def notes(self, record: AdapterRecord, walk: Walk) -> list[str]:
+    def notes(self, adapter: Adapter, modules: BaseModules) -> list[str]:
         """What whoever adds an adapter to this model should know."""
         norms = [
             paths[0]
-            for module, paths in walk.aliases.items()
+            for module, paths in modules.paths_of.items()
             if isinstance(module, _NORMS)
             and module.track_running_stats
-            and not any(paths[0] == head or paths[0].startswith(head + ".") for head in record.heads)
+            and not any(paths[0] == head or paths[0].startswith(head + ".") for head in adapter.heads)
         ]
-        resized = resized_tables(walk, record.heads)
+        resized = resized_tables(modules, adapter.heads)
         notes = [
             f"the vocabulary was resized, so the adapter's file will hold {path!r} too (save(embeddings=False) leaves "
             "it out)"

@@ -6,37 +6,37 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from adapterkit.forward import Slots
+from adapterkit.forward import PerAdapter
 
 
-class Walk:
+class BaseModules:
     """Every module of a model but the root, once, with all the paths that lead to it.
 
     It is of the model as it was when it was made: one operation makes one, and all its steps read that.
 
     Attributes:
         model: the root.
-        aliases: each module's paths, in the order of the model; the first is the one it is known by.
+        paths_of: each module's paths, in the order of the model; the first is the one it is known by.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.aliases: dict[nn.Module, list[str]] = {}
+        self.paths_of: dict[nn.Module, list[str]] = {}
         for path, module in named_modules(model):
             if path:
-                self.aliases.setdefault(module, []).append(path)
+                self.paths_of.setdefault(module, []).append(path)
 
     @property
-    def paths(self) -> list[str]:
+    def all_paths(self) -> list[str]:
         """Every path of every module."""
-        return [path for paths in self.aliases.values() for path in paths]
+        return [path for paths in self.paths_of.values() for path in paths]
 
 
 def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under each of its paths, the root included, without what adapters own."""
     yield path, module
     for name, child in module._modules.items():
-        if child is not None and not isinstance(child, Slots):
+        if child is not None and not isinstance(child, PerAdapter):
             yield from named_modules(child, f"{path}.{name}" if path else name)
 
 
@@ -77,11 +77,11 @@ _GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch
 class Uncalled:
     """Layers whose `forward` is never called, so that an adapter there would be ignored."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, modules: BaseModules) -> None:
         self._unused: dict[nn.Module, str] = {}
-        for module in (walk.model, *walk.aliases):
+        for module in (modules.model, *modules.paths_of):
             if hasattr(type(module), "base_model_prefix"):  # transformers'
-                self._unused |= _unused_tables(walk, module)
+                self._unused |= _unused_tables(modules, module)
 
     def reason(self, path: str, module: nn.Module) -> str | None:
         """Why an adapter at `module` would not act, or `None` if it would."""
@@ -92,7 +92,7 @@ class Uncalled:
         return None
 
 
-def _unused_tables(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
+def _unused_tables(modules: BaseModules, model: nn.Module) -> dict[nn.Module, str]:
     """Tables of an encoder-decoder that only give their parameters to those which its stacks have, and call.
 
     transformers 4 made them the stacks' own; since 5 they are neither called nor read.
@@ -103,7 +103,7 @@ def _unused_tables(walk: Walk, model: nn.Module) -> dict[nn.Module, str]:
         stacks = [stack for stack in model.children() if inner in stack._modules]
         called = [t for stack in stacks if (t := stack._modules[inner]) is not None]
         if table is not None and called and not any(t is table for t in called):
-            paths = " and ".join(repr(walk.aliases[t][0]) for t in called)
+            paths = " and ".join(repr(modules.paths_of[t][0]) for t in called)
             reason = f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"
             unused |= dict.fromkeys(table.modules(), reason)
     return unused

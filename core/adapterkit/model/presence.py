@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from adapterkit.contract import unwrapped_key
 from adapterkit.forward import calls_adapters
-from adapterkit.model.adapter import AdapterRecord
-from adapterkit.model.modules import Walk
+from adapterkit.model.adapter import Adapter
+from adapterkit.model.modules import BaseModules
 
 # What is said where such an adapter is written.
 KEPT = "What is written there is what it was trained to until then."
@@ -22,11 +22,11 @@ class Presence:
     size (`resize_token_embeddings`). Wrapped and moved ones are still the model's, and the adapter acts there.
     """
 
-    def __init__(self, record: AdapterRecord, model: nn.Module) -> None:
-        self.record, self.model = record, model
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        self.adapter, self.model = adapter, model
         # The way to each module, step by step: as long as it is the same, no walk over the model is needed.
         self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
-        self._places = {path: (path, *record.aliases.get(path, ())) for path in record.hosts}
+        self._places = {path: (path, *adapter.aliases.get(path, ())) for path in adapter.hosts}
         for path in (place for places in self._places.values() for place in places):
             module: nn.Module | None = model
             for name in path.split("."):
@@ -35,14 +35,14 @@ class Presence:
                 child = module._modules.get(name)
                 self._steps[id(module), name] = module, name, child
                 module = child
-        self._sizes = {path: _size(host) for path, host in record.hosts.items()}
+        self._sizes = {path: _size(host) for path, host in adapter.hosts.items()}
 
     def changes(self) -> dict[str, str]:
         """What happened, to go on from `"'path' "`, for each module where the adapter does not act as it was added."""
         there = all(parent._modules.get(name) is child for parent, name, child in self._steps.values())
-        known = None if there else Walk(self.model).aliases
+        known = None if there else BaseModules(self.model).paths_of
         found = {}
-        for path, host in self.record.hosts.items():
+        for path, host in self.adapter.hosts.items():
             before, weight = self._sizes[path], host._parameters.get("weight")
             now = before if weight is None or weight.shape == before else _size(host)
             if known is not None and not _is_there(known.get(host, []), self._places[path]):
@@ -51,11 +51,11 @@ class Presence:
                 found[path] = f"was given another class ({type(host).__name__})"
             elif before and now and before != now:
                 found[path] = f"has another weight, of shape {now} in place of {before}: it was replaced"
-            elif path in self.record.layers and (what := self.record.layers[path].kind.changed(host)) is not None:
+            elif path in self.adapter.layers and (what := self.adapter.layers[path].kind.changed(host)) is not None:
                 found[path] = f"has {what}"
-        for container, path, part in self.record.parts():
-            slots = self.record.hosts[path]._modules.get(container)
-            if path not in found and (slots is None or slots._modules.get(self.record.name) is not part):
+        for container, path, part in self.adapter.parts():
+            slots = self.adapter.hosts[path]._modules.get(container)
+            if path not in found and (slots is None or slots._modules.get(self.adapter.name) is not part):
                 found[path] = "has another module in place of the adapter's own: it was replaced"
         return found
 

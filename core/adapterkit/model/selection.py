@@ -16,7 +16,7 @@ from adapterkit.forward import original_class
 from adapterkit.kinds import LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
-from adapterkit.model.modules import Uncalled, Walk
+from adapterkit.model.modules import BaseModules, Uncalled
 from adapterkit.results import Shown, Table
 
 ALL_LINEAR = "all-linear"
@@ -96,15 +96,15 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
-    return select_on(Walk(model), config)
+    return select_on(BaseModules(model), config)
 
 
-def select_on(walk: Walk, config: AdapterConfig) -> Selection:
+def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
     """`select` on a model that has been walked."""
-    _check_no_peft(walk)
-    heads = head_paths(walk, config.modules_to_save)
-    found, skipped, unmatched = _candidates(walk, config, heads)
-    layers = LayerFilter(config, walk.paths)
+    _check_no_peft(modules)
+    heads = head_paths(modules, config.modules_to_save)
+    found, skipped, unmatched = _candidates(modules, config, heads)
+    layers = LayerFilter(config, modules.all_paths)
     targets = []
     lost: dict[str, str] = {}
     for match in found:
@@ -115,17 +115,17 @@ def select_on(walk: Walk, config: AdapterConfig) -> Selection:
         else:
             targets.append(match)
     if not targets:
-        raise SelectionError(_nothing(walk, config, skipped, unmatched))
+        raise SelectionError(_nothing(modules, config, skipped, unmatched))
     if config.target_modules is not None:  # a default names what some models have
         unmatched += [entry for rule, entry in lost.items() if rule not in {match.rule for match in targets}]
     unmatched += layers.unused + _unused_patterns(config, targets)
     return Selection(tuple(targets), heads, tuple(skipped), tuple(unmatched))
 
 
-def _check_no_peft(walk: Walk) -> None:
+def _check_no_peft(modules: BaseModules) -> None:
     """Raise `SelectionError` if the model has PEFT's adapters, whose layers would be taken for its own."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
-    for module, paths in walk.aliases.items() if peft is not None else ():
+    for module, paths in modules.paths_of.items() if peft is not None else ():
         if isinstance(module, peft.BaseTunerLayer):
             raise SelectionError(
                 f"The model has adapters of PEFT, such as at {paths[0]!r}. Take them off first: peft_model.unload() "
@@ -136,16 +136,16 @@ def _check_no_peft(walk: Walk) -> None:
 
 
 def _candidates(
-    walk: Walk, config: AdapterConfig, heads: Sequence[str]
+    modules: BaseModules, config: AdapterConfig, heads: Sequence[str]
 ) -> tuple[list[Match], list[tuple[str, str]], list[str]]:
     """Layers that target_modules names and nothing but layer numbers may still leave out."""
-    rule, why = _target_rule(walk.model, config)
+    rule, why = _target_rule(modules.model, config)
     exclude = Rule("exclude_modules", config.exclude_modules) if config.exclude_modules else None
-    uncalled = Uncalled(walk)
-    outputs = output_layers(walk.model)
+    uncalled = Uncalled(modules)
+    outputs = output_layers(modules.model)
     matches: list[Match] = []
     skipped: list[tuple[str, str]] = []
-    for module, paths in walk.aliases.items():
+    for module, paths in modules.paths_of.items():
         path = paths[0]
         kind = default_registry.kind_of(module) if rule is None else None
         if rule is None:
@@ -235,20 +235,22 @@ def _example_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(tails))[:4] or ["name"]
 
 
-def _nothing(walk: Walk, config: AdapterConfig, skipped: Sequence[tuple[str, str]], unmatched: Sequence[str]) -> str:
+def _nothing(
+    modules: BaseModules, config: AdapterConfig, skipped: Sequence[tuple[str, str]], unmatched: Sequence[str]
+) -> str:
     if skipped:
         path, reason = skipped[0]
         return (
             f"Every layer that {config.target_modules!r} names is left out; {len(skipped)} in all, "
             f"for example {path!r}: {reason}."
         )
-    adaptable = [p for m, paths in walk.aliases.items() if default_registry.kind_of(m) for p in paths]
+    adaptable = [p for m, paths in modules.paths_of.items() if default_registry.kind_of(m) for p in paths]
     if not adaptable:
-        return f"{type(walk.model).__name__} has no layer that can be adapted."
+        return f"{type(modules.model).__name__} has no layer that can be adapted."
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
     shown = wanted if isinstance(wanted, str) else names
-    close = [c for n in names for c in nearest(n, adaptable)] or _example_names(walk.model)
+    close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
         f"target_modules {shown!r} matched none of the {len(adaptable)} layers that can be adapted. "
         f"Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; "

@@ -14,50 +14,52 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.model.modules import Walk
+from adapterkit.model.modules import BaseModules
 
 
-def resized_tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+def resized_tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.Module]:
     """`tables`, if the vocabulary was resized, else none."""
-    return tables(walk, without) if _was_resized(walk.model) else {}
+    return tables(modules, without) if _was_resized(modules.model) else {}
 
 
-def resized_keys(walk: Walk) -> set[str]:
+def resized_keys(modules: BaseModules) -> set[str]:
     """The keys of both embeddings in the model's state dict, if the vocabulary was resized, else none."""
-    found = _both(walk) if _was_resized(walk.model) else {}
+    found = _both(modules) if _was_resized(modules.model) else {}
     return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
 
 
-def tables(walk: Walk, without: Collection[str] = ()) -> dict[str, nn.Module]:
+def tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.Module]:
     """The input and the output embedding of a transformers model by path, but for those at these paths.
 
     One of them alone if they are tied: it is the same table.
     """
     found: dict[str, nn.Module] = {}
-    for path, table in _both(walk).items():
+    for path, table in _both(modules).items():
         known = [other._parameters["weight"] for other in found.values()]
         if path not in without and not any(table._parameters["weight"] is other for other in known):
             found[path] = table
     return found
 
 
-def _both(walk: Walk) -> dict[str, nn.Module]:
+def _both(modules: BaseModules) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            table = getattr(walk.model, getter)()
+            table = getattr(modules.model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        if table in walk.aliases and table._parameters.get("weight") is not None:
-            found[walk.aliases[table][0]] = table
+        if table in modules.paths_of and table._parameters.get("weight") is not None:
+            found[modules.paths_of[table][0]] = table
     return found
 
 
-def tied_to(walk: Walk, table: nn.Module) -> list[str]:
+def tied_to(modules: BaseModules, table: nn.Module) -> list[str]:
     """The path of each module whose weight is this table's very parameter, the table's own first."""
     own = table._parameters["weight"]
-    others = [paths[0] for m, paths in walk.aliases.items() if m is not table and m._parameters.get("weight") is own]
-    return [walk.aliases[table][0], *others]
+    others = [
+        paths[0] for m, paths in modules.paths_of.items() if m is not table and m._parameters.get("weight") is own
+    ]
+    return [modules.paths_of[table][0], *others]
 
 
 def _was_resized(model: Any) -> bool:

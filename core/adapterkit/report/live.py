@@ -9,26 +9,26 @@ from torch import Tensor
 
 from adapterkit.kinds import dense
 from adapterkit.merging import Merged
-from adapterkit.model import AdapterRecord
-from adapterkit.report.sources import Source, of_record
+from adapterkit.model import Adapter
+from adapterkit.report.sources import Source, of_adapter
 from adapterkit.tensors import as_wholes
 
 
-def live_sources(records: Iterable[AdapterRecord], merged: Merged) -> list[Source]:
+def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[Source]:
     """A source for each of these adapters of one model.
 
     Args:
         merged: what is merged now: the sizes of the base's weights are those before it.
     """
-    return [of_record(record, _base_norm(record, merged)) for record in records]
+    return [of_adapter(adapter, _base_norm(adapter, merged)) for adapter in adapters]
 
 
-def _base_norm(record: AdapterRecord, merged: Merged) -> Callable[[str], float | None]:
+def _base_norm(adapter: Adapter, merged: Merged) -> Callable[[str], float | None]:
     def found(path: str) -> float | None:
-        module = record.heads.get(path, record.hosts[path])
+        module = adapter.heads.get(path, adapter.hosts[path])
         kept = merged.kept.get(module)
         with as_wholes(module, module.modules()):
-            weight = record.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
+            weight = adapter.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
             weight = None if weight is None else dense(weight)
             return None if weight is None or weight.is_meta else norm_of(weight)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors
-from adapterkit.model import AdapterRecord
+from adapterkit.model import Adapter
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,24 @@ class Source:
         return {name: value for name, value in own.items() if value not in (None, False, {}, (), "none", 0.0)}
 
 
-def of_record(record: AdapterRecord, base_norm: Callable[[str], float | None], place: str | None = None) -> Source:
+def of_adapter(adapter: Adapter, base_norm: Callable[[str], float | None], place: str | None = None) -> Source:
     """The source that an adapter on a model is; for `base_norm` and `place` see `Source`."""
-    method = default_registry.method_of(record.config)
+    method = default_registry.method_of(adapter.config)
 
     def factors(path: str) -> Factors | None:
-        found = method.factors(record.layers[path])
-        return None if found is None else _checked(found, record.name, path)
+        found = method.factors(adapter.layers[path])
+        return None if found is None else _checked(found, adapter.name, path)
 
     return Source(
-        name=record.name,
-        config=record.config,
-        kinds={path: layer.kind.name for path, layer in record.layers.items()},
+        name=adapter.name,
+        config=adapter.config,
+        kinds={path: layer.kind.name for path, layer in adapter.layers.items()},
         factors=factors,
         base_norm=base_norm,
-        parameters=dict(record.named_parameters()),
-        heads=[Head(path, _shapes(head.state_dict())) for path, head in record.heads.items()],
-        labels=() if record.labels is None else tuple(record.labels.id2label.values()),
-        biases=tuple(record.biases),
+        parameters=dict(adapter.named_parameters()),
+        heads=[Head(path, _shapes(head.state_dict())) for path, head in adapter.heads.items()],
+        labels=() if adapter.labels is None else tuple(adapter.labels.id2label.values()),
+        biases=tuple(adapter.biases),
         place=place,
     )
 

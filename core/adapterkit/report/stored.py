@@ -15,7 +15,7 @@ from adapterkit.errors import ConfigError
 from adapterkit.files import local_path
 from adapterkit.report.document import Report
 from adapterkit.report.live import norm_of
-from adapterkit.report.sources import Source, of_record
+from adapterkit.report.sources import Source, of_adapter
 
 
 @torch.no_grad()
@@ -63,8 +63,8 @@ def write_report(
 
 def _stored(place: str | Path, name: str, base: Base | None, norms: Callable[[str], float | None]) -> Source:
     opened = open_adapter(place, name, base=base, keep_names=True)
-    record, _ = opened.record(stand_in([opened]))
-    return dataclasses.replace(of_record(record, norms, str(opened.files.folder)), config=opened.config)
+    adapter, _ = opened.adapter(stand_in([opened]))
+    return dataclasses.replace(of_adapter(adapter, norms, str(opened.files.folder)), config=opened.config)
 
 
 def _norms(base: Base | None) -> Callable[[str], float | None]:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adapterkit.errors import StateError
 
 if TYPE_CHECKING:
-    from adapterkit.model import AdapterRecord
+    from adapterkit.model import Adapter
 
 # The model inside does not know its wrapper, so wrappers are noticed when they are made.
 _seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -120,16 +120,16 @@ def check_can_grow(model: nn.Module, name: str) -> None:
         )
 
 
-def check_averaged(model: nn.Module, record: AdapterRecord) -> None:
+def check_averaged(model: nn.Module, adapter: Adapter) -> None:
     """Raise `StateError` if training this adapter would let the processes drift apart."""
-    setup = _unaware(model, record) if _is_distributed() else None
+    setup = _unaware(model, adapter) if _is_distributed() else None
     if setup is not None and gc.collect() >= 0:  # a wrapper that nobody has any more may be left
-        setup = _unaware(model, record)
+        setup = _unaware(model, adapter)
     if setup is not None:
         raise StateError(
-            f"Adapter {record.name!r} cannot be trained: its parameters were not there, or were frozen, when the model "
-            f"was given to {setup}. Their gradients are not averaged, so each process would train another adapter. "
-            "Add and activate it before that; or use it as it is, with trainable=False."
+            f"Adapter {adapter.name!r} cannot be trained: its parameters were not there, or were frozen, when the "
+            f"model was given to {setup}. Their gradients are not averaged, so each process would train another "
+            "adapter. Add and activate it before that; or use it as it is, with trainable=False."
         )
 
 
@@ -142,10 +142,10 @@ def check_can_replace(model: nn.Module, key: str) -> None:
         )
 
 
-def _unaware(model: nn.Module, record: AdapterRecord) -> str | None:
+def _unaware(model: nn.Module, adapter: Adapter) -> str | None:
     """What averages the model's gradients, but not all of this adapter's."""
     for setup, averages in _setups(model):
-        if not all(map(averages, record.parameters())):
+        if not all(map(averages, adapter.parameters())):
             return setup
     return None
 

@@ -25,7 +25,7 @@ from adapterkit.errors import ConfigError, PluginError, SaveError, StateError, U
 from adapterkit.files import local_path, model_folder
 from adapterkit.forward import give_dtypes_back
 from adapterkit.merging import merge_module, plan
-from adapterkit.model import AdapterRecord, LabelSet, Walk, acting_heads
+from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
 
 Progress = Callable[[int, int], object]
 
@@ -168,19 +168,19 @@ def _plan(
     names = match_names(model, checkpoint.entries)
     give_dtypes(model, checkpoint, names)
     untie_unequal(model, checkpoint, names)
-    records = [load(source, model, component, checkpoint, names) for source in sources]
-    changes = plan(records, Walk(model), untie=untie, scales={s.name: s.weight for s in sources})
-    _check_weights(sources, records)
-    acting = [next(r for r in records if r.name == name) for name in acting_heads(records, _named(heads, sources))]
+    adapters = [load(source, model, component, checkpoint, names) for source in sources]
+    changes = plan(adapters, BaseModules(model), untie=untie, scales={s.name: s.weight for s in sources})
+    _check_weights(sources, adapters)
+    acting = [next(r for r in adapters if r.name == name) for name in acting_heads(adapters, _named(heads, sources))]
     builder = ContentsBuilder(model, checkpoint, names)
     for change in changes:
         if change.head is None:
             builder.add_change(change)
         else:  # its own copy of the module is in memory, and is written as the head that it is
             merge_module(change, safe=safe)
-    for record in acting:
-        for path, head in record.heads.items():
-            give_dtypes_back(head, record.hosts[path])
+    for adapter in acting:
+        for path, head in adapter.heads.items():
+            give_dtypes_back(head, adapter.hosts[path])
     builder.add_heads(acting)
     contents = builder.finish()
     labels = next((r.labels for r in reversed(acting) if r.labels is not None), None)
@@ -197,13 +197,13 @@ def _named(heads: str | None, sources: list[Source]) -> str | None:
     return next((s.name for s in sources if heads in (s.given, s.name)), heads)
 
 
-def _check_weights(sources: list[Source], records: list[AdapterRecord]) -> None:
-    for source, record in zip(sources, records, strict=True):
-        additive = all(layer.additive for layer in record.layers.values())
+def _check_weights(sources: list[Source], adapters: list[Adapter]) -> None:
+    for source, adapter in zip(sources, adapters, strict=True):
+        additive = all(layer.additive for layer in adapter.layers.values())
         if source.weight != 1.0 and not additive:
             raise UnsupportedError(
                 f"{source.given!r} cannot be merged with the weight {source.weight:g}: the method "
-                f"{record.config.method!r} is not additive, so its change has no multiple. Leave the weight out."
+                f"{adapter.config.method!r} is not additive, so its change has no multiple. Leave the weight out."
             )
 
 

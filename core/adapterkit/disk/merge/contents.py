@@ -13,7 +13,7 @@ from adapterkit.disk.names import Names, match_names
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.files import Entry, dtype_name
 from adapterkit.merging import Change, Parting, nested, number_of
-from adapterkit.model import AdapterRecord, base_parameters
+from adapterkit.model import Adapter, base_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +114,12 @@ class ContentsBuilder:
             if other != key and other not in self.names.in_file:
                 self.contents.origins.setdefault(other, self.checkpoint.entries[name])
 
-    def add_heads(self, records: Sequence[AdapterRecord]) -> None:
+    def add_heads(self, adapters: Sequence[Adapter]) -> None:
         """The tensors of the heads that act, in place of the model's; the last one's at each module."""
-        heads = {path: (record, head) for record in records for path, head in record.heads.items()}
-        numbers = {path: number for record in records for path, number in record.head_paths().items()}
-        for path, (record, head) in heads.items():
-            for place in (path, *record.aliases.get(path, ())):
+        heads = {path: (adapter, head) for adapter in adapters for path, head in adapter.heads.items()}
+        numbers = {path: number for adapter in adapters for path, number in adapter.head_paths().items()}
+        for path, (adapter, head) in heads.items():
+            for place in (path, *adapter.aliases.get(path, ())):
                 for local, tensor in head.state_dict().items():
                     key = f"{place}.{local}"
                     tied = [k for k in self.keys.get(self.parameters.get(key), []) if k != key]  # type: ignore[arg-type]

@@ -17,9 +17,9 @@ from adapterkit.contract import FILE_PREFIX
 from adapterkit.disk.checkpoint import Checkpoint, mapped
 from adapterkit.disk.names import Names
 from adapterkit.errors import ConfigError
-from adapterkit.files import AdapterFiles, Entry, adapter_folder, load_record, read
+from adapterkit.files import AdapterFiles, Entry, adapter_folder, load_adapter, read
 from adapterkit.forward import Active
-from adapterkit.model import AdapterRecord, Walk, base_parameters
+from adapterkit.model import Adapter, BaseModules, base_parameters
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 _BASE_LAYER = "base_layer."
@@ -91,9 +91,7 @@ def _free_name(wanted: str, taken: Sequence[str]) -> str:
     return name
 
 
-def load(
-    source: Source, model: nn.Module, component: str | None, checkpoint: Checkpoint, names: Names
-) -> AdapterRecord:
+def load(source: Source, model: nn.Module, component: str | None, checkpoint: Checkpoint, names: Names) -> Adapter:
     """The adapter's layers, heads and biases for the skeleton, with their values; nothing is installed there.
 
     Raises:
@@ -101,10 +99,10 @@ def load(
     """
     files = _without_base(read(source.place), checkpoint, names)
     cpu = torch.device("cpu")
-    record, _ = load_record(
+    adapter, _ = load_adapter(
         model, source.name, files, Active(), strict=True, dtype=None, component=component, device=cpu
     )
-    return record
+    return adapter
 
 
 def _without_base(files: AdapterFiles, checkpoint: Checkpoint, names: Names) -> AdapterFiles:
@@ -128,7 +126,7 @@ def give_dtypes(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
         if entry is not None and entry.dtype in _FLOATING and entry.torch_dtype != parameter.dtype:
             fresh = torch.empty_like(parameter, dtype=entry.torch_dtype)
             places.setdefault(parameter, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
-    for module in (model, *Walk(model).aliases):
+    for module in (model, *BaseModules(model).paths_of):
         for name, own in module._parameters.items():
             if own is not None and own in places:
                 module._parameters[name] = places[own]
