@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk import skeleton
-from adapterkit.files import CONFIG_FILE, adapter_folder, local_path, method_in_file
+from adapterkit.files import CONFIG_FILE, adapter_folder, local_path
 from adapterkit.files import folder as files
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
@@ -150,7 +150,7 @@ def read_config(place: str | Path) -> AdapterConfig:
     path = local_path(place)
     folder = path.parent if path.name == CONFIG_FILE else adapter_folder(place)
     fields = files.read_config(folder)
-    return method_in_file(fields, folder).config_type().from_dict({"modules_to_save": None, **fields})
+    return default_registry.claim(fields, folder).config_type().from_dict({"modules_to_save": None, **fields})
 
 
 def _count(module: nn.Module) -> int:

@@ -111,7 +111,9 @@ CONFIGS = {
     "r tensor": case(lambda c: c(r=torch.tensor(8)), ak.ConfigError, "is a Tensor; it must be int."),
     "r zero": case(lambda c: c(r=0), ak.ConfigError, "r = 0: a rank must be at least 1."),
     "r negative": case(lambda c: c(r=-1), ak.ConfigError, "r = -1: a rank must be at least 1."),
-    "rank_pattern zero": case(lambda c: c(rank_pattern={"q": 0}), ak.ConfigError, "rank_pattern = 0: a rank must be"),
+    "rank_pattern zero": case(
+        lambda c: c(rank_pattern={"q": 0}), ak.ConfigError, "rank_pattern: r = 0: a rank must be"
+    ),
     "rank_pattern text": case(
         lambda c: c(rank_pattern={"q": "4"}), ak.ConfigError, "it must be a mapping from str to int."
     ),
@@ -132,7 +134,7 @@ CONFIGS = {
     "dropout negative": case(lambda c: c(lora_dropout=-0.1), ak.ConfigError, "must be a probability"),
     "dropout nan": case(lambda c: c(lora_dropout=float("nan")), ak.ConfigError, "it must be a finite float32."),
     "bias": case(
-        lambda c: c(bias="some"), ak.ConfigError, "bias = 'some' is a str; it must be 'none' or 'all' or 'lora_only'."
+        lambda c: c(bias="some"), ak.ConfigError, "bias = 'some' must be 'none' or 'all' or 'lora_only'."
     ),
     "targets number": case(lambda c: c(target_modules=3), ak.ConfigError, "it must be str or a list of str or None."),
     "targets numbers": case(lambda c: c(target_modules=[1, 2]), ak.ConfigError, "must be str or a list of str or None"),

@@ -16,7 +16,7 @@ from adapterkit.contract.foreign import (
     exactly,
     with_patterns,
 )
-from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, RESULT_HOOKS, hookimpl
+from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, RESULT_HOOKS, hookimpl
 from adapterkit.contract.keys import (
     ATTRIBUTE,
     BIASES,
@@ -56,7 +56,6 @@ __all__ = [
     "FLAT",
     "HEADS",
     "LAYERS",
-    "METHODS_GROUP",
     "OPTIONAL",
     "RESULT_HOOKS",
     "SHARED",

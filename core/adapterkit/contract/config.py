@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
+from adapterkit.contract.patterns import PatternTable
 from adapterkit.errors import ConfigError, UnknownNameError, UnsupportedError, nearest
 
 Modules = str | Sequence[str] | None
 TrainedBiases = Literal["none", "targets", "all"]
 
 _NEUTRAL: tuple[object, ...] = (None, False, {}, [], "")
-# Fields of the file that say where an adapter is from; they are kept and change no number.
+# Fields of a file that say where an adapter comes from. They are kept and change no number.
 _BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
 
 
@@ -35,15 +36,22 @@ class AdapterConfig:
         layers_pattern: the stacks that `layers_to_transform` counts in, such as `"layers"`.
         modules_to_save: modules trained in full and kept with the adapter. `"auto"` takes the task
             head of transformers' classification, question-answering and multiple-choice models.
+        bias: which biases of the base each adapter trains a copy of: `"none"`, `"<method>_only"` (`"lora_only"`:
+            those of the adapted layers) or `"all"`.
+        fan_in_fan_out: has no effect, because the layer kind knows its layout. Kept for files.
         task_type, base_model_name_or_path, revision: kept for the file; they change nothing.
-        extra: fields of a file that are not known here, at values that change nothing; written back.
+        extra: fields of a file that this class does not have, at values that change nothing; written back.
 
-    Class attributes of a method's config:
-        method: its name, that of the entry point.
+    Class attributes that a method sets:
+        method: its name, which is the name of its entry point.
+        peft_type: the type that its files name; the method's name in capitals if it is empty.
+        marks: fields that make a file of that type this method's, `{"use_dora": True}`; `...` stands for any value
+            that is not neutral. They are written to files.
+        patterns: fields with a value for some layers, and the field that each overrides: `{"rank_pattern": "r"}`.
+        not_implemented: PEFT's fields that the method does not implement, with the values at which they change nothing.
         default_targets: `target_modules` by `model_type`, where it differs from the table of all methods.
-        not_implemented: PEFT's fields that it does not have, with the values at which they change nothing.
-        not_in_files: fields above that PEFT's config of the method lacks.
-        starts_as_identity: whether a new adapter changes no output; a property where that depends on a field.
+        not_in_files: fields above that PEFT's config of the method lacks, so that files have them only where they are
+            not at their defaults. A file without `exclude_modules` lists the layers that it leaves.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -52,18 +60,20 @@ class AdapterConfig:
     """
 
     method: ClassVar[str] = ""
-    # PEFT's fields that are not implemented, each with the value at which it changes nothing.
+    peft_type: ClassVar[str] = ""
+    marks: ClassVar[Mapping[str, object]] = {}
+    patterns: ClassVar[Mapping[str, str]] = {}
     not_implemented: ClassVar[Mapping[str, object]] = {}
-    # Fields below that PEFT's config of this method lacks. A file lists the layers that they leave instead.
-    not_in_files: ClassVar[tuple[str, ...]] = ()
-    # Defaults for a `model_type` where the method differs from `adapterkit.model.default_targets`.
     default_targets: ClassVar[Mapping[str, Sequence[str] | str]] = {}
+    not_in_files: ClassVar[tuple[str, ...]] = ("bias", "fan_in_fan_out")
 
     target_modules: Modules = None
     exclude_modules: Modules = None
     layers_to_transform: int | Sequence[int] | Mapping[str, str | int | Sequence[int]] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: str | Sequence[str] | None = "auto"
+    bias: str = "none"
+    fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -94,12 +104,42 @@ class AdapterConfig:
         for name in ("target_modules", "exclude_modules"):
             if getattr(self, name) in ((), ""):
                 raise ConfigError(f"{name} is empty; name at least one module, or leave it None.")
+        biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
+        if hints["bias"] is str and self.bias not in biases:
+            raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
         self.check()
+        for pattern, own in self.patterns.items():
+            for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
+                try:
+                    self._with({own: value})
+                except ConfigError as error:
+                    raise ConfigError(f"{pattern}: {error}") from error
+
+    @classmethod
+    def type_in_files(cls) -> str:
+        """The `peft_type` of this method's files."""
+        return cls.peft_type or cls.method.upper()
 
     @property
     def trained_biases(self) -> TrainedBiases:
         """Which biases of the base each adapter trains a copy of: `"none"`, `"targets"` or `"all"`."""
-        return "none"
+        return self.bias if self.bias in ("none", "all") else "targets"  # type: ignore[return-value]
+
+    def at(self, path: str) -> Self:
+        """The config of the layer at `path`: the fields that a pattern overrides there have the pattern's values."""
+        tables = self.__dict__.get("_tables")
+        if tables is None:
+            given = {name: getattr(self, name) for name in self.patterns}
+            tables = {self.patterns[name]: PatternTable(table, name) for name, table in given.items() if table}
+            self.__dict__.update(_tables=tables, _at={})
+        if not tables:
+            return self
+        changes = {own: table.get(path, getattr(self, own)) for own, table in tables.items()}
+        made: dict[tuple[Any, ...], Self] = self.__dict__["_at"]  # many layers have the same values
+        return made.setdefault(tuple(changes.values()), self._with(changes)) if changes else self
+
+    def _with(self, changes: Mapping[str, Any]) -> Self:
+        return self.replace(**changes, **{pattern: {} for pattern in self.patterns})
 
     @property
     def starts_as_identity(self) -> bool:
@@ -129,10 +169,27 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, with `peft_type` and what `extra` kept."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "extra"]
-        own = {name: _jsonable(getattr(self, name)) for name in names}
-        own = {name: value for name, value in own.items() if value is not None or name not in self.not_in_files}
-        return dict(sorted({**self.extra, **own, "peft_type": self.method.upper(), "inference_mode": True}.items()))
+        own = {f.name: _jsonable(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        own = {n: v for n, v in own.items() if n not in self.not_in_files or v != getattr(AdapterConfig, n)}
+        marks = {name: value for name, value in self.marks.items() if value is not ...}
+        fixed = {"peft_type": self.type_in_files(), "inference_mode": True}
+        return dict(sorted({**self.extra, **own, **marks, **fixed}.items()))
+
+    @classmethod
+    def unknown(cls, values: Mapping[str, Any]) -> list[str]:
+        """The fields of an `adapter_config.json` that this method does not know, at values that may change numbers."""
+        known = {*_field_names(cls) - {"extra"}, *_BOOKKEEPING, *cls.marks}
+        return [
+            name
+            for name, value in values.items()
+            if name not in known and value not in _NEUTRAL and value != cls.not_implemented.get(name, _NEUTRAL)
+        ]
+
+    @classmethod
+    def is_marked(cls, values: Mapping[str, Any]) -> bool:
+        """Whether an `adapter_config.json` has all of this method's `marks`."""
+        held = {name: values.get(name) for name in cls.marks}
+        return all(held[n] not in _NEUTRAL if mark is ... else held[n] == mark for n, mark in cls.marks.items())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -142,19 +199,14 @@ class AdapterConfig:
             UnsupportedError: a field that is unknown, or not implemented, at a value that may change numbers.
             ConfigError: a known field of the wrong type or value.
         """
+        for name in cls.unknown(values):
+            raise UnsupportedError(
+                f"adapter_config.json: {name} = {reprlib.repr(values[name])} is not implemented by the method "
+                f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
+            )
         known = _field_names(cls) - {"extra"}
-        extra = {}
-        for name, value in values.items():
-            if name in known:
-                continue
-            neutral = value in _NEUTRAL or value == cls.not_implemented.get(name, _NEUTRAL)
-            if name not in _BOOKKEEPING and not neutral:
-                raise UnsupportedError(
-                    f"adapter_config.json: {name} = {reprlib.repr(value)} is not implemented by the method "
-                    f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
-                )
-            if name not in ("peft_type", "inference_mode"):
-                extra[name] = value
+        fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
+        extra = {name: value for name, value in values.items() if name not in known | fixed}
         try:
             return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
         except RecursionError as error:

@@ -23,7 +23,16 @@ from adapterkit.contract.combiners import Combiner
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, PROJECT
 from adapterkit.contract.method import Method
-from adapterkit.errors import AdapterWarning, ConfigError, PluginError, nearest, unknown
+from adapterkit.errors import (
+    AdapterWarning,
+    CheckpointError,
+    ConfigError,
+    PluginError,
+    UnknownNameError,
+    UnsupportedError,
+    nearest,
+    unknown,
+)
 from adapterkit.kinds import LayerKind
 
 if TYPE_CHECKING:
@@ -346,6 +355,57 @@ class Registry:
             )
         return self._load(next(iter(claims.values())))
 
+    def claim(self, values: Mapping[str, Any], where: object) -> Method:
+        """The method of a file with these fields in its `adapter_config.json`.
+
+        It is the one whose `peft_type` and `marks` agree and that knows every field; of several, the one with the most
+        marks. Where the type has only one method, it is that one, and its config says which fields it does not know.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: the file names no type, or several methods take it equally.
+            UnknownNameError: no method has that type.
+            UnsupportedError: none of the type's methods takes it; lists the fields that each does not know.
+        """
+        kind = values.get("peft_type")
+        if not isinstance(kind, str) or not kind:
+            raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
+        found: dict[str, type[AdapterConfig]] = {}
+        for name in self.methods():
+            try:
+                config_type = self.method(name).config_type()
+            except PluginError:
+                if name == kind.lower():
+                    raise
+                continue  # a plugin that is broken breaks only itself
+            if config_type.type_in_files() == kind.upper():
+                found[name] = config_type
+        if not found:
+            try:
+                return self.method(kind.lower())
+            except UnknownNameError as error:
+                raise UnknownNameError(
+                    f"{where} is an adapter of type {kind!r}, and no plugin provides the method {kind.lower()!r}. "
+                    f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
+                    f"{METHODS_GROUP!r}). Install the package of that one."
+                ) from error
+        takers = {n: len(c.marks) for n, c in found.items() if c.is_marked(values) and not c.unknown(values)}
+        best = [name for name, marks in takers.items() if marks == max(takers.values())]
+        if len(best) == 1 or len(found) == 1:
+            return self.method((best or [*found])[0])
+        if best:
+            raise CheckpointError(
+                f"{where} may be of any of the methods {' and '.join(map(repr, best))}: each of them knows all "
+                f"its fields. Switch one of them off: {DISABLE_VARIABLE}={best[-1]}."
+            )
+        reasons = [f"{name!r} {_why_not(config_type, values)}" for name, config_type in found.items()]
+        raise UnsupportedError(
+            f"{where} is an adapter of type {kind!r}, and none of that type's methods takes it: {'; '.join(reasons)}. "
+            "Install a method that does, or remove fields that change nothing."
+        )
+
     def register(self, plugin: object, name: str | None = None) -> Method:
         """Make a plugin's method available without an entry point: from a notebook, or in tests.
 
@@ -508,6 +568,14 @@ class Registry:
             raise
         self._methods[method.name] = method
         return method
+
+
+def _why_not(config_type: type[AdapterConfig], values: Mapping[str, Any]) -> str:
+    unknown = config_type.unknown(values)
+    if unknown:
+        return f"does not know {', '.join(f'{name} = {values[name]!r}' for name in unknown)}"
+    marks = {name: "a value" if mark is ... else repr(mark) for name, mark in config_type.marks.items()}
+    return f"needs {', '.join(f'{name} = {mark}' for name, mark in marks.items())}"
 
 
 def _import(entry: EntryPoint, what: str) -> object:

@@ -23,7 +23,6 @@ from adapterkit.files import (
     adapter_folder,
     layers_of,
     load_adapter,
-    method_in_file,
     read,
 )
 from adapterkit.forward import Active
@@ -121,7 +120,7 @@ def open_adapter(
     if files.config is None:
         files, known = translated(files, base, component, keep_names=keep_names)
     assert files.config is not None
-    method = method_in_file(files.config, files.folder)
+    method = default_registry.claim(files.config, files.folder)
     config = method.config_type().from_dict({"modules_to_save": None, **files.config})
     tensors = without_values(strip_file_prefix(files.tensors))
     if known is None and base is None:

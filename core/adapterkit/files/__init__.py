@@ -20,7 +20,7 @@ from adapterkit.files.folder import (
 )
 from adapterkit.files.header import Entry, Shard, dtype_name, read_header, write_header
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
-from adapterkit.files.loading import load_adapter, method_in_file
+from adapterkit.files.loading import load_adapter
 from adapterkit.files.places import module_slots, slots, stand_ins, widened
 from adapterkit.files.recognising import check_foreign, layers_of, of_component, recognise
 from adapterkit.files.saving import save_adapter, short_names, to_files
@@ -47,7 +47,6 @@ __all__ = [
     "layers_of",
     "load_adapter",
     "local_path",
-    "method_in_file",
     "model_folder",
     "module_slots",
     "not_to_be_had",

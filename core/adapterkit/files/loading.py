@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import (
-    METHODS_GROUP,
     AdapterConfig,
     Method,
     Names,
     default_registry,
     strip_file_prefix,
 )
-from adapterkit.errors import CheckpointError, UnknownNameError
+from adapterkit.errors import CheckpointError
 from adapterkit.files.fitting import equals_base, fit, put, refuse, warn_of
 from adapterkit.files.folder import AdapterFiles
 from adapterkit.files.places import slots
@@ -35,26 +32,6 @@ from adapterkit.model import (
 )
 from adapterkit.results import LoadReport
 from adapterkit.tensors import shape_of
-
-
-def method_in_file(config: Mapping[str, Any], folder: Path) -> Method:
-    """The method that an `adapter_config.json` is of.
-
-    Raises:
-        CheckpointError: it names none.
-        UnknownNameError: no installed plugin provides it.
-    """
-    peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or not peft_type:
-        raise CheckpointError(f"{folder}: adapter_config.json has no 'peft_type', so its method is not known.")
-    try:
-        return default_registry.method(peft_type.lower())
-    except UnknownNameError as error:
-        installed = ", ".join(map(str, default_registry.methods().values())) or "none"
-        raise UnknownNameError(
-            f"{folder} is an adapter of type {peft_type!r}, and no plugin provides the method {peft_type.lower()!r}. "
-            f"Installed methods: {installed} (entry-point group {METHODS_GROUP!r}). Install the package of that one."
-        ) from error
 
 
 def load_adapter(
@@ -119,7 +96,7 @@ def _method_and_config(
     if files.config is None:
         check_foreign(files.tensors, files.folder)
         return recognise(tensors, layers, files.metadata, files.folder)
-    method = method_in_file(files.config, files.folder)
+    method = default_registry.claim(files.config, files.folder)
     return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
 
 

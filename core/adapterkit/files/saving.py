@@ -124,7 +124,7 @@ def file_config(adapter: Adapter, method: Method, model: nn.Module, prefix: str 
         "modules_to_save": heads or None,
         "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
     }
-    resolved = ("layers_to_transform", *config.not_in_files)
+    resolved = ("layers_to_transform", *({"exclude_modules"} & {*config.not_in_files}))
     if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
         changes |= {
             "target_modules": short_names(
@@ -134,8 +134,8 @@ def file_config(adapter: Adapter, method: Method, model: nn.Module, prefix: str 
             "layers_to_transform": None,
             "layers_pattern": None,
         }
-    for patterns in ("rank_pattern", "alpha_pattern") if prefix else ():
-        if given := getattr(config, patterns, None):
+    for patterns in config.patterns if prefix else ():
+        if given := getattr(config, patterns):
             changes[patterns] = {key.removeprefix(prefix): value for key, value in given.items()}
     return config.replace(**changes)
 

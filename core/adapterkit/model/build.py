@@ -84,7 +84,7 @@ class Builder:
 
     def _make_layer(self, target: Target, shared: SharedView | None, inject: Injector) -> AdapterLayer:
         """The method's layer for one target, checked."""
-        layer = inject(target, self.config, {} if shared is None else shared)
+        layer = inject(target, self.config.at(target.path), {} if shared is None else shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "

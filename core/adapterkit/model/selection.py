@@ -200,8 +200,8 @@ def _left_out(path: str, paths: Sequence[str], heads: Sequence[str], exclude: Ru
 
 def _unused_patterns(config: AdapterConfig, targets: Sequence[Match]) -> list[str]:
     unused = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        table: PatternTable = PatternTable(getattr(config, field, {}), field)
+    for field in config.patterns:
+        table: PatternTable = PatternTable(getattr(config, field) or {}, field)
         for match in targets:
             table.get(match.path, None)
         unused += table.unused

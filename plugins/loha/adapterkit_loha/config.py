@@ -33,6 +33,7 @@ class LoHaConfig(AdapterConfig):
     """
 
     method = "loha"
+    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012 - a class variable by its base
 
     r: int = 8
     alpha: float = 8
@@ -50,9 +51,8 @@ class LoHaConfig(AdapterConfig):
 
     def check(self) -> None:
         """See `AdapterConfig.check`."""
-        for name, rank in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):
-            if rank < 1:
-                raise ConfigError(f"{name} = {rank!r}: a rank must be at least 1.")
+        if self.r < 1:
+            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
         for name in ("rank_dropout", "module_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be a probability, from 0 to 1.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from adapterkit import AdapterConfig, ConfigError, UnsupportedError
 
@@ -24,8 +24,6 @@ class LoraConfig(AdapterConfig):
         lora_alpha: `scaling = lora_alpha / r`.
         use_rslora: `scaling = lora_alpha / sqrt(r)` instead (Kalajdzievski 2023, arXiv 2312.03732).
         lora_dropout: probability of dropping each input entry of A, in training.
-        bias: which biases of the base are trained with the adapter, each adapter its own copy:
-            `"none"`, `"lora_only"` (the adapted layers') or `"all"`.
         lora_bias: B has a bias of its own, `(out,)`, scaled as B is.
         rank_pattern, alpha_pattern: other values for some layers: a regular expression for the end of a
             path at a dot, and the value; the first that matches counts.
@@ -34,12 +32,13 @@ class LoraConfig(AdapterConfig):
             `"pissa"`, `"pissa_niter_N"`: the weight's leading singular vectors, exactly or by N subspace
             iterations (Meng et al. 2024, arXiv 2404.02948). `"olora"`: its QR factors (Büyükakyüz 2024, arXiv
             2406.01775). These two train the weight's own leading part; the base itself is not changed.
-        fan_in_fan_out: of no effect: the layer kind knows its layout. Kept for files.
 
     The other fields are `AdapterConfig`'s.
     """
 
     method = "lora"
+    not_in_files = ()
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # noqa: RUF012 - a class variable by its base
     not_implemented = {  # noqa: RUF012 - a class variable by its base
         "use_dora": False,
         "loftq_config": {},
@@ -67,17 +66,10 @@ class LoraConfig(AdapterConfig):
     lora_alpha: float = 8
     use_rslora: bool = False
     lora_dropout: float = 0.0
-    bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
-    fan_in_fan_out: bool = False
-
-    @property
-    def trained_biases(self) -> Literal["none", "targets", "all"]:
-        """See `AdapterConfig.trained_biases`."""
-        return "targets" if self.bias == "lora_only" else self.bias
 
     @property
     def starts_as_identity(self) -> bool:
@@ -97,11 +89,10 @@ class LoraConfig(AdapterConfig):
 
     def check(self) -> None:
         """See `AdapterConfig.check`."""
-        for name, rank in (("r", self.r), *(("rank_pattern", r) for r in self.rank_pattern.values())):
-            if rank < 1:
-                raise ConfigError(f"{name} = {rank!r}: a rank must be at least 1.")
-            if self.init_lora_weights == "orthogonal" and rank % 2:
-                raise ConfigError(f"{name} = {rank}: init_lora_weights='orthogonal' needs an even rank.")
+        if self.r < 1:
+            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            raise ConfigError(f"r = {self.r}: init_lora_weights='orthogonal' needs an even rank.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout = {self.lora_dropout} must be a probability, at least 0 and below 1.")
         self._check_init(self.init_lora_weights)

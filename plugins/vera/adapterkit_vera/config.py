@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from adapterkit import AdapterConfig, ConfigError
 
@@ -21,10 +20,7 @@ class VeraConfig(AdapterConfig):
         save_projection: whether files hold A and B. Without them they are made again from the key.
         vera_dropout: probability of dropping each input entry of A, in training.
         d_initial: what every entry of d starts at.
-        bias: which biases of the base are trained with the adapter, each adapter its own copy:
-            `"none"`, `"vera_only"` (the adapted layers') or `"all"`.
         init_weights: `True`: b starts at zero. `False`: b at one and d normal.
-        fan_in_fan_out: of no effect: the layer kind knows its layout. Kept for files.
 
     The other fields are `AdapterConfig`'s.
     """
@@ -38,14 +34,7 @@ class VeraConfig(AdapterConfig):
     save_projection: bool = True
     vera_dropout: float = 0.0
     d_initial: float = 0.1
-    bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-
-    @property
-    def trained_biases(self) -> Literal["none", "targets", "all"]:
-        """See `AdapterConfig.trained_biases`."""
-        return "targets" if self.bias == "vera_only" else self.bias
 
     @property
     def starts_as_identity(self) -> bool:

@@ -276,7 +276,7 @@ def test_parameters_are_pefts_and_nothing_else_trains() -> None:
     ("fields", "message"),
     [
         ({"r": 0}, "r = 0: a rank must be at least 1."),
-        ({"rank_pattern": {"fc": 0}}, "rank_pattern = 0: a rank must be at least 1."),
+        ({"rank_pattern": {"fc": 0}}, "rank_pattern: r = 0: a rank must be at least 1."),
         ({"rank_dropout": 1.5}, "rank_dropout = 1.5 must be a probability, from 0 to 1."),
         ({"module_dropout": -0.1}, "module_dropout = -0.1 must be a probability, from 0 to 1."),
     ],

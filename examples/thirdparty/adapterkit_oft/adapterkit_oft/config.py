@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from adapterkit import AdapterConfig, ConfigError
 
@@ -20,9 +19,7 @@ class OFTConfig(AdapterConfig):
         use_cayley_neumann: the inverse in Cayley's formula is a sum of `num_cayley_neumann_terms` powers: faster,
             and orthogonal only as far as that converges.
         module_dropout: the share of a layer's blocks, rounded down, that are left out in each training forward.
-        bias: which biases of the base are trained with the adapter: `"none"`, `"oft_only"` or `"all"`.
         init_weights: `True`: R starts as the identity. `False`: near it.
-        fan_in_fan_out: of no effect: the layer kind knows its layout. Kept for files.
 
     The other fields are `AdapterConfig`'s.
     """
@@ -36,19 +33,12 @@ class OFTConfig(AdapterConfig):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
     module_dropout: float = 0.0
-    bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
-    fan_in_fan_out: bool = False
 
     @property
     def starts_as_identity(self) -> bool:
         """See `AdapterConfig.starts_as_identity`."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Literal["none", "targets", "all"]:
-        """See `AdapterConfig.trained_biases`."""
-        return "targets" if self.bias == "oft_only" else self.bias
 
     def check(self) -> None:
         """See `AdapterConfig.check`."""
