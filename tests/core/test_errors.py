@@ -133,9 +133,7 @@ CONFIGS = {
     ),
     "dropout negative": case(lambda c: c(lora_dropout=-0.1), ak.ConfigError, "must be a probability"),
     "dropout nan": case(lambda c: c(lora_dropout=float("nan")), ak.ConfigError, "it must be a finite float32."),
-    "bias": case(
-        lambda c: c(bias="some"), ak.ConfigError, "bias = 'some' must be 'none' or 'all' or 'lora_only'."
-    ),
+    "bias": case(lambda c: c(bias="some"), ak.ConfigError, "bias = 'some' must be 'none' or 'all' or 'lora_only'."),
     "targets number": case(lambda c: c(target_modules=3), ak.ConfigError, "it must be str or a list of str or None."),
     "targets numbers": case(lambda c: c(target_modules=[1, 2]), ak.ConfigError, "must be str or a list of str or None"),
     "targets mixed set": case(lambda c: c(target_modules={1, "a"}), ak.ConfigError, "must be str or a list of str"),
