@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.report.sources import Head, Source
+from adapterkit.report.sources import Source
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -24,18 +24,20 @@ def source(
     factors: Mapping[str, ak.Factors | None],
     base: Mapping[str, float] | None = None,
     config: ak.AdapterConfig | None = None,
-    heads: tuple[Head, ...] = (),
+    heads: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     labels: tuple[str, ...] = (),
 ) -> Source:
     norms = base or {}
+    parameters = {f"{path}.{i}": t for path, f in factors.items() if f for i, t in enumerate(f[:2])}
     return Source(
         name=name,
         config=config or ak.config("lora", target_modules=["x"]),
         kinds=dict.fromkeys(factors, "Linear"),
         factors=factors.__getitem__,
         base_norm=norms.get,
-        parameters={f"{path}.{i}": t for path, f in factors.items() if f for i, t in enumerate(f[:2])},
-        heads=heads,
+        parameters=parameters,
+        in_layers=sum(t.numel() for t in parameters.values()),
+        heads=heads or {},
         labels=labels,
     )
 

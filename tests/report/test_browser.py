@@ -14,7 +14,6 @@ import pytest
 from tests.report.sources import low_rank, source, stack
 
 from adapterkit.report import Report
-from adapterkit.report.sources import Head
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -42,9 +41,14 @@ f.onload = () => {{
 def report(name: str = "first") -> Report:
     a = stack(3, ("attention.self.query_of_a_long_name", "mlp.up"))
     b = {**stack(2, seed=9), "a.path.without.any.number.that.is.longer.than.a.phone.is.wide": low_rank(5, 4, 2)}
-    head = Head("classifier", {"weight": (3, 6)})
     labels = ("x" * 90, "y")
-    return Report.of([source(name, a, heads=(head,), labels=labels), source("second", a), source("third", b)])
+    return Report.of(
+        [
+            source(name, a, heads={"classifier": {"weight": (3, 6)}}, labels=labels),
+            source("second", a),
+            source("third", b),
+        ]
+    )
 
 
 def look(page: str, folder: Path, width: int, *, dark: bool = False) -> dict[str, Any]:

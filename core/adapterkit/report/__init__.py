@@ -1,11 +1,10 @@
-"""Reports on adapters: which layers matter, which rank is enough, what can be merged.
+"""Reports on adapters: which layers change, which rank is enough, which adapters can be merged.
 
-In: adapters on a model or in folders. Out: a page for a notebook or a self-contained HTML file.
-Uses: errors, tensors, kinds, contract, model, files, merging, combining, disk.
+In: adapters on a model or in files. Out: a `Report`, which prints as its verdicts and saves as one HTML page.
+Uses `combining` (singular values, subspaces), `disk` and `model` (where adapters come from).
 """
 
-from adapterkit.report.document import Report
-from adapterkit.report.live import live_sources
-from adapterkit.report.stored import write_report
+from adapterkit.report.report import Report, write_report
+from adapterkit.report.sources import live_sources
 
 __all__ = ["Report", "live_sources", "write_report"]

@@ -1,177 +1,334 @@
-"""The page: one self-contained HTML file out of the findings."""
+"""The page: one self-contained HTML file made from the findings."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.report import pictures
-from adapterkit.report.facts import facts, head_note, target_table
-from adapterkit.report.findings import AdapterFinding, Findings
-from adapterkit.report.grid import Grid
-from adapterkit.report.heat import percent
-from adapterkit.report.signs import MOST_ENTRIES
-from adapterkit.report.verdict import Verdict, sizes
+from adapterkit.contract import AdapterConfig
+from adapterkit.report import plots
+from adapterkit.report.heatmaps import Cell, Grid, HeatMap, layer_map, number, percent, shade
+from adapterkit.report.measuring import MOST_ENTRIES, AdapterFinding, Findings, LayerFinding, PairFinding
+from adapterkit.report.verdicts import DISTURBED, UNDISTURBED, Verdict, count
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-# Verdicts on so many pairs stand beside those on the adapters; the others are folded away.
-_PAIRS_ON_TOP = 6
+# What the page shows at most: verdicts on pairs that are not folded away, pairs layer by layer, plots of spectra,
+# labels.
+_PAIRS_ON_TOP, _PAIRS_BY_LAYER, _MOST_SPECTRA, _MOST_LABELS = 6, 6, 16, 12
 
-# One short sentence or two for each picture: how to read it.
+_RELATIVE = "|dW| / |W| in percent: how far training moved the weight of the layer"
+_OWN = "|dW| in percent of the adapter's largest, because the base's weights are not available"
+# How to read each kind of figure.
 _HOW = {
-    "enough": "How to read: go up from a rank to the solid curve; it says in how many percent of the targets that rank "
-    "keeps 99 % of the change. Where the curve reaches the line at 95 %, a larger rank buys next to nothing.",
-    "spectra": "How to read: each drawing has one module name; a curve falls as fast as its layers concentrate on few "
-    "directions. Vertical lines: where the middle layer has 90 % (dotted) and 99 % (dashed) of its energy. A curve "
-    "that stays high to the right end uses all of its rank.",
-    "bands": "Bands: all layers (light), the middle half (dark), the middle layer (line).",
+    "layers": "How to read: rows are the layers of the model, columns their modules; a cell is {size}. Strong colour "
+    "shows where the adapter works. You can try to leave out faint rows and columns.",
+    "enough": "How to read: the solid curve gives, for each rank, the percentage of targets in which that rank keeps "
+    "99 % of the change. To the right of the point where it crosses the line at 95 %, a larger rank adds little.",
+    "spectra": "How to read: each plot has the layers of one module name. The faster a curve falls, the fewer "
+    "directions its layer uses. Vertical lines show where the median layer has 90 % (dotted) and 99 % (dashed) of its "
+    "energy. A curve that stays high to the right end uses all of its rank.",
+    "bands": "Bands: all layers (light), the middle half (dark), the median layer (line).",
     "overall": "How to read: each table compares every two adapters over all their targets. Disturbance is what the "
-    "column's adapter adds in the directions the row's uses, in percent of the row's size: below 2 % a sum keeps both. "
-    "Blue agrees and orange opposes; faint cells are what chance gives, or little.",
-    "pair": "How to read: faint cells are layers where the two hardly meet. In the cosine, blue layers pull the same "
-    "way and orange ones apart. A sum hurts where the disturbance is strong and the cosine is not blue. Shared input "
-    "directions may stem from equal random initial values; shared output directions are learnt.",
+    "adapter of the column adds in the directions of the adapter of the row, in percent of the row's size: below 2 % a "
+    "sum keeps both. Blue agrees, orange opposes; faint cells are close to chance, or small.",
+    "pair": "How to read: in faint cells the two hardly interact. In the cosine, blue layers pull in the same "
+    "direction and orange layers in opposite directions. A sum does harm where the disturbance is strong and the "
+    "cosine is not blue. Shared input directions may come from equal random initial values; shared output directions "
+    "are learned.",
 }
 
 
 def render(findings: Findings, verdicts: Sequence[Verdict], grid: Grid, title: str) -> str:
-    """The page's HTML. Names that come from files are escaped."""
+    """The HTML of the page. Names that come from files are escaped."""
     import jinja2
     from markupsafe import Markup
+
+    from adapterkit import __version__
 
     here = files("adapterkit.report")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["broken"] = _broken
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
-    groups = _groups(verdicts)
-    pairs = len(findings.adapters) > 1
+    about = dict.fromkeys(verdict.about for verdict in verdicts)
+    groups = [(" and ".join(names), [v for v in verdicts if v.about == names]) for names in about]
+    on_top = len(findings.adapters) + _PAIRS_ON_TOP
+    based = {adapter.has_base for adapter in findings.adapters if adapter.layers}
+    size = _RELATIVE if based == {True} else _OWN if True not in based else f"{_RELATIVE}; or else {_OWN}"
+    sizes = (
+        "sizes are relative to the base's weights"
+        if based == {True}
+        else (
+            "sizes are relative to the base's weights where these are available"
+            if True in based
+            else "the base's weights are not available: sizes are relative to the adapter's largest change"
+        )
+    )
     return template.render(
         title=title,
-        subtitle=_subtitle(findings),
+        subtitle=f"{count(len(findings.adapters), 'adapter')}, {count(len(findings.paths), 'target')}; {sizes}",
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
-        groups=groups[: len(findings.adapters) + _PAIRS_ON_TOP],
-        more=groups[len(findings.adapters) + _PAIRS_ON_TOP :],
+        groups=groups[:on_top],
+        more=groups[on_top:],
         rules=list(dict.fromkeys(verdict.rule for verdict in verdicts)),
         adapters=[_adapter(adapter, grid) for adapter in findings.adapters],
-        comparison=_comparison(findings, grid) if pairs else None,
-        how={**_HOW, "layers": _how_layers(findings), "targets": head_note(findings.adapters)},
-        notes=_notes(findings),
+        comparison=_comparison(findings, grid) if findings.pairs else None,
+        how={**_HOW, "layers": _HOW["layers"].format(size=size)},
+        version=__version__,
+        sampled=f"{MOST_ENTRIES:,}",
     )
 
 
-def _groups(found: Sequence[Verdict]) -> list[tuple[str, list[Verdict]]]:
-    """The verdicts by what they are about, each adapter's together."""
-    names = list(dict.fromkeys(verdict.about for verdict in found))
-    return [(" and ".join(about), [verdict for verdict in found if verdict.about == about]) for about in names]
-
-
 def _broken(text: str) -> Markup:
-    """Escaped, with places to break a long path, and none between a number and its percent sign."""
+    """Escaped, with places to break a long path, and no break between a number and its percent sign."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"([./_])(?=[^\W\d])", r"\1<wbr>", str(escape(text)).replace(" %", "&nbsp;%")))
 
 
-def _subtitle(findings: Findings) -> str:
-    count = len(findings.adapters)
-    targets = len(findings.paths)
-    with_base = [a.has_base for a in findings.adapters if a.layers]
-    if with_base and all(with_base):
-        sizes_are = "sizes are relative to the base's weights"
-    elif any(with_base):
-        sizes_are = "sizes are relative to the base's weights where these are at hand"
-    else:
-        sizes_are = "the base's weights are not at hand: sizes are relative to the adapter's largest change"
-    return f"{count} adapter{'s' if count != 1 else ''}, {targets} target{'s' if targets != 1 else ''}; {sizes_are}"
-
-
-def _how_layers(findings: Findings) -> str:
-    with_base = {adapter.has_base for adapter in findings.adapters if adapter.layers}
-    relative = "|dW| / |W| in percent, how far training moved the layer's weight"
-    own = "|dW| in percent of the adapter's largest, because the base's weights are not at hand"
-    what = relative if with_base == {True} else own if with_base != {True, False} else f"{relative}, or else {own}"
-    return (
-        f"How to read: rows are the model's layers, columns its modules; a cell is {what}. Strong colour is "
-        "where the adapter works; faint rows and columns could be left out at a try."
-    )
-
-
 def _adapter(adapter: AdapterFinding, grid: Grid) -> dict[str, Any]:
+    """What the page shows of one adapter."""
     from markupsafe import Markup
 
-    moved = any(layer.norm for layer in adapter.layers.values())
-    drawn = pictures.spectra(adapter, grid) if moved else []
-    modules = {grid.places[path][1] for path, layer in adapter.layers.items() if layer.norm}
-    largest = max(sizes(adapter).values(), default=0.0)
-    return {
-        "name": adapter.name,
-        "facts": facts(adapter),
-        "without": _without(adapter),
-        "sizes": pictures.size_map(adapter, grid) if moved else None,
-        "largest": f"{percent(largest)} %" if adapter.has_base else f"100 % = {largest:.3g}",
-        "enough": Markup(pictures.enough(adapter)) if moved else "",
-        "spectra": [{"name": s.name, "note": s.note, "svg": Markup(s.svg)} for s in drawn],
-        "bands": any(sum(grid.places[p][1] == m for p in adapter.layers) > 12 for m in modules),
-        "spectra_left_out": f"Drawn: the {len(drawn)} module names with the most layers of {len(modules)}."
-        if len(drawn) < len(modules)
-        else "",
-        "ranks": pictures.rank_map(adapter, grid) if moved else None,
-        "largest_rank": max((layer.rank99 for layer in adapter.layers.values()), default=0),
+    lacking = adapter.without_factors
+    shown: dict[str, Any] = {"name": adapter.name, "facts": _facts(adapter), "sizes": None, "without": ""}
+    if lacking:
+        shown["without"] = (
+            f"{len(lacking)} targets are not shown, for example {lacking[0]}: the method "
+            f"{adapter.source.config.method} has no low-rank form of its change there."
+        )
+    if not adapter.norm:
+        return shown | {"without": shown["without"] or "Every change is zero."}
+    moved = {path: layer for path, layer in adapter.layers.items() if layer.norm}
+    groups: dict[str, list[LayerFinding]] = {}
+    for path, layer in moved.items():
+        groups.setdefault(grid.places[path][1], []).append(layer)
+    largest = sorted(groups, key=lambda name: -len(groups[name]))[:_MOST_SPECTRA]
+    ranks = [layer.rank90 for layer in moved.values()], [layer.rank99 for layer in moved.values()]
+    trained = max(layer.rank for layer in adapter.layers.values())
+    return shown | {
+        "sizes": _size_map(adapter, grid),
+        "enough": Markup(plots.enough(adapter.name, *ranks, trained)),
+        "spectra": [
+            _spectra(adapter.name, name or "single layers", groups[name]) for name in groups if name in largest
+        ],
+        "bands": any(len(layers) > plots.THIN_LINES for layers in groups.values()),
+        "modules": len(groups),
+        "ranks": _rank_map(adapter, grid),
     }
 
 
-def _without(adapter: AdapterFinding) -> str:
-    if not adapter.without_factors:
-        return "" if any(layer.norm for layer in adapter.layers.values()) else "Every change is zero."
-    return (
-        f"{len(adapter.without_factors)} targets are not shown, for example {adapter.without_factors[0]}: the method "
-        f"{adapter.source.config.method} has no low-rank form of its change there."
-    )
+def _facts(adapter: AdapterFinding) -> list[tuple[str, str]]:
+    """Name and value of each fact about an adapter."""
+    source = adapter.source
+    config = source.config
+    common = {field.name for field in dataclasses.fields(AdapterConfig)}
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in common}
+    own = {name: value for name, value in own.items() if value not in (None, False, {}, (), "none", 0.0)}
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    tensors = source.parameters.values()
+    kinds = list(source.kinds.values())
+    found = [
+        ("method", config.method),
+        ("settings", ", ".join(f"{name} = {_short(value)}" for name, value in own.items())),
+        ("rank", " to ".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]])))),
+        ("targets", ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))),
+        ("target_modules", _short(config.target_modules or "")),
+        ("parameters", f"{sum(t.numel() for t in tensors):,}"),
+        ("size", f"{sum(t.numel() * t.element_size() for t in tensors) / 1e6:.3g} MB"),
+        ("dtype", ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))),
+        ("base", config.base_model_name_or_path or "not named"),
+        ("task", config.task_type or ""),
+        ("heads", _heads(adapter)),
+        ("labels", _labels(adapter)),
+        ("biases", f"{source.biases} trained" if source.biases else ""),
+        ("size of dW", f"{adapter.norm:.4g} (Frobenius, all targets)" if adapter.layers else ""),
+        ("read from", source.place),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{len(value)} patterns"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+    return str(value)
+
+
+def _heads(adapter: AdapterFinding) -> str:
+    found = []
+    for path, shapes in adapter.source.heads.items():
+        matrices = ["×".join(map(str, shape)) for shape in shapes.values() if len(shape) > 1]
+        found.append(f"{path} {', '.join(matrices) or 'no matrix'}")
+    return "; ".join(found)
+
+
+def _labels(adapter: AdapterFinding) -> str:
+    labels = adapter.source.labels
+    more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
+    return f"{len(labels)}: {', '.join(labels[:_MOST_LABELS])}{more}" if labels else ""
+
+
+def _size_map(adapter: AdapterFinding, grid: Grid) -> HeatMap:
+    """Where the change is large."""
+    sizes = adapter.sizes()
+    most = max(sizes.values())
+
+    def cell(paths: Sequence[str]) -> Cell:
+        """The size at one path, or of several together: relative to their weights, or the mean for the largest."""
+        found = [adapter.layers[path] for path in paths]
+        size = math.hypot(*(layer.norm for layer in found))
+        if adapter.has_base:
+            size /= math.hypot(*(layer.base_norm or 0.0 for layer in found))
+        else:
+            size /= math.sqrt(len(found))
+        return Cell(percent(size if adapter.has_base else size / most), shade(size, most))
+
+    def titled(path: str) -> Cell:
+        layer = adapter.layers[path]
+        relative = "" if layer.relative is None else f", |dW|/|W| {percent(layer.relative)} %"
+        ranks = f"rank for 90 % {layer.rank90}, 99 % {layer.rank99} of {layer.rank}"
+        return dataclasses.replace(cell([path]), title=f"|dW| {layer.norm:.3g}{relative}, {ranks}")
+
+    unit = "relative size in percent" if adapter.has_base else "size as a share of the largest in percent"
+    high = f"{percent(most)} %" if adapter.has_base else f"100 % = {most:.3g}"
+    return layer_map(f"{adapter.name}: {unit}", grid, {p: titled(p) for p in adapter.layers}, cell, high=high)
+
+
+def _rank_map(adapter: AdapterFinding, grid: Grid) -> HeatMap:
+    """The rank that keeps 99 % at each target."""
+    most = max(layer.rank99 for layer in adapter.layers.values())
+    cells = {
+        path: Cell(str(layer.rank99), shade(layer.rank99, most), f"90 %: {layer.rank90}")
+        for path, layer in adapter.layers.items()
+    }
+    return layer_map(f"{adapter.name}: rank that keeps 99 % of the energy", grid, cells, low="1", high=str(most))
+
+
+def _spectra(adapter: str, module: str, layers: Sequence[LayerFinding]) -> dict[str, Any]:
+    """The plot of the spectra of the layers of one module name, with its name and a note."""
+    from markupsafe import Markup
+
+    at90, at99 = (math.ceil(median(getattr(layer, rank) for layer in layers)) for rank in ("rank90", "rank99"))
+    svg = plots.spectra(f"{adapter}, {module}", [layer.spectrum for layer in layers], (at90, at99))
+    count = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+    return {"name": module, "note": f"{count}, 90 % at {at90}, 99 % at {at99}", "svg": Markup(svg)}
 
 
 def _comparison(findings: Findings, grid: Grid) -> dict[str, Any]:
-    shown = pictures.pairs_to_show(findings)
-    names = [adapter.name for adapter in findings.adapters]
-    columns, rows = target_table(findings.adapters)
-    sharing = sum(bool(pair.layers) for pair in findings.pairs.values())
+    """What the page shows of several adapters together."""
+    adapters = findings.adapters
+    names = [adapter.name for adapter in adapters]
+    targets = [set(adapter.source.kinds) for adapter in adapters]
+    own = [len(t.difference(*(other for other in targets if other is not t))) for t in targets]
+    shared = [pair for pair, found in findings.pairs.items() if found.layers]
+    shown = sorted(shared, key=lambda pair: -max(findings.pairs[pair].inside))[:_PAIRS_BY_LAYER]
     return {
-        "matrices": pictures.matrices(findings),
-        "targets": {"columns": columns, "rows": rows},
-        "pairs": [
-            {"name": f"{names[i]} and {names[j]}", "maps": pictures.pair_maps(findings.pairs[i, j], grid)}
-            for i, j in shown
+        "matrices": _matrices(findings),
+        "names": names,
+        "targets": [
+            ("targets", [str(len(t)) for t in targets]),
+            ("of no other adapter", [str(count) for count in own]),
+            ("heads", [_heads(adapter) or "none" for adapter in adapters]),
+            ("labels", [_labels(adapter) or "none" for adapter in adapters]),
+            ("base", [adapter.source.config.base_model_name_or_path or "not named" for adapter in adapters]),
         ],
-        "left_out": f"Shown: the {len(shown)} pairs of {sharing} that disturb each other most."
-        if len(shown) < sharing
-        else "",
+        "about_heads": _about_heads(adapters),
+        "pairs": [
+            {"name": f"{names[i]} and {names[j]}", "maps": _pair_maps(findings.pairs[i, j], grid)} for i, j in shown
+        ],
+        "sharing": len(shared),
     }
 
 
-def _notes(findings: Findings) -> list[str]:
-    from adapterkit import __version__
+def _about_heads(adapters: Sequence[AdapterFinding]) -> str:
+    """What can become of the heads in a combination."""
+    owners = [adapter for adapter in adapters if adapter.source.heads]
+    shapes = {tuple(sizes.items()) for adapter in owners for sizes in adapter.source.heads.values()}
+    paths = {path for adapter in owners for path in adapter.source.heads}
+    if not owners:
+        return "No adapter has a head of its own."
+    if len(owners) == 1:
+        return f"Only {owners[0].name} has a head: keep it with heads={owners[0].name!r}, or drop it with heads='drop'."
+    if len(shapes) > len(paths):
+        return "Their heads have different sizes: choose one, or put the labels side by side with heads='concat'."
+    return "Their heads have the same sizes: choose one, average them, or put the labels side by side with 'concat'."
 
-    notes = [
-        f"Made by adapterkit {__version__}. Norms are Frobenius norms of dW = up @ down, biases left out; energy is "
-        "the sum of squared singular values; all from the factors, never from a dense matrix.",
+
+def _matrices(findings: Findings) -> list[HeatMap]:
+    """What every two adapters have in common, over all layers."""
+    names = [adapter.name for adapter in findings.adapters]
+    chance = [pair.chance for pair in findings.pairs.values() if pair.layers]
+    outputs, inputs = (f"random: {number(max((c[i] for c in chance), default=0.0))}" for i in (0, 1))
+    tables: list[tuple[str, str, Callable[[PairFinding, int], float], float, bool]] = [
+        ("Cosine", "1 same, 0 unrelated, −1 opposite", lambda pair, _: pair.cosine, 1.0, True),
+        ("Disturbance", "of the row's adapter by the column's", lambda pair, i: pair.inside[i], 5 * UNDISTURBED, False),
+        ("Shared output directions", outputs, lambda pair, _: pair.columns, 1.0, False),
+        ("Shared input directions", inputs, lambda pair, _: pair.rows, 1.0, False),
+        ("Sign conflicts", "share of the entries; 0.50 is chance", lambda pair, _: pair.signs.share, 1.0, False),
     ]
-    if findings.pairs:
-        notes.append(
-            "Shared directions: the mean squared cosine of the principal angles between the leading singular vectors "
-            "that hold 90 % of each change's energy (Hu et al. 2021, section 7.2). Disturbance: "
-            "|P dW Q| with the projections on those of the other, over the other's norm. Sign conflicts: entries of "
-            "opposite sign, and the smaller magnitude of each as a share of all magnitude, which is what TIES (Yadav "
-            "et al. 2023) drops."
-        )
-        sampled = sum(
-            layer.signs.seen < layer.signs.entries for pair in findings.pairs.values() for layer in pair.layers.values()
-        )
-        if sampled:
-            notes.append(
-                f"Sign conflicts of {sampled} layers with more than {MOST_ENTRIES:,} entries are from whole rows with "
-                "about that many, drawn at random by a fixed seed."
-            )
-    return notes
+    maps = []
+    for title, note, value, most, signed in tables:
+        rows = []
+        for i, name in enumerate(names):
+            cells = []
+            for j in range(len(names)):
+                pair = findings.pairs.get((min(i, j), max(i, j)))
+                found = value(pair, int(i > j)) if pair and pair.layers else None
+                written = f"{percent(found or 0.0)} %" if title == "Disturbance" else number(found or 0.0)
+                cells.append(Cell("–") if found is None else Cell(written, shade(found, most, signed)))
+            rows.append((name, cells))
+        maps.append(HeatMap(title, names, rows, note=note))
+    return maps
+
+
+def _pair_maps(pair: PairFinding, grid: Grid) -> list[HeatMap]:
+    """One pair, layer by layer."""
+    layers = pair.layers
+
+    def panel(
+        title: str,
+        note: str,
+        values: Mapping[str, float],
+        least: float,
+        written: Callable[[float], str] = number,
+        signed: bool = False,
+        titles: Mapping[str, str] | None = None,
+    ) -> HeatMap:
+        """The scale ends at the largest value, but not below `least`, so that noise stays faint."""
+        most = max(least, *map(abs, values.values()))
+        cells = {
+            path: Cell(written(v), shade(v, most, signed), (titles or {}).get(path, "")) for path, v in values.items()
+        }
+        ends: dict[str, Any] = {"low": written(-most), "middle": written(0.0)} if signed else {}
+        return layer_map(title, grid, cells, note=note, high=written(most), **ends)
+
+    met = {
+        path: f"outputs {number(layer.columns.similarity)} (chance {number(layer.columns.chance)}), inputs "
+        f"{number(layer.rows.similarity)} ({number(layer.rows.chance)}), signs {percent(layer.signs.share)} %"
+        for path, layer in layers.items()
+    }
+    cosine = {path: layer.cosine for path, layer in layers.items()}
+    disturbance = {path: layer.disturbance for path, layer in layers.items()}
+    shared = {path: max(layer.columns.similarity, layer.rows.similarity) for path, layer in layers.items()}
+    opposed = {path: 0.5 - layer.signs.share for path, layer in layers.items()}
+    return [
+        panel("Cosine", "blue agrees, orange opposes", cosine, 0.1, signed=True, titles=met),
+        panel("Disturbance", "percent of the size of the more disturbed one", disturbance, DISTURBED, percent),
+        panel("Shared directions", "outputs or inputs, the larger", shared, 0.1),
+        panel(
+            "Sign conflicts",
+            "share of the entries; orange: more than chance",
+            opposed,
+            0.05,
+            lambda value: number(0.5 - value),
+            signed=True,
+        ),
+    ]

@@ -1,26 +1,23 @@
-"""Sources: the adapters that a report is about, wherever they come from."""
+"""The adapters that a report is about: on a model, or in files."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, default_registry
+from adapterkit.disk import Base, open_adapter, stand_in
 from adapterkit.errors import StateError
-from adapterkit.kinds import Factors
+from adapterkit.kinds import Factors, dense
+from adapterkit.merging import Merged
 from adapterkit.model import Adapter
-
-
-@dataclass(frozen=True)
-class Head:
-    """A module trained in full with the adapter: its path and the shape of each of its tensors."""
-
-    path: str
-    shapes: Mapping[str, tuple[int, ...]]
+from adapterkit.tensors import as_wholes
 
 
 @dataclass(frozen=True)
@@ -28,15 +25,17 @@ class Source:
     """One adapter, as a report needs it.
 
     Attributes:
-        name: what the report calls it.
+        name: its name in the report.
         config: its config.
-        kinds: each target's layer kind, such as `"Linear"`, by path in the order of the model.
-        factors: the change at a path, made when asked for and not kept; `None` where the method has no such form.
-        base_norm: the Frobenius norm of the base's weight at a path, or `None` where that is not at hand.
-        parameters: what it trains, by name.
-        heads, labels: its heads, and the classes these tell apart.
-        biases: paths whose bias it trains.
-        place: where it was read from, for the reader.
+        kinds: the layer kind of each target, such as `"Linear"`, by path in the order of the model.
+        factors: returns the change at a path, or `None` if the method has no low-rank form. They are not kept.
+        base_norm: returns the Frobenius norm of the base's weight at a path, or `None` if it is not available.
+        parameters: everything that it trains, by name.
+        in_layers: how many of these numbers change the layers; the others are heads and biases of the base.
+        heads: its heads by path, with the shape of each of their tensors.
+        labels: the classes that its heads tell apart.
+        biases: how many biases of the base it trains.
+        place: where it was read from.
     """
 
     name: str
@@ -45,48 +44,81 @@ class Source:
     factors: Callable[[str], Factors | None]
     base_norm: Callable[[str], float | None]
     parameters: Mapping[str, Tensor]
-    heads: Sequence[Head] = ()
+    in_layers: int
+    heads: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     labels: Sequence[str] = ()
-    biases: Sequence[str] = ()
-    place: str | None = None
+    biases: int = 0
+    place: str = ""
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """The fields that the method's own config has beside those of all methods, where they say something."""
-        common = {f.name for f in dataclasses.fields(AdapterConfig)}
-        own = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name not in common}
-        return {name: value for name, value in own.items() if value not in (None, False, {}, (), "none", 0.0)}
+    @classmethod
+    def of(cls, adapter: Adapter, base_norm: Callable[[str], float | None]) -> Source:
+        """The source for an adapter on a model."""
+        method = default_registry.method_of(adapter.config)
 
+        def factors(path: str) -> Factors | None:
+            found = method.factors(adapter.layers[path])
+            if found is None:
+                return None
+            if found.down.is_meta:
+                raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
+            if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
+                raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
+            return found
 
-def of_adapter(adapter: Adapter, base_norm: Callable[[str], float | None], place: str | None = None) -> Source:
-    """The source that an adapter on a model is; for `base_norm` and `place` see `Source`."""
-    method = default_registry.method_of(adapter.config)
-
-    def factors(path: str) -> Factors | None:
-        found = method.factors(adapter.layers[path])
-        return None if found is None else _checked(found, adapter.name, path)
-
-    return Source(
-        name=adapter.name,
-        config=adapter.config,
-        kinds={path: layer.kind.name for path, layer in adapter.layers.items()},
-        factors=factors,
-        base_norm=base_norm,
-        parameters=dict(adapter.named_parameters()),
-        heads=[Head(path, _shapes(head.state_dict())) for path, head in adapter.heads.items()],
-        labels=() if adapter.labels is None else tuple(adapter.labels.id2label.values()),
-        biases=tuple(adapter.biases),
-        place=place,
-    )
-
-
-def _checked(factors: Factors, name: str, path: str) -> Factors:
-    if factors.down.is_meta:
-        raise StateError(f"Adapter {name!r} has no values at {path!r}: it is on the meta device.")
-    if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
-        raise StateError(f"Adapter {name!r} has values at {path!r} that are not finite.")
-    return factors
+        parameters = dict(adapter.named_parameters())
+        elsewhere = [p for part in (*adapter.heads.values(), *adapter.biases.values()) for p in part.parameters()]
+        return cls(
+            name=adapter.name,
+            config=adapter.config,
+            kinds={path: layer.kind.name for path, layer in adapter.layers.items()},
+            factors=factors,
+            base_norm=base_norm,
+            parameters=parameters,
+            in_layers=sum(p.numel() for p in parameters.values()) - sum(p.numel() for p in elsewhere),
+            heads={p: {n: tuple(t.shape) for n, t in head.state_dict().items()} for p, head in adapter.heads.items()},
+            labels=() if adapter.labels is None else tuple(adapter.labels.id2label.values()),
+            biases=len(adapter.biases),
+        )
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[Source]:
+    """The sources for adapters on one model. The weights of layers with a merged adapter are those before the merge."""
+
+    def norms_at(adapter: Adapter) -> Callable[[str], float | None]:
+        def norm(path: str) -> float | None:
+            module = adapter.heads.get(path, adapter.hosts[path])
+            kept = merged.kept.get(module)
+            with as_wholes(module, module.modules()):
+                weight = adapter.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
+                weight = None if weight is None else dense(weight)
+                return None if weight is None or weight.is_meta else _norm(weight)
+
+        return norm
+
+    return [Source.of(adapter, norms_at(adapter)) for adapter in adapters]
+
+
+@torch.no_grad()
+def stored_sources(
+    places: Sequence[str | Path], names: Sequence[str], base: str | Path | nn.Module | None
+) -> list[Source]:
+    """The sources for adapters in files; see `write_report`."""
+    known = Base.of(base)
+
+    @cache  # adapters of one base ask for the same weights
+    def norm(path: str) -> float | None:
+        weight = None if known is None else known.parameter(path, "weight")
+        return None if weight is None else _norm(weight)
+
+    sources = []
+    for place, name in zip(places, names, strict=True):
+        opened = open_adapter(place, name, base=known, keep_names=True)
+        adapter, _ = opened.adapter(stand_in([opened]))
+        source = Source.of(adapter, norm)
+        sources.append(dataclasses.replace(source, config=opened.config, place=str(opened.files.folder)))
+    return sources
+
+
+def _norm(weight: Tensor) -> float:
+    """The Frobenius norm, summed in float32 (float64 for float64)."""
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))

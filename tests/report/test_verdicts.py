@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 import adapterkit as ak
 from adapterkit.report import Report
-from adapterkit.report.findings import measure
-from adapterkit.report.grid import Grid
+from adapterkit.report.heatmaps import Grid
+from adapterkit.report.measuring import measure
 from adapterkit.report.sources import Source
-from adapterkit.report.verdict import Verdict, verdicts
+from adapterkit.report.verdicts import Verdict, verdicts
 
 
 def found(*sources: Source) -> list[Verdict]:
@@ -40,14 +41,19 @@ def merging(f: ak.Factors, g: ak.Factors) -> Verdict:
     return found(source("a", {"p": f}), source("b", {"p": g}))[-1]
 
 
-def test_a_change_in_one_layer_is_said_to_be_there() -> None:
+def layer_parameters(adapters: ak.Adapters) -> Callable[[str], list[Tensor]]:
+    """The parameters of an adapter that are not its head's."""
+    return lambda name: [p for key, p in adapters.named_parameters(name) if "classifier" not in key]
+
+
+def test_a_change_in_one_layer_is_found_there() -> None:
     changes = stack(10, ("q",))
     changes["model.layers.7.q"] = changes["model.layers.7.q"]._replace(up=100 * changes["model.layers.7.q"].up)
     layers = found(source("a", changes))[0]
     assert layers.headline.startswith("Half of the change is in 1 of 10 targets (5 if all were alike)")
     assert "Largest: layers.7 q" in layers.reasons[0]
     assert any(r.startswith("By layer: layers.7 100 %") for r in layers.reasons)
-    assert any("The 9 targets that changed least hold 1 %" in r for r in layers.reasons)
+    assert any("The 9 targets with the smallest change hold 1 %" in r for r in layers.reasons)
 
 
 def test_size_is_relative_to_the_base_where_that_is_known() -> None:
@@ -65,13 +71,13 @@ def test_the_rank_that_is_enough_serves_95_percent_of_the_targets() -> None:
     changes["layers.19.q"] = of_spectrum([1.0] * 6)
     rank = found(source("a", changes))[1]
     assert rank.headline == "Rank 2 keeps 99 % of the energy in 95 % of the targets (19 of 20)."
-    assert "Trained again, rank 2 would do." in rank.reasons
+    assert "If you train again with LoRA, rank 2 is enough." in rank.reasons
     numbers = 22 * (19 * 2 + 6)
-    assert any(f"{numbers:,} numbers" in r and f"{22 * 120:,}" in r for r in rank.reasons)
+    assert any(f"{numbers:,} parameters instead of {22 * 120:,}" in r for r in rank.reasons)
     assert "energy=0.99" in rank.call
 
 
-def test_the_call_for_the_rank_does_what_is_said() -> None:
+def test_the_call_for_the_rank_does_what_the_verdict_says() -> None:
     from tests.combining import adapted
     from tests.models import build
 
@@ -83,7 +89,50 @@ def test_the_call_for_the_rank_does_what_is_said() -> None:
     whole = adapters.report("a").findings.adapters[0]
     assert {p: x.rank for p, x in kept.layers.items()} == {p: x.rank99 for p, x in whole.layers.items()}
     size = sum(x.rank * sum(x.shape) for x in kept.layers.values())
-    assert any(f"{size:,} numbers" in r for r in rank.reasons)
+    assert any(f"{size:,} parameters instead of" in r for r in rank.reasons)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "saves"),
+    [("lora", {"r": 8}, True), ("vera", {"r": 8}, False), ("loha", {"r": 4}, False)],
+)
+def test_a_conversion_that_makes_the_adapter_larger_is_not_a_saving(
+    method: str, fields: dict[str, int], saves: bool
+) -> None:
+    """A VeRA adapter trains two vectors a layer, and LoHa factors of rank r give a change of rank r * r."""
+    from tests.combining import randomise
+    from tests.models import build
+
+    adapters = ak.attach(build("bert"))
+    adapters.add("a", ak.config(method, target_modules=["query"], **fields), num_labels=3)
+    randomise(adapters, "a", 0)
+    rank = adapters.report().verdicts[1]
+    adapters.convert("a", to="lora", name="cut", energy=0.99)
+    sizes = [sum(layer.numel() for layer in layers) for layers in map(layer_parameters(adapters), ("a", "cut"))]
+    assert (sizes[1] < sizes[0]) == saves
+    assert bool(rank.call) == saves
+    assert any(f"{sizes[1]:,} parameters instead of {sizes[0]:,}" in reason for reason in rank.reasons)
+    assert any(reason.startswith("Cutting saves nothing") for reason in rank.reasons) != saves
+
+
+def test_a_method_without_a_low_rank_form_is_named() -> None:
+    """Its targets are counted, no number is printed for them, and no call is suggested that would fail."""
+    from tests.combining import scaling_method
+    from tests.models import build
+
+    plugin = scaling_method(mergeable=True)
+    ak.register(plugin)
+    try:
+        adapters = ak.attach(build("bert"))
+        adapters.add("p", plugin.config(target_modules=["query"], modules_to_save=None))
+        adapters.add("l", ak.config("lora", target_modules=["value"], modules_to_save=None))
+        alone, _, both = adapters.report().verdicts
+    finally:
+        ak.default_registry.unregister("scale")
+    assert str(alone) == (
+        "p: Its changes cannot be measured.\n  The method 'scale' has no low-rank form of its change at 2 targets."
+    )
+    assert (both.headline, both.call) == ("Yes, without loss: they change different layers.", "")
 
 
 def test_an_adapter_that_uses_all_its_rank_is_told_so() -> None:
@@ -94,25 +143,25 @@ def test_an_adapter_that_uses_all_its_rank_is_told_so() -> None:
 
 def test_an_adapter_that_was_not_trained_changes_nothing() -> None:
     (verdict,) = found(source("a", {"p": low_rank(4, 3, 2)._replace(up=torch.zeros(4, 2).double())}))
-    assert verdict.headline == "None: it changes no weight that could be measured."
+    assert verdict.headline == "It changes nothing."
+    assert verdict.reasons == ("The change is zero at 1 target: the adapter was not trained there.",)
 
 
-def test_what_cannot_be_measured_is_not_said_to_merge_well() -> None:
+def test_there_is_no_verdict_on_merging_what_cannot_be_measured() -> None:
     zeros, change = of_spectrum([0.0, 0.0]), of_spectrum([2.0, 1.0])
-    for first, second, name in ((change, zeros, "b"), (zeros, change, "a"), (zeros, zeros, "a and b")):
+    for first, second, name in ((change, zeros, "b"), (zeros, change, "a"), (zeros, zeros, "a or b")):
         found_ = merging(first, second)
-        assert found_.headline == "It cannot be told from the weights."
-        assert found_.reasons == (f"They share 1 target, and there is {name} with no change that could be measured.",)
+        assert found_.headline == "The weights do not tell."
+        assert found_.reasons == (f"They share 1 target, but no change of {name} can be measured.",)
     formless = dataclasses.replace(
         source("b", {"p": change, "q": change}), factors=lambda p: change if p == "q" else None
     )
     verdict = found(source("a", {"p": change}), formless)[-1]
-    assert verdict.reasons == (
-        "They share 1 target, and there is no target of both with changes that could be measured.",
-    )
+    assert verdict.reasons == ("They share 1 target, but at none of them can both changes be measured.",)
+    assert verdict.call == ""
 
 
-def test_a_change_that_overflows_is_not_said_to_be_zero() -> None:
+def test_a_change_that_overflows_is_refused() -> None:
     huge = ak.Factors(torch.full((4, 1), 1e30), torch.full((1, 4), 1e30))
     with pytest.raises(ak.StateError, match=r"Adapter 'a' has a change at 'p' that is too large for torch.float32"):
         found(source("a", {"p": huge}))
@@ -120,7 +169,7 @@ def test_a_change_that_overflows_is_not_said_to_be_zero() -> None:
 
 def test_adapters_of_other_layers_are_merged_without_loss() -> None:
     verdict = found(source("a", {"p": low_rank(4, 3, 2)}), source("b", {"q": low_rank(4, 3, 2)}))[-1]
-    assert verdict.headline == "Yes, and the weights lose nothing: they change different layers."
+    assert verdict.headline == "Yes, without loss: they change different layers."
     assert verdict.call == "adapters.combine('both', {'a': 1, 'b': 1})"
 
 
@@ -131,14 +180,14 @@ def test_adapters_of_models_of_two_sizes_are_not_merged() -> None:
 
 def test_adapters_that_do_not_meet_are_summed() -> None:
     verdict = merging(in_columns(0, normal(4, 4)), in_columns(20, normal(4, 4, seed=1)))
-    assert verdict.headline == "Yes: they hardly meet. Start with a plain sum, weights 1."
+    assert verdict.headline == "Yes: they hardly interact. Start with a plain sum, weights 1."
 
 
 def test_adapters_that_agree_are_averaged() -> None:
     """Twice the same change: weights of a half give it back."""
     change = low_rank(8, 6, 3)
     verdict = merging(change, change)
-    assert verdict.headline.startswith("Yes: where they meet they agree.")
+    assert verdict.headline.startswith("Yes: they agree in the directions that they share.")
     assert verdict.call == "adapters.combine('both', {'a': 0.5, 'b': 0.5})"
 
 
@@ -147,7 +196,7 @@ def test_adapters_that_oppose_each_other_are_kept_apart() -> None:
     verdict = merging(change, change._replace(up=-0.8 * change.up))
     assert verdict.headline.startswith("Rather not: they undo each other.")
     assert "method='ties', density=" in verdict.call
-    assert any("Signs differ on 100 % of the entries" in r for r in verdict.reasons)
+    assert any("Signs differ in 100 % of the entries" in r for r in verdict.reasons)
 
 
 def test_adapters_of_the_same_directions_for_other_things_start_with_tsv() -> None:
@@ -194,4 +243,4 @@ def test_a_report_prints_its_verdicts() -> None:
     for verdict in report.verdicts:
         assert verdict.headline in str(report)
         assert verdict.rule in report.html or "&#" in report.html
-    assert repr(report) == "<Report on 'a', 'b': print it for its verdicts, or save(path)>"
+    assert repr(report) == "<Report on 'a', 'b': print it to see its verdicts, or save(path)>"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.models import MODELS, build
 
-from adapterkit.report.grid import Grid
+from adapterkit.report.heatmaps import Grid
 
 PARTS = st.sampled_from(["a", "block", "0", "1", "12", "q", "layers", "²"])
 PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=5).map(".".join), unique=True, max_size=30)

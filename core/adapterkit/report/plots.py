@@ -1,59 +1,55 @@
-"""Curves: spectra and ranks as inline SVG, drawn by matplotlib in the page's own colours."""
+"""Plots of spectra and ranks as inline SVG, drawn by matplotlib in the colours of the page."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
+from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from adapterkit.errors import UnsupportedError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib writes colours as numbers; these stand for the page's, which follow its light or dark mode.
+# matplotlib writes colours as numbers. These numbers stand for the page's colours, which follow its light or dark mode.
 _INK, _QUIET, _LINE, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _ON_PAGE = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _LINE: "var(--line)", _SECOND: "var(--second)"}
 # More layers than these are drawn as bands of quantiles.
-_THIN_LINES = 12
-
-
-def check_matplotlib() -> None:
-    """Raise `UnsupportedError` if matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        raise UnsupportedError(
-            "A report draws its curves with matplotlib, which is not installed: pip install 'adapterkit[report]'."
-        )
+THIN_LINES = 12
 
 
 def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:
-    """Normalised singular values `s_i / s_1` over `i`, a line a layer, or bands where there are many.
+    """Normalised singular values `s_i / s_1` over `i`: a line for each layer, or bands for many layers.
 
     Args:
-        name: of the adapter and of the module, for who cannot see the drawing.
-        values: each layer's, descending.
-        ranks: where the median layer reaches 90 % and 99 % of the energy: marked.
+        name: the adapter and the module, for screen readers.
+        values: the singular values of each layer, descending.
+        ranks: where the median layer reaches 90 % and 99 % of the energy; marked by vertical lines.
     """
     figure, axes = _figure(2.5, 1.7)
     curves = [v / v[0] for v in values if len(v)]
     longest = max((len(c) for c in curves), default=1)
-    if len(curves) <= _THIN_LINES:
+    if len(curves) <= THIN_LINES:
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve.tolist(), color=_LINE, lw=0.9, alpha=0.75)
     else:
-        _bands(axes, torch.stack([torch.nn.functional.pad(c.double(), (0, longest - len(c))) for c in curves]))
+        # The range of all layers, the middle half, and the median.
+        padded = torch.stack([torch.nn.functional.pad(c.double(), (0, longest - len(c))) for c in curves])
+        quantiles = (padded.quantile(q, dim=0).tolist() for q in (0.0, 0.25, 0.5, 0.75, 1.0))
+        low, quarter, median, three_quarters, high = quantiles
+        x = range(1, longest + 1)
+        axes.fill_between(x, low, high, color=_LINE, alpha=0.18, lw=0)
+        axes.fill_between(x, quarter, three_quarters, color=_LINE, alpha=0.35, lw=0)
+        axes.plot(x, median, color=_LINE, lw=1.4)
     for rank, style in zip(ranks, (":", "--"), strict=True):
         axes.axvline(rank, color=_SECOND, lw=1, ls=style)
     axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))
     axes.set_ylim(0, 1.03)
     axes.set_yticks([0, 0.5, 1])
-    _whole_ticks(axes)
     label = f"{name}: normalised singular values of {len(curves)} layers; 90 % of the energy at {ranks[0]}, 99 % at"
     return _svg(figure, f"{label} {ranks[1]} in the median layer")
 
@@ -62,8 +58,8 @@ def enough(name: str, ranks90: Sequence[int], ranks99: Sequence[int], trained: i
     """For each rank the share of targets in which it keeps 90 % and 99 % of the energy.
 
     Args:
-        name: the adapter's, for who cannot see the drawing.
-        ranks90, ranks99: each target's.
+        name: the adapter, for screen readers.
+        ranks90, ranks99: the ranks that each target needs.
         trained: the largest rank of the factors.
     """
     figure, axes = _figure(5.2, 2.0)
@@ -77,23 +73,14 @@ def enough(name: str, ranks90: Sequence[int], ranks99: Sequence[int], trained: i
     axes.set_ylim(0, 103)
     axes.set_xlabel("rank")
     axes.set_ylabel("% of the targets")
-    _whole_ticks(axes)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure, f"{name}: for each rank, the share of targets in which it keeps 90 % and 99 % of the energy")
-
-
-def _bands(axes: Axes, curves: Tensor) -> None:
-    """All layers as their range, their middle half and their median."""
-    x = range(1, curves.shape[1] + 1)
-    low, quarter, middle, three, high = (curves.quantile(q, dim=0).tolist() for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-    axes.fill_between(x, low, high, color=_LINE, alpha=0.18, lw=0)
-    axes.fill_between(x, quarter, three, color=_LINE, alpha=0.35, lw=0)
-    axes.plot(x, middle, color=_LINE, lw=1.4)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
@@ -103,19 +90,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=_QUIET, labelcolor=_INK, labelsize=8, width=0.6, length=3)
     axes.xaxis.label.set(color=_INK, size=9)
     axes.yaxis.label.set(color=_INK, size=9)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     return figure, axes
 
 
-def _whole_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-
-
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an `<svg>` element: no XML head, no metadata, ids of its own, the page's fonts and colours."""
-    from html import escape
-
+    """The figure as an `<svg>` element without XML head or metadata, with ids of its own and the page's colours."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
