@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
-from tests.models import assert_same_outputs, build, run
+from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -77,33 +77,29 @@ def alone(adapters: ak.Adapters, name: str, model: str = "bert") -> Tensor:
 # Several adapters
 
 
-@pytest.mark.parametrize("model_name", ["bert", "gpt2", "convnet"])
-def test_active_adapters_of_one_layer_add_up(model_name: str, trained: Trained) -> None:
+@pytest.mark.parametrize(
+    ("model_name", "path", "size"),
+    [
+        ("bert", "bert.encoder.layer.1.attention.self.value", (2, 3, 16)),
+        ("gpt2", "transformer.h.1.mlp.c_proj", (2, 3, 64)),
+        ("convnet", "dilated", (2, 8, 7, 7)),
+    ],
+)
+def test_active_adapters_of_one_layer_add_up_in_any_order(
+    model_name: str, path: str, size: tuple[int, ...], trained: Trained
+) -> None:
     model = build(model_name)
-    path = {"bert": "bert.encoder.layer.1.attention.self.value", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
-        model_name, "dilated"
-    )
     layer = model.get_submodule(path)
-    adapters = trained(model, "a", "b", target_modules=[path], modules_to_save=None)
-    size = {"bert": (2, 3, 16), "gpt2": (2, 3, 64)}.get(model_name, (2, 8, 7, 7))
+    adapters = trained(model, "a", "b", target_modules=[path], modules_to_save=None, bias="lora_only")
     x = torch.randn(size, generator=torch.Generator().manual_seed(0))
     outputs = {}
-    for names in ((), ("a",), ("b",), ("a", "b")):
+    for names in ((), ("a",), ("b",), ("a", "b"), ("b", "a")):
         adapters.activate(*names, trainable=False)
         outputs[names] = layer(x)
     change = outputs["a",] + outputs["b",] - 2 * outputs[()]
     assert different(outputs["a",], outputs[()])
-    torch.testing.assert_close(outputs["a", "b"] - outputs[()], change, atol=1e-5, rtol=1e-5)
-
-
-def test_the_order_of_additive_adapters_does_not_matter(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", "c", target_modules="all-linear", modules_to_save=None, bias="lora_only")
-    adapters.activate("a", "b", "c")
-    forward = run(model, "bert")
-    adapters.activate("c", "b", "a")
-    torch.testing.assert_close(run(model, "bert"), forward, atol=1e-5, rtol=1e-5)
-    assert different(forward, alone(adapters, "a"))
+    for both in (("a", "b"), ("b", "a")):
+        torch.testing.assert_close(outputs[both] - outputs[()], change, atol=1e-5, rtol=1e-5)
 
 
 def test_trained_biases_of_several_adapters_add_up(trained: Trained) -> None:
@@ -175,6 +171,8 @@ def test_only_active_trainable_adapters_require_gradients(trained: Trained) -> N
     adapters.activate("a", trainable=True)
     assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, adapters.parameters("a")))
     adapters.activate("a", trainable=False)
+    with adapters.disabled():
+        assert not any(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -191,40 +189,22 @@ def test_activated_gives_back_what_was_active_and_trainable(trained: Trained) ->
 
 
 @pytest.mark.parametrize("context", ["activated", "disabled"])
-def test_a_context_ends_when_its_block_raises(context: str, trained: Trained) -> None:
-    adapters = trained(build("bert"), "a", target_modules=["query"])
+def test_after_a_context_what_was_active_is_so_again_whatever_happened_inside(context: str, trained: Trained) -> None:
+    def block() -> Any:
+        return adapters.disabled() if context == "disabled" else adapters.activated("b", trainable=False)
+
+    adapters = trained(build("bert"), "a", "b", target_modules=["query"], modules_to_save=None)
     adapters.activate("a")
-    block = adapters.disabled() if context == "disabled" else adapters.activated(trainable=False)
-    with pytest.raises(ZeroDivisionError), block:
+    with pytest.raises(ZeroDivisionError), block():
         raise ZeroDivisionError
     assert adapters.active == ("a",)
-
-
-def test_disabled_leaves_requires_grad_alone(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", target_modules=["query"])
-    adapters.activate("a", trainable=False)
-    with adapters.disabled():
-        assert not any(p.requires_grad for p in model.parameters())
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("context", ["activated", "disabled"])
-def test_an_adapter_renamed_inside_a_context_is_active_again_after_it(context: str, trained: Trained) -> None:
-    adapters = trained(build("bert"), "a", target_modules=["query"])
-    adapters.activate("a")
-    with adapters.disabled() if context == "disabled" else adapters.activated():
-        adapters.rename("a", "b")
-    assert adapters.active == ("b",)
-    assert all(p.requires_grad for p in adapters.parameters("b"))
-
-
-@pytest.mark.parametrize("context", ["activated", "disabled"])
-def test_an_adapter_removed_inside_a_context_is_gone_after_it(context: str, trained: Trained) -> None:
-    adapters = trained(build("bert"), "a", "b", target_modules=["query"], modules_to_save=None)
-    adapters.activate("a", "b")
-    with adapters.disabled() if context == "disabled" else adapters.activated("b"):
-        adapters.remove("a")
+    with block():
+        adapters.rename("a", "c")
+    assert adapters.active == ("c",)
+    assert all(p.requires_grad for p in adapters.parameters("c"))
+    adapters.activate("c", "b")
+    with block():
+        adapters.remove("c")
     assert adapters.active == ("b",)
 
 
@@ -243,25 +223,19 @@ def test_an_adapter_added_inside_disabled_is_not_left_trainable(trained: Trained
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_no_adapter_name_loses_anything_on_save_and_load(name: str, tmp_path: Path, trained: Trained) -> None:
+def test_no_adapter_name_loses_anything_in_a_file_or_a_full_state_dict(
+    name: str, tmp_path: Path, trained: Trained
+) -> None:
     model = build("bert")
     adapters = trained(model, "x", name, target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="all")
-    expected = alone(adapters, name)
-    adapters.save(name, tmp_path / "saved")
-    assert len(adapters.state_dict(name)) == len(list(adapters.parameters(name)))
-    fresh = ak.attach(build("bert"))
-    assert fresh.load(tmp_path / "saved", name).ok
-    assert_same_outputs(run(fresh.model, "bert"), expected)
-
-
-@pytest.mark.parametrize("name", AWKWARD)
-def test_no_adapter_name_loses_anything_in_a_full_state_dict(name: str, trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "x", name, target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="all")
-    own = adapters.state_dict(name)
+    expected, own = alone(adapters, name), adapters.state_dict(name)
+    assert len(own) == len(list(adapters.parameters(name)))
     taken = adapters.state_dict(name, source=model.state_dict())
     assert own.keys() == taken.keys()
     assert all(torch.equal(own[key], taken[key]) for key in own)
+    fresh = ak.attach(build("bert"))
+    assert fresh.load(adapters.save(name, tmp_path), name).ok
+    assert_same_outputs(run(fresh.model, "bert"), expected)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -272,14 +246,8 @@ def test_an_adapter_is_taken_from_a_wrapped_models_state_dict(prefix: str, train
     taken, own = adapters.state_dict("a", source=full), adapters.state_dict("a")
     assert taken.keys() == own.keys()
     assert all(torch.equal(taken[key], own[key] + 1) for key in own)
-
-
-def test_a_full_state_dict_that_lacks_tensors_is_refused(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", target_modules=["query"])
-    full = {k: v for k, v in model.state_dict().items() if not k.endswith("lora_B.weight")}
-    with pytest.raises(ak.CheckpointError, match=r"lacks 2 of adapter 'a'.*lora_B"):
-        adapters.state_dict("a", source=full)
+    with pytest.raises(ak.CheckpointError, match=r"lacks 3 of adapter 'a'.*lora_B"):
+        adapters.state_dict("a", source={k: v for k, v in full.items() if not k.endswith("lora_B.weight")})
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
@@ -353,50 +321,37 @@ def test_the_bare_base_that_is_saved_has_its_own_labels(tmp_path: Path) -> None:
 # Modules
 
 
-def test_a_module_that_several_paths_share_is_adapted_once(tmp_path: Path, trained: Trained) -> None:
+@pytest.mark.parametrize("targets", [["first"], ["second"], ["first", "second"]], ids=str)
+def test_a_module_that_several_paths_share_is_adapted_once(targets: list[str], tmp_path: Path) -> None:
     model = seeded(Shared)
     before = snapshot(model)
     adapters = ak.attach(model)
-    report = adapters.add("a", LoraConfig(r=2, target_modules=["first", "second"], bias="lora_only"))
+    report = adapters.add("a", LoraConfig(r=2, target_modules=targets, bias="lora_only"))
     assert report.targets == ("first",)
     assert report.parameters == 2 * 2 * 6 + 6
     set_parameters(adapters, "a")
-    adapters.save("a", tmp_path / "saved")
     x = torch.ones(1, 6)
-    expected = model(x)
     fresh = ak.attach(seeded(Shared))
-    assert fresh.load(tmp_path / "saved", "b").ok
-    assert_same_outputs(fresh.model(x), expected)
+    assert fresh.load(adapters.save("a", tmp_path), "b").ok
+    assert_same_outputs(fresh.model(x), model(x))
     own, taken = adapters.state_dict("a"), adapters.state_dict("a", source=model.state_dict())
     assert own.keys() == taken.keys()
     assert_as_before(adapters.detach(), before)
 
 
-@pytest.mark.parametrize("path", ["first", "second"])
-def test_a_shared_module_is_found_by_each_of_its_paths(path: str) -> None:
-    model = seeded(Shared)
-    assert ak.attach(model).add("a", LoraConfig(target_modules=[path])).targets == ("first",)
-
-
-@pytest.mark.parametrize("targets", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+@pytest.mark.parametrize("targets", [["wte"], ["lm_head"], ["wte", "lm_head"], ["c_attn"]], ids=str)
 def test_tied_weights_stay_tied(targets: list[str], trained: Trained) -> None:
     model = build("gpt2")
+    base = run(model, "gpt2")
+    heads = ["lm_head"] if targets == ["c_attn"] else None  # its copy is apart, the model's own tie is not
+    adapters = trained(model, "a", target_modules=targets, modules_to_save=heads)
     assert model.lm_head.weight is model.transformer.wte.weight
-    adapters = trained(model, "a", target_modules=targets)
-    assert model.lm_head.weight is model.transformer.wte.weight
+    assert different(alone(adapters, "a", "gpt2"), base)
+    assert torch.equal(run(model, "gpt2"), base)
     duplicate = copy.deepcopy(model)
     assert duplicate.lm_head.weight is duplicate.transformer.wte.weight
     adapters.detach()
     assert model.lm_head.weight is model.transformer.wte.weight
-
-
-def test_a_head_copied_from_a_tied_embedding_leaves_the_tie(trained: Trained) -> None:
-    model = build("gpt2")
-    base = run(model, "gpt2")
-    adapters = trained(model, "a", target_modules=["c_attn"], modules_to_save=["lm_head"])
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert different(alone(adapters, "a", "gpt2"), base)
-    assert torch.equal(run(model, "gpt2"), base)
 
 
 def test_an_input_given_by_keyword_reaches_the_adapter(trained: Trained) -> None:
@@ -410,33 +365,26 @@ def test_an_input_given_by_keyword_reaches_the_adapter(trained: Trained) -> None
 
 def test_hooks_on_a_target_stay_and_fire_once_with_the_adapted_output(trained: Trained) -> None:
     model = build("bert")
-    layer = model.bert.encoder.layer[0].attention.self.query
+    layer = model.bert.encoder.layer[1].attention.self.query
     seen: list[Tensor] = []
+    backward: list[Tensor] = []
     layer.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    layer.register_full_backward_hook(lambda module, grads_in, grads_out: backward.append(grads_out[0]))
     adapters = trained(model, "a", target_modules=["query"], modules_to_save=None)
     run(model, "bert")
-    adapters.activate("a", trainable=False)
-    run(model, "bert")
+    adapters.activate("a")
+    model(**inputs("bert")).logits.sum().backward()
     (before_in, before), (after_in, after) = seen[:2], seen[2:]
     assert torch.equal(before_in, after_in)
     assert different(before, after)
+    assert len(backward) == 1
     adapters.detach()
     run(model, "bert")
     assert torch.equal(seen[-1], before)
 
 
-def test_backward_hooks_on_a_target_fire(trained: Trained) -> None:
-    model = build("bert")
-    layer = model.bert.encoder.layer[1].attention.self.query
-    seen: list[Tensor] = []
-    layer.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_out[0]))
-    trained(model, "a", target_modules=["query"]).activate("a")
-    model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
-    assert len(seen) == 1
-
-
-def test_a_models_own_module_called_adapters_is_the_models() -> None:
+def test_a_models_own_module_called_adapters_is_the_models(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -448,23 +396,26 @@ def test_a_models_own_module_called_adapters_is_the_models() -> None:
     model = seeded(Own)
     before = snapshot(model)
     adapters = ak.attach(model)
-    assert adapters.add("down", LoraConfig(r=2, target_modules=["down"])).targets == ("adapters.down",)
+    assert adapters.add("down", LoraConfig(r=2, target_modules="all-linear")).targets == ("adapters.down",)
     set_parameters(adapters, "down")
     own, taken = adapters.state_dict("down"), adapters.state_dict("down", source=model.state_dict())
     assert own.keys() == taken.keys()
     assert adapters.load_state_dict("down", own).ok
+    assert adapters.load(adapters.save("down", tmp_path), "again").ok
     assert_as_before(adapters.detach(), before)
 
 
 # Life
 
 
-def test_detach_gives_back_what_required_gradients() -> None:
+def test_detach_gives_back_what_required_gradients_and_the_label_names() -> None:
     model = build("bert")
     model.bert.embeddings.requires_grad_(False)
+    model.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    model.config.label2id = {"no": 0, "yes": 1, "maybe": 2, "perhaps": 2}
     before = snapshot(model)
     adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query"], bias="all"))
+    adapters.add("a", LoraConfig(target_modules=["query"], bias="all"), num_labels=4)
     assert not any(p.requires_grad for k, p in model.named_parameters() if ".adapter" not in k)
     assert_as_before(adapters.detach(), before)
 
@@ -477,49 +428,24 @@ def test_detach_gives_a_plain_module_back_as_it_was() -> None:
     assert_as_before(adapters.detach(), before)
 
 
-def test_detach_gives_back_the_label_names_as_they_were() -> None:
+def test_attach_gives_the_same_object_twice_and_changes_nothing_but_its_own_attribute() -> None:
     model = build("bert")
-    model.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
-    model.config.label2id = {"no": 0, "yes": 1, "maybe": 2, "perhaps": 2}
     before = snapshot(model)
     adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query"]), num_labels=4)
-    assert_as_before(adapters.detach(), before)
-
-
-def test_the_adapters_of_a_detached_model_are_of_no_use() -> None:
-    adapters = ak.attach(build("bert"))
-    adapters.detach()
-    for call in (
-        lambda: adapters.add("a", LoraConfig()),
-        lambda: adapters.activate("a"),
-        adapters.detach,
-        lambda: adapters.model,
-    ):
-        with pytest.raises(ak.StateError, match=r"detached; call ak\.attach"):
-            call()
-
-
-def test_attach_gives_the_same_object_twice_and_a_new_one_after_detach() -> None:
-    model = build("bert")
-    adapters = ak.attach(model)
     assert ak.attach(model) is adapters
+    del model.__dict__["_adapterkit"]
+    assert_as_before(model, before)
+    adapters = ak.attach(model)
     adapters.detach()
     assert ak.attach(model) is not adapters
 
 
-def test_attach_changes_nothing_but_its_own_attribute() -> None:
+def test_adding_and_removing_an_adapter_leaves_the_others_alone(trained: Trained) -> None:
     model = build("bert")
-    before = snapshot(model)
-    ak.attach(model)
-    del model.__dict__["_adapterkit"]
-    assert_as_before(model, before)
-
-
-def test_remove_leaves_the_other_adapters_alone(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", target_modules=["query"], bias="all")
+    adapters = trained(model, "b", target_modules=["query"], bias="all")
     expected = alone(adapters, "b")
+    trained(model, "a", target_modules=["query"], bias="all")
+    assert torch.equal(alone(adapters, "b"), expected)
     adapters.activate("a", "b", heads="a")
     adapters.remove("a")
     assert adapters.active == ("b",)
@@ -528,27 +454,21 @@ def test_remove_leaves_the_other_adapters_alone(trained: Trained) -> None:
     assert not any(".a." in key for key in model.state_dict())
 
 
-def test_rename_keeps_outputs_place_and_state(trained: Trained, tmp_path: Path) -> None:
+def test_rename_keeps_outputs_place_and_parameters(trained: Trained, tmp_path: Path) -> None:
     model = build("bert")
     adapters = trained(model, "a", "b", "c", target_modules=["query"], bias="lora_only")
-    expected = alone(adapters, "b")
+    expected, parameters = alone(adapters, "b"), list(adapters.parameters("b"))
     adapters.activate("b", trainable=True)
     adapters.rename("b", "new")
     assert adapters.names == ("a", "new", "c")
     assert adapters.active == ("new",)
     assert torch.equal(run(model, "bert"), expected)
+    assert all(p is q for p, q in zip(parameters, adapters.parameters("new"), strict=True))  # an optimizer holds them
     assert all(p.requires_grad for p in adapters.parameters("new"))
     assert not any(".b." in key for key in model.state_dict())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     assert not (tmp_path / "b").exists()
-
-
-def test_rename_keeps_an_optimizer_valid(trained: Trained) -> None:
-    adapters = trained(build("bert"), "a", target_modules=["query"])
-    before = list(adapters.parameters("a"))
-    adapters.rename("a", "b")
-    assert all(p is q for p, q in zip(before, adapters.parameters("b"), strict=True))
 
 
 def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
@@ -563,14 +483,6 @@ def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
     set_parameters(adapters, "b", seed=3)
     assert torch.equal(alone(adapters, "a"), expected)
     assert different(alone(adapters, "b"), expected)
-
-
-def test_adding_an_adapter_leaves_the_others_alone(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", target_modules=["query"])
-    expected = alone(adapters, "a")
-    adapters.add("b", LoraConfig(target_modules=["query"]))
-    assert torch.equal(alone(adapters, "a"), expected)
 
 
 def test_a_new_adapter_is_the_identity_until_it_is_trained() -> None:
@@ -592,16 +504,7 @@ def test_adapters_follow_the_models_training_mode() -> None:
     assert not model.bert.encoder.layer[0].attention.self.query.adapters["b"].training
 
 
-def test_the_container_protocol_speaks_of_names(trained: Trained) -> None:
-    adapters = trained(build("bert"), "a", "b", target_modules=["query"])
-    assert len(adapters) == 2
-    assert list(adapters) == ["a", "b"]
-    assert "a" in adapters
-    assert "c" not in adapters
-    assert repr(adapters) == "<Adapters of BertForSequenceClassification: 'a', 'b'>"
-
-
-def test_status_is_a_table_of_what_there_is(trained: Trained) -> None:
+def test_status_and_the_container_protocol_tell_what_there_is(trained: Trained) -> None:
     adapters = trained(build("bert"), "a", target_modules=["query"])
     adapters.add("b", LoraConfig(r=4, target_modules=["value"], modules_to_save=None))
     a, b = adapters.status().rows
@@ -614,6 +517,11 @@ def test_status_is_a_table_of_what_there_is(trained: Trained) -> None:
     lines = str(adapters.status()).splitlines()
     assert lines[0].split()[:3] == ["adapter", "method", "layers"]
     assert len(lines) == 3
+    assert len(adapters) == 2
+    assert list(adapters) == ["a", "b"]
+    assert "a" in adapters
+    assert "c" not in adapters
+    assert repr(adapters) == "<Adapters of BertForSequenceClassification: 'a', 'b'>"
 
 
 # Wrapped models, and models inside models
