@@ -46,24 +46,10 @@ class Masked(nn.Linear):
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
-class Thresholded(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * (self.weight.abs() > 0.1), self.bias)
-
-
-class Rounded(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, (self.weight * 16).round() / 16, self.bias)
-
-
-class OfMagnitudes(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.abs(), self.weight, self.bias)
-
-
-class OfSeveral(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / len(x)
+def computing(name: str, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Make:
+    """A class of this name whose forward computes this."""
+    forward.__qualname__ = f"{name}.forward"
+    return lambda _: type(name, (nn.Linear,), {"forward": forward})(8, 8)
 
 
 class Counting(nn.Linear):
@@ -129,6 +115,18 @@ def old_norm(layer: nn.Linear) -> None:
         old_weight_norm(layer)
 
 
+def linear(x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor:
+    return nn.functional.linear(x, weight, layer.bias)
+
+
+OTHERS: dict[str, Make] = {
+    "Equalised": lambda _: Equalised(8, 8),
+    "Masked": lambda _: Masked(),
+    "Thresholded": computing("Thresholded", lambda m, x: linear(x, m.weight * (m.weight.abs() > 0.1), m)),
+    "Rounded": computing("Rounded", lambda m, x: linear(x, (m.weight * 16).round() / 16, m)),
+    "OfMagnitudes": computing("OfMagnitudes", lambda m, x: linear(x.abs(), m.weight, m)),
+    "OfSeveral": computing("OfSeveral", lambda m, x: linear(x, m.weight, m) / len(x)),
+}
 REFUSED: dict[str, tuple[Make, type[ak.AdapterError], str]] = {
     "weight norm": (parametrizations.weight_norm, ak.UnsupportedError, "weight is computed .* by a parametrization"),
     "spectral norm": (parametrizations.spectral_norm, ak.UnsupportedError, "by a parametrization"),
@@ -138,14 +136,9 @@ REFUSED: dict[str, tuple[Make, type[ak.AdapterError], str]] = {
     "pruned": (lambda m: prune.l1_unstructured(m, "weight", 0.5), ak.UnsupportedError, "by its hook L1Unstructured"),
     "hook": (hooked, ak.UnsupportedError, "its forward pre-hook .* may set the weight anew"),
     "forward on the instance": (doubled, ak.UnsupportedError, "its forward was replaced on the instance"),
-    "equalised": (lambda _: Equalised(8, 8), ak.UnsupportedError, r"Equalised\.forward computes something else"),
-    "masked": (lambda _: Masked(), ak.UnsupportedError, r"Masked\.forward computes something else"),
-    "thresholded": (lambda _: Thresholded(8, 8), ak.UnsupportedError, r"Thresholded\.forward computes something else"),
-    "rounded": (lambda _: Rounded(8, 8), ak.UnsupportedError, r"Rounded\.forward computes something else"),
-    "of magnitudes": (lambda _: OfMagnitudes(8, 8), ak.UnsupportedError, r"OfMagnitudes\.forward computes something"),
-    "of several": (lambda _: OfSeveral(8, 8), ak.UnsupportedError, r"OfSeveral\.forward computes something else"),
     "read-only": (mapped, ak.StateError, r"'fc\.weight' is in read-only memory"),
     "inference tensor": (inference, ak.StateError, r"'fc\.weight' was made under torch\.inference_mode"),
+    **{n: (make, ak.UnsupportedError, rf"{n}\.forward computes something else") for n, make in OTHERS.items()},
 }
 
 

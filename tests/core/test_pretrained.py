@@ -31,6 +31,12 @@ from .conftest import different, set_parameters
 Trained = Callable[..., ak.Adapters]
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 QUERY = {"target_modules": ["query"], "modules_to_save": None}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"safe_serialization": False}, "only safetensors is written"),
+    ({"variant": "fp16"}, "adapter files have no variants"),
+    ({"save_peft_format": False}, "only PEFT's keys are written"),
+    ({"distributed_checkpoint": True}, "use torch.distributed.checkpoint"),
+]
 
 
 @pytest.fixture
@@ -44,33 +50,33 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_adapter_that_acts_is_what_is_written(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
-    adapters = trained(model, "a", target_modules=["query"])
-    adapters.activate("a")
+@pytest.mark.parametrize("fields", [QUERY, {"target_modules": ["query"]}], ids=["layers", "with a head"])
+def test_the_adapter_that_acts_is_what_is_written(
+    fields: dict[str, Any], model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
+    trained(model, "a", **fields).activate("a")
     expected = run(model, "bert")
     model.save_pretrained(tmp_path / "out")
     assert names(tmp_path / "out") == FILES
     fresh = build("bert")
     assert ak.attach(fresh).load(tmp_path / "out", "b").ok
     torch.testing.assert_close(run(fresh, "bert"), expected)
-
-
-@pytest.mark.parametrize("reader", ["transformers", "peft"])
-def test_others_read_what_is_written(reader: str, model: nn.Module, tmp_path: Path, trained: Trained) -> None:
-    trained(model, "a", **QUERY).activate("a")
-    expected = run(model, "bert")
-    model.save_pretrained(tmp_path / "out")
-    if reader == "transformers":
-        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    else:
+    if fields is QUERY:  # others read it too
         theirs = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "out").eval()
-    torch.testing.assert_close(run(theirs, "bert"), expected)
+        torch.testing.assert_close(run(theirs, "bert"), expected)
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(run(theirs, "bert"), expected)
 
 
-def test_several_that_act_have_a_subfolder_each(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
+def test_several_that_act_have_a_subfolder_each_and_one_that_does_not_act(
+    model: nn.Module, tmp_path: Path, trained: Trained
+) -> None:
     adapters = trained(model, "a", "b", **QUERY)
-    adapters.activate("a")
+    adapters.activate("b")
     model.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == FILES | {"a"}
+    saved = safetensors.torch.load_file(tmp_path / "out" / "a" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in adapters.state_dict("a").items())
     adapters.activate("a", "b")
     expected = run(model, "bert")
     model.save_pretrained(tmp_path / "out")
@@ -81,15 +87,6 @@ def test_several_that_act_have_a_subfolder_each(model: nn.Module, tmp_path: Path
         again.load(tmp_path / "out" / name, name, activate=False)
     again.activate("a", "b")
     torch.testing.assert_close(run(fresh, "bert"), expected)
-
-
-def test_an_adapter_that_does_not_act_now_is_written_too(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
-    adapters = trained(model, "a", "b", **QUERY)
-    adapters.activate("b")
-    model.save_pretrained(tmp_path / "out")
-    assert names(tmp_path / "out") == FILES | {"a"}
-    saved = safetensors.torch.load_file(tmp_path / "out" / "a" / "adapter_model.safetensors")
-    assert all(torch.equal(saved[key], value) for key, value in adapters.state_dict("a").items())
 
 
 @pytest.mark.parametrize(("name", "fields"), [
@@ -169,23 +166,13 @@ def test_a_merged_model_is_not_written_beside_an_adapter(model: nn.Module, tmp_p
     assert names(tmp_path / "out") == FILES
 
 
-@pytest.mark.parametrize(("option", "message"), [
-    ({"safe_serialization": False}, "only safetensors is written"),
-    ({"variant": "fp16"}, "adapter files have no variants"),
-    ({"save_peft_format": False}, "only PEFT's keys are written"),
-    ({"distributed_checkpoint": True}, "use torch.distributed.checkpoint"),
-])  # fmt: skip
-def test_what_cannot_be_had_for_adapters_is_refused(
-    option: dict[str, Any], message: str, model: nn.Module, tmp_path: Path, trained: Trained
+def test_what_cannot_be_had_for_adapters_is_refused_and_another_process_writes_nothing(
+    model: nn.Module, tmp_path: Path, trained: Trained
 ) -> None:
     trained(model, "a", **QUERY).activate("a")
-    with pytest.raises(ak.UnsupportedError, match=message):
-        model.save_pretrained(tmp_path / "out", **option)
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_process_writes_nothing(model: nn.Module, tmp_path: Path, trained: Trained) -> None:
-    trained(model, "a", **QUERY).activate("a")
+    for option, message in REFUSED:
+        with pytest.raises(ak.UnsupportedError, match=message):
+            model.save_pretrained(tmp_path / "out", **option)
     model.save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists()
 
