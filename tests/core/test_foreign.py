@@ -209,7 +209,7 @@ def test_file_with_keys_of_peft(model: nn.Module, folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.txt", "is no safetensors file"), ("a.pt", "cannot be read as a file of tensors only")],
+    [("a.txt", "is not a safetensors file"), ("a.pt", "cannot be read as a file of tensors only")],
 )
 def test_file_of_another_format(model: nn.Module, tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text("What is this?")

@@ -347,7 +347,11 @@ def wider(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
     "gone": (lambda f: (f / WEIGHTS).unlink(), ak.CheckpointError, r"has no adapter_model\.safetensors"),
     "no config": (lambda f: (f / CONFIG).unlink(), ak.CheckpointError, r"is no adapter: it has no adapter_config"),
-    "cut": (cut, ak.CheckpointError, r"adapter_model\.safetensors has .* It is cut off or damaged"),
+    "cut": (
+        cut,
+        ak.CheckpointError,
+        r"adapter_model\.safetensors is not a safetensors file, or it is damaged or cut off",
+    ),
     "method": (
         lambda f: fields(f, peft_type="NOTHING"),
         ak.UnknownNameError,

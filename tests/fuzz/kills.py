@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Self
 from tests.fuzz.oracle import Finding
 
 from adapterkit.disk.merge.staging import LOCK
+from adapterkit.files import WEIGHTS_FILE, as_bytes, read
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = 3
@@ -121,7 +123,14 @@ class Writer:
 
 
 def _state(folder: Path) -> tuple[tuple[str, str], ...]:
-    """Each file's name and hash; but for the empty file by which a merge holds its folder, which is no part of it."""
+    """What an adapter's folder is read as; else each file's name and hash, without the file by which a merge holds it.
+
+    A save that was cut between its two files leaves an old config, in place of which the weights' own is read.
+    """
+    if (folder / WEIGHTS_FILE).exists():
+        found = read(folder)
+        tensors = sorted((key, hashlib.sha256(as_bytes(tensor)).hexdigest()) for key, tensor in found.tensors.items())
+        return (("config", json.dumps(found.config, sort_keys=True)), *tensors)
     return tuple(
         (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
         for path in sorted(folder.rglob("*"))

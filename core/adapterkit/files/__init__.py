@@ -11,21 +11,29 @@ from adapterkit.files.folder import (
     WEIGHTS_FILE,
     AdapterFiles,
     appearing,
-    exchange,
     local_path,
     read,
     read_config,
     umask,
     write_folder,
 )
-from adapterkit.files.header import Entry, Shard, dtype_name, read_header, write_header
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.loading import load_adapter
 from adapterkit.files.places import module_slots, slots, stand_ins, widened
 from adapterkit.files.recognising import check_foreign, layers_of, of_component, recognise
 from adapterkit.files.saving import save_adapter, short_names, to_files
 from adapterkit.files.swapping import swapped_config, values_to_swap
-from adapterkit.files.tensors import FactorSpool, MappedFiles, as_bytes, write_tensors
+from adapterkit.files.tensors import (
+    Entry,
+    FactorSpool,
+    MappedFiles,
+    Shard,
+    as_bytes,
+    dtype_name,
+    read_header,
+    write_header,
+    write_tensors,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -41,7 +49,6 @@ __all__ = [
     "as_bytes",
     "check_foreign",
     "dtype_name",
-    "exchange",
     "fit",
     "hub_id",
     "layers_of",

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from adapterkit.errors import CheckpointError, ConfigError, SaveError
-from adapterkit.files.tensors import read_tensors, write_tensors
+from adapterkit.files.tensors import read_header, read_tensors, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Another process may save to the folder while it is read (each file is opened by itself); then it is read again.
-_READ_ATTEMPTS = 200
+# A save takes longer than a reading: it can come between more than a few of them only by chance.
+_READ_ATTEMPTS = 20
+# In the weights' metadata: the config that they were saved with, and the hash of the one that was there before.
+_CONFIG, _REPLACED = "adapterkit.config", "adapterkit.replaced_config"
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
 Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
@@ -65,42 +66,39 @@ def read(place: Path, reader: Reader | None = None) -> AdapterFiles:
 def read_folder(folder: Path, reader: Reader | None = None) -> AdapterFiles:
     """Read an adapter folder. Each tensor has memory of its own.
 
+    Another process may save to the folder meanwhile. Then the weights are another file afterwards, and both files are
+    read again: what comes back is of one version.
+
     Args:
         reader: reads safetensors files in place of the function here.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another layout or of another format.
     """
-    for attempt in range(_READ_ATTEMPTS):
-        before = _versions(folder)
+    for _ in range(_READ_ATTEMPTS):
+        before = _version(folder)
         try:
             found = _read_once(folder, reader or _read_safetensors)
         except CheckpointError:
-            if _versions(folder) == before:
+            if _version(folder) == before:
                 raise
         else:
-            if _versions(folder) == before:
+            if _version(folder) == before:
                 return found
-        time.sleep(min(0.001 * attempt, 0.02))
     raise CheckpointError(f"{folder} is being written again and again; load it when that is over.")
 
 
-def _versions(folder: Path) -> list[tuple[int, int, int] | None]:
-    """What tells one version of the folder's files from another."""
-    found: list[tuple[int, int, int] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
-        try:
-            status = (folder / name).stat()
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except OSError:
-            found.append(None)
-    return found
+def _version(folder: Path) -> list[tuple[int, int, int]]:
+    """What tells one version of the weights from another: a save puts another file in their place."""
+    files = (folder / name for name in (WEIGHTS_FILE, PICKLE_FILE))
+    return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files if f.is_file())]
 
 
 def _read_once(folder: Path, reader: Reader) -> AdapterFiles:
-    config = read_config(folder)
     if (folder / WEIGHTS_FILE).is_file():
-        return AdapterFiles(folder, config, *reader(folder / WEIGHTS_FILE))
+        tensors, metadata = reader(folder / WEIGHTS_FILE)
+        return AdapterFiles(folder, read_config(folder, metadata), tensors, metadata)
+    config = read_config(folder, {})
     if (folder / PICKLE_FILE).is_file():
         return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
     raise CheckpointError(_no_weights(folder))
@@ -119,32 +117,45 @@ def read_file(file: Path, reader: Reader | None = None) -> AdapterFiles:
     return AdapterFiles(file, None, *(reader or _read_safetensors)(file))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The JSON object in `adapter_config.json`.
+
+    A save puts its weights in place before its config. Those weights hold the config as well, and the hash of the one
+    that it replaces: a config with that hash is of the version before, and the one in the weights counts.
+
+    Args:
+        metadata: what the header of the weights says; `None`: it is read.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-        what = (
-            f"It holds {', '.join(found)}."
-            if found
-            else "There is no such folder."
-            if not folder.is_dir()
-            else "It is empty."
-        )
-        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {what}")
+    if metadata is None:
+        metadata = {}
+        with suppress(CheckpointError):
+            metadata = read_header(folder / WEIGHTS_FILE).metadata
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if metadata.get(_REPLACED) == hashlib.sha256(content).hexdigest():
+        content = metadata.get(_CONFIG, "").encode()
+    elif not path.is_file():
+        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {_what_is_in(folder)}")
+    try:
+        config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
     return config
+
+
+def _what_is_in(folder: Path) -> str:
+    if not folder.is_dir():
+        return "There is no such folder."
+    found = sorted(p.name for p in folder.iterdir())[:8]
+    return f"It holds {', '.join(found)}." if found else "It is empty."
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -195,13 +206,11 @@ def write_folder(
     metadata: Mapping[str, str],
     writer: Writer = write_tensors,
 ) -> None:
-    """Write an adapter folder so that at any moment it holds the old adapter whole or the new one whole.
+    """Write an adapter folder so that whenever it is read, it is the old adapter whole or the new one whole.
 
-    Both files are written beside the folder first. A new folder appears by one rename. Over an old one the
-    weights replace the weights in one rename if the config is the same; if it is not, the two files
-    change places with the old ones by one exchange of folders, other files in the folder being kept. Where
-    that is not possible (not on Linux, a mount, the working directory, a file system without links) they are two
-    renames, and a crash just between them leaves the new weights beside the old config.
+    Both files are written beside the folder first. A new folder appears by one rename. In an old one the new weights
+    replace the old ones, then the new config replaces the old one. If the configs differ, the weights hold the new one
+    too, by which `read_config` knows a save that ended between the two.
 
     Args:
         writer: writes tensors and metadata to a safetensors file.
@@ -215,45 +224,24 @@ def write_folder(
         raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
     try:
         folder = folder.resolve()  # behind a link is the folder that changes
-        fresh = _new_beside(folder)
-        try:
-            writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata})
-            _finish(fresh, text)
-            with _one_at_a_time(folder.parent):
-                _put(fresh, folder, text)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder.parent):
+            fresh = _new_beside(folder)
+            try:
+                writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata, **_change(folder, text)})
+                _finish(fresh, text)
+                _put(fresh, folder)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
         ) from error
 
 
-def _new_beside(folder: Path) -> Path:
-    """An empty folder that files can be renamed from: beside `folder`, or inside it where only that works."""
-    parent, prefix = folder.parent, f".{folder.name}."
-    parent.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir() or folder.stat().st_dev == parent.stat().st_dev:
-        try:
-            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        except OSError:
-            if not folder.is_dir():
-                raise
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-
-
-def _finish(folder: Path, text: str) -> None:
-    folder.chmod(0o777 & ~umask())
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
-        path.chmod(0o666 & ~umask())
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
 @contextmanager
 def _one_at_a_time(parent: Path) -> Iterator[None]:
-    """Let one process (or thread) at a time put folders in place below `parent`, where the system has such locks.
+    """Let one process (or thread) at a time save to folders in `parent`, where the system has such locks.
 
     Every process of a training run may save to the same folder at the same moment.
     """
@@ -272,64 +260,46 @@ def _one_at_a_time(parent: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _put(fresh: Path, folder: Path, text: str) -> None:
+def _new_beside(folder: Path) -> Path:
+    """An empty folder that files can be renamed from: beside `folder`, or inside it where only that works."""
+    parent, prefix = folder.parent, f".{folder.name}."
+    if not folder.is_dir() or folder.stat().st_dev == parent.stat().st_dev:
+        try:
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+
+
+def _change(folder: Path, text: str) -> dict[str, str]:
+    """What the weights say of the config, if one of other content, or none, is there: see `read_config`."""
+    if not folder.is_dir():
+        return {}
+    old = folder / CONFIG_FILE
+    content = old.read_bytes() if old.exists() else b""
+    return {} if content == text.encode() else {_CONFIG: text, _REPLACED: hashlib.sha256(content).hexdigest()}
+
+
+def _finish(folder: Path, text: str) -> None:
+    folder.chmod(0o777 & ~umask())
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
+        path.chmod(0o666 & ~umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put(fresh: Path, folder: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
     if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(f"{folder} is read-only")
-    old = folder / CONFIG_FILE
-    if not old.exists() or old.read_text(encoding="utf-8", errors="replace") == text:
-        _replace_files(fresh, folder)
-        return
-    if not (_can_move(fresh, folder) and _link_others(folder, fresh) and exchange(fresh, folder)):
-        _replace_files(fresh, folder)
-
-
-def _replace_files(fresh: Path, folder: Path) -> None:
     (fresh / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
     (fresh / CONFIG_FILE).replace(folder / CONFIG_FILE)
     with suppress(FileNotFoundError):  # weights of the old format would be read by others
         (folder / PICKLE_FILE).unlink()
-
-
-def _can_move(fresh: Path, folder: Path) -> bool:
-    """Whether the folder may be exchanged: `fresh` is beside it, and this process does not work inside it."""
-    return fresh.parent == folder.parent and not Path.cwd().is_relative_to(folder)
-
-
-def _link_others(folder: Path, fresh: Path) -> bool:
-    """Give `fresh` the folder's mode and its other files; `False` where the file system has no such links."""
-    try:
-        for other in folder.iterdir():
-            if other.name not in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
-                _link(other, fresh / other.name)
-        shutil.copymode(folder, fresh)
-    except OSError:
-        return False
-    return True
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file, or a folder of the same files, under another name."""
-    if source.is_dir() and not source.is_symlink():
-        target.mkdir()
-        for child in source.iterdir():
-            _link(child, target / child.name)
-        shutil.copystat(source, target)
-    else:
-        os.link(source, target, follow_symlinks=False)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step (Linux's `renameat2`); `False` if the system cannot."""
-    import ctypes
-
-    exchange_flag, at_cwd = 2, -100
-    with suppress(OSError, AttributeError):
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-        return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0)
-    return False
 
 
 @contextmanager

@@ -1,9 +1,15 @@
-"""Tensors and files: a file read or mapped as a whole, results kept in a file until all are known, a file written."""
+"""Safetensors files: their headers, tensors read or mapped, and files that are written one tensor at a time.
+
+The library `safetensors` decides whether a file is whole. What it cannot do is here: tell where a tensor's bytes are,
+give each tensor memory of its own, free the pages of a mapped file, and write a file without holding all its tensors.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
@@ -13,16 +19,183 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapterkit.errors import CheckpointError, SaveError
-from adapterkit.files.header import Entry, dtype_name, read_header, write_header
 from adapterkit.kinds import Factors
 
+# A file begins with the length of its header, in so many bytes.
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
 # Tensors in the spool begin at multiples of this: of a cache line, as torch's own do.
 _ALIGNMENT = 64
 # Tensors smaller than this are gathered before they are written.
 _WRITTEN_BYTES = 1 << 20
+# The format's names of dtypes, and torch's, which are not in every version.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: the format's name of it, such as `"BF16"`.
+        start, end: its bytes in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype in torch.
+
+        Raises:
+            CheckpointError: torch has none for it.
+        """
+        found = getattr(torch, _DTYPES.get(self.dtype, ""), None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(
+                f"{self.file}: {self.name!r} has dtype {self.dtype}, which torch {torch.__version__} lacks."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, as its header describes it.
+
+    Attributes:
+        header: its first bytes, up to the data.
+        entries: its tensors in the order of the header.
+        size: of the whole file in bytes.
+    """
+
+    file: Path
+    header: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    size: int
+
+
+def read_header(file: Path) -> Shard:
+    """Read a safetensors file's header; the library checks that its tensors fill the file, without gaps or overlaps.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its header contradicts itself or the file's size.
+    """
+    try:
+        with safe_open(file, "np"), file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            length = opened.read(_LENGTH_BYTES)
+            header = length + opened.read(int.from_bytes(length, "little"))
+        table = json.loads(header[_LENGTH_BYTES:], object_pairs_hook=_without_repetition)
+        metadata = table.pop(_METADATA, None) or {}
+        entries = tuple(
+            Entry(name, e["dtype"], tuple(e["shape"]), file, *(len(header) + place for place in e["data_offsets"]))
+            for name, e in table.items()
+        )
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is not a safetensors file, or it is damaged or cut off: {error}. Fetch or save it again."
+        ) from error
+    return Shard(file, header, entries, metadata, size)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return table
+
+
+def write_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file with these tensors; their bytes are laid out by the caller, from 0 at the header's end."""
+    table: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for e in entries:
+        table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # data that begins at a multiple of 8 can be mapped as it is
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The format's name of a torch dtype.
+
+    Raises:
+        SaveError: it has none.
+    """
+    for name, attribute in _DTYPES.items():
+        if getattr(torch, attribute, None) is dtype:
+            return name
+    raise SaveError(f"safetensors files have no {dtype}. Convert the adapter's tensors to another dtype first.")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file by name, each in memory of its own, and the metadata.
+
+    Memory that torch allocated is aligned, so kernels round in it as they do elsewhere. Nothing that is done to the
+    file later changes these tensors or stops the process, as it would through a map.
+
+    Raises:
+        CheckpointError: the file is damaged, cut off while it is read, or has a dtype that torch lacks.
+    """
+    shard, tensors = read_header(path), {}
+    with path.open("rb") as file:
+        for entry in sorted(shard.entries, key=lambda e: e.start):
+            tensors[entry.name] = read_entry(entry, file)
+    return {entry.name: tensors[entry.name] for entry in shard.entries}, dict(shard.metadata)
+
+
+def read_entry(entry: Entry, file: Any) -> Tensor:
+    """One tensor of an open file, in memory of its own.
+
+    Raises:
+        CheckpointError: the file has become shorter, or the dtype is not one of torch's.
+    """
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(as_bytes(raw)) < entry.nbytes:
+        raise CheckpointError(f"{entry.file} was cut off while it was read.")
+    return raw.view(entry.torch_dtype).view(entry.shape)
 
 
 class Pages:
@@ -36,36 +209,13 @@ class Pages:
         size = dtype.itemsize * math.prod(shape)
         if not size:
             return torch.empty(shape, dtype=dtype)
-        if start % dtype.itemsize:
-            return (
-                torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=size).clone().view(dtype).view(shape)
-            )
-        return torch.frombuffer(self._map, dtype=dtype, offset=start, count=size // dtype.itemsize).view(shape)
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=size)
+        return (raw.clone() if start % dtype.itemsize else raw).view(dtype).view(shape)
 
     def release(self) -> None:
         """Have no page of it in this process's memory; what is used again is read again."""
         with suppress(AttributeError, OSError):  # a system without such advice
             self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file by name, each in memory of its own, and the metadata.
-
-    Memory that torch allocated is aligned, so kernels round in it as they do elsewhere; and whatever is done to the
-    file later neither changes these tensors nor stops the process, as it would through a map.
-
-    Raises:
-        CheckpointError: the file is damaged, cut off while it is read, or has a dtype that torch lacks.
-    """
-    shard, tensors = read_header(path), {}
-    with path.open("rb") as file:
-        file.seek(len(shard.header))
-        for entry in sorted(shard.entries, key=lambda e: (e.start, e.end)):  # which leave no gaps
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-            if file.readinto(as_bytes(raw)) < entry.nbytes:
-                raise CheckpointError(f"{path} was cut off while it was read.")
-            tensors[entry.name] = raw.view(entry.torch_dtype).view(entry.shape)
-    return {entry.name: tensors[entry.name] for entry in shard.entries}, dict(shard.metadata)
 
 
 @dataclass
@@ -81,23 +231,19 @@ class MappedFiles:
             CheckpointError: the file is damaged, or has a dtype that torch lacks.
         """
         shard = read_header(path)
-        with path.open("rb") as file:
+        return self.tensors(shard), dict(shard.metadata)
+
+    def tensors(self, shard: Shard) -> dict[str, Tensor]:
+        """The tensors of a file of which the header has been read, by name."""
+        with shard.file.open("rb") as file:
             pages = Pages(file.fileno())
         self.pages.append(pages)
-        tensors = {e.name: pages.tensor(e.start, e.shape, e.torch_dtype) for e in shard.entries}
-        return tensors, dict(shard.metadata)
+        return {e.name: pages.tensor(e.start, e.shape, e.torch_dtype) for e in shard.entries}
 
     def release(self) -> None:
         """See `Pages.release`."""
         for pages in self.pages:
             pages.release()
-
-
-@dataclass(frozen=True)
-class _Place:
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class FactorSpool(MutableMapping[str, Factors]):
@@ -117,7 +263,7 @@ class FactorSpool(MutableMapping[str, Factors]):
         except OSError as error:
             raise SaveError(f"Nothing can be written in {folder}: {error}.") from error
         self._after = after
-        self._places: dict[str, tuple[list[_Place | None], float]] = {}
+        self._places: dict[str, tuple[list[tuple[int, torch.Size, torch.dtype] | None], float]] = {}
         self._pages: Pages | None = None
 
     def __enter__(self) -> Self:
@@ -127,30 +273,26 @@ class FactorSpool(MutableMapping[str, Factors]):
         self._file.close()
 
     def __setitem__(self, path: str, factors: Factors) -> None:
+        places: list[tuple[int, torch.Size, torch.dtype] | None] = []
         try:
-            places = [None if t is None else self._write(t) for t in factors[:3]]
+            for tensor in factors[:3]:
+                start = self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                places.append(None if tensor is None else (start, tensor.shape, tensor.dtype))
+                self._file.write(b"" if tensor is None else as_bytes(tensor))
+            self._file.flush()
         except OSError as error:
             raise SaveError(f"The results cannot be kept until all are known: {error}.") from error
         self._places[path], self._pages = (places, factors.scale), None
         self._after()
 
-    def _write(self, tensor: Tensor) -> _Place:
-        start = self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
-        self._file.write(as_bytes(tensor))
-        return _Place(start, tuple(tensor.shape), tensor.dtype)
-
     def __getitem__(self, path: str) -> Factors:
         places, scale = self._places[path]
-        up, down, bias = (None if p is None else self._mapped().tensor(p.start, p.shape, p.dtype) for p in places)
+        if self._pages is None:
+            self._pages = Pages(self._file.fileno())
+        up, down, bias = (None if place is None else self._pages.tensor(*place) for place in places)
         assert up is not None
         assert down is not None
         return Factors(up, down, bias, scale)
-
-    def _mapped(self) -> Pages:
-        if self._pages is None:
-            self._file.flush()
-            self._pages = Pages(self._file.fileno())
-        return self._pages
 
     def __delitem__(self, path: str) -> None:
         del self._places[path]
@@ -182,8 +324,7 @@ def write_tensors(
 ) -> None:
     """A safetensors file, one tensor after another: their order, and the file's bytes, are safetensors' own.
 
-    With small tensors it takes three quarters of the time of `save_file`; and they may share memory, or be on any
-    device, from which they come one at a time.
+    The tensors may share memory, or be on any device, from which they come one at a time.
 
     Args:
         dtypes: of those that are to have another than their own.
