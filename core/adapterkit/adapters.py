@@ -40,7 +40,7 @@ from adapterkit.files import (
     to_file,
     values_to_swap,
 )
-from adapterkit.forward import Active, State, threads
+from adapterkit.forward import Active, State, lock
 from adapterkit.integrations import Loader, install, uninstall
 from adapterkit.merging import (
     Done,
@@ -72,17 +72,17 @@ from adapterkit.model import (
 from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
 from adapterkit.rows import Batch, Rows, RowState, check_paths
 from adapterkit.tensors import (
-    as_wholes,
     check_averaged,
     check_can_grow,
     check_can_replace,
+    gathered,
     gradients,
     has_fsdp1,
     refuse_fsdp1,
     reshard,
     size_of,
     uninterrupted,
-    watch,
+    watch_wrappers,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def attach(model: nn.Module) -> Adapters:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach needs a torch.nn.Module, not a {type(model).__name__}.")
-    watch()
+    watch_wrappers()
     model = inner_model(model)
     found = model.__dict__.get(ATTRIBUTE)
     if found is None:
@@ -232,9 +232,9 @@ class Adapters:
         if grows:
             check_can_grow(self.model, name)
 
-    def _as_wholes(self, adapters: Iterable[Adapter], *, writing: bool = False) -> AbstractContextManager[None]:
-        """See `as_wholes`, for everything that is these adapters'."""
-        return as_wholes(self.model, (m for adapter in adapters for m in adapter.modules()), writing=writing)
+    def _gathered(self, adapters: Iterable[Adapter], *, writing: bool = False) -> AbstractContextManager[None]:
+        """See `gathered`, for everything that is these adapters'."""
+        return gathered(self.model, (m for adapter in adapters for m in adapter.modules()), writing=writing)
 
     def _check_heads_not_merged(self, name: str) -> None:
         if name in self._merged.heads:
@@ -302,17 +302,19 @@ class Adapters:
                 first forward says so), or one to be trained that DDP, FSDP or DeepSpeed around the model do not know.
         """
         adapters, acting = self._chosen("activate", names, heads, trainable)
-        with uninterrupted(), threads.lock:
+        with uninterrupted(), lock:
             block, before = self._active.in_block, self._active.state
             for adapter in adapters if trainable else ():
-                adapter.light(lent=block)
+                adapter.train(for_now=block)
             trains = names if trainable else ()
-            state = State(names, acting, trains, still=block and not trainable, asleep=before.asleep)
-            state.first = lambda: self._check_present("activate", *state.names)
+            state = State(
+                names, acting, trains, constant=block and not trainable, active_when_merged=before.active_when_merged
+            )
+            state.before_first = lambda: self._check_present("activate", *state.names)
             self._active.become(state)
             self._settle(None if block else before.trains)
-            if not trainable and any(adapter.lent for adapter in adapters):
-                state.still = True
+            if not trainable and any(adapter.trains_for_now for adapter in adapters):
+                state.constant = True
             self._live.follow_labels(self._adapters, acting)
 
     @contextmanager
@@ -325,9 +327,9 @@ class Adapters:
         adapters act as constants.
         """
         adapters, acting = self._chosen("activated", names, heads, trainable)
-        asleep = self._active.state.asleep
-        state = State(names, acting, names if trainable else (), still=not trainable, asleep=asleep)
-        state.first = lambda: self._check_present("activated", *state.names)
+        before = self._active.state.active_when_merged
+        state = State(names, acting, names if trainable else (), constant=not trainable, active_when_merged=before)
+        state.before_first = lambda: self._check_present("activated", *state.names)
         with self._block(state, adapters if trainable else ()):
             yield
 
@@ -349,15 +351,15 @@ class Adapters:
     def _block(self, state: State, trained: Collection[Adapter]) -> Iterator[None]:
         """What `state` says acts in this thread, and these adapters train, until the end."""
         self._check_trainable(trained)
-        with threads.lock:
+        with lock:
             for adapter in trained:
-                adapter.light(lent=True)
+                adapter.train(for_now=True)
             block = self._active.enter(state)
         try:
             self._live.follow_labels(self._adapters, state.heads)
             yield
         finally:
-            with threads.lock:
+            with lock:
                 self._active.leave(block)
                 self._settle()
             if self._host is not None:  # else detached meanwhile
@@ -389,9 +391,9 @@ class Adapters:
 
     def _return_to(self, before: State, trained: list[tuple[Adapter, list[nn.Parameter]]]) -> None:
         """Undo `activate`."""
-        with threads.lock:
+        with lock:
             for _, parameters in trained:
-                gradients.light(parameters)
+                gradients.enable(parameters)
             self._active.become(before)
         self._live.follow_labels(self._adapters, before.heads)
 
@@ -400,26 +402,26 @@ class Adapters:
         merged, names = self._merged.names, tuple(adapter.name for adapter in adapters)
         heads = tuple(name for name in acting if name in merged)
         reshard(self.model)
-        with threads.lock:
+        with lock:
             own = self._active.state
             self._active.each(lambda state: state.merged(names, heads))
             if own.rows is None:
                 self._active.state.heads = acting
             self._active.merged = merged
             for adapter in adapters:
-                adapter.dimmed = []
-                adapter.dim(adapter.parameters())
+                adapter.trained_before = []
+                adapter.freeze(adapter.parameters())
         self._live.follow_labels(self._adapters, self._active.heads)
 
     def _set_unmerged(self, adapters: Sequence[Adapter]) -> None:
         """Nothing is merged any more."""
-        with threads.lock:
-            self._active.each(lambda state: state.unmerged([r.name for r in adapters if r.dimmed]))
+        with lock:
+            self._active.each(lambda state: state.unmerged([r.name for r in adapters if r.trained_before]))
             self._active.merged = ()
             for adapter in adapters:
-                adapter.light_again()
+                adapter.train_again()
                 if adapter.name in self._active.default.trains:
-                    adapter.lent = []
+                    adapter.trains_for_now = []
         self._live.follow_labels(self._adapters, self._active.heads)
 
     def _settle(self, trained: Collection[str] | None = None) -> None:
@@ -435,10 +437,10 @@ class Adapters:
         for name, adapter in self._adapters.items():
             if name in wanted:
                 continue
-            if trained is not None and (name in trained or adapter.lent or adapter.may_train()):
-                adapter.dim(adapter.parameters())
-            elif adapter.lent:
-                adapter.dim(adapter.lent)
+            if trained is not None and (name in trained or adapter.trains_for_now or adapter.may_train()):
+                adapter.freeze(adapter.parameters())
+            elif adapter.trains_for_now:
+                adapter.freeze(adapter.trains_for_now)
 
     @contextmanager
     def per_sample(
@@ -469,7 +471,7 @@ class Adapters:
         merged = tuple(n for n in self._active.heads if n in self._merged.names)
         heads = merged + tuple(adapter.name for adapter in adapters if adapter.heads)
         batch = Batch(self._live.watch(self._active))
-        state = RowState(rows, batch, heads, merged, trainable=trainable, still=not trainable)
+        state = RowState(rows, batch, heads, merged, trainable=trainable, constant=not trainable)
         with self._block(state, adapters if trainable else ()):
             yield
 
@@ -568,10 +570,10 @@ class Adapters:
         self._check_present("copy", source)
         # The modules they are on are the model's and stay; the rest is the adapter's own.
         memo = {id(module): module for module in (*adapter.hosts.values(), *adapter.readers)}
-        with self._as_wholes([adapter]):
+        with self._gathered([adapter]):
             duplicate = copy.deepcopy(adapter, memo)
         duplicate.name = target
-        duplicate.lent, duplicate.dimmed = [], []
+        duplicate.trains_for_now, duplicate.trained_before = [], []
         self._install(duplicate)
 
     def _begin(self, adapter: Adapter, *, activate: bool, trainable: bool) -> None:
@@ -582,7 +584,7 @@ class Adapters:
                 if activate:
                     self.activate(adapter.name, trainable=trainable)
                 elif trainable:
-                    adapter.light(lent=False)
+                    adapter.train(for_now=False)
             except BaseException:
                 self.remove(adapter.name)
                 raise
@@ -644,7 +646,7 @@ class Adapters:
         adapter = self._adapter(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
-        with self._as_wholes([adapter] if source is None else []):
+        with self._gathered([adapter] if source is None else []):
             return to_file(adapter, default_registry.method_of(adapter.config), source)
 
     @torch.inference_mode(False)
@@ -661,7 +663,7 @@ class Adapters:
         adapter = self._adapter(name)
         self._check_not_merged(name)
         self._check_present("load_state_dict", name)
-        with self._live.writing(adapter), self._as_wholes([adapter], writing=True):
+        with self._live.writing(adapter), self._gathered([adapter], writing=True):
             found = fit(adapter, default_registry.method_of(adapter.config), self.model, tensors)
             if not found.report.ok:
                 if strict:
@@ -800,7 +802,7 @@ class Adapters:
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
         )
         with uninterrupted():
-            with self._as_wholes([adapter], writing=True):
+            with self._gathered([adapter], writing=True):
                 try:
                     with torch.no_grad():
                         values = values_to_swap(adapter, other)
@@ -1084,7 +1086,7 @@ class Adapters:
             isotropize=isotropize,
         )
         weights = [float(weight) for weight in sources.values()]
-        with self._as_wholes(adapters):
+        with self._gathered(adapters):
             adapter, report = mix(name, adapters, weights, choices, Workspace(self.model, self._active))
         self._install(adapter)
         return report
@@ -1127,7 +1129,7 @@ class Adapters:
         adapters = [self._adapter(name) for name in names or self.names]
         for name in names or self.names:
             self._warn_if_changed(name, "The report shows what was trained there, beside the base as it was.")
-        with self._as_wholes(adapters):
+        with self._gathered(adapters):
             report = Report.of(live_sources(adapters, self._merged), title)
         if out is not None:
             report.save(out)

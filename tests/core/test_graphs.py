@@ -177,7 +177,7 @@ def test_what_cannot_be_computed_again_is_refused(change: str, reentrant: bool) 
     adapters.activate("a")
     first = loss()
     getattr(adapters, change)("a")
-    with pytest.raises(ak.StateError, match="computes a forward again"):
+    with pytest.raises(ak.StateError, match="recomputes a forward"):
         first.backward()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.kinds import LayerKind, dense
-from adapterkit.tensors import as_wholes
+from adapterkit.tensors import gathered
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Target:
         Raises:
             UnsupportedError: it is quantised, and does not say which numbers it stands for.
         """
-        with as_wholes(self.module, self.module.modules()):
+        with gathered(self.module, self.module.modules()):
             held = self.kind.read(self.module)
             weight = dense(held)
             if weight is None:

@@ -28,7 +28,7 @@ from adapterkit.model import (
     resized_tables,
     tables,
 )
-from adapterkit.tensors import as_wholes, by_first_rank, groups_of, is_sharded, real_value, reshard, whole
+from adapterkit.tensors import gathered, in_first_process, is_sharded, process_groups, real_value, reshard, whole
 
 
 def save_adapter(
@@ -51,9 +51,9 @@ def save_adapter(
         CheckpointError: the adapter is on the meta device and has no values.
     """
     reshard(model)
-    groups = groups_of(adapter.parameters()) if source is None else []
+    groups = process_groups(adapter.parameters()) if source is None else []
     files = to_files(adapter, model, source, embeddings=embeddings)
-    by_first_rank(groups, lambda: write_folder(folder, *files, writer))
+    in_first_process(groups, lambda: write_folder(folder, *files, writer))
 
 
 def to_files(
@@ -72,7 +72,7 @@ def to_files(
     method, prefix = default_registry.method_of(adapter.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
-    with as_wholes(model, adapter.modules()) if source is None else nullcontext():
+    with gathered(model, adapter.modules()) if source is None else nullcontext():
         tensors = to_file(adapter, method, source) | _tables(adapter, model, source, prefix, embeddings)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:

@@ -8,7 +8,7 @@ from adapterkit.forward.biases import BiasLayer, bias_place
 from adapterkit.forward.head_dtype import callable_head, give_dtypes_back, trained_dtype, widen
 from adapterkit.forward.plan import ACTIVE, Inner, Plan, by_keyword, checks, input_name, run, summable
 from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
-from adapterkit.forward.state import Active, State
+from adapterkit.forward.state import Active, State, lock
 from adapterkit.forward.surgery import (
     PerAdapter,
     calls_adapters,
@@ -47,6 +47,7 @@ __all__ = [
     "install",
     "is_adapted",
     "let_read",
+    "lock",
     "original_class",
     "own_forward",
     "readers_of",

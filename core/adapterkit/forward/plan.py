@@ -107,7 +107,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     active: Active | None = module.__dict__.get(ACTIVE)
     if active is None:  # our class, kept by a wrapper's class
         return original(*args, **kwargs)
-    state: State = active.here.slot.state
+    state: State = active.here.thread.state
     if state.idle:
         return original(*args, **kwargs)
     plan = state.plan(module)

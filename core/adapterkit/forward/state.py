@@ -1,43 +1,57 @@
-"""Acting: which adapters of a model act, in which thread."""
+"""Which adapters of a model act, and in which thread.
+
+`activate` says what acts everywhere. A block (`activated`, `disabled`, `per_sample`) says what acts in its own thread,
+and in whatever that thread starts: a new thread begins in the blocks that its starter is in and stays in them as long
+as it lives, and a task given to a `ThreadPoolExecutor` runs in the blocks in which it was given. Python has no hook for
+this. So from the first block on `Thread.start` and `ThreadPoolExecutor.submit` are wrapped; while no block is open the
+wrappers change nothing.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import StateError
-from adapterkit.forward import threads
 from adapterkit.forward.plan import Plan, parts_of
 
 if TYPE_CHECKING:
     from adapterkit.model import Adapter
     from adapterkit.rows import Rows
 
+# Held while what acts, or what trains, changes.
+lock = threading.RLock()
+_models: weakref.WeakSet[Active] = weakref.WeakSet()
+
 
 class State:
-    """Which adapters act, while they do: replaced by another, never changed, but for the names of adapters.
+    """What acts. A state is replaced and never changed, except that adapters may be renamed in it.
 
     Attributes:
-        names: active adapters; the first is the innermost.
+        names: the active adapters; the first is the innermost.
         heads: those of them whose heads act.
         trains: those of them that were asked to train.
-        still: no gradient goes to any of them, whatever `requires_grad` says: it is everyone's, and a graph, another
-            thread or what comes after the block may need it.
-        asleep: adapters that were active when they were merged, to be active again.
+        constant: no gradient goes to any of them, even if their parameters require one: `requires_grad` is the same
+            for everyone, and a graph, another thread or the code after the block may need it.
+        active_when_merged: adapters that were active when they were merged; `unmerge` activates them again.
         idle: nothing acts.
-        lost: why the state cannot act any more, for graphs that were made in it.
-        rows: which of them acts on which row of the batch; `None`: all on all.
-        plans: what acts at each module, by the module's `id`; each plan holds its module, so no `id` comes again.
-        first: called once, before the first plan: what is checked where a switch must cost nothing.
+        lost: why graphs that were made in this state cannot be computed again; empty while they can.
+        rows: which adapter acts on which row of the batch; `None`: all on all rows.
+        plans: what acts at each module, by the module's `id`. A plan holds its module, so no `id` is used twice.
+        before_first: called once, before the first forward, for checks that would make a switch slow.
     """
 
     rows: Rows | None = None
-    first: Callable[[], None] | None = None
+    before_first: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -45,64 +59,62 @@ class State:
         heads: tuple[str, ...] = (),
         trains: tuple[str, ...] = (),
         *,
-        still: bool = False,
-        asleep: tuple[str, ...] = (),
+        constant: bool = False,
+        active_when_merged: tuple[str, ...] = (),
     ) -> None:
-        self.names, self.heads, self.trains, self.still, self.asleep = names, heads, trains, still, asleep
+        self.names, self.heads, self.trains, self.constant = names, heads, trains, constant
+        self.active_when_merged = active_when_merged
         self.idle = not (names or heads)
         self.lost = ""
         self.plans: dict[int, Plan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their plans themselves, and nobody waits for what they train.
-        return {**self.__dict__, "plans": {}, "still": False, "first": None}
+        # A copy makes its own plans, and no graph or thread needs its gradients.
+        return {**self.__dict__, "plans": {}, "constant": False, "before_first": None}
 
     def rename(self, old: str, new: str) -> None:
-        """Adapter `old` has another name now."""
-        for group in ("names", "heads", "trains", "asleep"):
+        """Adapter `old` has a new name."""
+        for group in ("names", "heads", "trains", "active_when_merged"):
             setattr(self, group, tuple(new if name == old else name for name in getattr(self, group)))
         self.plans.clear()
 
     def without(self, gone: Collection[str]) -> State:
-        """The same without these adapters."""
-        names, heads, trains, asleep = (
+        """The same state without these adapters."""
+        names, heads, trains, active_when_merged = (
             tuple(name for name in group if name not in gone)
-            for group in (self.names, self.heads, self.trains, self.asleep)
+            for group in (self.names, self.heads, self.trains, self.active_when_merged)
         )
-        return State(names, heads, trains, still=self.still, asleep=asleep)
+        return State(names, heads, trains, constant=self.constant, active_when_merged=active_when_merged)
 
     def merged(self, names: Collection[str], heads: tuple[str, ...]) -> State:
-        """The same once these adapters are in the weights; `heads`: of all that are, those whose heads act."""
+        """The state after a merge of `names`; `heads` are the acting heads of all merged adapters."""
         left = self.without(names)
-        own = heads + tuple(name for name in left.heads if name not in heads)
-        asleep = self.asleep + tuple(name for name in names if name in self.names)
-        return State(left.names, own, left.trains, still=self.still, asleep=asleep)
+        heads += tuple(name for name in left.heads if name not in heads)
+        before = self.active_when_merged + tuple(name for name in names if name in self.names)
+        return State(left.names, heads, left.trains, constant=self.constant, active_when_merged=before)
 
     def unmerged(self, trained: Collection[str]) -> State:
-        """The same once nothing is merged: what was active then is so again, before what is active now.
-
-        Args:
-            trained: adapters that trained when they were merged.
-        """
-        names = self.asleep + self.names
-        trains = tuple(name for name in self.asleep if name in trained) + self.trains
-        return State(names, tuple(name for name in self.heads if name in names), trains, still=self.still)
+        """The state after `unmerge`; `trained` are the adapters that trained when they were merged."""
+        names = self.active_when_merged + self.names
+        trains = tuple(name for name in self.active_when_merged if name in trained) + self.trains
+        return State(names, tuple(name for name in self.heads if name in names), trains, constant=self.constant)
 
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`.
 
-        Compiled, it is decided at each compilation: what is kept for later calls would be guarded, and so compiled
-        anew in each state. The replicas of `DataParallel` live for one forward and are not kept either.
+        Under `torch.compile` no plan is kept: the compiler would guard it, and compile again in each state. Replicas
+        of `DataParallel` live for one forward, so their plans are not kept either.
         """
         if torch.compiler.is_compiling():
             return self.make_plan(module)
-        found = None if self.still and torch.is_grad_enabled() else self.plans.get(id(module))
+        once = self.constant and torch.is_grad_enabled()  # such a plan holds constants, which are of this moment
+        found = None if once else self.plans.get(id(module))
         if found is None:
-            if self.first is not None:
-                self.first()
-                self.first = None
+            if self.before_first is not None:
+                self.before_first()
+                self.before_first = None
             found = self.make_plan(module)
-            if "_is_replica" not in module.__dict__ and not (self.still and torch.is_grad_enabled()):
+            if "_is_replica" not in module.__dict__ and not once:
                 self.plans[id(module)] = found
         return found
 
@@ -113,14 +125,14 @@ class State:
     def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
         """What these adapters have in one container of `module`, each with its adapter's name."""
         found = list(parts_of(module._modules.get(container), names))
-        if torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.still):
-            # Compiled, `still` is asked where it counts alone: the graph is guarded by all that is asked.
-            return [(constant(part) if _trains(part) and self.still else part, name) for part, name in found]
+        if torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constant):
+            # The compiler guards everything that is read, so it must read `constant` only where that matters.
+            return [(as_constant(part) if _trains(part) and self.constant else part, name) for part, name in found]
         return found
 
 
 class Refused(State):
-    """It is not known, or not there any more, what is to act: a forward of an adapted module raises `StateError`."""
+    """A state in which every forward of an adapted module raises `StateError`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__()
@@ -132,45 +144,45 @@ class Refused(State):
 
 
 _ENDED = (
-    "This thread was started in a block (activated, disabled or per_sample) that has ended since, and it works on for "
-    "others, so it is not known which adapters are to act. Open a block in the task itself."
+    "This thread was started in a block (activated, disabled or per_sample) that has ended. The thread works on for "
+    "others, so it is unknown which adapters should act. Open a block in the task itself."
 )
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(map(_learns, module.parameters()))
+    return any(map(_requires_grad, module.parameters()))
 
 
-def _learns(parameter: Tensor) -> bool:
-    # A tensor that `torch.func.functional_call` puts in a parameter's place is to get what gradients it may.
+def _requires_grad(parameter: Tensor) -> bool:
+    # `torch.func.functional_call` puts tensors in the place of parameters: these get the gradients they ask for.
     return isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 
-def constant(module: nn.Module | None) -> Any:
-    """`module` with its parameters as constants, for one forward; their memory and buffers are the same."""
+def as_constant(module: nn.Module | None) -> Any:
+    """A twin of `module` for one forward, with the same memory and buffers and with parameters as constants."""
     if module is None or not _trains(module):
         return module
-    same = object.__new__(type(module))
-    same.__dict__.update(module.__dict__)
-    same.__dict__["_parameters"] = {
-        name: p.detach() if p is not None and _learns(p) else p for name, p in module._parameters.items()
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {
+        name: p.detach() if p is not None and _requires_grad(p) else p for name, p in module._parameters.items()
     }
-    same.__dict__["_modules"] = {name: constant(child) for name, child in module._modules.items()}
-    return same
+    twin.__dict__["_modules"] = {name: as_constant(child) for name, child in module._modules.items()}
+    return twin
 
 
 class Active:
-    """Which adapters of a model act now. One per model, read by every adapted module in each forward.
+    """What acts on one model now. Every adapted module reads it in each forward.
 
-    A copy or pickle begins with what acts in the thread that makes it.
+    A copy or pickle starts with what acts in the thread that makes it.
 
     Attributes:
         adapters: the model's adapters, by name.
-        default: what acts where no block is open.
-        merged: the adapters in the weights.
-        slots: each thread's (see `threads`).
-        here: this thread's, as `here.slot`.
-        alive: all states that anything may still act in, graphs included.
+        default: the state where no block is open.
+        merged: names of the adapters in the weights.
+        threads: the threads that have asked.
+        here: `here.thread` is this thread's entry among them.
+        alive: every state that may still act somewhere, also in graphs.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
@@ -178,10 +190,11 @@ class Active:
 
     def _begin(self, adapters: Mapping[str, Adapter], default: State, merged: tuple[str, ...]) -> None:
         self.adapters, self.default, self.merged = adapters, default, merged
-        self.slots: weakref.WeakSet[threads.Slot] = weakref.WeakSet()
+        self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
         self.alive: weakref.WeakSet[State] = weakref.WeakSet([default])
-        self.here = threads.Here(self)
-        threads.know(self)
+        self.here = _Here(self)
+        with lock:
+            _models.add(self)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.adapters, self.state, self.merged
@@ -192,113 +205,243 @@ class Active:
     @property
     def state(self) -> State:
         """What acts in this thread."""
-        found: State = self.here.slot.state
+        found: State = self.here.thread.state
         return found
 
     @property
     def in_block(self) -> bool:
         """Whether this thread is in a block."""
-        return bool(self.here.slot.blocks)
+        return bool(self.here.thread.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `State`."""
+        """`State.names` of this thread."""
         return self.state.names
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """See `State`."""
+        """`State.heads` of this thread."""
         return self.state.heads
 
     def become(self, state: State) -> None:
-        """Let this act from now on: until the end of the block that this thread is in, or else everywhere.
+        """Let `state` act until the end of this thread's block, or everywhere if the thread is in no block.
 
-        Costs the same for any number of modules: each makes its plan when it is called.
+        The cost does not depend on the number of modules: each makes its plan when it is called.
         """
-        with threads.lock:
+        with lock:
             self.alive.add(state)
-            own = self.here.slot
+            own = self.here.thread
             if own.blocks:
                 own.blocks[-1].state = own.state = state
                 return
             self.default, own.ended = state, False
-            for slot in list(self.slots):
-                if not slot.blocks:  # others may be in the middle of something
-                    self.refresh(slot)
+            for thread in list(self.threads):
+                if not thread.blocks:
+                    self.refresh(thread)
 
-    def enter(self, state: State) -> threads.Block:
+    def enter(self, state: State) -> Block:
         """Begin a block of this thread.
 
         Raises:
             StateError: another asyncio task of this thread is in a block.
         """
-        threads.wrap()
-        with threads.lock:
-            block = threads.Block(self.here.slot, state)
-            if any(
-                None not in (block.task, other.task) and other.task is not block.task for other in block.slot.blocks
-            ):
+        _wrap_threads()
+        with lock:
+            block = Block(self.here.thread, state)
+            tasks = [other.task for other in block.thread.blocks if other.task is not None]
+            if block.task is not None and any(task is not block.task for task in tasks):
                 raise StateError(
-                    "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and tasks "
-                    "of one thread share what acts. Do not await inside a block, or run the forward with its block in "
-                    "asyncio.to_thread."
+                    "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and the "
+                    "tasks of one thread share what acts. Do not await inside a block, or run the block with its "
+                    "forward in asyncio.to_thread."
                 )
             self.alive.add(state)
-            block.slot.blocks.append(block)
-            block.slot.state = state
+            block.thread.blocks.append(block)
+            block.thread.state = state
         return block
 
-    def leave(self, block: threads.Block) -> None:
-        """End a block. Blocks may end in any order and in any thread: a generator's ends where it is freed."""
-        with threads.lock:
+    def leave(self, block: Block) -> None:
+        """End a block. Blocks may end in any order and thread: a generator's block ends where it is freed."""
+        with lock:
             block.open = False
-            for begun in (block, *block.workers):
-                begun.slot.blocks.remove(begun)
-                begun.slot.ended |= begun is not block
-                self.refresh(begun.slot)
+            for each in (block, *block.in_workers):
+                each.thread.blocks.remove(each)
+                each.thread.ended |= each is not block
+                self.refresh(each.thread)
 
     @contextmanager
     def acting(self, state: State) -> Iterator[None]:
-        """A block."""
+        """A block as a context manager."""
         block = self.enter(state)
         try:
             yield
         finally:
             self.leave(block)
 
-    def refresh(self, slot: threads.Slot) -> None:
-        """Blocks of a thread have begun or ended, or there is another default."""
-        slot.state = slot.blocks[-1].state if slot.blocks else Refused(_ENDED) if slot.ended else self.default
+    def refresh(self, thread: Thread) -> None:
+        """Set a thread's state after its blocks or the default have changed."""
+        if thread.blocks:
+            thread.state = thread.blocks[-1].state
+        else:
+            thread.state = Refused(_ENDED) if thread.ended else self.default
 
     def states(self) -> list[State]:
-        """The default and those of all open blocks."""
-        return [self.default, *(block.state for slot in list(self.slots) for block in slot.blocks)]
+        """The default and the states of all open blocks."""
+        return [self.default, *(block.state for thread in list(self.threads) for block in thread.blocks)]
 
     def each(self, change: Callable[[State], State]) -> None:
-        """Put another state in place of each of `states()`."""
-        with threads.lock:
+        """Replace each of `states()` by `change(state)`."""
+        with lock:
             self.default = change(self.default)
-            for block in [block for slot in list(self.slots) for block in slot.blocks]:
+            for block in [block for thread in list(self.threads) for block in thread.blocks]:
                 block.state = change(block.state)
             self.alive.update(self.states())
-            for slot in list(self.slots):
-                self.refresh(slot)
+            for thread in list(self.threads):
+                self.refresh(thread)
 
     def rename(self, old: str, new: str) -> None:
-        """Adapter `old` has another name now; in states that only graphs know, too."""
-        with threads.lock:
+        """Adapter `old` has a new name, also in states that only graphs know."""
+        with lock:
             for state in list(self.alive):
                 state.rename(old, new)
 
     def remove(self, name: str) -> None:
-        """The adapter is gone: it acts nowhere any more."""
-        with threads.lock:
+        """The adapter is gone and acts nowhere."""
+        with lock:
             for state in list(self.alive):
                 if name in state.names or name in state.heads:
                     state.lost = f"adapter {name!r} was removed"
             self.each(lambda state: state.without((name,)))
 
     def replan(self, module: nn.Module) -> None:
-        """The parts at `module` are others now."""
+        """The parts at `module` have changed."""
         for state in list(self.alive):
             state.plans.pop(id(module), None)
+
+
+# Threads
+
+# Attribute of a new thread: the innermost block of each model in its starter. It also marks the wrapped `start`.
+_STARTED_IN = "_adapterkit_blocks"
+# Modules whose threads run tasks of others.
+_POOLS = ("multiprocessing.pool",)
+
+
+class Thread:
+    """What acts on one model in one thread: the state of the innermost block, or the model's default.
+
+    Attributes:
+        ended: the thread was started in a block that has ended, and runs tasks of others.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.blocks: list[Block] = []
+        self.ended = False
+
+
+class Block:
+    """A block that is open in one thread.
+
+    Attributes:
+        task: the asyncio task that opened it, or `None`.
+        in_workers: blocks of pool threads that were started in this one, and end with it.
+    """
+
+    def __init__(self, thread: Thread, state: State) -> None:
+        self.thread, self.state, self.task = thread, state, _asyncio_task()
+        self.open = True
+        self.in_workers: list[Block] = []
+
+
+class _Here(threading.local):
+    """`thread`: this thread's entry of one model.
+
+    `__init__` sets it and runs once in each thread, because torch.compile guards instance attributes of a
+    `threading.local` and not class attributes. A forward reads nothing else, so the same adapters always give the same
+    graph. A `ContextVar` would break the graph.
+    """
+
+    def __init__(self, active: Active) -> None:
+        with lock:
+            self.thread = Thread(active.default)
+            active.threads.add(self.thread)
+            thread = threading.current_thread()
+            for model, block in thread.__dict__.get(_STARTED_IN, ()):
+                if model is active:
+                    _start_in(self.thread, block, ends=_runs_one_task(thread))
+            active.refresh(self.thread)
+
+
+def _start_in(thread: Thread, block: Block, *, ends: bool) -> None:
+    """Begin a thread in a block of its starter. A pool's thread outlives its task, so it leaves with the block."""
+    inherited = Block(thread, block.state)
+    if ends or block.open:
+        thread.blocks.append(inherited)
+    if not ends:
+        thread.ended = not block.open
+        block.in_workers += [inherited] if block.open else []
+
+
+def _asyncio_task() -> object:
+    """The asyncio task that runs in this thread, or `None`."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+def _runs_one_task(thread: threading.Thread) -> bool:
+    """Whether the thread ends with the task for which it was started. Pools and subclasses may run others too."""
+    return type(thread).run is threading.Thread.run and _module_of_target(thread) not in _POOLS
+
+
+def _module_of_target(thread: threading.Thread) -> str | None:
+    return getattr(getattr(thread, "_target", None), "__module__", None)
+
+
+def models() -> list[Active]:
+    """What acts on each adapted model that exists."""
+    with lock:
+        return list(_models)
+
+
+def _in_blocks() -> list[Active]:
+    """The models on which this thread is in a block."""
+    return [active for active in models() if active.here.thread.blocks]
+
+
+def _wrap_threads() -> None:
+    """Let new threads and tasks begin in the blocks of their starter. Wraps once."""
+    with lock:
+        if not hasattr(threading.Thread.start, _STARTED_IN):
+            threading.Thread.start = _wrapped_start(threading.Thread.start)  # type: ignore[method-assign]
+            ThreadPoolExecutor.submit = _wrapped_submit(ThreadPoolExecutor.submit)  # type: ignore[method-assign]
+
+
+def _wrapped_start(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def start(self: threading.Thread, *args: Any, **kwargs: Any) -> None:
+        if _module_of_target(self) != ThreadPoolExecutor.__module__:  # `submit` takes care of an executor's tasks
+            self.__dict__[_STARTED_IN] = [(active, active.here.thread.blocks[-1]) for active in _in_blocks()]
+        original(self, *args, **kwargs)
+
+    start.__dict__[_STARTED_IN] = True
+    return start
+
+
+def _wrapped_submit(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        states = [(active, active.here.thread.state) for active in _in_blocks()]
+        return original(self, functools.partial(_run_in, states, fn) if states else fn, *args, **kwargs)
+
+    return submit
+
+
+def _run_in(states: Sequence[tuple[Active, State]], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    with ExitStack() as stack:
+        for active, state in states:
+            stack.enter_context(active.acting(state))
+        return function(*args, **kwargs)

@@ -32,7 +32,7 @@ from adapterkit.integrations.load_state_dict import Loader
 from adapterkit.integrations.outer_models import SAVE, let_outer_models_tell, warn_of_others
 from adapterkit.merging import Parting
 from adapterkit.model import KEPT, Adapter, BaseModules, LabelSet, named_modules, resized_keys
-from adapterkit.tensors import as_wholes, by_first_rank, groups_of, real_value, whole
+from adapterkit.tensors import gathered, in_first_process, process_groups, real_value, whole
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -216,7 +216,9 @@ class Saver:
             adapters._warn_if_changed(name, KEPT)
         files = {name: to_files(members[name], self.module, source, self.path) for name in names}
         state = self._training_state(members.values(), source) if training else {}
-        groups = groups_of(p for adapter in members.values() for p in adapter.parameters()) if source is None else []
+        groups = (
+            process_groups(p for adapter in members.values() for p in adapter.parameters()) if source is None else []
+        )
 
         def write() -> None:
             for name, place in names.items():
@@ -231,7 +233,7 @@ class Saver:
                 _push(folder, [CONFIG_FILE, WEIGHTS_FILE, *parts], given)
 
         if groups or given.get("is_main_process", True):
-            by_first_rank(groups, write)
+            in_first_process(groups, write)
             warn_of_others(folder, names.values())
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(members[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
@@ -241,7 +243,7 @@ class Saver:
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return dict(zip(found, whole(list(found.values())), strict=True))
-        with as_wholes(self.root, (module for adapter in members for module in adapter.modules())):
+        with gathered(self.root, (module for adapter in members for module in adapter.modules())):
             found = {key: tensor for key, tensor in self.module.state_dict().items() if key in ours}
         for key, tensor in found.items():
             if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Adapter: everything that belongs to one adapter on one model."""
+"""One adapter on one model: its config, layers, heads, trained biases and shared tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adapterkit.tensors import gradients, size_of
 
 
 class SharedTensors(nn.Module):
-    """The one copy; `.to(...)` moves it with the model."""
+    """The tensors that all layers of an adapter use, as a module, so that `.to(...)` moves them with the model."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SharedTensors(nn.Module):
         return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
     def equals(self, other: Self) -> bool:
-        """Whether both are fixed, with the same names, and the same values, dtypes and devices under them."""
+        """Whether both hold buffers alone, with equal names, values, dtypes and devices."""
         if self._parameters or other._parameters:
             return False
         ours, theirs = self.tensors(), other.tensors()
@@ -44,10 +44,10 @@ class SharedTensors(nn.Module):
 
 
 class SharedView(Mapping[str, Tensor]):
-    """What a method's layers hold of the shared tensors: names, looked up anew each time.
+    """The shared tensors as a method's layers see them: by name, looked up at each access.
 
     Attributes:
-        module: the tensors themselves; adapters whose tensors are equal have one.
+        module: the tensors. Adapters with equal tensors use one module.
     """
 
     def __init__(self, module: SharedTensors) -> None:
@@ -66,11 +66,11 @@ class SharedView(Mapping[str, Tensor]):
         return len(self.module.tensors())
 
     def part(self) -> None:
-        """Have a copy of one's own from now on, to be written to."""
+        """Use a copy from now on, which may be written to."""
         self.module = SharedTensors({name: tensor.clone() for name, tensor in self.module.tensors().items()})
 
     def join(self, others: Iterable[SharedTensors]) -> None:
-        """Use one of the others instead, if it is equal."""
+        """Use one of the others if it is equal."""
         self.module = next((other for other in others if other.equals(self.module)), self.module)
 
 
@@ -85,13 +85,13 @@ class Adapter:
     """One adapter: its config and, by module path, its layers, heads and trained biases.
 
     Attributes:
-        hosts: the adapted modules of the model, by path.
-        aliases: for hosts that several paths lead to, the others, by path.
-        readers: modules of the model that read the weights of hosts, or of what heads stand for, and where below them.
-        tables: the heads that are the base's embeddings with other values, because its vocabulary was resized.
-        labels: the label set of its heads, or `None` if it has none of its own.
-        lent: parameters that require gradients for a block, or for a graph, and else would not.
-        dimmed: those that required gradients until other adapters were activated, or this one was merged.
+        hosts: the modules of the model that it adapts, by path.
+        aliases: the other paths of hosts that several paths lead to, by path.
+        readers: modules of the model that read the weights of hosts instead of calling them, and the paths from there.
+        tables: the heads that are the base's embeddings, saved because the vocabulary was resized.
+        labels: the label set of its heads; `None` if it has none of its own.
+        trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
+        trained_before: parameters that required gradients until others were activated or this adapter was merged.
     """
 
     name: str
@@ -105,17 +105,17 @@ class Adapter:
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: SharedView | None = None
     labels: LabelSet | None = None
-    lent: list[nn.Parameter] = field(default_factory=list)
-    dimmed: list[nn.Parameter] = field(default_factory=list)
+    trains_for_now: list[nn.Parameter] = field(default_factory=list)
+    trained_before: list[nn.Parameter] = field(default_factory=list)
 
     def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
-        """`(container, path, module)` of everything that is installed at a host."""
+        """`(container, path, module)` of everything that is installed at its hosts."""
         for container, group in ((LAYERS, self.layers), (HEADS, self.heads), (BIASES, self.biases)):
             for path, module in group.items():
                 yield container, path, module
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(<path>.<local>, parameter)` of everything that trains; a shared one's name has no path."""
+        """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
         if self.shared is not None:
             yield from self.shared.module.named_parameters()
         for _, path, module in self.parts():
@@ -123,12 +123,12 @@ class Adapter:
                 yield f"{path}.{local}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that trains, each once."""
+        """Every parameter, once."""
         held = [p for module in self.modules() for p in module._parameters.values() if p is not None]
         return list({id(p): p for p in held}.values())
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module that is the adapter's, shared tensors included."""
+        """Every module that the adapter owns, shared tensors included."""
         shared = () if self.shared is None else (self.shared.module,)
         return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
 
@@ -137,40 +137,40 @@ class Adapter:
         return any(p.requires_grad for module in self.modules() for p in module._parameters.values() if p is not None)
 
     def may_train(self) -> bool:
-        """The same by the first and the last part's, which costs as much for any number of layers.
+        """`trains()` by the first and the last part alone, so that the cost does not depend on the number of layers.
 
-        That is enough to see what the user says about the whole model; parameters that were lit here are in `lent`.
+        It notices a user who sets `requires_grad` on the whole model. `trains_for_now` lists what adapterkit has set.
         """
-        for held in self._ends:
+        for held in self._first_and_last:
             for parameter in held.values():
                 if parameter is not None and parameter.requires_grad:
                     return True
         return False
 
     @cached_property
-    def _ends(self) -> list[dict[str, nn.Parameter | None]]:
-        """Where the first and the last part hold their parameters."""
+    def _first_and_last(self) -> list[dict[str, nn.Parameter | None]]:
+        """The parameters of the first and the last part, by module."""
         parts = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
         ends = dict.fromkeys((parts[0], parts[-1])) if parts else ()
         return [module._parameters for module in modules_below(ends) if module._parameters]
 
-    def light(self, *, lent: bool) -> None:
-        """Let all parameters require gradients: until `dim`, if `lent`."""
-        self.dimmed, lit = [], gradients.light(self.parameters())
-        self.lent = [*self.lent, *lit] if lent else []
+    def train(self, *, for_now: bool) -> None:
+        """Let all parameters require gradients, for good or until `freeze`."""
+        self.trained_before, enabled = [], gradients.enable(self.parameters())
+        self.trains_for_now = [*self.trains_for_now, *enabled] if for_now else []
 
-    def light_again(self) -> None:
-        """Let those parameters require gradients, for a time, that did so before `dim`."""
-        self.lent += gradients.light(self.dimmed)
-        self.dimmed = []
+    def train_again(self) -> None:
+        """Let the parameters that `freeze` froze require gradients, for now."""
+        self.trains_for_now += gradients.enable(self.trained_before)
+        self.trained_before = []
 
-    def dim(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Let these require no gradients, as soon as no graph holds them."""
-        dimmed, self.lent = gradients.dim(parameters)
-        self.dimmed = [*self.dimmed, *dimmed]
+    def freeze(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
+        frozen, self.trains_for_now = gradients.disable(parameters)
+        self.trained_before = [*self.trained_before, *frozen]
 
     def status(self, *, active: bool, merged: bool, notes: tuple[str, ...] = ()) -> AdapterStatus:
-        """This adapter's row in the table of all."""
+        """The adapter's row in the table of `Adapters.status`."""
         parameters = self.parameters()
         return AdapterStatus(
             name=self.name,
@@ -188,7 +188,7 @@ class Adapter:
         )
 
     def memory_keys(self) -> Iterator[str]:
-        """Every key that this adapter has in the model's own state dict."""
+        """Every key of the adapter in the model's own state dict."""
         for container, path, module in self.parts():
             for place in (path, *self.aliases.get(path, ())):
                 for local in module.state_dict(keep_vars=True):
@@ -198,7 +198,7 @@ class Adapter:
                 yield f"{SHARED}.{self.name}.{local}"
 
     def head_paths(self) -> dict[str, int]:
-        """Every path of the modules in whose place its heads stand; heads that are tied have one number."""
+        """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
         found: dict[str, int] = {}
         for path, head in self.heads.items():
             number = id(next(head.parameters(), head))
@@ -213,7 +213,7 @@ class Adapter:
             install(self.hosts[path], path, container, self.name, module, active)
 
     def uninstall(self) -> None:
-        """Take every part away from its host."""
+        """Remove every part from its host."""
         for container, path, _ in self.parts():
             uninstall(self.hosts[path], container, self.name)
         for reader in self.readers:
@@ -221,7 +221,7 @@ class Adapter:
 
 
 def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, ...]:
-    """Whose heads act when these adapters are active together; the chosen one's win.
+    """The adapters whose heads act when all of these are active. The last head at a module acts: the chosen one's.
 
     Raises:
         UnknownNameError: the chosen one is not among them.
@@ -238,14 +238,13 @@ def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, 
                     f"{other!r} and {adapter.name!r} each have their own {path!r}, and only one can act. Say which: "
                     f"heads={other!r}."
                 )
-    for path, name in owners.items():
-        _warn_of_passed_over(path, name, adapters)
-    # The last head at a module is the one that acts.
+    for head, owner in owners.items():
+        _warn_of_replaced(head, owner, adapters)
     return tuple(sorted((r.name for r in adapters if r.heads), key=lambda name: name == chosen))
 
 
-def _warn_of_passed_over(head: str, owner: str, adapters: Sequence[Adapter]) -> None:
-    """A head stands in place of its module, so what another adapter changes in that module does not act."""
+def _warn_of_replaced(head: str, owner: str, adapters: Sequence[Adapter]) -> None:
+    """A head replaces its module, so other adapters' layers inside that module do not act."""
     for adapter in adapters:
         if adapter.name == owner or head in adapter.heads:
             continue

@@ -13,7 +13,7 @@ from adapterkit.errors import ConfigError, SelectionError, UnsupportedError, nea
 from adapterkit.forward import ACTIVE, is_adapted, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, Uncalled
-from adapterkit.tensors import as_wholes, hook_objects, remove_hooks
+from adapterkit.tensors import gathered, hook_objects, remove_hooks
 
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -105,7 +105,7 @@ def copy_head(module: nn.Module, path: str) -> nn.Module:
     active = [
         m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)
     ]  # which knows all adapters and their modules
-    with as_wholes(module, module.modules()):
+    with gathered(module, module.modules()):
         reason = _untrainable(module)
         if reason is not None:
             raise UnsupportedError(f"{path!r} cannot be trained as a copy: {reason}.")

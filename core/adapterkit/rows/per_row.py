@@ -58,9 +58,9 @@ class RowState(State):
         defaults: tuple[str, ...],
         *,
         trainable: bool = False,
-        still: bool = False,
+        constant: bool = False,
     ) -> None:
-        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), still=still)
+        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=constant)
         self.rows, self.batch, self.defaults = rows, batch, defaults
         self._rest: dict[tuple[str, ...], RowState] = {}
         self._before: RowState | None = None
@@ -81,7 +81,7 @@ class RowState(State):
         rest = super().without(gone)
         rows = Rows([None if name in gone else name for name in self.rows.names], trusted=self.rows.trusted)
         defaults = tuple(name for name in self.defaults if name not in gone)
-        return RowState(rows, self.batch, rest.heads, defaults, trainable=bool(self.trains), still=self.still)
+        return RowState(rows, self.batch, rest.heads, defaults, trainable=bool(self.trains), constant=self.constant)
 
     def merged(self, names: Collection[str], heads: tuple[str, ...]) -> State:
         """See `State.merged`."""
@@ -107,17 +107,17 @@ class RowState(State):
         rest = self._rest.get(adapters)
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
-            rest = RowState(rows, self.batch, self.defaults, self.defaults, still=self.still)
+            rest = RowState(rows, self.batch, self.defaults, self.defaults, constant=self.constant)
             if not torch.compiler.is_compiling():
                 self._rest[adapters] = rest
-        slot, size = module.__dict__[ACTIVE].here.slot, self.batch.size
-        slot.state = rest
+        thread, size = module.__dict__[ACTIVE].here.thread, self.batch.size
+        thread.state = rest
         if size is not None:
             self.batch.size = size // self.rows.count * rest.rows.count
         try:
             yield
         finally:
-            slot.state, self.batch.size = self, size
+            thread.state, self.batch.size = self, size
 
 
 class RowPlan(Plan):

@@ -4,33 +4,39 @@ In: a model's parameters and buffers. Out: their whole values, and whether and h
 Uses: errors.
 """
 
-from adapterkit.tensors.interrupts import uninterrupted
-from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
-from adapterkit.tensors.sharded import as_wholes, by_first_rank, groups_of, is_sharded, shape_of, size_of, whole
-from adapterkit.tensors.wrapped import (
+from adapterkit.tensors.distributed import (
     check_averaged,
     check_can_grow,
     check_can_replace,
+    gathered,
     has_fsdp1,
+    in_first_process,
     is_fsdp,
+    is_sharded,
+    process_groups,
     refuse_fsdp1,
     reshard,
-    watch,
+    shape_of,
+    size_of,
+    watch_wrappers,
+    whole,
 )
+from adapterkit.tensors.interrupts import uninterrupted
+from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
 
 __all__ = [
-    "as_wholes",
-    "by_first_rank",
     "check_averaged",
     "check_can_grow",
     "check_can_replace",
     "execution_device",
-    "groups_of",
+    "gathered",
     "has_fsdp1",
     "hook_objects",
+    "in_first_process",
     "is_fsdp",
     "is_hooked",
     "is_sharded",
+    "process_groups",
     "real_value",
     "refuse_fsdp1",
     "remove_hooks",
@@ -38,6 +44,6 @@ __all__ = [
     "shape_of",
     "size_of",
     "uninterrupted",
-    "watch",
+    "watch_wrappers",
     "whole",
 ]

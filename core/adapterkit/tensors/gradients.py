@@ -1,6 +1,6 @@
-"""Gradients: letting parameters require them, and not, without breaking the graphs that wait for their backward.
+"""Switching `requires_grad` on and off without breaking graphs whose backward is still to come.
 
-A backward gives no gradient to a parameter that does not require one by then, whatever was so in the forward.
+A backward gives no gradient to a parameter whose `requires_grad` is off by then, even if the forward recorded it.
 """
 
 from __future__ import annotations
@@ -14,32 +14,40 @@ from torch import nn
 _MARK = "adapterkit"
 
 
-def light(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Let parameters require gradients; those that did not."""
-    dark = [p for p in parameters if not p.requires_grad]
-    for parameter in dark:
+def enable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Switch `requires_grad` on.
+
+    Returns:
+        The parameters for which it was off.
+    """
+    changed = [p for p in parameters if not p.requires_grad]
+    for parameter in changed:
         parameter.requires_grad_(True)
-    return dark
+    return changed
 
 
-def dim(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Let parameters require no gradients, but for those that some graph holds; those that do not now, and the rest."""
-    done: list[nn.Parameter] = []
+def disable(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Switch `requires_grad` off, except for parameters that a graph still holds.
+
+    Returns:
+        The parameters that changed, and those that a graph holds.
+    """
+    changed: list[nn.Parameter] = []
     held: list[nn.Parameter] = []
     with torch.inference_mode(False), torch.enable_grad():
         for parameter in parameters:
             if parameter.requires_grad:
-                (held if _in_graph(parameter) else done).append(parameter)
-    for parameter in done:
+                (held if _in_graph(parameter) else changed).append(parameter)
+    for parameter in changed:
         parameter.requires_grad_(False)
-    return done, held
+    return changed, held
 
 
 def _in_graph(parameter: nn.Parameter) -> bool:
-    """Whether a graph holds this leaf.
+    """Whether a graph holds this parameter.
 
-    The node that accumulates its gradient is made when it is asked for, and dies at once unless a graph holds it. So
-    a mark is found again only on a node that lives on.
+    The node that accumulates a parameter's gradient is made on request and freed at once unless a graph holds it. So a
+    mark that is set on the node is found again only if a graph holds it.
     """
     if parameter.is_inference():  # no graph can hold it
         return False

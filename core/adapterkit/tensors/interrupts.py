@@ -1,4 +1,4 @@
-"""Interrupts: what Ctrl-C must not leave half done."""
+"""Ctrl-C must not leave a change of the model half done."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[list[tuple[Any, ...]]]:
-    """Ctrl-C waits until the block is over; meanwhile what waits is in the list that the block gets.
+    """Delay Ctrl-C until the end of the block. The block gets a list that is not empty once Ctrl-C was pressed.
 
-    Python raises it in the main thread only, and only if its own handler, or another function, is in place.
+    Python raises `KeyboardInterrupt` only in the main thread, and only if a handler in Python is installed.
     """
     waiting: list[tuple[Any, ...]] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield waiting
         return
-    # Without the frame: it would keep alive what the interrupted line holds, such as a graph.
+    # Without the frame, which would keep everything alive that the interrupted line holds, such as a graph.
     signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, None)))
     try:
         yield waiting

@@ -1,4 +1,4 @@
-"""accelerate's hooks: where an offloaded module computes, and the weights it keeps elsewhere meanwhile."""
+"""accelerate's hooks: on which device an offloaded module computes, and the values that the hooks keep elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.tensors.sharded import whole
+from adapterkit.tensors.distributed import whole
 
 
 def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
-    """Where the module computes with `tensor`: offloaded weights are on the meta device between forwards."""
+    """Where the module computes with `tensor`. Offloaded weights are on the meta device between forwards."""
     if tensor.is_meta:
         for hook in _hooks(module):
             device = getattr(hook, "execution_device", None)
@@ -23,7 +23,7 @@ def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
 
 
 def real_value(module: nn.Module, name: str) -> Tensor:
-    """The module's own parameter or buffer `name`, fetched from where it is offloaded or sharded if need be."""
+    """The value of the module's own parameter or buffer `name`, fetched if it is offloaded or sharded."""
     tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers[name]
@@ -38,13 +38,12 @@ def real_value(module: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def fetched(*parts: nn.Module) -> Iterator[None]:
-    """Have the tensors of `parts` in place, where hooks that came after the adapters offload them as well.
+def fetched(*modules: nn.Module) -> Iterator[None]:
+    """Have the tensors of `modules` in place if hooks that were added after the adapters offload them too.
 
-    An adapter layer reads the parameters of modules below it without calling them, so the hooks there would
-    never run.
+    An adapter layer reads the parameters of modules below it without calling them, so the hooks there would not run.
     """
-    hooked = [(m, m.__dict__["_hf_hook"]) for part in parts for m in part.modules() if "_hf_hook" in m.__dict__]
+    hooked = [(m, m.__dict__["_hf_hook"]) for part in modules for m in part.modules() if "_hf_hook" in m.__dict__]
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
@@ -55,19 +54,19 @@ def fetched(*parts: nn.Module) -> Iterator[None]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook of accelerate's acts at this very module."""
+    """Whether this very module has a hook of accelerate's."""
     return "_hf_hook" in module.__dict__
 
 
 def hook_objects(root: nn.Module) -> list[Any]:
-    """Every hook of `root` and below: they refer to the whole model's offloaded weights."""
+    """Every hook of `root` and the modules below it. Hooks refer to the offloaded weights of the whole model."""
     return [hook for module in root.modules() for hook in _hooks(module)]
 
 
 def remove_hooks(root: nn.Module, original: nn.Module) -> None:
-    """Free a copy of `original` of accelerate's hooks, its offloaded parameters replaced by their values."""
+    """Remove accelerate's hooks from a copy of `original`, and give it the values of the offloaded parameters."""
     for copy, source in zip(root.modules(), original.modules(), strict=True):
-        if "_hf_hook" not in source.__dict__:
+        if not is_hooked(source):
             continue
         from accelerate.hooks import remove_hook_from_module
 

@@ -1,0 +1,323 @@
+"""Models that several processes train: DDP, FSDP and DeepSpeed.
+
+They fix which parameters they average when they are set up. A parameter that is added or unfrozen later is trained by
+each process alone. FSDP2 and DeepSpeed's ZeRO-3 leave each process only a shard of a parameter: reading or writing its
+whole value is a collective operation, so every process must call it.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from adapterkit.errors import AdapterError, SaveError, StateError
+
+if TYPE_CHECKING:
+    from adapterkit.model import Adapter
+
+# Whole values of sharded parameters
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor. ZeRO-3 leaves an empty tensor in place of a partitioned one."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """How many numbers the whole tensors hold."""
+    return sum(shape_of(tensor).numel() for tensor in tensors)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this is one of torch's `DTensor`s, which FSDP2 uses."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages this parameter, gathered now or not."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the tensor."""
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+@torch.no_grad()
+def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The whole values of these tensors, without gradients; copies where a tensor is sharded."""
+    partitioned = [t for t in tensors if is_partitioned(t) and shape_of(t) != t.shape]
+    with _deepspeed().GatheredParameters(partitioned) if partitioned else nullcontext():
+        return [_full(t) if is_dtensor(t) else t.detach().clone() if is_partitioned(t) else t.detach() for t in tensors]
+
+
+def _full(tensor: Any) -> Tensor:
+    # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
+    full: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    return full.to(tensor.device)
+
+
+@contextmanager
+def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = False) -> Iterator[None]:
+    """Replace the sharded parameters of `modules` by plain parameters with their whole values, inside the block.
+
+    Args:
+        model: the model that contains the modules.
+        writing: write what the block changed back to the shards. If the block raises, nothing is written.
+
+    Raises:
+        StateError: torch's older FSDP holds the parameters, or a new value has another shape.
+    """
+    modules = dict.fromkeys(modules)
+    if modules:
+        refuse_fsdp1(model)
+    reshard(model)
+    held = ((m, name, p) for m in modules for name, p in m._parameters.items())
+    places = [(m, name, p) for m, name, p in held if p is not None and is_sharded(p)]
+    sharded = list({id(p): p for _, _, p in places}.values())
+    plain = {id(p): nn.Parameter(value, p.requires_grad) for p, value in zip(sharded, whole(sharded), strict=True)}
+    for module, name, p in places:
+        module._parameters[name] = plain[id(p)]
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
+        yield
+        for module, name, p in places if writing else ():
+            value = module._parameters[name]
+            assert value is not None
+            if value.shape != shape_of(p):
+                raise StateError(
+                    f"A sharded parameter of shape {tuple(shape_of(p))} cannot take a value of shape "
+                    f"{tuple(value.shape)}. Load it under another name before the model is sharded."
+                )
+            written.append((p, value.detach()))
+    finally:
+        for module, name, p in places:
+            module._parameters[name] = p
+    _write(written)
+    optimizer: Any = getattr(_engine_of(model), "optimizer", None) if writing else None
+    if hasattr(optimizer, "refresh_fp32_params"):
+        optimizer.refresh_fp32_params()  # the optimizer's own copies would undo the change at its next step
+
+
+@torch.no_grad()
+def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write whole values into sharded tensors. Each process passes the same values."""
+    partitioned: list[tuple[Tensor, Tensor]] = []
+    for parameter, value in values:
+        if is_partitioned(parameter):
+            partitioned.append((parameter, value))
+        else:
+            _distribute(parameter, value)
+    if any(getattr(parameter, "_ds_z3_gathered_param_context_depth", 0) for parameter, _ in partitioned):
+        raise StateError("DeepSpeed's GatheredParameters holds the adapter now. Call this outside its block.")
+    if partitioned:
+        with _deepspeed().GatheredParameters([parameter for parameter, _ in partitioned], modifier_rank=0):
+            for parameter, value in partitioned:
+                parameter.data.copy_(value)
+
+
+def _distribute(parameter: Any, value: Tensor) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = parameter.device_mesh
+    moved = value.to(mesh.device_type, parameter.dtype)
+    shard = distribute_tensor(moved, mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shard.to_local())
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    return deepspeed.zero
+
+
+def process_groups(tensors: Iterable[Tensor]) -> list[Any]:
+    """The process groups over which these tensors are sharded."""
+    found: dict[int, Any] = {}
+    for tensor in tensors:
+        mesh, group = getattr(tensor, "device_mesh", None), getattr(tensor, "ds_process_group", None)
+        for each in (*(mesh.get_all_groups() if mesh is not None else ()), *((group,) if group is not None else ())):
+            found[id(each)] = each
+    return list(found.values())
+
+
+def in_first_process(groups: Sequence[Any], action: Callable[[], None]) -> None:
+    """Run `action` in the first process of these groups. All others wait, and raise the error that it raises."""
+    error: AdapterError | None = None
+    if all(dist.get_rank(group) == 0 for group in groups):
+        try:
+            action()
+        except AdapterError as raised:
+            error = raised
+        except Exception as raised:  # noqa: BLE001 - the other processes wait, whatever it is
+            error = SaveError(f"The first process failed: {type(raised).__name__}: {raised}")
+    for group in groups:
+        box = [error]
+        dist.broadcast_object_list(box, group=group, group_src=0)
+        error = box[0]
+    if error is not None:
+        raise error
+
+
+# What is around a model
+
+
+# A model does not know the wrapper around it, so wrappers are collected when they are made.
+_wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@cache
+def watch_wrappers() -> None:
+    """Collect the wrappers that exist and, from now on, those that are made."""
+    register_module_module_registration_hook(_collect)
+    for found in gc.get_objects() if _is_distributed() else ():
+        if issubclass(type(found), nn.Module):
+            _collect(found)
+
+
+def _collect(parent: nn.Module, name: str = "", child: nn.Module | None = None) -> None:
+    if isinstance(parent, DistributedDataParallel) or _is_fsdp1(parent):
+        _wrappers.add(parent)
+
+
+def _wrappers_of(model: nn.Module) -> Iterator[Any]:
+    for wrapper in list(_wrappers):
+        inside = next(wrapper.children(), None)
+        if inside is model or any(module is model for module in wrapper.modules()):
+            yield wrapper
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether torch's older `FullyShardedDataParallel` is around the model or in it."""
+    return any(map(_is_fsdp1, (*_wrappers_of(model), *(model.modules() if _is_distributed() else ()))))
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise `StateError` if torch's older FSDP is around the model or in it."""
+    if has_fsdp1(model):
+        raise StateError(
+            "The model is in FullyShardedDataParallel, which hides its parameters from everything else. Give save and "
+            "state_dict a full state dict (source=...), or shard the model with fully_shard."
+        )
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards this module, or modules inside it, separately from those around it."""
+    return any(True for _ in _fsdp_modules(module))
+
+
+def _fsdp_modules(root: nn.Module) -> Iterator[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp") if _is_distributed() else None
+    if fsdp is not None:
+        yield from (module for module in root.modules() if isinstance(module, fsdp.FSDPModule))
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 put its shards back: after a forward its root holds copies in the dtype of the computation."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _engine_of(model: nn.Module) -> Any:
+    """The DeepSpeed engine around the model, or `None`. The engine's hook on the model refers to it."""
+    for hook in model._forward_pre_hooks.values():
+        if getattr(hook, "__module__", "") == "deepspeed.runtime.engine":
+            for cell in getattr(hook, "__closure__", None) or ():
+                if isinstance(cell.cell_contents, nn.Module):
+                    return cell.cell_contents
+    return None
+
+
+# Which parameters are averaged
+
+
+def check_can_grow(model: nn.Module, name: str) -> None:
+    """Raise `StateError` if the model can take no new parameters, as under ZeRO-3."""
+    refuse_fsdp1(model)
+    if _engine_of(model) is not None and any(map(is_partitioned, model.parameters())):
+        raise StateError(
+            f"Adapter {name!r} cannot be added: the model is in a DeepSpeed engine with ZeRO stage 3, which takes no "
+            "new parameters. Add all adapters before deepspeed.initialize."
+        )
+
+
+def check_can_replace(model: nn.Module, key: str) -> None:
+    """Raise `StateError` if no parameter of the model may be replaced by a new one."""
+    for setup, _ in _averaging(model) if _is_distributed() else ():
+        raise StateError(
+            f"{key!r} is loaded in another shape, which needs a new parameter, but {setup} averages only the "
+            "parameters that it was given. Load it before that."
+        )
+
+
+def check_averaged(model: nn.Module, adapter: Adapter) -> None:
+    """Raise `StateError` if each process would train this adapter alone."""
+    if not _is_distributed() or _not_averaged_by(model, adapter) is None:
+        return
+    gc.collect()  # a wrapper that nobody uses any more may still have been there
+    setup = _not_averaged_by(model, adapter)
+    if setup is not None:
+        raise StateError(
+            f"Adapter {adapter.name!r} cannot be trained: its parameters were missing or frozen when the model was "
+            f"given to {setup}. Their gradients are not averaged, so each process would train another adapter. Add "
+            "and activate it before that, or use it as it is, with trainable=False."
+        )
+
+
+def _not_averaged_by(model: nn.Module, adapter: Adapter) -> str | None:
+    for setup, averages in _averaging(model):
+        if not all(map(averages, adapter.parameters())):
+            return setup
+    return None
+
+
+def _averaging(model: nn.Module) -> Iterator[tuple[str, Callable[[nn.Parameter], bool]]]:
+    """Everything that averages gradients of the model, and whether it averages a given parameter's."""
+    engine = _engine_of(model)
+    if engine is not None:
+        yield "deepspeed.initialize", _one_of(_optimized_by(engine))
+    if is_fsdp(model):
+        reshard(model)
+        yield "fully_shard", is_dtensor
+    if has_fsdp1(model):
+        yield "FullyShardedDataParallel", lambda p: getattr(p, "_fsdp_flattened", False)
+    ddp = [wrapper for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
+    if ddp:
+        buckets = [bucket for wrapper in ddp for bucket in wrapper.reducer._get_zeros_like_grad_buckets()]
+        yield "DistributedDataParallel", _one_of(p for bucket in buckets for p in bucket.parameters())
+
+
+def _optimized_by(engine: Any) -> Iterator[Tensor]:
+    """The parameters for which a DeepSpeed engine's optimizer was made."""
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        for group in getattr(engine.optimizer, attribute, ()):
+            yield from group
+    for group in getattr(engine.basic_optimizer, "param_groups", ()):
+        yield from group["params"]
+
+
+def _one_of(known: Iterable[Tensor]) -> Callable[[nn.Parameter], bool]:
+    ids = set(map(id, known))
+    return lambda parameter: id(parameter) in ids
