@@ -17,7 +17,7 @@ from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, dense
 from adapterkit.merging import Merged
 from adapterkit.model import Adapter
-from adapterkit.tensors import as_wholes
+from adapterkit.tensors import gathered
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[Source]:
         def norm(path: str) -> float | None:
             module = adapter.heads.get(path, adapter.hosts[path])
             kept = merged.kept.get(module)
-            with as_wholes(module, module.modules()):
+            with gathered(module, module.modules()):
                 weight = adapter.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
                 weight = None if weight is None else dense(weight)
                 return None if weight is None or weight.is_meta else _norm(weight)
