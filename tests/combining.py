@@ -110,12 +110,9 @@ def outer_method() -> ModuleType:
         method = "outer"
 
     class OuterLayer(ak.AdapterLayer):
-        def __init__(self, target: ak.Target) -> None:
-            super().__init__(target.kind)
-            self.outer_u, self.outer_v = target.empty(target.out_features), target.empty(target.in_features)
-            if not target.load:
-                nn.init.zeros_(self.outer_u)
-                nn.init.normal_(self.outer_v)
+        def setup(self, target: ak.Target, config: Any) -> None:
+            self.outer_u = target.new(target.out_features)
+            self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
         def factors(self) -> ak.Factors:
             return ak.Factors(self.outer_u[:, None], self.outer_v[None, :])
@@ -133,7 +130,7 @@ def outer_method() -> ModuleType:
 
     @ak.hookimpl
     def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return OuterLayer(target)
+        return OuterLayer(target, config)
 
     @ak.hookimpl
     def factors(layer: Any) -> ak.Factors:
@@ -151,8 +148,7 @@ def scaling_method(mergeable: bool) -> ModuleType:
         method = "scale"
 
     class ScaleLayer(ak.AdapterLayer):
-        def __init__(self, target: ak.Target) -> None:
-            super().__init__(target.kind)
+        def setup(self, target: ak.Target, config: Any) -> None:
             self.scale_out = nn.Parameter(torch.ones(target.out_features))
 
         def forward(self, x: Tensor, base: Any) -> Tensor:
@@ -168,7 +164,7 @@ def scaling_method(mergeable: bool) -> ModuleType:
 
     @ak.hookimpl
     def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return ScaleLayer(target)
+        return ScaleLayer(target, config)
 
     @ak.hookimpl
     def merge(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from adapterkit.contract import (
     Target,
     default_registry,
     hookimpl,
+    kaiming,
     with_patterns,
 )
 from adapterkit.errors import (
@@ -152,6 +153,7 @@ __all__ = [
     "features",
     "hookimpl",
     "inspect_adapter",
+    "kaiming",
     "merge_checkpoint",
     "method",
     "methods",

@@ -7,7 +7,7 @@ are on can be pickled.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,16 +25,12 @@ class OuterConfig(ak.AdapterConfig):
 
 
 class OuterLayer(ak.AdapterLayer):
-    def __init__(self, target: ak.Target, config: OuterConfig, shared: Mapping[str, Tensor]) -> None:
-        super().__init__(target.kind)
-        self.scale, self.shared = config.scale, shared
-        self.outer_u, self.outer_v = target.empty(target.out_features), target.empty(target.in_features)
-        if not target.load:
-            nn.init.zeros_(self.outer_u)
-            nn.init.normal_(self.outer_v)
+    def setup(self, target: ak.Target, config: OuterConfig) -> None:
+        self.outer_u = target.new(target.out_features)
+        self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
     def factors(self) -> ak.Factors:
-        return ak.Factors(self.scale * self.outer_u[:, None], self.outer_v[None, :])
+        return ak.Factors(self.config.scale * self.outer_u[:, None], self.outer_v[None, :])
 
     def delta(self, x: Tensor) -> Tensor:
         return self.kind.apply(x, self.factors())
@@ -66,8 +62,8 @@ class Outer:
 
 class WrongPrefix(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             if target.kind.lookup:
                 self.embedding_outer_u = self.outer_u
                 del self.outer_u
@@ -95,13 +91,13 @@ class MergeChangesTheAdapter(ImpureMerge):
 class ForgottenScale(Outer):
     class layer(OuterLayer):
         def delta(self, x):
-            return super().delta(x) / self.scale
+            return super().delta(x) / self.config.scale
 
 
 class WritesToTheBase(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             self.module = [target.module]
 
         def delta(self, x):
@@ -115,15 +111,15 @@ class SharedOuter(Outer):
     rule = ak.KeyRule(prefix="outer_", shared=("outer_all",))
 
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             del self.outer_v
 
         def vector(self):
             return self.shared["outer_all"]
 
         def factors(self):
-            return ak.Factors(self.scale * self.outer_u[:, None], self.vector()[None, : self.kind.in_features])
+            return ak.Factors(self.config.scale * self.outer_u[:, None], self.vector()[None, : self.kind.in_features])
 
     @ak.hookimpl
     def prepare(self, targets):
@@ -134,9 +130,9 @@ class SharedOuter(Outer):
 
 class SharedTensorCopied(SharedOuter):
     class layer(SharedOuter.layer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
-            self.copied = shared["outer_all"].clone()
+        def setup(self, target, config):
+            super().setup(target, config)
+            self.copied = self.shared["outer_all"].clone()
 
         def vector(self):
             return self.copied.to(self.outer_u.dtype)
@@ -154,8 +150,8 @@ class DependsOnTheOrder(Outer):
 
 class BufferNotSaved(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             self.register_buffer("outer_gain", torch.rand(()), persistent=False)
 
         def factors(self):
@@ -165,8 +161,8 @@ class BufferNotSaved(Outer):
 
 class NotPicklable(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             self.of: Callable[[Tensor], Tensor] = lambda x: x
 
         def delta(self, x):
@@ -205,16 +201,16 @@ class AnotherDtype(Outer):
 
 class NotTheIdentity(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             if not target.load:
                 nn.init.ones_(self.outer_u)
 
 
 class LeavesAHook(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             target.module.register_forward_hook(_nothing)
 
 
@@ -226,8 +222,8 @@ class OneParameterForAll(Outer):
     class layer(OuterLayer):
         all_of: ClassVar[weakref.WeakKeyDictionary[nn.Module, nn.Parameter]] = weakref.WeakKeyDictionary()
 
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             self.outer_u = OneParameterForAll.layer.all_of.setdefault(target.module, self.outer_u)
 
 
@@ -243,8 +239,8 @@ class ConfigChangesInJson(Outer):
 
 class DependsOnTheWeight(Outer):
     class layer(OuterLayer):
-        def __init__(self, target, config, shared):
-            super().__init__(target, config, shared)
+        def setup(self, target, config):
+            super().setup(target, config)
             self.module = [target.module]
 
         def factors(self):

@@ -25,11 +25,8 @@ class ShiftConfig(ak.AdapterConfig):
 
 
 class ShiftLayer(ak.AdapterLayer):
-    def __init__(self, target: ak.Target) -> None:
-        super().__init__(target.kind)
-        self.shift_by = target.empty(target.out_features)
-        if not target.load:
-            nn.init.zeros_(self.shift_by)
+    def setup(self, target: ak.Target, config: ShiftConfig) -> None:
+        self.shift_by = target.new(target.out_features)
 
     def delta(self, x: Tensor) -> Tensor:
         return self.shift_by.expand(*x.shape[:-1], -1)
@@ -47,7 +44,7 @@ def key_rule(config: ShiftConfig) -> ak.KeyRule:
 
 @ak.hookimpl
 def inject(target: ak.Target, config: ShiftConfig) -> ak.AdapterLayer:
-    return ShiftLayer(target)
+    return ShiftLayer(target, config)
 
 
 class Plugin:
@@ -285,20 +282,20 @@ class Third:
         @ak.hookimpl
         def inject(target: ak.Target, config: ak.AdapterConfig) -> Any:
             self.calls += 1
-            return self.then(target) if self.calls == 3 else ShiftLayer(target)
+            return self.then(target) if self.calls == 3 else ShiftLayer(target, config)
 
         return inject
 
 
 class WrongPrefix(ShiftLayer):
-    def __init__(self, target: ak.Target) -> None:
-        super().__init__(target)
-        self.other = target.empty(2)
+    def setup(self, target: ak.Target, config: ShiftConfig) -> None:
+        super().setup(target, config)
+        self.other = target.new(2)
 
 
 class WrongBuffer(ShiftLayer):
-    def __init__(self, target: ak.Target) -> None:
-        super().__init__(target)
+    def setup(self, target: ak.Target, config: ShiftConfig) -> None:
+        super().setup(target, config)
         self.register_buffer("mask", torch.ones(2))
 
 
@@ -324,11 +321,15 @@ INJECTED_WRONG: dict[str, tuple[Callable[[ak.Target], Any], type[Exception], str
         "The method 'shift' does not support Linear layers, such as 'overhead'. Leave it out with exclude_modules.",
     ),
     "a parameter of another prefix": (
-        WrongPrefix,
+        lambda target: WrongPrefix(target, ShiftConfig()),
         ak.PluginError,
         "its hook inject made 'other' for 'overhead'; every parameter and buffer must begin with its prefix 'shift_'.",
     ),
-    "a buffer of another prefix": (WrongBuffer, ak.PluginError, "its hook inject made 'mask' for 'overhead'"),
+    "a buffer of another prefix": (
+        lambda target: WrongBuffer(target, ShiftConfig()),
+        ak.PluginError,
+        "its hook inject made 'mask' for 'overhead'",
+    ),
 }
 
 
@@ -384,7 +385,7 @@ def test_layer_that_says_nothing_of_its_effect(registered: Callable[..., Any]) -
     class Nothing(ak.AdapterLayer):
         pass
 
-    third = Third(lambda target: Nothing(target.kind), calls=2)
+    third = Third(lambda target: Nothing(target, None), calls=2)
     registered(inject=third.hook())
     model = net()
     ak.attach(model).add("x", ShiftConfig(target_modules=["overhead"]))

@@ -40,9 +40,8 @@ def method(config: Any = None, **hooks: Any) -> SimpleNamespace:
         method = "shift"
 
     class ShiftLayer(ak.AdapterLayer):
-        def __init__(self, target: ak.Target) -> None:
-            super().__init__(target.kind)
-            self.shift_by = target.empty(target.out_features)
+        def setup(self, target: ak.Target, config: Any) -> None:
+            self.shift_by = target.new(target.out_features)
 
         def delta(self, x: Tensor) -> Tensor:
             return self.shift_by.expand(*x.shape[:-1], -1)
@@ -53,8 +52,8 @@ def method(config: Any = None, **hooks: Any) -> SimpleNamespace:
     def key_rule() -> ak.KeyRule:
         return ak.KeyRule(prefix="shift_")
 
-    def inject(target: ak.Target) -> ak.AdapterLayer:
-        return ShiftLayer(target)
+    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
+        return ShiftLayer(target, config)
 
     def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, ak.LayerKind]) -> Any:
         found = ak.ForeignLayers.read(tensors, layers, lambda key: [(key.removesuffix(".by"), "shift_by")])

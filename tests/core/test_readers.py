@@ -133,11 +133,9 @@ class ScaleConfig(ak.AdapterConfig):
 class ScaleLayer(ak.AdapterLayer):
     """`s * base(x)`, bias included, or another function of the weight without gradients."""
 
-    def __init__(self, target: ak.Target) -> None:
-        super().__init__(target.kind)
-        self.scale_s = target.empty(target.out_features)
-        if not target.load:
-            nn.init.constant_(self.scale_s, 1.5)
+    def setup(self, target: ak.Target, config: ScaleConfig) -> None:
+        """Make the scales."""
+        self.scale_s = target.new(target.out_features, init=1.5)
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """The output, scaled."""
@@ -158,9 +156,9 @@ class Scale:
         return ak.KeyRule(prefix="scale_")
 
     @ak.hookimpl
-    def inject(self, target: ak.Target) -> ak.AdapterLayer:
+    def inject(self, target: ak.Target, config: ScaleConfig) -> ak.AdapterLayer:
         """See the spec."""
-        return ScaleLayer(target)
+        return ScaleLayer(target, config)
 
 
 class Merges(Scale):

@@ -47,14 +47,14 @@ METHOD = """
 
 # A method of another package whose parameters are called as LoRA's are.
 TWIN = (
-    METHOD.format(name="twin").replace("twin_", "lora_").replace("return None", "return Layer(target)")
+    METHOD.format(name="twin")
+    .replace("twin_", "lora_")
+    .replace("inject(target)", "inject(target, config)")
+    .replace("return None", "return Layer(target, config)")
     + """
     class Layer(ak.AdapterLayer):
-        def __init__(self, target):
-            super().__init__(target.kind)
-            self.hold(lora_A=target.empty(target.in_features), lora_B=target.empty(target.out_features))
-            self.lora_A.data.fill_(1.0)
-            self.lora_B.data.zero_()
+        def setup(self, target, config):
+            self.lora_A, self.lora_B = target.new(target.in_features, init=1.0), target.new(target.out_features)
 
         def delta(self, x):
             return self.kind.apply(x, factors(self))
@@ -243,11 +243,8 @@ class ScaleConfig(ak.AdapterConfig):
 
 
 class ScaleLayer(ak.AdapterLayer):
-    def __init__(self, target: ak.Target) -> None:
-        super().__init__(target.kind)
-        self.scale_by = target.empty(target.out_features)
-        if not target.load:
-            nn.init.ones_(self.scale_by)
+    def setup(self, target: ak.Target, config: ScaleConfig) -> None:
+        self.scale_by = target.new(target.out_features, init=1.0)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         out: Tensor = base(x)
@@ -262,12 +259,8 @@ class MoveConfig(ak.AdapterConfig):
 
 
 class MoveLayer(ak.AdapterLayer):
-    def __init__(self, target: ak.Target, shared: Any) -> None:
-        super().__init__(target.kind)
-        self.shared = shared
-        self.move_by = target.empty(target.in_features)
-        if not target.load:
-            nn.init.zeros_(self.move_by)
+    def setup(self, target: ak.Target, config: MoveConfig) -> None:
+        self.move_by = target.new(target.in_features)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
         out: Tensor = base(x + self.move_by * self.shared["move_all"])
@@ -284,8 +277,8 @@ class Scale:
         return ak.KeyRule(prefix="scale_")
 
     @ak.hookimpl
-    def inject(self, target: ak.Target) -> ak.AdapterLayer:
-        return ScaleLayer(target)
+    def inject(self, target: ak.Target, config: ScaleConfig) -> ak.AdapterLayer:
+        return ScaleLayer(target, config)
 
 
 class Move:
@@ -302,8 +295,8 @@ class Move:
         return {"move_all": torch.arange(1.0, 1.0 + targets[0].in_features)}
 
     @ak.hookimpl
-    def inject(self, target: ak.Target, shared: Any) -> ak.AdapterLayer:
-        return MoveLayer(target, shared)
+    def inject(self, target: ak.Target, config: MoveConfig, shared: Any) -> ak.AdapterLayer:
+        return MoveLayer(target, config, shared)
 
 
 @pytest.fixture

@@ -29,15 +29,11 @@ class BankLayer(ak.AdapterLayer):
     bank_sign: Tensor
     bank_scale: Tensor
 
-    def __init__(self, target: ak.Target, shared: Mapping[str, Tensor]) -> None:
-        super().__init__(target.kind, shared=shared)
-        self.hold(bank_u=target.empty(ENTRIES), bank_v=target.empty(ENTRIES))
+    def setup(self, target: ak.Target, config: BankConfig) -> None:
+        self.bank_u, self.bank_v = target.new(ENTRIES, init=nn.init.normal_), target.new(ENTRIES)
         self.register_buffer("bank_sign", torch.ones(1, dtype=target.dtype, device=target.device))
         scale = torch.full((1,), 0.5, dtype=target.dtype, device=target.device)
         self.register_buffer("bank_scale", scale, persistent=False)
-        if not target.load:
-            nn.init.normal_(self.bank_u)
-            nn.init.zeros_(self.bank_v)
 
     def factors(self) -> ak.Factors:
         bank = self.shared["bank_vectors"]
@@ -65,14 +61,12 @@ class BankPlugin:
     @ak.hookimpl
     def prepare(self, targets: Sequence[ak.Target]) -> Mapping[str, Tensor]:
         size = max(n for t in targets for n in (t.in_features, t.out_features))
-        bank = targets[0].empty(ENTRIES, size)
-        if not targets[0].load:
-            nn.init.normal_(bank)
+        bank = targets[0].new(ENTRIES, size, init=nn.init.normal_)
         return {"bank_vectors": bank, "bank_note": torch.arange(3.0, device=targets[0].device)}
 
     @ak.hookimpl
-    def inject(self, target: ak.Target, shared: Mapping[str, Tensor]) -> ak.AdapterLayer:
-        return BankLayer(target, shared)
+    def inject(self, target: ak.Target, config: BankConfig, shared: Mapping[str, Tensor]) -> ak.AdapterLayer:
+        return BankLayer(target, config, shared)
 
     @ak.hookimpl
     def factors(self, layer: ak.AdapterLayer) -> ak.Factors:

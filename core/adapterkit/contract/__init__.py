@@ -31,7 +31,7 @@ from adapterkit.contract.keys import (
     strip_file_prefix,
     unwrapped_key,
 )
-from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder
+from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder, kaiming
 from adapterkit.contract.method import Injector, Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
 from adapterkit.contract.registry import (
@@ -84,6 +84,7 @@ __all__ = [
     "exactly",
     "file_key",
     "hookimpl",
+    "kaiming",
     "kinds_of",
     "split_memory_key",
     "strip_file_prefix",

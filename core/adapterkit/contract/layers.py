@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Self
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapterkit.contract.target import Target
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.kinds import AddTile, Factors, LayerKind
 
@@ -18,39 +20,29 @@ Base = Callable[[Tensor], Tensor]
 # What a method may have beside `delta`, and what must be of the same class as it.
 _FASTER = {"add_to", "with_weight", "stacked", "adopt"}
 
-# What a new `nn.Module` has, with the type of each container of its own.
-_STATE = tuple(
-    (name, type(value) if isinstance(value, dict | set | list) else None, value)
-    for name, value in nn.Module().__dict__.items()
-)
-
 
 class Holder(nn.Module):
-    """A module that holds parameters, for keys such as `lora_A.weight`: `Holder(weight=...).weight`.
+    """A module that holds parameters, for keys such as `lora_A.weight`: `Holder(weight=...).weight`."""
 
-    Adapters are made of thousands of small modules, and making those is most of what `add` and `load` do. So its
-    state is that of a new `nn.Module`, but not made by `nn.Module.__init__`, which takes twice as long; and its
-    parameters are registered at once, without `nn.Module.__setattr__`, which takes fifty times as long to find out
-    what it was given.
-    """
+    # The names that files most often have; there are those that it is given.
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, **parameters: nn.Parameter | None) -> None:
-        state = self.__dict__
-        for name, container, value in _STATE:
-            state[name] = value if container is None else container()
-        state["_parameters"] = parameters
-
-    def hold(self, **parts: nn.Parameter | nn.Module) -> None:
-        """Register parameters and modules of these names, as assigning them does."""
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self._modules[name] = part
-            else:
-                self._parameters[name] = part
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
 
-class AdapterLayer(Holder):
+def kaiming(parameter: Tensor) -> None:
+    """What `nn.Linear` starts with, in place: uniform within `1 / sqrt(in)`."""
+    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+
+class AdapterLayer(nn.Module):
     """What a method puts at one target. It owns parameters, and never the target's.
+
+    An author writes no `__init__`: `setup` makes the parameters and buffers.
 
     An additive method defines `delta(x)`, what is added to the layer's output; several such layers at
     one target are summed. Any other method overrides `forward(x, base)`; of several, the first active
@@ -58,12 +50,20 @@ class AdapterLayer(Holder):
     """
 
     kind: LayerKind
+    config: Any
+    # What all layers of the adapter share, or `None`.
+    shared: Any
     # The name of the method that made it; set by the core.
     method: str = ""
 
-    def __init__(self, kind: LayerKind, **values: Any) -> None:
+    def __init__(self, target: Target, config: Any, shared: Any = None) -> None:
         super().__init__()
-        self.__dict__.update(values, kind=kind)
+        # Shared tensors are the adapter's, not the layer's, so no registry of this module may list them.
+        self.__dict__.update(kind=target.kind, config=config, shared=shared)
+        self.setup(target, config)
+
+    def setup(self, target: Target, config: Any) -> None:
+        """Make the parameters and buffers, with `target.new(...)`. Called once: when an adapter is added or loaded."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

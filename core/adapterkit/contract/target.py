@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,11 +58,28 @@ class Target:
                 )
             return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
-    def empty(self, *shape: int) -> nn.Parameter:
-        """A new parameter of this shape, uninitialised, with the adapter's dtype and device."""
+    def bias(self) -> Tensor | None:
+        """The layer's bias as a float32 (or float64) copy of shape `(out,)`; `None` if it has none."""
+        with as_wholes(self.module, self.module.modules()):
+            bias = getattr(self.module, "bias", None)
+            if not isinstance(bias, Tensor):
+                return None
+            return bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+
+    def new(self, *shape: int, init: float | Callable[[Tensor], object] = 0.0) -> nn.Parameter:
+        """A new parameter of this shape, with the adapter's dtype and device.
+
+        Args:
+            init: the number that fills it, or a function that fills the tensor in place, such as `adapterkit.kaiming`.
+                Where a file's values are about to come, and on the meta device, nothing is filled.
+        """
         if self.load:
             return nn.Parameter(_placeholder(shape, self.dtype))
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        if not parameter.is_meta:
+            with torch.no_grad():
+                init(parameter) if callable(init) else parameter.fill_(init)
+        return parameter
 
 
 @lru_cache(maxsize=256)

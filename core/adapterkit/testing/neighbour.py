@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Target, default_registry, hookimpl
 
@@ -23,11 +23,9 @@ class NeighbourConfig(AdapterConfig):
 class NeighbourLayer(AdapterLayer):
     """`delta(x) = v`, shape `(out,)`."""
 
-    def __init__(self, target: Target) -> None:
-        super().__init__(target.kind)
-        self.neighbour_v = target.empty(target.out_features)
-        if not target.load:
-            nn.init.zeros_(self.neighbour_v)
+    def setup(self, target: Target, config: NeighbourConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        self.neighbour_v = target.new(target.out_features)
 
     def delta(self, x: Tensor) -> Tensor:
         """See `AdapterLayer.delta`."""
@@ -48,9 +46,9 @@ class Neighbour:
         return KeyRule(prefix="neighbour_")
 
     @hookimpl
-    def inject(self, target: Target) -> AdapterLayer:
+    def inject(self, target: Target, config: NeighbourConfig) -> AdapterLayer:
         """See the spec."""
-        return NeighbourLayer(target)
+        return NeighbourLayer(target, config)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, CheckpointError, Factors, FactorStack, Target
+from adapterkit import AdapterLayer, CheckpointError, Factors, FactorStack, Target, kaiming
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.forms import cheapest, delta, khatri_rao, whole
 
@@ -48,18 +48,20 @@ class LoHaLayer(AdapterLayer):
     hada_t1: nn.Parameter
     hada_t2: nn.Parameter
 
-    def __init__(self, target: Target, r: int, scaling: float, config: LoHaConfig) -> None:
-        out, down = target.out_features, target.kind.down_shape(r)
+    def setup(self, target: Target, config: LoHaConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        r, out, down = config.r, target.out_features, target.kind.down_shape(config.r)
         kernel = down[2:]
-        effective = config.use_effective_conv2d and math.prod(kernel) > 1
-        super().__init__(target.kind, r=r, scaling=scaling, effective=effective)
-        self.__dict__.update(rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
-        sizes = ((r, out), (r, down[1])) if effective else ((out, r), (r, target.in_features))
-        for name, size in zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), sizes * 2, strict=True):
-            self._parameters[name] = target.empty(*size)
-        if effective:
+        self.r, self.scaling = r, config.alpha / r
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.effective = config.use_effective_conv2d and math.prod(kernel) > 1
+        a, b = ((r, out), (r, down[1])) if self.effective else ((out, r), (r, target.in_features))
+        self.hada_w1_a, self.hada_w1_b = target.new(*a, init=kaiming), target.new(*b, init=kaiming)
+        self.hada_w2_a = target.new(*a, init=kaiming)
+        self.hada_w2_b = target.new(*b, init=0.0 if config.init_weights else kaiming)
+        if self.effective:
             core = (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)  # as PEFT's files have it
-            self.hold(hada_t1=target.empty(*core), hada_t2=target.empty(*core))
+            self.hada_t1, self.hada_t2 = target.new(*core, init=kaiming), target.new(*core, init=kaiming)
 
     def pair(self) -> tuple[Factors, Factors]:
         """`(A1, B1)` and `(A2, B2)`, without the scaling."""
@@ -148,15 +150,3 @@ def filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def with_kernel(core: Tensor, channels: Tensor) -> Tensor:
     """`B (r, channels * kernel)` of an effective convolution: `core (r, r, *kernel)` times `channels (r, channels)`."""
     return torch.einsum("ijk,jc->ick", core.flatten(2), channels).flatten(1)
-
-
-@torch.no_grad()
-def initialise(layer: LoHaLayer, config: LoHaConfig) -> None:
-    """Give a new layer the values that `config.init_weights` says."""
-    for name, parameter in layer._parameters.items():
-        if parameter is None or parameter.is_meta:
-            continue
-        if config.init_weights and name == "hada_w2_b":
-            parameter.zero_()
-        else:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

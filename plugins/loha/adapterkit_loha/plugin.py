@@ -19,7 +19,7 @@ from adapterkit import (
 )
 from adapterkit_loha import foreign
 from adapterkit_loha.config import LoHaConfig
-from adapterkit_loha.layer import LoHaLayer, initialise
+from adapterkit_loha.layer import LoHaLayer
 
 
 @hookimpl
@@ -36,10 +36,8 @@ def key_rule() -> KeyRule:
 def inject(target: Target, config: LoHaConfig) -> AdapterLayer:
     rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
     alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
-    layer = LoHaLayer(target, rank, alpha / rank, config)
-    if not target.load:
-        initialise(layer, config)
-    return layer
+    same = (rank, alpha) == (config.r, config.alpha)
+    return LoHaLayer(target, config if same else config.replace(r=rank, alpha=alpha))
 
 
 @hookimpl

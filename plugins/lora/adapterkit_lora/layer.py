@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, FactorStack, Holder, StateError, Target
+from adapterkit import AdapterLayer, ConfigError, Factors, FactorStack, Holder, Target
 from adapterkit_lora.adopt import adopted
 from adapterkit_lora.config import LoraConfig
+from adapterkit_lora.start import first_values
 
 
 class Factor(Holder):
@@ -46,18 +48,27 @@ class LoraLayer(AdapterLayer):
     lora_init_A: Tensor
     lora_init_B: Tensor
 
-    def __init__(self, target: Target, r: int, scaling: float, config: LoraConfig) -> None:
-        kind = target.kind
-        super().__init__(kind, r=r, scaling=scaling, dropout=config.lora_dropout, lookup=kind.lookup)
-        down, up = target.empty(*kind.down_shape(r)), target.empty(*kind.up_shape(r))
-        bias = target.empty(target.out_features) if config.lora_bias else None
+    def setup(self, target: Target, config: LoraConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        kind, r = target.kind, config.r
+        self.r, self.lookup, self.dropout = r, kind.lookup, config.lora_dropout
+        self.scaling = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        init_down, init_up = first_values(target, config, self.scaling)
+        down, up = target.new(*kind.down_shape(r), init=init_down), target.new(*kind.up_shape(r), init=init_up)
         if kind.lookup:  # PEFT's names for embeddings, without `.weight`
-            self.hold(lora_embedding_A=down, lora_embedding_B=up)
+            if config.lora_bias:
+                raise ConfigError(
+                    f"lora_bias has no meaning at {target.path!r}: an embedding has no bias. Leave it out."
+                )
+            self.lora_embedding_A, self.lora_embedding_B = down, up
         else:
-            self.hold(lora_A=Factor(weight=down, bias=None), lora_B=Factor(weight=up, bias=bias))
+            bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(r)
+            fill = partial(nn.init.uniform_, a=-bound, b=bound)
+            bias = target.new(target.out_features, init=fill) if config.lora_bias else None
+            self.lora_A, self.lora_B = Factor(weight=down, bias=None), Factor(weight=up, bias=bias)
         if config.trains_residual:
-            self.register_buffer("lora_init_A", torch.empty_like(down))
-            self.register_buffer("lora_init_B", torch.empty_like(up))
+            self.register_buffer("lora_init_A", down.detach().clone())
+            self.register_buffer("lora_init_B", up.detach().clone())
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """`A (r, in)`, `B (out, r)` and B's bias, without the scaling."""
@@ -124,90 +135,3 @@ class LoraLayer(AdapterLayer):
         dtype = torch.promote_types(up.dtype, torch.float32)
         scaled_bias = None if bias is None else bias.to(dtype) * self.scaling
         return Factors(up.to(dtype) * self.scaling, down.to(dtype), scaled_bias, self.scaling)
-
-
-@torch.no_grad()
-def initialise(layer: LoraLayer, target: Target, config: LoraConfig) -> None:
-    """Give a new layer the values that `config.init_lora_weights` says."""
-    down, up, bias = layer.matrices()
-    init = config.init_lora_weights
-    if bias is not None:
-        bound = 1 / math.sqrt(layer.r)
-        nn.init.zeros_(bias) if init else nn.init.uniform_(bias, -bound, bound)
-    if config.trains_residual:
-        _residual(layer, target, config)
-    elif init == "orthogonal":
-        _orthogonal(down, up)
-    elif layer.lookup:
-        nn.init.zeros_(down) if init else nn.init.normal_(down)
-        nn.init.normal_(up)
-    elif init == "gaussian":
-        nn.init.normal_(down, std=1 / layer.r)
-        nn.init.zeros_(up)
-    else:
-        kaiming_uniform(down)
-        up.zero_() if init else kaiming_uniform(up)
-
-
-def kaiming_uniform(matrix: Tensor) -> None:
-    """`nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))`, bit for bit: uniform within `1 / sqrt(columns)`.
-
-    Its checks and its search for the gain take as long as the numbers of a small matrix.
-    """
-    # In this order of operations: a bound that is rounded otherwise gives other bits.
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(matrix.shape[1]))
-    if not matrix.is_meta:
-        matrix.uniform_(-bound, bound)
-
-
-def _orthogonal(down: Tensor, up: Tensor) -> None:
-    """A and B from the odd and the even rows of one orthogonal matrix, so that `B A = 0`."""
-    r = down.shape[0]
-    if down.is_meta:
-        return
-    q, _ = torch.linalg.qr(torch.randn(r, r, device=down.device))
-    half = r // 2
-    down.copy_((torch.randn(down.shape[1], half, device=down.device) @ q[0::2] / 10).t())
-    up.copy_(torch.randn(up.shape[0], half, device=up.device) @ q[1::2] / 10)
-
-
-def _residual(layer: LoraLayer, target: Target, config: LoraConfig) -> None:
-    if target.kind.lookup or len(target.kind.down_shape(1)) > 2:
-        raise StateError(
-            f"init_lora_weights={config.init_lora_weights!r} is for linear layers; {target.path!r} is a "
-            f"{target.kind.name}. Leave it out with exclude_modules."
-        )
-    first_down, first_up = leading_factors(target, layer.r, layer.scaling, config)
-    down, up, _ = layer.matrices()
-    for matrix, buffer, value in ((down, layer.lora_init_A, first_down), (up, layer.lora_init_B, first_up)):
-        matrix.copy_(value)
-        buffer.copy_(matrix)
-
-
-def leading_factors(target: Target, r: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:
-    """`A0 (r, in)` and `B0 (out, r)` that PiSSA or OLoRA takes from the weight.
-
-    PiSSA: `scaling * B0 A0` is the best approximation of W of rank r. OLoRA: `A0, B0` are the leading parts of
-    `W = Q R`.
-    """
-    weight = target.weight()
-    if weight.is_meta:
-        raise StateError(
-            f"init_lora_weights={config.init_lora_weights!r} needs the weight of {target.path!r}, which is on the meta "
-            "device. Load the base first."
-        )
-    if r > min(weight.shape):
-        raise StateError(
-            f"init_lora_weights={config.init_lora_weights!r} takes r <= min(in, out) = {min(weight.shape)} at "
-            f"{target.path!r}, not {r}."
-        )
-    if config.init_lora_weights == "olora":
-        q, rest = torch.linalg.qr(weight)
-        return rest[:r], q[:, :r]
-    if config.pissa_iterations is not None:
-        u, s, v = torch.svd_lowrank(weight, r, niter=config.pissa_iterations)
-        vh = v.t()
-    else:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:r] / scaling).sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root

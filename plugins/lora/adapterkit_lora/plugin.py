@@ -13,7 +13,6 @@ from adapterkit import (
     AdapterConfig,
     AdapterLayer,
     CheckpointError,
-    ConfigError,
     Factors,
     ForeignFile,
     KeyRule,
@@ -25,7 +24,7 @@ from adapterkit import (
 )
 from adapterkit_lora import foreign
 from adapterkit_lora.config import LoraConfig
-from adapterkit_lora.layer import LoraLayer, initialise
+from adapterkit_lora.layer import LoraLayer
 
 _BIAS_FIELD: Mapping[str, Literal["none", "all", "lora_only"]] = {"none": "none", "targets": "lora_only", "all": "all"}
 
@@ -46,12 +45,8 @@ def key_rule(config: LoraConfig) -> KeyRule:
 def inject(target: Target, config: LoraConfig) -> AdapterLayer:
     rank = _rank(config, target.path)
     alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.lora_alpha)
-    if config.lora_bias and target.kind.lookup:
-        raise ConfigError(f"lora_bias has no meaning at {target.path!r}: an embedding has no bias. Leave it out.")
-    layer = LoraLayer(target, rank, alpha / (math.sqrt(rank) if config.use_rslora else rank), config)
-    if not target.load:
-        initialise(layer, target, config)
-    return layer
+    same = (rank, alpha) == (config.r, config.lora_alpha)
+    return LoraLayer(target, config if same else config.replace(r=rank, lora_alpha=alpha))
 
 
 @hookimpl

@@ -73,9 +73,11 @@ class VeraLayer(AdapterLayer):
     vera_lambda_d: nn.Parameter
     vera_lambda_b: nn.Parameter
 
-    def __init__(self, target: Target, config: VeraConfig, shared: Mapping[str, Tensor]) -> None:
-        super().__init__(target.kind, shared=shared, dropout=config.vera_dropout)
-        self.hold(vera_lambda_d=target.empty(config.r), vera_lambda_b=target.empty(target.out_features))
+    def setup(self, target: Target, config: VeraConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        self.dropout = config.vera_dropout
+        self.vera_lambda_d = target.new(config.r, init=config.d_initial if config.init_weights else nn.init.normal_)
+        self.vera_lambda_b = target.new(target.out_features, init=0.0 if config.init_weights else 1.0)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """This layer's part of A `(r, in)` and B `(out, r)`: views, unless the layer has another dtype or device."""
@@ -154,14 +156,3 @@ class VeraStack:
         """`(rows, tokens, out)` for `x (rows, tokens, in)`."""
         down, up = self.first.projections()
         return F.linear(F.linear(x.to(down.dtype), down) * self.lambda_d, up) * self.lambda_b
-
-
-@torch.no_grad()
-def initialise(layer: VeraLayer, config: VeraConfig) -> None:
-    """Give a new layer the values that `config` says."""
-    if config.init_weights:
-        nn.init.constant_(layer.vera_lambda_d, config.d_initial)
-        nn.init.zeros_(layer.vera_lambda_b)
-    else:
-        nn.init.normal_(layer.vera_lambda_d)
-        nn.init.ones_(layer.vera_lambda_b)

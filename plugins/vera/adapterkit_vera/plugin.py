@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterkit import AdapterConfig, AdapterLayer, AdapterWarning, Factors, KeyRule, Target, hookimpl
 from adapterkit_vera.config import VeraConfig
-from adapterkit_vera.layer import VeraLayer, initialise, projections
+from adapterkit_vera.layer import VeraLayer, projections
 
 SHARED = ("vera_A", "vera_B")
 
@@ -39,10 +39,7 @@ def prepare(targets: Sequence[Target], config: VeraConfig) -> Mapping[str, Tenso
 
 @hookimpl
 def inject(target: Target, config: VeraConfig, shared: Mapping[str, Tensor]) -> AdapterLayer:
-    layer = VeraLayer(target, config, shared)
-    if not target.load:
-        initialise(layer, config)
-    return layer
+    return VeraLayer(target, config, shared)
 
 
 @hookimpl

@@ -20,16 +20,12 @@ class OuterConfig(ak.AdapterConfig):
 class OuterLayer(ak.AdapterLayer):
     """u is `(out,)` and starts at zero, v is `(in,)`."""
 
-    def __init__(self, target: ak.Target, scale: float) -> None:
-        super().__init__(target.kind)
-        self.scale = scale
-        self.outer_u, self.outer_v = target.empty(target.out_features), target.empty(target.in_features)
-        if not target.load:
-            nn.init.zeros_(self.outer_u)
-            nn.init.normal_(self.outer_v)
+    def setup(self, target: ak.Target, config: OuterConfig) -> None:
+        self.outer_u = target.new(target.out_features)
+        self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
     def factors(self) -> ak.Factors:
-        return ak.Factors(up=self.scale * self.outer_u[:, None], down=self.outer_v[None, :])
+        return ak.Factors(up=self.config.scale * self.outer_u[:, None], down=self.outer_v[None, :])
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.kind.apply(x, self.factors())
@@ -47,7 +43,7 @@ def key_rule() -> ak.KeyRule:
 
 @ak.hookimpl
 def inject(target: ak.Target, config: OuterConfig) -> ak.AdapterLayer:
-    return OuterLayer(target, config.scale)
+    return OuterLayer(target, config)
 
 
 @ak.hookimpl

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, LayerKind, Target
+from adapterkit import AdapterLayer, Factors, LayerKind, Target, kaiming
 from adapterkit_lokr.config import LoKrConfig
 
 Pair = tuple[Tensor, Tensor]
@@ -85,30 +85,29 @@ class LoKrLayer(AdapterLayer):
     lokr_w2: nn.Parameter
     lokr_t2: nn.Parameter
 
-    def __init__(self, target: Target, r: int, scaling: float, config: LoKrConfig) -> None:
-        super().__init__(target.kind)
-        self.r, self.scaling = r, scaling
-        self.rank_dropout, self.rank_dropout_scale = config.rank_dropout, config.rank_dropout_scale
-        self.module_dropout = config.module_dropout
+    def setup(self, target: Target, config: LoKrConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        r = config.r
+        self.scaling = config.alpha / r
         layout = Layout.of(target.kind, r, config)
         self.decomposes, self.effective = layout.decomposes, layout.effective
         self.is_plain = not layout.kernel and not target.kind.lookup
-        (a, b), (c, d) = layout.rows, layout.columns
+        (a, b), (c, d), kernel = layout.rows, layout.columns, layout.kernel
+        zero_first = 0.0 if config.init_weights is True else kaiming
+        zero_second = 0.0 if config.init_weights == "lycoris" else kaiming
         if self.decomposes[0]:
-            self.lokr_w1_a, self.lokr_w1_b = target.empty(a, r), target.empty(r, c)
+            self.lokr_w1_a, self.lokr_w1_b = target.new(a, r, init=zero_first), target.new(r, c, init=kaiming)
         else:
-            self.lokr_w1 = target.empty(a, c)
-        self._make_w2(target, b, d, layout.kernel)
-
-    def _make_w2(self, target: Target, b: int, d: int, kernel: tuple[int, ...]) -> None:
-        r = self.r
+            self.lokr_w1 = target.new(a, c, init=zero_first)
         if not self.decomposes[1]:
-            self.lokr_w2 = target.empty(b, d, *kernel)
+            self.lokr_w2 = target.new(b, d, *kernel, init=zero_second)
         elif self.effective:
-            self.lokr_t2 = target.empty(r, r, *kernel, *(1 for _ in range(2 - len(kernel))))  # as PEFT's files have it
-            self.lokr_w2_a, self.lokr_w2_b = target.empty(r, b), target.empty(r, d)
+            # The shape is that of PEFT's files.
+            self.lokr_t2 = target.new(r, r, *kernel, *(1 for _ in range(2 - len(kernel))), init=kaiming)
+            self.lokr_w2_a, self.lokr_w2_b = target.new(r, b, init=kaiming), target.new(r, d, init=zero_second)
         else:
-            self.lokr_w2_a, self.lokr_w2_b = target.empty(b, r), target.empty(r, d * math.prod(kernel))
+            columns = d * math.prod(kernel)
+            self.lokr_w2_a, self.lokr_w2_b = target.new(b, r, init=kaiming), target.new(r, columns, init=zero_second)
 
     def first(self) -> Tensor | Pair:
         """w1 or its two factors."""
@@ -130,28 +129,18 @@ class LoKrLayer(AdapterLayer):
             out = apply_kron(x.to(w1.dtype), w1, w2)
         else:
             out = self.kind.apply(x, kron_factors(first, second))
-        if self.training and (self.rank_dropout or self.module_dropout):
+        if self.training and (self.config.rank_dropout or self.config.module_dropout):
             out = out * self.kind.spread(self._kept(out))
         return out * self.scaling
 
     def _kept(self, like: Tensor) -> Tensor:
-        keep = (torch.rand(self.kind.out_features, device=like.device) >= self.rank_dropout).to(like.dtype)
-        if self.rank_dropout_scale:  # where nothing is left the share is 0, and 0 / 0 must be 0
+        keep = (torch.rand(self.kind.out_features, device=like.device) >= self.config.rank_dropout).to(like.dtype)
+        if self.config.rank_dropout_scale:  # where nothing is left the share is 0, and 0 / 0 must be 0
             keep = keep / keep.mean().clamp(min=0.5 / keep.numel())
-        return keep * (torch.rand(1, device=like.device) >= self.module_dropout)
+        kept: Tensor = keep * (torch.rand(1, device=like.device) >= self.config.module_dropout)
+        return kept
 
     def factors(self) -> Factors:
         """The exact `dW` in factors."""
         found = kron_factors(self.first(), self.second())
         return Factors(found.up * self.scaling, found.down)
-
-
-@torch.no_grad()
-def initialise(layer: LoKrLayer, config: LoKrConfig) -> None:
-    """Give a new layer the values that `config.init_weights` says."""
-    for parameter in layer.parameters():
-        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-    if config.init_weights == "lycoris":
-        nn.init.zeros_(layer.lokr_w2_b if layer.decomposes[1] else layer.lokr_w2)
-    elif config.init_weights:
-        nn.init.zeros_(layer.lokr_w1_a if layer.decomposes[0] else layer.lokr_w1)

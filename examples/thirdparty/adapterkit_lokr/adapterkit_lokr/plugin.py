@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
 from adapterkit_lokr import foreign
 from adapterkit_lokr.config import LoKrConfig
-from adapterkit_lokr.layer import LoKrLayer, initialise
+from adapterkit_lokr.layer import LoKrLayer
 
 
 @hookimpl
@@ -26,10 +26,8 @@ def key_rule() -> KeyRule:
 def inject(target: Target, config: LoKrConfig) -> AdapterLayer:
     rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
     alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
-    layer = LoKrLayer(target, rank, alpha / rank, config)
-    if not target.load:
-        initialise(layer, config)
-    return layer
+    same = (rank, alpha) == (config.r, config.alpha)
+    return LoKrLayer(target, config if same else config.replace(r=rank, alpha=alpha))
 
 
 @hookimpl

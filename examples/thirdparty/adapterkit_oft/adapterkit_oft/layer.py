@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Target
+from adapterkit import AdapterLayer, Holder, Target
 from adapterkit.contract.layers import Base
 from adapterkit_oft.config import OFTConfig
 
@@ -40,24 +42,16 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
     return total
 
 
-class Rotation(nn.Module):
-    """Holds `weight`, so that the key reads `oft_R.weight`."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-
 class OFTLayer(AdapterLayer):
     """`base(x R)`, R block-diagonal, of `oft_R.weight (blocks, side (side - 1) / 2)`; one row if they are shared."""
 
-    def __init__(self, target: Target, config: OFTConfig) -> None:
-        super().__init__(target.kind)
+    def setup(self, target: Target, config: OFTConfig) -> None:
+        """See `AdapterLayer.setup`: zeros, of which R is the identity, or normal values."""
         self.count, self.side = config.blocks(target.in_features)
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-        self.dropout = config.module_dropout
         rows = 1 if config.block_share else self.count
-        self.oft_R = Rotation(target.empty(rows, self.side * (self.side - 1) // 2))
+        init = 0.0 if config.init_weights else partial(nn.init.normal_, std=0.1)
+        self.oft_R = Holder(weight=target.new(rows, self.side * (self.side - 1) // 2, init=init))
 
     def rotations(self) -> Tensor:
         """The blocks of R, `(count, side, side)`, in float32 at least."""
@@ -68,7 +62,7 @@ class OFTLayer(AdapterLayer):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """See `AdapterLayer.forward`."""
         blocks = self.rotations()
-        if self.training and self.dropout and self.oft_R.weight.shape[0] > 1:
+        if self.training and self.config.module_dropout and self.oft_R.weight.shape[0] > 1:
             blocks = self._some_left_out(blocks)
         dtype = self.oft_R.weight.dtype
         parts = x.to(dtype).unflatten(-1, (self.count, self.side))
@@ -76,7 +70,7 @@ class OFTLayer(AdapterLayer):
         return base(turned.flatten(-2).to(x.dtype))
 
     def _some_left_out(self, blocks: Tensor) -> Tensor:
-        left_out = torch.randperm(self.count, device=blocks.device) < int(self.dropout * self.count)
+        left_out = torch.randperm(self.count, device=blocks.device) < int(self.config.module_dropout * self.count)
         one = torch.eye(self.side, dtype=blocks.dtype, device=blocks.device)
         return torch.where(left_out[:, None, None], one, blocks)
 
@@ -84,10 +78,3 @@ class OFTLayer(AdapterLayer):
         """`W R^T`, shape `(out, in)`."""
         parts = weight.unflatten(1, (self.count, self.side))
         return torch.einsum("onc,nkc->onk", parts, self.rotations().to(weight.dtype)).flatten(1)
-
-
-@torch.no_grad()
-def initialise(layer: OFTLayer, identity: bool) -> None:
-    """Zeros, of which R is the identity, or normal values."""
-    weight = layer.oft_R.weight
-    nn.init.zeros_(weight) if identity else nn.init.normal_(weight, std=0.1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from adapterkit import AdapterConfig, AdapterLayer, KeyRule, Target, hookimpl
 from adapterkit_oft.config import OFTConfig
-from adapterkit_oft.layer import OFTLayer, initialise
+from adapterkit_oft.layer import OFTLayer
 
 
 @hookimpl
@@ -25,10 +25,7 @@ def inject(target: Target, config: OFTConfig) -> AdapterLayer | None:
         # An embedding's input is row numbers. A convolution reads patches that overlap: no rotated input
         # gives what a rotated kernel would.
         return None
-    layer = OFTLayer(target, config)
-    if not target.load:
-        initialise(layer, config.init_weights)
-    return layer
+    return OFTLayer(target, config)
 
 
 @hookimpl

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from adapterkit import AdapterLayer, Target
 from adapterkit.contract.layers import Base
+from adapterkit_ia3.config import IA3Config
 
 
 class IA3Layer(AdapterLayer):
@@ -15,14 +15,15 @@ class IA3Layer(AdapterLayer):
     `ia3_l` has PEFT's shapes: `(1, in)` or `(out, 1)`, and `(1, channels, 1, ...)` for a convolution.
     """
 
-    def __init__(self, target: Target, scales_input: bool) -> None:
-        super().__init__(target.kind)
-        self.scales_input = scales_input
+    def setup(self, target: Target, config: IA3Config) -> None:
+        """See `AdapterLayer.setup`: ones, or normal."""
+        self.scales_input = config.scales_input(target.path)
         kernel = target.kind.down_shape(1)[2:]
         self.groups = int(getattr(target.kind, "groups", 1))
-        channels = target.kind.down_shape(1)[1] * self.groups if scales_input else target.out_features
-        flat = (1, channels) if scales_input else (channels, 1)
-        self.ia3_l = target.empty(*(1, channels, *(1 for _ in kernel)) if kernel else flat)
+        channels = target.kind.down_shape(1)[1] * self.groups if self.scales_input else target.out_features
+        flat = (1, channels) if self.scales_input else (channels, 1)
+        shape = (1, channels, *(1 for _ in kernel)) if kernel else flat
+        self.ia3_l = target.new(*shape, init=1.0 if config.init_ia3_weights else nn.init.normal_)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """See `AdapterLayer.forward`."""
@@ -40,9 +41,3 @@ class IA3Layer(AdapterLayer):
         # (group, row of the group, channel of the group, place of the kernel)
         blocks = weight.reshape(self.groups, weight.shape[0] // self.groups, scale.numel() // self.groups, -1)
         return (blocks * scale.view(self.groups, 1, -1, 1)).reshape(weight.shape), bias
-
-
-@torch.no_grad()
-def initialise(layer: IA3Layer, ones: bool) -> None:
-    """Ones, or normal."""
-    nn.init.ones_(layer.ia3_l) if ones else nn.init.normal_(layer.ia3_l)

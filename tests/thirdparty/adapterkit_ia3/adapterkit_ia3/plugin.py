@@ -6,7 +6,7 @@ from torch import Tensor
 
 from adapterkit import AdapterConfig, AdapterLayer, KeyRule, Target, hookimpl
 from adapterkit_ia3.config import IA3Config
-from adapterkit_ia3.layer import IA3Layer, initialise
+from adapterkit_ia3.layer import IA3Layer
 
 
 @hookimpl
@@ -21,13 +21,9 @@ def key_rule() -> KeyRule:
 
 @hookimpl
 def inject(target: Target, config: IA3Config) -> AdapterLayer | None:
-    scales_input = config.scales_input(target.path)
-    if scales_input and target.kind.lookup:
+    if target.kind.lookup and config.scales_input(target.path):
         return None  # row numbers cannot be scaled
-    layer = IA3Layer(target, scales_input)
-    if not target.load:
-        initialise(layer, config.init_ia3_weights)
-    return layer
+    return IA3Layer(target, config)
 
 
 @hookimpl
