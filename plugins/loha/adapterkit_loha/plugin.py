@@ -13,7 +13,6 @@ from adapterkit import (
     ForeignFile,
     KeyRule,
     LayerKind,
-    PatternTable,
     Target,
     hookimpl,
 )
@@ -34,10 +33,7 @@ def key_rule() -> KeyRule:
 
 @hookimpl
 def inject(target: Target, config: LoHaConfig) -> AdapterLayer:
-    rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
-    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
-    same = (rank, alpha) == (config.r, config.alpha)
-    return LoHaLayer(target, config if same else config.replace(r=rank, alpha=alpha))
+    return LoHaLayer(target, config)
 
 
 @hookimpl

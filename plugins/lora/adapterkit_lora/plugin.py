@@ -43,10 +43,7 @@ def key_rule(config: LoraConfig) -> KeyRule:
 
 @hookimpl
 def inject(target: Target, config: LoraConfig) -> AdapterLayer:
-    rank = _rank(config, target.path)
-    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.lora_alpha)
-    same = (rank, alpha) == (config.r, config.lora_alpha)
-    return LoraLayer(target, config if same else config.replace(r=rank, lora_alpha=alpha))
+    return LoraLayer(target, config)
 
 
 @hookimpl

@@ -31,6 +31,7 @@ class LoKrConfig(AdapterConfig):
     """
 
     method = "lokr"
+    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012 - a class variable by its base
 
     r: int = 8
     alpha: float = 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, PatternTable, Target, hookimpl
+from adapterkit import AdapterConfig, AdapterLayer, Factors, KeyRule, LayerKind, Target, hookimpl
 from adapterkit_lokr import foreign
 from adapterkit_lokr.config import LoKrConfig
 from adapterkit_lokr.layer import LoKrLayer
@@ -24,10 +24,7 @@ def key_rule() -> KeyRule:
 
 @hookimpl
 def inject(target: Target, config: LoKrConfig) -> AdapterLayer:
-    rank = PatternTable(config.rank_pattern, "rank_pattern").get(target.path, config.r)
-    alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(target.path, config.alpha)
-    same = (rank, alpha) == (config.r, config.alpha)
-    return LoKrLayer(target, config if same else config.replace(r=rank, alpha=alpha))
+    return LoKrLayer(target, config)
 
 
 @hookimpl
