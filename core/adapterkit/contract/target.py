@@ -60,7 +60,7 @@ class Target:
 
     def bias(self) -> Tensor | None:
         """The layer's bias as a float32 (or float64) copy of shape `(out,)`; `None` if it has none."""
-        with as_wholes(self.module, self.module.modules()):
+        with gathered(self.module, self.module.modules()):
             bias = getattr(self.module, "bias", None)
             if not isinstance(bias, Tensor):
                 return None
