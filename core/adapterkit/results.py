@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+# A value of a config that has more characters is cut in text.
+_LONGEST_VALUE = 200
 # A model may have thousands of layers; a cell of a notebook shows so many rows of a table.
 _MOST_ROWS = 200
 _CELL = 'style="text-align:left;vertical-align:top"'
@@ -290,6 +292,14 @@ class Status(Shown):
         count = len(self.rows)
         tables = [Table(_TITLES, self._cells()), Table(("adapter", "note"), self._notes())]
         return f"{count or 'no'} adapter{'s' * (count != 1)}", tables
+
+
+def brief(value: object) -> str:
+    """A value of a config, cut if it would fill the screen."""
+    if isinstance(value, list | tuple) and len(str(value)) > _LONGEST_VALUE:
+        return f"[{', '.join(map(repr, value[:3]))}, ... {len(value):,} in all]"
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

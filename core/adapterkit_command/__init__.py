@@ -1,26 +1,24 @@
-"""The command `adapterkit`: it parses, calls one function of the library, and prints what that reports.
+"""The command `adapterkit`: it parses, calls one function of the library, and prints the report of that function.
 
-It is beside the library and not in it, because importing anything from `adapterkit` imports torch: help, completion
-and mistakes in the command line are answered before that. It uses public names of `adapterkit` only.
+It is not inside the library because every import from `adapterkit` imports torch. Help, completion and mistakes on the
+command line are answered before that. The command uses public names of `adapterkit` only.
 """
 
 import io
 import sys
 
-from adapterkit_command.exits import Exit
-
 
 def main() -> None:
-    """Run the command with the process's arguments, and exit."""
+    """Run the command with the arguments of the process, and exit."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not make a command fail
     try:
         from adapterkit_command.app import app
 
         app(prog_name="adapterkit")
     except KeyboardInterrupt:  # while the command itself is being imported
-        sys.exit(Exit.INTERRUPTED)
+        sys.exit(130)
 
 
 __all__ = ["main"]

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from adapterkit_command import looking, making, plugins
+from adapterkit_command import looking, making, methods
 from adapterkit_command.running import Debug, app, flowing
 
-__all__ = ["app", "looking", "making", "plugins"]
+__all__ = ["app", "looking", "making", "methods"]
 
 
 def _version(wanted: bool) -> None:
@@ -20,10 +20,10 @@ def _version(wanted: bool) -> None:
 
 
 _HELP = """
-Look at, merge, combine and convert adapters of every installed method, from files.
+Inspect, merge, combine and convert adapters of every installed method, from files.
 
-Every command has examples: adapterkit COMMAND --help. Reports go to stdout, with --json as JSON; messages and progress
-go to stderr.
+Every command has examples: adapterkit COMMAND --help. Reports go to stdout, as text or with --json as JSON; messages
+and progress go to stderr.
 """
 
 

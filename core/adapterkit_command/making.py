@@ -1,18 +1,14 @@
-"""Commands that make adapters and checkpoints, from files to files."""
+"""Commands that make adapters and checkpoints from files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import RenderableType
-from rich.text import Text
 
-from adapterkit_command import parsing
-from adapterkit_command.options import (
+from adapterkit_command import arguments
+from adapterkit_command.arguments import (
     WEIGHTED,
     Base,
     Component,
@@ -26,8 +22,7 @@ from adapterkit_command.options import (
     TargetRegex,
     To,
 )
-from adapterkit_command.output import hanging
-from adapterkit_command.progress import bytes_bar
+from adapterkit_command.output import bytes_bar
 from adapterkit_command.running import command
 
 if TYPE_CHECKING:
@@ -36,59 +31,56 @@ if TYPE_CHECKING:
 PANEL = "Make"
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a command made: the folder, and the library's report."""
-
-    folder: Path
-    report: object
-
-
-def show_written(made: Written) -> Iterator[RenderableType]:
-    """The report, and where it is."""
-    yield Text(str(made.report))
-    yield hanging("written", str(made.folder))
+def written(made: dict[str, Any]) -> str:
+    """The library's report, and where the result is."""
+    return f"{made['report']}\nwritten: {made['folder']}"
 
 
 @command(
     PANEL,
     "merge_checkpoint",
     {
-        "For serving, the adapter worked in": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood",
-        "Two, by half each, in several threads": "adapterkit merge ./llama mood:0.5 topic:0.5 --workers 4 --out merged",
-        "Go on after a kill": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood --resume",
+        "For serving": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood",
+        "Two with half weight each": "adapterkit merge ./llama mood:0.5 topic:0.5 --workers 4 --out merged",
+        "Continue after an interruption": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood --resume",
     },
 )
 def merge(  # noqa: PLR0913 - one parameter an option
     base: Annotated[str, typer.Argument(help="The model's folder, its .safetensors or index file, or a hub id.")],
     adapters: Annotated[
         list[str],
-        typer.Argument(help="Folders, hub ids or other programs' files, each with its weight.", metavar=WEIGHTED),
+        typer.Argument(
+            help="Folders, hub ids or files of other programs, each with its weight (default 1).", metavar=WEIGHTED
+        ),
     ],
     *,
     out: Out,
     heads: Annotated[
-        str | None, typer.Option(help="Whose head is taken over, if several adapters have one: as it is written above.")
+        str | None,
+        typer.Option(help="The adapter whose head the result gets, if several have one, as written in ADAPTERS."),
     ] = None,
     untie: Annotated[
-        bool, typer.Option("--untie", help="Give a target whose weight is tied a weight of its own.")
+        bool, typer.Option("--untie", help="Untie a target whose weight is tied to another module's.")
     ] = False,
     safe: Annotated[bool, typer.Option("--safe", help="Fail if a merged value is not finite.")] = False,
     architecture: Annotated[
-        str | None, typer.Option(help="The model's class, if the adapter's head is not in the one its config names.")
+        str | None,
+        typer.Option(help="The model's class, if the class in its config has no place for the adapter's head."),
     ] = None,
     component: Component = None,
-    workers: Annotated[int, typer.Option(help="How many threads work, each with a buffer.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what a run that was broken off had finished.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
+    workers: Annotated[int, typer.Option(help="The number of threads.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the files that an interrupted run has finished.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in the folder.")] = False,
 ) -> MergeReport:
     """Merge adapters into a model's safetensors files, without loading the model.
 
-    Tensor by tensor: memory stays that of the largest one, and it takes little longer than a copy. The result is, bit
-    for bit, that of merging in memory; file names, dtypes, config and tokenizer stay as they are. The folder appears
-    under its name when it is whole.
+    Tensors are merged one by one, so memory is bounded by the largest tensor, and it takes little longer than a copy.
+    The result equals merging in memory, bit for bit. File names, dtypes, config and tokenizer stay the same. The folder
+    appears under its name when it is complete.
     """
-    sources: Any = parsing.weighted(adapters)
+    sources: Any = arguments.weighted(adapters)
     import adapterkit as ak
 
     with bytes_bar("merging") as progress:
@@ -112,35 +104,41 @@ def merge(  # noqa: PLR0913 - one parameter an option
     PANEL,
     "combine_files",
     {
-        "The sum of 0.7 of one and 0.3 of another": "adapterkit combine mood:0.7 topic:0.3 --heads mood --out both",
-        "Take one away": "adapterkit combine mood topic:-0.5 --heads mood --out less",
+        "A weighted sum": "adapterkit combine mood:0.7 topic:0.3 --heads mood --out both",
+        "Subtract one": "adapterkit combine mood topic:-0.5 --heads mood --out less",
         "TIES, at rank 16": "adapterkit combine a b --method ties --density 0.3 --rank 16 --heads concat --out ab",
     },
-    show=show_written,
+    show=written,
 )
 def combine(  # noqa: PLR0913 - one parameter an option
     adapters: Annotated[
         list[str],
-        typer.Argument(help="Folders or hub ids, each with its weight after a colon (1 if none).", metavar=WEIGHTED),
+        typer.Argument(help="Folders or hub ids, each with its weight (default 1).", metavar=WEIGHTED),
     ],
     *,
     out: Out,
-    method: Annotated[str, typer.Option(help="The way to combine; `adapterkit methods` lists all.")] = "linear",
+    method: Annotated[str, typer.Option(help="The method of combination; `adapterkit methods` lists all.")] = "linear",
     rank: Rank = None,
     energy: Energy = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="What becomes of the heads: an adapter's folder name, `average`, `concat` or `drop`."),
+        typer.Option(help="Which head the result gets: an adapter's folder name, `average`, `concat` or `drop`."),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="The share of entries kept, for methods that prune.")] = None,
+    density: Annotated[float | None, typer.Option(help="The share of entries to keep, for methods that prune.")] = None,
     space: Annotated[
-        str, typer.Option(help="What is combined: `delta`, the change; `core`, its coordinates; `factors`, as PEFT.")
+        str,
+        typer.Option(
+            help="What is combined: `delta`, the changes; `core`, their coordinates in common bases; `factors`, A and "
+            "B separately, as in PEFT."
+        ),
     ] = "delta",
     majority_sign_method: Annotated[
-        str, typer.Option(help="For methods that elect signs: `total` or `frequency`.")
+        str, typer.Option(help="How methods elect signs: `total` or `frequency`.")
     ] = "total",
-    seed: Annotated[int | None, typer.Option(help="For methods that draw.")] = None,
-    isotropize: Annotated[bool, typer.Option("--isotropize", help="Give all singular values their mean.")] = False,
+    seed: Annotated[int | None, typer.Option(help="The seed for methods that draw random numbers.")] = None,
+    isotropize: Annotated[
+        bool, typer.Option("--isotropize", help="Replace all singular values by their mean.")
+    ] = False,
     to: To = "lora",
     base: Base = None,
     same_base: Annotated[
@@ -148,14 +146,14 @@ def combine(  # noqa: PLR0913 - one parameter an option
     ] = False,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
-) -> Written:
-    """Combine adapters into one, by their files alone.
+) -> dict[str, Any]:
+    """Combine adapters into one, from their files alone.
 
-    Of any methods and ranks. With the method linear the result is exactly the weighted sum of the changes, and ranks
-    add up unless you truncate.
+    The adapters may have any methods and ranks. With `--method linear` the result is exactly the weighted sum of the
+    changes. Ranks add up unless you truncate.
     """
-    sources: dict[Any, float] = parsing.weighted(adapters)
-    signs: Any = majority_sign_method  # the function says what there is
+    sources: dict[Any, float] = arguments.weighted(adapters)
+    signs: Any = majority_sign_method
     where: Any = space
     import adapterkit as ak
 
@@ -174,10 +172,10 @@ def combine(  # noqa: PLR0913 - one parameter an option
         isotropize=isotropize,
         same_base=same_base,
         base=base,
-        dtype=parsing.dtype(dtype),
+        dtype=arguments.dtype(dtype),
         overwrite=overwrite,
     )
-    return Written(out, report)
+    return {"folder": out, "report": report}
 
 
 @command(
@@ -187,36 +185,38 @@ def combine(  # noqa: PLR0913 - one parameter an option
         "LoHa as LoRA, exactly": "adapterkit convert ./adapters/loha --to lora --out ./adapters/lora",
         "Smaller: the rank that keeps 99 percent of each change": "adapterkit convert big --energy 0.99 --out small",
         "For kohya-ss": "adapterkit convert ./adapters/style --naming kohya --out style.safetensors",
-        "From it, for a model's own paths": "adapterkit convert style.safetensors --base ./unet --out ./adapters/style",
+        "From another program": "adapterkit convert style.safetensors --base ./unet --out ./adapters/style",
     },
-    show=show_written,
+    show=written,
 )
 def convert(  # noqa: PLR0913 - one parameter an option
     adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
     *,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The folder to write; a file that ends in .safetensors for other programs."),
+        typer.Option(
+            "--out", "-o", help="The folder to write, or for other programs a file that ends in .safetensors."
+        ),
     ],
     to: To = "lora",
     rank: Rank = None,
     energy: Energy = None,
     naming: Annotated[
-        str, typer.Option(help="Whose names the tensors get: `peft`, `kohya`, `lycoris` or `diffusers`.")
+        str, typer.Option(help="The naming of the tensors: `peft`, `kohya`, `lycoris` or `diffusers`.")
     ] = "peft",
     base: Base = None,
     component: Component = None,
     as_component: Annotated[
-        str | None, typer.Option(help="What the part is called in the output, such as `lora_te1`.")
+        str | None, typer.Option(help="The name of the part in the output, such as `lora_te1`.")
     ] = None,
-    heads: Annotated[str, typer.Option(help="What becomes of the heads: `keep` or `drop`.")] = "keep",
+    heads: Annotated[str, typer.Option(help="What to do with the heads: `keep` or `drop`.")] = "keep",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
-) -> Written:
-    """Convert an adapter to another method, to the names of another program, or both.
+) -> dict[str, Any]:
+    """Convert an adapter to another method, to the naming of another program, or both.
 
-    Without a rank or energy the change stays exactly what it was; an adapter that has the method already keeps its
-    tensors to the bit.
+    Without --rank or --energy the change stays exactly the same. An adapter that already has the method keeps its
+    tensors, bit for bit.
     """
     names: Any = naming
     kept: Any = heads
@@ -233,10 +233,10 @@ def convert(  # noqa: PLR0913 - one parameter an option
         component=component,
         as_component=as_component,
         heads=kept,
-        dtype=parsing.dtype(dtype),
+        dtype=arguments.dtype(dtype),
         overwrite=overwrite,
     )
-    return Written(out, report)
+    return {"folder": out, "report": report}
 
 
 @command(
@@ -244,14 +244,14 @@ def convert(  # noqa: PLR0913 - one parameter an option
     "extract_files",
     {
         "The nearest adapter of rank 16 to a full fine-tune": "adapterkit extract bert bert-tuned --rank 16 --out a",
-        "Some layers, by how much of the change they keep": "adapterkit extract base tuned --energy 0.9 "
+        "Some layers, with 90 percent of the energy of each change": "adapterkit extract base tuned --energy 0.9 "
         "--target-modules query,value --out a",
     },
-    show=show_written,
+    show=written,
 )
 def extract(  # noqa: PLR0913 - one parameter an option
     base: Annotated[str, typer.Argument(help="The base model's folder.")],
-    tuned: Annotated[str, typer.Argument(help="The folder of the model that was fine-tuned from it.")],
+    tuned: Annotated[str, typer.Argument(help="The folder of the fine-tuned model.")],
     *,
     out: Out,
     rank: Rank = None,
@@ -262,7 +262,7 @@ def extract(  # noqa: PLR0913 - one parameter an option
     modules_to_save: Annotated[
         list[str] | None,
         typer.Option(
-            help="Modules taken over in full; `none` for none. Without it the task head is.",
+            help="Modules to copy in full, or `none`; by default the task head.",
             metavar="NAMES",
             show_default="auto",
         ),
@@ -270,14 +270,14 @@ def extract(  # noqa: PLR0913 - one parameter an option
     to: To = "lora",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
-) -> Written:
-    """Make an adapter of the difference between two models, from their files.
+) -> dict[str, Any]:
+    """Make an adapter from the difference between two models, from their files.
 
-    At each layer the best approximation of the change at the rank or energy that you ask for. One layer is in memory at
-    a time.
+    At each layer the adapter is the best approximation of the change with the given rank or energy. One layer is in
+    memory at a time.
     """
-    chosen = parsing.modules(target_modules, target_regex, "--target-modules")
-    heads = parsing.names(modules_to_save)
+    chosen = arguments.modules(target_modules, target_regex)
+    heads = arguments.names(modules_to_save)
     import adapterkit as ak
 
     report = ak.extract_files(
@@ -287,10 +287,10 @@ def extract(  # noqa: PLR0913 - one parameter an option
         rank=rank,
         energy=energy,
         target_modules="all-linear" if chosen is None else chosen,
-        exclude_modules=parsing.names(exclude_modules),
+        exclude_modules=arguments.names(exclude_modules),
         modules_to_save="auto" if heads is None else None if heads == ["none"] else heads,
         to=to,
-        dtype=parsing.dtype(dtype),
+        dtype=arguments.dtype(dtype),
         overwrite=overwrite,
     )
-    return Written(out, report)
+    return {"folder": out, "report": report}

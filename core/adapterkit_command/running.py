@@ -10,17 +10,14 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
-from rich.console import RenderableType
 from rich.markup import escape
 
-from adapterkit_command.exits import Exit
 from adapterkit_command.output import print_json, print_text, say
-
-Show = Callable[[Any], Iterable[RenderableType]]
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print the report, or the error, as JSON.", rich_help_panel="Output")
@@ -38,27 +35,43 @@ app = typer.Typer(
 )
 
 
+class Exit(IntEnum):
+    """The exit statuses; scripts can rely on them."""
+
+    OK = 0, "done"
+    ERROR = 1, "the command failed; the message gives the reason, and nothing was changed"
+    USAGE = 2, "the command line itself is wrong"
+    INTERNAL = 3, "a bug in adapterkit or in another library; `--debug` shows the traceback"
+    DIFFERENT = 4, "with `diff --exit-code`: the adapters differ"
+    INTERRUPTED = 130, "interrupted by Ctrl-C"
+    PIPE = 141, "the reader of the output closed it, as `head` does"
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> Exit:
+        """A member is its number, and has a sentence."""
+        member = int.__new__(cls, value)
+        member._value_, member.meaning = value, meaning
+        return member
+
+
 class Outcome(NamedTuple):
-    """A report, and an exit status that is not the usual one."""
+    """A report with an exit status other than 0."""
 
     report: object
     status: Exit
 
 
-def _as_text(report: object) -> list[RenderableType]:
-    return [str(report)]
-
-
 def command(
-    panel: str, calls: str, examples: Mapping[str, str], show: Show = _as_text
+    panel: str, calls: str, examples: Mapping[str, str], show: Callable[[Any], str] = str
 ) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Make a command of a function that returns a report.
 
     Args:
-        panel: the group of commands that help shows it in.
-        calls: the function of the library that stands behind it.
-        examples: what one may want, and the command line that does it.
-        show: the report as what rich can print; its text by default.
+        panel: the group of commands under which help lists it.
+        calls: the function of the library that does the work.
+        examples: tasks, each with the command line for it.
+        show: returns the report as text.
     """
 
     def register(function: Callable[..., object]) -> Callable[..., object]:
@@ -69,11 +82,11 @@ def command(
             _run(functools.partial(function, **arguments), show, as_json, debug, options)
 
         _add_parameters(run, function, {"ctx": typer.Context, "as_json": Json, "debug": Debug})
-        name = function.__name__.strip("_")
+        lines = (f"[dim]{escape(task)}:[/dim]\n  $ {escape(line)}" for task, line in examples.items())
         app.command(
-            name,
+            function.__name__,
             help=f"{flowing(function.__doc__)}\n\nIn Python: adapterkit.{calls}",
-            epilog=_epilog(examples),
+            epilog="\n\n".join(lines),
             rich_help_panel=panel,
         )(run)
         return function
@@ -82,8 +95,8 @@ def command(
 
 
 def _add_parameters(run: Any, function: Callable[..., object], added: Mapping[str, Any]) -> None:
-    """Give `run` the parameters of `function` and, after them, those that every command has."""
-    function.__annotations__.pop("return", None)  # the library's, which is not imported before it is needed
+    """Give `run` the parameters of `function`, followed by those that every command has."""
+    function.__annotations__.pop("return", None)  # a type of the library, which is imported only when it is needed
     signature = inspect.signature(function, eval_str=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     extra = [
@@ -95,19 +108,20 @@ def _add_parameters(run: Any, function: Callable[..., object], added: Mapping[st
 
 
 def flowing(text: str | None) -> str:
-    """A docstring with one line a paragraph, so that a terminal of any width can wrap it."""
+    """A docstring with each paragraph on one line, so that a terminal of any width can wrap it."""
     paragraphs = inspect.cleandoc(text or "").split("\n\n")
     return escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
-def _epilog(examples: Mapping[str, str]) -> str:
-    return "\n\n".join(f"[dim]{escape(what)}:[/dim]\n  $ {escape(line)}" for what, line in examples.items())
-
-
-def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool, options: Mapping[str, str]) -> None:
+def _run(
+    call: Callable[[], object], show: Callable[[Any], str], as_json: bool, debug: bool, options: Mapping[str, str]
+) -> None:
     status = Exit.OK
     try:
-        with _warnings_as_notes(), contextlib.redirect_stdout(sys.stderr):  # what plugins print is no report
+        with (
+            _warnings_as_notes(),
+            contextlib.redirect_stdout(sys.stderr),
+        ):  # a plugin's prints are not part of the report
             report = call()
         if isinstance(report, Outcome):
             report, status = report
@@ -116,12 +130,12 @@ def _run(call: Callable[[], object], show: Show, as_json: bool, debug: bool, opt
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt:
-        say("adapterkit", f"interrupted{'; --resume goes on from here' if 'resume' in options else ''}", "yellow")
+        say("adapterkit", f"interrupted{'; continue with --resume' if 'resume' in options else ''}", "yellow")
         status = Exit.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         status = Exit.PIPE
-    except Exception as error:  # noqa: BLE001 - the last resort of a program: it becomes a message and a status
+    except Exception as error:  # noqa: BLE001 - every error of a program becomes a message and a status
         _fail(error, as_json, debug, options)
     if status:
         raise typer.Exit(status)
@@ -132,22 +146,22 @@ def _fail(error: Exception, as_json: bool, debug: bool, options: Mapping[str, st
 
     if debug:
         traceback.print_exception(error)
-    users = isinstance(error, AdapterError | OSError)
+    expected = isinstance(error, AdapterError | OSError)
     message = as_options(str(error), options)
-    status = Exit.ERROR if users else Exit.INTERNAL
+    status = Exit.ERROR if expected else Exit.INTERNAL
     if as_json:
         found = {"type": type(error).__name__, "message": message, "status": int(status)}
         print_json({"error": found}, sys.stderr)
-    elif users:
+    elif expected:
         say("error", message, "red")
     else:
-        hint = "" if debug else " This should not happen; run it again with --debug for the traceback, and report that."
+        hint = "" if debug else " This is a bug. Run the command again with --debug, and report the traceback."
         say("internal error", f"{type(error).__name__}: {error}.{hint}", "red")
     raise typer.Exit(status)
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:
-    """A message that speaks of a function's arguments (`rank=4`), in terms of the command's options (`--rank 4`)."""
+    """A message with a function's arguments (`rank=4`) replaced by the command's options (`--rank 4`)."""
     named = {name.strip("_"): option for name, option in options.items() if option.startswith("--")}
     pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|False\b|(?=[\w'\"\[{{-]))?"
 
@@ -159,7 +173,7 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Python's warnings as one line each on stderr."""
+    """Print each of Python's warnings as one line on stderr."""
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
         say("note", " ".join(str(message).split()), "yellow")

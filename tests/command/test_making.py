@@ -14,7 +14,7 @@ from tests.command.conftest import run
 from transformers import AutoModelForSequenceClassification
 
 import adapterkit as ak
-from adapterkit_command.progress import bytes_bar
+from adapterkit_command.output import bytes_bar
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -43,7 +43,7 @@ def test_merge_that_is_interrupted_says_how_to_go_on(here: Path, monkeypatch: py
 
     monkeypatch.setattr(ak, "merge_checkpoint", interrupted)
     done = run("merge", "base", "mood", "--out", "merged")
-    assert (done.exit_code, done.stderr) == (130, "adapterkit: interrupted; --resume goes on from here\n")
+    assert (done.exit_code, done.stderr) == (130, "adapterkit: interrupted; continue with --resume\n")
 
 
 def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +92,8 @@ def test_combine_with_every_choice(here: Path) -> None:
             "'ties' prunes: give --density, the share",
         ),
         (("mood", "topic", "--heads", "mood", "--method", "tie"), 1, "Did you mean 'ties'?"),
-        (("mood:much", "topic"), 2, "'much' is no number; write mood:0.5, say."),
-        (("mood", "--dtype", "int8"), 2, "'int8' is no floating dtype; there are float32, bfloat16, float16"),
+        (("mood:much", "topic"), 2, "'much' is not a number. Write, for example, mood:0.5."),
+        (("mood", "--dtype", "int8"), 2, "'int8' is not a floating dtype. Available: float32, bfloat16, float16"),
         (("mood", "--heads", "mood", "--out", "topic"), 1, "Say --overwrite to replace it"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
@@ -12,17 +13,12 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from tests.command.conftest import run
 
 import adapterkit as ak
 from adapterkit_command.app import app
-from adapterkit_command.exits import Exit
-from adapterkit_command.output import jsonable
-from adapterkit_command.running import as_options
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+from adapterkit_command.output import jsonable, print_text
+from adapterkit_command.running import Exit, as_options
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def test_a_report_is_on_stdout_and_nothing_else() -> None:
     done = run("methods")
     assert (done.exit_code, done.stderr) == (Exit.OK, "")
     assert done.stdout.splitlines()[0].split() == [
-        *("method", "package", "prefix", "merges", "combines", "result", "foreign")
+        *("method", "package", "prefix", "merges", "combines", "result", "foreign", "files")
     ]
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
@@ -59,10 +55,30 @@ def test_json_is_the_reports_attributes() -> None:
     assert lora["prefix"] == "lora_"
 
 
-def test_a_users_mistake_is_a_message_and_1(raising: Callable[[BaseException], None]) -> None:
-    raising(ak.ConfigError("That [does] not go."))
+FAILURES: dict[str, tuple[BaseException, Exit, str]] = {
+    "a user's mistake": (ak.ConfigError("That [does] not go."), Exit.ERROR, "error: That [does] not go.\n"),
+    "the system refuses": (
+        PermissionError(13, "Permission denied", "/secret"),
+        Exit.ERROR,
+        "error: [Errno 13] Permission denied: '/secret'\n",
+    ),
+    "a bug": (
+        ZeroDivisionError("oh"),
+        Exit.INTERNAL,
+        "internal error: ZeroDivisionError: oh. This is a bug. Run the command again with --debug, and report the "
+        "traceback.\n",
+    ),
+    "Ctrl-C": (KeyboardInterrupt(), Exit.INTERRUPTED, "adapterkit: interrupted\n"),
+}
+
+
+@pytest.mark.parametrize(("error", "status", "message"), FAILURES.values(), ids=FAILURES.keys())
+def test_an_error_is_a_message_and_a_status(
+    error: BaseException, status: Exit, message: str, raising: Callable[[BaseException], None]
+) -> None:
+    raising(error)
     done = run("methods")
-    assert (done.exit_code, done.stdout, done.stderr) == (Exit.ERROR, "", "error: That [does] not go.\n")
+    assert (done.exit_code, done.stdout, done.stderr) == (status, "", message)
 
 
 def test_a_users_mistake_in_json(raising: Callable[[BaseException], None]) -> None:
@@ -70,22 +86,6 @@ def test_a_users_mistake_in_json(raising: Callable[[BaseException], None]) -> No
     done = run("methods", "--json")
     assert (done.exit_code, done.stdout) == (Exit.ERROR, "")
     assert json.loads(done.stderr) == {"error": {"type": "ConfigError", "message": "That does not go.", "status": 1}}
-
-
-def test_what_the_system_refuses_is_1(raising: Callable[[BaseException], None]) -> None:
-    raising(PermissionError(13, "Permission denied", "/secret"))
-    done = run("methods")
-    assert (done.exit_code, done.stderr) == (Exit.ERROR, "error: [Errno 13] Permission denied: '/secret'\n")
-
-
-def test_a_fault_is_3_and_says_what_to_do(raising: Callable[[BaseException], None]) -> None:
-    raising(ZeroDivisionError("oh"))
-    done = run("methods")
-    assert done.exit_code == Exit.INTERNAL
-    assert done.stderr == (
-        "internal error: ZeroDivisionError: oh. This should not happen; run it again with --debug for the traceback, "
-        "and report that.\n"
-    )
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "methods"), ("methods", "--debug")], ids=" ".join)
@@ -101,12 +101,6 @@ def test_debug_by_the_environment(raising: Callable[[BaseException], None], monk
     raising(ak.ConfigError("That does not go."))
     monkeypatch.setenv("ADAPTERKIT_DEBUG", "1")
     assert "Traceback" in run("methods").stderr
-
-
-def test_interrupted_is_130(raising: Callable[[BaseException], None]) -> None:
-    raising(KeyboardInterrupt())
-    done = run("methods")
-    assert (done.exit_code, done.stdout, done.stderr) == (Exit.INTERRUPTED, "", "adapterkit: interrupted\n")
 
 
 def test_warnings_are_notes_of_one_line_and_prints_are_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +126,10 @@ def test_warnings_are_notes_of_one_line_and_prints_are_no_report(monkeypatch: py
         (("methods", "--jsn"), "No such option"),
         (("targets",), "Missing"),
         (("targets", "m", "--set", "r"), "give FIELD=VALUE"),
-        (("targets", "m", "--config", "a", "--method", "lora"), "--config says the method; leave --method out."),
+        (
+            ("targets", "m", "--config", "a", "--method", "lora"),
+            "--config already names the method. Leave --method out.",
+        ),
     ],
     ids=str,
 )
@@ -140,11 +137,6 @@ def test_a_wrong_command_line_is_2(arguments: tuple[str, ...], message: str) -> 
     done = run(*arguments)
     assert (done.exit_code, done.stdout) == (Exit.USAGE, "")
     assert message in " ".join(done.stderr.split())
-
-
-def test_version() -> None:
-    done = run("--version")
-    assert (done.exit_code, done.stdout) == (Exit.OK, f"adapterkit {ak.__version__}\n")
 
 
 def test_every_command_has_a_panel_examples_json_and_debug() -> None:
@@ -162,7 +154,7 @@ def test_every_command_has_a_panel_examples_json_and_debug() -> None:
 
 def test_exit_statuses_have_their_sentences() -> None:
     assert [int(status) for status in Exit] == [0, 1, 2, 3, 4, 130, 141]
-    assert all(status.says for status in Exit)
+    assert all(status.meaning for status in Exit)
 
 
 @dataclass(frozen=True)
@@ -183,6 +175,20 @@ def test_json_of_a_report() -> None:
         "none": [None, None, None],
         "3": ["a", "b"],
     }
+
+
+def test_only_a_terminal_wraps_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "short\n  a.very.long.path.of.a.module  Linear  1,234"
+    pipe, terminal = io.StringIO(), Terminal()
+    print_text(text, pipe)
+    print_text(text, terminal)
+    assert pipe.getvalue() == f"{text}\n"
+    assert terminal.getvalue() == "short\n  a.very.long.path.of.a.module\n      Linear  1,234\n"
 
 
 @pytest.mark.parametrize(

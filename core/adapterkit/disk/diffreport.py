@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from adapterkit.results import brief
+
 T = TypeVar("T")
 Both = tuple[T | None, T | None]
 
@@ -122,7 +124,7 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
     if diff.methods[0] != diff.methods[1]:
         yield f"  method: {diff.methods[0]} | {diff.methods[1]}"
     for title, fields in (("config", diff.config), ("header", diff.metadata)):
-        yield from (f"  {title} {name}: {one!r} | {other!r}" for name, (one, other) in fields.items())
+        yield from (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
     yield from _layer_lines(diff)
     for tensor in diff.tensors:
         apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"

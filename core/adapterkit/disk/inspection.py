@@ -22,8 +22,13 @@ from adapterkit.errors import StateError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, stand_ins, widened
 from adapterkit.kinds import Factors
 from adapterkit.model import Adapter, LabelSet
+from adapterkit.results import brief, columns
 
 Shape = tuple[int, ...]
+# Fields of a config that its line leaves out: they have a line of their own, or say nothing.
+_NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
+# Rows of one list in text.
+_MOST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -249,6 +254,9 @@ def _nobodys(opened: Opened) -> tuple[str, ...]:
 
 def _lines(found: AdapterInspection) -> Iterator[str]:
     yield f"{found.source}: {found.method} ({found.provider}), base {found.base or 'not named'}"
+    unset: tuple[object, ...] = (None, False, "", [], {}, "none")
+    fields = [f"{k}={brief(v)}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
+    yield f"  config: {', '.join(fields)}"
     dtypes = ", ".join(f"{name} x {count}" for name, count in found.dtypes.items())
     yield f"  {len(found.layers)} layers, {found.parameters:,} parameters, {found.size:,} bytes ({dtypes})"
     if found.norm is not None:
@@ -257,16 +265,18 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
     for path, tensors in found.heads.items():
         yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"
     if found.labels is not None:
-        yield f"  labels: {', '.join(found.labels.values())}"
+        yield f"  labels: {brief(', '.join(found.labels.values()))}"
     for title, rows in (
         ("trained bias", found.biases),
         ("shared", [f"{name} {shape}" for name, shape in found.shared.items()]),
-        ("belongs to nobody", found.unknown),
+        ("unknown", found.unknown),
         ("missing", found.missing),
-        ("does not fit", found.mismatched),
+        ("mismatched", found.mismatched),
         ("note", found.notes),
     ):
-        yield from (f"  {title}: {row}" for row in rows)
+        yield from (f"  {title}: {row}" for row in rows[:_MOST_ROWS])
+        if len(rows) > _MOST_ROWS:
+            yield f"  {title}: and {len(rows) - _MOST_ROWS:,} more"
 
 
 def _table(layers: tuple[LayerInspection, ...]) -> Iterator[str]:
@@ -277,6 +287,4 @@ def _table(layers: tuple[LayerInspection, ...]) -> Iterator[str]:
         shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
         told = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
         rows.append((row.path, row.kind or "?", shape, *("-" if v is None else f"{v:.4g}" for v in told)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for cells in rows if layers else ():
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    yield from (f"  {line}" for line in columns(rows).splitlines() if layers)

@@ -1,13 +1,14 @@
-"""What the command line says in text."""
+"""The values that the text of the command line stands for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
 
-from adapterkit_command.parsing import fields, modules, names, weighted
+from adapterkit_command.arguments import fields, modules, names, weighted
 
 
 @pytest.fixture
@@ -41,21 +42,14 @@ def test_adapters_with_weights(texts: list[str], found: dict[str, float], here: 
 
 
 BAD_WEIGHTS = {
-    "text": (["A:much"], "'A:much': 'much' is no number; write A:0.5, say."),
-    "comma": (["A:0,5"], "'0,5' is no number"),
-    "nothing": (["A:"], "'' is no number"),
+    "text": (["A:much"], "'A:much': 'much' is not a number. Write, for example, A:0.5."),
+    "comma": (["A:0,5"], "'0,5' is not a number"),
+    "nothing": (["A:"], "'' is not a number"),
     "nan": (["A:nan"], "'A:nan': give PATH:WEIGHT, with a finite number."),
     "infinite": (["B:-inf"], "with a finite number."),
     "no path": ([":0.5"], "':0.5': give PATH:WEIGHT"),
-    "twice": (["B:1", "B:2"], "'B' is given twice; give it once, with the sum of its weights."),
+    "twice": (["B:1", "B:2"], "'B' is given twice. Give it once, with the sum of its weights."),
 }
-
-
-@pytest.mark.parametrize(("texts", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
-def test_weights_that_are_refused(texts: list[str], message: str, here: Path) -> None:
-    with pytest.raises(typer.BadParameter) as caught:
-        weighted(texts)
-    assert message in str(caught.value)
 
 
 def test_names_one_by_one_and_with_commas() -> None:
@@ -64,12 +58,12 @@ def test_names_one_by_one_and_with_commas() -> None:
 
 
 def test_modules_are_a_list_or_an_expression_or_a_word() -> None:
-    assert modules(["query,value"], None, "--target-modules") == ["query", "value"]
-    assert modules(None, r".*\.(q|v)", "--target-modules") == r".*\.(q|v)"
-    assert modules(["all-linear"], None, "--target-modules") == "all-linear"
-    assert modules(None, None, "--target-modules") is None
-    with pytest.raises(typer.BadParameter, match=r"give names \(--target-modules\) or an expression, not both"):
-        modules(["query"], ".*", "--target-modules")
+    assert modules(["query,value"], None) == ["query", "value"]
+    assert modules(None, r".*\.(q|v)") == r".*\.(q|v)"
+    assert modules(["all-linear"], None) == "all-linear"
+    assert modules(None, None) is None
+    with pytest.raises(typer.BadParameter, match="give --target-modules or --target-regex, not both"):
+        modules(["query"], ".*")
 
 
 def test_fields_are_json_or_text() -> None:
@@ -99,8 +93,17 @@ BAD_FIELDS = {
 }
 
 
-@pytest.mark.parametrize(("texts", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
-def test_fields_that_are_refused(texts: list[str], message: str) -> None:
+REFUSED = [(weighted, *case) for case in BAD_WEIGHTS.values()] + [(fields, *case) for case in BAD_FIELDS.values()]
+
+
+@pytest.mark.parametrize(
+    ("parse", "texts", "message"),
+    REFUSED,
+    ids=[f"weight: {k}" for k in BAD_WEIGHTS] + [f"field: {k}" for k in BAD_FIELDS],
+)
+def test_texts_that_are_refused(
+    parse: Callable[[list[str]], object], texts: list[str], message: str, here: Path
+) -> None:
     with pytest.raises(typer.BadParameter) as caught:
-        fields(texts)
+        parse(texts)
     assert message in str(caught.value)
