@@ -29,10 +29,9 @@ from adapterkit.contract import ATTRIBUTE, AdapterConfig, MajoritySign, default_
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
-    fit,
     load_adapter,
     local_path,
-    put,
+    match_adapter,
     read,
     refuse,
     save_adapter,
@@ -58,10 +57,11 @@ from adapterkit.model import (
     KEPT,
     Adapter,
     BaseModules,
-    Builder,
     Host,
     LabelSet,
+    LayerBuilder,
     acting_heads,
+    build_adapter,
     copy_head,
     inner_model,
     resize_output,
@@ -78,6 +78,7 @@ from adapterkit.tensors import (
     gathered,
     gradients,
     has_fsdp1,
+    put,
     refuse_fsdp1,
     reshard,
     size_of,
@@ -521,7 +522,7 @@ class Adapters:
         labels = LabelSet.chosen(num_labels, id2label)
         modules = BaseModules(self.model)
         selection = select_on(modules, config)
-        adapter, notes = Builder(modules, method, config, selection).build(name, self._active)
+        adapter, notes = build_adapter(modules, name, LayerBuilder(method, config), selection, self._active)
         notes += self._live.notes(adapter, modules)
         adapter.labels = self._own_labels(adapter, labels)
         self._warn_unmatched(selection.unmatched)
@@ -664,16 +665,16 @@ class Adapters:
         self._check_not_merged(name)
         self._check_present("load_state_dict", name)
         with self._live.writing(adapter), self._gathered([adapter], writing=True):
-            found = fit(adapter, default_registry.method_of(adapter.config), self.model, tensors)
-            if not found.report.ok:
+            values, report = match_adapter(adapter, default_registry.method_of(adapter.config), self.model, tensors)
+            if not report.ok:
                 if strict:
-                    refuse(found.report, name, "The state dict")
-                warnings.warn(str(found.report), AdapterWarning, stacklevel=3)
-            for slot, tensor in found.values:
+                    refuse(report, name, "The state dict")
+                warnings.warn(str(report), AdapterWarning, stacklevel=3)
+            for slot, tensor in values:
                 if slot.tensor.shape != tensor.shape:
                     check_can_replace(self.model, slot.key)
-            put(found.values, assign=False)
-        return found.report
+            put(values)
+        return report
 
     def save(
         self,
@@ -811,7 +812,7 @@ class Adapters:
                         f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it "
                         "under another name instead (adapters.load)."
                     ) from error
-                put(values, assign=False)
+                put(values)
             adapter.config = swapped_config(adapter.config, other.config)
             adapter.labels = other.labels if adapter.heads else adapter.labels
             self._live.renew_labels(adapter)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from adapterkit.contract import AdapterConfig, default_registry
@@ -16,7 +17,7 @@ from adapterkit.files import CONFIG_FILE, adapter_folder, local_path
 from adapterkit.files import folder as files
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
-from adapterkit.model import Adapter, BaseModules, Builder, Match, select_on
+from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
 from adapterkit.results import columns
 
 # A number that is a part of a path by itself, or a word.
@@ -124,7 +125,8 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     method = default_registry.method_of(config)
     modules = BaseModules(module)
     selection = select_on(modules, config)
-    adapter, notes = Builder(modules, method, config, selection, load=True).build("preview", Active())
+    builder, meta = LayerBuilder(method, config), torch.device("meta")
+    adapter, notes = build_adapter(modules, "preview", builder, selection, Active(), {}, device=meta)
     return Preview(
         type(module).__name__,
         method.name,

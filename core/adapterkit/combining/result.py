@@ -9,12 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining.lowrank import all_finite
-from adapterkit.contract import RESULT_HOOKS, Method
+from adapterkit.contract import RESULT_HOOKS, AdapterConfig, AdapterLayer, Method, Target, beside
 from adapterkit.errors import PluginError, StateError, UnsupportedError
-from adapterkit.files import module_slots, short_names
+from adapterkit.files import short_names
 from adapterkit.forward import Active
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import Adapter, BaseModules, Builder, LabelSet, Match, Selection
+from adapterkit.model import (
+    Adapter,
+    BaseModules,
+    LabelSet,
+    LayerBuilder,
+    Match,
+    Selection,
+    build_adapter,
+    by_layer,
+)
+from adapterkit.tensors import module_slots
 
 
 @dataclass(frozen=True)
@@ -80,52 +90,64 @@ def build_result(
         trained_biases=_trained_biases(changes),
     ).replace(target_modules=short_names(changes.factors, modules.all_paths), modules_to_save=None)
     matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
-    builder = Builder(
-        modules, method, config, Selection(tuple(matches), tuple(changes.heads), (), ()), load=True, device=device
-    )
-    adapter, _ = builder.build(name, active)
+    selection, builder = Selection(tuple(matches), tuple(changes.heads), (), ()), LayerBuilder(method, config)
     with torch.no_grad():
-        for path, factors in changes.factors.items():
-            _fill(adapter, builder, path, factors)
-        _fill_biases(adapter, method, changes)
-    adapter.heads = dict(changes.heads)
-    adapter.labels = changes.labels
-    return adapter
-
-
-def _fill_biases(adapter: Adapter, method: Method, changes: Changes) -> None:
+        tensors = _tensors(changes, method, config)
+        biases = {f"{beside(path, changes.factors)}.bias": bias for path, bias in changes.biases.items()}
+        adapter, _ = build_adapter(modules, name, builder, selection, active, tensors | biases, device=device)
+    _check_given(tensors, adapter.layers, builder)
     lacking = sorted(set(changes.biases) - set(adapter.biases))
     if lacking:
         raise UnsupportedError(
             f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
         )
-    for path, bias in changes.biases.items():
-        own = adapter.biases[path].bias
-        adapter.biases[path].bias = nn.Parameter(bias.to(bias.device if own.is_meta else own.device, own.dtype))
+    adapter.heads = dict(changes.heads)
+    adapter.labels = changes.labels
+    return adapter
+
+
+def _tensors(changes: Changes, method: Method, config: AdapterConfig) -> dict[str, Tensor]:
+    """What layers with these changes hold, by keys of a file.
+
+    Raises:
+        UnsupportedError: the method cannot express some of the changes.
+    """
+    found: dict[str, Tensor] = {}
+    for path, factors in changes.factors.items():
+        target = Target(path, nn.Module(), changes.kinds[path], torch.float32, torch.device("cpu"), load=True)
+        values = method.from_factors(target, config, factors)
+        if values is None:
+            raise UnsupportedError(
+                f"The method {method.name!r} cannot express the change at {path!r} ({target.kind.name}, rank "
+                f"{factors.rank})."
+            )
+        found |= {f"{path}.{local}": value for local, value in values.items()}
+    return found
+
+
+def _check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], builder: LayerBuilder) -> None:
+    """Raise `PluginError` if the hook `from_factors` gave other tensors than the layers have."""
+    method = builder.method
+    given, _ = by_layer(tensors, builder.rule, {path: path for path in layers})
+    for path, layer in layers.items():
+        own, found = sorted(local for local, _ in module_slots(layer)), sorted(given.get(path, {}))
+        if own != found:
+            found = found or sorted(key.removeprefix(f"{path}.") for key in tensors if key.startswith(f"{path}."))
+            raise PluginError(
+                f"The method {method.name!r} ({method.provider}): its hook from_factors gave {found} for {path!r}; the "
+                f"layer has {own}."
+            )
+    for mismatch in builder.fit.mismatched:
+        raise PluginError(
+            f"The method {method.name!r} ({method.provider}): its hook from_factors gave {mismatch.key!r} of shape "
+            f"{mismatch.found}; the layer's is {mismatch.expected}."
+        )
 
 
 def _trained_biases(changes: Changes) -> str:
     if not changes.biases:
         return "none"
     return "targets" if set(changes.biases) <= set(changes.factors) else "all"
-
-
-def _fill(adapter: Adapter, builder: Builder, path: str, factors: Factors) -> None:
-    target, method = builder.targets[path], builder.method
-    values = method.from_factors(target, adapter.config, factors)
-    if values is None:
-        raise UnsupportedError(
-            f"The method {method.name!r} cannot express the change at {path!r} ({target.kind.name}, rank "
-            f"{factors.rank})."
-        )
-    places = dict(module_slots(adapter.layers[path]))
-    if set(values) != set(places):
-        raise PluginError(
-            f"The method {method.name!r} ({method.provider}): its hook from_factors gave {sorted(values)} for "
-            f"{path!r}; the layer has {sorted(places)}."
-        )
-    for local, value in values.items():
-        places[local].assign(value.to(target.device, target.dtype).contiguous())
 
 
 def in_model_order(paths: Sequence[str], modules: BaseModules) -> list[str]:

@@ -19,11 +19,11 @@ from adapterkit.combining.methods import SPACES, Recipe, Space, combine_factors
 from adapterkit.combining.result import Changes, build_result, check_can_result, check_finite, in_model_order
 from adapterkit.contract import MajoritySign, Options, combiners, default_registry
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
-from adapterkit.files import widened
 from adapterkit.forward import Active
 from adapterkit.kinds import Factors
 from adapterkit.model import Adapter, BaseModules
 from adapterkit.results import CombineReport
+from adapterkit.tensors import widened
 
 
 @dataclass(frozen=True, kw_only=True)

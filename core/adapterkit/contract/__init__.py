@@ -26,13 +26,14 @@ from adapterkit.contract.keys import (
     LAYERS,
     SHARED,
     KeyRule,
+    beside,
     file_key,
     split_memory_key,
     strip_file_prefix,
     unwrapped_key,
 )
 from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder, kaiming
-from adapterkit.contract.method import Injector, Method
+from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
 from adapterkit.contract.registry import (
     DISABLE_VARIABLE,
@@ -66,7 +67,6 @@ __all__ = [
     "ForeignFile",
     "ForeignLayers",
     "Holder",
-    "Injector",
     "Installed",
     "KeyRule",
     "MajoritySign",
@@ -78,6 +78,7 @@ __all__ = [
     "Registry",
     "Rule",
     "Target",
+    "beside",
     "combiners_of",
     "component",
     "default_registry",

@@ -8,7 +8,7 @@ In memory a parameter of adapter `a` at target `p` is `p.adapters.a.<local>`; a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -71,6 +71,11 @@ def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
         if parts[i] in (*CONTAINERS, SHARED) and parts[i + 1] == name:
             return parts[i], ".".join(parts[:i]), ".".join(parts[i + 2 :])
     return None
+
+
+def beside(path: str, layers: Container[str]) -> str:
+    """Where a head's or a trained bias's tensors are in a file: behind the adapter layer, if there is one."""
+    return f"{path}.base_layer" if path in layers else path
 
 
 def file_key(path: str, local: str) -> str:

@@ -17,9 +17,10 @@ from adapterkit.disk.contents import split_key
 from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
 from adapterkit.disk.output import check_dtype, file_place, output_place, write_adapter, write_file
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.files import FactorSpool, MappedFiles, stand_ins, to_file
+from adapterkit.files import FactorSpool, MappedFiles, to_file
 from adapterkit.model import Adapter
 from adapterkit.results import CombineReport
+from adapterkit.tensors import stand_ins
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
 # What a part of a pipeline is called where nothing else is said, and what it may be called.

@@ -16,9 +16,10 @@ from adapterkit.disk.contents import split_key
 from adapterkit.disk.diffreport import AdapterDiff, LayerDifference, TensorDifference
 from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.files import adapter_folder, widened
+from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
 from adapterkit.model import Adapter
+from adapterkit.tensors import widened
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")

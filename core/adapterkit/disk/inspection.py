@@ -19,10 +19,11 @@ from adapterkit.disk.base import Base
 from adapterkit.disk.contents import split_key
 from adapterkit.disk.opened import Opened, open_adapter, stand_in
 from adapterkit.errors import StateError
-from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, stand_ins, widened
+from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.kinds import Factors
 from adapterkit.model import Adapter, LabelSet
 from adapterkit.results import brief, columns
+from adapterkit.tensors import stand_ins, widened
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.

@@ -18,11 +18,11 @@ from adapterkit.files import (
     MappedFiles,
     appearing,
     local_path,
-    module_slots,
     save_adapter,
     write_tensors,
 )
 from adapterkit.model import Adapter
+from adapterkit.tensors import module_slots
 
 
 def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:

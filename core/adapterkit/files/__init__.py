@@ -4,7 +4,6 @@ In: a folder, a file or a hub id. Out: the adapter's config and tensors, placed 
 Uses: errors, results, tensors, kinds, contract, forward, model.
 """
 
-from adapterkit.files.fitting import fit, put, refuse, to_file
 from adapterkit.files.folder import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -17,12 +16,12 @@ from adapterkit.files.folder import (
     umask,
     write_folder,
 )
+from adapterkit.files.formats import check_foreign, layers_of, of_component, recognise
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
-from adapterkit.files.loading import load_adapter
-from adapterkit.files.places import module_slots, slots, stand_ins, widened
-from adapterkit.files.recognising import check_foreign, layers_of, of_component, recognise
-from adapterkit.files.saving import save_adapter, short_names, to_files
-from adapterkit.files.swapping import swapped_config, values_to_swap
+from adapterkit.files.load import load_adapter
+from adapterkit.files.match import file_places, match_adapter, refuse
+from adapterkit.files.save import save_adapter, short_names, to_file, to_files
+from adapterkit.files.swap import swapped_config, values_to_swap
 from adapterkit.files.tensors import (
     Entry,
     FactorSpool,
@@ -49,16 +48,15 @@ __all__ = [
     "as_bytes",
     "check_foreign",
     "dtype_name",
-    "fit",
+    "file_places",
     "hub_id",
     "layers_of",
     "load_adapter",
     "local_path",
+    "match_adapter",
     "model_folder",
-    "module_slots",
     "not_to_be_had",
     "of_component",
-    "put",
     "read",
     "read_config",
     "read_header",
@@ -66,14 +64,11 @@ __all__ = [
     "refuse",
     "save_adapter",
     "short_names",
-    "slots",
-    "stand_ins",
     "swapped_config",
     "to_file",
     "to_files",
     "umask",
     "values_to_swap",
-    "widened",
     "write_folder",
     "write_header",
     "write_tensors",

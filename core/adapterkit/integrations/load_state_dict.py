@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import AdapterWarning, CheckpointError
-from adapterkit.files import module_slots, slots
-from adapterkit.model import Adapter, BaseModules, resized_keys
+from adapterkit.files import file_places
+from adapterkit.model import BaseModules, resized_keys
 from adapterkit.tensors import shape_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def _from_peft(
             "act. Activate the one adapter that it belongs to."
         )
     adapter = adapters._adapters[adapters.active[0]]
-    places = dict(_places(adapter))
+    # transformers puts on no adapter that has shared tensors.
+    places = {file: memory for file, memory, _ in file_places(adapter)}
     for key in given:
         value, parts = state.pop(prefix + key), key.split(".")
         plain = ".".join(part for part in parts if part not in _PEFT_BASE)
@@ -138,15 +139,3 @@ def _from_peft(
         else:  # the adapter's name stands somewhere in the key
             names = [".".join(parts[:i] + parts[i + 1 + (part == _PEFT_HEAD) :]) for i, part in enumerate(parts)]
             state[prefix + next((places[name] for name in names if name in places), key)] = value
-
-
-def _places(adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """The key in a file, without PEFT's prefix, and the key in the model of each tensor."""
-    memory = {
-        (id(slot.owner), slot.name): f"{path}.{container}.{adapter.name}.{local}"
-        for container, path, module in adapter.parts()
-        for local, slot in module_slots(module)
-    }
-    for file, slot in slots(adapter).items():
-        if (id(slot.owner), slot.name) in memory:  # transformers puts on no adapter that has shared tensors
-            yield file, memory[id(slot.owner), slot.name]

@@ -5,8 +5,8 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
 from adapterkit.model.adapter import Adapter, acting_heads
-from adapterkit.model.build import Builder
-from adapterkit.model.heads import adopt_rows, copy_head, resize_output, set_rows
+from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
+from adapterkit.model.heads import copy_head, resize_output, set_rows
 from adapterkit.model.host import Host
 from adapterkit.model.labels import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
@@ -19,14 +19,17 @@ __all__ = [
     "KEPT",
     "Adapter",
     "BaseModules",
-    "Builder",
+    "Fit",
     "Host",
     "LabelSet",
+    "LayerBuilder",
     "Match",
     "Selection",
     "acting_heads",
-    "adopt_rows",
     "base_parameters",
+    "beside_layers",
+    "build_adapter",
+    "by_layer",
     "copy_head",
     "inner_model",
     "named_modules",

@@ -1,16 +1,21 @@
-"""Making an adapter's parts for a model, without touching the model yet."""
+"""Building an adapter for a model, without touching the model yet: from initial values, or from given tensors.
+
+An adapter's tensors are given by their keys in a file, PEFT's prefix left out. A layer is built from its target alone,
+so that files are read without a model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterConfig, AdapterLayer, Injector, Method, Target, default_registry
-from adapterkit.errors import PluginError, SelectionError, StateError
+from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Target, beside, default_registry
+from adapterkit.errors import CheckpointError, PluginError, SelectionError, StateError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -23,68 +28,209 @@ from adapterkit.forward import (
     widen,
 )
 from adapterkit.model.adapter import Adapter, SharedTensors, SharedView
-from adapterkit.model.heads import copy_head
+from adapterkit.model.heads import adopt_rows, copy_head
 from adapterkit.model.modules import BaseModules, Uncalled, tensors_below
 from adapterkit.model.selection import Match, Selection
-from adapterkit.tensors import execution_device, is_fsdp, real_value, reshard
+from adapterkit.results import LoadReport, Mismatch
+from adapterkit.tensors import Slot, apart, execution_device, is_fsdp, module_slots, real_value, reshard
+
+Tensors = Mapping[str, Tensor]
 
 
-class Builder:
-    """Builds one adapter for one model from a config and its selection.
+@dataclass
+class Fit:
+    """How given tensors fit an adapter, by their keys in a file.
 
-    Args:
-        load: layers are made empty, for a file's tensors.
-        dtype: of the adapter layers' parameters; `None`: the target's own, but float32 where that has less.
-        device: of all that is the adapter's; `None`: where each target computes.
+    Attributes:
+        optional: keys that are not missed.
+        missing, unexpected, mismatched, exempt, ignored: see `LoadReport`.
+        taken: memory that the adapter's tensors have already.
     """
 
-    def __init__(
-        self,
-        modules: BaseModules,
-        method: Method,
-        config: AdapterConfig,
-        selection: Selection,
-        *,
-        load: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        reshard(modules.model)
-        self.modules, self.method, self.config, self.selection = modules, method, config, selection
-        self.rule = method.key_rule(config)
-        self.load, self.dtype, self.device = load, dtype, device
-        self.targets = {m.path: self._target(m) for m in selection.targets}
+    rule: KeyRule
+    optional: Collection[str] = ()
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[Mismatch] = field(default_factory=list)
+    exempt: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    taken: set[int] = field(default_factory=set)
 
-    def build(self, name: str, active: Active) -> tuple[Adapter, list[str]]:
-        """The adapter, not installed yet, and notes for whoever added it.
+    def match(self, module: nn.Module, given: Tensors, place: str) -> list[tuple[Slot, Tensor]]:
+        """The slots of a module with the tensors that fit there; nothing is written. What does not fit is noted.
+
+        Args:
+            given: tensors by their names in the module.
+            place: what the module's keys begin with: its path and a dot.
 
         Raises:
-            SelectionError: a layer kind that the method does not support.
-            PluginError: the method broke its contract.
-            StateError: a module that cannot be adapted from here.
+            CheckpointError: a tensor of whole numbers where floating ones are needed.
         """
-        adapter = Adapter(name, self.config)
-        shared = dict(self.method.prepare(list(self.targets.values()), self.config))
-        self._check_shared(shared)
-        if shared:
-            check_free_root(self.modules.model)
-        adapter.shared = SharedView(SharedTensors(shared)) if shared else None
-        self._make_layers(adapter, active)
-        for path in self.selection.heads:
-            self.add_head(adapter, path, active)
-        notes = self._add_biases(adapter, active)
-        adapter.readers = readers_of(self.modules, adapter.hosts, adapter.heads)
-        return adapter, notes
+        slots, values = dict(module_slots(module)), []
+        self.unexpected += [place + local for local in given if local not in slots]
+        shapes = {local: tuple(given[local].shape) for local in slots if local in given}
+        for local, slot in slots.items():
+            slot.key = key = place + local
+            own, tensor = slot.tensor, given.get(local)
+            if tensor is None:
+                if key not in self.optional:
+                    (self.exempt if self.rule.may_lack(key) else self.missing).append(key)
+            elif self.rule.derives(key):
+                self.ignored.append(key)
+            elif own.is_floating_point() and not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
+                )
+            elif own.shape != tensor.shape and not (isinstance(module, AdapterLayer) and module.accepts(shapes)):
+                self.mismatched.append(Mismatch(key, shapes[local], tuple(own.shape)))
+            else:
+                values.append((slot, tensor))
+        return values
 
-    def _make_layers(self, adapter: Adapter, active: Active) -> None:
-        inject = self.method.injector()
-        for path, target in self.targets.items():
-            self._add_host(adapter, path, target.module, active)
-            adapter.layers[path] = self._make_layer(target, adapter.shared, inject)
+    def assign(self, module: nn.Module, given: Tensors, place: str, device: torch.device | None, *, cast: bool) -> None:
+        """Give a new module the tensors that fit, in memory of their own.
 
-    def _make_layer(self, target: Target, shared: SharedView | None, inject: Injector) -> AdapterLayer:
-        """The method's layer for one target, checked."""
-        layer = inject(target, self.config.at(target.path), {} if shared is None else shared)
+        Args:
+            device: `None`, or the meta device: each tensor stays where the module's is, or where it is itself.
+            cast: to the module's dtypes.
+        """
+        for slot, tensor in self.match(module, given, place):
+            own = slot.tensor
+            at = tensor.device if own.is_meta else own.device
+            dtype = own.dtype if cast else tensor.dtype
+            to = at if device is None or device.type == "meta" else device
+            slot.assign(apart(tensor.detach().to(to, dtype).contiguous(), self.taken))
+
+    def report(self, order: Iterable[str] = ()) -> LoadReport:
+        """What users get. Keys of tensors that were given are in this order."""
+        places = {key: i for i, key in enumerate(order)}
+        return LoadReport(
+            missing=tuple(self.missing),
+            unexpected=tuple(sorted(self.unexpected, key=lambda key: places.get(key, len(places)))),
+            mismatched=tuple(sorted(self.mismatched, key=lambda m: places.get(m.key, len(places)))),
+            exempt=tuple(self.exempt),
+            ignored=tuple(self.ignored),
+        )
+
+
+def by_layer(
+    tensors: Tensors, rule: KeyRule, layers: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of layers by path and name in the layer, and all others by key.
+
+    A known layer's path comes first: a module may be called like the method's prefix. Else the last part that begins
+    with the prefix begins the name in the layer.
+
+    Args:
+        layers: the path that a layer is known by, for each of its paths. Of other layers nothing is returned here.
+    """
+    inside: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key, rule, layers)
+        if split is None or split[0] not in layers:
+            rest[key] = tensor
+        else:
+            inside.setdefault(layers[split[0]], {})[split[1]] = tensor
+    return inside, rest
+
+
+def split_key(key: str, rule: KeyRule, layers: Collection[str] = ()) -> tuple[str, str] | None:
+    """`(path, local)` of a tensor of an adapter layer, `None` for any other; see `by_layer`."""
+    parts = key.split(".")
+    starts = [i for i in range(len(parts) - 1, 0, -1) if rule.owns(parts[i])]
+    i = next((i for i in starts if ".".join(parts[:i]) in layers), starts[0] if starts else 0)
+    return (".".join(parts[:i]), ".".join(parts[i:])) if i else None
+
+
+def beside_layers(adapter: Adapter, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Each head and trained bias, with what its keys begin with and its tensors, which are taken out of `tensors`."""
+    for path, module in (*adapter.heads.items(), *adapter.biases.items()):
+        ending = beside(path, adapter.layers).removeprefix(path)
+        places = [other + ending for other in (path, *adapter.aliases.get(path, ()))]
+        held: dict[str, Tensor] = {}
+        for place in places:
+            if isinstance(module, BiasLayer):
+                keys = [f"{place}.bias"] if f"{place}.bias" in tensors else []
+            else:
+                keys = [key for key in tensors if key.startswith(f"{place}.")]
+            held |= {key.removeprefix(f"{place}."): tensors.pop(key) for key in keys}
+        yield f"{places[0]}.", module, held
+
+
+class LayerBuilder:
+    """Builds the layers of one adapter, each from its target, with initial values or given ones.
+
+    Of a model it reads nothing but a target's `module`, and that only for initial values.
+
+    Args:
+        fit: is told of given tensors that do not fit.
+        cast: give tensors the targets' dtype.
+    """
+
+    def __init__(self, method: Method, config: AdapterConfig, fit: Fit | None = None, *, cast: bool = True) -> None:
+        self.method, self.config, self.cast = method, config, cast
+        self.rule, self._inject = (
+            method.key_rule(config),
+            method.injector(),
+        )  # asked for once: they cost as a layer does
+        self.fit = fit or Fit(self.rule)
+
+    def layer(self, target: Target, tensors: Tensors | None = None, shared: SharedView | None = None) -> AdapterLayer:
+        """The method's layer for one target.
+
+        Args:
+            tensors: by their names in the layer; what they lack has initial values, but not on the meta device. `None`:
+                all values are initial.
+
+        Raises:
+            SelectionError: the method does not support the target's kind.
+            StateError: an initial value needs the base's weight, which is not there.
+            PluginError: the method broke its contract.
+        """
+        if tensors is None:
+            return self._injected(target, shared)
+        layer = self._injected(target if target.load else dataclasses.replace(target, load=True), shared)
+        self.fit.assign(layer, tensors, f"{target.path}.", target.device, cast=self.cast)
+        devices = {tensor.device for tensor in tensors_below([layer])}
+        if target.device.type != "meta" and devices != {target.device}:
+            if torch.device("meta") in devices:
+                _complete(layer, self._injected(dataclasses.replace(target, load=False), shared))
+            layer.to(target.device)
+        return layer
+
+    def shared(self, targets: Sequence[Target], tensors: Tensors | None = None) -> SharedView | None:
+        """The tensors that the layers of all these targets use; `None` if there are none.
+
+        Args:
+            tensors: those of a file, by name; see `layer`.
+        """
+        load = tensors is not None
+        given = [t if t.load == load else dataclasses.replace(t, load=load) for t in targets]
+        made = dict(self.method.prepare(given, self.config))
+        if set(made) - set(self.rule.shared):
+            raise PluginError(
+                f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "
+                f"{sorted(made)}, but its key rule declares the shared tensors {sorted(self.rule.shared)}."
+            )
+        self._check_kept("prepare", [name for name, t in made.items() if isinstance(t, nn.Parameter)])
+        if not made:
+            return None
+        module = SharedTensors(made)
+        if tensors is not None:
+            device = targets[0].device
+            held = {name: tensor for name, tensor in tensors.items() if name in self.rule.shared}
+            self.fit.assign(module, held, "", device, cast=self.cast)
+            if device.type != "meta":
+                if any(tensor.is_meta for tensor in module.tensors().values()):
+                    fresh = [dataclasses.replace(target, load=False) for target in targets]
+                    _complete(module, SharedTensors(self.method.prepare(fresh, self.config)))
+                module.to(device)
+        return SharedView(module)
+
+    def _injected(self, target: Target, shared: SharedView | None) -> AdapterLayer:
+        """What the hook `inject` gives, checked."""
+        layer = self._inject(target, self.config.at(target.path), {} if shared is None else shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
@@ -93,73 +239,15 @@ class Builder:
         if self.rule.derived:
             self._check_kept("inject", (name for name, _ in layer.named_parameters()))
         if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
-            self._check_names(target, layer)  # a module without parameters is called as it likes
+            names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
+            wrong = [n for n in names if not self.rule.owns(n)]  # a module without parameters is called as it likes
+            if wrong:
+                raise PluginError(
+                    f"The method {self.method.name!r} ({self.method.provider}): its hook inject made {wrong[0]!r} for "
+                    f"{target.path!r}; every parameter and buffer must begin with its prefix {self.rule.prefix!r}."
+                )
         layer.__dict__["method"] = self.method.name
         return layer
-
-    def _check_names(self, target: Target, layer: AdapterLayer) -> None:
-        names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
-        wrong = [n for n in names if not self.rule.owns(n)]
-        if wrong:
-            raise PluginError(
-                f"The method {self.method.name!r} ({self.method.provider}): its hook inject made {wrong[0]!r} for "
-                f"{target.path!r}; every parameter and buffer must begin with its prefix {self.rule.prefix!r}."
-            )
-
-    def add_head(self, adapter: Adapter, path: str, active: Active) -> nn.Module:
-        """Give the adapter its own copy of the module at `path`."""
-        module = self.modules.model.get_submodule(path)
-        if is_fsdp(module):
-            raise StateError(
-                f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
-                "it. Add the adapter before fully_shard."
-            )
-        self._add_host(adapter, path, module, active)
-        head = adapter.heads[path] = copy_head(module, path)
-        widen(head)
-        adapter.readers = readers_of(self.modules, adapter.hosts, adapter.heads)
-        return head
-
-    def fill(self, adapter: Adapter) -> None:
-        """Give what a file left without values those of a new adapter, and move the rest to where it computes."""
-        targets = list(self.targets.values())
-        if adapter.shared is not None and targets[0].device.type != "meta":
-            if any(t.is_meta for t in tensors_below([adapter.shared.module])):
-                new = [dataclasses.replace(target, load=False) for target in targets]
-                _assign(adapter.shared.module, SharedTensors(self.method.prepare(new, self.config)))
-            adapter.shared.module.to(targets[0].device)
-        for target in targets:
-            layer = adapter.layers[target.path]
-            devices = {tensor.device for tensor in tensors_below([layer])}
-            if target.device.type == "meta" or devices == {target.device}:
-                continue
-            if torch.device("meta") in devices:
-                new_target = dataclasses.replace(target, load=False)
-                _assign(layer, self._make_layer(new_target, adapter.shared, self.method.injector()))
-            layer.to(target.device)
-
-    def _target(self, match: Match) -> Target:
-        weight = match.module.weight
-        assert isinstance(weight, torch.Tensor)
-        dtype = self.dtype or trained_dtype(weight.dtype)
-        device = self.device or execution_device(match.module, weight)
-        return Target(match.path, match.module, match.kind, dtype, device, self.load)
-
-    def _add_host(self, adapter: Adapter, path: str, module: nn.Module, active: Active) -> None:
-        check_free(module, path, active)
-        adapter.hosts[path] = module
-        others = tuple(p for p in self.modules.paths_of[module] if p != path)
-        if others:
-            adapter.aliases[path] = others
-
-    def _check_shared(self, shared: dict[str, torch.Tensor]) -> None:
-        declared = self.rule.shared
-        if set(shared) - set(declared):
-            raise PluginError(
-                f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "
-                f"{sorted(shared)}, but its key rule declares the shared tensors {sorted(declared)}."
-            )
-        self._check_kept("prepare", [name for name, t in shared.items() if isinstance(t, nn.Parameter)])
 
     def _check_kept(self, hook: str, trained: Iterable[str]) -> None:
         """What trains goes to files."""
@@ -171,39 +259,112 @@ class Builder:
                 "what was trained would be lost: make it a buffer, or leave it out of `derived`."
             )
 
-    def _add_biases(self, adapter: Adapter, active: Active) -> list[str]:
-        which = self.config.trained_biases
-        if which == "none":
-            return []
-        uncalled, skipped = Uncalled(self.modules), []
-        seen: set[Any] = set()
-        for module, paths in self.modules.paths_of.items():
-            path, bias = paths[0], module._parameters.get("bias")
-            if not isinstance(getattr(module, "bias", None), Tensor) or (
-                which == "targets" and path not in adapter.layers
-            ):
-                continue
-            if any(path == h or path.startswith(h + ".") for h in adapter.heads):
-                continue
-            trailing = bias_place(original_class(module), default_registry.kind_of(module))
-            if trailing is None and bias is None:  # a buffer that is called so, such as a mask
-                continue
-            if trailing is None or bias is None or bias in seen or uncalled.reason(path, module):
-                skipped.append(path)
-                continue
-            seen.add(bias)
-            self._add_host(adapter, path, module, active)
-            value = real_value(module, "bias")
-            adapter.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
-        if not skipped:
-            return []
-        why = "it is not known where they act, or they are buffers, computed, or another layer's too"
-        return [f"biases not trained, because {why}: {', '.join(skipped)}"]
 
-
-def _assign(module: nn.Module, fresh: nn.Module) -> None:
+def _complete(module: nn.Module, fresh: nn.Module) -> None:
     """Give every tensor without values the fresh module's: buffers that no file holds, too."""
     for own, new in zip(module.modules(), fresh.modules(), strict=True):
         groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
         for held, made in groups:
             held.update({name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta})
+
+
+def build_adapter(
+    modules: BaseModules,
+    name: str,
+    builder: LayerBuilder,
+    selection: Selection,
+    active: Active,
+    tensors: Tensors | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[Adapter, list[str]]:
+    """An adapter for a model, not installed yet, and notes for whoever added it.
+
+    Args:
+        tensors: by their keys in a file; what does not fit, or is nobody's, is in `builder.fit`. `None`: all values are
+            initial.
+        dtype: of the layers' parameters; `None`: the target's own, but float32 where that has less.
+        device: of all that is the adapter's; `None`: where each target computes.
+
+    Raises:
+        SelectionError: a layer kind that the method does not support.
+        PluginError: the method broke its contract.
+        StateError: a module that cannot be adapted from here.
+    """
+    reshard(modules.model)
+    adapter = Adapter(name, builder.config)
+    targets = [_target(match, dtype, device, load=tensors is not None) for match in selection.targets]
+    paths = {path: t.path for t in targets for path in (*modules.paths_of[t.module], t.path)}
+    layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
+    shared = None if rest is None else {n: rest.pop(n) for n in builder.rule.shared if n in rest}
+    adapter.shared = builder.shared(targets, shared)
+    if adapter.shared is not None:
+        check_free_root(modules.model)
+    for target in targets:
+        _add_host(adapter, modules, target.path, target.module, active)
+        given = None if rest is None else layers.get(target.path, {})
+        adapter.layers[target.path] = builder.layer(target, given, adapter.shared)
+    for path in selection.heads:
+        module = modules.model.get_submodule(path)
+        if is_fsdp(module):
+            raise StateError(
+                f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
+                "it. Add the adapter before fully_shard."
+            )
+        _add_host(adapter, modules, path, module, active)
+        adapter.heads[path] = copy_head(module, path)
+        widen(adapter.heads[path])
+    notes = _add_biases(adapter, modules, active)
+    adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
+    if rest is not None:
+        for place, module, held in beside_layers(adapter, rest):
+            cast = builder.cast or module in adapter.heads.values()
+            if not isinstance(module, BiasLayer):
+                adopt_rows(module, held)
+            builder.fit.assign(module, held, place, None, cast=cast)
+        builder.fit.unexpected += rest
+    return adapter, notes
+
+
+def _target(match: Match, dtype: torch.dtype | None, device: torch.device | None, *, load: bool) -> Target:
+    weight = match.module.weight
+    assert isinstance(weight, Tensor)
+    dtype = dtype or trained_dtype(weight.dtype)
+    return Target(match.path, match.module, match.kind, dtype, device or execution_device(match.module, weight), load)
+
+
+def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:
+    check_free(module, path, active)
+    adapter.hosts[path] = module
+    others = tuple(p for p in modules.paths_of[module] if p != path)
+    if others:
+        adapter.aliases[path] = others
+
+
+def _add_biases(adapter: Adapter, modules: BaseModules, active: Active) -> list[str]:
+    which = adapter.config.trained_biases
+    if which == "none":
+        return []
+    uncalled, skipped = Uncalled(modules), []
+    seen: set[Any] = set()
+    for module, paths in modules.paths_of.items():
+        path, bias = paths[0], module._parameters.get("bias")
+        if not isinstance(getattr(module, "bias", None), Tensor) or (which == "targets" and path not in adapter.layers):
+            continue
+        if any(path == h or path.startswith(h + ".") for h in adapter.heads):
+            continue
+        trailing = bias_place(original_class(module), default_registry.kind_of(module))
+        if trailing is None and bias is None:  # a buffer that is called so, such as a mask
+            continue
+        if trailing is None or bias is None or bias in seen or uncalled.reason(path, module):
+            skipped.append(path)
+            continue
+        seen.add(bias)
+        _add_host(adapter, modules, path, module, active)
+        value = real_value(module, "bias")
+        adapter.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
+    if not skipped:
+        return []
+    why = "it is not known where they act, or they are buffers, computed, or another layer's too"
+    return [f"biases not trained, because {why}: {', '.join(skipped)}"]

@@ -22,9 +22,12 @@ from adapterkit.tensors.distributed import (
     whole,
 )
 from adapterkit.tensors.interrupts import uninterrupted
-from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
+from adapterkit.tensors.offload import execution_device, hook_objects, real_value, remove_hooks
+from adapterkit.tensors.slots import Slot, apart, module_slots, put, stand_ins, widened
 
 __all__ = [
+    "Slot",
+    "apart",
     "check_averaged",
     "check_can_grow",
     "check_can_replace",
@@ -34,16 +37,19 @@ __all__ = [
     "hook_objects",
     "in_first_process",
     "is_fsdp",
-    "is_hooked",
     "is_sharded",
+    "module_slots",
     "process_groups",
+    "put",
     "real_value",
     "refuse_fsdp1",
     "remove_hooks",
     "reshard",
     "shape_of",
     "size_of",
+    "stand_ins",
     "uninterrupted",
     "watch_wrappers",
     "whole",
+    "widened",
 ]

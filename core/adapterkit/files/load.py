@@ -1,7 +1,8 @@
-"""Saving an adapter to a folder, and building one from a folder."""
+"""Loading: an adapter for a model from what a folder or a file holds."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import torch
@@ -15,18 +16,18 @@ from adapterkit.contract import (
     strip_file_prefix,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.fitting import equals_base, fit, put, refuse, warn_of
 from adapterkit.files.folder import AdapterFiles
-from adapterkit.files.places import slots
-from adapterkit.files.recognising import check_foreign, layers_of, of_component, passed_over, recognise
+from adapterkit.files.formats import check_foreign, layers_of, of_component, passed_over, recognise
+from adapterkit.files.match import equals_base, pass_over, refuse, warn_of
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import (
     Adapter,
     BaseModules,
-    Builder,
+    Fit,
     LabelSet,
-    adopt_rows,
+    LayerBuilder,
+    build_adapter,
     select_on,
     tied_to,
 )
@@ -65,29 +66,29 @@ def load_adapter(
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     selection = select_on(modules, config)
-    given = dtype if isinstance(dtype, torch.dtype) else None
-    builder = Builder(modules, method, config, selection, load=True, dtype=given, device=device)
-    adapter, _ = builder.build(name, active)
-    tied = _add_tables(builder, adapter, tensors, active)
-    for path, head in adapter.heads.items():
-        adopt_rows(head, {k.removeprefix(path + "."): t for k, t in tensors.items() if k.startswith(path + ".")})
-    optional = {f"{path}.bias" for path in adapter.tables} | {f"{path}.weight" for path in tied}
-    found = fit(adapter, method, model, tensors, from_file=False, optional=optional, passed=passed)
-    if strict and not found.report.ok:
-        refuse(found.report, name, str(files.folder))
-    if strict is not None:
-        warn_of(files, adapter, found.report)
-    dtypes = {
-        slot.key: tensor.dtype
-        for slot, tensor in (found.values if dtype == "file" else ())
-        if not slot.key.startswith(tuple(f"{path}." for path in adapter.heads))
-    }
-    put(found.values, assign=True, dtypes=dtypes)
-    builder.fill(adapter)
+    tables, tied = _tables_in_file(modules, selection.heads, tensors)
+    fit = Fit(method.key_rule(config), {*(f"{path}.bias" for path in (*tables, *tied)), *(f"{p}.weight" for p in tied)})
+    adapter, _ = build_adapter(
+        modules,
+        name,
+        LayerBuilder(method, config, fit, cast=dtype != "file"),
+        dataclasses.replace(selection, heads=(*selection.heads, *tables, *tied)),
+        active,
+        tensors,
+        dtype=dtype if isinstance(dtype, torch.dtype) else None,
+        device=device,
+    )
+    adapter.tables = frozenset((*tables, *tied))
     for path, first in tied.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
+    pass_over(fit, adapter, model, tensors, passed)
+    report = fit.report(tensors)
+    if strict and not report.ok:
+        refuse(report, name, str(files.folder))
+    if strict is not None:
+        warn_of(files, adapter, report)
     adapter.labels = _labels_in_file(model, adapter, files) or _labels_by_size(model, adapter)
-    return adapter, found.report
+    return adapter, report
 
 
 def _method_and_config(
@@ -120,57 +121,47 @@ def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection
     return tuple(kept) or None
 
 
-def _embeddings_in_file(
-    model: nn.Module, modules: BaseModules, adapter: Adapter, tensors: Mapping[str, Tensor]
-) -> list[str]:
-    """Embeddings whose full weights the file holds: PEFT writes them when the vocabulary was resized.
+def _tables_in_file(
+    modules: BaseModules, heads: Collection[str], tensors: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, str]]:
+    """Embeddings that the file holds in full: PEFT writes them when the vocabulary was resized.
+
+    Returns:
+        Their paths; and those that share the parameter of one of them on the model and have no tensor in the file, each
+        with that one.
 
     Raises:
         CheckpointError: their rows are not the model's.
     """
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None
-    found = []
+    found: list[str] = []
     for module, paths in modules.paths_of.items():
-        if not isinstance(module, nn.Embedding) and module is not output:
+        inside = any(path == head or path.startswith(f"{head}.") for head in heads for path in paths)
+        if inside or not (isinstance(module, nn.Embedding) or module is output):
             continue
-        for path in paths:
-            keys = [k for k in (f"{path}.weight", f"{path}.base_layer.weight") if k in tensors]
-            keys = [k for k in keys if k not in slots(adapter)]
-            if not keys or paths[0] in adapter.heads or equals_base(model, keys[0], tensors[keys[0]]):
-                continue
-            if tensors[keys[0]].dim() != 2:
-                raise CheckpointError(
-                    f"The file holds {keys[0]!r} of shape {tuple(tensors[keys[0]].shape)}; a table "
-                    "of embeddings has two dimensions."
-                )
-            rows, own = tensors[keys[0]].shape[0], module.weight
-            assert isinstance(own, Tensor)
-            if rows != shape_of(own)[0]:
-                raise CheckpointError(
-                    f"The file holds its own {path!r} with {rows:,} rows; the model's has {shape_of(own)[0]:,}. It was "
-                    f"trained with a resized vocabulary: call model.resize_token_embeddings({rows}) first."
-                )
-            found.append(paths[0])
-            break
-    return found
-
-
-def _add_tables(builder: Builder, adapter: Adapter, tensors: Mapping[str, Tensor], active: Active) -> dict[str, str]:
-    """Make the tables of embeddings that the file holds heads of the adapter, and those that are tied to them.
-
-    Returns:
-        Those that share the parameter of another on the model and have no tensor in the file, each with that other.
-    """
-    modules, tied = builder.modules, dict[str, str]()
-    found = _embeddings_in_file(modules.model, modules, adapter, tensors)
+        keys = (key for path in paths for key in (f"{path}.weight", f"{path}.base_layer.weight") if key in tensors)
+        key = next((key for key in keys if not equals_base(modules.model, key, tensors[key])), None)
+        if key is None:
+            continue
+        shape, own = tensors[key].shape, module.weight
+        assert isinstance(own, Tensor)
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"The file holds {key!r} of shape {tuple(shape)}; a table of embeddings has two dimensions."
+            )
+        if shape[0] != shape_of(own)[0]:
+            path = key.removesuffix(".weight").removesuffix(".base_layer")
+            raise CheckpointError(
+                f"The file holds its own {path!r} with {shape[0]:,} rows; the model's has {shape_of(own)[0]:,}. It was "
+                f"trained with a resized vocabulary: call model.resize_token_embeddings({shape[0]}) first."
+            )
+        found.append(paths[0])
+    tied: dict[str, str] = {}
     for table in found:
         others = tied_to(modules, modules.model.get_submodule(table))[1:]
-        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in adapter.heads}
-    adapter.tables = frozenset((*found, *tied))
-    for path in (*found, *tied):
-        builder.add_head(adapter, path, active)
-    return tied
+        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in (*heads, *found)}
+    return found, tied
 
 
 def _labels_in_file(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:

@@ -13,13 +13,14 @@ from adapterkit.contract import (
     FILE_PREFIX,
     AdapterConfig,
     Method,
+    beside,
     default_registry,
     file_key,
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.fitting import EVERYWHERE, to_file
 from adapterkit.files.folder import Writer, write_folder
+from adapterkit.files.match import EVERYWHERE, check_tensors, file_places, from_model_keys
 from adapterkit.files.tensors import write_tensors
 from adapterkit.model import (
     ALL_LINEAR,
@@ -28,7 +29,16 @@ from adapterkit.model import (
     resized_tables,
     tables,
 )
-from adapterkit.tensors import gathered, in_first_process, is_sharded, process_groups, real_value, reshard, whole
+from adapterkit.tensors import (
+    gathered,
+    in_first_process,
+    is_sharded,
+    module_slots,
+    process_groups,
+    real_value,
+    reshard,
+    whole,
+)
 
 
 def save_adapter(
@@ -81,7 +91,10 @@ def to_files(
     tensors = {FILE_PREFIX + k.removeprefix(outer) if k.startswith(outer) else k: t for k, t in tensors.items()}
     metadata = adapter.labels.to_metadata() if adapter.labels is not None and adapter.heads else {}
     metadata |= {EVERYWHERE: "true"} if adapter.aliases else {}
-    return file_config(adapter, method, model, prefix).to_dict(), tensors, metadata
+    heads = [path for path in adapter.heads if path not in adapter.tables]
+    paths = BaseModules(model).all_paths
+    config = file_config(adapter.config, method, adapter.layers, heads, paths, _name_of(model), prefix)
+    return config.to_dict(), tensors, metadata
 
 
 def _tables(
@@ -107,29 +120,91 @@ def _tables(
                 raise CheckpointError(
                     f"The state dict lacks the model's own '{place}.{name}', which the file must hold."
                 )
-            key = file_key(f"{place}.base_layer" if place in adapter.layers else place, name)
+            key = file_key(beside(place, adapter.layers), name)
             found[key] = real_value(table, name) if value is None else whole([value])[0]
     return found
 
 
-def file_config(adapter: Adapter, method: Method, model: nn.Module, prefix: str = "") -> AdapterConfig:
+def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors by the keys of PEFT's file format.
+
+    Args:
+        source: a full state dict of the model to take the values from; the model's own if `None`.
+
+    Raises:
+        CheckpointError: `source` lacks some of them, or has some for which there is no place.
+    """
+    rule, places = method.key_rule(adapter.config), {key: slot for key, _, slot in file_places(adapter)}
+    if source is None:
+        values = {key: real_value(slot.owner, slot.name) for key, slot in places.items()}
+    else:
+        check_tensors(source)
+        found, _ = from_model_keys(adapter, source)
+        others = sorted(found.keys() - places.keys() - source.keys())  # a module of the model may be called like ours
+        if others:
+            raise CheckpointError(
+                f"The state dict has {len(others)} tensors of adapter {adapter.name!r} for which "
+                f"the adapter on this model has no place, such as {others[0]!r}."
+            )
+        found = {key: found[key] for key in places if key in found}
+        values = dict(zip(found, whole(list(found.values())), strict=True))
+        lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))
+        if lacking:
+            raise CheckpointError(
+                f"The state dict lacks {len(lacking)} of adapter {adapter.name!r}'s tensors, such as {lacking[0]!r}."
+            )
+    modules = (*adapter.heads.items(), *adapter.biases.items())
+    others = [
+        f"{beside(path, adapter.layers)}.{local}" for path, module in modules for local, _ in module_slots(module)
+    ]
+    rest = {key: values.pop(key) for key in others}
+    return file_tensors(method, adapter.config, values, rest)
+
+
+def file_tensors(
+    method: Method, config: AdapterConfig, own: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors by the keys of PEFT's file format.
+
+    Args:
+        own: of layers and shared ones, which the method's save rule is asked about.
+        rest: of heads and trained biases.
+    """
+    rule = method.key_rule(config)
+    written = method.to_file(config, {key: tensor for key, tensor in own.items() if not rule.derives(key)})
+    return {file_key(*_split(key, rule.shared)): tensor for key, tensor in (*written.items(), *rest.items())}
+
+
+def _split(key: str, shared: Collection[str]) -> tuple[str, str]:
+    path, _, local = ("", "", key) if key in shared else key.rpartition(".")
+    return path, local
+
+
+def file_config(
+    config: AdapterConfig,
+    method: Method,
+    layers: Collection[str],
+    heads: Collection[str],
+    paths: Collection[str],
+    base: str | None = None,
+    prefix: str = "",
+) -> AdapterConfig:
     """The config that goes to the file: one that PEFT reads, and that selects exactly these layers.
 
     Args:
-        prefix: what the paths of the adapter's layers begin with, and those of `model` do not.
+        layers, heads: paths; `paths` are those of all modules of the model.
+        base: what the base model is called.
+        prefix: what the paths of layers and heads begin with, and those of the model do not.
     """
-    config = method.file_config(adapter.config)
-    heads = tuple(p.removeprefix(prefix) for p in adapter.heads if p not in {*adapter.layers, *adapter.tables})
+    config = method.file_config(config)
     changes: dict[str, Any] = {
-        "modules_to_save": heads or None,
-        "base_model_name_or_path": config.base_model_name_or_path or _name_of(model),
+        "modules_to_save": tuple(path.removeprefix(prefix) for path in heads if path not in layers) or None,
+        "base_model_name_or_path": config.base_model_name_or_path or base,
     }
     resolved = ("layers_to_transform", *({"exclude_modules"} & {*config.not_in_files}))
     if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
         changes |= {
-            "target_modules": short_names(
-                [p.removeprefix(prefix) for p in adapter.layers], BaseModules(model).all_paths
-            ),
+            "target_modules": short_names([p.removeprefix(prefix) for p in layers], paths),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,

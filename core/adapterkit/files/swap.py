@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, AdapterLayer
 from adapterkit.errors import CheckpointError
-from adapterkit.files.places import Slot, module_slots
+from adapterkit.files.match import Values
 from adapterkit.model import Adapter
+from adapterkit.tensors import module_slots
 
 # Fields that say where an adapter acts and where it is from, not what it does.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "extra")
 _ORIGIN = ("task_type", "base_model_name_or_path", "revision")
-
-Values = list[tuple[Slot, Tensor]]
 
 
 def values_to_swap(adapter: Adapter, other: Adapter) -> Values:

@@ -1,26 +1,27 @@
-"""Slots: the places for tensors in an adapter's modules, each with its key in a file."""
+"""Slots: the places of a module's parameters and buffers, and what may be put there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import LAYERS, AdapterLayer
-from adapterkit.model import Adapter
+from adapterkit.errors import StateError
+from adapterkit.tensors.distributed import whole
+from adapterkit.tensors.interrupts import uninterrupted
+from adapterkit.tensors.offload import is_hooked
 
 
 @dataclass(slots=True)
 class Slot:
-    """One place for a tensor: a parameter or buffer of some module of an adapter."""
+    """The place of one parameter or persistent buffer. `key` is its name in messages."""
 
-    key: str
     owner: nn.Module
     name: str
-    layer: AdapterLayer | None = None
+    key: str = ""
 
     @property
     def tensor(self) -> Tensor:
@@ -30,17 +31,6 @@ class Slot:
             found = self.owner._buffers[self.name]
         assert found is not None
         return found
-
-    def takes(self, tensors: Mapping[str, Tensor], key: str) -> bool:
-        """Whether the tensor under `key`, seen beside its layer's others, has a shape that can stand here."""
-        if self.tensor.shape == tensors[key].shape:
-            return True
-        if self.layer is None:
-            return False
-        local = next(name for name, _ in module_slots(self.layer) if key.endswith("." + name))
-        path = key.removesuffix(local)
-        names = [name for name, _ in module_slots(self.layer) if path + name in tensors]
-        return self.layer.accepts({name: tuple(tensors[path + name].shape) for name in names})
 
     def assign(self, value: Tensor) -> None:
         """Put `value` there as it is, without a copy."""
@@ -57,24 +47,6 @@ class Slot:
             self.owner._buffers[self.name] = held
 
 
-def slots(adapter: Adapter) -> dict[str, Slot]:
-    """Every tensor of the adapter by its key in a file, PEFT's prefix left out."""
-    found: dict[str, Slot] = {}
-    for container, path, module in adapter.parts():
-        place = path
-        if path in adapter.layers and container != LAYERS:
-            place = f"{path}.base_layer"
-        layer = module if isinstance(module, AdapterLayer) else None
-        for local, slot in module_slots(module):
-            slot.key, slot.layer = f"{place}.{local}", layer
-            found[slot.key] = slot
-    if adapter.shared is not None:
-        for local, slot in module_slots(adapter.shared.module):
-            slot.key = local
-            found[local] = slot
-    return found
-
-
 def module_slots(module: nn.Module) -> list[tuple[str, Slot]]:
     """Every parameter and persistent buffer of a module, by its name there; a shared module's by its first name."""
     found: list[tuple[str, Slot]] = []
@@ -86,13 +58,62 @@ def _add_slots(found: list[tuple[str, Slot]], owner: nn.Module, prefix: str, see
     seen.add(owner)
     for name, parameter in owner._parameters.items():
         if parameter is not None:
-            found.append((prefix + name, Slot("", owner, name)))
+            found.append((prefix + name, Slot(owner, name)))
     for name, buffer in owner._buffers.items():
         if buffer is not None and name not in owner._non_persistent_buffers_set:
-            found.append((prefix + name, Slot("", owner, name)))
+            found.append((prefix + name, Slot(owner, name)))
     for name, child in owner._modules.items():
         if child is not None and child not in seen:
             _add_slots(found, child, f"{prefix}{name}.", seen)
+
+
+def apart(value: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, or a copy of it if it is a part of other memory, or of memory that is taken.
+
+    A file may hold one tensor under two keys, or a method read two of its tensors from one; training one of them must
+    not change the other. And kernels round by where a tensor begins.
+    """
+    storage = value.untyped_storage()
+    if storage.nbytes() > value.nbytes or storage.data_ptr() in taken:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
+
+
+def put(values: Iterable[tuple[Slot, Tensor]]) -> None:
+    """Copy tensors into parameters and buffers that are in use, all or none; one of another shape is replaced.
+
+    Raises:
+        StateError: one of them is offloaded by accelerate.
+    """
+    values = list(values)
+    given = whole([tensor for _, tensor in values])
+    values = [(slot, tensor) for (slot, _), tensor in zip(values, given, strict=True)]
+    for slot, _ in values:
+        if is_hooked(slot.owner) and slot.tensor.is_meta:
+            raise StateError(
+                f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
+                "offload the model then, or load it under another name."
+            )
+    undo: list[tuple[Slot, Tensor, Tensor | None]] = []
+    taken: set[int] = set()
+    with torch.no_grad(), uninterrupted():
+        try:
+            for slot, tensor in values:
+                own = slot.tensor
+                copied = own.shape == tensor.shape and not own.is_meta
+                undo.append((slot, own, own.clone() if copied else None))
+                if copied:
+                    own.copy_(tensor)
+                else:
+                    device = tensor.device if own.is_meta else own.device
+                    slot.assign(apart(tensor.to(device, own.dtype).contiguous(), taken))
+        except BaseException:
+            for slot, own, value in undo:
+                slot.restore(own)
+                if value is not None:
+                    own.copy_(value)
+            raise
 
 
 @contextmanager

@@ -1,0 +1,176 @@
+"""Matching: whose given tensors are in an adapter that is there, and which of them fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import (
+    BIASES,
+    HEADS,
+    LAYERS,
+    SHARED,
+    Method,
+    beside,
+    split_memory_key,
+    strip_file_prefix,
+    unwrapped_key,
+)
+from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.files.folder import AdapterFiles
+from adapterkit.files.formats import layers_of, passed_over
+from adapterkit.model import Adapter, BaseModules, Fit, beside_layers, by_layer
+from adapterkit.results import LoadReport
+from adapterkit.tensors import Slot, module_slots, shape_of, whole
+
+# In a file's metadata: modules that have several paths are adapted under all of them.
+EVERYWHERE = "adapterkit_every_path"
+
+Values = list[tuple[Slot, Tensor]]
+
+
+def file_places(adapter: Adapter) -> Iterator[tuple[str, str, Slot]]:
+    """Each tensor of the adapter: its key in a file, PEFT's prefix left out; its key in the model; its place."""
+    for container, path, module in adapter.parts():
+        place = path if container == LAYERS else beside(path, adapter.layers)
+        for local, slot in module_slots(module):
+            yield f"{place}.{local}", f"{path}.{container}.{adapter.name}.{local}", slot
+    if adapter.shared is not None:
+        for local, slot in module_slots(adapter.shared.module):
+            yield local, f"{SHARED}.{adapter.name}.{local}", slot
+
+
+def from_model_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """This adapter's tensors in a full state dict, by their keys in a file, and the keys of no adapter."""
+    known = {path: path for path in adapter.hosts}
+    known |= {alias: path for path, aliases in adapter.aliases.items() for alias in aliases}
+    found, others = {}, []
+    for key, tensor in tensors.items():
+        split = split_memory_key(key, adapter.name)
+        if split is None:
+            others.append(key)
+            continue
+        container, path, local = split
+        path = unwrapped_key(path)
+        path = known.get(path, known.get(path.removeprefix("module."), ""))
+        if container == SHARED:
+            found[local] = tensor
+        elif path:
+            place = beside(path, adapter.layers) if container in (HEADS, BIASES) else path
+            found[f"{place}.{local}"] = tensor
+        else:  # at a layer that this adapter has not
+            found[key] = tensor
+    return found, others
+
+
+def match_adapter(
+    adapter: Adapter, method: Method, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[Values, LoadReport]:
+    """The places of given tensors in an adapter; nothing is written.
+
+    Args:
+        tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
+    """
+    check_tensors(tensors)
+    rule, passed = method.key_rule(adapter.config), set[str]()
+    own, others = from_model_keys(adapter, tensors)
+    if own.keys() & {key for key, _, _ in file_places(adapter)}:  # a full state dict
+        tensors = own
+    else:
+        given, others, layers = strip_file_prefix(tensors), [], layers_of(BaseModules(model))
+        tensors = method.from_file(adapter.config, given, layers)
+        passed = passed_over(given, tensors, layers)
+    fit = Fit(rule)
+    paths = {other: path for path in adapter.layers for other in (*adapter.aliases.get(path, ()), path)}
+    inside, rest = by_layer(tensors, rule, paths)
+    values = [v for path, layer in adapter.layers.items() for v in fit.match(layer, inside.get(path, {}), f"{path}.")]
+    for place, module, held in beside_layers(adapter, rest):
+        values += fit.match(module, held, place)
+    if adapter.shared is not None:
+        held = {name: rest.pop(name) for name in rule.shared if name in rest}
+        values += fit.match(adapter.shared.module, held, "")
+    fit.unexpected += rest
+    pass_over(fit, adapter, model, tensors, passed)
+    fit.ignored += others
+    return values, fit.report(tensors)
+
+
+def pass_over(
+    fit: Fit, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str]
+) -> None:
+    """Ignore what has no place and needs none: keys of other models (`passed`), and what the base has already."""
+    # PEFT writes biases of heads twice more with bias="all": the same value, and one that does not act.
+    again = tuple(f"{path}.{name}." for path in adapter.heads for name in ("modules_to_save", "original_module"))
+    found: tuple[list[str], list[str]] = ([], [])
+    for key in fit.unexpected:
+        known = key in passed or key.startswith(again) or (key in tensors and equals_base(model, key, tensors[key]))
+        found[known].append(key)
+    fit.unexpected = found[False]
+    fit.ignored += found[True]
+
+
+def check_tensors(tensors: object) -> None:
+    """Raise `CheckpointError` if this is no mapping from names to tensors with values."""
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"A state dict is a mapping from names to tensors, not a {type(tensors).__name__}.")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"A state dict is a mapping from names to tensors; at {key!r} there is a {type(tensor).__name__}."
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"The state dict has no values of {key!r}: it is on the meta device.")
+
+
+def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor under a key of the base model equals what the model has there."""
+    *path, name = key.replace(".base_layer.", ".").split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    own = None if module is None else {**module._buffers, **module._parameters}.get(name)
+    if own is None or shape_of(own) != tensor.shape or own.is_meta:
+        return False
+    wide = torch.float32 if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.dtype
+    return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
+
+
+def refuse(report: LoadReport, name: str, where: str) -> None:
+    """Raise what a strict load raises when something does not fit.
+
+    Raises:
+        CheckpointError: always, naming the first keys of each sort.
+    """
+    reasons = []
+    if report.missing:
+        reasons.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
+    if report.mismatched:
+        reasons.append("some have other shapes (another base model size, or another rank?)")
+    if report.unexpected:
+        reasons.append("some belong to nothing on this model")
+    raise CheckpointError(
+        f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "
+        f"fits.\n{report}"
+    )
+
+
+def warn_of(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
+    """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
+    folder = files.folder
+    if not report.ok:
+        warnings.warn(f"{folder}: {report}", AdapterWarning, stacklevel=5)
+    for path, others in (
+        adapter.aliases.items() if files.config is not None and EVERYWHERE not in files.metadata else ()
+    ):
+        if path in adapter.layers or path in {*adapter.heads} - adapter.tables:
+            warnings.warn(
+                f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
+                "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
+                "adapts the first path alone, and the outputs differ from PEFT's.",
+                AdapterWarning,
+                stacklevel=5,
+            )
+            return
