@@ -1,4 +1,4 @@
-"""Which methods and extensions there are, and what each can do: `ak.describe_methods`."""
+"""`ak.describe_methods`: the installed methods and extensions, and what each can do."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from adapterkit.results import columns
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method, as its plugin has it.
+    """One method.
 
     Attributes:
-        name: what configs and files call it.
-        package, version: the distribution it is from; the module and `None` if there is none.
+        name: its name in configs and files.
+        package, version: its distribution; the module and `None` if it has none.
         config: the class of its configs.
-        prefix: what the names of its parameters begin with.
+        prefix: the prefix of its parameters' names.
         hooks: the hooks that it implements.
-        error: why it cannot be used; the three before are then empty.
+        error: why it cannot be used; `config`, `prefix` and `hooks` are then empty.
     """
 
     name: str
@@ -44,17 +44,17 @@ class MethodInfo:
 
     @property
     def merges(self) -> bool:
-        """Whether an adapter of it can be merged into weights."""
+        """Whether its adapters can be merged into weights."""
         return "factors" in self.hooks or "merge" in self.hooks
 
     @property
     def combines(self) -> bool:
-        """Whether adapters of it can be combined and converted: their change has a low-rank form."""
+        """Whether its adapters can be combined and converted: their change has a low-rank form."""
         return "factors" in self.hooks
 
     @property
     def results(self) -> bool:
-        """Whether it can be what a combination or a conversion gives."""
+        """Whether it can be the method of a combination or conversion."""
         return all(hook in self.hooks for hook in RESULT_HOOKS)
 
     @property
@@ -65,12 +65,12 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ExtensionInfo:
-    """One plugin that is no method.
+    """One plugin that is not a method.
 
     Attributes:
         name, package, version: as for methods.
         kinds: layer kinds that it adds.
-        combiners: ways to combine that it adds.
+        combiners: methods of combination that it adds.
         error: why it cannot be used.
     """
 
@@ -89,9 +89,9 @@ class MethodsReport:
     Attributes:
         methods: every method, by name.
         extensions: every other plugin, by name.
-        kinds: all layer kinds that can be adapted, in the order in which they are asked.
-        combiners: all ways to combine.
-        switched_off: names that the environment variable `ADAPTERKIT_DISABLE_PLUGINS` switches off.
+        kinds: all layer kinds that can be adapted, in the order in which they are tried.
+        combiners: all methods of combination.
+        switched_off: the names in the environment variable `ADAPTERKIT_DISABLE_PLUGINS`.
     """
 
     methods: tuple[MethodInfo, ...]
@@ -126,9 +126,9 @@ class MethodsReport:
 
 
 def describe_methods(registry: Registry = default_registry) -> MethodsReport:
-    """Every method and extension that is installed or registered, with what it can do.
+    """Every method and extension that is installed or registered, and what it can do.
 
-    Imports every plugin. One that fails is listed with the reason and hinders no other.
+    This imports every plugin. A plugin that fails is listed with the reason, and does not affect the others.
     """
     extensions = tuple(_extension(registry, *found) for found in registry.extensions().items())
     usable = [e for e in extensions if not e.error]

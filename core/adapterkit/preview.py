@@ -1,4 +1,4 @@
-"""What an adapter would be on a model, before there are weights of either: `ak.preview`."""
+"""`ak.preview`: what an adapter would change on a model, without the weights of either."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
 from adapterkit.results import columns
 
-# A number that is a part of a path by itself, or a word.
+# A number that is a whole part of a path, or a whole word.
 _NUMBER = re.compile(r"\b(\d+)\b")
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """One layer, or several alike whose paths differ in numbers only.
+    """One layer, or several equal layers with paths that differ only in numbers.
 
     Attributes:
-        path: its module path; of several layers with the numbers in braces, `"layers.{0-79}.mlp.up_proj"`.
-        layers: how many there are.
-        kind, out_features, in_features: what each is.
-        rule: what in the config takes it.
-        parameters: numbers that the adapter trains at each.
+        path: the module path; for several layers with the numbers in braces, `"layers.{0-79}.mlp.up_proj"`.
+        layers: how many layers these are.
+        kind, out_features, in_features: the kind and sizes of each.
+        rule: the entry of the config that selects them.
+        parameters: how many parameters the adapter trains at each.
     """
 
     path: str
@@ -47,20 +47,20 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Preview:
-    """What adding an adapter would make. Prints as a table.
+    """What an adapter would change. Prints as a table.
 
     Attributes:
-        model: the model's class.
-        method: the config's method.
-        groups: the layers adapted, those alike as one.
-        paths: the path of each.
-        heads: modules trained in full, with their numbers of parameters.
-        biases: numbers trained of the base's biases.
-        total: numbers of the base model.
-        skipped: layers that a rule named and another left out, and the reason; those alike as one.
+        model: the class of the model.
+        method: the method of the config.
+        groups: the layers to adapt, with equal layers in one group.
+        paths: the path of every layer to adapt.
+        heads: the modules to train in full, with the number of their parameters.
+        biases: the number of trained entries in biases of the base.
+        total: the number of parameters of the base model.
+        skipped: layers that one rule selects and another leaves out, with the reason; equal layers are one entry.
         unmatched: entries of the config that match nothing.
-        notes: other things worth knowing.
-        shared: numbers trained of what all layers share.
+        notes: other remarks.
+        shared: the number of trained parameters that all layers share.
     """
 
     model: str
@@ -77,13 +77,13 @@ class Preview:
 
     @property
     def parameters(self) -> int:
-        """All numbers that train."""
+        """The number of all trained parameters."""
         own = self.biases + self.shared
         return sum(g.layers * g.parameters for g in self.groups) + sum(self.heads.values()) + own
 
     @property
     def share(self) -> float:
-        """Trained numbers as a share of the base model's."""
+        """Trained parameters as a share of the base model's."""
         return self.parameters / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class Preview:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """One sentence."""
+        """The totals in one sentence."""
         return (
             f"{self.method} on {self.model}: {len(self.paths):,} layers, {self.parameters:,} parameters, "
             f"{self.share:.3%} of the base model's {self.total:,}"
@@ -110,16 +110,16 @@ class Preview:
 
 
 def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
-    """What `ak.attach(model).add(name, config)` would make, worked out on the meta device. Changes nothing.
+    """What `ak.attach(model).add(name, config)` would change, computed on the meta device. The model is not changed.
 
     Args:
-        model: a module; or a model's folder or hub id, of which only the config is read (see `ak.skeleton`), so that it
+        model: a module; or a model's folder or hub id. For these only `config.json` is read (see `ak.skeleton`), which
             takes seconds for any size.
 
     Raises:
-        SelectionError: nothing matched, or a layer was named that cannot be adapted.
-        ConfigError: a malformed config.
-        CheckpointError: no model there.
+        SelectionError: nothing matches, or the config names a layer that cannot be adapted.
+        ConfigError: the config is malformed.
+        CheckpointError: there is no model at that place.
     """
     module = model if isinstance(model, nn.Module) else skeleton(model)
     method = default_registry.method_of(config)
@@ -143,11 +143,11 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
 
 
 def read_config(place: str | Path) -> AdapterConfig:
-    """The config in an adapter's folder, or on the hub; or in an `adapter_config.json` that is alone.
+    """The config of an adapter: from its folder, from the hub, or from an `adapter_config.json` alone.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object.
-        ConfigError, UnsupportedError, UnknownNameError: it is none of an installed method's.
+        CheckpointError: there is no config, or it is not a JSON object.
+        ConfigError, UnsupportedError, UnknownNameError: no installed method can use the config.
     """
     path = local_path(place)
     folder = path.parent if path.name == CONFIG_FILE else adapter_folder(place)
@@ -160,7 +160,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...]:
-    """Layers that are equal but for numbers in their paths, in the order of the first of each."""
+    """The layers, grouped if they differ only in the numbers of their paths; in the order of the model."""
     found: dict[tuple[str, LayerKind, str, int], list[str]] = {}
     for match in targets:
         key = (_blank(match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
@@ -184,12 +184,12 @@ def _blank(text: str) -> str:
 
 
 def _merged(texts: Sequence[str]) -> str:
-    """What texts have in common that differ in numbers only, with those in braces: `layers.{0-3,5}.query`."""
+    """One text for texts that differ only in numbers, with the numbers in braces: `layers.{0-3,5}.query`."""
     places = [list(dict.fromkeys(parts)) for parts in zip(*map(_NUMBER.split, texts), strict=True)]
     return "".join(parts[0] if len(parts) == 1 else f"{{{_ranges(sorted(map(int, parts)))}}}" for parts in places)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3,5` of 0, 1, 2, 3, 5."""
+    """`0-3,5` for 0, 1, 2, 3, 5."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,4 +1,4 @@
-"""What calls report: plain records that print as readable text."""
+"""What calls return: plain records that print as text, and that notebooks show as tables."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# A value of a config that has more characters is cut in text.
+# Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
-# A model may have thousands of layers; a cell of a notebook shows so many rows of a table.
+# A model may have thousands of layers; a notebook shows at most this many rows of a table.
 _MOST_ROWS = 200
 _CELL = 'style="text-align:left;vertical-align:top"'
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under column names. A table without rows is not shown."""
+    """Rows with column names. A table without rows is not shown."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -24,11 +24,11 @@ class Table:
 
 
 class Shown(ABC):
-    """A record that a notebook shows; elsewhere it prints as text."""
+    """A record that notebooks show as tables; elsewhere it prints as text."""
 
     @abstractmethod
     def _shown(self) -> tuple[str, Sequence[Table]]:
-        """A sentence, and the tables under it."""
+        """A sentence, and the tables below it."""
 
     def _repr_html_(self) -> str:
         sentence, tables = self._shown()
@@ -47,7 +47,7 @@ def _table(table: Table) -> str:
     return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
 
 
-# A relative error of truncation below this is that of float32.
+# Truncation errors below this are rounding errors of float32.
 _ROUNDING = 1e-6
 
 
@@ -56,13 +56,13 @@ class AddReport(Shown):
     """What `Adapters.add` did.
 
     Attributes:
-        name: the adapter.
-        targets: paths of the layers that were adapted.
-        heads: paths of the modules trained in full with it.
-        parameters: numbers it trains.
-        total: numbers of the base model.
-        unmatched: entries of the config that matched nothing.
-        notes: other things worth knowing.
+        name: the name of the adapter.
+        targets: the paths of the adapted layers.
+        heads: the paths of the modules that are trained in full with it.
+        parameters: how many parameters it trains.
+        total: how many parameters the base model has.
+        unmatched: entries of the config that match nothing.
+        notes: other remarks.
     """
 
     name: str
@@ -99,7 +99,7 @@ class AddReport(Shown):
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One tensor whose shape in the file is not the adapter's."""
+    """One tensor with another shape in the file than in the adapter."""
 
     key: str
     found: tuple[int, ...]
@@ -111,14 +111,14 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class LoadReport(Shown):
-    """What fitted when tensors were given to an adapter. Only the adapter's own keys are judged.
+    """How the tensors of a file fit an adapter. Keys of the base model are not counted.
 
     Attributes:
-        missing: tensors the adapter needs and the file lacks.
-        unexpected: tensors of the file that are nobody's.
-        mismatched: tensors of another shape than the adapter's.
-        exempt: tensors that are absent and may be, by the method's rule.
-        ignored: tensors that were passed over: the base model's, and other models' of a pipeline.
+        missing: tensors that the adapter needs and the file lacks.
+        unexpected: tensors of the file that belong to nothing.
+        mismatched: tensors with another shape than in the adapter.
+        exempt: tensors that the file lacks and may lack, by the method's rule.
+        ignored: tensors that were skipped: those of the base model, and of other models in a pipeline.
     """
 
     missing: tuple[str, ...] = ()
@@ -163,10 +163,10 @@ class SwapReport(Shown):
 
     Attributes:
         name: the adapter.
-        targets: paths of the layers that have new values.
-        cleared: paths of its other layers, which change nothing now.
-        heads: paths of the heads that have new values.
-        ignored: tensors of the file that were passed over.
+        targets: the paths of the layers with new values.
+        cleared: the paths of its other layers, which now change nothing.
+        heads: the paths of the heads with new values.
+        ignored: tensors of the file that were skipped.
     """
 
     name: str
@@ -197,9 +197,9 @@ class CombineReport(Shown):
         name: the new adapter.
         method: its method.
         ranks: the rank of its change at each target.
-        errors: the relative error there that truncation made, `|dW - result| / |dW|`.
-        heads: paths of its heads.
-        clipped: targets that are too small for the rank asked for. They have the largest rank possible, which is exact.
+        errors: the relative error of truncation at each target, `|dW - result| / |dW|`.
+        heads: the paths of its heads.
+        clipped: targets that are too small for the requested rank. They get their largest possible rank and are exact.
     """
 
     name: str
@@ -238,10 +238,10 @@ class AdapterStatus:
     """One adapter's row in `Status`.
 
     Attributes:
-        active: whether it acts here: in this block, if the thread is in one.
+        active: whether it is active here (inside a `with` block: in this thread's block).
         trainable: whether any of its parameters requires gradients.
-        trainable_parameters: how many numbers do.
-        notes: what is wrong with it.
+        trainable_parameters: how many of its parameters require gradients.
+        notes: its problems.
     """
 
     name: str
@@ -263,7 +263,7 @@ _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "devic
 
 @dataclass(frozen=True)
 class Status(Shown):
-    """The adapters of a model, a row each. Prints as a table."""
+    """The adapters of a model, one row for each. Prints as a table."""
 
     rows: tuple[AdapterStatus, ...]
 
@@ -303,6 +303,6 @@ def brief(value: object) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, every column as wide as its longest cell."""
+    """Rows of cells as lines; every column is as wide as its longest cell."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -299,7 +299,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "taken": ({"name": "b"}, ak.ConfigError, r"There is an adapter 'b' already"),
     "dot": ({"name": "a.b"}, ak.ConfigError, r"'a\.b' cannot be an adapter's name"),
     "rank 0": ({"rank": 0}, ak.ConfigError, r"rank = 0 must be a whole number of at least 1"),
-    "rank 99": ({"rank": 99}, ak.ConfigError, r"rank = 99 is more than '.*' can have: min\(out, in\) = 16 there"),
+    "rank 99": (
+        {"rank": 99},
+        ak.ConfigError,
+        r"rank = 99 is larger than any .* The largest is 16, min\(out, in\) of '",
+    ),
     "both": ({"rank": 1, "energy": 0.5}, ak.ConfigError, r"Give rank= or energy=, not both"),
     "to": ({"to": "nothing"}, ak.UnknownNameError, r"No adapter method 'nothing'"),
     "ranks": (

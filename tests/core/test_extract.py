@@ -169,12 +169,27 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         ak.ConfigError,
         r"extract needs rank= or energy=: the exact difference",
     ),
-    "rank": (build, {**QUERY, "rank": 17}, ak.ConfigError, r"rank = 17 is more than '.*query' can have: min.* = 16"),
+    "rank": (
+        build,
+        {**QUERY, "rank": 17},
+        ak.ConfigError,
+        r"rank = 17 is larger than any .* The largest is 16, min.* of '.*query'",
+    ),
     "taken": (build, {**QUERY, "name": "there"}, ak.ConfigError, r"There is an adapter 'there' already"),
     "shape": (other_shape, QUERY, ak.SelectionError, r"'.*layer\.0\.attention\.self\.query' is Linear.* in the base"),
-    "module": (lambda: build("gpt2"), QUERY, ak.SelectionError, r"The tuned model has no module '.*it is no fine-tune"),
-    "inf": (not_finite, QUERY, ak.StateError, r"The models' difference at '.*layer\.1.*' has values that are not"),
-    "meta": (lambda: build("bert").to("meta"), QUERY, ak.StateError, r"is on the meta device; both models must be"),
+    "module": (
+        lambda: build("gpt2"),
+        QUERY,
+        ak.SelectionError,
+        r"The tuned model has no module '.*so it is not a fine-tune",
+    ),
+    "inf": (
+        not_finite,
+        QUERY,
+        ak.StateError,
+        r"The difference of the models at '.*layer\.1.*' has values that are not",
+    ),
+    "meta": (lambda: build("bert").to("meta"), QUERY, ak.StateError, r"is on the meta device\. Both models must be"),
     "to": (build, {**QUERY, "to": "nothing"}, ak.UnknownNameError, r"No adapter method 'nothing'"),
 }
 

@@ -391,7 +391,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         ({"sources": {a: 1.0, str(a): 1.0}}, ak.ConfigError, "An adapter is named twice"),
         ({"sources": {tmp_path / "x": 1.0}}, ak.CheckpointError, "There is no folder"),
         ({"method": "x"}, ak.UnknownNameError, "No way to combine 'x'"),
-        ({"rank": 99}, ak.ConfigError, "rank = 99 is more than"),
+        ({"rank": 99}, ak.ConfigError, "rank = 99 is larger than"),
         ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
         ({"heads": "x"}, ak.UnknownNameError, "No choice of heads 'x'"),
         ({"dtype": torch.int8}, ak.ConfigError, r"dtype = torch\.int8 must be a floating torch\.dtype or None"),

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.core.test_lowrank import dense, factored
-from tests.core.test_measures import angles, leading
+from tests.core.test_measures import angles, leading, pairs
 from tests.report.sources import low_rank, source, stack
 from torch import Tensor
 
@@ -30,13 +29,7 @@ def conflicts(a: Tensor, b: Tensor) -> tuple[int, float, float]:
     return opposed, total, lost
 
 
-@st.composite
-def alike(draw: st.DrawFn) -> tuple[ak.Factors, ak.Factors]:
-    out, inside = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    return draw(factored(out=out, inside=inside)), draw(factored(out=out, inside=inside))
-
-
-@given(both=alike())
+@given(both=pairs())
 @settings(max_examples=60, deadline=None)
 def test_sign_conflicts_are_the_dense_matrices(both: tuple[ak.Factors, ak.Factors]) -> None:
     found = sign_conflicts(both)[0, 1]
@@ -75,7 +68,7 @@ def test_independent_changes_conflict_as_often_as_documented() -> None:
     assert found.weighted == pytest.approx(0.146, abs=0.01)
 
 
-@given(both=alike())
+@given(both=pairs())
 @settings(max_examples=40, deadline=None)
 def test_a_pair_is_measured_as_its_dense_matrices(both: tuple[ak.Factors, ak.Factors]) -> None:
     pair = measure([source("a", {"p": both[0]}), source("b", {"p": both[1]})]).pairs[0, 1]

@@ -1,4 +1,4 @@
-"""Extraction: an adapter out of the difference between two models' weights."""
+"""Extraction: an adapter from the difference between the weights of two models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from adapterkit.merging import obstacle
 from adapterkit.model import Adapter, LabelSet, Match, Selection, select
 from adapterkit.results import CombineReport
 
-# A weight with both sides longer than this is decomposed by randomised projection when a rank is given:
-# the exact decomposition's cost grows with the cube of the shorter side.
+# A weight with both sides longer than this is decomposed by randomised projection if a rank is given, because the cost
+# of the exact decomposition grows with the cube of the shorter side.
 _LARGE = 1024
 _OVERSAMPLING, _ITERATIONS = 16, 4
 
 
 def check_asked(rank: int | None, energy: float | None) -> None:
-    """Raise `ConfigError` unless one of the two is given, and makes sense."""
+    """Raise `ConfigError` unless exactly one of the two is given, and it is valid."""
     lowrank.check_size(rank, energy)
     if rank is None and energy is None:
         raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
@@ -38,10 +38,11 @@ def wanted_layers(
     exclude_modules: str | Sequence[str] | None,
     modules_to_save: str | Sequence[str] | None,
 ) -> Selection:
-    """The layers and heads that are asked for, of a method that can be a result.
+    """The layers and heads that the arguments select, for a method that can be the result.
 
     Raises:
-        UnsupportedError, SelectionError: it cannot be; nothing is selected.
+        UnsupportedError: the method cannot be the result of an extraction.
+        SelectionError: nothing is selected.
     """
     method = default_registry.method(to)
     check_can_result(method)
@@ -51,7 +52,7 @@ def wanted_layers(
     return select(model, config)
 
 
-def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in common
+def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on files
     name: str,
     selection: Selection,
     layers: Callable[[Match], tuple[nn.Module, nn.Module]],
@@ -62,10 +63,10 @@ def extracted(  # noqa: PLR0913, PLR0917 - what both ways to extract have in com
     labels: LabelSet | None,
     space: Workspace,
 ) -> tuple[Adapter, CombineReport]:
-    """The adapter that comes closest to the difference of two models, not installed yet.
+    """The adapter that is closest to the difference of two models; it is not installed yet.
 
     Args:
-        layers: gives a target's layer in the base and in the tuned model.
+        layers: returns the layer of a target in the base and in the tuned model.
     """
     errors, ranks, kinds = {}, {}, {}
     clipped = lowrank.clipped(rank, {m.path: min(m.kind.out_features, m.kind.in_features) for m in selection.targets})
@@ -85,15 +86,17 @@ def module_of(tuned: nn.Module, path: str) -> nn.Module:
     try:
         return tuned.get_submodule(path)
     except AttributeError as error:
-        raise SelectionError(f"The tuned model has no module {path!r}: it is no fine-tune of the base.") from error
+        raise SelectionError(
+            f"The tuned model has no module {path!r}, so it is not a fine-tune of the base."
+        ) from error
 
 
 def same_layer(tuned: nn.Module, match: Match) -> nn.Module:
-    """The layer of the tuned model that a target of the base has become, or a `SelectionError`."""
+    """The layer of the tuned model at a target of the base, or a `SelectionError`."""
     module = module_of(tuned, match.path)
     kind = default_registry.kind_of(module)
     if kind != match.kind:
-        raise SelectionError(f"{match.path!r} is {match.kind} in the base, and {kind} in the tuned model.")
+        raise SelectionError(f"{match.path!r} is {match.kind} in the base, but {kind} in the tuned model.")
     return module
 
 
@@ -103,13 +106,13 @@ def _difference(
     for module in (own, other):
         reason = None if is_parametrized(module, "weight") else obstacle(module, match.kind, match.kind.held(module))
         if reason is not None:
-            raise UnsupportedError(f"{match.path!r} cannot be extracted from: {reason}. Leave it out.")
+            raise UnsupportedError(f"{match.path!r} cannot be extracted: {reason}. Leave it out with exclude_modules.")
     before, after = (match.kind.read(m) for m in (own, other))
     if before.is_meta or after.is_meta:
-        raise StateError(f"{match.path!r} is on the meta device; both models must be in memory.")
+        raise StateError(f"{match.path!r} is on the meta device. Both models must be in memory.")
     delta = lowrank.working(after).to(before.device) - lowrank.working(before)
     if not torch.isfinite(delta).all():
-        raise StateError(f"The models' difference at {match.path!r} has values that are not finite.")
+        raise StateError(f"The difference of the models at {match.path!r} has values that are not finite.")
     bias = _bias_difference(own, other)
     most = min(delta.shape)
     if rank is None or most <= _LARGE:

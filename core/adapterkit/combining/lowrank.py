@@ -1,7 +1,7 @@
-"""Linear algebra of factored matrices: singular values and optimal truncation, never the dense product.
+"""Linear algebra of factored matrices: singular values and optimal truncation, without the dense product.
 
-With `up = Qu Ru` and `down^T = Qd Rd` (QR, `Qu (out, k)`, `Qd (in, k)`), the singular values of `up @ down` are
-those of the small core `Ru Rd^T`, and its singular vectors are the core's, rotated by `Qu` and `Qd`.
+With the QR decompositions `up = Qu Ru` and `down^T = Qd Rd` (`Qu (out, k)`, `Qd (in, k)`), the singular values of
+`up @ down` are those of the small core `Ru Rd^T`. Its singular vectors are those of the core, rotated by `Qu` and `Qd`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adapterkit.kinds import Factors, numerical_rank
 
 
 def working(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that sums and decompositions are made in: float32, or float64 as it is."""
+    """The tensor in the dtype of sums and decompositions: float32, or float64 if it is float64."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -33,14 +33,14 @@ def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def count_for(s: Tensor, energy: float) -> int:
-    """The fewest leading values of `s`, at least one, with this share of the sum of squares."""
+    """The smallest number of leading values of `s`, at least one, with this share of the sum of squares."""
     squares = _squares(s)
     reached = squares.cumsum(0) >= energy * float(squares.sum()) * (1 - 1e-12)
     return int(reached.int().argmax()) + 1 if bool(reached.any()) and bool(squares.any()) else max(len(s), 1)
 
 
 def _squares(s: Tensor) -> Tensor:
-    """Squares in proportion: divided by the largest value first, because those of extreme values are 0 or inf."""
+    """Squares relative to the largest value, because squares of extreme values are 0 or inf."""
     s_max = float(s.max()) if len(s) else 0.0
     return (s.cpu().double() / (s_max or 1.0)).square()
 
@@ -51,24 +51,18 @@ def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Factors:
     return Factors(u * root, root[:, None] * vh)
 
 
-def truncate(factors: Factors, *, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
-    """The best approximation of `up @ down` of a given rank, in the Frobenius norm (Eckart and Young 1936).
+def keep(
+    u: Tensor, s: Tensor, vh: Tensor, bias: Tensor | None, *, rank: int | None, energy: float | None
+) -> tuple[Factors, float]:
+    """The best approximation of `u diag(s) vh` in the Frobenius norm (Eckart and Young 1936); at least of rank 1.
 
     Args:
-        rank: at most this many singular values.
-        energy: as few singular values as have this share of the sum of their squares.
+        rank: keep at most this many singular values.
+        energy: keep the smallest number of singular values with this share of the sum of their squares.
 
     Returns:
         The factors, and the relative error `|dW - result| / |dW|`.
     """
-    u, s, vh = svd(factors)
-    return keep(u, s, vh, factors.bias, rank=rank, energy=energy)
-
-
-def keep(
-    u: Tensor, s: Tensor, vh: Tensor, bias: Tensor | None, *, rank: int | None, energy: float | None
-) -> tuple[Factors, float]:
-    """The leading part of a singular value decomposition, at least one value of it; see `truncate`."""
     squares = _squares(s)
     total = float(squares.sum())
     count = len(s) if rank is None else min(rank, len(s))
@@ -81,10 +75,11 @@ def keep(
 
 
 def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of a dense `(out, in)` matrix without its zero part.
+    """The singular value decomposition of a dense `(out, in)` matrix, without the zero values.
 
-    Of a float32 matrix W by the eigenvectors of `W W^T` (or `W^T W`, whichever is smaller) in float64: squaring halves
-    the digits, and half of float64's are more than float32 has. Up to 3 times as fast as an SVD in float32.
+    For a float32 matrix W it comes from the eigenvectors of `W W^T` (or of `W^T W`, if that is smaller) in float64.
+    Squaring halves the number of correct digits, and half of the digits of float64 are more than float32 has. This is
+    up to 3 times as fast as an SVD in float32.
     """
     matrix = working(matrix)
     u, s, vh = _by_eigenvectors(matrix) if matrix.dtype == torch.float32 else _svd(matrix)
@@ -98,7 +93,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin decomposition in float64; the vectors of values that are zero but for rounding are not orthonormal."""
+    """The thin decomposition in float64; vectors of values that are zero up to rounding are not orthonormal."""
     wide = matrix.shape[0] <= matrix.shape[1]
     rows = (matrix if wide else matrix.t()).double()
     squares, vectors = torch.linalg.eigh(rows @ rows.t())
@@ -108,16 +103,17 @@ def _by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
-    """Whether every value is finite. A sum has one pass, and is finite only if all that it is of are."""
+    """Whether every value is finite. A sum takes one pass, and is finite only if every value in it is."""
     given = [tensor for tensor in tensors if tensor is not None]
     return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in given)
 
 
 def as_factors(matrix: Tensor, sources: Sequence[Factors]) -> Factors:
-    """A dense matrix that was made of the changes `sources`, as factors that are it, without decomposing it.
+    """Factors of a dense matrix that was made from the changes `sources`, without decomposing it.
 
-    If its columns are combinations of the sources' (nothing was left out of them), of their small common rank.
-    Else its rank is the smaller side's for all that is known, and an identity is the other factor: bit for bit.
+    If its columns are combinations of the columns of the sources (nothing was pruned), the factors have the small
+    common rank. Otherwise nothing is known about its rank: one factor is the matrix itself, bit for bit, and the other
+    an identity.
     """
     ups = torch.cat([working(f.up) for f in sources], dim=1)
     if ups.shape[1] < min(matrix.shape):
@@ -133,7 +129,7 @@ def as_factors(matrix: Tensor, sources: Sequence[Factors]) -> Factors:
 
 
 def common_bases(sources: Sequence[Factors]) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases that all these changes live in (Core Space, Panariello et al. 2025, arXiv 2509.17786).
+    """Orthonormal bases that contain all these changes (Core Space, Panariello et al. 2025, arXiv 2509.17786).
 
     Returns:
         `u (out, k)`, the left singular vectors of `[up_1 ... up_T]`, and `vh (l, in)`, the right singular vectors of
@@ -149,7 +145,7 @@ def common_bases(sources: Sequence[Factors]) -> tuple[Tensor, Tensor]:
 
 
 def check_size(rank: object, energy: object) -> None:
-    """Raise `ConfigError` unless at most one is given, and that one makes sense."""
+    """Raise `ConfigError` if both are given, or if the one that is given is out of range."""
     if rank is not None and energy is not None:
         raise ConfigError("Give rank= or energy=, not both.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -161,16 +157,16 @@ def check_size(rank: object, energy: object) -> None:
 
 
 def clipped(rank: int | None, most: Mapping[str, int]) -> tuple[str, ...]:
-    """The layers, of those with the `most` that their ranks can be, that cannot have this rank and get their most.
+    """The layers that cannot have this rank. They get their largest possible rank, which `most` holds for each layer.
 
     Raises:
-        ConfigError: no layer can have it.
+        ConfigError: no layer can have this rank.
     """
     paths = tuple(path for path, size in most.items() if rank is not None and rank > size)
     if paths and len(paths) == len(most):
         widest = max(most, key=most.__getitem__)
         raise ConfigError(
-            f"rank = {rank} is more than {widest!r} can have: min(out, in) = {most[widest]} there, and no other layer "
-            "of these can have more."
+            f"rank = {rank} is larger than any of the selected layers can have. The largest is {most[widest]}, "
+            f"min(out, in) of {widest!r}."
         )
     return paths

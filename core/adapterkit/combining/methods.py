@@ -1,4 +1,4 @@
-"""Combining the changes of several adapters at one target, in the space that was chosen."""
+"""Combining the changes of several adapters at one target, in the chosen space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPACES = ("delta", "factors", "core")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to combine: the choices of one call, the same for every target."""
+    """The choices of one call of `combine`, for every target."""
 
     combiner: Combiner
     linear: bool
@@ -33,14 +33,14 @@ class Recipe:
 
 
 def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Factors, float]:
-    """One change out of several at one target.
+    """Combine several changes at one target into one.
 
     Args:
-        sources: `(out, r_t)` and `(r_t, in)` of each; ranks may differ.
-        weights: one for each source; may be negative.
+        sources: the factors of each, `(out, r_t)` and `(r_t, in)`; the ranks may differ.
+        weights: one for each source; they may be negative.
 
     Returns:
-        The factors of the result, and the relative error that truncation made.
+        The factors of the result, and the relative error of truncation.
     """
     sources = _alike(sources)
     bias = _combined_bias(sources, weights, recipe)
@@ -62,7 +62,7 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
 
 
 def _on_few(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    """What needs no dense matrix."""
+    """Combine without a dense matrix."""
     if recipe.space == "factors":
         return _on_factors(sources, weights, recipe)
     if not recipe.linear:
@@ -72,13 +72,13 @@ def _on_few(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe
 
 
 def _alike(sources: Sequence[Factors]) -> list[Factors]:
-    """The same changes in one dtype, the one that sums are made in."""
+    """The same changes in one dtype, that of sums."""
     dtype = working(torch.cat([f.up[:0, :0] for f in sources])).dtype
     return [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
 
 
 def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    """A and B on their own, as PEFT does: weights `sqrt(|w s|)` on both, the sign on A, `s` the scaling."""
+    """A and B separately, as in PEFT: both have the weight `sqrt(|w s|)` with the scaling `s`; A has the sign."""
     ranks = {f.rank for f in sources}
     if len(ranks) > 1:
         raise ConfigError(
@@ -106,22 +106,22 @@ def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Reci
 
 
 def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
-    """The combiner, a source of negative weight being negated first, so that the signs elected are those of `w X`."""
+    """Apply the combiner. Sources with negative weights are negated first, so that the signs of `w X` are elected."""
     given = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
     signs = torch.where(given < 0, -1.0, 1.0).to(stack).view(-1, *(1,) * (stack.dim() - 1))
     return recipe.combiner.function(stack * signs, given.abs(), recipe.options)
 
 
 def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor | None:
-    """Changes of the bias: always their weighted sum; vectors have no singular vectors and few entries."""
+    """The weighted sum of the changes of the bias, for every method: a vector has few entries."""
     found = [w * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
     return torch.stack(found).sum(0) if found else None
 
 
 def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular values of a change replaced by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
+    """Replace all singular values of a change by their mean (Iso-C, Marczak et al. 2025, arXiv 2502.04959).
 
-    Those that are zero but for rounding are left out.
+    Values that are zero up to rounding are left out.
     """
     count = numerical_rank(s, len(s))
     if count == 0:
