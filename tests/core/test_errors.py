@@ -585,7 +585,7 @@ LABELS = [
     ),
     fields(
         "num_labels=4: no linear layer of the head",
-        "has 3 outputs, so it is not known which one to resize.",
+        "has 3 outputs, so it is unknown which one to resize.",
         "Resize the model's head before adding the adapter.",
         modules_to_save=["pooler"],
         num_labels=4,

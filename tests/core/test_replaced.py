@@ -143,7 +143,9 @@ def test_what_was_trained_can_be_saved(change: Any, message: str, tmp_path: Path
     expected = adapters.model(IDS)
     tensors = {key: tensor.clone() for key, tensor in adapters.state_dict("a").items()}
     change(adapters.model)
-    with pytest.warns(ak.AdapterWarning, match=message + ".* since adapter 'a' was added.*What is written there"):
+    with pytest.warns(
+        ak.AdapterWarning, match=message + ".* since adapter 'a' was added.*The file holds what was trained there"
+    ):
         folder = adapters.save("a", tmp_path / "a")
     with pytest.warns(ak.AdapterWarning, match=message):
         found = adapters.state_dict("a")

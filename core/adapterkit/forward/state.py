@@ -234,7 +234,9 @@ class Active:
             if own.blocks:
                 own.blocks[-1].state = own.state = state
                 return
-            self.default, own.ended = state, False
+            # Python handles signals at calls and jumps, so Ctrl-C cannot come between these two.
+            self.default = own.state = state
+            own.ended = False
             for thread in list(self.threads):
                 if not thread.blocks:
                     self.refresh(thread)

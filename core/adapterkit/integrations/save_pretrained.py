@@ -153,14 +153,14 @@ class Saver:
         def without_adapters(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
             self._make_plain(adapters, heads, state, prefix)
 
-        parting = Parting.of(self.root, (), {p: n for adapter in heads for p, n in adapter.head_paths().items()})
+        parting = Parting.of(self.root, heads=heads)
         given = call.arguments.get("state_dict")
         if given is not None:
             call.arguments["state_dict"] = given = dict(given)
             for key in (self._inside(tie.target) for tie in parting.freed):
                 given |= {key: given[key].clone()} if key in given else {}
             self._make_plain(adapters, heads, given, "")
-        host, acting = adapters._live, LabelSet.of(self.root)
+        host, acting = adapters._model, LabelSet.of(self.root)
         own = None if follow or acting is None or host.labels_of is None else host.labels
         handle = self.module.register_state_dict_post_hook(without_adapters)
         if own is not None:
@@ -235,7 +235,9 @@ class Saver:
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
             warn_of_others(folder, names.values())
-        for note in (f"Adapter {name!r}: {note}." for name in acting for note in adapters._never_ran(members[name])):
+        for note in (
+            f"Adapter {name!r}: {note}." for name in acting for note in adapters._model.never_ran(members[name])
+        ):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
     def _training_state(self, members: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from types import CodeType, FunctionType, MappingProxyType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from adapterkit.errors import UnsupportedError
 from adapterkit.merging.memory import same
 from adapterkit.merging.plain import own, put
-from adapterkit.model import named_modules
+from adapterkit.model import Adapter, named_modules
 
 FLAG = "tie_word_embeddings"
 _DECLARED = "_tied_weights_keys"
@@ -63,23 +63,24 @@ class Parting:
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, names: Collection[str], heads: Mapping[str, int] = MappingProxyType({})) -> Parting:
-        """Decide it, before anything is parted.
+    def of(cls, model: nn.Module, names: Collection[str] = (), heads: Iterable[Adapter] = ()) -> Parting:
+        """Decide what to do, before anything is parted.
 
         Args:
-            names: what is about to get memory of its own.
-            heads: paths of modules that are about to be replaced by copies of theirs, inside which ties are kept, as
-                they are between those of one number.
+            names: keys of the state dict that are about to get memory of their own.
+            heads: adapters whose heads are about to replace modules of the model. Ties inside a head are kept, and so
+                are ties between two heads that are tied themselves.
 
         Raises:
-            UnsupportedError: files could not say what is parted.
+            UnsupportedError: the model's files could not say what is parted.
         """
+        numbers = {path: number for adapter in heads for path, number in adapter.head_paths().items()}
         ties = declared(model)
         parted = [
             tie
             for tie in ties
             if not {tie.target, tie.source}.isdisjoint(names)
-            or number_of(tie.target, heads) != number_of(tie.source, heads)
+            or number_of(tie.target, numbers) != number_of(tie.source, numbers)
         ]
         configs = [
             config for outer in {id(t.outer): t.outer for t in parted}.values() for config in _silent(outer, parted)
@@ -178,7 +179,7 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
 
 
 def number_of(name: str, heads: Mapping[str, int]) -> int | None:
-    """The number of the head that a tensor of this name is in; see `Parting.of`."""
+    """The number (`Adapter.head_paths`) of the head that contains the tensor of this name, or `None`."""
     return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,7 @@ from adapterkit.forward import BiasLayer, give_dtypes_back
 from adapterkit.kinds import LayerKind, tiles
 from adapterkit.merging.changes import Change, Part
 from adapterkit.merging.plain import own, put
+from adapterkit.merging.ties import Parting
 from adapterkit.model import Adapter
 
 
@@ -70,36 +72,37 @@ class Kept:
 Done = list[tuple[Change, Kept]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Merged:
-    """What is merged now.
+    """What is merged into a model.
 
     Attributes:
         names: the merged adapters, the first merged first.
-        kept: the base's parameters by module; empty where they were not kept.
-        heads: those of them whose own copy of a module has their change in it.
+        keeps_base: `unmerge` is possible.
+        kept: the base's tensors, by module.
+        heads: the adapters that are merged into their own copy of a module.
+        partings: the ties that were parted.
     """
 
     names: tuple[str, ...] = ()
     keeps_base: bool = True
     kept: dict[nn.Module, Kept] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
+    partings: tuple[Parting, ...] = ()
 
     @property
     def edited(self) -> list[str]:
-        """Weights that somebody has written to since they were merged into."""
+        """Weights that somebody has written to since the merge."""
         return [name for kept in self.kept.values() for name in kept.edited]
 
-    def counted_again(self, edited: Sequence[str]) -> Merged:
-        """The same, after a merge that was undone: what that wrote is nobody's; `edited` was somebody's before it."""
+    def give_back(self) -> None:
+        """Undo every merge. It may be called again if it raises."""
         for kept in self.kept.values():
-            for name in [n for n in kept.merged if f"{kept.path}.{n}" not in edited]:
-                tensor = own(kept.module, name)
-                if tensor is not None:
-                    kept.merged[name] = version_of(tensor)
-        return self
+            kept.give_back()
+        for parting in reversed(self.partings):
+            parting.take_back()
 
-    def joined(self, names: tuple[str, ...], done: Done, *, keep_base: bool) -> Merged:
+    def _joined(self, names: tuple[str, ...], done: Done, parting: Parting, *, keep_base: bool) -> Merged:
         """What is merged after a further merge."""
         kept = dict(self.kept)
         for change, whole in done:
@@ -107,7 +110,50 @@ class Merged:
             kept[change.module] = kept[change.module].joined(new) if change.module in kept else new
             kept[change.module].merged = {name: version_of(tensor) for name, tensor in change.touched.items()}
         heads = self.heads | {change.head for change, _ in done if change.head is not None}
-        return Merged(self.names + names, self.keeps_base and keep_base, kept, heads)
+        return Merged(self.names + names, self.keeps_base and keep_base, kept, heads, (*self.partings, parting))
+
+    def _count_again(self, edited: Sequence[str]) -> None:
+        """After a merge that was undone: what it wrote is no edit. `edited` was edited before it."""
+        for kept in self.kept.values():
+            for name in [n for n in kept.merged if f"{kept.path}.{n}" not in edited]:
+                tensor = own(kept.module, name)
+                if tensor is not None:
+                    kept.merged[name] = version_of(tensor)
+
+
+@contextmanager
+def merging(
+    before: Merged,
+    names: tuple[str, ...],
+    changes: Sequence[Change],
+    parting: Parting,
+    *,
+    safe: bool,
+    keep_base: bool,
+    stop: Sequence[object],
+) -> Iterator[Merged]:
+    """Merge adapters, and undo that if the merge or the block raises.
+
+    Args:
+        before: what is merged already.
+        names: the adapters to be merged.
+        parting: the ties that the changes part.
+        safe, keep_base, stop: see `carry_out`.
+
+    Yields:
+        What is merged now.
+    """
+    done: Done = []
+    edited = before.edited
+    try:
+        carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
+        parting.tell()
+        yield before._joined(names, done, parting, keep_base=keep_base)
+    except BaseException as error:  # noqa: BLE001 - raised again
+        parting.take_back()
+        raised = take_back(done, error)
+        before._count_again(edited)
+        raise raised from (None if raised is error else error)
 
 
 @torch.no_grad()
@@ -174,12 +220,6 @@ def _take_back(done: Done) -> tuple[str, int]:
         merge_module(replace(change, parts=opposite, biases=[(layer, -scale) for layer, scale in change.biases]))
         subtracted += 1
     return lost, subtracted
-
-
-def give_back(state: Merged) -> None:
-    """Undo every merge."""
-    for kept in state.kept.values():
-        kept.give_back()
 
 
 def take_heads(adapters: Sequence[Adapter], model: nn.Module) -> None:

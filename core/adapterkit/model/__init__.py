@@ -4,23 +4,21 @@ In: a model and a config. Out: the selected layers, and one adapter's layers, he
 Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
+from adapterkit.model.adapted import KEPT, AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads
 from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
-from adapterkit.model.heads import copy_head, resize_output, set_rows
-from adapterkit.model.host import Host
-from adapterkit.model.labels import LabelSet
+from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head, set_rows
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
-from adapterkit.model.presence import KEPT
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
 from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, tied_to
 
 __all__ = [
     "ALL_LINEAR",
     "KEPT",
+    "AdaptedModel",
     "Adapter",
     "BaseModules",
     "Fit",
-    "Host",
     "LabelSet",
     "LayerBuilder",
     "Match",
@@ -32,8 +30,8 @@ __all__ = [
     "by_layer",
     "copy_head",
     "inner_model",
+    "labels_of_new_head",
     "named_modules",
-    "resize_output",
     "resized_keys",
     "resized_tables",
     "select",

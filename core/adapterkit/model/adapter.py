@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer
 from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.forward import Active, BiasLayer, Path, install, let_read, stop_reading, uninstall
-from adapterkit.model.labels import LabelSet
+from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import modules_below
 from adapterkit.results import AdapterStatus
 from adapterkit.tensors import gradients, size_of

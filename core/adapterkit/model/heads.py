@@ -1,15 +1,18 @@
-"""Heads: modules trained in full and kept with the adapter (PEFT's `modules_to_save`)."""
+"""Heads: copies of modules, trained in full and kept with the adapter (PEFT's `modules_to_save`), and their labels."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import Names
-from adapterkit.errors import ConfigError, SelectionError, UnsupportedError, nearest
+from adapterkit.errors import CheckpointError, ConfigError, SelectionError, UnsupportedError, nearest
 from adapterkit.forward import ACTIVE, is_adapted, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, Uncalled
@@ -25,15 +28,15 @@ _TASKS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-# Names of the head where a model does not say which child is its body.
+# Names of heads of models that do not say which child is their body.
 _HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
 
 
 def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` names; a module inside another named one is left to it.
+    """Paths of the modules that `modules_to_save` names, without those inside another one of them.
 
     Raises:
-        SelectionError: an entry matches nothing, or a module that is never called.
+        SelectionError: an entry matches nothing, or matches a module that is never called.
     """
     if modules_to_save is None:
         return ()
@@ -43,7 +46,7 @@ def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None
     uncalled = Uncalled(modules)
     found = []
     for module, paths in modules.paths_of.items():
-        entry = next(filter(None, list(map(names.match, paths))), None)  # all: each may use another entry
+        entry = next(filter(None, list(map(names.match, paths))), None)  # a list: each path may use another entry
         if entry is None:
             continue
         reason = uncalled.reason(paths[0], module)
@@ -62,15 +65,15 @@ def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None
 
 
 def outermost(paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths that lie inside none of the others, in their order."""
+    """The paths that are inside none of the others."""
     known = list(paths)
     return tuple(p for p in known if not any(p.startswith(other + ".") for other in known))
 
 
 def task_heads(model: nn.Module) -> tuple[str, ...]:
-    """The task head of a transformers model: the children with parameters beside the body.
+    """The task head of a transformers model: every child with parameters except the body.
 
-    Covers what is fresh after `from_pretrained`: `classifier`, `score`, but also DistilBERT's `pre_classifier`.
+    That is everything new after `from_pretrained`: `classifier`, `score`, but also DistilBERT's `pre_classifier`.
     """
     if not any(c.__name__.endswith(_TASKS) for c in type(model).__mro__):
         return ()
@@ -82,7 +85,7 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:
-    """Layers that `"all-linear"` leaves alone: the output embedding and everything in the task head."""
+    """Layers that `"all-linear"` leaves out: the output embedding and everything in the task head."""
     layers: set[nn.Module] = set()
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
@@ -94,28 +97,27 @@ def output_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def copy_head(module: nn.Module, path: str) -> nn.Module:
-    """A copy of the module at `path` without adapters and without accelerate's hooks, holding real values.
+    """A copy of the module at `path` with real values, without adapters and without accelerate's hooks.
 
     Raises:
         UnsupportedError: it cannot be copied, or the copy could not be trained.
     """
-    # Hooks are shared: accelerate's hold the whole model's offloaded weights, and a user's the user's things.
-    own = (hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values())
-    hooks = [*hook_objects(module), *own]
-    active = [
-        m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)
-    ]  # which knows all adapters and their modules
+    # Not to be copied: hooks, which refer to the offloaded weights of the whole model or to the user's own things, and
+    # what acts, which refers to all adapters.
+    hooks = [hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values()]
+    active = [m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)]
+    kept = (*hook_objects(module), *hooks, *active)
     with gathered(module, module.modules()):
         reason = _untrainable(module)
         if reason is not None:
             raise UnsupportedError(f"{path!r} cannot be trained as a copy: {reason}.")
         try:
-            head: nn.Module = copy.deepcopy(module, {id(kept): kept for kept in (*hooks, *active)})
+            head: nn.Module = copy.deepcopy(module, {id(thing): thing for thing in kept})
         except Exception as error:
             why = f"copying it raises {type(error).__name__}: {error}"
             raise UnsupportedError(f"{path!r} cannot be trained as a copy: {why}") from error
     remove_hooks(head, module)
-    for kind in _HOOKS:  # the module's own fire there; the copy is called by it
+    for kind in _HOOKS:  # the module keeps its hooks and calls the copy
         getattr(head, kind).clear()
     strip(head)
     return head.requires_grad_(True)
@@ -128,11 +130,11 @@ def _untrainable(root: nn.Module) -> str | None:
         for name, p in module._parameters.items():
             if p is not None and (is_special(p) or not (p.is_floating_point() or p.is_complex())):
                 return (
-                    f"its {place}{name} is a {type(p).__name__} ({p.dtype}), which takes no gradient: quantised, or of "
-                    "whole numbers. Leave that module out when the model is quantised, or out of modules_to_save"
+                    f"its {place}{name} is a {type(p).__name__} ({p.dtype}), which takes no gradient: it is "
+                    "quantised, or holds whole numbers. Leave it out of the quantisation, or out of modules_to_save"
                 )
         for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):  # it would set the module's own, not the copy's
+            if type(hook).__module__.startswith("torch.nn.utils."):  # it sets the module's weight, not the copy's
                 return (
                     f"{type(hook).__name__} computes {place or 'its '}weight before each forward. Make it permanent "
                     "first, or use torch.nn.utils.parametrizations"
@@ -141,7 +143,7 @@ def _untrainable(root: nn.Module) -> str | None:
 
 
 def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Module) -> None:
-    """Give the heads' last linear layer with `old` rows `new` rows, initialised as the model does it.
+    """Give the heads' last linear layer with `old` rows `new` rows, initialised in the model's own way.
 
     Raises:
         ConfigError: no linear layer of the heads has `old` rows.
@@ -150,8 +152,8 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
     if not outputs:
         names = ", ".join(type(head).__name__ for head in heads)
         raise ConfigError(
-            f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is not "
-            "known which one to resize. Resize the model's head before adding the adapter."
+            f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is "
+            "unknown which one to resize. Resize the model's head before adding the adapter."
         )
     layer = outputs[-1]
     weight = layer.weight
@@ -167,7 +169,7 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
 
 
 def set_rows(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Replace a linear layer's parameters by ones with other rows; `out_features` follows."""
+    """Replace a linear layer's parameters by ones with another number of rows."""
     layer.weight = nn.Parameter(weight)
     if layer.bias is not None:
         fresh = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
@@ -176,9 +178,9 @@ def set_rows(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> No
 
 
 def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Let linear layers of the head take another number of rows if that is what a file has for them.
+    """Give linear layers of the head the number of rows that a file has for them.
 
-    Only rows may differ, and where there is a bias it must have as many; anything else stays and is
+    Only the number of rows may differ, and the bias must have as many. Anything else stays as it is, so that it is
     reported as mismatched.
     """
     for path, layer in head.named_modules():
@@ -192,3 +194,119 @@ def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if fits and (layer.bias is None or (bias is not None and bias.shape == weight.shape[:1])):
             own = layer.weight
             set_rows(layer, torch.empty(weight.shape, dtype=own.dtype, device=own.device))
+
+
+def labels_of_new_head(
+    heads: Sequence[nn.Module], chosen: LabelSet | None, base: LabelSet | None, model: nn.Module
+) -> LabelSet | None:
+    """The label set of a new adapter with these heads; the output layer is resized to it.
+
+    Args:
+        chosen: what `add` was asked for; `None`: the model's own.
+        base: the model's own label set.
+
+    Raises:
+        ConfigError: there is no head to resize, or it is not known which layer to resize.
+    """
+    if chosen is None:
+        return base if heads else None
+    if not heads or base is None:
+        why = "it has no head (modules_to_save)" if base is not None else "the model's config has no labels"
+        raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}.")
+    old, new = len(base.id2label), len(chosen.id2label)
+    if old != new:
+        resize_output(heads, old, new, model)
+    return chosen
+
+
+_METADATA_KEY = "adapterkit.id2label"
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The classes that a head tells apart, and the kind of loss that transformers chose for them.
+
+    Attributes:
+        id2label: class names by number, from 0.
+        problem_type: transformers' `config.problem_type`, which it sets at the first loss and keeps.
+        label2id: `config.label2id` of the model's own label set, which need not be the reverse of `id2label`.
+    """
+
+    id2label: Mapping[int, str]
+    problem_type: str | None = None
+    label2id: Mapping[str, int] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """The label set in the model's config, or `None` if it has none."""
+        config = getattr(model, "config", None)
+        id2label = getattr(config, "id2label", None)
+        if not isinstance(id2label, Mapping) or not id2label:
+            return None
+        try:
+            numbered = {int(k): str(v) for k, v in id2label.items()}
+        except (TypeError, ValueError):  # something else of that name
+            return None
+        label2id = getattr(config, "label2id", None)
+        return cls(numbered, getattr(config, "problem_type", None), label2id)
+
+    @classmethod
+    def numbered(cls, count: int) -> Self:
+        """Classes without names: `LABEL_0`, `LABEL_1`, ..., as in transformers."""
+        return cls({i: f"LABEL_{i}" for i in range(count)})
+
+    @classmethod
+    def chosen(cls, num_labels: int | None, id2label: Mapping[int, str] | None) -> Self | None:
+        """The label set that `add(..., num_labels=, id2label=)` asks for; `None`: the model's own.
+
+        Raises:
+            ConfigError: a number below 1, class numbers with gaps, or two values that disagree.
+        """
+        if num_labels is None and id2label is None:
+            return None
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            raise ConfigError(f"num_labels = {num_labels!r} must be a positive number of classes.")
+        if id2label is None:
+            assert num_labels is not None
+            return cls.numbered(num_labels)
+        if not isinstance(id2label, Mapping):
+            raise ConfigError(f"id2label = {id2label!r} must be a mapping from class numbers to names.")
+        if set(id2label) != set(range(len(id2label))) or not id2label:
+            raise ConfigError(f"id2label must number its classes 0, 1, 2, ... without gaps, not {list(id2label)}.")
+        if num_labels not in (None, len(id2label)):
+            raise ConfigError(f"num_labels = {num_labels} disagrees with id2label, which has {len(id2label)} classes.")
+        return cls({i: str(id2label[i]) for i in range(len(id2label))})
+
+    def apply(self, model: nn.Module) -> None:
+        """Write this label set into the model's config, and its size where the model computes its loss from it."""
+        config: Any = model.config
+        config.id2label = dict(self.id2label)
+        reverse = {name: i for i, name in self.id2label.items()}
+        config.label2id = reverse if self.label2id is None else self.label2id
+        config.problem_type = self.problem_type
+        if "num_labels" in model.__dict__:
+            model.num_labels = len(self.id2label)  # type: ignore[assignment]
+
+    def seen(self, model: nn.Module) -> Self:
+        """This label set with the problem type that the model's config has now."""
+        return replace(self, problem_type=getattr(model.config, "problem_type", None))
+
+    def to_metadata(self) -> dict[str, str]:
+        """An entry for the safetensors header, because `adapter_config.json` is PEFT's."""
+        return {_METADATA_KEY: json.dumps({str(i): name for i, name in self.id2label.items()})}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Self | None:
+        """The label set in a safetensors header, or `None`.
+
+        Raises:
+            CheckpointError: the entry is malformed.
+        """
+        text = metadata.get(_METADATA_KEY)
+        if text is None:
+            return None
+        try:
+            found = {int(i): str(name) for i, name in json.loads(text).items()}
+            return cls.chosen(None, found)
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"The file's label set is malformed: {text[:80]!r}.") from error

@@ -1,0 +1,413 @@
+"""The model as its adapters change it: what acts, what trains, its label set, and what `detach` restores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+
+from adapterkit.contract import SHARED, unwrapped_key
+from adapterkit.errors import StateError
+from adapterkit.forward import Active, PerAdapter, State, calls_adapters, checkpointing, lock
+from adapterkit.model.adapter import Adapter, SharedTensors
+from adapterkit.model.heads import LabelSet
+from adapterkit.model.modules import BaseModules, base_parameters
+from adapterkit.model.vocabulary import resized_tables
+from adapterkit.rows import Entries
+from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted
+
+# Added to a warning when such an adapter is written.
+KEPT = "The file holds what was trained there before that."
+
+
+class AdaptedModel:
+    """A model with its adapters.
+
+    Attributes:
+        adapters: by name, in the order they were added.
+        active: which of them act.
+        attached: `detach` was not called yet.
+        size: how many numbers the base has.
+        labels_of: the adapter whose label set the model's config has now; `None`: the model's own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapters: dict[str, Adapter] = {}
+        self.active = Active(self.adapters)
+        self.attached = True
+        self.size = 0
+        self.labels_of: str | None = None
+        self._labels = LabelSet.of(model)
+        self._trained: list[str] | None = None
+        self._entries: Entries | None = None
+        self._places: dict[str, Places] = {}
+
+    # Adapters come and go
+
+    def install(self, adapter: Adapter) -> None:
+        """Put an adapter on the model. The first one freezes the base."""
+        self._use_equal_shared_tensors(adapter)  # may fail, unlike what follows
+        if self._trained is None:
+            self._freeze()
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+        self._register(adapter)
+        self.adapters[adapter.name] = adapter
+
+    def remove(self, adapter: Adapter) -> None:
+        """Remove an adapter. It acts nowhere afterwards."""
+        self.active.remove(adapter.name)
+        self.follow_labels()
+        self._unregister(adapter)
+        del self.adapters[adapter.name]
+
+    def rename(self, adapter: Adapter, name: str) -> None:
+        """Give an adapter another name; it keeps its place in the order."""
+        old = adapter.name
+        self._unregister(adapter)
+        adapter.name = name
+        self._register(adapter)
+        adapters = [*self.adapters.values()]
+        self.adapters.clear()
+        self.adapters.update((adapter.name, adapter) for adapter in adapters)
+        self.active.rename(old, name)
+        if self.labels_of == old:
+            self.labels_of = name
+
+    def _register(self, adapter: Adapter) -> None:
+        adapter.install(self.active)
+        self._places[adapter.name] = Places(adapter, self.model)
+        self._register_shared_tensors(adapter)
+
+    def _unregister(self, adapter: Adapter) -> None:
+        adapter.uninstall()
+        del self._places[adapter.name]
+        container = self.model._modules.get(SHARED)
+        if adapter.shared is not None and container is not None:
+            del container._modules[adapter.name]
+            if not container._modules:
+                del self.model._modules[SHARED]
+
+    def _freeze(self) -> None:
+        parameters = list(base_parameters(self.model))
+        self._trained = [name for name, p in parameters if p.requires_grad]
+        self.size = size_of({p for _, p in parameters})
+        for _, parameter in parameters:
+            parameter.requires_grad_(False)
+        checkpointing.wrap()
+
+    def restore(self) -> None:
+        """Give the model back what the first adapter changed."""
+        parameters = dict(base_parameters(self.model))
+        for name in self._trained or ():
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        if self._entries is not None:
+            self._entries.remove()
+        self.attached = False
+
+    def entries(self) -> Entries:
+        """What sees the model's batches, from the first call on."""
+        if self._entries is None:
+            self._entries = Entries(self.active, self.model)
+        return self._entries
+
+    # Shared tensors
+
+    @contextmanager
+    def writing(self, adapter: Adapter) -> Iterator[None]:
+        """While an adapter's tensors are written to, it shares no tensors with other adapters."""
+        if adapter.shared is None:
+            yield
+            return
+        if any(module is adapter.shared.module for name, module in self._shared().items() if name != adapter.name):
+            adapter.shared.part()
+        try:
+            yield
+        finally:
+            self._use_equal_shared_tensors(adapter)
+            self._register_shared_tensors(adapter)
+
+    def _use_equal_shared_tensors(self, adapter: Adapter) -> None:
+        if adapter.shared is not None:
+            adapter.shared.join(self._shared().values())
+
+    def _register_shared_tensors(self, adapter: Adapter) -> None:
+        if adapter.shared is not None:
+            container = self.model._modules.get(SHARED)
+            if container is None:
+                container = self.model._modules[SHARED] = PerAdapter()
+            container._modules[adapter.name] = adapter.shared.module
+
+    def _shared(self) -> dict[str, SharedTensors]:
+        container = self.model._modules.get(SHARED)
+        found = {} if container is None else container._modules
+        return {name: module for name, module in found.items() if isinstance(module, SharedTensors)}
+
+    # What acts and what trains
+
+    def activate(self, names: tuple[str, ...], heads: tuple[str, ...], *, trainable: bool) -> None:
+        """Let these adapters act, in this thread's block or everywhere. Parameters that train nowhere are frozen."""
+        active = self.active
+        block, before = active.in_block, active.state
+        changes_flags = trainable or before.trains or any(a.trains_for_now or a.may_train() for a in self._all())
+        several = changes_flags or len(active.threads) > 1 or self._labels_owner(heads) != self.labels_of
+        # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
+        with uninterrupted() if several else nullcontext(), lock:
+            for name in names if trainable else ():
+                self.adapters[name].train(for_now=block)
+            trains, merged = names if trainable else (), before.active_when_merged
+            state = State(names, heads, trains, constant=block and not trainable, active_when_merged=merged)
+            state.before_first = lambda: self.check_unchanged("activate", state.names)
+            active.become(state)
+            if changes_flags:
+                self._freeze_what_need_not_train(None if block else before.trains)
+                if not trainable and any(self.adapters[name].trains_for_now for name in names):
+                    state.constant = True
+            self.follow_labels()
+
+    @contextmanager
+    def block(self, state: State, *, trainable: bool) -> Iterator[None]:
+        """Let `state` act in this thread inside the block; `trainable`: its adapters' parameters require gradients."""
+        trained = [self.adapters[name] for name in state.names] if trainable else []
+        self.check_can_train(trained)
+        with lock:
+            for adapter in trained:
+                adapter.train(for_now=True)
+            block = self.active.enter(state)
+        try:
+            self.follow_labels()
+            yield
+        finally:
+            with lock:
+                self.active.leave(block)
+                if self.attached:
+                    self._freeze_what_need_not_train(None)
+            if self.attached:
+                self.follow_labels()
+
+    def check_can_train(self, adapters: Collection[Adapter]) -> None:
+        """Raise `StateError` if the processes of a distributed training would train one of these separately."""
+        for adapter in adapters:
+            check_averaged(self.model, adapter)
+        reshard(self.model)  # FSDP2 goes by `requires_grad` of its shards
+
+    def _freeze_what_need_not_train(self, trained: Collection[str] | None) -> None:
+        """Freeze parameters that trained for a block or a graph that is over.
+
+        Args:
+            trained: adapters that trained until now. All of theirs is frozen, and all that a user unfroze. `None`: a
+                block has ended, which freezes nothing else.
+        """
+        reshard(self.model)
+        needed = {name for state in self.active.states() for name in state.trains}
+        for name, adapter in self.adapters.items():
+            if name in needed:
+                continue
+            if trained is not None and (name in trained or adapter.trains_for_now or adapter.may_train()):
+                adapter.freeze(adapter.parameters())
+            elif adapter.trains_for_now:
+                adapter.freeze(adapter.trains_for_now)
+
+    def return_point(self) -> Callable[[], None]:
+        """A function that restores what acts and trains now."""
+        before = self.active.state
+        trained = [p for adapter in self._all() for p in adapter.parameters() if p.requires_grad]
+
+        def restore() -> None:
+            with lock:
+                gradients.enable(trained)
+                self.active.become(before)
+            self.follow_labels()
+
+        return restore
+
+    def set_merged(self, adapters: Sequence[Adapter], merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
+        """These adapters are in the weights now. They act nowhere else, but the heads of all merged ones do.
+
+        Args:
+            merged: all merged adapters.
+            heads: the adapters whose heads act.
+        """
+        reshard(self.model)
+        with lock:
+            own, names = self.active.state, tuple(adapter.name for adapter in adapters)
+            of_merged = tuple(name for name in heads if name in merged)
+            self.active.each(lambda state: state.merged(names, of_merged))
+            if own.rows is None:
+                self.active.state.heads = heads
+            self.active.merged = merged
+            for adapter in adapters:
+                adapter.trained_before = []
+                adapter.freeze(adapter.parameters())
+        self.follow_labels()
+
+    def set_unmerged(self, adapters: Sequence[Adapter]) -> None:
+        """These adapters, all that were merged, are not in the weights any more."""
+        with lock:
+            self.active.each(lambda state: state.unmerged([a.name for a in adapters if a.trained_before]))
+            self.active.merged = ()
+            for adapter in adapters:
+                adapter.train_again()
+                if adapter.name in self.active.default.trains:
+                    adapter.trains_for_now = []
+        self.follow_labels()
+
+    def _all(self) -> Collection[Adapter]:
+        return self.adapters.values()
+
+    # The label set
+
+    @property
+    def labels(self) -> LabelSet | None:
+        """The model's own label set, which its user may change while the config has no adapter's."""
+        if self.labels_of is None:
+            self._labels = LabelSet.of(self.model)
+        return self._labels
+
+    def follow_labels(self) -> None:
+        """Give the model's config the label set of the head that acts."""
+        owner = self._labels_owner(self.active.heads)
+        base = self.labels if owner != self.labels_of else None
+        if base is None:
+            return
+        before = self.adapters.get(self.labels_of) if self.labels_of is not None else None
+        if before is not None and before.labels is not None:
+            before.labels = before.labels.seen(self.model)
+        wanted = base if owner is None else self.adapters[owner].labels
+        assert wanted is not None
+        wanted.apply(self.model)
+        self.labels_of = owner
+
+    def _labels_owner(self, heads: tuple[str, ...]) -> str | None:
+        return next((name for name in reversed(heads) if self.adapters[name].labels is not None), None)
+
+    def keep_labels(self) -> None:
+        """The label set that the config has now becomes the model's own."""
+        self.labels_of = None
+
+    def renew_labels(self, adapter: Adapter) -> None:
+        """The adapter's label set was replaced."""
+        if adapter.labels is not None and self.labels_of == adapter.name:
+            adapter.labels.apply(self.model)
+
+    # Notes
+
+    def changed(self, adapter: Adapter) -> dict[str, str]:
+        """`Places.changed` of this adapter."""
+        return self._places[adapter.name].changed()
+
+    def what_changed(self, name: str) -> str:
+        """A sentence about the modules where the adapter does not act any more; empty if it acts everywhere."""
+        changed = self.changed(self.adapters[name])
+        if not changed:
+            return ""
+        (path, what), *more = changed.items()
+        others = f" (and {len(more)} more: {', '.join(repr(p) for p, _ in more[:3])})" if more else ""
+        return f"{path!r}{others} {what} since adapter {name!r} was added, so the adapter does not act there."
+
+    def check_unchanged(self, call: str, names: Collection[str]) -> None:
+        """Raise `StateError` if one of these adapters does not act any more at some module."""
+        for name in names:
+            changed = self.what_changed(name)
+            if changed:
+                raise StateError(
+                    f"{call} is refused: {changed} Add it again: adapters.remove({name!r}), then add or load it on the "
+                    f"model as it is now. adapters.save({name!r}, folder) keeps what was trained."
+                )
+
+    def never_ran(self, adapter: Adapter) -> list[str]:
+        """A note if nothing called or read some of the adapter's layers since it was activated, while others ran."""
+        state = self.active.state
+        if state.rows is not None or not state.plans or adapter.name not in {*state.names, *state.heads}:
+            return []
+        idle = [path for path, host in adapter.hosts.items() if id(host) not in state.plans]
+        if not idle:
+            return []
+        return [
+            f"{len(idle)} of its {len(adapter.hosts)} layers never ran since it was activated, such as {idle[0]!r}. If "
+            "the model reads their weights instead of calling them, declare the module that does: ak.declare_reader"
+        ]
+
+    def notes(self, adapter: Adapter, modules: BaseModules) -> list[str]:
+        """What a user who adds this adapter should know about the model."""
+        notes = [
+            f"the vocabulary was resized, so the adapter's file will hold {path!r} too (save(embeddings=False) leaves "
+            "it out)"
+            for path in resized_tables(modules, adapter.heads)
+        ]
+        norms = [
+            paths[0]
+            for module, paths in modules.paths_of.items()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and not any(paths[0] == head or paths[0].startswith(head + ".") for head in adapter.heads)
+        ]
+        if norms:
+            notes.append(
+                f"{len(norms)} batch norms, such as {norms[0]!r}, update their running statistics in training mode. "
+                "These are the base's and are not saved with the adapter: keep the batch norms in eval mode, or name "
+                "them in modules_to_save."
+            )
+        return notes
+
+
+class Places:
+    """Where an adapter is in the model, and what has become of these modules since.
+
+    A module may be replaced (`model.head = nn.Linear(...)`), deleted or given another class, and its weight another
+    size (`resize_token_embeddings`). Modules that were wrapped or moved are still the model's, and the adapter acts.
+    """
+
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        self.adapter, self.model = adapter, model
+        self._paths = {path: (path, *adapter.aliases.get(path, ())) for path in adapter.hosts}
+        self._sizes = {path: _size(host) for path, host in adapter.hosts.items()}
+        # Each step on the way to a module. As long as these hold, nothing was replaced.
+        self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
+        for path in (path for paths in self._paths.values() for path in paths):
+            module: nn.Module | None = model
+            for name in path.split("."):
+                if module is None:
+                    break
+                child = module._modules.get(name)
+                self._steps[id(module), name] = module, name, child
+                module = child
+
+    def changed(self) -> dict[str, str]:
+        """What happened to each module where the adapter does not act any more, to follow `"'path' "` in a sentence."""
+        in_place = all(parent._modules.get(name) is child for parent, name, child in self._steps.values())
+        paths_now = None if in_place else BaseModules(self.model).paths_of
+        found = {}
+        for path, host in self.adapter.hosts.items():
+            before, weight = self._sizes[path], host._parameters.get("weight")
+            now = before if weight is None or weight.shape == before else _size(host)
+            if paths_now is not None and not _is_still_there(paths_now.get(host, []), self._paths[path]):
+                found[path] = "was replaced"
+            elif not calls_adapters(host):
+                found[path] = f"was given another class ({type(host).__name__})"
+            elif before and now and before != now:
+                found[path] = f"has another weight, of shape {now} in place of {before}: it was replaced"
+            elif path in self.adapter.layers and (what := self.adapter.layers[path].kind.changed(host)) is not None:
+                found[path] = f"has {what}"
+        for container, path, part in self.adapter.parts():
+            parts = self.adapter.hosts[path]._modules.get(container)
+            if path not in found and (parts is None or parts._modules.get(self.adapter.name) is not part):
+                found[path] = "has another module in place of the adapter's own: it was replaced"
+        return found
+
+
+def _is_still_there(now: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether a module is at all of its paths, perhaps wrapped, or at new paths alone, because it was moved."""
+    kept = [any(unwrapped_key(p) == path or p.startswith(path + ".") for p in now) for path in before]
+    return all(kept) or bool(now and not any(kept))
+
+
+def _size(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight; `None` if there is none, or it is packed or in pieces, so that its shape varies."""
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
+        return None
+    return tuple(weight.shape) if weight.is_floating_point() and weight.dim() > 1 else None
