@@ -17,12 +17,12 @@ PAGE = Path(__file__).parent / "cli.md"
 INTRODUCTION = """
 # The command `adapterkit`
 
-Generated from the command's help by `docs/build_cli.py`; change the docstrings in `core/adapterkit_command/`, and the
-text in the script.
+`docs/build_cli.py` generates this page from the command's help. To change it, edit the docstrings in
+`core/adapterkit_command/` and the text in the script.
 
-`adapterkit COMMAND --help` says what follows here, and `adapterkit --install-completion` completes words. Where the
-script is not on the path, `python -m adapterkit` is the same. Behind each command is one function of the library, which
-its help names; what the command can do, Python can. It works for every installed method, third parties' included.
+`adapterkit COMMAND --help` shows the same text, and `adapterkit --install-completion` installs completion. If the
+script is not on the path, use `python -m adapterkit`. Each command calls one function of the library, which its help
+names, so Python can do the same. The commands work for every installed method, including third-party methods.
 """
 
 HOW_TO = """
@@ -34,10 +34,10 @@ HOW_TO = """
 $ adapterkit merge ./llama ./adapters/mood --out ./llama-mood
 ```
 
-It needs the memory of one layer and about the time of a copy. A run that was killed goes on with `--resume`. The head
-that was trained with the adapter comes along, and so does its label set.
+It needs memory for one layer, and about as much time as a copy. Continue an interrupted run with `--resume`. The result
+includes the head that was trained with the adapter, and its label set.
 
-**Choose a rank.** Ask a trained adapter how much of its rank it uses, look at the page, and cut it:
+**Choose a rank.** See how much of its rank a trained adapter uses, read the report, and truncate the adapter:
 
 ```console
 $ adapterkit inspect ./adapters/mood
@@ -46,27 +46,27 @@ $ adapterkit convert ./adapters/mood --energy 0.99 --out ./adapters/mood-small
 $ adapterkit diff ./adapters/mood ./adapters/mood-small
 ```
 
-Before training, `targets` counts what a config makes of a model whose weights need not be there:
+Before training, `targets` shows what a config adds to a model. It does not need the weights of the model:
 
 ```console
 $ adapterkit targets ./llama --target-modules all-linear --set r=16
 ```
 
-**Combine two.** First see whether they go together, then choose the way, and what becomes of the heads:
+**Combine two.** First see whether they can be merged, then choose the method and the heads:
 
 ```console
 $ adapterkit report ./adapters/mood ./adapters/topic --out both.html
 $ adapterkit combine ./adapters/mood:0.7 ./adapters/topic:0.3 --heads concat --out ./adapters/both
 ```
 
-**Bring files from elsewhere**, or take them there:
+**Use files of other programs**, or write files for them:
 
 ```console
 $ adapterkit convert style.safetensors --base ./unet --out ./adapters/style
 $ adapterkit convert ./adapters/style --naming kohya --out style.safetensors
 ```
 
-**Make a method of your own.** `new` writes a package that passes the test kit; from then on every command knows it:
+**Write your own method.** `new` writes a package that passes the test kit. Install it, and every command knows it:
 
 ```console
 $ adapterkit new outer
@@ -78,13 +78,13 @@ $ adapterkit methods
 OUTPUT = """
 ## Output
 
-A report goes to stdout; messages, notes and progress go to stderr. Tables are as wide as the terminal; in a pipe every
-row is one line. There are colours only on terminals, and none if `NO_COLOR` is set.
+Reports go to stdout; messages, notes and progress go to stderr. On a terminal, long lines are wrapped; in a pipe every
+row is one line. Messages have colours only on terminals, and never if `NO_COLOR` is set.
 
-With `--json` a report is one JSON value whose keys are the attributes of the function's report in Python, fields and
-properties; numbers that are not finite are `null`. Keys are added, but not renamed or removed, before a major version.
-An error is then a JSON object on stderr, `{"error": {"type": ..., "message": ..., "status": ...}}`; a mistake in the
-command line itself (status 2) is text.
+With `--json` a report is one JSON value. Its keys are the attributes of the report in Python, fields and properties;
+infinite numbers and NaN are `null`. Until the next major version keys may be added, but not renamed or removed.
+Errors are then JSON objects on stderr, `{"error": {"type": ..., "message": ..., "status": ...}}`; mistakes in the
+command line itself (status 2) are text.
 """
 
 
@@ -96,7 +96,7 @@ def page() -> str:
         HOW_TO,
         OUTPUT,
         "## Exit status",
-        _table(("status", "says"), [(str(int(e)), e.meaning) for e in Exit]),
+        _table(("status", "meaning"), [(str(int(e)), e.meaning) for e in Exit]),
     ]
     panels: dict[str, list[Any]] = {}
     for command in group.commands.values():
