@@ -77,8 +77,8 @@ def test_a_pair_is_measured_as_its_dense_matrices(both: tuple[ak.Factors, ak.Fac
     sizes = float(a.norm()), float(b.norm())
     expected = float((a * b).sum()) / (sizes[0] * sizes[1]) if all(sizes) else 0.0
     assert pair.cosine == pytest.approx(expected, abs=1e-9)
-    assert pair.columns == pytest.approx(angles(ua, ub), abs=1e-8)
-    assert pair.rows == pytest.approx(angles(va, vb), abs=1e-8)
+    assert pair.columns.similarity == pytest.approx(angles(ua, ub), abs=1e-8)
+    assert pair.rows.similarity == pytest.approx(angles(va, vb), abs=1e-8)
     inside = (ua @ ua.t() @ b @ va @ va.t()).norm(), (ub @ ub.t() @ a @ vb @ vb.t()).norm()
     for found, part, size in zip(pair.inside, inside, sizes, strict=True):
         assert found == pytest.approx(float(part) / size if size else 0.0, abs=1e-8)

@@ -25,6 +25,7 @@ SUBSPACE_ENERGY = 0.9
 MOST_ENTRIES = 1 << 18
 # Entries of each change that are in memory at once.
 _BLOCK = 1 << 20
+_NO_OVERLAP = measures.Overlap(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -173,20 +174,14 @@ class PairFinding:
         return _ratio(self.inner, self.norms[0] * self.norms[1])
 
     @cached_property
-    def columns(self) -> float:
-        """The mean similarity of the column spaces."""
-        return _mean(layer.columns.similarity for layer in self.layers.values())
+    def columns(self) -> measures.Overlap:
+        """The mean overlap of the column spaces (outputs)."""
+        return _mean(layer.columns for layer in self.layers.values())
 
     @cached_property
-    def rows(self) -> float:
-        """The mean similarity of the row spaces."""
-        return _mean(layer.rows.similarity for layer in self.layers.values())
-
-    @cached_property
-    def chance(self) -> tuple[float, float]:
-        """The two similarities that random directions have on average."""
-        layers = self.layers.values()
-        return _mean(layer.columns.chance for layer in layers), _mean(layer.rows.chance for layer in layers)
+    def rows(self) -> measures.Overlap:
+        """The mean overlap of the row spaces (inputs)."""
+        return _mean(layer.rows for layer in self.layers.values())
 
     @cached_property
     def inside(self) -> tuple[float, float]:
@@ -331,6 +326,6 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else 0.0
+def _mean(overlaps: Iterable[measures.Overlap]) -> measures.Overlap:
+    listed = list(overlaps)
+    return measures.Overlap(*(sum(part) / len(listed) for part in zip(*listed, strict=True))) if listed else _NO_OVERLAP

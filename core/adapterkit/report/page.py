@@ -19,9 +19,9 @@ from adapterkit.report.verdicts import DISTURBED, UNDISTURBED, Verdict, count
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-# What the page shows at most: verdicts on pairs that are not folded away, pairs layer by layer, plots of spectra,
-# labels.
-_PAIRS_ON_TOP, _PAIRS_BY_LAYER, _MOST_SPECTRA, _MOST_LABELS = 6, 6, 16, 12
+# What the page shows at most: verdicts on pairs that are not folded away, pairs layer by layer, plots of spectra, and
+# values of a list.
+_PAIRS_ON_TOP, _PAIRS_BY_LAYER, _MOST_SPECTRA, _MOST_VALUES = 6, 6, 16, 12
 
 _RELATIVE = "|dW| / |W| in percent: how far training moved the weight of the layer"
 _OWN = "|dW| in percent of the adapter's largest, because the base's weights are not available"
@@ -33,8 +33,8 @@ _HOW = {
     "99 % of the change. To the right of the point where it crosses the line at 95 %, a larger rank adds little.",
     "spectra": "How to read: each plot has the layers of one module name. The faster a curve falls, the fewer "
     "directions its layer uses. Vertical lines show where the median layer has 90 % (dotted) and 99 % (dashed) of its "
-    "energy. A curve that stays high to the right end uses all of its rank.",
-    "bands": "Bands: all layers (light), the middle half (dark), the median layer (line).",
+    "energy. A curve that stays high to the right end uses all of its rank. Bands stand for many layers: all layers "
+    "(light), the middle half (dark), the median layer (line).",
     "overall": "How to read: each table compares every two adapters over all their targets. Disturbance is what the "
     "adapter of the column adds in the directions of the adapter of the row, in percent of the row's size: below 2 % a "
     "sum keeps both. Blue agrees, orange opposes; faint cells are close to chance, or small.",
@@ -61,18 +61,9 @@ def render(findings: Findings, verdicts: Sequence[Verdict], grid: Grid, title: s
     on_top = len(findings.adapters) + _PAIRS_ON_TOP
     based = {adapter.has_base for adapter in findings.adapters if adapter.layers}
     size = _RELATIVE if based == {True} else _OWN if True not in based else f"{_RELATIVE}; or else {_OWN}"
-    sizes = (
-        "sizes are relative to the base's weights"
-        if based == {True}
-        else (
-            "sizes are relative to the base's weights where these are available"
-            if True in based
-            else "the base's weights are not available: sizes are relative to the adapter's largest change"
-        )
-    )
     return template.render(
         title=title,
-        subtitle=f"{count(len(findings.adapters), 'adapter')}, {count(len(findings.paths), 'target')}; {sizes}",
+        subtitle=f"{count(len(findings.adapters), 'adapter')}, {count(len(findings.paths), 'target')}",
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
         groups=groups[:on_top],
         more=groups[on_top:],
@@ -118,7 +109,6 @@ def _adapter(adapter: AdapterFinding, grid: Grid) -> dict[str, Any]:
         "spectra": [
             _spectra(adapter.name, name or "single layers", groups[name]) for name in groups if name in largest
         ],
-        "bands": any(len(layers) > plots.THIN_LINES for layers in groups.values()),
         "modules": len(groups),
         "ranks": _rank_map(adapter, grid),
     }
@@ -134,6 +124,11 @@ def _facts(adapter: AdapterFinding) -> list[tuple[str, str]]:
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     tensors = source.parameters.values()
     kinds = list(source.kinds.values())
+    heads = [
+        f"{path} {', '.join('×'.join(map(str, shape)) for shape in shapes.values() if len(shape) > 1) or 'no matrix'}"
+        for path, shapes in source.heads.items()
+    ]
+    labels = f"{len(source.labels)}: {_short(source.labels)}" if source.labels else ""
     found = [
         ("method", config.method),
         ("settings", ", ".join(f"{name} = {_short(value)}" for name, value in own.items())),
@@ -145,8 +140,8 @@ def _facts(adapter: AdapterFinding) -> list[tuple[str, str]]:
         ("dtype", ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))),
         ("base", config.base_model_name_or_path or "not named"),
         ("task", config.task_type or ""),
-        ("heads", _heads(adapter)),
-        ("labels", _labels(adapter)),
+        ("heads", "; ".join(heads)),
+        ("labels", labels),
         ("biases", f"{source.biases} trained" if source.biases else ""),
         ("size of dW", f"{adapter.norm:.4g} (Frobenius, all targets)" if adapter.layers else ""),
         ("read from", source.place),
@@ -158,22 +153,10 @@ def _short(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{len(value)} patterns"
     if isinstance(value, tuple | list):
-        return ", ".join(map(str, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return ", ".join(map(str, value[:_MOST_VALUES])) + (
+            f" and {len(value) - _MOST_VALUES} more" if len(value) > _MOST_VALUES else ""
+        )
     return str(value)
-
-
-def _heads(adapter: AdapterFinding) -> str:
-    found = []
-    for path, shapes in adapter.source.heads.items():
-        matrices = ["×".join(map(str, shape)) for shape in shapes.values() if len(shape) > 1]
-        found.append(f"{path} {', '.join(matrices) or 'no matrix'}")
-    return "; ".join(found)
-
-
-def _labels(adapter: AdapterFinding) -> str:
-    labels = adapter.source.labels
-    more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
-    return f"{len(labels)}: {', '.join(labels[:_MOST_LABELS])}{more}" if labels else ""
 
 
 def _size_map(adapter: AdapterFinding, grid: Grid) -> HeatMap:
@@ -226,21 +209,11 @@ def _comparison(findings: Findings, grid: Grid) -> dict[str, Any]:
     """What the page shows of several adapters together."""
     adapters = findings.adapters
     names = [adapter.name for adapter in adapters]
-    targets = [set(adapter.source.kinds) for adapter in adapters]
-    own = [len(t.difference(*(other for other in targets if other is not t))) for t in targets]
     shared = [pair for pair, found in findings.pairs.items() if found.layers]
     shown = sorted(shared, key=lambda pair: -max(findings.pairs[pair].inside))[:_PAIRS_BY_LAYER]
     return {
         "matrices": _matrices(findings),
-        "names": names,
-        "targets": [
-            ("targets", [str(len(t)) for t in targets]),
-            ("of no other adapter", [str(count) for count in own]),
-            ("heads", [_heads(adapter) or "none" for adapter in adapters]),
-            ("labels", [_labels(adapter) or "none" for adapter in adapters]),
-            ("base", [adapter.source.config.base_model_name_or_path or "not named" for adapter in adapters]),
-        ],
-        "about_heads": _about_heads(adapters),
+        "heads": _about_heads(adapters),
         "pairs": [
             {"name": f"{names[i]} and {names[j]}", "maps": _pair_maps(findings.pairs[i, j], grid)} for i, j in shown
         ],
@@ -265,13 +238,14 @@ def _about_heads(adapters: Sequence[AdapterFinding]) -> str:
 def _matrices(findings: Findings) -> list[HeatMap]:
     """What every two adapters have in common, over all layers."""
     names = [adapter.name for adapter in findings.adapters]
-    chance = [pair.chance for pair in findings.pairs.values() if pair.layers]
-    outputs, inputs = (f"random: {number(max((c[i] for c in chance), default=0.0))}" for i in (0, 1))
+    pairs = findings.pairs.values()
+    outputs = f"random: {number(max(pair.columns.chance for pair in pairs))}"
+    inputs = f"random: {number(max(pair.rows.chance for pair in pairs))}"
     tables: list[tuple[str, str, Callable[[PairFinding, int], float], float, bool]] = [
         ("Cosine", "1 same, 0 unrelated, −1 opposite", lambda pair, _: pair.cosine, 1.0, True),
         ("Disturbance", "of the row's adapter by the column's", lambda pair, i: pair.inside[i], 5 * UNDISTURBED, False),
-        ("Shared output directions", outputs, lambda pair, _: pair.columns, 1.0, False),
-        ("Shared input directions", inputs, lambda pair, _: pair.rows, 1.0, False),
+        ("Shared output directions", outputs, lambda pair, _: pair.columns.similarity, 1.0, False),
+        ("Shared input directions", inputs, lambda pair, _: pair.rows.similarity, 1.0, False),
         ("Sign conflicts", "share of the entries; 0.50 is chance", lambda pair, _: pair.signs.share, 1.0, False),
     ]
     maps = []

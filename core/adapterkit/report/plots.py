@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INK, _QUIET, _LINE, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _ON_PAGE = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _LINE: "var(--line)", _SECOND: "var(--second)"}
 # More layers than these are drawn as bands of quantiles.
-THIN_LINES = 12
+_THIN_LINES = 12
 
 
 def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:
@@ -33,7 +33,7 @@ def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:
     figure, axes = _figure(2.5, 1.7)
     curves = [v / v[0] for v in values if len(v)]
     longest = max((len(c) for c in curves), default=1)
-    if len(curves) <= THIN_LINES:
+    if len(curves) <= _THIN_LINES:
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve.tolist(), color=_LINE, lw=0.9, alpha=0.75)
     else:

@@ -211,8 +211,9 @@ def _compare(first: AdapterFinding, second: AdapterFinding, found: PairFinding) 
         f"In the directions that {victim.name} uses, {other.name} adds {percent(worst)} % of {victim.name}'s size "
         f"({percent(abs(along))} % {'along' if along >= 0 else 'against'} its change); in the other direction it is "
         f"{percent(min(found.inside))} %.",
-        f"Cosine {number(found.cosine)}. Shared output directions {number(found.columns)}, input directions "
-        f"{number(found.rows)}; random adapters share {number(found.chance[0])} and {number(found.chance[1])}.",
+        f"Cosine {number(found.cosine)}. Shared output directions {number(found.columns.similarity)}, input directions "
+        f"{number(found.rows.similarity)}; random adapters share {number(found.columns.chance)} and "
+        f"{number(found.rows.chance)}.",
         f"Signs differ in {percent(found.signs.share)} % of the entries (50 % is chance). TIES would drop "
         f"{percent(found.signs.weighted)} % of the magnitude.",
     ]
