@@ -250,7 +250,7 @@ def test_a_model_inside_is_not_written_with_half_an_adapter(tmp_path: Path, trai
     model = two_towers()
     trained(model, "a", **QUERY).activate("a")
     expected = hidden(model.encoder)
-    with pytest.raises(ak.StateError, match=r"'encoder' is to be saved with adapter 'a', which has another part at"):
+    with pytest.raises(ak.StateError, match=r"'encoder' cannot be saved with adapter 'a', which has another part at"):
         model.encoder.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ak.attach(model).merge("a")
@@ -341,6 +341,6 @@ def test_adapters_of_an_earlier_save_in_subfolders_are_told_and_stay(tmp_path: P
     (tmp_path / "checkpoint-1" / "adapter_config.json").touch()
     adapters.remove("b")
     adapters.activate("a")
-    with pytest.warns(ak.AdapterWarning, match="that were not written now, in the subfolders 'a', 'b'. Delete them"):
+    with pytest.warns(ak.AdapterWarning, match="holds adapters from before, in the subfolders 'a', 'b'. Delete them"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "b" / "adapter_config.json").is_file()

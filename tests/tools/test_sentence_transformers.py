@@ -120,7 +120,7 @@ def test_an_adapter_that_is_more_than_the_transformers_is_refused(base: Path, tm
     model.append(Dense(16, 4))
     adapters = ak.attach(model)
     adapters.add("u", LoraConfig(r=2, target_modules=["query", "2.linear"]))
-    with pytest.raises(ak.StateError, match=r"'0.model' is to be saved with adapter 'u', which has another part at"):
+    with pytest.raises(ak.StateError, match=r"'0.model' cannot be saved with adapter 'u', which has another part at"):
         model.save_pretrained(str(tmp_path / "saved"))
 
 

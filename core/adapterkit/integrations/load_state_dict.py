@@ -1,4 +1,4 @@
-"""Restoring: what an adapted model's own `load_state_dict` takes back of what `save_pretrained` wrote."""
+"""What an adapted model's own `load_state_dict` does with the adapters that `save_pretrained` wrote."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from adapterkit.tensors import shape_of
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
-# Where PEFT keeps an adapted layer, and a module that it trains a copy of; and that copy.
+# Where PEFT keeps an adapted layer, the original of a module that it trains in full, and the trained copy.
 _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 
 class Loader:
-    """Watches the model's `load_state_dict`, with which trainers restore a checkpoint."""
+    """Two hooks on the model's `load_state_dict`, with which trainers restore a checkpoint."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -33,18 +33,15 @@ class Loader:
         )
 
     def remove(self) -> None:
-        """Watch no longer."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
-        """Raise where an adapter that trains would stay as it is beside others that are restored.
-
-        A state dict of the base alone may be loaded, with a warning.
+        """Check that every adapter that trains is restored. A state dict of the base alone only gives a warning.
 
         Raises:
-            CheckpointError: the state dict is of other adapters than the model's, lacks some that train, or has other
-                shapes for them.
+            CheckpointError: the state dict belongs to other adapters, lacks some that train, or has other shapes.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
         known = {key for adapter in adapters._adapters.values() for key in adapter.memory_keys()}
@@ -53,7 +50,7 @@ class Loader:
         _from_peft(adapters, own, base, state, prefix)
         given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
-        # New rows of a vocabulary are random, so these tables of the base are saved with adapters.
+        # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
         tables = resized_keys(BaseModules(self.root))
         self._partial = not given <= tables and given <= known | set(foreign) | tables
         lacking = [
@@ -64,13 +61,13 @@ class Loader:
         ]
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
             here = ", ".join(map(repr, adapters.names))
-            what = (
-                f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}" if foreign else "lacks them"
-            )
+            what = "lacks them"
+            if foreign:
+                what = f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}"
             raise CheckpointError(
                 f"The model trains {', '.join(map(repr, lacking)) or 'none of these'}, and the state dict {what}. The "
-                f"model has {here}. Add the adapters that were saved, under the same names and with the same configs, "
-                "before you resume; or load one from its folder: adapters.load(folder, name, trainable=True)."
+                f"model has {here}. Before you resume, add the saved adapters under the same names and with the same "
+                "configs; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
         for name, adapter in adapters._adapters.items():
             for key in adapter.memory_keys():
@@ -90,7 +87,7 @@ class Loader:
             )
 
     def _after(self, module: nn.Module, result: Any) -> None:
-        """The base's keys are not missing where only adapters were given: they are where they were."""
+        """If only adapters were given, the base's keys are not missing: its tensors stay as they are."""
         if self._partial:
             ours = {
                 key for adapter in self.root.__dict__[ATTRIBUTE]._adapters.values() for key in adapter.memory_keys()
@@ -109,33 +106,33 @@ def _from_peft(
     state: MutableMapping[str, Any],
     prefix: str,
 ) -> None:
-    """Give the state dict of a model that PEFT adapted the keys of this one, if it is of such a model.
+    """If a state dict is from a model that PEFT adapted, give it this model's keys.
 
-    sentence-transformers restores a checkpoint so: it builds the model of the folder, whose adapter PEFT puts on, and
-    hands its state dict over.
+    sentence-transformers restores a checkpoint like that: it builds the model from the folder, to which PEFT adds the
+    adapter, and passes its state dict on.
 
     Args:
-        mine: the model's own state dict, for biases of the base.
-        base: those of its keys that are no adapter's.
+        mine: this model's state dict, for the base's biases.
+        base: its keys without those of adapters.
     """
     given = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
     if not any(name in key.split(".") and key not in base for key in given for name in _PEFT_BASE):
         return
     if len(adapters.active) != 1:
         raise CheckpointError(
-            f"The state dict is of a model that PEFT adapted once, and here {', '.join(map(repr, adapters.active))} "
-            "act. Activate the one adapter that it belongs to."
+            f"The state dict is from a model that PEFT adapted once, but here {', '.join(map(repr, adapters.active))} "
+            "act. Activate only the adapter that it belongs to."
         )
     adapter = adapters._adapters[adapters.active[0]]
-    # transformers puts on no adapter that has shared tensors.
+    # Adapters with shared tensors never come this way: transformers adds none of them.
     places = {file: memory for file, memory, _ in file_places(adapter)}
     for key in given:
         value, parts = state.pop(prefix + key), key.split(".")
         plain = ".".join(part for part in parts if part not in _PEFT_BASE)
-        if key in places:  # a trained bias, which PEFT writes over the base's
+        if key in places:  # a trained bias, which PEFT writes in place of the base's
             state[prefix + places[key]], state[prefix + plain] = value, mine[plain]
         elif plain in base:
             state[prefix + plain] = value
-        else:  # the adapter's name stands somewhere in the key
+        else:  # the adapter's name is somewhere in the key
             names = [".".join(parts[:i] + parts[i + 1 + (part == _PEFT_HEAD) :]) for i, part in enumerate(parts)]
             state[prefix + next((places[name] for name in names if name in places), key)] = value

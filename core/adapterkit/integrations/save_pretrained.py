@@ -1,16 +1,17 @@
-"""Pretrained: what an adapted model's own `save_pretrained` writes.
+"""What an adapted model's own `save_pretrained` writes.
 
-Trainers know the model and not its adapters. What they write goes through it, and what they read through the model's
-`load_state_dict` (see the
-module beside), so that is where the adapters of an unchanged `Trainer` are.
+Trainers know the model and not its adapters. They write through the model's `save_pretrained` and read through its
+`load_state_dict` (see `load_state_dict.py`), so both handle the adapters, and an unchanged `Trainer` works.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ from adapterkit.files import (
     write_tensors,
 )
 from adapterkit.integrations.load_state_dict import Loader
-from adapterkit.integrations.outer_models import SAVE, let_outer_models_tell, warn_of_others
 from adapterkit.merging import Parting
 from adapterkit.model import KEPT, Adapter, BaseModules, LabelSet, named_modules, resized_keys
 from adapterkit.tensors import gathered, in_first_process, process_groups, real_value, whole
@@ -37,10 +37,11 @@ from adapterkit.tensors import gathered, in_first_process, process_groups, real_
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
-# What `Trainer` hands to `load_state_dict` when it resumes and for the best model, and nobody else reads.
-TRAINING_FILE = "model.safetensors"
-_WHOLE_MODEL = "config.json"
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_SAVE = "save_pretrained"
+# `Trainer` passes this file to `load_state_dict` when it resumes, and for the best model. Nothing else reads it.
+_TRAINING_FILE = "model.safetensors"
+_MODEL_CONFIG = "config.json"
+_MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _REFUSED = {
     "safe_serialization": (False, "only safetensors is written"),
     "save_peft_format": (False, "only PEFT's keys are written"),
@@ -48,110 +49,149 @@ _REFUSED = {
 }
 
 
+def install(root: nn.Module) -> Loader:
+    """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
+    _let_outer_models_warn()
+    writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
+    for path, (module, name) in writers.items():
+        inside = f"{path}." if path else ""
+        by_parts = name != _SAVE and any(other.startswith(inside) and other != path for other in writers)
+        if not by_parts and name not in module.__dict__:
+            module.__dict__[name] = Saver(root, module, path, name)
+    return Loader(root)
+
+
+def _writer(module: nn.Module) -> Iterator[str]:
+    """The name of the function that writes a model, or a module of sentence-transformers."""
+    for name, argument in ((_SAVE, "save_directory"), ("save", "safe_serialization")):
+        own = getattr(type(module), name, None)
+        if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
+            yield name
+            return
+
+
+def uninstall(root: nn.Module, loader: Loader) -> None:
+    """Undo `install`."""
+    loader.remove()
+    for _, module in named_modules(root):
+        for name in (_SAVE, "save"):
+            saver = module.__dict__.get(name)
+            if isinstance(saver, Saver) and saver.root is root:
+                del module.__dict__[name]
+
+
 class Saver:
-    """Stands for `save_pretrained` of a model that has adapters, or of one inside it.
+    """Replaces `save_pretrained` of a model with adapters, or of a model inside it.
 
-    - While unmerged adapters act, they are written in PEFT's layout, and the base's weights are not: the one that acts
-      into the folder itself, every other adapter into a subfolder of its name; several that act all into subfolders.
-    - While adapters are merged, and no other acts, the whole model is written as it computes: the merged weights, the
+    - While unmerged adapters act, it writes them in PEFT's layout, without the base's weights: the acting adapter into
+      the folder itself, each other one into a subfolder of its name; if several act, all into subfolders.
+    - While adapters are merged and no other acts, it writes the whole model as it computes: the merged weights, the
       heads that act, their label set.
-    - While none acts (in `adapters.disabled()`) the bare base is written, with its own label set.
+    - While none acts (in `adapters.disabled()`), it writes the bare base with its own label set.
 
-    With the argument `state_dict`, which `Trainer` gives and people do not, the folder is a checkpoint of a training:
-    it gets `model.safetensors` too, with the adapters' tensors under the model's own names. `load_state_dict` takes
-    these back, all bits, so a plain `Trainer` resumes, and loads the best model.
+    With the argument `state_dict`, which `Trainer` passes and people do not, the folder is a checkpoint of a training.
+    It gets a `model.safetensors` too, with the adapters' tensors under the model's own names. `load_state_dict`
+    restores every bit of them, so a plain `Trainer` resumes, and loads the best model.
 
-    It stands for `save` of the modules of sentence-transformers too, which write no adapters: they are refused.
+    It also replaces `save` of the modules of sentence-transformers, which cannot write adapters and is refused.
     """
 
     def __init__(self, root: nn.Module, module: nn.Module, path: str, name: str) -> None:
         self.root, self.module, self.path, self.name = root, module, path, name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saver:
-        # A copy of a part of the model has no adapters that are managed; it must not copy the whole model either.
+        # A copy of a part of the model has no managed adapters. It must not copy the whole model either.
         module = memo.get(id(self.module), self.module)
         return Saver(memo.get(id(self.root), module), module, self.path, self.name)
 
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the whole model."""
+        found: Adapters = self.root.__dict__[ATTRIBUTE]
+        return found
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, which is asked for all that it alone can write.
+        """Write the adapters, or let the model's own function write the whole model.
 
         Raises:
-            StateError: some adapters are merged while others act beside them, or this module cannot write any.
+            StateError: some adapters are merged while others act, or this module cannot write any.
             SaveError: the folder cannot be written, or holds something that would be read together with this.
-            UnsupportedError: an argument that asks for another format.
+            UnsupportedError: an argument asks for another format.
             CheckpointError: `state_dict` lacks tensors of the adapters.
         """
         own: Any = getattr(type(self.module), self.name)
         call = inspect.signature(own).bind(self.module, *args, **kwargs)
-        adapters: Adapters | None = self.root.__dict__.get(ATTRIBUTE)
-        if adapters is None:
+        if ATTRIBUTE not in self.root.__dict__:
             return own(*call.args, **call.kwargs)
-        members = self._adapters(adapters)
-        acting = [name for name in adapters._active.names if name in members]
-        merged = [name for name in adapters._merged.names if name in members]
+        active, inside = self.adapters._active, self._adapters_inside()
+        acting = [name for name in active.names if name in inside]
+        merged = [name for name in self.adapters.merged if name in inside]
         if merged and acting:
             raise StateError(
                 f"Adapter {merged[0]!r} is merged and {acting[0]!r} acts beside it, and no format holds both. Merge "
                 f"{acting[0]!r} too, or call activate() without names, to write the whole merged model; call unmerge() "
                 "to write the adapters."
             )
-        here = f"{self.path}." if self.path else ""
-        heads = [
-            n for n in adapters._active.heads if any(f"{p}.".startswith(here) for p in adapters._adapters[n].heads)
-        ]
-        for name in (*acting, *heads) if self.name != SAVE else ():
-            raise StateError(
-                f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
-                f"adapters and no heads. Call merge({name!r}) first, with a head merge_and_detach({name!r}); or save "
-                f"the adapter alone: adapters.save({name!r}, folder)."
-            )
+        if self.name != _SAVE:
+            here = f"{self.path}." if self.path else ""
+            heads = {name: self.adapters._adapters[name].heads for name in active.heads}
+            for name in (*acting, *(n for n, paths in heads.items() if any(f"{p}.".startswith(here) for p in paths))):
+                raise StateError(
+                    f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
+                    f"adapters and no heads. Call merge({name!r}) first, with a head merge_and_detach({name!r}); or "
+                    f"save the adapter alone: adapters.save({name!r}, folder)."
+                )
         if acting:
-            return self._write_adapters(adapters, members, acting, call)
-        if merged and self.name == SAVE:
-            self._check_no_adapter(call.arguments)
-        if members and not merged and not adapters._active.in_block:
-            warnings.warn(
-                f"No adapter is active, so the bare base is written, without {', '.join(map(repr, members))}. Activate "
-                "what is to be saved, or use adapters.save; inside adapters.disabled() nothing is said.",
-                AdapterWarning,
-                stacklevel=3,
+            return self._write_adapters(inside, acting, call)
+        if merged and self.name == _SAVE and (local_path(call.arguments["save_directory"]) / CONFIG_FILE).is_file():
+            raise SaveError(
+                f"{call.arguments['save_directory']} holds an adapter, which from_pretrained would add to the merged "
+                f"model once more. Give another folder, or delete {CONFIG_FILE} there."
             )
-        return self._write_model(adapters, call, follow=bool(merged))
+        if inside and not merged and not active.in_block:
+            warnings.warn(
+                f"No adapter is active, so the bare base is written, without {', '.join(map(repr, inside))}. Activate "
+                "what you want to save, or use adapters.save. Inside adapters.disabled() this warning is off.",
+                AdapterWarning,
+                stacklevel=2,
+            )
+        return self._write_model(call, merged=bool(merged))
 
-    def _adapters(self, adapters: Adapters) -> dict[str, Adapter]:
+    def _adapters_inside(self) -> Mapping[str, Adapter]:
         """The adapters that have a part in this module.
 
         Raises:
-            StateError: an adapter that acts has another part outside of it.
+            StateError: an acting adapter has another part outside of it.
         """
         if not self.path:
-            return adapters._adapters
+            return self.adapters._adapters
         found = {}
-        for name, adapter in adapters._adapters.items():
+        for name, adapter in self.adapters._adapters.items():
             inside = [path for path in adapter.hosts if f"{path}.".startswith(f"{self.path}.")]
-            whole = len(inside) == len(adapter.hosts)
-            if inside and not whole and name in adapters._active.names:
+            complete = len(inside) == len(adapter.hosts)
+            if inside and not complete and name in self.adapters.active:
                 other = next(path for path in adapter.hosts if path not in inside)
                 raise StateError(
-                    f"{self.path!r} is to be saved with adapter {name!r}, which has another part at {other!r}. Save "
+                    f"{self.path!r} cannot be saved with adapter {name!r}, which has another part at {other!r}. Save "
                     f"it with adapters.save({name!r}, folder), or call merge({name!r}) first."
                 )
-            if inside and (whole or name in adapters._merged.names):
+            if inside and (complete or name in self.adapters.merged):
                 found[name] = adapter
         return found
 
     # The whole model
 
-    def _write_model(self, adapters: Adapters, call: inspect.BoundArguments, *, follow: bool) -> Any:
-        """By the model's own function, which sees a state dict without adapters, and acting heads as the model's.
+    def _write_model(self, call: inspect.BoundArguments, *, merged: bool) -> Any:
+        """Call the model's own function, which sees a state dict without adapters, with acting heads as the model's.
 
         Args:
-            follow: write the label set that the config follows now, and not the model's own.
+            merged: write the label set of the acting head instead of the model's own.
         """
-        heads = [adapters._adapters[name] for name in adapters._active.heads]
+        adapted = self.adapters._model
+        heads = [adapted.adapters[name] for name in adapted.active.heads]
 
-        def without_adapters(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
-            self._make_plain(adapters, heads, state, prefix)
+        def make_plain(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
+            self._make_plain(heads, state, prefix)
 
         parting = Parting.of(self.root, heads=heads)
         given = call.arguments.get("state_dict")
@@ -159,10 +199,10 @@ class Saver:
             call.arguments["state_dict"] = given = dict(given)
             for key in (self._inside(tie.target) for tie in parting.freed):
                 given |= {key: given[key].clone()} if key in given else {}
-            self._make_plain(adapters, heads, given, "")
-        host, acting = adapters._model, LabelSet.of(self.root)
-        own = None if follow or acting is None or host.labels_of is None else host.labels
-        handle = self.module.register_state_dict_post_hook(without_adapters)
+            self._make_plain(heads, given, "")
+        labels_now = LabelSet.of(self.root)
+        own = None if merged or labels_now is None or adapted.labels_of is None else adapted.labels
+        handle = self.module.register_state_dict_post_hook(make_plain)
         if own is not None:
             own.apply(self.root)
         try:
@@ -170,15 +210,14 @@ class Saver:
                 return getattr(type(self.module), self.name)(*call.args, **call.kwargs)
         finally:
             handle.remove()
-            if own is not None and acting is not None:
-                acting.apply(self.root)
+            if own is not None and labels_now is not None:
+                labels_now.apply(self.root)
 
-    def _make_plain(
-        self, adapters: Adapters, heads: list[Adapter], state: MutableMapping[str, Any], prefix: str
-    ) -> None:
-        owners = {key: adapter for adapter in adapters._adapters.values() for key in self._keys(adapter)}
-        replaced = {self._inside(path) + "." for adapter in heads for path in adapter.heads}
-        own = {}
+    def _make_plain(self, heads: list[Adapter], state: MutableMapping[str, Any], prefix: str) -> None:
+        """Remove the adapters from a state dict, and put the tensors of these heads in the place of the model's."""
+        owners = {key: adapter for adapter in self.adapters._adapters.values() for key in self._keys(adapter)}
+        replaced = tuple(self._inside(path) + "." for adapter in heads for path in adapter.heads)
+        from_heads = {}
         for key in [key for key in state if key.startswith(prefix)]:
             short = unwrapped_key(key.removeprefix(prefix))
             adapter = owners.get(short)
@@ -186,10 +225,10 @@ class Saver:
                 value = state.pop(key)
                 container, path, local = split_memory_key(key, adapter.name) or ("", "", "")
                 if container == HEADS and adapter in heads:
-                    own[f"{path}.{local}"] = value  # the last one's, which is the one that acts
-            elif short.startswith(tuple(replaced)):
+                    from_heads[f"{path}.{local}"] = value  # of several heads at one module the last one acts
+            elif short.startswith(replaced):
                 del state[key]
-        state.update(own)
+        state.update(from_heads)
 
     def _keys(self, adapter: Adapter) -> Iterator[str]:
         """An adapter's keys in the state dict of this module."""
@@ -203,49 +242,45 @@ class Saver:
 
     # Adapters
 
-    def _write_adapters(
-        self, adapters: Adapters, members: Mapping[str, Adapter], acting: list[str], call: inspect.BoundArguments
-    ) -> None:
+    def _write_adapters(self, inside: Mapping[str, Adapter], acting: list[str], call: inspect.BoundArguments) -> None:
         given = _arguments(call)
         folder, source = local_path(given["save_directory"]), given.get("state_dict")
         training = "state_dict" in given
-        if not self._check_no_model(folder, training=training):
-            training |= (folder / TRAINING_FILE).exists()  # it must not be of another moment than the adapters
-        names = {name: folder if [name] == acting else folder / _file_name(name) for name in members}
-        for name in names:
-            adapters._warn_if_changed(name, KEPT)
-        files = {name: to_files(members[name], self.module, source, self.path) for name in names}
-        state = self._training_state(members.values(), source) if training else {}
-        groups = (
-            process_groups(p for adapter in members.values() for p in adapter.parameters()) if source is None else []
-        )
+        if not self._holds_base(folder, training=training):
+            training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
+        places = {name: folder if [name] == acting else folder / _file_name(name) for name in inside}
+        for name in places:
+            self.adapters._warn_if_changed(name, KEPT)
+        files = {name: to_files(inside[name], self.module, source, self.path) for name in places}
+        state = self._training_state(inside.values(), source) if training else {}
+        parameters = [p for adapter in inside.values() for p in adapter.parameters()]
+        groups = process_groups(parameters) if source is None else []
 
         def write() -> None:
-            for name, place in names.items():
+            for name, place in places.items():
                 write_folder(place, *files[name])
             for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if len(acting) > 1 else ():
                 (folder / stale).unlink(missing_ok=True)
             if training:
-                with appearing(folder / TRAINING_FILE) as fresh:
+                with appearing(folder / _TRAINING_FILE) as fresh:
                     write_tensors(state, fresh, {"format": "pt"})
             if given.get("push_to_hub"):
-                parts = [f"{name}/*" for name, place in names.items() if place != folder]
+                parts = [f"{name}/*" for name, place in places.items() if place != folder]
                 _push(folder, [CONFIG_FILE, WEIGHTS_FILE, *parts], given)
 
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
-            warn_of_others(folder, names.values())
-        for note in (
-            f"Adapter {name!r}: {note}." for name in acting for note in adapters._model.never_ran(members[name])
-        ):
+            _warn_of_others(folder, places.values())
+        never_ran = self.adapters._model.never_ran
+        for note in (f"Adapter {name!r}: {note}." for name in acting for note in never_ran(inside[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
-    def _training_state(self, members: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        ours = {key for adapter in members for key in self._keys(adapter)} | resized_keys(BaseModules(self.module))
+    def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        ours = {key for adapter in inside for key in self._keys(adapter)} | resized_keys(BaseModules(self.module))
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return dict(zip(found, whole(list(found.values())), strict=True))
-        with gathered(self.root, (module for adapter in members for module in adapter.modules())):
+        with gathered(self.root, (module for adapter in inside for module in adapter.modules())):
             found = {key: tensor for key, tensor in self.module.state_dict().items() if key in ours}
         for key, tensor in found.items():
             if tensor.is_meta:
@@ -253,11 +288,13 @@ class Saver:
                 found[key] = real_value(self.module.get_submodule(owner), local)
         return found
 
-    # What else a folder holds
+    def _holds_base(self, folder: Path, *, training: bool) -> bool:
+        """Whether the folder holds the base model. Its adapter may lie beside it, but not a checkpoint of a training.
 
-    def _check_no_model(self, folder: Path, *, training: bool) -> bool:
-        """Whether the folder holds the base model, beside which its adapter may lie, but no training's file."""
-        if not (folder / _WHOLE_MODEL).is_file() or not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        Raises:
+            SaveError: the folder holds another model.
+        """
+        if not (folder / _MODEL_CONFIG).is_file() or not any(any(folder.glob(pattern)) for pattern in _MODEL_WEIGHTS):
             return False
         name = getattr(self.module, "name_or_path", None)
         of_base = isinstance(name, str) and bool(name) and Path(name).is_dir() and folder.samefile(name)
@@ -268,21 +305,12 @@ class Saver:
             )
         return True
 
-    @staticmethod
-    def _check_no_adapter(given: Mapping[str, Any]) -> None:
-        folder = local_path(given["save_directory"])
-        if (folder / CONFIG_FILE).is_file():
-            raise SaveError(
-                f"{folder} holds an adapter, which from_pretrained would add to the merged model once more. Give "
-                f"another folder, or delete {CONFIG_FILE} there."
-            )
-
 
 def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
-    """What `save_pretrained` was called with, by name.
+    """The arguments of a call of `save_pretrained`, by name.
 
     Raises:
-        UnsupportedError: one asks for another format.
+        UnsupportedError: one of them asks for another format.
     """
     given = dict(call.arguments)
     for parameter in call.signature.parameters.values():
@@ -290,9 +318,9 @@ def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
             given |= given.pop(parameter.name, {})
     for option, (value, why) in _REFUSED.items():
         if given.get(option, not value) is value:
-            raise UnsupportedError(f"{option}={value} cannot be had for adapters: {why}.")
+            raise UnsupportedError(f"{option}={value} is not possible for adapters: {why}.")
     if given.get("variant") is not None:
-        raise UnsupportedError(f"variant={given['variant']!r} cannot be had: adapter files have no variants.")
+        raise UnsupportedError(f"variant={given['variant']!r} is not possible: adapter files have no variants.")
     return given
 
 
@@ -318,32 +346,40 @@ def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
     )
 
 
-def install(root: nn.Module) -> Loader:
-    """Let the model, and the models inside it, save and load with their adapters; one around it says that it cannot."""
-    let_outer_models_tell()
-    writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
-    for path, (module, name) in writers.items():
-        inside = f"{path}." if path else ""
-        by_parts = name != SAVE and any(other.startswith(inside) and other != path for other in writers)
-        if not by_parts and name not in module.__dict__:
-            module.__dict__[name] = Saver(root, module, path, name)
-    return Loader(root)
+def _warn_of_others(folder: Path, written: Collection[Path]) -> None:
+    """Warn of adapters in subfolders that are from an earlier save, or somebody else's. They stay."""
+    found = {path.parent for path in folder.glob(f"*/{CONFIG_FILE}")} - {*written}
+    others = sorted(place.name for place in found if not place.name.startswith("checkpoint-"))  # those are `Trainer`'s
+    if others:
+        warnings.warn(
+            f"{folder} also holds adapters from before, in the subfolders {', '.join(map(repr, others))}. Delete them "
+            "if they are from an earlier save.",
+            AdapterWarning,
+            stacklevel=4,
+        )
 
 
-def _writer(module: nn.Module) -> Iterator[str]:
-    """The name of the function by which a model, or a module of sentence-transformers, is written."""
-    for name, argument in ((SAVE, "save_directory"), ("save", "safe_serialization")):
-        own = getattr(type(module), name, None)
-        if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
-            yield name
-            return
+def _let_outer_models_warn() -> None:
+    """Let transformers' models warn when they are saved and only a model inside them has adapters. Wraps once."""
+    transformers: Any = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and not hasattr(transformers.PreTrainedModel.save_pretrained, "_warns_of_adapters"):
+        transformers.PreTrainedModel.save_pretrained = _warning(transformers.PreTrainedModel.save_pretrained)
 
 
-def uninstall(root: nn.Module, loader: Loader) -> None:
-    """Undo `install`."""
-    loader.remove()
-    for _, module in named_modules(root):
-        for name in (SAVE, "save"):
-            saver = module.__dict__.get(name)
-            if isinstance(saver, Saver) and saver.root is root:
-                del module.__dict__[name]
+def _warning(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside = () if _SAVE in self.__dict__ else named_modules(self)
+        path = next((path for path, module in inside if path and module.__dict__.get(ATTRIBUTE)), None)
+        if path is not None:
+            warnings.warn(
+                f"The adapters are attached to {path!r} inside this model, which does not know them: its file gets "
+                "their tensors under names that from_pretrained ignores, so it returns the bare base. Save them too: "
+                f"ak.attach(model.{path}).save(name, folder); or attach them to the whole model.",
+                AdapterWarning,
+                stacklevel=2,
+            )
+        return original(self, *args, **kwargs)
+
+    save_pretrained.__dict__["_warns_of_adapters"] = True
+    return save_pretrained
