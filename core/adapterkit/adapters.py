@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from adapterkit.combining import (
     Choices,
+    Source,
     Space,
-    Workspace,
+    build_result,
     check_asked,
     check_same_base,
     check_sources,
     extracted,
+    in_model_order,
     mix,
     module_of,
     same_layer,
@@ -755,7 +757,7 @@ class Adapters:
         adapters = [self._adapter(source) for source in sources]
         self._model.check_unchanged("combine", list(sources))
         if not same_base:
-            check_same_base(adapters)
+            check_same_base({adapter.name: adapter.config for adapter in adapters})
         choices = Choices(
             method=method,
             space=space,
@@ -769,8 +771,10 @@ class Adapters:
             isotropize=isotropize,
         )
         weights = [float(weight) for weight in sources.values()]
+        order = in_model_order([path for adapter in adapters for path in adapter.layers], BaseModules(self.model))
         with self._gathered(adapters):
-            adapter, report = mix(name, adapters, weights, choices, Workspace(self.model, self._active))
+            changes, report = mix(name, [Source.of(adapter) for adapter in adapters], weights, choices, order)
+            adapter = build_result(name, changes, default_registry.method(to), self.model, self._active)
         self._install(adapter)
         return report
 
@@ -979,9 +983,8 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     selection = wanted_layers(base, to, target_modules, exclude_modules, modules_to_save)
     heads = {path: copy_head(module_of(tuned, path), path) for path in selection.heads}
     labels = LabelSet.of(tuned) if heads else None
-    space = Workspace(base, adapters._active)
-    adapter, report = extracted(
-        name, selection, lambda match: (match.module, same_layer(tuned, match)), rank, energy, to, heads, labels, space
+    changes, report = extracted(
+        name, selection, lambda match: (match.module, same_layer(tuned, match)), rank, energy, to, heads, labels
     )
-    adapters._install(adapter)
+    adapters._install(build_result(name, changes, default_registry.method(to), base, adapters._active))
     return report

@@ -5,23 +5,32 @@ Uses: errors, results, kinds, contract, forward, model, files, merging.
 """
 
 from adapterkit.combining.extraction import check_asked, extracted, module_of, same_layer, wanted_layers
+from adapterkit.combining.heads import outputs_of
 from adapterkit.combining.lowrank import check_size, svd, working
 from adapterkit.combining.methods import Space
-from adapterkit.combining.sources import Choices, Workspace, check_same_base, check_sources, mix
+from adapterkit.combining.result import Changes, build_result, check_given, in_model_order, to_method
+from adapterkit.combining.sources import Choices, Source, check_same_base, check_sources, exact_change, mix
 
 __all__ = [
+    "Changes",
     "Choices",
+    "Source",
     "Space",
-    "Workspace",
+    "build_result",
     "check_asked",
+    "check_given",
     "check_same_base",
     "check_size",
     "check_sources",
+    "exact_change",
     "extracted",
+    "in_model_order",
     "mix",
     "module_of",
+    "outputs_of",
     "same_layer",
     "svd",
+    "to_method",
     "wanted_layers",
     "working",
 ]

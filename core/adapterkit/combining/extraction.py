@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.combining import lowrank
-from adapterkit.combining.result import Changes, build_result, check_can_result, check_finite
-from adapterkit.combining.sources import Workspace
+from adapterkit.combining.result import Changes, check_can_result, check_finite
 from adapterkit.contract import default_registry
 from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
 from adapterkit.kinds import Factors
 from adapterkit.merging import obstacle
-from adapterkit.model import Adapter, LabelSet, Match, Selection, select
+from adapterkit.model import LabelSet, Match, Selection, select
 from adapterkit.results import CombineReport
+from adapterkit.tensors import module_slots
 
 # A weight with both sides longer than this is decomposed by randomised projection if a rank is given, because the cost
 # of the exact decomposition grows with the cube of the shorter side.
@@ -61,24 +61,26 @@ def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on
     to: str,
     heads: Mapping[str, nn.Module],
     labels: LabelSet | None,
-    space: Workspace,
-) -> tuple[Adapter, CombineReport]:
-    """The adapter that is closest to the difference of two models; it is not installed yet.
+    store: MutableMapping[str, Factors] | None = None,
+) -> tuple[Changes, CombineReport]:
+    """The changes of the adapter that comes closest to the difference of two models.
 
     Args:
-        layers: returns the layer of a target in the base and in the tuned model.
+        layers: gives a target's layer in the base and in the tuned model.
+        heads: the tuned model's.
+        store: keeps each target's result until all are known.
     """
+    factors: MutableMapping[str, Factors] = {} if store is None else store
     errors, ranks, kinds = {}, {}, {}
     clipped = lowrank.clipped(rank, {m.path: min(m.kind.out_features, m.kind.in_features) for m in selection.targets})
     for match in selection.targets:
         path = match.path
         made, errors[path] = _difference(match, *layers(match), rank, energy)
         check_finite(name, path, made)
-        space.store[path], ranks[path], kinds[path] = made, made.rank, match.kind
-    changes = Changes(space.store, kinds, {}, heads, labels)
-    method = default_registry.method(to)
-    adapter = build_result(name, changes, method, space.model, space.active, device=space.device)
-    return adapter, CombineReport(name, to, ranks, errors, tuple(heads), clipped)
+        factors[path], ranks[path], kinds[path] = made, made.rank, match.kind
+    held = {path: {local: slot.tensor for local, slot in module_slots(head)} for path, head in heads.items()}
+    report = CombineReport(name, to, ranks, errors, tuple(heads), clipped)
+    return Changes(factors, kinds, heads=held, labels=labels), report
 
 
 def module_of(tuned: nn.Module, path: str) -> nn.Module:

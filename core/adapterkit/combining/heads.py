@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkit.errors import ConfigError, unknown
-from adapterkit.model import Adapter, LabelSet, set_rows
+from adapterkit.model import LabelSet
+
+if TYPE_CHECKING:
+    from adapterkit.combining.sources import Source
 
 CHOICES = ("average", "concat", "drop")
 
-Heads = tuple[dict[str, nn.Module], LabelSet | None]
+# The tensors of each head by path and name in the head.
+Heads = dict[str, dict[str, Tensor]]
 
 
-def combine_heads(adapters: Sequence[Adapter], choice: str | None) -> Heads:
-    """The result's heads by path, and its label set.
+def combine_heads(sources: Sequence[Source], choice: str | None) -> tuple[Heads, LabelSet | None]:
+    """The result's heads, in memory of their own, and its label set.
 
     Args:
         choice: the name of one of the adapters, `"average"`, `"concat"` or `"drop"`.
@@ -27,13 +31,15 @@ def combine_heads(adapters: Sequence[Adapter], choice: str | None) -> Heads:
         ConfigError: there are heads and no choice, or heads that cannot be combined so.
         UnknownNameError: the choice is neither.
     """
-    owners = [adapter for adapter in adapters if adapter.heads]
-    names = [adapter.name for adapter in adapters]
+    owners = [source for source in sources if source.heads]
+    names = [source.name for source in sources]
     if choice is not None and choice not in CHOICES and choice not in names:
         raise unknown("choice of heads", choice, [*names, *CHOICES])
     if choice in names:  # before the other words: an adapter may be called "drop"
-        own = adapters[names.index(choice)]
-        return copy.deepcopy(own.heads), own.labels
+        own = sources[names.index(choice)]
+        # Tied tensors stay one.
+        copies = {id(t): t.detach().clone() for head in own.heads.values() for t in head.values()}
+        return {path: {name: copies[id(t)] for name, t in head.items()} for path, head in own.heads.items()}, own.labels
     if not owners or choice == "drop":
         return {}, None
     if choice is None:
@@ -42,74 +48,93 @@ def combine_heads(adapters: Sequence[Adapter], choice: str | None) -> Heads:
             f"There are heads ({', '.join(repr(o.name) for o in owners)}), and which the result is to have is not "
             f"said. Choose one of {listed}."
         )
+    _check_same_tensors(owners, choice)
     return _average(owners) if choice == "average" else _concat(owners)
 
 
-def _average(owners: Sequence[Adapter]) -> Heads:
+def outputs_of(head: Mapping[str, Tensor]) -> dict[str, int]:
+    """The linear layers of a head by their paths in it, with their rows: the last one has one for each class."""
+    layers = {name.removesuffix("weight").removesuffix("."): t for name, t in head.items() if _is_weight(name, t)}
+    return {path: tensor.shape[0] for path, tensor in layers.items()}
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    named = name == "weight" or name.endswith(".weight")
+    return named and tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _average(owners: Sequence[Source]) -> tuple[Heads, LabelSet | None]:
     """The mean of equal heads, tensor by tensor."""
-    _check_same_modules(owners, "average")
-    heads = {path: copy.deepcopy(head) for path, head in owners[0].heads.items()}
-    for path, head in heads.items():
-        for name, tensor in head.state_dict(keep_vars=True).items():
-            found = [owner.heads[path].state_dict()[name] for owner in owners]
+    heads: Heads = {}
+    for path, head in owners[0].heads.items():
+        heads[path] = {}
+        for name, tensor in head.items():
+            found = [owner.heads[path][name].detach() for owner in owners]
             if len({t.shape for t in found}) > 1:
                 shapes = ", ".join(f"{o.name!r} has {tuple(t.shape)}" for o, t in zip(owners, found, strict=True))
                 raise ConfigError(f"heads='average' needs equal shapes; at {path}.{name} {shapes}. Use heads='concat'.")
-            if tensor.is_floating_point():
-                tensor.data.copy_(torch.stack([t.double() for t in found]).mean(0))
+            mean = torch.stack([t.double() for t in found]).mean(0) if tensor.is_floating_point() else found[0].clone()
+            heads[path][name] = mean.to(tensor.dtype)
     return heads, owners[0].labels
 
 
-def _concat(owners: Sequence[Adapter]) -> Heads:
+def _concat(owners: Sequence[Source]) -> tuple[Heads, LabelSet | None]:
     """One head over all labels: the rows of the output layers one under another."""
-    _check_same_modules(owners, "concat")
     if any(owner.labels is None or len(owner.heads) != 1 for owner in owners):
         raise ConfigError("heads='concat' needs adapters with one head and a label set each.")
     ((path, first),) = owners[0].heads.items()
     counts = [len(owner.labels.id2label) for owner in owners if owner.labels is not None]
-    outputs = [_output(owner.heads[path], count) for owner, count in zip(owners, counts, strict=True)]
-    if any(found is None for found in outputs):
-        raise ConfigError(f"heads='concat': no linear layer of the head {path!r} has one row for each label.")
-    place, _ = outputs[0] or ("", None)
-    layers = [found[1] for found in outputs if found is not None]
-    _check_rest_equal(owners, path, place)
-    head = copy.deepcopy(first)
-    output = head.get_submodule(place)
-    assert isinstance(output, nn.Linear)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    set_rows(output, _rows([layer.weight for layer in layers]), _rows(biases) if biases else None)
+    places = []
+    for owner, count in zip(owners, counts, strict=True):
+        found = [place for place, rows in outputs_of(owner.heads[path]).items() if rows == count]
+        if not found:
+            raise ConfigError(f"heads='concat': no linear layer of the head {path!r} has one row for each label.")
+        places.append(f"{found[-1]}." if found[-1] else "")
+    _check_rest_equal(owners, path, places[0])
+    head = {name: tensor.detach().clone() for name, tensor in first.items()}
+    for name in ("weight", "bias"):
+        if places[0] + name in head:
+            pairs = zip(owners, places, strict=True)
+            head[places[0] + name] = _joined([owner.heads[path][place + name] for owner, place in pairs])
     return {path: head}, _all_labels(owners)
 
 
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach() for t in tensors])
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of all of them, in the widest dtype: torch joins no float8 with another dtype."""
+    dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+    return torch.cat([t.detach().to(dtype) for t in tensors])
 
 
-def _output(head: nn.Module, count: int) -> tuple[str, nn.Linear] | None:
-    found = [(n, m) for n, m in head.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
-    return found[-1] if found else None
-
-
-def _check_same_modules(owners: Sequence[Adapter], choice: str) -> None:
+def _check_same_tensors(owners: Sequence[Source], choice: str) -> None:
     if len({tuple(owner.heads) for owner in owners}) > 1:
         listed = "; ".join(f"{owner.name!r}: {', '.join(owner.heads)}" for owner in owners)
         raise ConfigError(f"heads={choice!r} needs heads at the same modules; there are {listed}.")
+    for path, head in owners[0].heads.items():
+        other = next((owner for owner in owners if owner.heads[path].keys() != head.keys()), None)
+        if other is not None:
+            raise ConfigError(
+                f"heads={choice!r} needs heads of the same tensors; at {path!r} {owners[0].name!r} has "
+                f"{', '.join(head)}, and {other.name!r} has {', '.join(other.heads[path])}."
+            )
 
 
-def _check_rest_equal(owners: Sequence[Adapter], path: str, place: str) -> None:
+def _check_rest_equal(owners: Sequence[Source], path: str, place: str) -> None:
     """Rows can be put together only if what leads to the output layer is the same for all."""
-    inside = f"{place}." if place else ""
-    for name, tensor in owners[0].heads[path].state_dict().items():
-        is_output = name.removeprefix(inside) in ("weight", "bias") and name.startswith(inside)
-        others = [owner.heads[path].state_dict()[name] for owner in owners[1:]]
-        if not is_output and not all(torch.equal(tensor, other) for other in others):
+    for name, tensor in owners[0].heads[path].items():
+        is_output = name in (f"{place}weight", f"{place}bias")
+        if not is_output and not all(_equal(tensor, owner.heads[path][name]) for owner in owners[1:]):
             raise ConfigError(
                 f"heads='concat' stacks output layers, but {path}.{name}, which leads to them, differs between the "
                 f"adapters. Take one head: heads={owners[0].name!r}."
             )
 
 
-def _all_labels(owners: Sequence[Adapter]) -> LabelSet:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    wide = torch.float32 if one.is_floating_point() and one.dtype.itemsize == 1 else one.dtype
+    return one.dtype == other.dtype and torch.equal(one.to(wide), other.to(wide))
+
+
+def _all_labels(owners: Sequence[Source]) -> LabelSet:
     """Every label of every adapter; one that two have is told apart by the adapter's name."""
     named = [(o.name, label) for o in owners if o.labels is not None for label in _in_order(o.labels.id2label)]
     often = Counter(label for _, label in named)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adapterkit.combining.heads import Heads
 from adapterkit.combining.lowrank import all_finite
 from adapterkit.contract import RESULT_HOOKS, AdapterConfig, AdapterLayer, Method, Target, beside
 from adapterkit.errors import PluginError, StateError, UnsupportedError
@@ -24,7 +25,7 @@ from adapterkit.model import (
     build_adapter,
     by_layer,
 )
-from adapterkit.tensors import module_slots
+from adapterkit.tensors import Slot, module_slots
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class Changes:
     Attributes:
         factors: the change at each target's path, in the order of the model.
         kinds: what each target is.
+        fields: of the new adapter's config, such as the base's name.
         biases: the trained bias of modules, by path.
-        heads: the heads by path, and `labels` their label set.
+        heads: the tensors of the heads; `tables` those that are embeddings; `labels` their label set.
     """
 
     factors: Mapping[str, Factors]
     kinds: Mapping[str, LayerKind]
+    fields: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
-    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    heads: Heads = field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
     labels: LabelSet | None = None
 
 
@@ -64,57 +68,30 @@ def check_finite(name: str, path: str, factors: Factors) -> None:
         )
 
 
-def build_result(
-    name: str,
-    changes: Changes,
-    method: Method,
-    model: nn.Module,
-    active: Active,
-    *,
-    device: torch.device | None = None,
-) -> Adapter:
-    """The adapter of this method whose change at each target is the one given; not installed yet.
-
-    Args:
-        device: where it is; `None`: where the model computes.
+def to_method(changes: Changes, method: Method) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The changes of layers in a method's form: its config, and tensors by key.
 
     Raises:
         UnsupportedError: the method cannot express some of the changes.
     """
     check_can_result(method)
-    modules = BaseModules(model)
-    ranks = {path: f.rank for path, f in changes.factors.items()}
+    trained = "none"
+    if changes.biases:
+        trained = "targets" if set(changes.biases) <= set(changes.factors) else "all"
     config = method.config_from_ranks(
-        ranks,
-        bias=any(f.bias is not None for f in changes.factors.values()),
-        trained_biases=_trained_biases(changes),
-    ).replace(target_modules=short_names(changes.factors, modules.all_paths), modules_to_save=None)
-    matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
-    selection, builder = Selection(tuple(matches), tuple(changes.heads), (), ()), LayerBuilder(method, config)
-    with torch.no_grad():
-        tensors = _tensors(changes, method, config)
-        biases = {f"{beside(path, changes.factors)}.bias": bias for path, bias in changes.biases.items()}
-        adapter, _ = build_adapter(modules, name, builder, selection, active, tensors | biases, device=device)
-    _check_given(tensors, adapter.layers, builder)
-    lacking = sorted(set(changes.biases) - set(adapter.biases))
+        {path: factors.rank for path, factors in changes.factors.items()},
+        bias=any(factors.bias is not None for factors in changes.factors.values()),
+        trained_biases=trained,
+    ).replace(**{"modules_to_save": None, **changes.fields})
+    may_train = {"none": (), "targets": changes.factors, "all": changes.biases}[config.trained_biases]
+    lacking = sorted(set(changes.biases) - set(may_train))
     if lacking:
         raise UnsupportedError(
             f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
         )
-    adapter.heads = dict(changes.heads)
-    adapter.labels = changes.labels
-    return adapter
-
-
-def _tensors(changes: Changes, method: Method, config: AdapterConfig) -> dict[str, Tensor]:
-    """What layers with these changes hold, by keys of a file.
-
-    Raises:
-        UnsupportedError: the method cannot express some of the changes.
-    """
     found: dict[str, Tensor] = {}
     for path, factors in changes.factors.items():
-        target = Target(path, nn.Module(), changes.kinds[path], torch.float32, torch.device("cpu"), load=True)
+        target = Target(path, None, changes.kinds[path], torch.float32, torch.device("cpu"), load=True)
         values = method.from_factors(target, config, factors)
         if values is None:
             raise UnsupportedError(
@@ -122,10 +99,34 @@ def _tensors(changes: Changes, method: Method, config: AdapterConfig) -> dict[st
                 f"{factors.rank})."
             )
         found |= {f"{path}.{local}": value for local, value in values.items()}
-    return found
+    return config, found
 
 
-def _check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], builder: LayerBuilder) -> None:
+@torch.no_grad()
+def build_result(name: str, changes: Changes, method: Method, model: nn.Module, active: Active) -> Adapter:
+    """The adapter of this method that makes these changes on a model; not installed yet.
+
+    Raises:
+        UnsupportedError: the method cannot express some of the changes.
+        StateError: a head or a bias does not fit the model.
+    """
+    modules = BaseModules(model)
+    config, tensors = to_method(changes, method)
+    config = config.replace(target_modules=short_names(changes.factors, modules.all_paths))
+    matches = [Match(p, model.get_submodule(p), changes.kinds[p], "a combination") for p in changes.factors]
+    selection, builder = Selection(tuple(matches), tuple(changes.heads), (), ()), LayerBuilder(method, config)
+    parts = [(path, {"bias": bias}) for path, bias in changes.biases.items()] + list(changes.heads.items())
+    rest = {f"{beside(p, changes.factors)}.{local}": t for p, held in parts for local, t in held.items()}
+    adapter, _ = build_adapter(modules, name, builder, selection, active, tensors | rest)
+    check_given(tensors, adapter.layers, builder)
+    if not (report := builder.fit.report()).ok:
+        raise StateError(f"The heads and biases of {name!r} do not fit this model.\n{report}")
+    _tie(adapter.heads, changes.heads)
+    adapter.labels, adapter.tables = changes.labels, changes.tables
+    return adapter
+
+
+def check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], builder: LayerBuilder) -> None:
     """Raise `PluginError` if the hook `from_factors` gave other tensors than the layers have."""
     method = builder.method
     given, _ = by_layer(tensors, builder.rule, {path: path for path in layers})
@@ -138,16 +139,20 @@ def _check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLaye
                 f"layer has {own}."
             )
     for mismatch in builder.fit.mismatched:
-        raise PluginError(
-            f"The method {method.name!r} ({method.provider}): its hook from_factors gave {mismatch.key!r} of shape "
-            f"{mismatch.found}; the layer's is {mismatch.expected}."
-        )
+        if mismatch.key in tensors:
+            raise PluginError(
+                f"The method {method.name!r} ({method.provider}): its hook from_factors gave {mismatch.key!r} of shape "
+                f"{mismatch.found}; the layer's is {mismatch.expected}."
+            )
 
 
-def _trained_biases(changes: Changes) -> str:
-    if not changes.biases:
-        return "none"
-    return "targets" if set(changes.biases) <= set(changes.factors) else "all"
+def _tie(modules: Mapping[str, nn.Module], heads: Heads) -> None:
+    """Let heads that are made of one tensor have one parameter."""
+    first: dict[int, Slot] = {}
+    for path, head in modules.items():
+        for local, slot in module_slots(head):
+            other = first.setdefault(id(heads[path][local]), slot)
+            slot.restore(other.tensor)
 
 
 def in_model_order(paths: Sequence[str], modules: BaseModules) -> list[str]:

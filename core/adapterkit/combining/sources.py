@@ -5,25 +5,24 @@ from __future__ import annotations
 import sys
 import warnings
 import zlib
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkit.combining import lowrank
 from adapterkit.combining.heads import combine_heads
 from adapterkit.combining.methods import SPACES, Recipe, Space, combine_factors
-from adapterkit.combining.result import Changes, build_result, check_can_result, check_finite, in_model_order
-from adapterkit.contract import MajoritySign, Options, combiners, default_registry
+from adapterkit.combining.result import Changes, check_can_result, check_finite
+from adapterkit.contract import AdapterConfig, AdapterLayer, MajoritySign, Method, Options, combiners, default_registry
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
-from adapterkit.forward import Active
-from adapterkit.kinds import Factors
-from adapterkit.model import Adapter, BaseModules
+from adapterkit.kinds import Factors, LayerKind
+from adapterkit.model import Adapter, LabelSet
 from adapterkit.results import CombineReport
-from adapterkit.tensors import widened
+from adapterkit.tensors import module_slots, widened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,9 @@ def check_sources(sources: object) -> None:
             raise ConfigError(f"The weight of {name!r} is {weight!r}; it must be a finite number.")
 
 
-def check_same_base(adapters: Sequence[Adapter]) -> None:
+def check_same_base(configs: Mapping[str, AdapterConfig]) -> None:
     """Raise `ConfigError` if the adapters' configs name different base models."""
-    bases = {r.config.base_model_name_or_path: r.name for r in adapters if r.config.base_model_name_or_path}
+    bases = {c.base_model_name_or_path: name for name, c in configs.items() if c.base_model_name_or_path}
     if len(bases) > 1:
         listed = ", ".join(f"{name!r} of {base!r}" for base, name in bases.items())
         raise ConfigError(
@@ -77,35 +76,75 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
         )
 
 
-@dataclass
-class Workspace:
-    """Where a combination is worked out.
+@dataclass(frozen=True)
+class Source:
+    """One adapter that is combined: on a model, or known by its files alone.
 
     Attributes:
-        model, active: what the result will be on.
-        store: keeps each target's result until all are known.
-        dtype: changes are worked out in this one at least.
-        device: where the result is; `None`: where the model computes.
+        kinds: what each layer is that it changes, by path.
+        heads: the tensors of its heads; `tables` those that are embeddings.
+        biases: its trained biases, by the path of their module.
+        change: its exact change at a path, in a dtype at least; see `exact_change`.
+        shift: what it changed in a bias.
     """
 
-    model: nn.Module
-    active: Active
-    store: MutableMapping[str, Factors] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    device: torch.device | None = None
+    name: str
+    config: AdapterConfig
+    kinds: Mapping[str, LayerKind]
+    heads: Mapping[str, Mapping[str, Tensor]]
+    tables: frozenset[str]
+    biases: Mapping[str, Tensor]
+    labels: LabelSet | None
+    change: Callable[[str, torch.dtype], Factors]
+    shift: Callable[[str], Tensor]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Source:
+        """An adapter on a model."""
+        method = default_registry.method_of(adapter.config)
+
+        def shift(path: str) -> Tensor:
+            base = adapter.hosts[path].bias
+            assert isinstance(base, Tensor)
+            return adapter.biases[path].shift(base).detach()
+
+        return cls(
+            name=adapter.name,
+            config=adapter.config,
+            kinds={path: layer.kind for path, layer in adapter.layers.items()},
+            heads={path: {n: s.tensor for n, s in module_slots(head)} for path, head in adapter.heads.items()},
+            tables=adapter.tables,
+            biases={path: layer.bias.detach() for path, layer in adapter.biases.items()},
+            labels=adapter.labels,
+            change=lambda path, dtype: exact_change(method, adapter.layers[path], adapter.name, path, dtype),
+            shift=shift,
+        )
 
 
 @torch.no_grad()
 def mix(
-    name: str, adapters: Sequence[Adapter], weights: Sequence[float], choices: Choices, space: Workspace
-) -> tuple[Adapter, CombineReport]:
-    """The combination of these adapters, not installed yet."""
+    name: str,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    choices: Choices,
+    order: Sequence[str],
+    store: MutableMapping[str, Factors] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Changes, CombineReport]:
+    """The changes of an adapter that combines these.
+
+    Args:
+        order: every path that one of them changes, in the order to go.
+        store: keeps each target's result until all are known.
+        dtype: changes are worked out in this one at least.
+    """
     recipe = choices.recipe()
-    heads, labels = combine_heads(adapters, choices.heads)
-    _warn_of_replaced(adapters, heads)
-    factors, errors, ranks, most = space.store, {}, {}, {}
-    for path, having in _targets(adapters, weights, space.model, heads):
-        found = [factors_at(adapter, path, space.dtype) for adapter, _ in having]
+    heads, labels = combine_heads(sources, choices.heads)
+    _warn_of_replaced(sources, heads)
+    factors: MutableMapping[str, Factors] = {} if store is None else store
+    errors, ranks, most = {}, {}, {}
+    for path, having in _targets(sources, weights, order, heads):
+        found = [source.change(path, dtype) for source, _ in having]
         most[path] = min(found[0].up.shape[0], found[0].down.shape[1])
         try:
             made, errors[path] = combine_factors(
@@ -115,24 +154,26 @@ def mix(
             raise ConfigError(f"{path!r}: {error}") from error
         check_finite(name, path, made)
         factors[path], ranks[path] = made, made.rank
-    clipped = lowrank.clipped(recipe.rank, most)
-    kinds = {path: layer.kind for adapter in adapters for path, layer in adapter.layers.items()}
-    changes = Changes(factors, kinds, _biases(adapters, weights, heads), heads, labels)
-    to = default_registry.method(choices.to)
-    adapter = build_result(name, changes, to, space.model, space.active, device=space.device)
-    adapter.config = adapter.config.replace(**_shared_fields(adapters, heads=bool(heads)))
-    adapter.tables = frozenset(path for r in adapters for path in r.tables if path in heads)
-    return adapter, CombineReport(name, choices.to, ranks, errors, tuple(heads), clipped)
+    changes = Changes(
+        factors=factors,
+        kinds={path: kind for source in sources for path, kind in source.kinds.items()},
+        fields=_shared_fields(sources, heads=bool(heads)),
+        biases=_biases(sources, weights, heads),
+        heads=heads,
+        tables=frozenset(path for source in sources for path in source.tables if path in heads),
+        labels=labels,
+    )
+    return changes, CombineReport(name, choices.to, ranks, errors, tuple(heads), lowrank.clipped(recipe.rank, most))
 
 
 def _targets(
-    adapters: Sequence[Adapter], weights: Sequence[float], model: nn.Module, heads: Collection[str]
-) -> Iterator[tuple[str, list[tuple[Adapter, float]]]]:
-    """Each target in the order of the model, with the adapters that change it there and their weights."""
+    sources: Sequence[Source], weights: Sequence[float], order: Sequence[str], heads: Collection[str]
+) -> Iterator[tuple[str, list[tuple[Source, float]]]]:
+    """Each target in order, with the adapters that change it and their weights."""
     count = 0
-    for path in in_model_order([path for adapter in adapters for path in adapter.layers], BaseModules(model)):
-        pairs = zip(adapters, weights, strict=True)
-        having = [(r, w) for r, w in pairs if path in r.layers and not _replaced(path, r, heads)]
+    for path in order:
+        pairs = zip(sources, weights, strict=True)
+        having = [(source, w) for source, w in pairs if path in source.kinds and not _replaced(path, source, heads)]
         if having:
             count += 1
             yield path, having
@@ -148,11 +189,11 @@ def _is_finite(weight: object) -> bool:
     return bool(abs(number) <= sys.float_info.max)
 
 
-def _shared_fields(adapters: Sequence[Adapter], *, heads: bool) -> dict[str, str]:
+def _shared_fields(sources: Sequence[Source], *, heads: bool) -> dict[str, str]:
     """Fields of the configs that say where the adapters are from, if all agree; the task needs its head."""
     found = {}
     for name in ("base_model_name_or_path", "revision", *(["task_type"] if heads else [])):
-        values = {getattr(adapter.config, name) for adapter in adapters}
+        values = {getattr(source.config, name) for source in sources}
         if len(values) == 1 and None not in values:
             (found[name],) = values
     return found
@@ -166,14 +207,14 @@ def _check_choices(space: object, rank: object, energy: object, seed: object) ->
         raise ConfigError(f"seed = {seed!r} must be a whole number or None.")
 
 
-def _replaced(path: str, adapter: Adapter, heads: Collection[str]) -> bool:
+def _replaced(path: str, source: Source, heads: Collection[str]) -> bool:
     """Whether a head of the result, which is not this adapter's, stands where its change at `path` would act."""
     inside = [head for head in heads if path == head or path.startswith(head + ".")]
-    return any(head not in adapter.heads for head in inside)
+    return any(head not in source.heads for head in inside)
 
 
-def _warn_of_replaced(adapters: Sequence[Adapter], heads: Collection[str]) -> None:
-    lost = [(r.name, path) for r in adapters for path in (*r.layers, *r.biases) if _replaced(path, r, heads)]
+def _warn_of_replaced(sources: Sequence[Source], heads: Collection[str]) -> None:
+    lost = [(s.name, path) for s in sources for path in (*s.kinds, *s.biases) if _replaced(path, s, heads)]
     if lost:
         name, path = lost[0]
         warnings.warn(
@@ -192,56 +233,43 @@ def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Re
     return replace(recipe, options=replace(recipe.options, generator=generator))
 
 
-def factors_at(adapter: Adapter, path: str, dtype: torch.dtype = torch.float32) -> Factors:
-    """The exact change of an adapter at one of its targets, worked out in float32 at least.
+def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtype: torch.dtype) -> Factors:
+    """The exact change of an adapter at one of its targets, worked out in this dtype at least.
 
     Raises:
         UnsupportedError: it has no low-rank form.
         StateError: it has no values, or values that are not finite.
     """
-    method, layer = default_registry.method_of(adapter.config), adapter.layers[path]
     with widened(layer, dtype):
         found = method.factors(layer)
     if found is None:
         instead = "Merge it (adapters.merge), or activate" if "merge" in method.hooks else "Activate"
         raise UnsupportedError(
-            f"Adapter {adapter.name!r} ({adapter.config.method}) has no low-rank change of the weight at {path!r}, so "
+            f"Adapter {name!r} ({method.name}) has no low-rank change of the weight at {path!r}, so "
             f"it cannot be combined or converted. {instead} it beside the others instead."
         )
     if found.down.is_meta:
-        raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
+        raise StateError(f"Adapter {name!r} has no values at {path!r}: it is on the meta device.")
     if not lowrank.all_finite(*found[:3]):
-        raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
+        raise StateError(f"Adapter {name!r} has values at {path!r} that are not finite.")
     return found
 
 
-def _biases(adapters: Sequence[Adapter], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:
+def _biases(sources: Sequence[Source], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:
     """Trained biases: the base's and the weighted sum of what each adapter changed in it.
 
     `base + sum of w_i (own_i - base)`; where the weights add up to 1 that is `sum of w_i own_i`, and no base is needed.
     """
     found: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for adapter in adapters for path in adapter.biases):
-        pairs = zip(adapters, weights, strict=True)
-        having = [(r, w) for r, w in pairs if path in r.biases and not _replaced(path, r, heads)]
+    for path in dict.fromkeys(path for source in sources for path in source.biases):
+        pairs = zip(sources, weights, strict=True)
+        having = [(source, w) for source, w in pairs if path in source.biases and not _replaced(path, source, heads)]
         if not having:
             continue
-        own = [(adapter.biases[path].bias.detach(), weight) for adapter, weight in having]
+        own = [(source.biases[path], weight) for source, weight in having]
         if sum(weight for _, weight in having) == 1.0:
             found[path] = torch.stack([weight * bias for bias, weight in own]).sum(0)
             continue
-        shifts = [weight * _shift(adapter, path) for adapter, weight in having]
-        found[path] = own[0][0] - _shift(having[0][0], path) + torch.stack(shifts).sum(0)
+        shifts = [weight * source.shift(path) for source, weight in having]
+        found[path] = own[0][0] - having[0][0].shift(path) + torch.stack(shifts).sum(0)
     return found
-
-
-def _shift(adapter: Adapter, path: str) -> Tensor:
-    base = adapter.hosts[path].bias
-    assert isinstance(base, Tensor)
-    layer = adapter.biases[path]
-    if layer.base is None and base.is_meta:
-        raise StateError(
-            f"Adapter {adapter.name!r} trains the bias of {path!r}, and its files do not tell what that was before. "
-            "Give base=, the folder of the model with its weights, or weights that add up to 1."
-        )
-    return layer.shift(base).detach()

@@ -6,16 +6,7 @@ Uses: errors, tensors, kinds.
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
 from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.foreign import (
-    DOTTED,
-    FLAT,
-    OPTIONAL,
-    ForeignFile,
-    ForeignLayers,
-    component,
-    exactly,
-    with_patterns,
-)
+from adapterkit.contract.foreign import DOTTED, FLAT, OPTIONAL, ForeignFile, ForeignLayers, component, with_patterns
 from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, RESULT_HOOKS, hookimpl
 from adapterkit.contract.keys import (
     ATTRIBUTE,
@@ -82,7 +73,6 @@ __all__ = [
     "combiners_of",
     "component",
     "default_registry",
-    "exactly",
     "file_key",
     "hookimpl",
     "kaiming",

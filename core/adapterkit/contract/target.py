@@ -21,12 +21,13 @@ class Target:
     Attributes:
         path: its module path in the model, such as `"encoder.layer.0.attention.self.query"`.
         kind: what it is; has the sizes, and applies factors to inputs.
+        module: the layer itself; `None` where only an adapter's files are known.
         dtype, device: what the adapter's parameters are to be made with.
         load: a file's values are about to be assigned: parameters may be left empty.
     """
 
     path: str
-    module: nn.Module
+    module: nn.Module | None
     kind: LayerKind
     dtype: torch.dtype
     device: torch.device
@@ -48,6 +49,8 @@ class Target:
         Raises:
             UnsupportedError: it is quantised, and does not say which numbers it stands for.
         """
+        if self.module is None:
+            return torch.empty(self.out_features, self.in_features, device="meta")
         with gathered(self.module, self.module.modules()):
             held = self.kind.read(self.module)
             weight = dense(held)
@@ -60,6 +63,8 @@ class Target:
 
     def bias(self) -> Tensor | None:
         """The layer's bias as a float32 (or float64) copy of shape `(out,)`; `None` if it has none."""
+        if self.module is None:
+            return None
         with gathered(self.module, self.module.modules()):
             bias = getattr(self.module, "bias", None)
             if not isinstance(bias, Tensor):

@@ -4,6 +4,7 @@ In: adapter folders and checkpoints. Out: new folders and checkpoints, and repor
 Uses: errors, results, kinds, contract, forward, model, files, merging, combining.
 """
 
+from adapterkit.disk.adapter_file import AdapterFile, names_of
 from adapterkit.disk.base import Base
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
@@ -13,11 +14,11 @@ from adapterkit.disk.diffreport import AdapterDiff
 from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.merge import MergeReport, merge_checkpoint
-from adapterkit.disk.opened import names_of, open_adapter, stand_in
 from adapterkit.disk.skeletons import skeleton
 
 __all__ = [
     "AdapterDiff",
+    "AdapterFile",
     "AdapterInspection",
     "Base",
     "Checkpoint",
@@ -30,7 +31,5 @@ __all__ = [
     "inspect_adapter",
     "merge_checkpoint",
     "names_of",
-    "open_adapter",
     "skeleton",
-    "stand_in",
 ]

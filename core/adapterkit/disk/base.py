@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from adapterkit.disk.checkpoint import Checkpoint, has_weights
 from adapterkit.disk.names import match_names
 from adapterkit.disk.skeletons import CONFIG, skeleton
 from adapterkit.errors import CheckpointError
+from adapterkit.kinds import LayerKind
 
 
 class Base:
@@ -41,18 +41,23 @@ class Base:
         place = config.base_model_name_or_path
         return cls.of(place) if place and (Path(place) / CONFIG).is_file() else None
 
-    def layer(self, path: str) -> nn.Module:
-        """A copy of a layer, on the meta device.
+    def kind(self, path: str) -> LayerKind:
+        """What a layer is.
 
         Raises:
             CheckpointError: there is none of that path that can hold an adapter.
         """
-        for module in self._modules(path):
-            if default_registry.kind_of(module) is not None:
-                return copy.deepcopy(module).to("meta").requires_grad_(False)
-        raise CheckpointError(
-            f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
-        )
+        kinds = (default_registry.kind_of(module) for module in self._modules(path))
+        found = next((kind for kind in kinds if kind is not None), None)
+        if found is None:
+            raise CheckpointError(
+                f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
+            )
+        return found
+
+    def has_bias(self, path: str) -> bool:
+        """Whether a module has a bias of its own."""
+        return any(module._parameters.get("bias") is not None for module in self._modules(path))
 
     def parameter(self, path: str, name: str) -> Tensor | None:
         """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.combining import Choices, Space, Workspace, check_same_base, check_sources, mix
-from adapterkit.contract import MajoritySign
+from adapterkit.combining import Choices, Space, check_same_base, check_sources, mix
+from adapterkit.contract import MajoritySign, default_registry
+from adapterkit.disk.adapter_file import AdapterFile, check_one_base, names_of, natural
 from adapterkit.disk.base import Base
-from adapterkit.disk.opened import Opened, names_of, open_adapter, stand_in, working_dtype
-from adapterkit.disk.output import check_dtype, output_place, write_adapter
+from adapterkit.disk.output import Result, check_dtype, output_place
 from adapterkit.files import FactorSpool, short_names
-from adapterkit.forward import Active
-from adapterkit.model import Adapter, BaseModules
+from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
 
 
@@ -82,30 +82,17 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
     choices.recipe()
     given = Base.of(base)
     names = names_of(list(sources))
-    opened = [open_adapter(place, name, base=given) for place, name in zip(sources, names, strict=True)]
+    opened = [AdapterFile.open(place, given, name=name) for place, name in zip(sources, names, strict=True)]
     place = output_place(out, [adapter.files.folder for adapter in opened], overwrite=overwrite)
     weights = [float(weight) for weight in sources.values()]
-    return _combined(opened, weights, choices, place, given, dtype=dtype, same_base=same_base)
-
-
-def _combined(
-    opened: Sequence[Opened],
-    weights: Sequence[float],
-    choices: Choices,
-    place: Path,
-    base: Base | None,
-    *,
-    dtype: torch.dtype | None,
-    same_base: bool,
-) -> CombineReport:
     with FactorSpool(place.parent, lambda: release(opened)) as spool:
-        adapter, report, model = combined(opened, weights, choices, place.name, spool, base, same_base=same_base)
-        write_adapter(adapter, model, place, dtype=dtype, mapped=[spool, *(adapter.mapped for adapter in opened)])
+        result, report = combined(opened, weights, choices, place.name, spool, given, same_base=same_base)
+        result.write(place, dtype, [spool, *(adapter.mapped for adapter in opened)])
     return report
 
 
 def combined(
-    opened: Sequence[Opened],
+    opened: Sequence[AdapterFile],
     weights: Sequence[float],
     choices: Choices,
     name: str,
@@ -113,20 +100,25 @@ def combined(
     base: Base | None,
     *,
     same_base: bool = False,
-) -> tuple[Adapter, CombineReport, nn.Module]:
-    """The combination of adapters that are opened, its changes in the spool, and the stand-in that it is on."""
-    working = working_dtype(opened)
-    model = stand_in(opened, working)
-    adapters = [adapter.adapter(model)[0] for adapter in opened]
+) -> tuple[Result, CombineReport]:
+    """The combination of adapters that are opened; its changes are in the spool."""
+    kinds = check_one_base(opened)
+    for adapter in opened:
+        adapter.check_fits()
+    sources = [adapter.source for adapter in opened]
     if not same_base:
-        check_same_base(adapters)
-    space = Workspace(model, Active(), spool, working, torch.device("cpu"))
-    adapter, report = mix(name, adapters, weights, choices, space)
-    adapter.config = adapter.config.replace(target_modules=_target_names(adapter, model, opened, base))
-    return adapter, report, model
+        check_same_base({adapter.name: adapter.config for adapter in opened})
+    # float64 if one of them has such tensors, else float32, which adapters have on a model of less.
+    wide = any(tensor.dtype == torch.float64 for adapter in opened for tensor in adapter.files.tensors.values())
+    dtype = torch.float64 if wide else torch.float32
+    changes, report = mix(name, sources, weights, choices, sorted(kinds, key=natural), spool, dtype)
+    changes = dataclasses.replace(changes, kinds=kinds)
+    result = Result.of(changes, default_registry.method(choices.to), dtype)
+    config = result.config.replace(target_modules=_target_names(list(changes.factors), opened, base))
+    return dataclasses.replace(result, config=config), report
 
 
-def release(opened: Sequence[Opened]) -> None:
+def release(opened: Sequence[AdapterFile]) -> None:
     """Have no page of their files in memory."""
     for adapter in opened:
         adapter.mapped.release()
@@ -138,24 +130,25 @@ def _named(heads: str | None, sources: Mapping[str | Path, float]) -> str | None
     return heads if heads is None else names.get(str(heads), heads)
 
 
-def _target_names(adapter: Adapter, model: nn.Module, opened: Sequence[Opened], base: Base | None) -> tuple[str, ...]:
+def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: Base | None) -> tuple[str, ...]:
     """`target_modules` of the result: short names only where nothing else in the model has them."""
     paths = [] if base is None else BaseModules(base.model).all_paths
-    if adapter.layers.keys() <= set(paths):
-        return short_names(adapter.layers, paths)
-    tails = {_tail(path) for path in adapter.layers}
-    others = any(_tail(path) in tails and path not in adapter.layers for path in BaseModules(model).all_paths)
-    if not others and all(any(_vouches(adapter, tail, adapter.layers) for adapter in opened) for tail in tails):
+    if set(targets) <= set(paths):
+        return short_names(targets, paths)
+    tails = {_tail(path) for path in targets}
+    known = {path for adapter in opened for path in adapter.paths}
+    others = any(_tail(path) in tails and path not in targets for path in known)
+    if not others and all(any(_vouches(adapter, tail, targets) for adapter in opened) for tail in tails):
         return tuple(sorted(tails))
-    return tuple(sorted(adapter.layers))
+    return tuple(sorted(targets))
 
 
-def _vouches(adapter: Opened, tail: str, paths: Collection[str]) -> bool:
+def _vouches(adapter: AdapterFile, tail: str, paths: Collection[str]) -> bool:
     """Whether the adapter's own config says that the modules of this name are these and no more."""
     config: Any = adapter.config
     filtered = config.exclude_modules or config.layers_to_transform is not None or config.modules_to_save
     listed = isinstance(config.target_modules, tuple) and tail in config.target_modules
-    own = {path for path in adapter.layers if _tail(path) == tail}
+    own = {path for path in adapter.kinds if _tail(path) == tail}
     return listed and not filtered and own == {path for path in paths if _tail(path) == tail}
 
 

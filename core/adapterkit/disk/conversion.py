@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from adapterkit.combining import Choices, check_size
 from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix
+from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.base import Base
 from adapterkit.disk.combination import combined, release
-from adapterkit.disk.contents import split_key
-from adapterkit.disk.opened import Opened, open_adapter, stand_in, working_dtype
-from adapterkit.disk.output import check_dtype, file_place, output_place, write_adapter, write_file
+from adapterkit.disk.output import Result, check_dtype, file_place, output_place, write_file
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.files import FactorSpool, MappedFiles, to_file
-from adapterkit.model import Adapter
+from adapterkit.files import FactorSpool, MappedFiles
+from adapterkit.model import by_layer
 from adapterkit.results import CombineReport
 from adapterkit.tensors import stand_ins
 
@@ -79,21 +78,21 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
     default_registry.method(to)
     given = Base.of(base)
-    opened = open_adapter(source, base=given, component=component)
-    opened.check_layers()
+    opened = AdapterFile.open(source, given, component=component)
+    opened.check_told()
     check = output_place if naming == "peft" else file_place
     place = check(out, [opened.files.folder], overwrite=overwrite)
     with FactorSpool(place.parent, lambda: release([opened])) as spool:
         if opened.method.name == to and rank is None and energy is None:
-            adapter, report, model = _as_it_is(opened, place.name, heads)
+            result, report = _as_it_is(opened, place.name, heads)
         else:
             choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
-            adapter, report, model = combined([opened], [1.0], choices, place.name, spool, given)
+            result, report = combined([opened], [1.0], choices, place.name, spool, given)
         mapped: list[MappedFiles | FactorSpool] = [spool, opened.mapped]
         if naming == "peft":
-            write_adapter(adapter, model, place, dtype=dtype, mapped=mapped)
+            result.write(place, dtype, mapped)
         else:
-            tensors, metadata = _foreign(adapter, naming, part)
+            tensors, metadata = _foreign(result, naming, part)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
             write_file(tensors, metadata, place, dtypes, mapped)
     return report
@@ -109,42 +108,43 @@ def _check_naming(naming: object, part: str | None) -> str:
     return part or default
 
 
-def _as_it_is(opened: Opened, name: str, heads: str) -> tuple[Adapter, CombineReport, nn.Module]:
+def _as_it_is(opened: AdapterFile, name: str, heads: str) -> tuple[Result, CombineReport]:
     """The adapter with the tensors and the config of its files."""
-    model = stand_in([opened], working_dtype([opened]))
-    adapter, _ = opened.adapter(model)
-    adapter.name, adapter.config = name, opened.config
-    if heads == "drop":
-        adapter.heads.clear()
+    opened.check_fits()
+    kept = {} if heads == "drop" else opened.heads
+    result = Result(
+        opened.config,
+        opened.method,
+        opened.kinds,
+        opened.tensors,
+        kept,
+        opened.tables,
+        opened.biases,
+        opened.labels,
+        opened.paths,
+    )
     ranks = {}
-    for path, layer in adapter.layers.items():
+    for path, layer in opened.built.items():
         with stand_ins(layer, lambda tensor: tensor.to("meta")):
             factors = opened.method.factors(layer)
         if factors is not None:
             ranks[path] = factors.rank
-    return (
-        adapter,
-        CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(adapter.heads)),
-        model,
-    )
+    return result, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(kept))
 
 
-def _foreign(adapter: Adapter, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _foreign(result: Result, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors and the metadata of another program's file."""
     advice = "heads='drop' leaves them out; PEFT's format (naming='peft') keeps them"
-    for what, paths, do in (("heads", adapter.heads, advice), ("trained biases", adapter.biases, "Keep PEFT's format")):
+    for what, paths, do in (("heads", result.heads, advice), ("trained biases", result.biases, "Keep PEFT's format")):
         if paths:
             raise UnsupportedError(
                 f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. {do}."
             )
-    method = default_registry.method_of(adapter.config)
-    rule, layers = method.key_rule(adapter.config), {path: layer.kind for path, layer in adapter.layers.items()}
-    held: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    for key, tensor in strip_file_prefix(to_file(adapter, method)).items():
-        split = split_key(key, rule)
-        if split is not None:
-            held[split[0]][split[1]] = tensor
-    found = method.to_foreign(naming, method.file_config(adapter.config), held, layers, part)
+    method = result.method
+    held, _ = by_layer(
+        strip_file_prefix(result.in_file()), method.key_rule(result.config), {path: path for path in result.kinds}
+    )
+    found = method.to_foreign(naming, method.file_config(result.config), held, result.kinds, part)
     if found is None:
         raise UnsupportedError(
             f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "

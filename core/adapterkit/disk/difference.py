@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from adapterkit.combining import measures
 from adapterkit.contract import strip_file_prefix
+from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.base import Base
-from adapterkit.disk.contents import split_key
 from adapterkit.disk.diffreport import AdapterDiff, LayerDifference, TensorDifference
-from adapterkit.disk.opened import Opened, open_adapter, stand_in
-from adapterkit.errors import ConfigError, StateError
+from adapterkit.errors import ConfigError
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
-from adapterkit.model import Adapter
-from adapterkit.tensors import widened
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -55,7 +52,7 @@ def diff_adapters(
         raise ConfigError(f"tolerance = {tolerance!r} must be a share, at least 0 and below 1.")
     places = [adapter_folder(source) for source in (a, b)]
     given, bare = Base.of(base), all(place.is_file() for place in places)
-    sides = [_Side(open_adapter(place, base=given, component=component, keep_names=bare)) for place in places]
+    sides = [_Side(AdapterFile.open(place, given, component=component, keep_names=bare)) for place in places]
     layers = tuple(_layers(*sides))
     tensors = tuple(_tensors(sides[0].rest, sides[1].rest))
     return AdapterDiff(
@@ -72,47 +69,25 @@ def diff_adapters(
 
 
 class _Side:
-    """One of the two adapters.
+    """One of the two adapters."""
 
-    Attributes:
-        inside: the tensors of each layer, by path and local name; `rest`: all others by key.
-    """
-
-    def __init__(self, opened: Opened) -> None:
-        self.opened = opened
-        self.notes: list[str] = []
-        self.inside: dict[str, dict[str, Tensor]] = {}
-        self.rest: dict[str, Tensor] = {}
-        for key, tensor in strip_file_prefix(opened.files.tensors).items():
-            split = split_key(key, opened.rule)
-            if split is None:
-                self.rest[key] = tensor
-            else:
-                self.inside.setdefault(split[0], {})[split[1]] = tensor
-        self._adapter, self._broken = self._build()
+    def __init__(self, opened: AdapterFile) -> None:
+        self.opened, self.inside, self.broken = opened, opened.layers, opened.broken
+        tensors = strip_file_prefix(opened.files.tensors)
+        keys = {f"{path}.{local}" for path, held in opened.layers.items() for local in held}
+        self.rest = {key: tensor for key, tensor in tensors.items() if key not in keys}
+        name = opened.files.folder
+        self.notes = [f"{name}: {why}" for why in dict.fromkeys(opened.refused.values())]
+        if not opened.kinds:
+            self.notes.append(
+                f"{name}: the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base="
+            )
 
     def factors(self, path: str) -> Factors | None:
         """The change at a layer; `None` if it has none, or none that the files tell."""
-        if self._adapter is None or path not in self._adapter.layers or path in self._broken:
-            return None
-        layer = self._adapter.layers[path]
-        with widened(layer, torch.float32):
-            found = self.opened.method.factors(layer)
+        found = None if path in self.broken or path not in self.opened.built else self.opened.factors(path)
         finite = found is not None and all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None)
         return found if finite else None
-
-    def _build(self) -> tuple[Adapter | None, set[str]]:
-        name, method = self.opened.files.folder, self.opened.method.name
-        if not self.opened.layers:
-            self.notes.append(f"{name}: the tensors of {method!r} do not tell the sizes of its layers; give base=")
-            return None, set()
-        try:
-            adapter, report = self.opened.adapter(stand_in([self.opened]), strict=None)
-        except StateError as error:  # an initialisation that needs the base's weights
-            self.notes.append(f"{name}: {error}")
-            return None, set()
-        wrong = (*report.missing, *(m.key for m in report.mismatched))
-        return adapter, {split[0] for key in wrong if (split := split_key(key, self.opened.rule)) is not None}
 
 
 def _layers(a: _Side, b: _Side) -> Iterator[LayerDifference]:

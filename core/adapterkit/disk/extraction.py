@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from adapterkit.combining import Workspace, check_asked, extracted, wanted_layers
-from adapterkit.disk.output import check_dtype, output_place, write_adapter
+from adapterkit.combining import check_asked, extracted, wanted_layers
+from adapterkit.contract import default_registry
+from adapterkit.disk.output import Result, check_dtype, output_place
 from adapterkit.disk.skeletons import skeleton
 from adapterkit.disk.stored import StoredModel
 from adapterkit.errors import ConfigError, SelectionError
-from adapterkit.files import FactorSpool, local_path
-from adapterkit.forward import Active
-from adapterkit.model import LabelSet, Match, copy_head
+from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
+from adapterkit.model import BaseModules, LabelSet, Match, copy_head
 from adapterkit.results import CombineReport
 
 
@@ -72,11 +73,15 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         _check_shapes(match, *found)
         return found
 
+    modules = BaseModules(model)
+    adapted = [model.get_submodule(path) for path in (*(match.path for match in selection.targets), *selection.heads)]
+    everywhere = {EVERYWHERE: "true"} if any(len(modules.paths_of[module]) > 1 for module in adapted) else {}
     with FactorSpool(place.parent, lambda: None) as spool:
-        space = Workspace(model, Active(), spool, working, torch.device("cpu"))
-        adapter, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, space)
-        adapter.config = adapter.config.replace(base_model_name_or_path=str(base))
-        write_adapter(adapter, model, place, dtype=dtype, mapped=[spool])
+        changes, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, spool)
+        result = Result.of(changes, default_registry.method(to), working)
+        names = short_names(changes.factors, modules.all_paths)
+        config = result.config.replace(base_model_name_or_path=str(base), target_modules=names)
+        dataclasses.replace(result, config=config, metadata=everywhere).write(place, dtype, [spool])
     return report
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import measures
-from adapterkit.contract import strip_file_prefix
+from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.base import Base
-from adapterkit.disk.contents import split_key
-from adapterkit.disk.opened import Opened, open_adapter, stand_in
-from adapterkit.errors import StateError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.kinds import Factors
-from adapterkit.model import Adapter, LabelSet
+from adapterkit.model import LabelSet
 from adapterkit.results import brief, columns
-from adapterkit.tensors import stand_ins, widened
+from adapterkit.tensors import stand_ins
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -131,76 +129,60 @@ def inspect_adapter(
         CheckpointError: it is no adapter, or damaged.
         UnknownNameError: no plugin provides its method.
     """
-    opened = open_adapter(source, base=Base.of(base), component=component, keep_names=True)
-    notes = []
-    adapter, report = None, None
-    try:
-        if opened.layers:
-            adapter, report = opened.adapter(stand_in([opened]), strict=None)
-    except StateError as error:  # an initialisation that needs the base's weights
-        notes.append(str(error))
-    if adapter is None:
-        if not notes:
-            notes.append(f"the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base=")
-        layers = tuple(_untold(opened))
-    else:
-        assert report is not None
-        wrong = (*report.missing, *(m.key for m in report.mismatched))
-        broken = {split[0] for key in wrong if (split := split_key(key, opened.rule)) is not None}
-        layers = tuple(_layer(opened, adapter, path, values and path not in broken) for path in adapter.layers)
-        if values:
-            odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
-            notes += [f"{path} has values that are not finite" for path in odd]
-    unknown = _nobodys(opened) if report is None else report.unexpected
-    missing = () if report is None else report.missing
-    mismatched = () if report is None else tuple(map(str, report.mismatched))
-    return AdapterInspection(
-        layers=layers,
-        norm=_total(layers),
-        unknown=unknown,
-        missing=missing,
-        mismatched=mismatched,
-        notes=tuple(notes),
-        **_of_files(opened, adapter),
-    )
-
-
-def _of_files(opened: Opened, adapter: Adapter | None) -> dict[str, Any]:
-    files = opened.files
+    opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
+    report, broken, files = opened.report, opened.broken, opened.files
+    paths = opened.kinds or sorted(opened.layers, key=natural)
+    layers = tuple(_layer(opened, path, values and path not in broken) for path in paths)
+    notes = list(dict.fromkeys(opened.refused.values()))
+    if not opened.kinds:
+        notes.append(f"the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base=")
+    if values:
+        odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
+        notes += [f"{path} has values that are not finite" for path in odd]
     place = files.folder
     if place.is_dir():
         place /= WEIGHTS_FILE if (place / WEIGHTS_FILE).is_file() else PICKLE_FILE
-    tensors = strip_file_prefix(files.tensors)
-    biases = tuple(p for p, m in opened.others.items() if isinstance(m, nn.LayerNorm))
-    labels = LabelSet.from_metadata(files.metadata)
-    heads = {p: _shapes(m.state_dict(keep_vars=True)) for p, m in opened.others.items() if p not in biases}
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
-    return {
-        "source": str(files.folder),
-        "weights": str(place),
-        "size": place.stat().st_size,
-        "method": opened.method.name,
-        "provider": opened.method.provider,
-        "base": opened.config.base_model_name_or_path,
-        "config": files.config or {},
-        "heads": heads,
-        "biases": biases if adapter is None else tuple(adapter.biases),
-        "shared": _shapes({n: tensors[n] for n in opened.rule.shared if n in tensors}),
-        "labels": None if labels is None else dict(labels.id2label),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "dtypes": dict(dtypes.most_common()),
-    }
+    labels, dtypes = LabelSet.from_metadata(files.metadata), Counter(t.dtype for t in files.tensors.values())
+    return AdapterInspection(
+        source=str(files.folder),
+        weights=str(place),
+        size=place.stat().st_size,
+        method=opened.method.name,
+        provider=opened.method.provider,
+        base=opened.config.base_model_name_or_path,
+        config=files.config or {},
+        layers=layers,
+        heads={path: _shapes(_weights_first(head)) for path, head in opened.heads.items()},
+        biases=tuple(opened.biases),
+        shared=_shapes(opened.shared),
+        labels=None if labels is None else dict(labels.id2label),
+        parameters=sum(t.numel() for t in files.tensors.values()),
+        dtypes={str(dtype).removeprefix("torch."): count for dtype, count in dtypes.most_common()},
+        norm=_total(layers),
+        unknown=report.unexpected,
+        missing=report.missing,
+        mismatched=tuple(map(str, report.mismatched)),
+        notes=tuple(notes),
+    )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _layer(opened: Opened, adapter: Adapter, path: str, values: bool) -> LayerInspection:
-    layer = adapter.layers[path]
-    kind, shapes = layer.kind, _shapes(layer.state_dict(keep_vars=True))
-    with widened(layer, torch.float32) if values else stand_ins(layer, lambda t: t.to("meta")):
-        factors = opened.method.factors(layer)
+def _weights_first(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a head as modules order them; a file has the biases before."""
+    return dict(sorted(head.items(), key=lambda item: not item[0].endswith("weight")))
+
+
+def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
+    shapes = _shapes(opened.layers.get(path, {}))
+    size = sum(math.prod(shape) for shape in shapes.values())
+    if path not in opened.built:
+        return LayerInspection(path, None, None, None, None, shapes, size)
+    kind, layer = opened.kinds[path], opened.built[path]
+    with nullcontext() if values else stand_ins(layer, lambda t: t.to("meta")):
+        factors = opened.factors(path)
         finite = values and factors is not None and all(bool(torch.isfinite(t).all()) for t in factors[:2])
         told = _spectral(factors) if finite and factors is not None else {}
     scaling = getattr(layer, "scaling", 1.0 if factors is None else factors.scale)
@@ -212,7 +194,7 @@ def _layer(opened: Opened, adapter: Adapter, path: str, values: bool) -> LayerIn
         None if factors is None else factors.rank,
         scaling if isinstance(scaling, float | int) else None,
         shapes,
-        sum(math.prod(shape) for shape in shapes.values()),
+        size,
         **told,
     )
 
@@ -232,25 +214,6 @@ def _total(layers: tuple[LayerInspection, ...]) -> float | None:
         return None  # not read, or not finite: a sum of the others would look like that of all
     norms = [layer.norm for layer in layers if layer.norm is not None]
     return math.hypot(*norms) if norms else None
-
-
-def _untold(opened: Opened) -> Iterator[LayerInspection]:
-    """The layers by their keys alone."""
-    found: dict[str, dict[str, Shape]] = {}
-    for key, tensor in strip_file_prefix(opened.files.tensors).items():
-        split = split_key(key, opened.rule)
-        if split is not None:
-            found.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
-    for path, shapes in found.items():
-        yield LayerInspection(path, None, None, None, None, shapes, sum(math.prod(s) for s in shapes.values()))
-
-
-def _nobodys(opened: Opened) -> tuple[str, ...]:
-    def owned(key: str) -> bool:
-        inside = any(key.startswith(path + ".") for path in opened.others)
-        return inside or key in opened.rule.shared or split_key(key, opened.rule) is not None
-
-    return tuple(key for key in strip_file_prefix(opened.files.tensors) if not owned(key))
 
 
 def _lines(found: AdapterInspection) -> Iterator[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkit.contract import file_key
+from adapterkit.combining import Changes, check_given, to_method
+from adapterkit.contract import AdapterConfig, Method, Target, beside, file_key
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import (
     CONFIG_FILE,
@@ -17,11 +19,14 @@ from adapterkit.files import (
     FactorSpool,
     MappedFiles,
     appearing,
+    file_config,
+    file_tensors,
     local_path,
-    save_adapter,
+    write_folder,
     write_tensors,
 )
-from adapterkit.model import Adapter
+from adapterkit.kinds import LayerKind
+from adapterkit.model import LabelSet, LayerBuilder, by_layer
 from adapterkit.tensors import module_slots
 
 
@@ -60,28 +65,78 @@ def check_dtype(dtype: object) -> None:
         raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
 
 
-def write_adapter(
-    adapter: Adapter,
-    model: nn.Module,
-    place: Path,
-    *,
-    dtype: torch.dtype | None,
-    mapped: Sequence[MappedFiles | FactorSpool],
-) -> None:
-    """Save an adapter whose tensors are mapped; see `save_adapter`.
+@dataclass(frozen=True)
+class Result:
+    """An adapter that is to be written.
 
-    Args:
-        dtype: what all but the heads is written in; `None`: in its own.
-        mapped: has its pages released after each tensor.
+    Attributes:
+        kinds: what each layer is that it changes, by path.
+        tensors: those of the layers and shared ones, by key.
+        heads: the tensors of each head; `tables` those that are embeddings.
+        biases: trained biases, by the path of their module.
+        paths: of the model's modules, as far as they are known.
+        metadata: for the header, beside the labels.
     """
-    heads = {file_key(path, local) for path, head in adapter.heads.items() for local, _ in module_slots(head)}
 
-    def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
-        dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
-        write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
+    config: AdapterConfig
+    method: Method
+    kinds: Mapping[str, LayerKind]
+    tensors: Mapping[str, Tensor]
+    heads: Mapping[str, Mapping[str, Tensor]]
+    tables: Collection[str]
+    biases: Mapping[str, Tensor]
+    labels: LabelSet | None
+    paths: Collection[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
-    save_adapter(adapter, model, place, writer=write)
+    @classmethod
+    @torch.no_grad()
+    def of(cls, changes: Changes, method: Method, dtype: torch.dtype) -> Result:
+        """The adapter of this method that makes these changes; its layers are of this dtype.
+
+        Raises:
+            UnsupportedError: the method cannot express some of the changes.
+        """
+        config, tensors = to_method(changes, method)
+        builder, cpu = LayerBuilder(method, config), torch.device("cpu")
+        given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
+        targets = [Target(path, None, changes.kinds[path], dtype, cpu, load=True) for path in changes.factors]
+        shared = builder.shared(targets, {})
+        layers = {target.path: builder.layer(target, given.get(target.path, {}), shared) for target in targets}
+        check_given(tensors, layers, builder)
+        own = {f"{path}.{local}": s.tensor for path, layer in layers.items() for local, s in module_slots(layer)}
+        kinds = {path: changes.kinds[path] for path in layers}
+        wide = {path: bias.to(dtype if path in layers else bias.dtype) for path, bias in changes.biases.items()}
+        heads, tables, labels = changes.heads, changes.tables, changes.labels
+        return cls(config, method, kinds, own | dict(shared or {}), heads, tables, wide, labels)
+
+    def in_file(self) -> dict[str, Tensor]:
+        """All tensors by the keys of PEFT's format."""
+        parts = [*self.heads.items(), *((path, {"bias": bias}) for path, bias in self.biases.items())]
+        rest = {f"{beside(path, self.kinds)}.{local}": t for path, held in parts for local, t in held.items()}
+        return file_tensors(self.method, self.config, self.tensors, rest)
+
+    def write(self, place: Path, dtype: torch.dtype | None, mapped: Sequence[MappedFiles | FactorSpool]) -> None:
+        """Write its folder, tensor by tensor.
+
+        Args:
+            dtype: what all but the heads is written in; `None`: in its own.
+            mapped: has its pages released after each tensor.
+
+        Raises:
+            SaveError: it cannot be written there; what was there is untouched.
+        """
+        heads = {file_key(beside(path, self.kinds), local) for path, held in self.heads.items() for local in held}
+
+        def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+            floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
+            dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
+            write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
+
+        heads_alone = [path for path in self.heads if path not in self.tables]
+        config = file_config(self.config, self.method, self.kinds, heads_alone, self.paths)
+        labels = self.labels.to_metadata() if self.labels is not None and self.heads else {}
+        write_folder(place, config.to_dict(), self.in_file(), {**labels, **self.metadata}, write)
 
 
 def write_file(

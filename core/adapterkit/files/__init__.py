@@ -16,11 +16,20 @@ from adapterkit.files.folder import (
     umask,
     write_folder,
 )
-from adapterkit.files.formats import check_foreign, layers_of, of_component, recognise
+from adapterkit.files.formats import (
+    check_foreign,
+    kinds_of,
+    layers_of,
+    named_layers,
+    of_component,
+    passed_over,
+    recognise,
+    shapes_of,
+)
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.load import load_adapter
-from adapterkit.files.match import file_places, match_adapter, refuse
-from adapterkit.files.save import save_adapter, short_names, to_file, to_files
+from adapterkit.files.match import EVERYWHERE, file_places, match_adapter, refuse
+from adapterkit.files.save import file_config, file_tensors, save_adapter, short_names, to_file, to_files
 from adapterkit.files.swap import swapped_config, values_to_swap
 from adapterkit.files.tensors import (
     Entry,
@@ -36,6 +45,7 @@ from adapterkit.files.tensors import (
 
 __all__ = [
     "CONFIG_FILE",
+    "EVERYWHERE",
     "PICKLE_FILE",
     "WEIGHTS_FILE",
     "AdapterFiles",
@@ -48,21 +58,27 @@ __all__ = [
     "as_bytes",
     "check_foreign",
     "dtype_name",
+    "file_config",
     "file_places",
+    "file_tensors",
     "hub_id",
+    "kinds_of",
     "layers_of",
     "load_adapter",
     "local_path",
     "match_adapter",
     "model_folder",
+    "named_layers",
     "not_to_be_had",
     "of_component",
+    "passed_over",
     "read",
     "read_config",
     "read_header",
     "recognise",
     "refuse",
     "save_adapter",
+    "shapes_of",
     "short_names",
     "swapped_config",
     "to_file",

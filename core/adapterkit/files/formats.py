@@ -6,9 +6,18 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from adapterkit.contract import DISABLE_VARIABLE, FILE_PREFIX, AdapterConfig, Method, component, default_registry
+from adapterkit.contract import (
+    DISABLE_VARIABLE,
+    DOTTED,
+    FILE_PREFIX,
+    AdapterConfig,
+    Method,
+    component,
+    default_registry,
+)
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.files.folder import CONFIG_FILE
 from adapterkit.kinds import LayerKind
@@ -19,6 +28,51 @@ def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
     """Every layer of the model that can hold an adapter, by the path it is known by."""
     kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in modules.paths_of.items())
     return {path: kind for path, kind in kinds if kind is not None}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same shapes and dtypes on the meta device, of those keys that can be a tensor's of some module."""
+
+    def may_be(key: str) -> bool:
+        return all(part and not hasattr(nn.Module, part) for part in key.split("."))
+
+    return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items() if may_be(key)}
+
+
+def kinds_of(modules: Mapping[str, nn.Module] | None) -> dict[str, LayerKind]:
+    """What each of these modules is, of those that can hold an adapter."""
+    kinds = {path: default_registry.kind_of(module) for path, module in (modules or {}).items()}
+    return {path: kind for path, kind in kinds.items() if kind is not None}
+
+
+def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:
+    """The layers of another program's file as its keys alone tell them, of whichever method.
+
+    Args:
+        keep_names: call each layer what the file does; else by its path, without the part of a pipeline.
+
+    Raises:
+        CheckpointError: the file is for several models, or its names do not tell the layers' paths.
+    """
+    found: dict[str, LayerKind] = {}
+    for name in default_registry.methods():
+        try:
+            found |= kinds_of(default_registry.method(name).layers_in_file(shapes_of(tensors), None))
+        except PluginError:  # `recognise` tells of it, if nobody else knows the file
+            continue
+    if keep_names:
+        return found
+    parts = {component(name) for name in found}
+    if len(parts) > 1:
+        listed = ", ".join(map(repr, sorted(parts - {""})))
+        raise CheckpointError(f"{file} is for several models of a pipeline: {listed}. Say component=.")
+    flat = next((name for name in found if component(name) not in ("", *DOTTED)), None)
+    if flat is not None:
+        raise CheckpointError(
+            f"{file}: its names, such as {flat!r}, have '_' for '.', so the layers' paths cannot be told from "
+            "them. Give base=, the model that it is for."
+        )
+    return {name.removeprefix(f"{component(name)}.") if component(name) else name: k for name, k in found.items()}
 
 
 def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:

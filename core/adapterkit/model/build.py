@@ -295,14 +295,14 @@ def build_adapter(
     reshard(modules.model)
     adapter = Adapter(name, builder.config)
     targets = [_target(match, dtype, device, load=tensors is not None) for match in selection.targets]
-    paths = {path: t.path for t in targets for path in (*modules.paths_of[t.module], t.path)}
+    paths = {path: m.path for m in selection.targets for path in (*modules.paths_of[m.module], m.path)}
     layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
     shared = None if rest is None else {n: rest.pop(n) for n in builder.rule.shared if n in rest}
     adapter.shared = builder.shared(targets, shared)
     if adapter.shared is not None:
         check_free_root(modules.model)
-    for target in targets:
-        _add_host(adapter, modules, target.path, target.module, active)
+    for match, target in zip(selection.targets, targets, strict=True):
+        _add_host(adapter, modules, match.path, match.module, active)
         given = None if rest is None else layers.get(target.path, {})
         adapter.layers[target.path] = builder.layer(target, given, adapter.shared)
     for path in selection.heads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, default_registry
-from adapterkit.disk import Base, open_adapter, stand_in
+from adapterkit.disk import AdapterFile, Base
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, dense
 from adapterkit.merging import Merged
@@ -56,14 +55,7 @@ class Source:
         method = default_registry.method_of(adapter.config)
 
         def factors(path: str) -> Factors | None:
-            found = method.factors(adapter.layers[path])
-            if found is None:
-                return None
-            if found.down.is_meta:
-                raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
-            if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
-                raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
-            return found
+            return _checked(method.factors(adapter.layers[path]), adapter.name, path)
 
         parameters = dict(adapter.named_parameters())
         elsewhere = [p for part in (*adapter.heads.values(), *adapter.biases.values()) for p in part.parameters()]
@@ -79,6 +71,37 @@ class Source:
             labels=() if adapter.labels is None else tuple(adapter.labels.id2label.values()),
             biases=len(adapter.biases),
         )
+
+    @classmethod
+    def of_file(cls, opened: AdapterFile, base_norm: Callable[[str], float | None]) -> Source:
+        """The source for an adapter of which only the files are known."""
+        layers = {f"{path}.{n}": p for path, layer in opened.built.items() for n, p in layer.named_parameters()}
+        layers |= {name: p for name, p in opened.tensors.items() if isinstance(p, nn.Parameter)}
+        heads = {f"{path}.{n}": t for path, head in opened.heads.items() for n, t in head.items()}
+        labels = opened.labels
+        return cls(
+            name=opened.name,
+            config=opened.config,
+            kinds={path: kind.name for path, kind in opened.kinds.items()},
+            factors=lambda path: _checked(opened.factors(path), opened.name, path),
+            base_norm=base_norm,
+            parameters=layers | heads | {f"{path}.bias": bias for path, bias in opened.biases.items()},
+            in_layers=sum(p.numel() for p in layers.values()),
+            heads={path: {n: tuple(t.shape) for n, t in head.items()} for path, head in opened.heads.items()},
+            labels=() if labels is None else tuple(labels.id2label.values()),
+            biases=len(opened.biases),
+            place=str(opened.files.folder),
+        )
+
+
+def _checked(found: Factors | None, name: str, path: str) -> Factors | None:
+    if found is None:
+        return None
+    if found.down.is_meta:
+        raise StateError(f"Adapter {name!r} has no values at {path!r}: it is on the meta device.")
+    if not all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None):
+        raise StateError(f"Adapter {name!r} has values at {path!r} that are not finite.")
+    return found
 
 
 def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[Source]:
@@ -112,10 +135,9 @@ def stored_sources(
 
     sources = []
     for place, name in zip(places, names, strict=True):
-        opened = open_adapter(place, name, base=known, keep_names=True)
-        adapter, _ = opened.adapter(stand_in([opened]))
-        source = Source.of(adapter, norm)
-        sources.append(dataclasses.replace(source, config=opened.config, place=str(opened.files.folder)))
+        opened = AdapterFile.open(place, known, name=name, keep_names=True)
+        opened.check_fits()
+        sources.append(Source.of_file(opened, norm))
     return sources
 
 

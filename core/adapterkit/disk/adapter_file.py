@@ -1,0 +1,401 @@
+"""An adapter as data: what its files hold, sorted once. Its layers are built one at a time, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapterkit.combining import Source, exact_change, outputs_of
+from adapterkit.contract import (
+    AdapterConfig,
+    AdapterLayer,
+    KeyRule,
+    Method,
+    Names,
+    Target,
+    beside,
+    default_registry,
+    strip_file_prefix,
+)
+from adapterkit.disk.base import Base
+from adapterkit.errors import CheckpointError, ConfigError, StateError
+from adapterkit.files import (
+    AdapterFiles,
+    MappedFiles,
+    adapter_folder,
+    check_foreign,
+    kinds_of,
+    layers_of,
+    named_layers,
+    of_component,
+    passed_over,
+    read,
+    recognise,
+    refuse,
+    shapes_of,
+)
+from adapterkit.forward import trained_dtype
+from adapterkit.kinds import Factors, LayerKind
+from adapterkit.model import BaseModules, Fit, LabelSet, LayerBuilder, SharedView, split_key
+from adapterkit.results import LoadReport, Mismatch
+from adapterkit.tensors import widened
+
+Tensors = Mapping[str, Tensor]
+_CPU = torch.device("cpu")
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+# PEFT writes what a head was before it was trained under these too.
+_SHADOWS = ("modules_to_save", "original_module")
+
+
+@dataclass
+class AdapterFile:
+    """One adapter's files.
+
+    Attributes:
+        files: as they were read; the tensors are mapped, so their values are read when they are used.
+        kinds: what each layer is that it changes; empty if its tensors do not tell and there is no base.
+        layers: their tensors by path and name in the layer.
+        heads: those of modules that it holds in full, in the same way.
+        tables: the heads that are the base's embeddings with other values.
+        biases: trained biases, by the path of their module; `shared`: tensors that all layers use, by name.
+        unknown: keys that belong to nobody; `ignored`: keys of other models, and what the base has already.
+        refused: layers that cannot be built from files alone, and why.
+    """
+
+    name: str
+    files: AdapterFiles
+    method: Method
+    config: AdapterConfig
+    kinds: dict[str, LayerKind]
+    base: Base | None = None
+    mapped: MappedFiles = field(default_factory=MappedFiles)
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        base: Base | None = None,
+        *,
+        name: str = "",
+        component: str | None = None,
+        keep_names: bool = False,
+    ) -> AdapterFile:
+        """The adapter of a folder, a hub id or another program's file, as far as its files tell.
+
+        Args:
+            base: the model, for what they do not tell.
+            component: of a source for a whole pipeline, the part.
+            keep_names: call the layers of another program's file what that does.
+
+        Raises:
+            CheckpointError: it is no adapter, or damaged.
+            UnknownNameError: no plugin provides its method.
+        """
+        mapped = MappedFiles()
+        files = read(adapter_folder(source), mapped.read)
+        passed: Collection[str] = ()
+        if files.config is None:
+            method, config, kinds, tensors, passed = _foreign(files, base, component, keep_names)
+            files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
+        else:
+            method = default_registry.claim(files.config, files.folder)
+            config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+            tensors = strip_file_prefix(files.tensors)
+            kinds = {} if base is not None else kinds_of(method.layers_in_file(shapes_of(tensors), config))
+            if not kinds:
+                base = base or Base.recorded(config)
+                kinds, tensors = ({}, tensors) if base is None else _of_base(tensors, method, config, base)
+            else:
+                tensors = dict(method.from_file(config, tensors, kinds))
+        kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
+        opened = cls(name or files.folder.name, files, method, config, kinds, base, mapped)
+        opened._sort(tensors, passed)
+        return opened
+
+    def _sort(self, tensors: Tensors, passed: Collection[str]) -> None:
+        """Put every tensor under what it belongs to, by its key."""
+        heads = _heads(tensors, self.config.modules_to_save)
+        for key, tensor in tensors.items():
+            split = split_key(key, self.rule, self.kinds)
+            if key in self.rule.shared:
+                self.shared[key] = tensor
+            elif split is not None:
+                self.layers.setdefault(split[0], {})[split[1]] = tensor
+                if self.kinds and split[0] not in self.kinds:  # it looks like a layer's, and there is no such layer
+                    (self.ignored if key in passed else self.unknown).append(key)
+            elif key in heads:
+                self._sort_into_head(heads[key], key, tensor)
+            elif key in passed:
+                self.ignored.append(key)
+            else:
+                self._sort_other(key, tensor)
+
+    def _sort_into_head(self, head: str, key: str, tensor: Tensor) -> None:
+        name = key.removeprefix(f"{beside(head, self.kinds)}.")
+        if key[len(head) + 1 :].partition(".")[0] in _SHADOWS:
+            self.ignored.append(key)
+        elif name == key:
+            self.unknown.append(key)
+        else:
+            self.heads.setdefault(head, {})[name] = tensor
+
+    def _sort_other(self, key: str, tensor: Tensor) -> None:
+        """A tensor of the base model itself: a trained bias, or a table of embeddings."""
+        place, _, local = key.rpartition(".")
+        host, trained = place.removesuffix(".base_layer"), self.config.trained_biases
+        target = host in self.kinds
+        table = local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup)
+        if not place or not tensor.is_floating_point():
+            self.unknown.append(key)
+        elif local == "bias" and target and host != place and trained != "none":
+            self.biases[host] = tensor
+        elif local == "bias" and not target and trained == "all" and tensor.dim() == 1:
+            self.biases[place] = tensor
+        elif table and _equals(None if self.base is None else self.base.parameter(host, "weight"), tensor):
+            self.ignored.append(key)
+        elif table:
+            self.heads[host] = {local: tensor}
+            self.tables.add(host)
+        else:
+            self.unknown.append(key)
+
+    @cached_property
+    def rule(self) -> KeyRule:
+        """What its keys are called."""
+        return self.method.key_rule(self.config)
+
+    def check_told(self) -> None:
+        """Raise `CheckpointError` if its files do not tell the sizes of its layers."""
+        if not self.kinds:
+            raise CheckpointError(
+                f"{self.files.folder}: the tensors of a {self.method.name!r} adapter do not tell the sizes of the "
+                "layers that it changes. Give base=, the folder of the model that it was trained on, of which only "
+                "config.json is read."
+            )
+
+    def check_fits(self) -> None:
+        """Raise `CheckpointError` if a tensor is missing, does not fit or is nobody's, or the layers are not told."""
+        self.check_told()
+        if not self.report.ok:
+            refuse(self.report, self.name, str(self.files.folder))
+        if self.refused:
+            raise StateError(next(iter(self.refused.values())))
+
+    @cached_property
+    def _built(self) -> tuple[dict[str, AdapterLayer], SharedView | None, Fit]:
+        """Its layers, of mapped tensors. Those that need the base's weights are in `refused`."""
+        builder, shared, found = LayerBuilder(self.method, self.config, cast=False), None, {}
+        targets = [Target(path, None, kind, torch.float32, _CPU, load=True) for path, kind in self.kinds.items()]
+        if targets:
+            shared = builder.shared(targets, self.shared)
+        for target in targets:
+            try:
+                found[target.path] = builder.layer(target, self.layers.get(target.path, {}), shared)
+            except StateError as error:
+                self.refused[target.path] = str(error)
+        fit = builder.fit
+        for path, bias in self.biases.items():
+            size = (self.kinds[path].out_features,) if path in self.kinds else tuple(bias.shape)
+            if tuple(bias.shape) != size:
+                fit.mismatched.append(Mismatch(f"{beside(path, self.kinds)}.bias", tuple(bias.shape), size))
+        if self.base is not None and self.config.trained_biases != "none":
+            lacking = [path for path in self.kinds if path not in self.biases and self.base.has_bias(path)]
+            fit.missing += [f"{path}.base_layer.bias" for path in lacking]
+        fit.unexpected += self.unknown
+        fit.ignored += self.ignored
+        return found, shared, fit
+
+    @property
+    def built(self) -> dict[str, AdapterLayer]:
+        """Its layers."""
+        return self._built[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its layers, and shared ones, by key: what the method's save rule is asked about."""
+        shared = self._built[1]
+        inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
+        return inside | dict(shared or self.shared)
+
+    @cached_property
+    def report(self) -> LoadReport:
+        """What fits, and what does not."""
+        return self._built[2].report(strip_file_prefix(self.files.tensors))
+
+    @cached_property
+    def broken(self) -> set[str]:
+        """Layers with a tensor that is missing or does not fit."""
+        wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
+        return {split[0] for key in wrong if (split := split_key(key, self.rule, self.kinds)) is not None}
+
+    def factors(self, path: str, dtype: torch.dtype = torch.float32) -> Factors | None:
+        """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
+        with widened(self.built[path], dtype):
+            return self.method.factors(self.built[path])
+
+    @property
+    def source(self) -> Source:
+        """The adapter as `combining` takes it."""
+
+        def change(path: str, dtype: torch.dtype) -> Factors:
+            return exact_change(self.method, self.built[path], self.name, path, dtype)
+
+        def shift(path: str) -> Tensor:
+            held = None if self.base is None else self.base.parameter(path, "bias")
+            if held is None:
+                raise StateError(
+                    f"Adapter {self.name!r} trains the bias of {path!r}, and its files do not tell what that was "
+                    "before. Give base=, the folder of the model with its weights, or weights that add up to 1."
+                )
+            return self.biases[path].to(trained_dtype(held.dtype)) - held
+
+        wide = {
+            path: {name: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t for name, t in head.items()}
+            for path, head in self.heads.items()
+        }
+        biases = {path: bias.to(trained_dtype(bias.dtype)) for path, bias in self.biases.items()}
+        tables = frozenset(self.tables)
+        return Source(self.name, self.config, self.kinds, wide, tables, biases, self.labels, change, shift)
+
+    @property
+    def labels(self) -> LabelSet | None:
+        """The label set in the file; else the base's, if that has as many classes; else numbered classes."""
+        own = LabelSet.from_metadata(self.files.metadata)
+        heads = [head for path, head in self.heads.items() if path not in self.tables]
+        rows = [count for head in heads for count in outputs_of(head).values()]
+        if own is not None or not rows:
+            return own if self.heads else None
+        base = None if self.base is None else LabelSet.of(self.base.model)
+        if base is not None and len(base.id2label) in rows:
+            return base
+        return LabelSet.numbered(rows[-1]) if base is not None or self.config.task_type in _CLASSIFIERS else None
+
+    @property
+    def paths(self) -> set[str]:
+        """Every module that its tensors speak of."""
+        places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(self.files.tensors)]
+        places += [path.split(".") for path in self.kinds]
+        return {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
+
+
+def _heads(keys: Iterable[str], wanted: str | Sequence[str] | None) -> dict[str, str]:
+    """The head that each key is inside of: the outermost module that `modules_to_save` names.
+
+    PEFT takes a module whose path is an entry, or merely ends like one.
+    """
+    names = Names(list(filter(None, [wanted] if isinstance(wanted, str) else wanted or ())))
+    found: dict[str, str] = {}
+    for key in keys if names.names else ():
+        parts = key.split(".")
+        paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+        head = next((path for path in paths if names.match(path) or path.endswith(names.names)), None)
+        if head is not None:
+            found[key] = head
+    return found
+
+
+def _equals(own: Tensor | None, tensor: Tensor) -> bool:
+    if own is None or own.shape != tensor.shape:
+        return False
+    wide = torch.float32 if tensor.dtype.itemsize == 1 else tensor.dtype
+    return torch.equal(own.to(tensor.dtype).to(wide), tensor.to(wide))
+
+
+def _of_base(
+    tensors: Tensors, method: Method, config: AdapterConfig, base: Base
+) -> tuple[dict[str, LayerKind], dict[str, Tensor]]:
+    """The base's layers that the keys name, and the tensors as the method reads them.
+
+    Where a method renames its keys in files, they are read with all layers of the base first.
+    """
+    rule, held = method.key_rule(config), dict(tensors)
+    renamed = not any(split_key(key, rule) for key in shapes_of(tensors))
+    if renamed:
+        held = dict(method.from_file(config, tensors, layers_of(BaseModules(base.model))))
+    splits = [split_key(key, rule) for key in shapes_of(held)]
+    kinds = {path: base.kind(path) for path in dict.fromkeys(split[0] for split in splits if split)}
+    return kinds, held if renamed else dict(method.from_file(config, held, kinds))
+
+
+def _foreign(
+    files: AdapterFiles, base: Base | None, part: str | None, keep_names: bool
+) -> tuple[Method, AdapterConfig, dict[str, LayerKind], dict[str, Tensor], set[str]]:
+    """Another program's file as an adapter folder would hold it, and the keys that are for other models.
+
+    Raises:
+        CheckpointError: no method knows it, it is for several models, or its names do not tell the layers' paths.
+    """
+    check_foreign(files.tensors, files.folder)
+    tensors = of_component(files.tensors, part)
+    if base is None:
+        layers = named_layers(tensors, files.folder, keep_names=keep_names)
+    else:
+        layers = layers_of(BaseModules(base.model))
+    method, config = recognise(tensors, layers, files.metadata, files.folder)
+    found = dict(method.from_file(config, tensors, layers))
+    splits = (split_key(key, method.key_rule(config), layers) for key in found)
+    paths = dict.fromkeys(split[0] for split in splits if split and split[0] in layers)
+    return method, config, {path: layers[path] for path in paths}, found, passed_over(tensors, found, layers)
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """A key to sort paths by in which `layers.2` is before `layers.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
+
+
+def names_of(places: Sequence[str | Path]) -> list[str]:
+    """What adapters are called by the places of their files: the folders' names, else the places in full.
+
+    Raises:
+        ConfigError: one stands twice.
+    """
+    full = [str(place) for place in places]
+    if len(set(full)) < len(full):
+        raise ConfigError(f"An adapter is named twice: {', '.join(map(repr, full))}.")
+    short = [Path(place).name for place in full]
+    return short if len(set(short)) == len(short) and all(short) else full
+
+
+def check_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
+    """What each layer is that one of them changes: the most particular of what they say.
+
+    Raises:
+        CheckpointError: they are not of one base model.
+    """
+    known: dict[str, tuple[str, LayerKind]] = {}
+    biases: dict[str, tuple[str, Tensor]] = {}
+
+    def refuse_sizes(path: str, one: str, other: str, what: str, *shapes: tuple[int, ...]) -> None:
+        raise CheckpointError(
+            f"{one!r} and {other!r} are not of one base model: at {path!r} one {what} of shape {shapes[0]}, the other "
+            f"for {shapes[1]}."
+        )
+
+    for adapter in adapters:
+        adapter.check_told()
+        for path, kind in adapter.kinds.items():
+            name, own = known.setdefault(path, (adapter.name, kind))
+            one, two = ((k.out_features, k.in_features) for k in (own, kind))
+            # A size of 1 may be one that is not known, because its tensor is missing.
+            if any(a != b and 1 not in (a, b) for a, b in zip(one, two, strict=True)):
+                refuse_sizes(path, name, adapter.name, "is for a layer", one, two)
+            known[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
+        for path, bias in adapter.biases.items():
+            name, held = biases.setdefault(path, (adapter.name, bias))
+            if held.shape != bias.shape:
+                refuse_sizes(path, name, adapter.name, "trains a bias", tuple(held.shape), tuple(bias.shape))
+    return {path: kind for path, (_, kind) in known.items()}
