@@ -116,6 +116,12 @@ def _check_same_tensors(owners: Sequence[Source], choice: str) -> None:
                 f"heads={choice!r} needs heads of the same tensors; at {path!r} {owners[0].name!r} has "
                 f"{', '.join(head)}, and {other.name!r} has {', '.join(other.heads[path])}."
             )
+        for name, tensor in head.items():
+            if len({owner.heads[path][name].is_floating_point() for owner in owners}) > 1:
+                raise ConfigError(
+                    f"heads={choice!r}: {path}.{name} holds {tensor.dtype} in {owners[0].name!r}, and not all adapters "
+                    "have floating numbers there. One of them is quantised, or damaged."
+                )
 
 
 def _check_rest_equal(owners: Sequence[Source], path: str, place: str) -> None:

@@ -188,8 +188,21 @@ class AdapterFile:
             )
 
     def check_fits(self) -> None:
-        """Raise `CheckpointError` if a tensor is missing, does not fit or is nobody's, or the layers are not told."""
+        """Refuse what cannot be used.
+
+        Raises:
+            CheckpointError: a tensor is missing, does not fit or is nobody's, or the sizes of layers are not told.
+            StateError: a layer needs the base's weights.
+        """
         self.check_told()
+        for path, head in self.heads.items():
+            names = [f"{place}.bias" if place else "bias" for place in outputs_of(head)]
+            whole = next((name for name in names if name in head and not head[name].is_floating_point()), None)
+            if whole is not None:
+                raise CheckpointError(
+                    f"'{path}.{whole}' holds {head[whole].dtype}, and floating numbers are needed: it is quantised, or "
+                    "damaged."
+                )
         if not self.report.ok:
             refuse(self.report, self.name, str(self.files.folder))
         if self.refused:
