@@ -1,8 +1,8 @@
 """What does it cost to merge an adapter into a checkpoint on disk, and how much memory?
 
 Each way in a new process, timed after its imports until the output is on the disk (fsync), the input in the page
-cache. `copy` copies the folder. `hand` maps each tensor, adds the product and writes: no model, no checks, no hashes.
-PEFT loads the model and the adapter, merges and saves. adapterkit also hashes what it writes, in a second thread.
+cache. `copy` copies the folder. `hand` maps each tensor, adds the product and writes: no model, no checks.
+PEFT loads the model and the adapter, merges and saves.
 `processor` is the time on all cores together, which other programs on the machine change less. Memory is the process's
 highest resident size, with the libraries in it.
 """
@@ -31,7 +31,7 @@ from benchmarks.check import unchecked, within
 from benchmarks.runner import SAID_MEBIBYTES, SAID_MILLISECONDS, Case, Goal, Run, Way, repeated
 
 RANK, BLOCK = 16, 64
-WAYS = ("hand", "adapterkit", "adapterkit: 2 workers", "peft", "copy")
+WAYS = ("hand", "adapterkit", "peft", "copy")
 
 
 def cases(tiny: bool) -> Iterator[Case]:
@@ -126,13 +126,10 @@ def child(name: str, root: Path) -> dict[str, float]:
     return {"ms": took, "cpu": (time.process_time() - processor) * 1e3, "mib": int(highest) / 2**10}
 
 
-def _ours(workers: int) -> Callable[[Path], Run]:
-    def prepare(root: Path) -> Run:
-        import transformers.models.llama.modeling_llama  # noqa: F401 - imports are not measured here
+def _ours(root: Path) -> Run:
+    import transformers.models.llama.modeling_llama  # noqa: F401 - imports are not measured here
 
-        return lambda: ak.merge_checkpoint(root / "base", root / "a", root / "out", workers=workers)
-
-    return prepare
+    return lambda: ak.merge_checkpoint(root / "base", root / "a", root / "out")
 
 
 def _peft(root: Path) -> Run:
@@ -185,8 +182,7 @@ def _copy(root: Path) -> Run:
 
 _WAYS: dict[str, Callable[[Path], Run]] = {
     "hand": _hand,
-    "adapterkit": _ours(1),
-    "adapterkit: 2 workers": _ours(2),
+    "adapterkit": _ours,
     "peft": _peft,
     "copy": _copy,
 }

@@ -41,7 +41,7 @@ def written(made: dict[str, Any]) -> str:
     "merge_checkpoint",
     {
         "For serving": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood",
-        "Two with half weight each": "adapterkit merge ./llama mood:0.5 topic:0.5 --workers 4 --out merged",
+        "Two with half weight each": "adapterkit merge ./llama mood:0.5 topic:0.5 --out merged",
         "Continue after an interruption": "adapterkit merge ./llama ./adapters/mood --out ./llama-mood --resume",
     },
 )
@@ -68,7 +68,6 @@ def merge(  # noqa: PLR0913 - one parameter an option
         typer.Option(help="The model's class, if the class in its config has no place for the adapter's head."),
     ] = None,
     component: Component = None,
-    workers: Annotated[int, typer.Option(help="The number of threads.")] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the files that an interrupted run has finished.")
     ] = False,
@@ -93,7 +92,6 @@ def merge(  # noqa: PLR0913 - one parameter an option
             safe=safe,
             architecture=architecture,
             component=component,
-            workers=workers,
             resume=resume,
             overwrite=overwrite,
             progress=progress,

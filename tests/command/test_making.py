@@ -24,7 +24,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def test_merge_is_merge_checkpoint(here: Path) -> None:
-    done = run("merge", "base", "mood:0.5", "loha:-1", "--heads", "mood", "--workers", "2", "--safe", "--out", "merged")
+    done = run("merge", "base", "mood:0.5", "loha:-1", "--heads", "mood", "--safe", "--out", "merged")
     assert (done.exit_code, done.stderr) == (0, "")
     report = ak.merge_checkpoint("base", {"mood": 0.5, "loha": -1.0}, "expected", heads="mood", safe=True)
     assert done.stdout == f"{report}\n".replace("expected", "merged")

@@ -125,8 +125,8 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         ({"base": tmp_path / "lacks"}, ak.CheckpointError, rf"lacks has no tensor for '{key}'"),
         (
             {"base": tmp_path / "wide"},
-            ak.SelectionError,
-            r"has a weight of shape \(16, 17\) in the base, and \(16, 16\)",
+            ak.CheckpointError,
+            rf"wide: '{key}' is F32 of shape \(16, 17\), and \(16, 16\) in plain floating numbers is needed",
         ),
         (
             {"base": tmp_path / "nan"},

@@ -89,9 +89,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_tensors_are_those_of_a_merge_in_memory(setting: Setting, workers: int, tmp_path: Path) -> None:
-    memory, out, report = both_ways(setting, tmp_path, workers=workers)
+def test_the_tensors_are_those_of_a_merge_in_memory(setting: Setting, tmp_path: Path) -> None:
+    memory, out, report = both_ways(setting, tmp_path)
     if setting.change is base_class:  # names and files stay the base's
         cls: Any = type(models.build(setting.model))
         loaded = [cls.from_pretrained(folder, dtype="auto") for folder in (memory, out)]
@@ -151,8 +150,7 @@ def test_every_tensor_of_a_changed_layout_can_be_mapped(tmp_path: Path) -> None:
     assert load_file(out / "model.safetensors")["classifier.bias"].shape == (1,)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_a_weight_scales_the_change(workers: int, tmp_path: Path) -> None:
+def test_a_weight_scales_the_change(tmp_path: Path) -> None:
     both = [
         LoraConfig(target_modules=["q_proj"], r=3, bias="all"),
         LoHaConfig(target_modules=["q_proj", "v_proj"], r=7),
@@ -166,7 +164,7 @@ def test_a_weight_scales_the_change(workers: int, tmp_path: Path) -> None:
         adapters.merge(name)
         changes.append({k: v.detach() - before[k] for k, v in adapters.model.state_dict().items() if k in before})
         adapters.unmerge()
-    ak.merge_checkpoint(tmp_path / "base", {tmp_path / "a": 0.5, tmp_path / "b": -2}, tmp_path / "out", workers=workers)
+    ak.merge_checkpoint(tmp_path / "base", {tmp_path / "a": 0.5, tmp_path / "b": -2}, tmp_path / "out")
     found = load_file(tmp_path / "out/model.safetensors")
     for key, value in before.items():
         torch.testing.assert_close(found[key], value + 0.5 * changes[0][key] - 2 * changes[1][key])
@@ -200,12 +198,11 @@ def test_files_beside_the_weights_are_copied_but_for_other_weights_and_adapters(
     assert "not copied: " in str(report)
 
 
-def test_the_manifest_has_the_hashes(tmp_path: Path) -> None:
+def test_the_manifest_tells_what_was_merged(tmp_path: Path) -> None:
     _, out, _ = both_ways(Setting("llama", [LINEAR], shard="6KB"), tmp_path)
     manifest = json.loads((out / "adapterkit_merge.json").read_text())
     for name, recorded in manifest["files"].items():
-        content = (out / name).read_bytes()
-        assert recorded == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert recorded == {"size": (out / name).stat().st_size}
     (adapter,) = manifest["inputs"]["adapters"]
     weights = (tmp_path / "a/adapter_model.safetensors").read_bytes()
     assert adapter["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
@@ -369,10 +366,10 @@ def test_a_fused_target_is_refused_by_its_name(tmp_path: Path, monkeypatch: pyte
     adapters.save("a", tmp_path / "a")
     assert ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "fine").merged
     monkeypatch.setattr(
-        "adapterkit.disk.merge.checkpoint.match_names",
+        "adapterkit.disk.model.match_names",
         lambda *a: _fused(match_names(*a)),
     )
-    text = r"'model.layers.0.self_attn.q_proj.weight' is no tensor of .*: transformers makes it from 1 others"
+    text = r"'model.layers.0.self_attn.q_proj.weight' is not a tensor of .*: transformers makes it from 1 others"
     refused(ak.UnsupportedError, text, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
 
 
@@ -387,7 +384,7 @@ def test_a_target_that_the_files_lack_is_refused(tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors["bert.encoder.layer.0.attention.self.query.weight"]
     save_file(tensors, base / "model.safetensors")
-    text = "has no tensor for 'bert.encoder.layer.0.attention.self.query.weight', which an adapter changes"
+    text = "has no tensor for 'bert.encoder.layer.0.attention.self.query.weight' of a BertFor"
     refused(ak.CheckpointError, text, tmp_path, base, tmp_path / "a", tmp_path / "out")
 
 
@@ -453,13 +450,6 @@ def test_a_weight_that_is_no_number_is_refused(weight: Any, tmp_path: Path) -> N
     refused(ak.ConfigError, "must be a finite number, not", tmp_path, base, {tmp_path / "a": weight}, tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", [0, -1, 1.5, True])
-def test_workers_are_a_number(workers: Any, tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    text = r"workers = .* must be a number of threads"
-    refused(ak.ConfigError, text, tmp_path, base, tmp_path / "a", tmp_path / "out", workers=workers)
-
-
 def test_two_adapters_of_one_name_are_told_apart(tmp_path: Path) -> None:
     base = prepared(tmp_path)
     (tmp_path / "x").mkdir()
@@ -472,15 +462,15 @@ def test_an_added_tensor_that_would_not_be_found_is_refused(tmp_path: Path, monk
     setting = Setting("bert", [LINEAR], change=base_class)
     cls = save_base(setting, tmp_path / "base")
     save_adapters(setting, tmp_path / "base", cls, tmp_path)
-    monkeypatch.setattr("adapterkit.disk.merge.contents.match_names", lambda model, names: match_names(model, []))
+    monkeypatch.setattr("adapterkit.disk.merge.match_names", lambda model, names: match_names(model, []))
     text = "lacks 'classifier.weight', and beside the names that it has, such a tensor would not be found"
     refused(ak.UnsupportedError, text, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
 
 
 def test_merging_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     base = prepared(tmp_path)
-    for name, workers in (("out", 1), ("again", 4)):
-        ak.merge_checkpoint(base, tmp_path / "a", tmp_path / name, workers=workers)
+    for name in ("out", "again"):
+        ak.merge_checkpoint(base, tmp_path / "a", tmp_path / name)
     assert_same_folder(tmp_path / "out", tmp_path / "again")
 
 

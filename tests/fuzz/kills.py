@@ -16,7 +16,7 @@ from typing import Self
 
 from tests.fuzz.oracle import Finding
 
-from adapterkit.disk.merge.staging import LOCK
+from adapterkit.disk.merge_files import LOCK
 from adapterkit.files import WEIGHTS_FILE, as_bytes, read
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from adapterkit.disk.diffreport import AdapterDiff
 from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.merge import MergeReport, merge_checkpoint
-from adapterkit.disk.skeletons import skeleton
+from adapterkit.disk.model import skeleton
 
 __all__ = [
     "AdapterDiff",

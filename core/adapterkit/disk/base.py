@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk.checkpoint import Checkpoint, has_weights
+from adapterkit.disk.model import CONFIG, skeleton
 from adapterkit.disk.names import match_names
-from adapterkit.disk.skeletons import CONFIG, skeleton
 from adapterkit.errors import CheckpointError
 from adapterkit.kinds import LayerKind
 

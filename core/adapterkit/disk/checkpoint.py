@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from adapterkit.errors import CheckpointError, unknown
-from adapterkit.files import Entry, Shard, read_header
+from adapterkit.files import Entry, MappedFiles, Shard, read_header
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -86,21 +84,7 @@ class Checkpoint:
         entry = self.entries.get(name)
         if entry is None:
             raise unknown("tensor", name, self.entries)
-        return mapped(entry)
-
-
-def mapped(entry: Entry) -> Tensor:
-    """See `Checkpoint.tensor`."""
-    dtype = entry.torch_dtype
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=dtype)
-    start = entry.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with entry.file.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), entry.end - start, access=mmap.ACCESS_COPY, offset=start)
-    raw = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.start - start, count=entry.nbytes)
-    if entry.start % dtype.itemsize:  # a file whose header has an odd length
-        raw = raw.clone()
-    return raw.view(dtype).view(entry.shape)
+        return MappedFiles().tensor(entry)
 
 
 def has_weights(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from torch import nn
 
 from adapterkit.combining import check_asked, extracted, wanted_layers
 from adapterkit.contract import default_registry
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.disk.output import Result, check_dtype, output_place
-from adapterkit.disk.skeletons import skeleton
-from adapterkit.disk.stored import StoredModel
-from adapterkit.errors import ConfigError, SelectionError
+from adapterkit.errors import ConfigError
 from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
 from adapterkit.model import BaseModules, LabelSet, Match, copy_head
 from adapterkit.results import CombineReport
@@ -50,7 +51,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
 
     Raises:
         CheckpointError: a folder is no model, damaged, or lacks a tensor that is needed.
-        SelectionError: nothing selected, or models that do not match.
+        SelectionError: nothing selected.
         ConfigError: neither or both sizes, or `out` is one of the models.
         StateError: weights that are not finite.
         SaveError: `out` is there already, or cannot be written.
@@ -62,16 +63,16 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise ConfigError(f"{place} is inside one of the models; give the output another place.")
     model = skeleton(tuned)
-    before, after = StoredModel(model, folders[0]), StoredModel(model, folders[1])
-    working = torch.float64 if torch.float64 in before.dtypes else torch.float32
+    before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)
+    working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32
     selection = wanted_layers(model.to(working), to, target_modules, exclude_modules, modules_to_save)
     heads = {path: copy_head(after.module(path), path) for path in selection.heads}
     labels = LabelSet.of(model) if heads else None
 
     def layers(match: Match) -> tuple[nn.Module, nn.Module]:
-        found = before.module(match.path), after.module(match.path)
-        _check_shapes(match, *found)
-        return found
+        before.release()
+        after.release()
+        return before.module(match.path), after.module(match.path)
 
     modules = BaseModules(model)
     adapted = [model.get_submodule(path) for path in (*(match.path for match in selection.targets), *selection.heads)]
@@ -83,11 +84,3 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         config = result.config.replace(base_model_name_or_path=str(base), target_modules=names)
         dataclasses.replace(result, config=config, metadata=everywhere).write(place, dtype, [spool])
     return report
-
-
-def _check_shapes(match: Match, own: nn.Module, other: nn.Module) -> None:
-    shapes = [tuple(module.get_parameter("weight").shape) for module in (own, other)]
-    if shapes[0] != shapes[1]:
-        raise SelectionError(
-            f"{match.path!r} has a weight of shape {shapes[0]} in the base, and {shapes[1]} in the tuned model."
-        )

@@ -10,10 +10,11 @@ import json
 import math
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -32,6 +33,8 @@ _METADATA = "__metadata__"
 _ALIGNMENT = 64
 # Tensors smaller than this are gathered before they are written.
 _WRITTEN_BYTES = 1 << 20
+# Linux's MAP_NORESERVE, which Python knows from 3.12 on.
+_NO_RESERVE = 0x4000
 # The format's names of dtypes, and torch's, which are not in every version.
 _DTYPES = {
     "BOOL": "bool",
@@ -202,7 +205,10 @@ class Pages:
     """A file's bytes as memory: read when they are used, and not written back."""
 
     def __init__(self, descriptor: int) -> None:
-        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+        if sys.platform == "linux":  # which else refuses to map files that are larger than its memory
+            self._map = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
+        else:
+            self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The bytes from `start` as a tensor; a copy only where they do not lie as the dtype needs."""
@@ -218,11 +224,11 @@ class Pages:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass
 class MappedFiles:
-    """Safetensors files that are mapped: `read` is what `adapterkit.files.folder.read` takes as its reader."""
+    """Safetensors files that are mapped, each once: `read` is what `adapterkit.files.read` takes as its reader."""
 
-    pages: list[Pages] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._pages: dict[Path, Pages] = {}
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors by name, and the metadata.
@@ -231,18 +237,23 @@ class MappedFiles:
             CheckpointError: the file is damaged, or has a dtype that torch lacks.
         """
         shard = read_header(path)
-        return self.tensors(shard), dict(shard.metadata)
+        self._pages.pop(path, None)  # of a file that was there before
+        return {entry.name: self.tensor(entry) for entry in shard.entries}, dict(shard.metadata)
 
-    def tensors(self, shard: Shard) -> dict[str, Tensor]:
-        """The tensors of a file of which the header has been read, by name."""
-        with shard.file.open("rb") as file:
-            pages = Pages(file.fileno())
-        self.pages.append(pages)
-        return {e.name: pages.tensor(e.start, e.shape, e.torch_dtype) for e in shard.entries}
+    def tensor(self, entry: Entry) -> Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        if entry.file not in self._pages:
+            with entry.file.open("rb") as file:
+                self._pages[entry.file] = Pages(file.fileno())
+        return self._pages[entry.file].tensor(entry.start, entry.shape, entry.torch_dtype)
 
     def release(self) -> None:
         """See `Pages.release`."""
-        for pages in self.pages:
+        for pages in self._pages.values():
             pages.release()
 
 

@@ -1,0 +1,292 @@
+"""Models of folders: a skeleton from the config alone, and a model whose parameters are mapped from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.contract import FILE_PREFIX
+from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.names import match_names
+from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
+from adapterkit.files import (
+    WEIGHTS_FILE,
+    Entry,
+    MappedFiles,
+    hub_id,
+    local_path,
+    not_to_be_had,
+    read_config,
+    read_header,
+)
+from adapterkit.model import base_parameters, named_modules
+
+CONFIG = "config.json"
+# By PEFT's `task_type`, transformers' tables from a config's class to the model's.
+_TASKS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+}
+_FLOATING = ("F16", "BF16", "F32", "F64")
+
+
+def skeleton(
+    model: str | Path,
+    *,
+    architecture: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """The model of a folder or of a hub id, on the meta device: every module, shape and tie, and no values.
+
+    It is built by transformers from `config.json` alone, as the class that its `architectures` name (or by
+    `AutoModel`, if they name none), in the config's dtype and in eval mode. Seconds for any size.
+    `ak.select(ak.skeleton(folder), config)` tells what a config would adapt.
+
+    Args:
+        architecture: the class to build, in place of the config's.
+        revision, cache_dir, token: where to look on the hub.
+
+    Raises:
+        CheckpointError: there is no config, or none that transformers can make a model of.
+        UnsupportedError: the model's code is not in transformers but beside its weights. Such code is not run here:
+            build the model yourself, under `torch.device("meta")`.
+    """
+    where = _config_source(model)
+    config = _config(where, {"revision": revision, "cache_dir": cache_dir, "token": token})
+    if architecture is not None:
+        config.architectures = [architecture]
+    cls = _class(config)
+    if architecture not in (None, cls.__name__):
+        raise CheckpointError(f"transformers has no model of the class {architecture!r}.")
+    with _as_checkpoint_error(f"transformers cannot build a {cls.__name__} from the config of {where}"):
+        with torch.device("meta"):
+            built: nn.Module = cls._from_config(config)
+        return built.eval()
+
+
+@contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Whatever a config's values make transformers and its models raise."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _config_source(model: str | Path) -> str:
+    path = local_path(model)
+    if path.is_file():
+        path = path.parent
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise CheckpointError(f"{path} is no model: it has no {CONFIG}. It holds {found}.")
+        return str(path)
+    return hub_id(model, "model folder")
+
+
+def _config(where: str, hub: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    with _as_checkpoint_error(f"There is no config of a model for {where!r}"):
+        try:
+            raw, _ = PretrainedConfig.get_config_dict(where, **hub)
+        except OSError as error:
+            if Path(where).is_dir():
+                raise
+            raise not_to_be_had(where, error) from error
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+            raise UnsupportedError(
+                f"{where}: the model is code beside its weights ({raw['auto_map']}), which is not run here. Build it "
+                'yourself under torch.device("meta").'
+            )
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
+
+
+def _class(config: Any) -> Any:
+    """The class that the config's architecture names, else the base model's."""
+    import transformers
+
+    named = config.architectures if isinstance(config.architectures, list) else []
+    for name in named:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    known = transformers.MODEL_MAPPING
+    if type(config) not in known:
+        raise CheckpointError(
+            f"Its config names the architecture {named}, which transformers {transformers.__version__} "
+            f"has not, nor a base model for {type(config).__name__}."
+        )
+    return known[type(config)]
+
+
+def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
+    """The skeleton that adapters are for, and its class if that is not the one that the base's config names.
+
+    It is of `architecture`; else as the config says; else of the adapters' task, if only that has their modules: a base
+    is often stored without its task's head, and then its config names the bare model.
+
+    Raises:
+        CheckpointError: the config's lacks modules that the adapters name, and their task does not say which has them.
+    """
+    if architecture is not None:
+        return skeleton(base, architecture=architecture), architecture
+    built = skeleton(base)
+    wanted = {name for place in adapters for name in _outer_modules(place)}
+    if _has(built, wanted):
+        return built, None
+    names = {str(read_config(place).get("task_type")) for place in adapters if place.is_dir()} - {"None"}
+    if len(names) == 1:
+        model = next(_of_tables(base, built, [_TASKS.get(names.pop(), "")]), None)
+        if model is not None and _has(model, wanted):
+            return model, type(model).__name__
+    others = [type(m).__name__ for m in _of_tables(base, built, _TASKS.values()) if _has(m, wanted)]
+    if not others:
+        return built, None  # of another model altogether: loading says what does not fit
+    lacking = ", ".join(map(repr, sorted(wanted - {n for n, _ in built.named_children()})))
+    raise CheckpointError(
+        f"The config of {base} names {type(built).__name__}, which has no {lacking}, as the adapters have. Say what "
+        f"the model is to be: architecture={others[0]}" + "".join(f", or {name}" for name in others[1:]) + "."
+    )
+
+
+def _outer_modules(place: Path) -> set[str]:
+    """The first parts of the paths in an adapter's files."""
+    file = place / WEIGHTS_FILE
+    if not file.is_file():  # another program's, or a pickle: what those name is seen when they are loaded
+        return set()
+    keys = (entry.name for entry in read_header(file).entries)
+    paths = (key.removeprefix(FILE_PREFIX) for key in keys if key.startswith(FILE_PREFIX))
+    return {path.partition(".")[0] for path in paths}
+
+
+def _has(model: nn.Module, names: set[str]) -> bool:
+    return names <= {name for name, _ in model.named_children()}
+
+
+def _of_tables(base: Path, built: Any, tables: Any) -> Iterator[nn.Module]:
+    """The models that these tables of transformers' have for a config, each class once."""
+    import transformers
+    from transformers.utils import logging
+
+    seen: set[str] = set()
+    level = logging.get_verbosity()
+    for table in tables:
+        try:
+            found = getattr(transformers, table, {})[type(built.config)]
+        except KeyError:
+            continue
+        name = (found[0] if isinstance(found, tuple) else found).__name__
+        if name not in seen:
+            seen.add(name)
+            logging.set_verbosity_error()  # some classes tell how they are meant to be used
+            try:
+                made = skeleton(base, architecture=name)
+            except AdapterError:
+                continue
+            finally:
+                logging.set_verbosity(level)
+            yield made
+
+
+class MappedModel:
+    """A model on the meta device that gets the tensors of a checkpoint as its parameters and buffers, mapped.
+
+    What is tied stays tied, unless the files hold it apart with other values. Whatever the checkpoint lacks, or holds
+    in another shape or quantised, stays on the meta device: it may be of the model without its task's head, or with
+    another one. Values are read when they are used; `release` frees the memory that they take.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        self.names = match_names(model, checkpoint.entries)
+        self.keys: dict[nn.Parameter, list[str]] = {}
+        self._files = MappedFiles()
+        tied: dict[nn.Parameter, list[str]] = {}
+        for key, parameter in base_parameters(model):
+            tied.setdefault(parameter, []).append(key)
+        for parameter, keys in tied.items():
+            self._fill(parameter, keys)
+        for path, module in named_modules(model):
+            for name, buffer in module._buffers.items():
+                entry = checkpoint.entries.get(self.names.in_file.get(f"{path}.{name}", ""))
+                if buffer is not None and entry is not None and entry.shape == tuple(buffer.shape):
+                    module._buffers[name] = self._files.tensor(entry)
+        self.parameters = dict(base_parameters(model))
+        for key, parameter in self.parameters.items():
+            self.keys.setdefault(parameter, []).append(key)
+        self.release()
+
+    def _fill(self, parameter: nn.Parameter, keys: Sequence[str]) -> None:
+        """Put the values of a parameter in its place, and its own values in each place that has others in the files."""
+        first = None
+        for key in sorted(keys, key=lambda key: key not in self.names.in_file):
+            entry = self.checkpoint.entries.get(self.names.in_file.get(key, ""))
+            held = None if entry is None or not _fits(entry, parameter) else self._files.tensor(entry)
+            if held is not None and (first is None or not torch.equal(held, first)):
+                own = nn.Parameter(held, requires_grad=parameter.requires_grad)
+                first = own if first is None else first
+            else:
+                own = parameter if first is None else first
+            path, _, name = key.rpartition(".")
+            self.model.get_submodule(path)._parameters[name] = own
+
+    def held_as(self, key: str) -> str:
+        """The name in the files of the model's parameter `key`, or of what it is tied to.
+
+        Raises:
+            UnsupportedError: it is made of other tensors when the model is loaded.
+            CheckpointError: there is none, or it is not plain floating numbers of the model's shape.
+        """
+        parameter, folder = self.parameters[key], self.checkpoint.folder
+        name = next((self.names.in_file[k] for k in (key, *self.keys[parameter]) if k in self.names.in_file), None)
+        if name is None:
+            parts = self.names.fused.get(key)
+            if parts is not None:
+                raise UnsupportedError(
+                    f"{key!r} is not a tensor of {folder}: transformers makes it from {len(parts)} others when it "
+                    f"loads, such as {parts[0]!r}. Load the model, and do this in memory."
+                )
+            raise CheckpointError(
+                f"{folder} has no tensor for {key!r} of a {type(self.model).__name__}. Is it another model?"
+            )
+        entry = self.checkpoint.entries[name]
+        if not _fits(entry, parameter):
+            raise CheckpointError(
+                f"{folder}: {name!r} is {entry.dtype} of shape {entry.shape}, and {tuple(parameter.shape)} in plain "
+                "floating numbers is needed: it is quantised, or does not go with the config."
+            )
+        return name
+
+    def module(self, path: str) -> nn.Module:
+        """A module of which every parameter has a value.
+
+        Raises:
+            UnsupportedError, CheckpointError: see `held_as`.
+        """
+        module = self.model.get_submodule(path)
+        for name, _ in module.named_parameters():
+            self.held_as(f"{path}.{name}")
+        return module
+
+    def release(self) -> None:
+        """Free the memory of all values; what is used again is read again."""
+        self._files.release()
+
+
+def _fits(entry: Entry, parameter: Tensor) -> bool:
+    return entry.dtype in _FLOATING and entry.shape == tuple(parameter.shape)
