@@ -4,8 +4,7 @@ In: a module with its adapter layers, heads and biases, and what is active in th
 Uses: errors, tensors, kinds, contract.
 """
 
-from adapterkit.forward.biases import BiasLayer, bias_place
-from adapterkit.forward.head_dtype import callable_head, give_dtypes_back, trained_dtype, widen
+from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
 from adapterkit.forward.plan import ACTIVE, Inner, Plan, by_keyword, checks, input_name, run, summable
 from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, State, lock

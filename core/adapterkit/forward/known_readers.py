@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Modules whose forward reads the weights of layers below it: `(layers, classes)`. A class of transformers is known by
-# its name, so that code which comes with a checkpoint is known too; one of another package by its full name.
+# `(layers, classes)`. A class of transformers is known by its name alone, so that code that comes with a checkpoint is
+# known too. A class of another package is known by its full name.
 _READERS: Sequence[tuple[str, str]] = (
     ("out_proj", "torch.nn.modules.activation.MultiheadAttention"),
     ("q_proj k_proj v_proj out_proj", "WavLMAttention"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapterkit.contract import BIASES, HEADS, LAYERS
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
-from adapterkit.forward.head_dtype import callable_head
+from adapterkit.forward.heads import callable_head
 from adapterkit.kinds import LayerKind
 from adapterkit.tensors import offload, shape_of
 

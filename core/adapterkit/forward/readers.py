@@ -1,9 +1,9 @@
 """Readers: modules whose forward reads the weights of layers below them instead of calling these layers.
 
-Torch's `MultiheadAttention` hands `out_proj.weight` to a function, Mamba's mixer hands `conv1d.weight` to a kernel, and
-a fused loss takes `lm_head.weight`. An adapter at such a layer would be ignored. So while a declared reader's forward
-runs in this thread, and not (inside it) the layer's own, the layer's `weight` and `bias` are those with all that acts
-there worked in, with gradients. Everywhere else they are the module's own parameters.
+Torch's `MultiheadAttention` passes `out_proj.weight` to a function, Mamba's mixer passes `conv1d.weight` to a kernel,
+and a fused loss takes `lm_head.weight`. They would ignore an adapter at such a layer. So while the forward of a
+declared reader runs in this thread, but not the layer's own forward inside it, the layer's `weight` and `bias` include
+everything that acts there, with gradients. Everywhere else they are the module's own parameters.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from adapterkit.kinds import Factors
     from adapterkit.model import BaseModules
 
-# A path below a reader, by its parts.
+# A path below a reader, split at the dots.
 Path = tuple[str, ...]
-# Where a reader keeps, by adapter, the paths below it that it reads, and where such a layer keeps the names.
+# Attribute of a reader: the paths that it reads, by adapter. Attribute of a layer that is read: its adapters.
 READS, READ = "_adapter_reads", "_adapter_read"
 _ORDINARY = (nn.Parameter, Tensor)
 _declared: dict[str, tuple[str, ...]] = {}
 
 
 class _Running(threading.local):
-    """The readers, and the layers that are read, whose forward runs in this thread; the innermost last."""
+    """The readers, and the layers that are read, whose forward runs in this thread; the innermost is the last."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[nn.Module, tuple[Path, ...]]] = []
@@ -47,10 +47,10 @@ running = _Running()
 
 
 def reads(module: nn.Module) -> tuple[Path, ...]:
-    """The paths below `module` that its forward reads, if there are adapters.
+    """The paths below `module` that its forward reads, of layers with adapters.
 
     Raises:
-        UnsupportedError: somebody's property, put on later, hides what acts there.
+        UnsupportedError: somebody's property, added later, hides the adapter.
     """
     found: Mapping[str, tuple[Path, ...]] = module.__dict__.get(READS, {})
     paths = tuple(path for paths in found.values() for path in paths)
@@ -72,7 +72,7 @@ def reads(module: nn.Module) -> tuple[Path, ...]:
 
 @contextmanager
 def inside(stack: Sequence[tuple[nn.Module, tuple[Path, ...]]]) -> Iterator[None]:
-    """As if the forwards on `stack`, a copy of `running.stack`, ran in this thread, and no others."""
+    """Let this thread run as if inside the forwards on `stack`, an earlier copy of `running.stack`."""
     before, running.stack = running.stack, list(stack)
     try:
         yield
@@ -81,7 +81,7 @@ def inside(stack: Sequence[tuple[nn.Module, tuple[Path, ...]]]) -> Iterator[None
 
 
 def begin(module: nn.Module, args: object) -> None:
-    """A forward pre-hook of readers: somebody may have put another forward on the instance, or reads in a hook."""
+    """Forward pre-hook of readers: the class's forward does not run if the instance has one, or if a hook reads."""
     if running.stack and running.stack[-1][0] is module:
         running.stack[-1] = module, reads(module)
 
@@ -95,20 +95,20 @@ def below(module: nn.Module, path: Path) -> nn.Module | None:
 
 
 def reading(module: nn.Module) -> nn.Module | None:
-    """What is read for `module` if a reader of it runs in this thread and not, inside it, its own forward; else `None`.
+    """The module to read instead of `module` while its reader runs, but not its own forward inside; else `None`.
 
-    That is the module, or what stands for it in the copy (`modules_to_save`) of a module around it.
+    It is the module itself, or its counterpart in the copy (`modules_to_save`) of a module around it.
     """
     for reader, paths in reversed(running.stack):
         if reader is module:
             return None
         for path in paths:
             if below(reader, path) is module:
-                return _standing(reader, path)
+                return _in_acting_heads(reader, path)
     return None
 
 
-def _standing(reader: nn.Module, path: Path) -> nn.Module | None:
+def _in_acting_heads(reader: nn.Module, path: Path) -> nn.Module | None:
     found: nn.Module | None = reader
     for name in path:
         active = None if found is None or found is reader else found.__dict__.get("_adapter_active")
@@ -121,16 +121,15 @@ def _standing(reader: nn.Module, path: Path) -> nn.Module | None:
 def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
     """Declare that the forward of a class of modules reads the weights of layers below it instead of calling them.
 
-    Adapters that are added from then on act there: while the forward of such a module runs, `child.weight` and
-    `child.bias` are those with all that acts worked in, with gradients. Subclasses are readers too. What is declared
-    already is extended.
+    Adapters that are added later act there: while the forward of such a module runs, `child.weight` and `child.bias`
+    include everything that acts, with gradients. Subclasses are readers too. A further call adds children.
 
     Args:
-        reader: the class, or its name as in `"my_package.models.Mixer"`, or only `"Mixer"`.
-        children: paths of the layers, from the reader: `"out_proj"`, `"blocks.0.fc"`.
+        reader: the class, or its name: `"my_package.models.Mixer"` or only `"Mixer"`.
+        children: paths of the layers below the reader: `"out_proj"`, `"blocks.0.fc"`.
 
     Raises:
-        ConfigError: no class, or no child.
+        ConfigError: `reader` is not a class of modules or a name, or there is no child.
     """
     if isinstance(reader, type) and issubclass(reader, nn.Module):
         reader = f"{reader.__module__}.{reader.__qualname__}"
@@ -144,11 +143,11 @@ def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
 def readers_of(
     modules: BaseModules, hosts: Mapping[str, nn.Module], heads: Iterable[str]
 ) -> dict[nn.Module, tuple[Path, ...]]:
-    """The readers in a model of some of an adapter's layers, each with the paths below it where those are.
+    """The modules that read layers of an adapter, each with the paths of these layers below it.
 
     Args:
-        hosts: the layers, by path.
-        heads: paths of modules that have copies; readers may read what is in one of them.
+        hosts: the adapted layers, by path.
+        heads: paths of modules that the adapter has copies of. Readers may read a layer inside one.
     """
     inside = tuple(f"{path}." for path in heads)
     wanted, declared, found = set(hosts.values()), {}, {}
@@ -171,7 +170,7 @@ def _declared_for(cls: type[nn.Module]) -> list[Path]:
 
 
 def _outputs(model: nn.Module, wanted: set[nn.Module]) -> list[Path]:
-    """Paths of the model's output layer: a loss that was patched into its forward reads that layer's weight."""
+    """Paths of the model's output layer, whose weight a loss that was patched into the forward reads."""
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
     if output not in wanted:
@@ -180,12 +179,12 @@ def _outputs(model: nn.Module, wanted: set[nn.Module]) -> list[Path]:
 
 
 class Effective(property):
-    """The `weight` or `bias` of a layer that a reader reads. The parameter stays where it is, behind it."""
+    """The `weight` or `bias` of a layer that is read. The parameter stays where it is."""
 
 
 def effective(cls: type[nn.Module], name: str) -> Effective:
-    """The property called `name` for a subclass of `cls` whose objects are read."""
-    inherited: Any = getattr(cls, name, None)  # a parametrization's, for one
+    """The property `name` for a subclass of `cls` whose instances are read."""
+    inherited: Any = getattr(cls, name, None)  # such as a parametrization's
 
     def get(self: nn.Module) -> Any:
         read = reading(self) if running.stack else None
@@ -211,7 +210,7 @@ def effective(cls: type[nn.Module], name: str) -> Effective:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """What `nn.Module` finds where no class has a property."""
+    """What `nn.Module` finds if no class has a property of this name."""
     for held in (module._parameters, module.__dict__):
         if name in held:
             return held[name]
@@ -219,7 +218,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def own(module: nn.Module, name: str) -> Any:
-    """The weight or bias that the module's own forward finds; `None`: there is none."""
+    """The weight or bias that the module's own forward finds, or `None`."""
     running.stack.append((module, ()))
     try:
         return getattr(module, name, None)
@@ -228,24 +227,24 @@ def own(module: nn.Module, name: str) -> Any:
 
 
 def effective_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """The weight that a layer computes with now: `W + dW` of all adapters that act there, or its acting copy's.
+    """The weight with which a layer computes now: `W + dW` of all adapters that act there, or the acting copy's.
 
-    For code that uses a layer's weight instead of calling the layer, outside the forward of a declared reader: a loss
-    that takes `lm_head.weight` from the model after the forward.
+    For code outside the forward of a declared reader that uses a layer's weight instead of calling the layer, such as a
+    loss that takes `lm_head.weight` from the model after the forward.
 
     Args:
         module: a layer of a model, adapted or not.
         name: `"weight"` or `"bias"`.
 
     Returns:
-        In the shape and the dtype of the layer's own parameter, with gradients to what acts; that parameter itself
-        where nothing does, and an acting copy's (`modules_to_save`) itself. Dropout of adapters does not act. `None`:
-        there is no such bias.
+        A tensor with the shape and dtype of the layer's own parameter, and with gradients for what acts. If nothing
+        acts, that parameter itself; if a copy (`modules_to_save`) acts, the copy's. The dropout of adapters is left
+        out. `None`: there is no bias.
 
     Raises:
         UnsupportedError: the rows of the batch have different adapters, the layer is sharded, quantised or not in
             memory, or an adapter there has no change of the layer's own shape.
-        ConfigError: no module, or another name.
+        ConfigError: `module` is not a module, or `name` is another one.
     """
     if not isinstance(module, nn.Module) or name not in ("weight", "bias"):
         raise ConfigError(f"effective_weight needs a module and 'weight' or 'bias', not {module!r} and {name!r}.")
@@ -256,7 +255,7 @@ def effective_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
 
 
 def changed(plan: Plan, name: str) -> Tensor | None:
-    """The weight or the bias of the plan's module with all that acts there worked in; see `effective_weight`."""
+    """The weight or bias of the plan's module with everything that acts there; see `effective_weight`."""
     module = plan.module if plan.head is None else plan.head
     weight, bias = own(module, "weight"), own(module, "bias")
     layers, shifts = plan.layers, plan.biases if name == "bias" else []
@@ -267,7 +266,7 @@ def changed(plan: Plan, name: str) -> Tensor | None:
     like = weight if asked is None else asked
     _check_in_memory(plan.module, name, like, layers)
     work, dense = torch.promote_types(like.dtype, torch.float32), name == "weight" or not plan.additive
-    device = "cpu" if like.is_meta else like.device.type  # there is no autocast on meta
+    device = "cpu" if like.is_meta else like.device.type  # the meta device has no autocast
     with torch.autocast(device, enabled=False):
         out = layers[0].kind.canonical(weight).to(work) if dense else weight
         added = None if bias is None else bias.to(work)

@@ -1,9 +1,9 @@
-"""The surgery: how a module of the model comes to call its adapters, and how that is undone.
+"""Making a module of the model call its adapters, and undoing that.
 
-The module keeps its identity. Its class becomes a cached subclass with the same name, so `isinstance`,
-parameter names, hooks and ties hold; what its adapters own is registered below it in containers. Where
-`forward` was replaced on the instance (accelerate's hooks), the instance's callable is wrapped instead,
-because a class-level `forward` would be passed over in silence.
+The module stays the same object. Its class becomes a cached subclass with the same name, so `isinstance`, parameter
+names, hooks and ties hold. What its adapters own is registered below it in containers. If `forward` was replaced on the
+instance (accelerate's hooks), the instance's callable is wrapped instead, because a `forward` of the class would not be
+called.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from adapterkit.forward.state import Active
 
 
 class Roles(NamedTuple):
-    """What the class of a module does beside the class that the module had.
+    """What the new class of a module does in addition to its original class.
 
     Attributes:
         runs: its forward runs adapters.
-        read: its `weight` and `bias` are, for a reader, those with the adapters at work.
-        reads: it is a reader.
+        read: while a reader reads its `weight` and `bias`, they include the adapters.
+        reads: it is a reader (see `readers`).
     """
 
     runs: bool = False
@@ -43,33 +43,33 @@ _classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakVa
 
 
 class PerAdapter(Holder):
-    """One module per adapter name. A plain container: `ModuleDict` refuses names such as `keys`.
+    """A container with one module per adapter. `ModuleDict` would refuse names such as `keys`.
 
     Attributes:
-        path: of the module it is at, for messages.
+        path: the path of the module that it is registered at, for messages.
     """
 
     path = ""
 
     def __init__(self) -> None:
         super().__init__()
-        # Torch's TransformerEncoderLayer has a fast path that reads weights and would pass our forward
-        # over; it is not taken when a module below it has a hook. This one does nothing.
+        # Torch's TransformerEncoderLayer has a fast path that reads weights and never calls our forward. It is not
+        # taken if a module below has a hook. This one does nothing.
         self._forward_pre_hooks[-1] = _no_hook
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Nothing: a head may be an `nn.Sequential`, which calls each of its children in turn."""
+        """Do nothing: a head may be an `nn.Sequential`, which calls all its children in turn."""
         return x
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Called where a sentence-transformers model saves each of its children, and this is one.
+        """Called by a sentence-transformers model, which saves each of its children.
 
         Raises:
-            StateError: always, for the children are read again, and this one could not be.
+            StateError: always, because this child could not be loaded again.
         """
         raise StateError(
-            "An adapter's shared tensors are a child of the model, and this model saves each child as a module of its "
-            "own. To save it, attach the adapters to the transformers model inside: model[0].auto_model."
+            "An adapter's shared tensors are a child of the model, and this model saves each child as a module. To "
+            "save it, attach the adapters to the transformers model inside: model[0].auto_model."
         )
 
     def __getitem__(self, name: str) -> nn.Module:
@@ -77,27 +77,18 @@ class PerAdapter(Holder):
         assert module is not None
         return module
 
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
-
-    def __delitem__(self, name: str) -> None:
-        del self._modules[name]
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
 
 def _no_hook(module: nn.Module, args: object) -> None:
     return None
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether some adapter is installed at this very module."""
+    """Whether an adapter is installed at this very module."""
     return ACTIVE in module.__dict__
 
 
 def calls_adapters(module: nn.Module) -> bool:
-    """Whether the forward of an adapted module runs its adapters: nobody has given it another class since."""
+    """Whether the forward of an adapted module still runs its adapters: its class was not replaced since."""
     if hasattr(type(module), "_adapted_from"):
         return True
     return any(isinstance(module.__dict__.get(name), _WrappedForward) for name in ("forward", "_old_forward"))
@@ -109,28 +100,28 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
-    """Register `part` as adapter `name`'s at the module at `path`, which calls it while `active` names it."""
+    """Register `part` of adapter `name` at `module`, which runs it while `active` names the adapter."""
     if not is_adapted(module):
         _adapt(module, active)
-    slots = module._modules.get(container)
-    if slots is None:
-        slots = module._modules[container] = PerAdapter()
-        slots.__dict__["path"] = path
-    assert isinstance(slots, PerAdapter)
-    if slots.training != module.training:
-        slots.training = module.training
+    parts = module._modules.get(container)
+    if parts is None:
+        parts = module._modules[container] = PerAdapter()
+        parts.__dict__["path"] = path
+    assert isinstance(parts, PerAdapter)
+    if parts.training != module.training:
+        parts.training = module.training
     if part.training != module.training:
         part.train(module.training)
-    slots._modules[name] = part
+    parts._modules[name] = part
     active.replan(module)
 
 
 def uninstall(module: nn.Module, container: str, name: str) -> None:
-    """Take adapter `name`'s part away, if it is there still; a module without parts is again what it was."""
-    slots = module._modules.get(container)
-    if isinstance(slots, PerAdapter):
-        slots._modules.pop(name, None)
-        if not slots._modules:
+    """Remove the part of adapter `name` if it is still there. A module without parts gets its own class back."""
+    parts = module._modules.get(container)
+    if isinstance(parts, PerAdapter):
+        parts._modules.pop(name, None)
+        if not parts._modules:
             del module._modules[container]
     if is_adapted(module):
         module.__dict__[ACTIVE].replan(module)
@@ -139,9 +130,9 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The function of `(module, *inputs)` that the module computes with, adapters and accelerate's hooks left out.
+    """The function of `(module, *inputs)` with which the module computes, without adapters and accelerate's hooks.
 
-    `None`: someone put a callable on the instance that is no function of the module alone.
+    `None`: somebody put a callable on the instance that is not a method of the module.
     """
     own = module.__dict__.get("forward")
     if (
@@ -163,7 +154,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
-    """Make `reader` a reader of what adapter `name` has at these paths below it."""
+    """Make `reader` a reader of adapter `name` at these paths below it."""
     reader.__dict__.setdefault(READS, {})[name] = paths
     reader._forward_pre_hooks[-1] = begin
     _become(reader, reads=True)
@@ -198,7 +189,9 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
             "Use the adapters of that model (ak.attach on it), or detach them first."
         )
     if isinstance(module, ScriptModule):
-        raise StateError(f"{path!r} is scripted (torch.jit); nothing can be added to it. Adapt the model unscripted.")
+        raise StateError(
+            f"{path!r} is scripted (torch.jit), so nothing can be added to it. Adapt the unscripted model."
+        )
     if owner is None and "forward" not in module.__dict__:
         try:
             adapted_class(type(module))
@@ -216,16 +209,16 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
 
 
 def check_free_root(model: nn.Module) -> None:
-    """Raise `StateError` if `model` has something else where shared tensors are registered."""
+    """Raise `StateError` if `model` has an attribute of its own where shared tensors are registered."""
     if not isinstance(model._modules.get(SHARED), PerAdapter) and _has(model, SHARED):
         raise StateError(
             f"The model has an attribute {SHARED!r} of its own, which adapterkit would overwrite with the tensors that "
-            "the layers of this adapter share. Rename it, or take a method that shares none."
+            "the layers of this adapter share. Rename it, or use a method without shared tensors."
         )
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """`hasattr`, without the message that a module composes for each attribute it has not."""
+    """`hasattr`, faster: a module composes a long message for each attribute that it lacks."""
     own = (module.__dict__, module._modules, module._parameters, module._buffers)
     if type(module).__getattr__ is nn.Module.__getattr__:
         return any(name in names for names in own) or hasattr(type(module), name)
@@ -233,7 +226,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def strip(root: nn.Module) -> None:
-    """Remove every adapter from `root` and all below it: a deep copy becomes the bare module."""
+    """Remove every adapter from `root` and all modules below it, to make a deep copy a bare module."""
     for module in list(root.modules()):
         _read_no_more(module)
         module.__dict__.pop(READ, None)
@@ -245,7 +238,7 @@ def strip(root: nn.Module) -> None:
 
 
 class _WrappedForward:
-    """Stands where an instance's own `forward` stood."""
+    """Replaces a `forward` that was set on the instance."""
 
     def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
         self.module, self.original = module, original
@@ -279,9 +272,9 @@ def _release(module: nn.Module) -> None:
 
 
 def _become(module: nn.Module, **roles: bool) -> None:
-    """Give the module the class with these roles beside those that it has."""
+    """Add or remove these roles of the module's class."""
     now = type(module)
-    # Someone may have made a class of ours since: that stays, and gets a class of its own.
+    # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
     base, known = (now.__dict__.get(name, other) for name, other in (("_adapted_from", now), ("_roles", Roles())))
     wanted = known._replace(**roles)
     if wanted == known:
@@ -290,12 +283,12 @@ def _become(module: nn.Module, **roles: bool) -> None:
     for name in ("forward", "_old_forward"):
         value = module.__dict__.get(name)
         if isinstance(value, types.MethodType) and value.__func__ is now.__dict__.get("forward"):
-            # A hook that was put on after the adapters, and so had kept our forward.
+            # A hook that was added after the adapters holds our forward.
             module.__dict__[name] = types.MethodType(new.forward, module)
 
 
 def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
-    """The subclass of `cls` with these roles; made once, with the same name."""
+    """The subclass of `cls` with these roles, of the same name. It is made once."""
     found = _classes.get((cls, roles))
     if found is not None:
         return found
@@ -304,7 +297,7 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
         return run(self, super(adapted, self).forward, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The subclass has no name to be found under, so copies and pickles make it again.
+        # No module contains the subclass under its name, so copies and pickles make it again.
         reduced = super(adapted, self).__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         return _new, (cls, roles), *reduced[2:]
@@ -315,7 +308,8 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
         body |= {"forward": forward, INPUT: input_name(cls.forward)}
     if roles.read or roles.reads:
         body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), reads))
-        body["__call__"] = _entering(cls.__call__, _nothing)  # hooks run in it; `begin` is the last before the forward
+        # Hooks run in it. `begin` is the last one before the forward.
+        body["__call__"] = _entering(cls.__call__, lambda _: ())
     if roles.read:
         body |= {name: effective(cls, name) for name in ("weight", "bias")}
     adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
@@ -324,7 +318,7 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
 
 
 def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, ...]]) -> Callable[..., Any]:
-    """`call`, a method, during which the module finds its own weight, and reads that of what is at `read(module)`."""
+    """The method `call`, during which the module finds its own weight, and reads those at the paths `read(module)`."""
 
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running.stack.append((self, read(self)))
@@ -334,10 +328,6 @@ def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, 
             running.stack.pop()
 
     return enter
-
-
-def _nothing(_: nn.Module) -> tuple[Path, ...]:
-    return ()
 
 
 def _new(cls: type[nn.Module], roles: Roles) -> nn.Module:
