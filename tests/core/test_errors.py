@@ -490,7 +490,7 @@ ODD_MODELS: list[tuple[Callable[[], nn.Module], type[ak.AdapterError], dict[str,
         scripted,
         ak.StateError,
         {"target_modules": ["fc"], "modules_to_save": ["odd"]},
-        "'odd' is scripted (torch.jit), so nothing can be added to it. Adapt the model unscripted.",
+        "'odd' is scripted (torch.jit), so nothing can be added to it. Adapt the unscripted model.",
     ),
     (
         lambda: with_layer(Frozen(4, 4)),
