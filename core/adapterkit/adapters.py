@@ -667,7 +667,7 @@ class Adapters:
             self._model.keep_labels()
             self._merged = Merged()
             take_heads(acting, self.model)
-            parting.tell()
+            parting.apply()
             return self.detach()
 
     def detach(self) -> nn.Module:

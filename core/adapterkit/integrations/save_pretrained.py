@@ -206,7 +206,7 @@ class Saver:
         if own is not None:
             own.apply(self.root)
         try:
-            with parting.told():
+            with parting.applied():
                 return getattr(type(self.module), self.name)(*call.args, **call.kwargs)
         finally:
             handle.remove()

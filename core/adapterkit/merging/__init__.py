@@ -5,7 +5,7 @@ Uses: errors, tensors, kinds, contract, forward, model.
 """
 
 from adapterkit.merging.changes import Change, check_in_memory, parted_names, plan
-from adapterkit.merging.plain import obstacle
+from adapterkit.merging.obstacles import obstacle
 from adapterkit.merging.ties import FLAG, Parting, nested, number_of
 from adapterkit.merging.weights import Merged, merge_module, merging, take_heads
 

@@ -14,7 +14,7 @@ from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.forward import BiasLayer
 from adapterkit.kinds import AddTile, LayerKind, tiles
 from adapterkit.merging.memory import Place, overlaps
-from adapterkit.merging.plain import is_writable, obstacle, own
+from adapterkit.merging.obstacles import is_writable, obstacle, own
 from adapterkit.model import Adapter, BaseModules
 
 

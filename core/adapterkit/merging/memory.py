@@ -1,13 +1,14 @@
-"""Memory: which tensors of a model share it, whichever objects they are."""
+"""Which tensors of a model share memory, even if they are different objects."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.merging.obstacles import own
 from adapterkit.model import BaseModules
 
 
@@ -19,7 +20,7 @@ class Place(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """The bytes that a tensor lies in: `start` up to `end` of a device's memory, or of a storage without values."""
+    """The bytes of a tensor: `start` to `end` of a device's memory, or of a storage without values."""
 
     memory: Any
     start: int
@@ -39,10 +40,10 @@ class _Span(NamedTuple):
         last = int(sum((size - 1) * stride for size, stride in steps)) if tensor.numel() else -1
         return cls(memory, start, start + (last + 1) * tensor.itemsize, tensor)
 
-    def meets(self, other: _Span) -> bool:
-        """Whether an element of one overlaps an element of the other; between those of one there may be gaps."""
+    def overlaps(self, other: _Span) -> bool:
+        """Whether two tensors whose spans overlap share an element. The elements of a span may leave gaps."""
         one, two = self.tensor, other.tensor
-        if self[1:3] == other[1:3] or one.dtype != two.dtype:
+        if (self.start, self.end) == (other.start, other.end) or one.dtype != two.dtype:
             return True
         if all(span.tensor.nbytes == span.end - span.start for span in (self, other)):
             return True
@@ -65,36 +66,33 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def overlaps(modules: BaseModules, places: Iterable[Place]) -> dict[Place, str]:
-    """Which of these places share memory with another of the model's, or within themselves, and with which."""
+    """The places that share memory with another tensor of the model, and its key; `"itself"` for expanded tensors."""
     wanted = set(places)
-    found = {p: "itself" for p in wanted if _is_expanded(_tensor(p))}
+    found = {place: "itself" for place in wanted if _is_expanded(own(*place))}
     spans = sorted(_spans(modules, wanted), key=lambda span: (str(span[0].memory), span[0].start))
     begun: list[tuple[_Span, Place, str]] = []
     for span, place, key in spans:
         begun = [b for b in begun if b[0].memory == span.memory and b[0].end > span.start]
         for other_span, other, other_key in begun:
-            if (place in wanted or other in wanted) and span.meets(other_span):
+            if (place in wanted or other in wanted) and span.overlaps(other_span):
                 found.setdefault(place, other_key)
                 found.setdefault(other, key)
         begun.append((span, place, key))
     return {place: key for place, key in found.items() if place in wanted}
 
 
-def _spans(modules: BaseModules, wanted: Iterable[Place]) -> Iterable[tuple[_Span, Place, str]]:
-    known = {modules.model: "", **{module: paths[0] for module, paths in modules.paths_of.items()}}
-    known = {place.module: "its own copy" for place in wanted} | known
+def _spans(modules: BaseModules, wanted: Iterable[Place]) -> Iterator[tuple[_Span, Place, str]]:
+    known = {place.module: "its own copy" for place in wanted}  # of modules that are not the model's: heads
+    known |= {modules.model: "", **{module: paths[0] for module, paths in modules.paths_of.items()}}
     for module, path in known.items():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.numel():
                 yield _Span.of(tensor), Place(module, name), f"{path}.{name}" if path else name
 
 
-def _tensor(place: Place) -> Tensor:
-    found = place.module._parameters.get(place.name)
-    return place.module._buffers[place.name] if found is None else found  # type: ignore[return-value]
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and any(
-        size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+def _is_expanded(tensor: Tensor | None) -> bool:
+    return (
+        tensor is not None
+        and tensor.layout is torch.strided
+        and any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     )

@@ -1,9 +1,9 @@
-"""Ties: what a transformers model declares as tied, and telling it which of these weights are apart now.
+"""Parting tied weights of a transformers model, and making the model's files say so.
 
-Its files leave out all but one of tied weights, and a flag in a config says that the others follow. So when some are
-parted, the flag is cleared, and the other weights that it stands for get memory of their own: else they would be lost
-at the next `save_pretrained`. Where a model computes with the flag, or its config cannot say it, the flag stays: files
-hold all that is parted then, and from transformers 5 on `from_pretrained` does not tie what it finds apart.
+The files leave out all but one of several tied weights, and a flag in the config says that the others follow. When some
+are parted, the flag is cleared, and the other weights for which it stood get memory of their own, because the next
+`save_pretrained` would lose them otherwise. If a model computes with the flag, or its config cannot express the change,
+the flag stays: the files hold everything that is parted, and transformers 5 and later leave parted weights alone.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.merging.memory import same
-from adapterkit.merging.plain import own, put
+from adapterkit.merging.obstacles import own, put
 from adapterkit.model import Adapter, named_modules
 
 FLAG = "tie_word_embeddings"
 _DECLARED = "_tied_weights_keys"
 _ALL = "all_tied_weights_keys"
-# Parts of the names of functions that may read the flag and compute no outputs with it.
-_HARMLESS = ("init", "tie", "resize", "embeddings")
 
 
 @dataclass(frozen=True)
 class Tie:
-    """Two names of the model's state dict that a module declares as tied.
+    """Two keys of the model's state dict that a module declares as tied.
 
     Attributes:
-        declarer: that module, and `outer` the model around it whose config is written to files.
+        declarer: that module.
+        outer: the model around it whose config is written to files.
     """
 
     target: str
@@ -48,12 +47,12 @@ class Tie:
 
 @dataclass(frozen=True, eq=False)
 class Parting:
-    """What is to be said and done when some ties hold no longer.
+    """What changes in a model, beside the weights, when some of its ties end.
 
     Attributes:
-        parted: those ties.
-        configs: whose flag is cleared; of ties whose config is none of these, the flag has to stay.
-        freed: the other ties for which the cleared flags stand.
+        parted: the ties that end.
+        configs: the configs whose flag is cleared. The flag stays for ties of other configs.
+        freed: the other ties for which the cleared flags stood.
     """
 
     model: nn.Module
@@ -64,7 +63,7 @@ class Parting:
 
     @classmethod
     def of(cls, model: nn.Module, names: Collection[str] = (), heads: Iterable[Adapter] = ()) -> Parting:
-        """Decide what to do, before anything is parted.
+        """Decide what to change, before anything is parted.
 
         Args:
             names: keys of the state dict that are about to get memory of their own.
@@ -75,73 +74,73 @@ class Parting:
             UnsupportedError: the model's files could not say what is parted.
         """
         numbers = {path: number for adapter in heads for path, number in adapter.head_paths().items()}
-        ties = declared(model)
+        ties = _declared_ties(model)
         parted = [
             tie
             for tie in ties
             if not {tie.target, tie.source}.isdisjoint(names)
             or number_of(tie.target, numbers) != number_of(tie.source, numbers)
         ]
-        configs = [
-            config for outer in {id(t.outer): t.outer for t in parted}.values() for config in _silent(outer, parted)
-        ]
+        outers = {id(t.outer): t.outer for t in parted}.values()
+        configs = [config for outer in outers for config in _configs_to_clear(outer, parted)]
         for tie in parted:
             if not _is_in(tie.declarer.config, configs) and not hasattr(tie.outer, _ALL):
                 raise UnsupportedError(
                     f"{tie.target!r} and {tie.source!r} cannot be parted: a {type(tie.outer).__name__} computes with "
-                    f"its config's {FLAG}, and transformers before version 5 ties by it. Merge with a later one."
+                    f"{FLAG} of its config, and transformers before version 5 ties by it. Merge with a later version."
                 )
         freed = [tie for tie in ties if _is_in(tie.declarer.config, configs) and tie not in parted]
         return cls(model, parted, configs, freed)
 
     @torch.inference_mode(False)
-    def tell(self) -> None:
-        """Do it, after the weights were parted."""
+    def apply(self) -> None:
+        """Make the changes, after the weights were parted."""
         undo = self._undo
         for config in self.configs:
             undo.insert(0, partial(setattr, config, FLAG, True))
             setattr(config, FLAG, False)
         modules = dict(named_modules(self.model))
-        gone = {tie.target for tie in (*self.parted, *self.freed)}
-        governed = [t for t in (*self.parted, *self.freed) if _is_in(t.declarer.config, self.configs)]
-        others = [t.target for t in self.parted if t not in governed]
-        for names in ([*(t.source for t in governed), *(t.target for t in governed)], others):
+        ended = (*self.parted, *self.freed)
+        targets = {tie.target for tie in ended}
+        of_cleared = [t for t in ended if _is_in(t.declarer.config, self.configs)]
+        others = [t.target for t in self.parted if t not in of_cleared]
+        for names in ([*(t.source for t in of_cleared), *(t.target for t in of_cleared)], others):
             _separate(modules, names, undo)
         for path, module in modules.items():
             prefix = f"{path}." if path else ""
             pairs = getattr(module, _ALL, None)
-            if isinstance(pairs, Mapping) and any(prefix + name in gone for name in pairs):
-                _set(module, _ALL, {k: v for k, v in pairs.items() if prefix + k not in gone}, undo)
+            if isinstance(pairs, Mapping) and any(prefix + name in targets for name in pairs):
+                _set(module, _ALL, {k: v for k, v in pairs.items() if prefix + k not in targets}, undo)
             if isinstance(getattr(module, _DECLARED, None), Mapping) and any(t.declarer is module for t in self.parted):
-                own_pairs = _declared_by(module, modules, prefix)
-                if not _is_in(module.config, self.configs):  # who ties anew reads these, where the flag stays
-                    _set(module, _DECLARED, {k: v for k, v in own_pairs.items() if prefix + k not in gone}, undo)
+                declared = _declared_by(module, modules, prefix)
+                if not _is_in(module.config, self.configs):  # where the flag stays, a later tying goes by these
+                    _set(module, _DECLARED, {k: v for k, v in declared.items() if prefix + k not in targets}, undo)
 
-    def take_back(self) -> None:
-        """Undo `tell`."""
+    def undo(self) -> None:
+        """Undo `apply`."""
         while self._undo:
             self._undo[0]()
             del self._undo[0]
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """`tell` for the length of a block."""
+    def applied(self) -> Iterator[None]:
+        """`apply` for a block."""
         try:
-            self.tell()
+            self.apply()
             yield
         finally:
-            self.take_back()
+            self.undo()
 
 
-def declared(model: nn.Module) -> list[Tie]:
+def _declared_ties(model: nn.Module) -> list[Tie]:
     """The ties that the model, and the models inside it, declare and that hold now."""
     modules = dict(named_modules(model))
     found = {}
-    for path, module in modules.items():  # outer models repeat what is declared inside them
+    for path, module in modules.items():  # a model repeats what the models inside it declare; the innermost counts
         prefix = f"{path}." if path else ""
         if hasattr(module, "config"):
             for target, source in _declared_by(module, modules, prefix).items():
-                found[prefix + target] = Tie(prefix + target, prefix + source, module, _outer(modules, path))
+                found[prefix + target] = Tie(prefix + target, prefix + source, module, _outermost(modules, path))
     return [tie for tie in found.values() if _holds(modules, tie)]
 
 
@@ -150,9 +149,9 @@ def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> 
     if isinstance(pairs, Mapping):
         try:
             return {**pairs, **module.get_expanded_tied_weights_keys(all_submodels=False)}
-        except (AttributeError, ValueError):  # names of adapters may match its patterns, too
+        except (AttributeError, ValueError):  # its patterns may match keys of adapters too
             return pairs
-    names = getattr(module, _DECLARED, None)  # before transformers 5: names alone
+    names = getattr(module, _DECLARED, None)  # transformers before 5 lists names without their sources
     held = {f"{path}.{n}": t for path, m in modules.items() for n, t in m._parameters.items() if t is not None}
     return {
         name: other.removeprefix(prefix)
@@ -162,7 +161,8 @@ def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> 
     }
 
 
-def _outer(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+def _outermost(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The outermost model with a config around the module at `path`."""
     parts = path.split(".")
     around = (".".join(parts[:count]) for count in range(len(parts) + 1))
     return next(modules[p] for p in around if hasattr(getattr(modules.get(p), "config", None), "to_json_string"))
@@ -188,7 +188,7 @@ def _is_in(config: Any, configs: Sequence[Any]) -> bool:
 
 
 def _separate(modules: Mapping[str, nn.Module], names: Sequence[str], undo: list[Callable[[], None]]) -> None:
-    """Give each of these, but the first of those that share memory, memory of its own."""
+    """Give memory of its own to each of these tensors that shares memory with an earlier one."""
     seen: list[Tensor] = []
     for name in dict.fromkeys(names):
         path, _, local = name.rpartition(".")
@@ -206,38 +206,38 @@ def _separate(modules: Mapping[str, nn.Module], names: Sequence[str], undo: list
 
 def _set(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
     if name in module.__dict__:
-        before = module.__dict__[name]
-        undo.insert(0, lambda: module.__dict__.__setitem__(name, before))
+        undo.insert(0, partial(module.__dict__.__setitem__, name, module.__dict__[name]))
     else:
         undo.insert(0, lambda: module.__dict__.pop(name, None))
     module.__dict__[name] = value
 
 
-# What the flag can say
+# Which flags can be cleared
 
 
-def _silent(outer: Any, parted: Sequence[Tie]) -> list[Any]:
-    """The configs that can say, by their flags alone, that these ties of a model hold no longer; else none."""
-    own_configs = {id(t.declarer.config): t.declarer.config for t in parted if t.outer is outer}
+def _configs_to_clear(outer: Any, parted: Sequence[Tie]) -> list[Any]:
+    """The configs whose flags say, once cleared, that these ties of `outer` have ended. None if flags cannot say it."""
+    declaring = {id(t.declarer.config): t.declarer.config for t in parted if t.outer is outer}
     if any(_reads_flag(type(module)) for module in outer.modules()):  # type: ignore[arg-type]
         return []
-    for wanted in (own_configs, {**own_configs, **{id(c): c for o in own_configs.values() for _, c in nested(o)}}):
+    with_nested = {**declaring, **{id(c): c for config in declaring.values() for _, c in nested(config)}}
+    for wanted in (declaring, with_nested):
         configs = [config for config in wanted.values() if getattr(config, FLAG, False)]
-        if len(configs) >= len(own_configs) and _can_say(outer.config, configs):
+        if len(configs) >= len(declaring) and _survives_files(outer.config, configs):
             return configs
     return []
 
 
 def nested(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The config, and those inside it, each with the names that lead to it."""
+    """The config and those inside it, each with the attribute names that lead to it."""
     yield path, config
     for name, value in vars(config).items():
         if hasattr(value, "to_json_string"):
             yield from nested(value, (*path, name))
 
 
-def _can_say(config: Any, inner: Sequence[Any]) -> bool:
-    """Whether a config that is written with these flags cleared, and read again, differs in just that."""
+def _survives_files(config: Any, inner: Sequence[Any]) -> bool:
+    """Whether `config`, written and read again, differs in exactly the flags of `inner` once these are cleared."""
     try:
         before, read_before = _written(config), _written(_read(config))
         for other in inner:
@@ -247,7 +247,7 @@ def _can_say(config: Any, inner: Sequence[Any]) -> bool:
         finally:
             for other in inner:
                 setattr(other, FLAG, True)
-    except Exception:  # noqa: BLE001 - what strangers' configs raise
+    except Exception:  # noqa: BLE001 - a stranger's config may raise anything
         return False
     changed = dict(_differences(before, after))
     cleared = [path for path, value in changed.items() if path[-1] == FLAG and value is False]
@@ -273,12 +273,13 @@ def _differences(one: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[t
 
 @lru_cache(maxsize=4096)
 def _reads_flag(cls: type) -> bool:
-    """Whether a function of the class that may compute outputs reads the flag, of whichever object."""
+    """Whether a method of the class reads the flag and may compute outputs with it."""
+    computes_nothing = ("init", "tie", "resize", "embeddings")
     functions = (
         inspect.unwrap(value)
         for base in cls.__mro__
         for name, value in vars(base).items()
-        if isinstance(value, FunctionType) and not any(part in name for part in _HARMLESS)
+        if isinstance(value, FunctionType) and not any(part in name for part in computes_nothing)
     )
     return any(isinstance(f, FunctionType) and _names_flag(f.__code__) for f in functions)
 

@@ -14,7 +14,7 @@ from adapterkit.errors import AdapterError, StateError
 from adapterkit.forward import BiasLayer, give_dtypes_back
 from adapterkit.kinds import LayerKind, tiles
 from adapterkit.merging.changes import Change, Part
-from adapterkit.merging.plain import own, put
+from adapterkit.merging.obstacles import own, put
 from adapterkit.merging.ties import Parting
 from adapterkit.model import Adapter
 
@@ -100,7 +100,7 @@ class Merged:
         for kept in self.kept.values():
             kept.give_back()
         for parting in reversed(self.partings):
-            parting.take_back()
+            parting.undo()
 
     def _joined(self, names: tuple[str, ...], done: Done, parting: Parting, *, keep_base: bool) -> Merged:
         """What is merged after a further merge."""
@@ -147,10 +147,10 @@ def merging(
     edited = before.edited
     try:
         carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
-        parting.tell()
+        parting.apply()
         yield before._joined(names, done, parting, keep_base=keep_base)
     except BaseException as error:  # noqa: BLE001 - raised again
-        parting.take_back()
+        parting.undo()
         raised = take_back(done, error)
         before._count_again(edited)
         raise raised from (None if raised is error else error)

@@ -1,4 +1,4 @@
-"""Plain: whether a layer computes with its own weight as it stands, so that what a merge writes there acts."""
+"""Why a merge into a layer would not have the adapter's effect: the layer does not just compute with its own weight."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ from adapterkit.kinds import LayerKind
 from adapterkit.tensors import is_sharded
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Rows of the table that stands for an embedding's.
-_ROWS = 4
-# Sums of products of 1, 2 and 3 are exact in float32; a kind may scale them.
-_RTOL = 1e-6
 
 
 def own(module: nn.Module, name: str) -> Tensor | None:
-    """The module's own parameter or buffer of this name, not one that it computes."""
+    """The module's own parameter or buffer of this name; `None` if the module computes it."""
     found: Tensor | None = module._parameters.get(name)
     return module._buffers.get(name) if found is None else found
 
@@ -38,9 +34,9 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether its memory, on the CPU, may be written to; writing to a page that may not ends the process.
+    """Whether a tensor on the CPU is in writable memory. Writing to a read-only page would end the process.
 
-    The kernel is asked: it refuses to read a byte, the one that is there, from a pipe into such a page.
+    The kernel knows: it refuses to copy a byte (the one that is there already) from a pipe into a read-only page.
     """
     if not hasattr(os, "readv") or not tensor.numel():
         return True
@@ -57,10 +53,10 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) -> str | None:
-    """Why writing to these tensors of `module` would not act as the adapter does; `None`: it would.
+    """Why writing to these tensors of `module` would not have the adapter's effect; `None`: it would.
 
-    A kind may vouch for that. Else the tensors must be the module's own, and its forward one that is known to compute
-    plainly with them, or that a run on a copy of the layer proves to.
+    A kind may vouch for the module. Otherwise the tensors must be the module's own, and its forward must compute the
+    plain product with them: it is a known one, or a run on a copy of the layer proves it.
     """
     vouched = kind is not None and kind.vouches
     found = next(filter(None, (_not_own(module, name, vouched) for name in names)), None)
@@ -68,14 +64,14 @@ def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) 
         return found
     for hook in module._forward_pre_hooks.values():
         named = getattr(hook, "__qualname__", type(hook).__name__)
-        return f"its forward pre-hook {named} may set the {names[0]} anew in each forward. Remove the hook first"
+        return f"its forward pre-hook {named} may set the {names[0]} again in each forward. Remove the hook first"
     forward = own_forward(module)
     if forward is None:
-        return "its forward was replaced on the instance, so it is not known what it computes with its weight"
+        return "its forward was replaced on the instance, so it is unknown what it computes with its weight"
     if kind is None or kind.computes_plainly(forward, module) or _is_proven(module, kind, forward):
         return None
     return (
-        f"{forward.__module__}.{forward.__qualname__} computes something else than the plain product with its weight "
+        f"{forward.__module__}.{forward.__qualname__} computes something else than the plain product with the weight "
         "that a merge changes"
     )
 
@@ -85,19 +81,18 @@ def _not_own(module: nn.Module, name: str, vouched: bool) -> str | None:
     if held is None:
         return _computed(module, name)
     if is_sharded(held):
-        return f"its {name} is sharded among processes. Save the adapter, and merge it on disk by ak.merge_checkpoint"
+        return f"its {name} is sharded among processes. Save the adapter, and merge it on disk with ak.merge_checkpoint"
     if vouched or _is_ordinary(held):
         return None
     layout = f"{held.dtype}, {held.layout}".replace("torch.", "")
     return (
-        f"its {name} is a {type(held).__name__} ({layout}): quantised, sharded, or of another sort than plain "
-        "floating numbers. Merge into the plain model (in memory, or on disk by ak.merge_checkpoint) and quantise or "
-        "shard it afterwards"
+        f"its {name} is a {type(held).__name__} ({layout}): quantised, sharded, or not of plain floating numbers. "
+        "Merge into the plain model (in memory or with ak.merge_checkpoint) and quantise or shard it afterwards"
     )
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor of floating numbers that torch itself computes with."""
+    """Whether it is a dense tensor of floating numbers, with no code but torch's own behind it."""
     cls = type(tensor)
     ordinary = cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout is torch.strided
     return ordinary and tensor.dtype in _FLOATING
@@ -106,21 +101,20 @@ def _is_ordinary(tensor: Tensor) -> bool:
 def _computed(module: nn.Module, name: str) -> str:
     if is_parametrized(module, name):
         return (
-            f"its {name} is computed in each forward, by a parametrization. Save the adapter, detach, make the {name} "
+            f"its {name} is computed in each forward by a parametrization. Save the adapter, detach, make the {name} "
             f"permanent (torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})), load and merge"
         )
     hooks = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values())
-    by = f" in each forward, by its hook {hooks}. Make it permanent first (torch.nn.utils has the function)"
-    return f"its {name} is none of its parameters and buffers, but computed{by if hooks else ''}"
+    by = f" in each forward by its hook {hooks}. Make it permanent first (torch.nn.utils has the function)"
+    return f"its {name} is neither a parameter nor a buffer, but computed{by if hooks else ''}"
 
 
 @torch.no_grad()
 def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) -> bool:
-    """Whether the forward of a copy, with another weight and bias, computes what the kind says of these.
+    """Whether the forward of a copy of the layer, with another weight and bias, computes what the kind says.
 
-    It is run on one input with small whole numbers, so that one entry that is masked, moved or scaled is seen in a sum;
-    and on three with numbers of many sizes and both signs, which a forward that rounds or cuts off its weight or its
-    input would change.
+    It runs on one input of small whole numbers, whose sums show a single entry that is masked, moved or scaled; and on
+    three of numbers of many sizes and both signs, which show a forward that rounds or clips its weight or its input.
     """
     if kind.sample_dims > 1:
         return False
@@ -137,7 +131,7 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
         sizes = 10.0 ** -torch.rand(shape, generator=generator).mul_(4).to(device)
         return sizes * (whole(*shape) % 2 * 2 - 1)
 
-    rows = _ROWS if kind.lookup else weight.shape[0]
+    rows = 4 if kind.lookup else weight.shape[0]
     if kind.lookup:
         layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
     try:
@@ -150,19 +144,20 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
                 found = forward(layer, x)
             same: Any = kind.of(layer)
             expected = same.apply_weight(x, same.read(layer), own(layer, "bias"))
-            if kind.lookup:  # rows may be scaled, by whichever number: what is merged is scaled alike
+            if kind.lookup:  # rows may be scaled by any number, because what is merged is scaled by it too
                 expected = expected * (found.flatten()[0] / expected.flatten()[0])
-            margin = _RTOL * float(expected.abs().max())
-            if not expected.all() or not torch.allclose(found.to(expected.dtype), expected, _RTOL, margin):
+            tolerance = 1e-6  # sums of products of 1, 2 and 3 are exact in float32, but a kind may scale them
+            margin = tolerance * float(expected.abs().max())
+            if not expected.all() or not torch.allclose(found.to(expected.dtype), expected, tolerance, margin):
                 return False
-    except Exception:  # noqa: BLE001 - a stranger's forward
+    except Exception:  # noqa: BLE001 - a stranger's forward may raise anything
         return False
     return True
 
 
 @contextmanager
 def _in_plain_torch(device: torch.device) -> Iterator[None]:
-    """Without autocast or a compiler, and with random numbers that nobody else misses."""
+    """Without autocast or a compiler, and without effect on the random numbers of others."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -172,7 +167,7 @@ def _in_plain_torch(device: torch.device) -> Iterator[None]:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """The module and those below it, without adapters, with their parameters and copies of their buffers, for a run."""
+    """A copy of the module and those below it for one run: without adapters, with the same parameters."""
     made: nn.Module = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
     made.__dict__.pop(ACTIVE, None)
@@ -185,5 +180,5 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _copied(buffer: Tensor) -> Tensor:
-    """A copy; a number without a value, as skeletons of models have them, becomes 1."""
+    """A copy. A single number on the meta device, as in a model without values, becomes 1."""
     return torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta and buffer.numel() == 1 else buffer.clone()
