@@ -41,7 +41,7 @@ def cases(tiny: bool) -> Iterator[Case]:
         size = f"{(made.root / 'base' / 'model.safetensors').stat().st_size / 1e9:.1f} GB"
         what = f"merge into {size} in {str(dtype).removeprefix('torch.')}"
         ways = {name: made.way(name) for name in WAYS}
-        note = "PEFT, which merges in the weights' own dtype, is checked within the rounding of it."
+        note = "PEFT merges in the dtype of the weights, so its result is checked within the rounding of that dtype."
         goals = (Goal(1.5, "copy"),)
         yield Case(what, ways, goals, _check, SAID_MILLISECONDS, 5, warm_up=False, seconds=90, note=note)
         timed = unchecked("measured in the runs that were timed")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import adapterkit as ak
 from adapterkit_command.app import app
-from adapterkit_command.exits import Exit
+from adapterkit_command.running import Exit
 
 COMMANDS = ["inspect", "preview", "diff", "report", "merge", "combine", "convert", "extract", "methods", "new"]
 NEEDED = {
