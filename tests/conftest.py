@@ -1,9 +1,18 @@
-"""What holds for every test: hypothesis draws the same examples on every machine, and no clock makes a test fail."""
+"""What holds for every test: the same examples on every machine, no clock that makes a test fail, long files first."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A busy machine draws slowly and runs slowly. `make fuzz` draws other examples each time.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+# These take longest. A process runs a whole file, so a long one that comes last would keep the others waiting.
+LONG = ("test_examples.py", "test_testing.py", "test_new_package.py", "test_third_parties.py", "test_trainer.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long files begin."""
+    items.sort(key=lambda item: item.path.name not in LONG)

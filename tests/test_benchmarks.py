@@ -21,7 +21,7 @@ KEYS = {"benchmark", "question", "date", "threads", "machine", "rows"}
 ROW_KEYS = {"operation", "unit", "ways", "goals", "curve", "why", "plotted", "note", "checked"}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def frozen_heap() -> Iterator[None]:
     """The runner collects garbage before each measurement, and a test process has much."""
     gc.freeze()
@@ -68,7 +68,6 @@ def test_a_tolerance_is_the_row_s_own() -> None:
         same(found)
 
 
-@pytest.mark.usefixtures("frozen_heap")
 def test_every_way_is_measured_as_often_and_in_turns() -> None:
     order: list[str] = []
     ways = {name: repeated(lambda name=name: order.append(name)) for name in ("hand", "peft")}
@@ -139,7 +138,6 @@ def test_peak_rss_is_the_child_s_own() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("frozen_heap")
 def test_benchmark_runs_at_its_smallest_size(name: str) -> None:
     module = load(name)
     assert question(module).endswith("?")

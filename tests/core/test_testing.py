@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -67,12 +67,11 @@ def registered(plugin: Outer) -> Iterator[ak.AdapterConfig]:
         ak.default_registry.unregister(NAME)
 
 
-def failures(config: ak.AdapterConfig, *, leave_out: str = "") -> set[str]:
+def failures(config: ak.AdapterConfig, names: Collection[str]) -> set[str]:
     found = set()
-    for name, check in all_checks().items():
+    for name in names:
         try:
-            if name != leave_out:
-                run_check(check, config)
+            run_check(all_checks()[name], config)
         except CheckFailure:
             found.add(name)
         except NotApplicable:
@@ -90,11 +89,12 @@ def test_what_the_broken_methods_are_made_from_passes(plugin):
 
 @pytest.mark.parametrize("plugin", BROKEN, ids=lambda plugin: plugin.__name__)
 def test_each_broken_method_is_caught_by_the_check_meant_for_it(plugin):
+    """And most others pass: every third one is asked."""
+    others = [name for name in list(all_checks())[::3] if name != "check_compiles"]
     with registered(plugin()) as config:
-        slow = "" if BROKEN[plugin] == "check_compiles" else "check_compiles"
-        found = failures(config, leave_out=slow)
+        found = failures(config, {BROKEN[plugin], *others})
     assert BROKEN[plugin] in found
-    assert len(found) <= len(all_checks()) // 2, found
+    assert len(found) <= len(others) // 2 + 1, found
 
 
 def test_every_check_is_needed():
