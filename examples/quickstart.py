@@ -17,6 +17,7 @@ from adapterkit_lora import LoraConfig
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=None, help="a model folder or hub id (default: the MiniLM of `make setup`)")
 parser.add_argument("--rows", type=int, default=960, help="rows to train each task on")
+parser.add_argument("--test-rows", type=int, default=640, help="rows to test each task on")
 options = parser.parse_args()
 source = options.model or minilm_folder()
 logging.set_verbosity_error()
@@ -53,7 +54,7 @@ def held_out(model: torch.nn.Module, task: Task) -> tuple[torch.Tensor, float]:
 
 model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2).eval()
 adapters = ak.attach(model)
-tasks = (tweet_polarity(options.rows), source_domain(options.rows))
+tasks = (tweet_polarity(options.rows, options.test_rows), source_domain(options.rows, options.test_rows))
 saved, folder = {}, Path(tempfile.mkdtemp())
 
 for task in tasks:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--rows", "192"],
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--rows", "192", "--test-rows", "128"],
         capture_output=True,
         text=True,
         check=False,
@@ -31,7 +31,7 @@ def test_quickstart_can_be_read_in_one_go() -> None:
 
 
 def test_multitask_prints_every_choice_and_probes() -> None:
-    few = ["--rows", "64", "--test-rows", "48", "--layers", r".*\.5\..*\.(query|value)"]
+    few = ["--rows", "48", "--test-rows", "24", "--layers", r".*\.5\..*\.(query|value)"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "multitask.py"), *few],
         capture_output=True,
