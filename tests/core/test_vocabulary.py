@@ -69,11 +69,13 @@ def assert_read_by_peft(folder: Path, adapters: ak.Adapters, name: str) -> None:
 
 
 @every_model
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_the_new_rows_are_in_the_file_and_act_on_a_base_resized_alike(name: str, tmp_path: Path) -> None:
     adapters = adapted(resized(name, 0), name)
     expected = logits(adapters.model, name)
     folder = adapters.save("a", tmp_path / "a")
     assert written(folder) == TABLES[name]
+    assert_read_by_peft(folder, adapters, name)
     other = resized(name, 1)
     bare = logits(other, name)
     again = ak.attach(other)
@@ -88,14 +90,6 @@ def test_the_new_rows_are_in_the_file_and_act_on_a_base_resized_alike(name: str,
     torch.testing.assert_close(logits(third.merge_and_detach(untie=True), name), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_model
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-def test_peft_reads_them(name: str, tmp_path: Path) -> None:
-    adapters = adapted(resized(name, 0), name)
-    folder = adapters.save("a", tmp_path / "a")
-    assert_read_by_peft(folder, adapters, name)
-
-
 def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
     adapters = adapted(resized("llama", 0), "llama", "embed_tokens")
     folder = adapters.save("a", tmp_path / "a")
@@ -108,12 +102,6 @@ def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
     with pytest.raises(ak.StateError, match=r"The file must hold 'model.embed_tokens', because the vocabulary was"):
         adapters.save("a", tmp_path / "b")
     adapters.save("a", tmp_path / "b", embeddings=False)
-
-
-def test_add_says_that_the_file_will_hold_them() -> None:
-    model = resized("gpt2", 0)
-    report = ak.attach(model).add("a", LoraConfig(r=2, target_modules=["c_attn"]))
-    assert "note: the vocabulary was resized, so the adapter's file will hold 'transformer.wte' too" in str(report)
 
 
 @every_model
@@ -180,7 +168,7 @@ def test_they_stay_with_the_adapter_whatever_is_made_of_it(name: str, tmp_path: 
         torch.testing.assert_close(logits(model, name), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_full_state_dict_gives_them_too(tmp_path: Path) -> None:
+def test_a_full_state_dict_and_save_pretrained_give_them_too(tmp_path: Path) -> None:
     adapters = adapted(resized("llama", 0), "llama")
     full = {f"module.{key}": tensor for key, tensor in adapters.model.state_dict().items()}
     full["module.model.embed_tokens.weight"] = full["module.model.embed_tokens.weight"] + 1
@@ -189,40 +177,39 @@ def test_a_full_state_dict_gives_them_too(tmp_path: Path) -> None:
     torch.testing.assert_close(held, adapters.model.get_submodule("model.embed_tokens").weight + 1)
     alone = {key: tensor for key, tensor in full.items() if ".adapters." in key}
     assert written(adapters.save("a", tmp_path / "b", source=alone)) == TABLES["llama"]
-
-
-def test_save_pretrained_writes_them(tmp_path: Path) -> None:
-    adapters = adapted(resized("llama", 0), "llama")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapters.model.save_pretrained(tmp_path / "a")
-    assert written(tmp_path / "a") == TABLES["llama"]
+        adapters.model.save_pretrained(tmp_path / "c")
+    assert written(tmp_path / "c") == TABLES["llama"]
 
 
-def test_trained_heads_at_the_tables_are_written_as_such(tmp_path: Path) -> None:
-    adapters = ak.attach(resized("llama", 0))
-    adapters.add("a", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+@pytest.mark.parametrize(
+    ("name", "heads", "tables"),
+    [
+        ("llama", ["embed_tokens", "lm_head"], TABLES["llama"]),
+        ("gpt2", ["wte"], ["lm_head.weight", "transformer.wte.weight"]),  # the other of two tied ones is written too
+    ],
+)
+def test_trained_heads_at_the_tables_are_written_as_such(
+    name: str, heads: list[str], tables: list[str], tmp_path: Path
+) -> None:
+    adapters = ak.attach(resized(name, 0))
+    gpt2 = name == "gpt2"
+    adapters.add("a", LoraConfig(r=2, target_modules=[LAYERS[name]], modules_to_save=heads, fan_in_fan_out=gpt2))
     set_parameters(adapters, "a")
     folder = adapters.save("a", tmp_path / "a")
-    assert written(folder) == TABLES["llama"]
-    again = ak.attach(resized("llama", 1))
+    assert written(folder) == tables
+    again = ak.attach(resized(name, 1))
     again.load(folder, "a")
-    torch.testing.assert_close(logits(again.model, "llama"), logits(adapters.model, "llama"))
+    torch.testing.assert_close(logits(again.model, name), logits(adapters.model, name))
+    if gpt2:
+        assert_read_by_peft(folder, adapters, name)
 
 
-def test_a_trained_head_at_one_of_two_tied_tables_leaves_the_other_to_be_written(tmp_path: Path) -> None:
+def test_add_says_that_the_file_will_hold_them_and_a_smaller_base_what_to_resize_to(tmp_path: Path) -> None:
     adapters = ak.attach(resized("gpt2", 0))
-    adapters.add("a", LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True))
-    set_parameters(adapters, "a")
+    report = adapters.add("a", LoraConfig(r=2, target_modules=["c_attn"]))
+    assert "note: the vocabulary was resized, so the adapter's file will hold 'transformer.wte' too" in str(report)
     folder = adapters.save("a", tmp_path / "a")
-    assert written(folder) == ["lm_head.weight", "transformer.wte.weight"]
-    again = ak.attach(resized("gpt2", 1))
-    again.load(folder, "a")
-    torch.testing.assert_close(logits(again.model, "gpt2"), logits(adapters.model, "gpt2"))
-    assert_read_by_peft(folder, adapters, "gpt2")
-
-
-def test_a_base_of_another_size_says_what_to_resize_to(tmp_path: Path) -> None:
-    folder = adapted(resized("gpt2", 0), "gpt2").save("a", tmp_path / "a")
     with pytest.raises(ak.CheckpointError, match=rf"call model\.resize_token_embeddings\({ROWS}\) first"):
         ak.attach(build("gpt2")).load(folder, "a")
