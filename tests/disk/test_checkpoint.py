@@ -116,6 +116,12 @@ def test_a_damaged_file_is_refused_by_its_name(content: bytes, tmp_path: Path) -
         Checkpoint.open(tmp_path)
 
 
+def test_a_name_that_stands_twice_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(DAMAGED["a whole tensor twice"])
+    with pytest.raises(ak.CheckpointError, match="damaged or cut off: a name stands twice in its header"):
+        read_header(tmp_path / "a.safetensors")
+
+
 def test_a_header_larger_than_the_format_allows_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "a.safetensors").open("wb") as file:
         file.write((100_000_001).to_bytes(8, "little"))
