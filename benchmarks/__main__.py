@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.names) - set(NAMES))
     if unknown:
-        sys.exit(f"No benchmark {', '.join(unknown)}. There is: {', '.join(NAMES)}.")
+        sys.exit(f"Unknown benchmark {', '.join(unknown)}. Available: {', '.join(NAMES)}.")
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")  # the peers', about deprecations
     modules = {name: load(name) for name in given.names or NAMES}

@@ -150,7 +150,7 @@ def test_benchmark_runs_at_its_smallest_size(name: str) -> None:
 
 
 def test_an_unknown_benchmark_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"No benchmark nothing\. There is: imports"):
+    with pytest.raises(SystemExit, match=r"Unknown benchmark nothing\. Available: imports"):
         main(["nothing"])
 
 

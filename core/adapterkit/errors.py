@@ -1,7 +1,7 @@
-"""Every error adapterkit raises: one small tree under `AdapterError`.
+"""All errors that adapterkit raises: one small tree under `AdapterError`.
 
-Each class also derives from the builtin that a caller would expect, so `except KeyError` around a
-lookup works without knowing this library.
+Each class also derives from the builtin error that a caller would expect, so `except KeyError` around a lookup works
+without knowledge of this library.
 """
 
 from __future__ import annotations
@@ -11,50 +11,50 @@ from collections.abc import Iterable
 
 
 class AdapterError(Exception):
-    """Base of every error that adapterkit raises on purpose."""
+    """The base of all errors that adapterkit raises."""
 
 
 class ConfigError(AdapterError, ValueError):
-    """A config, a name or an argument that cannot be used as it is."""
+    """A config, a name or an argument is invalid."""
 
 
 class UnsupportedError(AdapterError, NotImplementedError):
-    """A known option or layer that this library does not implement; it is never ignored instead."""
+    """The library knows an option or a layer but does not implement it. It never ignores one instead."""
 
 
 class UnknownNameError(AdapterError, KeyError):
-    """A name (adapter, method, field) that does not exist; the message lists those that do."""
+    """A name (of an adapter, method or field) does not exist. The message lists the existing names."""
 
     # KeyError would print the message in quotes.
     __str__ = Exception.__str__
 
 
 class SelectionError(AdapterError, ValueError):
-    """A config that selects nothing on this model, or something that cannot be adapted."""
+    """A config selects nothing on this model, or something that cannot be adapted."""
 
 
 class StateError(AdapterError, RuntimeError):
-    """A call that is impossible in the model's or the adapters' present state."""
+    """A call is impossible in the current state of the model or of the adapters."""
 
 
 class CheckpointError(AdapterError, ValueError):
-    """A file that is damaged, of another format, or does not fit the model."""
+    """A file is damaged, has another format, or does not fit the model."""
 
 
 class SaveError(AdapterError, OSError):
-    """Files could not be written; what stood there before is untouched."""
+    """Files cannot be written. Existing files are unchanged."""
 
 
 class PluginError(AdapterError, RuntimeError):
-    """A plugin that cannot be imported, breaks the hook contract, or shares a name with another."""
+    """A plugin cannot be imported, breaks the hook contract, or has the name of another plugin."""
 
 
 class AdapterWarning(UserWarning):
-    """Something that is allowed but that its author probably did not mean."""
+    """Something is allowed, but probably not intended."""
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The known names most like `name`, best first; the last parts of dotted paths count as well."""
+    """The known names that are most similar to `name`, best first; the last parts of dotted paths also count."""
     names = sorted(set(known))
     by_tail: dict[str, list[str]] = {}
     for candidate in names:
@@ -66,9 +66,9 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def unknown(what: str, name: object, known: Iterable[str], advice: str = "") -> UnknownNameError:
-    """The error for a name that is not there: what was asked, what exists, and the nearest match."""
+    """The error for a name that does not exist, with the existing names and the most similar one."""
     names = sorted(known)
-    exists = f"There is: {', '.join(map(repr, names))}." if names else f"There is no {what} yet."
+    exists = f"Available: {', '.join(map(repr, names))}." if names else "There are none yet."
     close = nearest(name, names, 1) if isinstance(name, str) else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UnknownNameError(f"No {what} {name!r}. {exists}{hint}{' ' + advice if advice else ''}")
+    return UnknownNameError(f"Unknown {what} {name!r}. {exists}{hint}{' ' + advice if advice else ''}")

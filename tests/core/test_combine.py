@@ -290,7 +290,7 @@ def nan_in_a(adapters: ak.Adapters) -> None:
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "list": ({"sources": ["a", "b"]}, ak.ConfigError, r"combine takes adapters and their weights, \{'a': 0\.7"),
     "empty": ({"sources": {}}, ak.ConfigError, r"combine takes adapters and their weights"),
-    "unknown": ({"sources": {"x": 1.0}}, ak.UnknownNameError, r"No adapter 'x'\. There is: 'a', 'b'"),
+    "unknown": ({"sources": {"x": 1.0}}, ak.UnknownNameError, r"Unknown adapter 'x'\. Available: 'a', 'b'"),
     "nan": ({"sources": {"a": float("nan")}}, ak.ConfigError, r"The weight of 'a' is nan; it must be a finite number"),
     "inf": ({"sources": {"a": 1.0, "b": -float("inf")}}, ak.ConfigError, r"The weight of 'b' is -inf"),
     "huge": ({"sources": {"a": 10**400}}, ak.ConfigError, r"The weight of 'a' is 1000"),
@@ -305,14 +305,14 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"rank = 99 is larger than any .* The largest is 16, min\(out, in\) of '",
     ),
     "both": ({"rank": 1, "energy": 0.5}, ak.ConfigError, r"Give rank= or energy=, not both"),
-    "to": ({"to": "nothing"}, ak.UnknownNameError, r"No adapter method 'nothing'"),
+    "to": ({"to": "nothing"}, ak.UnknownNameError, r"Unknown adapter method 'nothing'"),
     "ranks": (
         {"space": "factors"},
         ak.ConfigError,
         r"'.*': space='factors' combines the factors entry by entry, so all ranks must be equal, not \[2, 3\]\. Use "
         r"space='delta' or space='core'\.",
     ),
-    "heads": ({"heads": "x"}, ak.UnknownNameError, r"No choice of heads 'x'\. There is: 'a', 'average', 'b', 'concat'"),
+    "heads": ({"heads": "x"}, ak.UnknownNameError, r"Unknown choice of heads 'x'\. Available: 'a', 'average', 'b'"),
     "overflow": (
         {"sources": {"a": 1e308, "b": 1e308}},
         ak.StateError,

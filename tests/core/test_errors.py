@@ -215,13 +215,13 @@ UNKNOWN: dict[str, Callable[[ak.Adapters, Any], object]] = {
 @pytest.mark.parametrize("call", UNKNOWN)
 def test_adapter_that_does_not_exist(net: nn.Module, call: str) -> None:
     for name in ("aa", "", None, ["a"], 0):
-        with unchanged(net), refused(ak.UnknownNameError, f"No adapter {name!r}. There is: 'a', 'b'."):
+        with unchanged(net), refused(ak.UnknownNameError, f"Unknown adapter {name!r}. Available: 'a', 'b'."):
             UNKNOWN[call](ak.attach(net), name)
 
 
 def test_adapter_that_does_not_exist_is_told_the_nearest() -> None:
     adapters = ak.attach(EmbeddingNet())
-    with refused(ak.UnknownNameError, "No adapter 'a'. There is no adapter yet."):
+    with refused(ak.UnknownNameError, "Unknown adapter 'a'. There are none yet."):
         adapters.remove("a")
     adapters.add("imdb-sentiment", LoraConfig(**FIELDS))
     with refused(ak.UnknownNameError, "Did you mean 'imdb-sentiment'?"):
@@ -324,7 +324,7 @@ def test_config_that_does_not_fit_the_model_is_refused_and_changes_nothing(
 
 CALLS = [
     call(lambda a: a.add("c", {"r": 8}), "{'r': 8} is no adapter config. Make one with its class"),
-    call(lambda a: a.add("c", ak.AdapterConfig()), "No adapter method ''", error=ak.UnknownNameError),
+    call(lambda a: a.add("c", ak.AdapterConfig()), "Unknown adapter method ''", error=ak.UnknownNameError),
     call(
         lambda a: a.add("c", LoraConfig(**FIELDS, modules_to_save=["head"]), num_labels=4),
         "num_labels and id2label set the size of an adapter's head, but the model's config has no labels.",
@@ -338,7 +338,7 @@ CALLS = [
     ),
     call(
         lambda a: a.activate("a", heads="b"),
-        "No adapter to be activated 'b'. There is: 'a'.",
+        "Unknown active adapter 'b'. Available: 'a'.",
         error=ak.UnknownNameError,
     ),
     call(
@@ -618,7 +618,7 @@ def test_each_error_is_also_the_builtin_that_a_caller_expects() -> None:
     }.items():
         assert issubclass(error, builtin)
         assert issubclass(error, ak.AdapterError)
-    assert str(ak.UnknownNameError("No adapter 'a'.")) == "No adapter 'a'."  # without a KeyError's quotes
+    assert str(ak.UnknownNameError("Unknown adapter 'a'.")) == "Unknown adapter 'a'."  # without a KeyError's quotes
 
 
 # Odd models that are adapted all the same

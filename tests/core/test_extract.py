@@ -190,7 +190,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         r"The difference of the models at '.*layer\.1.*' has values that are not",
     ),
     "meta": (lambda: build("bert").to("meta"), QUERY, ak.StateError, r"is on the meta device\. Both models must be"),
-    "to": (build, {**QUERY, "to": "nothing"}, ak.UnknownNameError, r"No adapter method 'nothing'"),
+    "to": (build, {**QUERY, "to": "nothing"}, ak.UnknownNameError, r"Unknown adapter method 'nothing'"),
 }
 
 

@@ -181,7 +181,7 @@ ERRORS: dict[str, tuple[Any, str | None, str]] = {
         r"There are heads \('t0', 't1'\), and which the result is to have is not said\. Choose one of "
         r"heads='t0', heads='t1', heads='average', heads='concat', heads='drop'\.",
     ),
-    "unknown": (classifier, "mean", r"No choice of heads 'mean'\. There is: 'average', 'concat', 'drop', 't0', 't1'"),
+    "unknown": (classifier, "mean", r"Unknown choice of heads 'mean'\. Available: 'average', 'concat', 'drop', 't0'"),
     "average of sizes": (
         classifier,
         "average",

@@ -442,7 +442,7 @@ MISUSES = {
     "nothing to unmerge": (lambda a: a.unmerge(), r"Nothing is merged"),
     "base gone": (lambda a: (a.merge("a", keep_base=False), a.unmerge()), r"'a' cannot be unmerged: with keep_base"),
     "no name": (lambda a: a.merge(), r"merge\(\) must name adapters, each once\. There is \('a', 'b'\)"),
-    "unknown": (lambda a: a.merge("x"), r"No adapter 'x'\. There is: 'a', 'b'"),
+    "unknown": (lambda a: a.merge("x"), r"Unknown adapter 'x'\. Available: 'a', 'b'"),
     "nothing active": (lambda a: (a.activate(), a.merge_and_detach()), r"nothing to merge: no adapter is active"),
 }
 

@@ -174,7 +174,7 @@ def test_a_check_that_says_nothing_says_why():
 
 
 def test_an_expected_failure_must_exist():
-    with pytest.raises(ak.UnknownNameError, match=r"No check 'check_pickle'.*Did you mean 'check_pickles'"):
+    with pytest.raises(ak.UnknownNameError, match=r"Unknown check 'check_pickle'.*Did you mean 'check_pickles'"):
         parametrize_with_checks([OuterConfig()], expected_failures={"check_pickle": "why"})
 
 

@@ -69,7 +69,7 @@ def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> Non
 
 def test_a_name_that_is_not_there_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     save_file({"alpha": torch.ones(4)}, tmp_path / "model.safetensors")
-    with pytest.raises(ak.UnknownNameError, match=r"No tensor 'alpa'.*Did you mean 'alpha'"):
+    with pytest.raises(ak.UnknownNameError, match=r"Unknown tensor 'alpa'.*Did you mean 'alpha'"):
         Checkpoint.open(tmp_path).tensor("alpa")
 
 

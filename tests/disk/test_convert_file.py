@@ -266,7 +266,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
             r"as_component = 'unet' is none of naming='kohya': 'lora_unet'",
         ),
         ({"heads": "average"}, ak.ConfigError, "heads = 'average' must be 'keep' or 'drop'"),
-        ({"to": "x"}, ak.UnknownNameError, "No adapter method 'x'"),
+        ({"to": "x"}, ak.UnknownNameError, "Unknown adapter method 'x'"),
         ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
         ({"rank": 1, "energy": 0.5}, ak.ConfigError, "Give rank= or energy=, not both"),
         ({"rank": 99}, ak.ConfigError, "rank = 99 is larger than"),

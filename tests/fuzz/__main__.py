@@ -161,7 +161,7 @@ def main() -> None:
     given = parser.parse_args()
     unknown = sorted(set(given.parts) - set(PARTS))
     if unknown:
-        sys.exit(f"No part {', '.join(unknown)}. There is: {', '.join(PARTS)}.")
+        sys.exit(f"Unknown part {', '.join(unknown)}. Available: {', '.join(PARTS)}.")
     if given.inputs:
         globals()["INPUTS"] = given.inputs
     torch.set_num_threads(1)

@@ -110,7 +110,7 @@ def test_a_blocked_package_is_not_there(environment: Environment) -> None:
         print(ak.method("ia3").name)
     """
     blocked, good = environment.run(code, ADAPTERKIT_DISABLE_PLUGINS="outer,broken").splitlines()
-    assert blocked.startswith("No adapter method 'outer'.")
+    assert blocked.startswith("Unknown adapter method 'outer'.")
     assert "It is switched off by ADAPTERKIT_DISABLE_PLUGINS." in blocked
     assert good == "ia3"
 

@@ -492,7 +492,7 @@ class Registry:
         self.kinds()  # which loads the extensions
         known = {**combiners.BUILTIN, **added_combiners(self._manager)}
         if not isinstance(name, str) or name not in known:
-            raise unknown("way to combine", name, known)
+            raise unknown("method of combination", name, known)
         return known[name]
 
     def config(self, method: str, **fields: Any) -> AdapterConfig:

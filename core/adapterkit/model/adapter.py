@@ -228,7 +228,7 @@ def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, 
         ConfigError: two have a head at one module, and none is chosen.
     """
     if chosen is not None and chosen not in [r.name for r in adapters]:
-        raise unknown("adapter to be activated", chosen, [r.name for r in adapters])
+        raise unknown("active adapter", chosen, [r.name for r in adapters])
     owners: dict[str, str] = {}
     for adapter in adapters:
         for path in adapter.heads:
