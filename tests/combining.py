@@ -132,12 +132,8 @@ def outer_method() -> ModuleType:
     def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
         return OuterLayer(target, config)
 
-    @ak.hookimpl
-    def factors(layer: Any) -> ak.Factors:
-        return layer.factors()
-
     plugin = ModuleType("outer_plugin")
-    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, factors=factors, config=OuterConfig)
+    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, layer=OuterLayer, config=OuterConfig)
     return plugin
 
 

@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "docs"))
 import build_hookspecs
 
 from adapterkit.contract import hookspecs
-from adapterkit.contract.registry import _hook_names
 
 TUTORIAL = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL))
@@ -77,7 +76,7 @@ def test_the_reference_has_every_hook_and_argument() -> None:
     heads = re.findall(
         r"^## `(\w+)`\n\n```python\n\w+\(([^\n]*)\) -> [^\n]+\n```\n\n(.+?)(?=\n## |\Z)", page, re.MULTILINE | re.DOTALL
     )
-    assert sorted(name for name, _, _ in heads) == sorted(_hook_names())
+    assert sorted(name for name, _, _ in heads) == sorted(hookspecs.names())
     for name, arguments, text in heads:
         spec = getattr(hookspecs, name)
         given = re.findall(r"(\w+): ", arguments)

@@ -4,23 +4,26 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters import Adapters, attach, extract
+from adapterkit.adapters import Adapters, attach, extract, penalty
 from adapterkit.contract import (
     AdapterConfig,
     AdapterLayer,
     Combiner,
     FactorStack,
     ForeignFile,
-    ForeignLayers,
+    ForeignLayer,
+    Format,
     Holder,
     KeyRule,
-    PatternTable,
+    Plugin,
     Registry,
+    Shared,
     Target,
     default_registry,
+    empty_layer,
     hookimpl,
     kaiming,
-    with_patterns,
+    plugin,
 )
 from adapterkit.errors import (
     AdapterError,
@@ -95,6 +98,7 @@ __version__ = version("adapterkit")
 
 config = default_registry.config
 method = default_registry.method
+extend = default_registry.extend
 methods = default_registry.methods
 register = default_registry.register
 
@@ -116,7 +120,8 @@ __all__ = [
     "FactorStack",
     "Factors",
     "ForeignFile",
-    "ForeignLayers",
+    "ForeignLayer",
+    "Format",
     "Holder",
     "KeyRule",
     "LayerGroup",
@@ -126,7 +131,7 @@ __all__ = [
     "MergeReport",
     "MethodInfo",
     "MethodsReport",
-    "PatternTable",
+    "Plugin",
     "PluginError",
     "Preview",
     "Registry",
@@ -134,6 +139,7 @@ __all__ = [
     "SaveError",
     "Selection",
     "SelectionError",
+    "Shared",
     "StateError",
     "Status",
     "SwapReport",
@@ -148,6 +154,8 @@ __all__ = [
     "describe_methods",
     "diff_adapters",
     "effective_weight",
+    "empty_layer",
+    "extend",
     "extract",
     "extract_files",
     "features",
@@ -158,11 +166,12 @@ __all__ = [
     "method",
     "methods",
     "new_package",
+    "penalty",
+    "plugin",
     "preview",
     "read_config",
     "register",
     "select",
     "skeleton",
-    "with_patterns",
     "write_report",
 ]

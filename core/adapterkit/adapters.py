@@ -6,7 +6,9 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +29,7 @@ from adapterkit.combining import (
     same_layer,
     wanted_layers,
 )
-from adapterkit.contract import ATTRIBUTE, AdapterConfig, MajoritySign, default_registry
+from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, default_registry
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
@@ -113,6 +115,15 @@ def attach(model: nn.Module) -> Adapters:
     return found
 
 
+def penalty(model: nn.Module) -> Tensor:
+    """The terms of the loss that the active adapters add: `loss = loss + ak.penalty(model)`. Zero if none adds any."""
+    adapters = attach(model)
+    zero = torch.zeros((), device=next((p.device for p in adapters.model.parameters()), None))
+    found = (adapters._adapter(name) for name in adapters.active)
+    terms = (adapter.shared.penalty(adapter.layers) for adapter in found if adapter.shared is not None)
+    return reduce(torch.add, terms, zero)
+
+
 class Adapters:
     """The adapters of one model. `attach` makes it.
 
@@ -168,6 +179,25 @@ class Adapters:
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter: of its layers, its heads and its biases, and those that its layers share."""
         return (parameter for _, parameter in self.named_parameters(name))
+
+    def layers(self, name: str) -> Mapping[str, AdapterLayer]:
+        """The adapter layers of an adapter, by the paths of their targets. To be read, not to be changed.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        return MappingProxyType(self._adapter(name).layers)
+
+    def step(self) -> None:
+        """Let the active adapters make their step: after `optimizer.step()` and before `zero_grad()`.
+
+        AdaLoRA moves its ranks here. For most methods nothing happens.
+        """
+        for name in self.active:
+            adapter = self._adapter(name)
+            adapter.steps += 1
+            if adapter.shared is not None:
+                adapter.shared.step(adapter.steps, adapter.layers)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with names: `<module path>.<parameter>`, or `<parameter>` if the layers share it."""
@@ -384,7 +414,7 @@ class Adapters:
         self._check_heads_not_merged(name)
         self._warn_if_changed(name, KEPT)
         with self._gathered([adapter] if source is None else []):
-            return to_file(adapter, default_registry.method_of(adapter.config), source)
+            return to_file(adapter, default_registry.method_of(adapter.config), source)[1]
 
     @torch.inference_mode(False)
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:

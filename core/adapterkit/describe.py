@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from adapterkit import kinds
 from adapterkit.contract import (
     EXTENSIONS_GROUP,
-    RESULT_HOOKS,
     Installed,
     Registry,
     combiners,
@@ -31,7 +30,9 @@ class MethodInfo:
         config: the class of its configs.
         prefix: the prefix of its parameters' names.
         hooks: the hooks that it implements.
-        error: why it cannot be used; `config`, `prefix` and `hooks` are then empty.
+        merges: whether its adapters can be merged into weights.
+        combines: whether its adapters can be combined and converted: their change has a low-rank form.
+        error: why it cannot be used; what is above but for the name and the package is then empty.
     """
 
     name: str
@@ -40,27 +41,19 @@ class MethodInfo:
     config: str = ""
     prefix: str = ""
     hooks: tuple[str, ...] = ()
+    merges: bool = False
+    combines: bool = False
     error: str | None = None
-
-    @property
-    def merges(self) -> bool:
-        """Whether its adapters can be merged into weights."""
-        return "factors" in self.hooks or "merge" in self.hooks
-
-    @property
-    def combines(self) -> bool:
-        """Whether its adapters can be combined and converted: their change has a low-rank form."""
-        return "factors" in self.hooks
 
     @property
     def results(self) -> bool:
         """Whether it can be the method of a combination or conversion."""
-        return all(hook in self.hooks for hook in RESULT_HOOKS)
+        return "from_factors" in self.hooks
 
     @property
     def foreign(self) -> bool:
         """Whether it reads files of other programs."""
-        return "foreign_config" in self.hooks
+        return "formats" in self.hooks
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,18 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
         prefix = method.key_rule(config()).prefix
     except AdapterError as error:
         return MethodInfo(name, package, version, error=str(error))
-    return MethodInfo(name, package, version, f"{config.__module__}.{config.__qualname__}", prefix, method.hooks)
+    path, combines = f"{config.__module__}.{config.__qualname__}", method.defines("factors")
+    merges = combines or "merge" in method.hooks or method.defines("merged")
+    return MethodInfo(
+        name,
+        package,
+        version,
+        path,
+        " ".join((prefix,) if isinstance(prefix, str) else prefix),
+        method.hooks,
+        merges,
+        combines,
+    )
 
 
 def _extension(registry: Registry, name: str, plugin: object) -> ExtensionInfo:

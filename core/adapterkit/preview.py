@@ -138,7 +138,7 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
         _skipped(selection.skipped),
         selection.unmatched,
         tuple(notes),
-        0 if adapter.shared is None else _count(adapter.shared.module),
+        0 if adapter.shared is None else _count(adapter.shared),
     )
 
 

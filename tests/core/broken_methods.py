@@ -36,28 +36,10 @@ class OuterLayer(ak.AdapterLayer):
         return self.kind.apply(x, self.factors())
 
 
-class Outer:
+class Outer(ak.Plugin):
     """The method as it should be; the broken ones change one thing of it."""
 
-    config: ClassVar[type[ak.AdapterConfig]] = OuterConfig
-    layer: ClassVar[type[ak.AdapterLayer]] = OuterLayer
-    rule: ClassVar[ak.KeyRule] = ak.KeyRule(prefix="outer_")
-
-    @ak.hookimpl
-    def config_type(self):
-        return self.config
-
-    @ak.hookimpl
-    def key_rule(self):
-        return self.rule
-
-    @ak.hookimpl
-    def inject(self, target, config, shared):
-        return self.layer(target, config, shared)
-
-    @ak.hookimpl
-    def factors(self, layer):
-        return layer.factors()
+    config, layer, prefix = OuterConfig, OuterLayer, "outer_"
 
 
 class WrongPrefix(Outer):
@@ -69,23 +51,31 @@ class WrongPrefix(Outer):
                 del self.outer_u
 
 
-class ImpureMerge(Outer):
-    @ak.hookimpl
-    def factors(self, layer):
-        return None
+class MergedLayer(ak.AdapterLayer):
+    """The same change, given by `merged` alone."""
 
-    @ak.hookimpl
-    def merge(self, layer, weight, bias):
-        weight += layer.factors().delta()
-        return weight, bias
+    setup = OuterLayer.setup
+
+    def dense(self):
+        return OuterLayer.factors(self).delta()
+
+    def delta(self, x):
+        return self.kind.apply(x, OuterLayer.factors(self))
+
+
+class ImpureMerge(Outer):
+    class layer(MergedLayer):
+        def merged(self, weight, bias):
+            weight += self.dense()
+            return weight, bias
 
 
 class MergeChangesTheAdapter(ImpureMerge):
-    @ak.hookimpl
-    def merge(self, layer, weight, bias):
-        merged = weight + layer.factors().delta()
-        layer.outer_u.mul_(2)
-        return merged, bias
+    class layer(MergedLayer):
+        def merged(self, weight, bias):
+            merged = weight + self.dense()
+            self.outer_u.mul_(2)
+            return merged, bias
 
 
 class ForgottenScale(Outer):
@@ -108,7 +98,11 @@ class WritesToTheBase(Outer):
 class SharedOuter(Outer):
     """With a shared vector in place of v; right as it is."""
 
-    rule = ak.KeyRule(prefix="outer_", shared=("outer_all",))
+    class shared(ak.Shared):
+        def setup(self, targets, config, root):
+            widest = max(t.in_features for t in targets)
+            generator = torch.Generator().manual_seed(0)
+            self.register_buffer("outer_all", torch.randn(widest, generator=generator).to(root.dtype))
 
     class layer(OuterLayer):
         def setup(self, target, config):
@@ -116,23 +110,17 @@ class SharedOuter(Outer):
             del self.outer_v
 
         def vector(self):
-            return self.shared["outer_all"]
+            return self.shared.outer_all
 
         def factors(self):
             return ak.Factors(self.config.scale * self.outer_u[:, None], self.vector()[None, : self.kind.in_features])
-
-    @ak.hookimpl
-    def prepare(self, targets):
-        widest = max(t.in_features for t in targets)
-        generator = torch.Generator().manual_seed(0)
-        return {"outer_all": torch.randn(widest, generator=generator).to(targets[0].dtype)}
 
 
 class SharedTensorCopied(SharedOuter):
     class layer(SharedOuter.layer):
         def setup(self, target, config):
             super().setup(target, config)
-            self.copied = self.shared["outer_all"].clone()
+            self.copied = self.shared.outer_all.clone()
 
         def vector(self):
             return self.copied.to(self.outer_u.dtype)
@@ -177,19 +165,19 @@ class BreaksTheGraph(Outer):
 
 
 class WrongExempt(Outer):
-    rule = ak.KeyRule(prefix="outer_", exempt=frozenset({"outer_u"}))
+    def key_rule(self, config):
+        return ak.KeyRule(prefix="outer_", exempt=frozenset({"outer_u"}))
 
 
 class InventsWhatIsMissing(Outer):
-    @ak.hookimpl
-    def from_file(self, tensors):
+    def from_file(self, config, tensors):
         found = dict(tensors)
         for path in {key.rpartition(".")[0] for key in tensors}:
             found.setdefault(f"{path}.outer_u", torch.zeros(1))
             found.setdefault(f"{path}.outer_v", tensors[f"{path}.outer_u"].clone())
             if f"{path}.outer_u" not in tensors:
                 found[f"{path}.outer_u"] = torch.zeros_like(tensors[f"{path}.outer_v"])
-        return found
+        return config, found
 
 
 class AnotherDtype(Outer):
@@ -203,7 +191,7 @@ class NotTheIdentity(Outer):
     class layer(OuterLayer):
         def setup(self, target, config):
             super().setup(target, config)
-            if not target.load:
+            if target.file is None:
                 nn.init.ones_(self.outer_u)
 
 
@@ -263,24 +251,20 @@ class TrainsNothing(Outer):
 
 
 class SavesTooMuch(Outer):
-    @ak.hookimpl
-    def to_file(self, tensors):
-        return {**tensors, "rest.weight": torch.zeros(2)}
+    def to_file(self, config, tensors):
+        return config, {**tensors, "rest.weight": torch.zeros(2)}
 
 
 class AnnotatedWrongly(Outer):
     """Its annotation is put there once it is registered: registration would refuse it."""
 
-    @ak.hookimpl
-    def factors(self, layer):
-        return layer.factors()
+    def merge(self, layer, weight, bias):
+        return weight + layer.factors().delta(), bias
 
 
 class TellsOtherLayers(Outer):
-    @ak.hookimpl
-    def layers_in_file(self, tensors):
-        ends = {key.removesuffix(".outer_u"): len(t) for key, t in tensors.items() if key.endswith(".outer_u")}
-        return {path: nn.Linear(n, len(tensors[f"{path}.outer_v"]), device="meta") for path, n in ends.items()}
+    def sizes(self, tensors):
+        return len(tensors["outer_v"]), len(tensors["outer_u"])
 
 
 BROKEN: dict[type[Outer], str] = {

@@ -202,7 +202,7 @@ def test_a_third_partys_method_is_combined_with_lora_and_converted_exactly(outer
     with nothing_changes(adapters), pytest.raises(ak.UnsupportedError) as caught:
         adapters.convert("a", to="outer", name="no")
     assert str(caught.value) == (
-        "The method 'outer' cannot be a result: it has no hook config_from_ranks and from_factors, so no change can be "
+        "The method 'outer' cannot be a result: it has no hook from_factors, so no change can be "
         "put into its form. Take to='lora', which can express every low-rank change."
     )
 

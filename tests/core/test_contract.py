@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,36 +347,32 @@ def test_injection_that_fails_half_way_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("prepare", "message"),
+    ("shared", "message"),
     [
-        (returning(3), f"{WHO}: its hook prepare returned a int; it must return a Mapping or None."),
-        (fails, "its hook prepare raised ZeroDivisionError"),
-        (
-            returning({"shift_B": torch.ones(1), "shift_C": torch.ones(1)}),
-            "its hook prepare returned ['shift_B', 'shift_C'], but its key rule declares the shared tensors [].",
-        ),
+        (3, f"{WHO}: its shared = 3 must be a subclass of Shared."),
+        (type("Fails", (ak.Shared,), {"setup": lambda *given: 1 / 0}), "its hook shared raised ZeroDivisionError"),
     ],
-    ids=["type", "raises", "undeclared"],
+    ids=["type", "raises"],
 )
-def test_prepare_that_is_wrong_changes_nothing(registered: Callable[..., Any], prepare: Any, message: str) -> None:
-    model, config = net(), registered(prepare=prepare)
+def test_what_is_shared_and_wrong_changes_nothing(registered: Callable[..., Any], shared: Any, message: str) -> None:
+    model, config = net(), registered(shared=shared)
     with unchanged(model), pytest.raises(ak.PluginError) as caught:
         ak.attach(model).add("x", config)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("hook", ["to_file", "file_config"])
-@pytest.mark.parametrize("implementation", [returning(3), fails], ids=["type", "raises"])
+@pytest.mark.parametrize("implementation", [returning(3), returning((3, {})), fails], ids=["type", "pair", "raises"])
 def test_saving_with_a_hook_that_is_wrong_writes_nothing(
-    registered: Callable[..., Any], tmp_path: Any, hook: str, implementation: Any
+    registered: Callable[..., Any], tmp_path: Any, implementation: Any
 ) -> None:
     model, config = net(), registered()
     ak.attach(model).add("x", config)
     from adapterkit.contract.registry import default_registry
 
     default_registry.unregister("shift")
-    default_registry.register(plugin(**{hook: implementation}))
-    with pytest.raises(ak.PluginError, match=f"its hook {hook} (returned a int|raised ZeroDivisionError)"):
+    default_registry.register(plugin(to_file=implementation))
+    message = "its hook to_file (returned a int|must return a ShiftConfig and a mapping|raised ZeroDivisionError)"
+    with pytest.raises(ak.PluginError, match=message):
         ak.attach(model).save("x", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -406,21 +402,8 @@ def specs() -> dict[str, Any]:
 
 
 def test_specs_are_those_of_the_design() -> None:
-    methods = {
-        "config_type",
-        "key_rule",
-        "prepare",
-        "inject",
-        "factors",
-        "merge",
-        "to_file",
-        "file_config",
-        "from_file",
-        "foreign_config",
-        "layers_in_file",
-        "to_foreign",
-    }
-    assert set(specs()) == methods | {"from_factors", "config_from_ranks", "layer_kinds", "combiners"}
+    methods = {"config_type", "key_rule", "targets", "inject", "merge", "to_file", "from_file", "from_factors"}
+    assert set(specs()) == methods | {"sizes", "formats", "layer_kinds", "combiners"}
     assert set(hookspecs.REQUIRED) == {"config_type", "key_rule", "inject"}
 
 
@@ -430,16 +413,78 @@ def test_spec_says_what_it_is_for(name: str) -> None:
     assert ("*Required.*" in specs()[name].__doc__) == (name in hookspecs.REQUIRED)
 
 
-Answer = Mapping[str, Tensor]
+Answer = tuple[ak.AdapterConfig, Mapping[str, Tensor]]
 
 
 def test_annotations_of_related_types_agree() -> None:
     @ak.hookimpl
-    def to_file(config: ShiftConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors
+    def to_file(config: ShiftConfig, tensors: dict[str, Tensor]) -> Answer:
+        return config, tensors
 
     @ak.hookimpl
-    def prepare(targets: Sequence[ak.Target]) -> Answer | None:
+    def targets(model: nn.Module) -> list[str] | None:
         return None
 
-    ak.Registry().register(plugin(to_file=to_file, prepare=prepare))
+    ak.Registry().register(plugin(to_file=to_file, targets=targets))
+
+
+# Plugins made from classes
+
+
+def test_a_plugin_in_one_line() -> None:
+    made = ak.plugin(ShiftConfig, ShiftLayer, prefix=("shift_", "shifted_"))
+    method = ak.Registry().register(made)
+    assert (method.name, method.provider) == ("shift", "ShiftPlugin")
+    assert method.hooks == ("config_type", "inject", "key_rule")
+    assert method.key_rule(ShiftConfig()).owns("shifted_by")
+
+
+def test_a_hook_is_overridden_without_a_decorator() -> None:
+    class ShiftPlugin(ak.Plugin):
+        config, layer, prefix = ShiftConfig, ShiftLayer, "shift_"
+
+        def to_file(self, config: Any, tensors: Any) -> Any:
+            return self._renamed(config, tensors)
+
+        def _renamed(self, config: Any, tensors: Any) -> Any:
+            return config, {f"x.{key}": tensor for key, tensor in tensors.items()}
+
+    method = ak.Registry().register(ShiftPlugin())
+    assert method.to_file(ShiftConfig(), {"a": torch.ones(1)})[1].keys() == {"x.a"}
+
+
+def test_a_public_method_that_is_not_a_hook_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ak.PluginError, match=r"ShiftPlugin.from_fil is not a hook.* Did you mean 'from_file'\?"):
+
+        class ShiftPlugin(ak.Plugin):
+            def from_fil(self, config: Any, tensors: Any) -> Any:
+                return config, tensors
+
+
+def test_a_module_may_hold_the_plugin() -> None:
+    from types import ModuleType
+
+    module = ModuleType("adapterkit_shift")
+    module.plugin = ak.plugin(ShiftConfig, ShiftLayer, prefix="shift_")  # type: ignore[attr-defined]
+    assert ak.Registry().register(module).plugin is module.plugin
+
+
+@pytest.mark.parametrize(
+    ("hint", "default", "patterns", "message"),
+    [
+        (torch.dtype, torch.int8, {}, "Config.size is dtype, which adapter_config.json cannot hold"),
+        (set[str], (), {}, "which adapter_config.json cannot hold"),
+        (int, 3, {"size": "target"}, "Config.patterns names 'target', which is not a field"),
+        (str | None, None, {"size": "bias"}, "Config.size is str or None; as a pattern of 'bias' it must be a mapping"),
+    ],
+)
+def test_fields_that_no_file_can_hold_are_refused_at_registration(
+    hint: Any, default: Any, patterns: Any, message: str
+) -> None:
+    from dataclasses import make_dataclass
+
+    made = make_dataclass("Config", [("size", hint, default)], bases=(ak.AdapterConfig,), frozen=True, kw_only=True)
+    made.method, made.patterns = "shift", patterns  # type: ignore[attr-defined]
+    with pytest.raises(ak.PluginError) as caught:
+        ak.Registry().register(ak.plugin(made, ShiftLayer, prefix="shift_"))  # type: ignore[arg-type]
+    assert message in str(caught.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,44 +32,50 @@ def model() -> nn.Module:
     return EmbeddingNet().eval()
 
 
-def method(config: Any = None, **hooks: Any) -> SimpleNamespace:
-    """A method `shift` whose `foreign_config` returns `config`, or raises it."""
-
-    class ShiftConfig(ak.AdapterConfig):
-        method = "shift"
-
-    class ShiftLayer(ak.AdapterLayer):
-        def setup(self, target: ak.Target, config: Any) -> None:
-            self.shift_by = target.new(target.out_features)
-
-        def delta(self, x: Tensor) -> Tensor:
-            return self.shift_by.expand(*x.shape[:-1], -1)
-
-    def config_type() -> type[ak.AdapterConfig]:
-        return ShiftConfig
-
-    def key_rule() -> ak.KeyRule:
-        return ak.KeyRule(prefix="shift_")
-
-    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return ShiftLayer(target, config)
-
-    def foreign_config(tensors: Mapping[str, Tensor], layers: Mapping[str, ak.LayerKind]) -> Any:
-        found = ak.ForeignLayers.read(tensors, layers, lambda key: [(key.removesuffix(".by"), "shift_by")])
-        if isinstance(config, Exception):
-            raise config
-        return (config or ShiftConfig)(target_modules=found.target_modules) if found.keys else None
-
-    def from_file(tensors: Mapping[str, Tensor], layers: Mapping[str, ak.LayerKind]) -> Mapping[str, Tensor]:
-        found = ak.ForeignLayers.read(tensors, layers, lambda key: [(key.removesuffix(".by"), "shift_by")])
-        return found.rest | {f"{path}.shift_by": tensors[keys["shift_by"]] for path, keys in found.keys.items()}
-
-    own = (config_type, key_rule, inject, foreign_config, from_file)
-    return SimpleNamespace(**{f.__name__: ak.hookimpl(f) for f in own} | hooks)
+class ShiftConfig(ak.AdapterConfig):
+    method = "shift"
 
 
-class Hashable(SimpleNamespace):
-    __hash__ = object.__hash__
+class ShiftLayer(ak.AdapterLayer):
+    def setup(self, target: ak.Target, config: Any) -> None:
+        self.shift_by = target.new(target.out_features)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.shift_by.expand(*x.shape[:-1], -1)
+
+
+class ShiftFormat(ak.Format):
+    names = {"by": "shift_by"}  # noqa: RUF012 - a class variable by its base
+    factors = frozenset({"shift_by"})
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def readings(self, key: str) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return super().readings(key)
+
+    def config(self, layers: Any, metadata: Any) -> Any:
+        return self.answer()
+
+    def tensors(self, layer: ak.ForeignLayer, config: Any) -> Mapping[str, Tensor]:
+        return layer.tensors
+
+
+class Greedy(ak.Format):
+    """Takes any file."""
+
+    def read(self, tensors: Any, kinds: Any, metadata: Any, config: Any = None) -> Any:
+        return ShiftConfig(target_modules=["head"]), tensors
+
+
+def method(config: Any = ShiftConfig, form: ak.Format | None = None) -> ak.Plugin:
+    """A method `shift` whose format makes a `config`, or raises it."""
+    base = ak.plugin(ShiftConfig, ShiftLayer, prefix="shift_")
+    hooks = {"formats": lambda self: [form or ShiftFormat(config)]}
+    made: ak.Plugin = type("Shift", (type(base),), hooks)()
+    return made
 
 
 @pytest.fixture
@@ -78,8 +83,8 @@ def registered() -> Iterator[Any]:
     """`registered(plugin)`: a method for this test only."""
     names = []
 
-    def register(plugin: SimpleNamespace) -> None:
-        names.append(ak.register(Hashable(**vars(plugin))).name)
+    def register(plugin: ak.Plugin) -> None:
+        names.append(ak.register(plugin).name)
 
     yield register
     for name in names:
@@ -137,22 +142,14 @@ def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path,
         model,
         write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)}),
         "Methods asked: loha, lora, vera.",
-        "Not asked: The method 'shift' (Hashable): its hook foreign_config raised ValueError: oh.",
+        "Not asked: The method 'shift' (Shift): its hook formats gave a ShiftFormat whose read raised ValueError: oh.",
     )
     with pytest.warns(ak.AdapterWarning, match="a method could not be asked about it. The method 'shift'"):
         ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x")
 
 
 def test_method_that_takes_every_file_hinders_none(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    greedy = method()
-    config = greedy.config_type()
-    registered(
-        method(
-            config_type=ak.hookimpl(lambda: config),
-            foreign_config=ak.hookimpl(lambda tensors: config(target_modules=["head"])),
-            from_file=ak.hookimpl(lambda tensors: tensors),
-        )
-    )
+    registered(method(form=Greedy()))
     adapters = ak.attach(model)
     assert adapters.load(write(tmp_path / "a.safetensors", LORA), "x") == ak.LoadReport()
     assert adapters.config("x").method == "lora"
@@ -170,7 +167,7 @@ def test_method_that_refuses_another_s_file_hinders_none(model: nn.Module, tmp_p
 def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path, registered: Any) -> None:
     registered(method(LoraConfig))
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
-    refuse(model, file, "its hook foreign_config returned a LoraConfig; it must return a ShiftConfig or None.")
+    refuse(model, file, "its hook formats gave a ShiftFormat that read a LoraConfig; it must give a ShiftConfig.")
 
 
 def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path, registered: Any) -> None:

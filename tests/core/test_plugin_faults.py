@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.broken_methods import Outer, OuterConfig
+from tests.core.broken_methods import MergedLayer, Outer, OuterConfig, OuterLayer
 from torch import nn
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
 
-WHO = "The method 'broken_outer' (Plugin): its hook"
+WHO = "The method 'broken_outer'"
 
 
 def raises(**arguments: Any) -> Any:
@@ -23,8 +23,6 @@ def raises(**arguments: Any) -> Any:
 
 
 FAULTS: list[tuple[str, Any, str]] = [
-    ("factors", raises, "factors raised ZeroDivisionError: by zero."),
-    ("factors", lambda **_: 3, "factors returned a int; it must return a Factors or None."),
     ("merge", raises, "merge raised ZeroDivisionError: by zero."),
     ("merge", lambda **_: torch.zeros(1), "merge returned a Tensor; it must return a tuple or None."),
     (
@@ -65,29 +63,21 @@ def faulty(hook: str, wrong: Any) -> Outer:
     """A plugin whose `hook` is right at first and then wrong."""
 
     def merged(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        return weight + layer.factors().delta(), bias
+        return weight + layer.dense(), bias
 
-    rights = {
-        "factors": lambda layer: layer.factors(),
-        "merge": merged,
-        "from_file": lambda config, tensors: tensors,
-    }
-    answer = Counting(rights[hook], wrong) if hook != "from_file" else wrong
+    answer = Counting(merged, wrong)
 
-    class Plugin(Outer):
-        @ak.hookimpl
-        def factors(self, layer):
-            return answer(layer=layer) if hook == "factors" else None if hook == "merge" else layer.factors()
+    class Merges(Outer):
+        layer = MergedLayer
 
-        @ak.hookimpl
         def merge(self, layer, weight, bias):
             return answer(layer=layer, weight=weight, bias=bias)
 
-        @ak.hookimpl
+    class Reads(Outer):
         def from_file(self, config, tensors):
-            return answer(config=config, tensors=tensors) if hook == "from_file" else tensors
+            return wrong(config=config, tensors=tensors)
 
-    return Plugin()
+    return Merges() if hook == "merge" else Reads()
 
 
 def model_with_both() -> tuple[nn.Module, ak.Adapters]:
@@ -111,7 +101,7 @@ def test_merge_rule_that_fails_half_way_changes_nothing(hook: str, wrong: Any, m
         out = model(x)
         with pytest.raises(ak.PluginError) as caught:
             adapters.merge("bad", keep_base=keep_base)
-        assert str(caught.value) == f"{WHO} {message}"
+        assert str(caught.value) == f"{WHO} (Merges): its hook {message}"
         assert adapters.merged == ()
         assert adapters.active == ("bad",)
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -124,7 +114,7 @@ def test_merge_rule_that_fails_half_way_changes_nothing(hook: str, wrong: Any, m
     ("wrong", "message"),
     [
         (raises, "from_file raised ZeroDivisionError: by zero."),
-        (lambda **_: 3, "from_file returned a int; it must return a Mapping or None."),
+        (lambda **_: 3, "from_file returned a int; it must return a tuple or None."),
     ],
 )
 def test_load_that_fails_in_the_plugin_changes_nothing(wrong: Any, message: str, tmp_path: Path) -> None:
@@ -137,19 +127,39 @@ def test_load_that_fails_in_the_plugin_changes_nothing(wrong: Any, message: str,
         keys = set(model.state_dict())
         with pytest.raises(ak.PluginError) as caught:
             adapters.load(tmp_path / "bad", name="again")
-        assert str(caught.value) == f"{WHO} {message}"
+        assert str(caught.value) == f"{WHO} (Reads): its hook {message}"
         assert adapters.names == ("good",)
         assert set(model.state_dict()) == keys
         adapters.load(tmp_path / "good", name="again")
 
 
-def test_merge_with_a_method_that_has_no_merge_rule() -> None:
-    class Plugin(Outer):
-        @ak.hookimpl
-        def factors(self, layer):
-            return None
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (raises, "layer.factors raised ZeroDivisionError: by zero."),
+        (lambda *_: 3, "layer.factors returned a int; it must return Factors or None."),
+    ],
+)
+def test_factors_that_are_wrong_are_named(answer: Any, message: str) -> None:
+    class layer(OuterLayer):
+        def factors(self) -> Any:
+            return answer()
 
-    with registered(Plugin()):
+        def delta(self, x: torch.Tensor) -> torch.Tensor:
+            return self.kind.apply(x, OuterLayer.factors(self))
+
+    with registered(type("Plugin", (Outer,), {"layer": layer})()):
+        _, adapters = model_with_both()
+        with pytest.raises(ak.PluginError) as caught:
+            adapters.merge("bad")
+        assert str(caught.value) == f"{WHO} (Plugin): {message}"
+
+
+def test_merge_with_a_method_that_has_no_merge_rule() -> None:
+    class layer(ak.AdapterLayer):
+        setup, delta = OuterLayer.setup, MergedLayer.delta
+
+    with registered(type("Plugin", (Outer,), {"layer": layer})()):
         model, adapters = model_with_both()
         with pytest.raises(
             ak.UnsupportedError, match=r"Adapter 'bad' cannot be merged: its layer at '0' has no change"

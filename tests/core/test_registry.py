@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.core.conftest import assert_as_before, set_parameters, snapshot
-from tests.core.test_contract import Plugin, ShiftConfig, plugin
+from tests.core.test_contract import Plugin, ShiftConfig, inject, plugin
 from tests.core.test_errors import unchanged
 from tests.models import EmbeddingNet, assert_same_outputs
 from torch import Tensor, nn
@@ -57,11 +57,10 @@ TWIN = (
             self.lora_A, self.lora_B = target.new(target.in_features, init=1.0), target.new(target.out_features)
 
         def delta(self, x):
-            return self.kind.apply(x, factors(self))
+            return self.kind.apply(x, self.factors())
 
-    @ak.hookimpl
-    def factors(layer):
-        return ak.Factors(layer.lora_B[:, None], layer.lora_A[None])
+        def factors(self):
+            return ak.Factors(self.lora_B[:, None], self.lora_A[None])
 """
 )
 
@@ -203,13 +202,13 @@ def test_methods_do_not_answer_for_each_other() -> None:
     """A hook that one method leaves out is not answered by another that was registered later."""
 
     @ak.hookimpl
-    def prepare() -> dict[str, Tensor]:
-        return {"x": torch.ones(1)}
+    def targets() -> list[str]:
+        return ["x"]
 
     registry = ak.Registry()
     lora = registry.method("lora")
-    registry.register(plugin(prepare=prepare))
-    assert lora.prepare([], LoraConfig()) == {}
+    registry.register(plugin(targets=targets))
+    assert lora.targets(nn.Module(), LoraConfig()) is None
 
 
 def test_methods_do_not_answer_for_each_other_whatever_their_functions_are_called() -> None:
@@ -263,47 +262,21 @@ class MoveLayer(ak.AdapterLayer):
         self.move_by = target.new(target.in_features)
 
     def forward(self, x: Tensor, base: Any) -> Tensor:
-        out: Tensor = base(x + self.move_by * self.shared["move_all"])
+        out: Tensor = base(x + self.move_by * self.shared.move_all)
         return out
 
 
-class Scale:
-    @ak.hookimpl
-    def config_type(self) -> type[ak.AdapterConfig]:
-        return ScaleConfig
-
-    @ak.hookimpl
-    def key_rule(self) -> ak.KeyRule:
-        return ak.KeyRule(prefix="scale_")
-
-    @ak.hookimpl
-    def inject(self, target: ak.Target, config: ScaleConfig) -> ak.AdapterLayer:
-        return ScaleLayer(target, config)
-
-
-class Move:
-    @ak.hookimpl
-    def config_type(self) -> type[ak.AdapterConfig]:
-        return MoveConfig
-
-    @ak.hookimpl
-    def key_rule(self) -> ak.KeyRule:
-        return ak.KeyRule(prefix="move_", shared=("move_all",))
-
-    @ak.hookimpl
-    def prepare(self, targets: Sequence[ak.Target]) -> dict[str, Tensor]:
-        return {"move_all": torch.arange(1.0, 1.0 + targets[0].in_features)}
-
-    @ak.hookimpl
-    def inject(self, target: ak.Target, config: MoveConfig, shared: Any) -> ak.AdapterLayer:
-        return MoveLayer(target, config, shared)
+class MoveShared(ak.Shared):
+    def setup(self, targets: Sequence[ak.Target], config: MoveConfig, root: ak.Target) -> None:
+        self.register_buffer("move_all", torch.arange(1.0, 1.0 + targets[0].in_features))
 
 
 @pytest.fixture
 def third_parties() -> Iterator[None]:
     """Three methods from outside: additive, one that scales the output, one that changes the input."""
-    for method in (plugin(), Scale(), Move()):
-        ak.register(method)
+    ak.register(plugin())
+    ak.register(ak.plugin(ScaleConfig, ScaleLayer, prefix="scale_"))
+    ak.register(ak.plugin(MoveConfig, MoveLayer, prefix="move_", shared=MoveShared))
     yield
     for name in ("shift", "scale", "move"):
         default_registry.unregister(name)
@@ -606,7 +579,7 @@ def test_methods_with_one_prefix_work_side_by_side(install: Any, tmp_path: Path)
 def test_extension_that_answers_for_methods_is_refused() -> None:
     registry = ak.Registry()
     with pytest.raises(ak.PluginError) as caught:
-        registry.extend(Plugin(inject=Scale().inject))
+        registry.extend(Plugin(inject=inject))
     assert "is no method, so it may not answer hook inject: it would for every method." in str(caught.value)
     assert "Make it a wrapper (@hookimpl(wrapper=True)), or register the plugin as a method" in str(caught.value)
 

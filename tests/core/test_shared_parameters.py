@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ class BankLayer(ak.AdapterLayer):
         self.register_buffer("bank_scale", scale, persistent=False)
 
     def factors(self) -> ak.Factors:
-        bank = self.shared["bank_vectors"]
+        bank = self.shared.bank_vectors
         up, down = self.bank_u @ bank[:, : self.kind.out_features], self.bank_v @ bank[:, : self.kind.in_features]
         return ak.Factors(up[:, None] * self.bank_scale * self.bank_sign, down[None])
 
@@ -47,36 +47,16 @@ class BankLayer(ak.AdapterLayer):
 ENTRIES = 3
 
 
-class BankPlugin:
-    rule: ClassVar[ak.KeyRule] = ak.KeyRule(prefix="bank_", shared=("bank_vectors", "bank_note"))
-
-    @ak.hookimpl
-    def config_type(self) -> type[ak.AdapterConfig]:
-        return BankConfig
-
-    @ak.hookimpl
-    def key_rule(self, config: ak.AdapterConfig) -> ak.KeyRule:
-        return self.rule
-
-    @ak.hookimpl
-    def prepare(self, targets: Sequence[ak.Target]) -> Mapping[str, Tensor]:
+class BankShared(ak.Shared):
+    def setup(self, targets: Sequence[ak.Target], config: BankConfig, root: ak.Target) -> None:
         size = max(n for t in targets for n in (t.in_features, t.out_features))
-        bank = targets[0].new(ENTRIES, size, init=nn.init.normal_)
-        return {"bank_vectors": bank, "bank_note": torch.arange(3.0, device=targets[0].device)}
-
-    @ak.hookimpl
-    def inject(self, target: ak.Target, config: BankConfig, shared: Mapping[str, Tensor]) -> ak.AdapterLayer:
-        return BankLayer(target, config, shared)
-
-    @ak.hookimpl
-    def factors(self, layer: ak.AdapterLayer) -> ak.Factors:
-        assert isinstance(layer, BankLayer)
-        return layer.factors()
+        self.bank_vectors = root.new(ENTRIES, size, init=nn.init.normal_)
+        self.register_buffer("bank_note", torch.arange(3.0, device=root.device))
 
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    ak.register(BankPlugin())
+    ak.register(ak.plugin(BankConfig, BankLayer, prefix="bank_", shared=BankShared))
     yield
     default_registry.unregister("bank")
 
@@ -219,10 +199,40 @@ def test_of_a_layer_s_buffers_a_file_holds_the_persistent_ones(tmp_path: Path) -
     torch.testing.assert_close(other.model(tokens()), expected)
 
 
-@pytest.mark.parametrize("hook", ["prepare", "inject"])
-def test_what_trains_cannot_be_derived(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = {"prepare": "bank_vectors", "inject": "bank_u"}[hook]
-    rule = ak.KeyRule(prefix="bank_", shared=BankPlugin.rule.shared, derived=frozenset({name}))
-    monkeypatch.setattr(BankPlugin, "rule", rule)
-    with pytest.raises(ak.PluginError, match=f"its hook {hook} made the Parameter '{name}', which its key rule"):
+def test_layers_penalty_and_steps_are_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, list[str]]] = []
+
+    def penalty(self: Any, layers: Mapping[str, Any]) -> Tensor:
+        return sum((layer.bank_u.square().sum() for layer in layers.values()), torch.zeros((), dtype=torch.float64))
+
+    def step(self: Any, number: int, layers: Mapping[str, Any]) -> None:
+        seen.append((number, list(layers)))
+
+    monkeypatch.setattr(BankShared, "penalty", penalty)
+    monkeypatch.setattr(BankShared, "step", step)
+    adapters = trained(steps=0)
+    layers = adapters.layers("a")
+    assert all(isinstance(layer, BankLayer) for layer in layers.values())
+    expected = sum(layer.bank_u.square().sum() for layer in layers.values())
+    assert torch.equal(ak.penalty(adapters.model), expected)
+    ak.penalty(adapters.model).backward()
+    assert all(layer.bank_u.grad is not None for layer in layers.values())
+    adapters.step()
+    adapters.step()
+    with adapters.disabled():
+        adapters.step()
+        assert float(ak.penalty(adapters.model)) == 0.0
+    assert seen == [(1, list(layers)), (2, list(layers))]
+    with pytest.raises(TypeError):
+        layers["x"] = None  # type: ignore[index]
+
+
+def test_a_shared_tensor_with_another_prefix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def setup(self: Any, targets: Any, config: Any, root: ak.Target) -> None:
+        self.vectors = root.new(3)
+
+    monkeypatch.setattr(BankShared, "setup", setup)
+    with pytest.raises(
+        ak.PluginError, match="its BankShared made 'vectors'; every shared tensor's name must begin with"
+    ):
         trained(steps=0)

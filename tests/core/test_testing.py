@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import peft
 import pytest
 from tests.core import broken_methods
 from tests.core.broken_methods import BROKEN, Outer, OuterConfig, SharedOuter
 
 import adapterkit as ak
-from adapterkit.testing import CheckFailure, all_checks, parametrize_with_checks, run_check, run_checks
+from adapterkit.testing import CheckFailure, all_checks, check_peft, parametrize_with_checks, run_check, run_checks
 from adapterkit.testing.case import NotApplicable
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
@@ -60,7 +62,7 @@ def test_vera(check, config):
 def registered(plugin: Outer) -> Iterator[ak.AdapterConfig]:
     ak.register(plugin)
     if isinstance(plugin, broken_methods.AnnotatedWrongly):
-        type(plugin).factors.__annotations__["return"] = int
+        type(plugin).merge.__annotations__["return"] = int
     try:
         yield plugin.config()
     finally:
@@ -213,3 +215,30 @@ def test_the_core_imports_neither_pytest_nor_hypothesis():
 
 def _environment() -> dict[str, str]:
     return {"PYTHONPATH": ":".join(dict.fromkeys(p for p in sys.path if p)), "PATH": ""}
+
+
+# Equality with PEFT's own classes
+
+
+PEFT = {
+    "lora": (LoraConfig(r=4, lora_alpha=3), peft.LoraConfig(r=4, lora_alpha=3)),
+    "loha": (LoHaConfig(r=4, alpha=3), peft.LoHaConfig(r=4, alpha=3)),
+    "vera": (VeraConfig(r=4), peft.VeraConfig(r=4)),
+}
+
+
+@pytest.mark.parametrize(("config", "theirs"), PEFT.values(), ids=PEFT)
+def test_check_peft_passes_for_the_built_in_methods(config: ak.AdapterConfig, theirs: Any) -> None:
+    check_peft(config, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(r=3), "expected 320 trained numbers, as PEFT has; .* has 240"),
+        (VeraConfig(r=4), "expected 320 trained numbers"),
+    ],
+)
+def test_check_peft_says_what_differs(config: ak.AdapterConfig, message: str) -> None:
+    with pytest.raises(CheckFailure, match=message):
+        check_peft(config, peft.LoraConfig(r=4))

@@ -127,12 +127,12 @@ def renamed() -> Iterator[ModuleType]:
     plugin = scaling_method(mergeable=True)
 
     @ak.hookimpl
-    def to_file(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return {key.replace(".scale_out", ".gain"): tensor for key, tensor in tensors.items()}
+    def to_file(config: ak.AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
+        return config, {key.replace(".scale_out", ".gain"): tensor for key, tensor in tensors.items()}
 
     @ak.hookimpl
-    def from_file(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return {key.replace(".gain", ".scale_out"): tensor for key, tensor in tensors.items()}
+    def from_file(config: ak.AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
+        return config, {key.replace(".gain", ".scale_out"): tensor for key, tensor in tensors.items()}
 
     vars(plugin).update(to_file=to_file, from_file=from_file)
     ak.register(plugin)

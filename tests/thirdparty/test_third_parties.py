@@ -77,8 +77,9 @@ def test_two_packages_with_one_name_are_an_error_for_who_asks_for_it(environment
     """
     first, second = environment.run(code, path=[odd]).splitlines()
     assert first == (
-        "Two packages provide the method 'outer': adapterkit-outer (adapterkit_outer) and adapterkit-outer_too "
-        "(adapterkit_outer_too). Uninstall one of them, or switch it off: ADAPTERKIT_DISABLE_PLUGINS=adapterkit-outer."
+        "Two packages provide the method 'outer': adapterkit-outer (adapterkit_outer:plugin) and "
+        "adapterkit-outer_too (adapterkit_outer_too:plugin). Uninstall one of them, or switch it off: "
+        "ADAPTERKIT_DISABLE_PLUGINS=adapterkit-outer."
     )
     assert second == "<method 'ia3' from adapterkit-ia3 1.0.0>"
 
@@ -95,7 +96,7 @@ def test_a_broken_package_breaks_only_itself(environment: Environment, odd: Path
     """
     broken, good = environment.run(code, path=[odd]).splitlines()
     assert broken == (
-        "The method 'broken' of adapterkit-broken 0.1 cannot be imported from 'adapterkit_broken': "
+        "The method 'broken' of adapterkit-broken 0.1 cannot be imported from 'adapterkit_broken:plugin': "
         "ModuleNotFoundError: No module named 'not_installed_anywhere'. Other methods are not affected; reinstall or "
         "remove that package, or set ADAPTERKIT_DISABLE_PLUGINS=broken."
     )

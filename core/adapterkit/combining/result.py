@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.combining.heads import Heads
 from adapterkit.combining.lowrank import all_finite
-from adapterkit.contract import RESULT_HOOKS, AdapterConfig, AdapterLayer, Method, Target, beside
+from adapterkit.contract import AdapterConfig, AdapterLayer, Method, beside
 from adapterkit.errors import PluginError, StateError, UnsupportedError
 from adapterkit.files import short_names
 from adapterkit.forward import Active
@@ -51,10 +51,9 @@ class Changes:
 
 def check_can_result(method: Method) -> None:
     """Raise `UnsupportedError` if the method cannot be made from factors."""
-    lacking = [hook for hook in RESULT_HOOKS if hook not in method.hooks]
-    if lacking:
+    if "from_factors" not in method.hooks:
         raise UnsupportedError(
-            f"The method {method.name!r} cannot be a result: it has no hook {' and '.join(lacking)}, so no "
+            f"The method {method.name!r} cannot be a result: it has no hook from_factors, so no "
             "change can be put into its form. Take to='lora', which can express every low-rank change."
         )
 
@@ -75,31 +74,12 @@ def to_method(changes: Changes, method: Method) -> tuple[AdapterConfig, dict[str
         UnsupportedError: the method cannot express some of the changes.
     """
     check_can_result(method)
-    trained = "none"
+    config, tensors = method.from_factors(changes.factors, changes.kinds)
+    bias = "none"
     if changes.biases:
-        trained = "targets" if set(changes.biases) <= set(changes.factors) else "all"
-    config = method.config_from_ranks(
-        {path: factors.rank for path, factors in changes.factors.items()},
-        bias=any(factors.bias is not None for factors in changes.factors.values()),
-        trained_biases=trained,
-    ).replace(**{"modules_to_save": None, **changes.fields})
-    may_train = {"none": (), "targets": changes.factors, "all": changes.biases}[config.trained_biases]
-    lacking = sorted(set(changes.biases) - set(may_train))
-    if lacking:
-        raise UnsupportedError(
-            f"The method {method.name!r} cannot express the trained bias of {lacking[0]!r}. Take to='lora'."
-        )
-    found: dict[str, Tensor] = {}
-    for path, factors in changes.factors.items():
-        target = Target(path, None, changes.kinds[path], torch.float32, torch.device("cpu"), load=True)
-        values = method.from_factors(target, config, factors)
-        if values is None:
-            raise UnsupportedError(
-                f"The method {method.name!r} cannot express the change at {path!r} ({target.kind.name}, rank "
-                f"{factors.rank})."
-            )
-        found |= {f"{path}.{local}": value for local, value in values.items()}
-    return config, found
+        inside = set(changes.biases) <= set(changes.factors)
+        bias = f"{config.type_in_files().lower()}_only" if inside else "all"
+    return config.replace(**{"modules_to_save": None, "bias": bias, **changes.fields}), dict(tensors)
 
 
 @torch.no_grad()

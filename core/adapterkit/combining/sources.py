@@ -243,7 +243,7 @@ def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtyp
     with widened(layer, dtype):
         found = method.factors(layer)
     if found is None:
-        instead = "Merge it (adapters.merge), or activate" if "merge" in method.hooks else "Activate"
+        instead = "Merge it (adapters.merge), or activate" if method.merges(layer) else "Activate"
         raise UnsupportedError(
             f"Adapter {name!r} ({method.name}) has no low-rank change of the weight at {path!r}, so "
             f"it cannot be combined or converted. {instead} it beside the others instead."

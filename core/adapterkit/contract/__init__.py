@@ -6,8 +6,17 @@ Uses: errors, tensors, kinds.
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
 from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.foreign import DOTTED, FLAT, OPTIONAL, ForeignFile, ForeignLayers, component, with_patterns
-from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, RESULT_HOOKS, hookimpl
+from adapterkit.contract.foreign import (
+    DOTTED,
+    FLAT,
+    OPTIONAL,
+    ForeignFile,
+    ForeignLayer,
+    Format,
+    component,
+    empty_layer,
+)
+from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, hookimpl
 from adapterkit.contract.keys import (
     ATTRIBUTE,
     BIASES,
@@ -26,15 +35,9 @@ from adapterkit.contract.keys import (
 from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder, kaiming
 from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
-from adapterkit.contract.registry import (
-    DISABLE_VARIABLE,
-    Installed,
-    Registry,
-    combiners_of,
-    default_registry,
-    kinds_of,
-    switched_off,
-)
+from adapterkit.contract.plugins import Plugin, check_hooks, combiners_of, kinds_of, plugin
+from adapterkit.contract.registry import DISABLE_VARIABLE, Installed, Registry, default_registry, switched_off
+from adapterkit.contract.shared import Shared, shared_tensors
 from adapterkit.contract.target import Target
 
 __all__ = [
@@ -49,14 +52,14 @@ __all__ = [
     "HEADS",
     "LAYERS",
     "OPTIONAL",
-    "RESULT_HOOKS",
     "SHARED",
     "AdapterConfig",
     "AdapterLayer",
     "Combiner",
     "FactorStack",
     "ForeignFile",
-    "ForeignLayers",
+    "ForeignLayer",
+    "Format",
     "Holder",
     "Installed",
     "KeyRule",
@@ -66,20 +69,25 @@ __all__ = [
     "Options",
     "Pattern",
     "PatternTable",
+    "Plugin",
     "Registry",
     "Rule",
+    "Shared",
     "Target",
     "beside",
+    "check_hooks",
     "combiners_of",
     "component",
     "default_registry",
+    "empty_layer",
     "file_key",
     "hookimpl",
     "kaiming",
     "kinds_of",
+    "plugin",
+    "shared_tensors",
     "split_memory_key",
     "strip_file_prefix",
     "switched_off",
     "unwrapped_key",
-    "with_patterns",
 ]

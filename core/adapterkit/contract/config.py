@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -163,6 +165,22 @@ class AdapterConfig:
             f"Its fields: {', '.join(f.name for f in dataclasses.fields(cls))}."
         )
 
+    @classmethod
+    def with_values(cls, values: Mapping[str, Mapping[str, Any]], **fields: Any) -> Self:
+        """A config whose layers have these values: `{"r": {"encoder.0": 4, "encoder.1": 8}}`.
+
+        The most frequent value of each field becomes the field's, and the others become patterns.
+        """
+        tables = {own: pattern for pattern, own in cls.patterns.items()}
+        for own, by_path in values.items():
+            fields[own] = Counter(by_path.values()).most_common(1)[0][0]
+            paths: dict[Any, list[str]] = {}
+            for path, value in by_path.items():
+                paths.setdefault(value, []).append(re.escape(path))
+            del paths[fields[own]]
+            fields[tables[own]] = {f"^(?:{'|'.join(group)})": value for value, group in paths.items()}
+        return cls(**fields)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
@@ -276,6 +294,19 @@ def _is_plain(value: object, hint: Any) -> bool:
     if hint is None:
         return value is None
     return not isinstance(hint, type) or isinstance(value, hint)  # what is no class is its author's to check
+
+
+def is_jsonable(hint: Any) -> bool:
+    """Whether a value of this type can be in `adapter_config.json`, and comes back from it as it was."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (Any, object, bool, int, float, str, type(None), None) or origin is typing.Literal:
+        return True
+    known = origin in (typing.Union, types.UnionType) or (
+        isinstance(origin, type) and issubclass(origin, Mapping | Sequence)
+    )
+    if not known:
+        return isinstance(hint, type) and issubclass(hint, Mapping | Sequence) and hint is not bytes
+    return all(is_jsonable(a) for a in args if a is not ...)
 
 
 def readable(hint: Any) -> str:

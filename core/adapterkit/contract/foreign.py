@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TypeVar
+from functools import cached_property, lru_cache
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.patterns import Names
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
-
-T = TypeVar("T")
-Readings = Callable[[str], Iterable[tuple[str, str]]]
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
 DOTTED = (
@@ -27,6 +24,8 @@ DOTTED = (
 FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 OPTIONAL = "text_model"
+# Numbers that another program keeps beside a layer's factors, and PEFT does not.
+_EXTRA = frozenset({"alpha", "scalar"})
 
 
 @dataclass(frozen=True)
@@ -90,102 +89,203 @@ def _variants(name: str, separator: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ForeignLayers:
-    """Those tensors of a file that are a method's, by layer of the model and by the method's own names.
+class ForeignLayer:
+    """What another program's file has for one layer.
 
     Attributes:
-        tensors: the file's.
-        kinds: the model's layers by path.
-        keys: for each layer's path, the key in the file of each local name: `{"conv_in": {"alpha": "..."}}`.
+        path, kind: the layer of the model.
+        tensors: the file's tensors for it, by the method's own local names.
+        keys: the key in the file of each of them, for messages.
     """
 
+    path: str
+    kind: LayerKind
     tensors: Mapping[str, Tensor]
-    kinds: Mapping[str, LayerKind]
-    keys: Mapping[str, Mapping[str, str]]
+    keys: Mapping[str, str]
 
-    @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], readings: Readings) -> ForeignLayers:
-        """Sort a file's tensors.
-
-        Args:
-            readings: what a key may mean to the method: pairs of a module's name and a local name, of which the
-                first whose module is on the model counts.
-
-        Raises:
-            CheckpointError: two keys are for one place.
-        """
-        names = LayerNames(layers)
-        keys: dict[str, dict[str, str]] = {}
-        for key in tensors:
-            for module, local in readings(key):
-                path = names.find(module)
-                if path is None:
-                    continue
-                other = keys.setdefault(path, {}).setdefault(local, key)
-                if other != key:
-                    raise CheckpointError(_two_keys(other, key, path))
-                break
-        return cls(tensors, layers, keys)
-
-    @staticmethod
-    def are_native(keys: Iterable[str], layers: Collection[str], names: Collection[str]) -> bool:
-        """Whether every key is the path of a layer with one of these names, so that there is nothing to sort."""
-        suffixes = tuple(f".{name}" for name in names)
-        for key in keys:
-            suffix = next((s for s in suffixes if key.endswith(s)), "")
-            if not suffix or key.removesuffix(suffix) not in layers:
-                return False
-        return True
-
-    def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> ForeignLayers:
-        """Without the layers whose local names are not wanted, such as a lone `alpha`."""
-        kept = {path: keys for path, keys in self.keys.items() if wanted(keys)}
-        return ForeignLayers(self.tensors, self.kinds, kept)
-
-    @property
-    def rest(self) -> dict[str, Tensor]:
-        """The tensors that belong to no layer here, under their own keys."""
-        used = {key for keys in self.keys.values() for key in keys.values()}
-        return {key: tensor for key, tensor in self.tensors.items() if key not in used}
-
-    def is_native(self, path: str) -> bool:
-        """Whether all that a layer has stands under its own path already."""
-        return all(key == f"{path}.{local}" for local, key in self.keys[path].items())
-
-    def matrix(self, path: str, local: str) -> Tensor | None:
+    def matrix(self, local: str) -> Tensor | None:
         """A factor, of two dimensions or more; `None` if the file lacks it.
 
         Raises:
-            CheckpointError: it is no such thing.
+            CheckpointError: it is not a floating matrix.
         """
-        key = self.keys[path].get(local)
-        if key is None:
-            return None
-        tensor = self.tensors[key]
-        if tensor.dim() < 2 or not tensor.is_floating_point():
+        tensor = self.tensors.get(local)
+        if tensor is not None and (tensor.dim() < 2 or not tensor.is_floating_point()):
             raise CheckpointError(
-                f"{key!r} holds {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a floating matrix."
+                f"{self.keys[local]!r} holds {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a floating "
+                "matrix."
             )
         return tensor
 
-    def number(self, path: str, local: str) -> float | None:
+    def number(self, local: str) -> float | None:
         """A tensor of one number, such as an alpha; `None` if the file lacks it.
 
         Raises:
-            CheckpointError: it holds several, or none.
+            CheckpointError: it holds several numbers, or none.
         """
-        key = self.keys[path].get(local)
-        if key is None:
+        tensor = self.tensors.get(local)
+        if tensor is None:
             return None
-        tensor = self.tensors[key]
         if tensor.numel() != 1 or tensor.is_complex():
-            raise CheckpointError(f"{key!r} has shape {tuple(tensor.shape)}; {local!r} is a single number.")
+            raise CheckpointError(
+                f"{self.keys[local]!r} has shape {tuple(tensor.shape)}; {local!r} is a single number."
+            )
         return float(tensor.item())
 
-    @property
-    def target_modules(self) -> tuple[str, ...] | str:
-        """What selects exactly these layers: their paths, or an expression where a path also ends another one."""
-        return exactly(self.keys, self.kinds)
+    def scale(self, rank: int, own: float) -> float:
+        """What the file multiplies the product of its factors by, beyond the scaling `own` of the layer's config.
+
+        The file's scaling is `alpha / rank`, or `own` without an alpha; an alpha of 0 is the rank. `scalar`, which
+        LyCORIS may have trained, multiplies it.
+        """
+        scalar, alpha = self.number("scalar"), self.number("alpha")
+        scale = 1.0 if scalar is None else scalar
+        return scale if alpha is None else scale * ((alpha or rank) / rank if rank else 1.0) / (own or 1.0)
+
+    def is_native(self) -> bool:
+        """Whether all that the layer has stands under its own path, and nothing in it is another program's."""
+        names = self.keys.items()
+        return all(key == f"{self.path}.{local}" for local, key in names) and _EXTRA.isdisjoint(self.keys)
+
+
+class Format:
+    """Other programs' files of a method: kohya-ss's, LyCORIS's, diffusers'. A hook `formats` returns such objects.
+
+    A subclass says what the tensors are called there, which config a file amounts to, and what each layer's tensors are
+    in the method's own names and scaling. Finding the layers that the file's names stand for is done here.
+
+    Attributes:
+        namings: the names of the programs whose files can be written: `"kohya"`, `"lycoris"`, `"diffusers"`.
+        names: what a local name in a file means: the method's own name, or `"alpha"` or `"scalar"`, which are known.
+        factors: own names of which a layer must have one.
+        refused: names of variants that the method does not implement, and what they are.
+    """
+
+    namings: tuple[str, ...] = ()
+    names: Mapping[str, str] = {}
+    factors: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = {}
+
+    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> AdapterConfig:
+        """The config that a file amounts to which has these layers. The core sets `target_modules`.
+
+        Args:
+            metadata: the header of a safetensors file.
+        """
+        raise NotImplementedError
+
+    def tensors(self, layer: ForeignLayer, config: Any) -> Mapping[str, Tensor]:
+        """The layer's tensors by the method's own names, exact under this config, which is the layer's own."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        naming: str,
+        config: Any,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        kinds: Mapping[str, LayerKind],
+        component: str,
+    ) -> ForeignFile:
+        """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
+
+        Args:
+            tensors: for each layer's path its tensors, as the hook `to_file` gives them.
+            component: the part of a pipeline that the model is, as keys name it: `"lora_unet"`, `"text_encoder"`.
+
+        Raises:
+            UnsupportedError: such a file cannot hold this adapter.
+        """
+        raise NotImplementedError
+
+    def readings(self, key: str) -> Iterable[tuple[str, str]]:
+        """What a key may mean: pairs of a module's name and an own local name. The first that fits counts."""
+        for there in self._endings:
+            if key.endswith(there):
+                return [(key.removesuffix(there), self._own[there])]
+        return ()
+
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        known = {**{name: name for name in (*self.factors, *self.refused, *_EXTRA)}, **self.names}
+        return {f".{there}": own for there, own in known.items()}
+
+    @cached_property
+    def _endings(self) -> list[str]:
+        return sorted(self._own, key=len, reverse=True)
+
+    def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, LayerKind]) -> dict[str, ForeignLayer]:
+        """The layers of a model that a file has factors for, by path.
+
+        Raises:
+            CheckpointError: two keys are for one place.
+            UnsupportedError: they are of a variant that the method does not implement.
+        """
+        names = LayerNames(kinds)
+        keys: dict[str, dict[str, str]] = {}
+        for key in tensors:
+            readings = ((names.find(module), local) for module, local in self.readings(key))
+            path, local = next(((path, local) for path, local in readings if path is not None), (None, ""))
+            if path is None:
+                continue
+            other = keys.setdefault(path, {}).setdefault(local, key)
+            if other != key:
+                raise CheckpointError(_two_keys(other, key, path))
+        found = {}
+        for path, own in keys.items():
+            if not self.factors.isdisjoint(own):
+                held = {local: tensors[key] for local, key in own.items()}
+                found[path] = ForeignLayer(path, kinds[path], held, own)
+        for layer in found.values():
+            for local in self.refused.keys() & layer.keys.keys():
+                raise UnsupportedError(f"{layer.keys[local]!r}: this is {self.refused[local]}.")
+        return found
+
+    def groups(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each layer that has factors, by own names, as far as the keys tell without a model."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            for module, local in list(self.readings(key))[:1]:
+                found.setdefault(module, {})[local] = tensor
+        return {module: group for module, group in found.items() if not self.factors.isdisjoint(group)}
+
+    def read(
+        self,
+        tensors: Mapping[str, Tensor],
+        kinds: Mapping[str, LayerKind],
+        metadata: Mapping[str, str],
+        config: AdapterConfig | None = None,
+    ) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+        """The config and the tensors that a file amounts to on a model with these layers; `None`: nothing is for it.
+
+        Tensors that no layer here has keep their keys, so that they are reported.
+
+        Args:
+            config: the config of the adapter that the tensors are for, which counts instead of the file's.
+        """
+        if config is not None and self._are_native(tensors, kinds):
+            return config, tensors
+        layers = self.layers(tensors, kinds)
+        if not layers:
+            return None
+        if config is None:
+            chosen = {"target_modules": exactly(layers, kinds), "exclude_modules": None, "modules_to_save": None}
+            config = self.config(layers, metadata).replace(**chosen, layers_to_transform=None, layers_pattern=None)
+        foreign = {path: layer for path, layer in layers.items() if not layer.is_native()}
+        taken = {key for layer in foreign.values() for key in layer.keys.values()}
+        read = {key: tensor for key, tensor in tensors.items() if key not in taken}
+        for path, layer in foreign.items():
+            own = self.tensors(layer, config.at(path))
+            read |= {f"{path}.{local}": tensor for local, tensor in own.items()}
+        return config, read if foreign else tensors
+
+    def _are_native(self, keys: Iterable[str], kinds: Mapping[str, LayerKind]) -> bool:
+        """Whether every key is a factor at a layer's own path, so that there is nothing to sort."""
+        endings = tuple(f".{name}" for name in self.factors)
+        for key in keys:
+            ending = next((e for e in endings if key.endswith(e)), "")
+            if not ending or key.removesuffix(ending) not in kinds:
+                return False
+        return True
 
 
 def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | str:
@@ -196,14 +296,14 @@ def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | s
     return "|".join(map(re.escape, paths))
 
 
-def with_patterns(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """Values by path as a config has them: the most frequent one, and a pattern for each of the others."""
-    default = Counter(values.values()).most_common(1)[0][0]
-    groups: dict[T, list[str]] = {}
-    for path, value in values.items():
-        if value != default:
-            groups.setdefault(value, []).append(re.escape(path))
-    return default, {f"^(?:{'|'.join(paths)})": value for value, paths in groups.items()}
+_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def empty_layer(outputs: int, inputs: int, *kernel: int, groups: int = 1) -> nn.Module:
+    """A linear layer of these sizes on the meta device, or a convolution if there is a kernel: for the hook `sizes`."""
+    if len(kernel) not in _CONVOLUTIONS:
+        return nn.Linear(inputs, outputs, bias=False, device="meta")
+    return _CONVOLUTIONS[len(kernel)](inputs, outputs, kernel, groups=groups, bias=False, device="meta")
 
 
 def _two_keys(first: str, second: str, path: str) -> str:

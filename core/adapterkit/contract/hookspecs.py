@@ -1,12 +1,19 @@
-"""The contract between adapterkit and adapter methods: every hook a plugin can implement.
+"""The contract between adapterkit and adapter methods: every hook that a plugin can implement.
 
-One plugin is one method. The hooks marked *required* must be there; the others have the default that
-their text gives. Every hook is called for exactly one method, never for all of them, and never from a
-`forward`. An exception raised in a hook reaches the caller wrapped in a `PluginError` that names the
-package and the hook, unless it is an `AdapterError`; the model is then as it was before the call.
+One plugin is one method. `ak.plugin(Config, Layer, prefix=...)` makes one that implements the three hooks marked
+*required* from the classes. An author overrides a hook with a method of its name on a subclass of `ak.Plugin`, or
+writes a module of `@hookimpl` functions. Every other hook has the default that its text gives.
 
-A hook implementation may leave out arguments it does not need (pluggy's rule), and its annotations are
-compared with the ones here when it is registered. Shapes are `(out, in)` throughout.
+A hook is called for exactly one method, never for all of them, and never from a `forward`. An exception raised in a
+hook reaches the caller wrapped in a `PluginError` that names the package and the hook, unless it is an
+`AdapterError`. The model is then as it was before the call.
+
+An implementation may leave out arguments that it does not need (pluggy's rule). Its annotations are compared with the
+ones here when it is registered. Shapes are `(out, in)` throughout.
+
+Keys: an adapter layer's tensor is `<path>.<local>`, such as `encoder.layer.0.query.lora_A.weight`, and a shared tensor
+is `<name>`, such as `vera_A`. PEFT's `base_model.model.` is not in them. Heads and trained biases belong to the core
+and no hook sees them.
 """
 
 from __future__ import annotations
@@ -22,17 +29,16 @@ if TYPE_CHECKING:
 
     from adapterkit.contract.combiners import Combiner
     from adapterkit.contract.config import AdapterConfig
-    from adapterkit.contract.foreign import ForeignFile
+    from adapterkit.contract.foreign import Format
     from adapterkit.contract.keys import KeyRule
     from adapterkit.contract.layers import AdapterLayer
+    from adapterkit.contract.shared import Shared
     from adapterkit.contract.target import Target
     from adapterkit.kinds import Factors, LayerKind
 
 PROJECT = "adapterkit"
 METHODS_GROUP = "adapterkit.methods"
 EXTENSIONS_GROUP = "adapterkit.extensions"
-# What a method needs to be the result of `combine` and `convert`.
-RESULT_HOOKS = ("config_from_ranks", "from_factors")
 REQUIRED = ("config_type", "key_rule", "inject")
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -41,158 +47,102 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec(firstresult=True)
 def config_type() -> type[AdapterConfig]:  # type: ignore[empty-body]
-    """*Required.* The dataclass a user writes for this method.
+    """*Required.* The dataclass that a user writes for this method.
 
-    A subclass of `AdapterConfig`, frozen, whose `method` equals the name of the entry point. It is
-    called once, at registration.
+    A subclass of `AdapterConfig`, frozen, whose `method` is the name of the entry point. It is called once, at
+    registration.
     """
 
 
 @hookspec(firstresult=True)
 def key_rule(config: AdapterConfig) -> KeyRule:  # type: ignore[empty-body]
-    """*Required.* The key prefix of the method's parameters, its shared tensors, and what files may lack.
+    """*Required.* The prefix of the method's keys, and the tensors that a file may lack.
 
-    Called with a default config at registration, and with the adapter's own config on every save and load: what is
-    exempt may depend on it. Two methods may have the same prefix: parameters live under their adapter, and a file
-    names its method.
+    Every parameter and buffer of the method's layers, and every shared tensor, has a name that begins with the prefix.
+    Two methods may have the same prefix: parameters live under their adapter, and a file names its method. It is
+    called with a default config at registration, and with the adapter's own config when an adapter is saved or loaded.
     """
 
 
 @hookspec(firstresult=True)
-def prepare(targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Tensor] | None:
-    """Tensors that all targets of one adapter share, made once, before any layer.
+def targets(model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:
+    """The paths of the modules to adapt, in the order of the model.
 
-    The core owns the one copy, registers it with the model so that `.to(...)` moves it, and hands it to
-    `inject` as `shared`. An `nn.Parameter` trains, as those of the layers do, and is its adapter's own. Any other
-    tensor is fixed: adapters whose tensors are equal have one copy, so a method must never change it in place.
-    The names must be the `shared` names of the key rule. `None`, the default, and an empty mapping mean that there
-    are none. When an adapter is loaded, `prepare` is called as well and the file's tensors replace what it returned.
+    `None`, the default: the layers that `target_modules` and the fields beside it select. A method overrides this if
+    it chooses by other rules, such as "every norm", or "a table and whatever is tied to it".
     """
 
 
 @hookspec(firstresult=True)
-def inject(target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
-    """*Required.* The adapter layer for one target.
+def inject(target: Target, config: AdapterConfig, shared: Shared | None) -> AdapterLayer | None:
+    """*Required.* The adapter layer for one target: `Layer(target, config, shared)`.
 
-    Its parameters begin with the rule's prefix, have `target.dtype` and `target.device`, and hold
-    their initial values, unless `target.load` is true: then a file's values are about to be assigned
-    and they may be left empty. Must not change the target: the core does the surgery.
-    `shared` is a live view: read a shared tensor from it in each `forward`, because `.to(...)` replaces it.
-    `None` says that the method does not support this layer kind; the core turns it into an error that
-    names the layer.
-    """
-
-
-@hookspec(firstresult=True)
-def factors(layer: AdapterLayer) -> Factors | None:
-    """Merge rule of an additive method: the exact low-rank form `dW = up @ down`, scaling included.
-
-    The result has shapes `up (out, r)`, `down (r, in)`, `bias (out,)` or `None`. `None`, the default,
-    says that there is no such form; then `merge` is asked.
+    `shared` is what all layers of the adapter have in common: an instance of the class that the plugin has under the
+    name `shared`, made before any layer, or `None` if it has no such class.
+    `config` is the layer's own: its patterns are worked in, so that `config.r` is this layer's rank. The layer's
+    parameters come from `target.new`. The target itself must not change: the core does the surgery. `None` says
+    that the method does not support this layer kind; the core makes an error of it that names the layer.
     """
 
 
 @hookspec(firstresult=True)
 def merge(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """Merge rule of any other method: the weight and bias after the adapter is worked in.
+    """Merge rule: the weight and the bias with the adapter worked in.
 
-    Pure: `weight`, canonical `(out, in)` in float32, and `bias` `(out,)` are not changed. The bias comes back as
-    a tensor of its shape, or as `None` where the layer has none: a merge cannot give it one. `None` in place of the
-    pair says that this layer cannot be merged; without this hook no layer of the method can.
+    By default what the layer's own `factors`, `change` or `merged` says. Pure: `weight`, canonical `(out, in)` in
+    float32 or float64, and `bias`, `(out,)` or `None`, are not changed. `None` in place of the pair says that this
+    layer cannot be merged.
     """
 
 
 @hookspec(firstresult=True)
-def to_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-    """Save rule: which tensors go to a file, and under which names.
+def to_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+    """Save rule: the config and the tensors that a file holds for this config and these tensors.
 
-    Keys are `<path>.<local>` for adapter layers and `<name>` for shared tensors, without PEFT's
-    `base_model.model.`. Heads and biases are the core's and are not here. `None`, the default: all as they are.
-    """
-
-
-@hookspec(firstresult=True)
-def file_config(config: AdapterConfig) -> AdapterConfig | None:
-    """Save rule: the config that describes what `to_file` wrote, where that is not `config` itself.
-
-    LoRA writes PiSSA and OLoRA adapters as plain LoRA of twice the rank. `None`, the default: as it is.
+    `None`, the default: both as they are. LoRA writes a PiSSA adapter as plain LoRA of twice the rank; AdaLoRA's
+    `rank_pattern` follows from its tensors.
     """
 
 
 @hookspec(firstresult=True)
 def from_file(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> Mapping[str, Tensor] | None:
-    """The reverse of `to_file`, and the door for other programs' formats.
+    config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+    """The reverse of `to_file`: the config and the tensors of the adapter that a file holds.
 
-    Gets every tensor of the file, PEFT's prefix removed where it was there. What is for a layer of the model comes
-    back under `<path>.<local>`; what is not keeps its key, so that it is reported: as ignored if nothing of
-    its part of a pipeline (`unet.`, `lora_te_`) was for this model, else as unexpected.
-    `layers` is every layer of the model that can hold an adapter, by its path; `ForeignLayers` finds the layer
-    that another program's name stands for. `None`, the default: all as they are.
+    It knows no model: inspecting, reporting and converting files see what it gives. `tensors` are all those of the
+    file, so that what is not the method's comes back as it is. `None`, the default: both as they are.
     """
 
 
 @hookspec(firstresult=True)
-def foreign_config(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
-) -> AdapterConfig | None:
-    """The config that a bare file of tensors, from another program, amounts to on a model with these layers.
+def from_factors(
+    factors: Mapping[str, Factors], kinds: Mapping[str, LayerKind]
+) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+    """Makes the method a possible result of `combine`, `convert` and `swap`: the adapter that changes weights so.
 
-    Every installed method is asked, and exactly one must answer. `target_modules` must be exactly the layers
-    that the file has tensors of, and the ranks and scalings those of the file; `from_file` then gets this config.
-    `metadata` is the header of a safetensors file. `None`, the default: the file holds nothing of this method,
-    or nothing that this model has a layer for.
+    `factors` has the change of the weight at each path, `dW = up @ down` with its scaling included, and `kinds` says
+    what each layer is. The result has the keys that `to_file` gives. The core sets `target_modules` and `bias`. A
+    change that the method cannot express raises `UnsupportedError`. `None`, the default: the method cannot be a result.
     """
 
 
 @hookspec(firstresult=True)
-def to_foreign(
-    naming: str,
-    config: AdapterConfig,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    layers: Mapping[str, LayerKind],
-    component: str,
-) -> ForeignFile | None:
-    """The reverse of `foreign_config` and `from_file`: the adapter as another program's files have it.
+def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int] | nn.Module | None:
+    """The sizes `(out, in)` of one layer as the tensors of its adapter layer tell them, by their local names.
 
-    `naming` is `"kohya"`, `"lycoris"` or `"diffusers"`; `component` the part of a pipeline that the model is, as keys
-    name it (`"lora_unet"`, `"text_encoder"`). `tensors` has for each layer's path what `to_file` gave, by its name
-    there, `layers` its kind, and `config` is what `file_config` gave. What comes back has the other program's names in
-    place of those; the core puts the layers' names before them. What such a file cannot hold is an `UnsupportedError`.
-    `None`, the default: that program does not know the method.
+    With it an adapter is inspected, combined and converted by its files alone. The tensors are on the meta device. A
+    size whose tensor is missing is 1. Where the tensors tell that the layer is a convolution or an embedding, the
+    result is such a module on the meta device. `None`, the default: the tensors do not tell the sizes (those of VeRA,
+    whose matrices are cut to size by the layer); then users have to name the base.
     """
 
 
 @hookspec(firstresult=True)
-def layers_in_file(tensors: Mapping[str, Tensor], config: AdapterConfig | None) -> Mapping[str, nn.Module] | None:
-    """The layers that a file's tensors are for, as far as the tensors themselves tell.
+def formats() -> Sequence[Format] | None:
+    """Other programs' files that hold adapters of this method: objects with `read` and `write`, see `ak.Format`.
 
-    With it an adapter is inspected, combined and converted by its files alone. For each layer's path a module of the
-    right kind and sizes on the meta device, such as `nn.Linear(in, out, device="meta")`; a size that follows from a
-    tensor which is not there is 1, so that the tensor is reported as missing. Of what a linear layer and
-    a convolution may both have, a linear layer: methods see the same `(out, in)`.
-    `tensors` are on the meta device: shapes and dtypes, no values; PEFT's prefix is removed. `config` is `None` for
-    a file of another program, whose modules keep the names that they have there. `None`, the default: the tensors do
-    not tell, because they are cut to size by the layer (VeRA's are); then users have to name the base.
-    """
-
-
-@hookspec(firstresult=True)
-def from_factors(target: Target, config: AdapterConfig, factors: Factors) -> Mapping[str, Tensor] | None:
-    """Lets a method be the result of `combine` and `convert`: the parameters of a layer with this `dW`.
-
-    `None`, the default, says that the method cannot represent these factors.
-    """
-
-
-@hookspec(firstresult=True)
-def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> AdapterConfig | None:
-    """The config of a combined or converted adapter, for which `from_factors` then gives the parameters.
-
-    `ranks` has the rank of the change at each path; `bias` says whether the changes have biases; `trained_biases`
-    is what `AdapterConfig.trained_biases` is to be. The core sets `target_modules`. `None`, the default, says that
-    the method cannot be a result.
+    `None`, the default: there are none.
     """
 
 
@@ -203,4 +153,9 @@ def layer_kinds() -> Sequence[type[LayerKind]]:  # type: ignore[empty-body]
 
 @hookspec
 def combiners() -> Mapping[str, Combiner]:  # type: ignore[empty-body]
-    """New ways to combine adapters: `adapterkit.contract.combiners.Combiner` by name. For extensions."""
+    """New ways to combine adapters: `adapterkit.Combiner` by name. For extensions."""
+
+
+def names() -> list[str]:
+    """The names of all hooks."""
+    return [name for name, value in globals().items() if hasattr(value, f"{PROJECT}_spec")]

@@ -8,7 +8,7 @@ In memory a parameter of adapter `a` at target `p` is `p.adapters.a.<local>`; a 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,33 +30,35 @@ class KeyRule:
     """What a method's parameters are called.
 
     Args:
-        prefix: every parameter an adapter layer owns begins with it (`lora_`, `hada_`, `vera_lambda_`).
-        shared: names of the tensors that all targets of one adapter use (VeRA's `vera_A`, `vera_B`).
-        exempt: names, shared or local, that a file may lack by rule; what the file lacks then is not missing.
-        derived: names of those kinds that are made again from the config: never written to a file, exempt
-            where it lacks them, and ignored where it has them.
+        prefix: every name inside an adapter layer, and every shared tensor's, begins with it (`lora_`); or a tuple.
+        exempt: names, shared or local, that a file may lack; what the file lacks then is not missing.
     """
 
-    prefix: str
-    shared: tuple[str, ...] = ()
+    prefix: str | tuple[str, ...]
     exempt: frozenset[str] = frozenset()
-    derived: frozenset[str] = frozenset()
 
     def owns(self, local: str) -> bool:
         """Whether a name inside an adapter layer (`lora_A.weight`) is the method's."""
         return local.startswith(self.prefix)
 
+    def split(self, key: str, layers: Collection[str] = ()) -> tuple[str, str] | None:
+        """`(path, local)` of a tensor of an adapter layer, `None` for any other.
+
+        A known layer's path comes first: a module may be called like the method's prefix. Else the last part that
+        begins with the prefix begins the name in the layer.
+        """
+        parts = key.split(".")
+        starts = [i for i in range(len(parts) - 1, 0, -1) if self.owns(parts[i])]
+        i = next((i for i in starts if ".".join(parts[:i]) in layers), starts[0] if starts else 0)
+        return (".".join(parts[:i]), ".".join(parts[i:])) if i else None
+
+    def is_shared(self, key: str) -> bool:
+        """Whether a key is a shared tensor's: `vera_A`."""
+        return self.owns(key) and self.split(key) is None
+
     def may_lack(self, key: str) -> bool:
         """Whether a file may lack this key, `<name>` or `<path>.<local>`."""
-        return _names(self.exempt | self.derived, key)
-
-    def derives(self, key: str) -> bool:
-        """Whether what is under this key is made again from the config."""
-        return _names(self.derived, key)
-
-
-def _names(names: frozenset[str], key: str) -> bool:
-    return bool(names) and any(key == name or key.endswith("." + name) for name in names)
+        return any(key == name or key.endswith("." + name) for name in self.exempt)
 
 
 def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pluggy
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
+from adapterkit.contract.foreign import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer
+from adapterkit.contract.shared import Shared
 from adapterkit.contract.target import Target
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
 
-if TYPE_CHECKING:
-    from adapterkit.contract.foreign import ForeignFile
-
 T = TypeVar("T")
-Injector = Callable[[Target, AdapterConfig, Mapping[str, Tensor]], AdapterLayer | None]
-_MAPPING: type[Mapping[str, Tensor]] = Mapping  # type: ignore[type-abstract]
+Injector = Callable[[Target, AdapterConfig, Any], AdapterLayer | None]
+Tensors = Mapping[str, Tensor]
 
 
 class Method:
@@ -58,22 +57,58 @@ class Method:
         """See `hookspecs.key_rule`."""
         return self._required("key_rule", KeyRule, config=config)
 
-    def prepare(self, targets: Sequence[Target], config: AdapterConfig) -> Mapping[str, Tensor]:
-        """See `hookspecs.prepare`."""
-        return self._call("prepare", _MAPPING, targets=targets, config=config) or {}
+    @property
+    def shared(self) -> type[Shared] | None:
+        """The class of what all layers of one adapter have in common, which the plugin has under the name `shared`."""
+        found = getattr(self.plugin, "shared", None)
+        if found is not None and not (isinstance(found, type) and issubclass(found, Shared)):
+            raise PluginError(
+                f"The method {self.name!r} ({self.provider}): its shared = {found!r} must be a subclass of Shared."
+            )
+        return found
+
+    def defines(self, function: str, layer: AdapterLayer | None = None) -> bool:
+        """Whether the layers have a function of their own of this name: `factors`, `merged`.
+
+        Without a layer, as far as the plugin tells: by its `layer`, or by what its `inject` says that it returns.
+        """
+        found: Any = type(layer) if layer is not None else getattr(self.plugin, "layer", None)
+        if found is None:
+            inject = getattr(self.plugin, "inject", None)
+            name = getattr(inject, "__annotations__", {}).get("return")
+            found = getattr(inject, "__globals__", {}).get(name) if isinstance(name, str) else name
+        return getattr(found, function, None) is not getattr(AdapterLayer, function, None)
 
     def injector(self) -> Injector:
         """`hookspecs.inject`, to be called for one target after the other: who answers is settled once for them all."""
         caller = self._caller("inject")
 
-        def inject(target: Target, config: AdapterConfig, shared: Mapping[str, Tensor]) -> AdapterLayer | None:
-            return self._checked(caller, AdapterLayer, {"target": target, "config": config, "shared": shared})
+        def inject(target: Target, config: AdapterConfig, shared: Any) -> AdapterLayer | None:
+            found: AdapterLayer | None = self._checked(
+                caller, AdapterLayer, {"target": target, "config": config, "shared": shared}
+            )
+            return found
 
         return inject
 
     def factors(self, layer: AdapterLayer) -> Factors | None:
-        """See `hookspecs.factors`."""
-        return self._call("factors", Factors, layer=layer)
+        """The exact low-rank form of the layer's change, `dW = up @ down`; `None` if it has none."""
+        if not self.defines("factors", layer):
+            return None
+        own: Any = layer
+        try:
+            found = own.factors()
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise self._broken(layer, "factors", _raised(error)) from error
+        if found is not None and not isinstance(found, Factors):
+            raise self._broken(layer, "factors", f"returned a {type(found).__name__}; it must return Factors or None")
+        return found
+
+    def merges(self, layer: AdapterLayer) -> bool:
+        """Whether a layer that has no factors can be merged all the same."""
+        return "merge" in self.hooks or self.defines("merged", layer)
 
     def merge(
         self, layer: AdapterLayer, weight: Tensor, bias: Tensor | None, *, where: str = "this layer"
@@ -85,80 +120,137 @@ class Method:
             PluginError: it gave a weight or a bias of another shape, or a bias where there is none.
         """
         found = self._call("merge", tuple, layer=layer, weight=weight, bias=bias)
+        if found is None and self.defines("merged", layer) and "merge" not in self.hooks:
+            own: Any = layer
+            try:
+                found = own.merged(weight, bias)
+            except AdapterError:
+                raise
+            except Exception as error:
+                raise self._broken(layer, "merged", _raised(error)) from error
         if found is None:
             raise UnsupportedError(f"The method {self.name!r} cannot merge {where}. Leave the adapter active.")
-        if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].shape != weight.shape:
+        if not isinstance(found, tuple) or len(found) != 2 or getattr(found[0], "shape", None) != weight.shape:
             raise self._fault("merge", "must return (weight, bias), the weight of the shape it was given")
         if getattr(found[1], "shape", None) != getattr(bias, "shape", None):
             given = "None, for there is none" if bias is None else f"a tensor of shape {tuple(bias.shape)}"
             raise self._fault("merge", f"must return as the bias of {where} {given}; to refuse, return None alone")
         return found
 
-    def to_file(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def targets(self, model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:
+        """See `hookspecs.targets`; `None`: what `target_modules` selects."""
+        found: Sequence[str] | None = self._call("targets", Sequence, model=model, config=config)
+        return found
+
+    def to_file(self, config: AdapterConfig, tensors: Tensors) -> tuple[AdapterConfig, Tensors]:
         """See `hookspecs.to_file`."""
-        found = self._call("to_file", _MAPPING, config=config, tensors=tensors)
-        return tensors if found is None else found
+        return self._pair("to_file", config=config, tensors=tensors) or (config, tensors)
 
-    def file_config(self, config: AdapterConfig) -> AdapterConfig:
-        """See `hookspecs.file_config`."""
-        return self._call("file_config", AdapterConfig, config=config) or config
-
-    def from_file(
-        self, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-    ) -> Mapping[str, Tensor]:
+    def from_file(self, config: AdapterConfig, tensors: Tensors) -> tuple[AdapterConfig, Tensors]:
         """See `hookspecs.from_file`."""
-        found = self._call("from_file", _MAPPING, config=config, tensors=tensors, layers=layers)
-        return tensors if found is None else found
+        return self._pair("from_file", config=config, tensors=tensors) or (config, tensors)
 
-    def config_from_ranks(self, ranks: Mapping[str, int], *, bias: bool, trained_biases: str) -> AdapterConfig:
-        """See `hookspecs.config_from_ranks`."""
-        return self._required("config_from_ranks", AdapterConfig, ranks=ranks, bias=bias, trained_biases=trained_biases)
+    def read(
+        self,
+        tensors: Tensors,
+        kinds: Mapping[str, LayerKind],
+        metadata: Mapping[str, str],
+        config: AdapterConfig | None = None,
+    ) -> tuple[AdapterConfig, Tensors] | None:
+        """The config and the tensors that a file amounts to on a model with these layers.
 
-    def from_factors(self, target: Target, config: AdapterConfig, factors: Factors) -> Mapping[str, Tensor] | None:
-        """See `hookspecs.from_factors`."""
-        return self._call("from_factors", _MAPPING, target=target, config=config, factors=factors)
+        Args:
+            config: that of PEFT's file; `None`: the file is another program's, and the result is `None` if no format of
+                this method finds anything in it.
+        """
+        for form in self.formats():
+            try:
+                found = form.read(tensors, kinds, metadata, config)
+            except AdapterError:
+                raise
+            except Exception as error:
+                raise self._fault("formats", f"gave a {type(form).__name__} whose read {_raised(error)}") from error
+            if found is not None and not isinstance(found[0], self.config_type()):
+                what, own = type(found[0]).__name__, self.config_type().__name__
+                raise self._fault("formats", f"gave a {type(form).__name__} that read a {what}; it must give a {own}")
+            if found is not None:
+                return self.from_file(*found)
+        return None if config is None else self.from_file(config, tensors)
 
-    def foreign_config(
-        self, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
-    ) -> AdapterConfig | None:
-        """See `hookspecs.foreign_config`; what comes back is a config of this method."""
-        return self._call("foreign_config", self.config_type(), tensors=tensors, layers=layers, metadata=metadata)
+    def from_factors(
+        self, factors: Mapping[str, Factors], kinds: Mapping[str, LayerKind]
+    ) -> tuple[AdapterConfig, Tensors]:
+        """See `hookspecs.from_factors`.
 
-    def to_foreign(
+        Raises:
+            UnsupportedError: the method cannot be a result.
+        """
+        found = self._pair("from_factors", factors=factors, kinds=kinds)
+        if found is None:
+            raise UnsupportedError(
+                f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be put "
+                "into its form. Take to='lora', which can express every low-rank change."
+            )
+        return found
+
+    def layers_in_file(self, tensors: Tensors, config: AdapterConfig | None) -> dict[str, nn.Module]:
+        """The layers that a file's tensors are for, on the meta device, as far as they tell; see `hookspecs.sizes`.
+
+        Args:
+            config: `None`: the file is another program's, and its layers are called what it calls them.
+        """
+        if "sizes" not in self.hooks:
+            return {}
+        groups: dict[str, dict[str, Tensor]] = {}
+        for form in self.formats():
+            groups |= form.groups(tensors)
+        if config is not None and not groups:
+            rule = self.key_rule(config)
+            for key, tensor in self.from_file(config, tensors)[1].items():
+                split = rule.split(key)
+                if split is not None:
+                    groups.setdefault(split[0], {})[split[1]] = tensor
+        found = {}
+        for path, group in groups.items():
+            size = self._call("sizes", (tuple, nn.Module), tensors=group)
+            if isinstance(size, tuple):
+                size = empty_layer(*size)
+            if size is not None and all(path.split(".")):
+                found[path] = size
+        return found
+
+    def formats(self) -> Sequence[Format]:
+        """See `hookspecs.formats`."""
+        return self._call("formats", Sequence) or ()
+
+    def write(
         self,
         naming: str,
         config: AdapterConfig,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        layers: Mapping[str, LayerKind],
+        tensors: Mapping[str, Tensors],
+        kinds: Mapping[str, LayerKind],
         component: str,
     ) -> ForeignFile | None:
-        """See `hookspecs.to_foreign`."""
-        from adapterkit.contract.foreign import ForeignFile
+        """The adapter as files of `naming` have it, by `Format.write`; `None`: no format of the method writes those."""
+        form = next((form for form in self.formats() if naming in form.namings), None)
+        return None if form is None else form.write(naming, config, tensors, kinds, component)
 
-        given = {"naming": naming, "config": config, "tensors": tensors, "layers": layers, "component": component}
-        return self._call("to_foreign", ForeignFile, **given)
-
-    def layers_in_file(
-        self, tensors: Mapping[str, Tensor], config: AdapterConfig | None
-    ) -> Mapping[str, nn.Module] | None:
-        """See `hookspecs.layers_in_file`.
-
-        Raises:
-            PluginError: something that is no module, or no module's path.
-        """
-        found: Mapping[str, Any] | None = self._call("layers_in_file", _MAPPING, tensors=tensors, config=config)
-        for path, module in ({} if found is None else found).items():
-            if not isinstance(module, nn.Module) or not isinstance(path, str) or not all(path.split(".")):
-                raise self._fault("layers_in_file", f"gave {path!r}: {module!r}; it must give modules by their paths")
-        return found
+    def _pair(self, hook: str, **arguments: Any) -> tuple[AdapterConfig, Tensors] | None:
+        """What a hook that gives a config and tensors gave, checked."""
+        found = self._call(hook, tuple, **arguments)
+        if found is None:
+            return None
+        if len(found) != 2 or not isinstance(found[0], self.config_type()) or not isinstance(found[1], Mapping):
+            raise self._fault(hook, f"must return a {self.config_type().__name__} and a mapping of tensors")
+        return found[0], found[1]
 
     def _required(self, hook: str, kind: type[T], **arguments: Any) -> T:
-        found = self._call(hook, kind, **arguments)
+        found: T | None = self._call(hook, kind, **arguments)
         if found is None:
             raise self._fault(hook, f"returned None; it must return a {kind.__name__}")
         return found
 
-    def _call(self, hook: str, kind: type[T], /, **arguments: Any) -> T | None:
+    def _call(self, hook: str, kind: Any, /, **arguments: Any) -> Any:
         """Call this method's implementation of `hook`, and check the type of what it returns."""
         return self._checked(self._caller(hook), kind, arguments)
 
@@ -167,7 +259,7 @@ class Method:
         methods = [i.plugin for i in self._manager.hook.config_type.get_hookimpls() if not (i.wrapper or i.hookwrapper)]
         return self._manager.subset_hook_caller(hook, [plugin for plugin in methods if plugin is not self.plugin])
 
-    def _checked(self, caller: pluggy.HookCaller, kind: type[T], arguments: Mapping[str, Any]) -> T | None:
+    def _checked(self, caller: pluggy.HookCaller, kind: Any, arguments: Mapping[str, Any]) -> Any:
         try:
             found = caller(**arguments)
         except AdapterError:
@@ -175,15 +267,30 @@ class Method:
         except Exception as error:
             wrappers = [i.plugin_name for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
             also = f" (the hook is wrapped by the extensions {', '.join(wrappers)})" if wrappers else ""
-            raise self._fault(caller.name, f"raised {type(error).__name__}: {error}{also}") from error
+            raise self._fault(caller.name, f"{_raised(error)}{also}") from error
         if found is not None and not isinstance(found, kind):
-            raise self._fault(
-                caller.name, f"returned a {type(found).__name__}; it must return a {kind.__name__} or None"
-            )
+            kinds = " or a ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self._fault(caller.name, f"returned a {type(found).__name__}; it must return a {kinds} or None")
         return found
+
+    def guarded(self, what: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What a class of the plugin's gives. What it raises is wrapped in a `PluginError`, as for a hook."""
+        try:
+            return function(*arguments)
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise self._fault(what, _raised(error)) from error
+
+    def _broken(self, layer: AdapterLayer, function: str, what: str) -> PluginError:
+        return PluginError(f"The method {self.name!r} ({self.provider}): {type(layer).__name__}.{function} {what}.")
 
     def _fault(self, hook: str, what: str) -> PluginError:
         return PluginError(f"The method {self.name!r} ({self.provider}): its hook {hook} {what}.")
+
+
+def _raised(error: Exception) -> str:
+    return f"raised {type(error).__name__}: {error}"
 
 
 def _plain(implementation: pluggy.HookImpl) -> Callable[..., Any]:

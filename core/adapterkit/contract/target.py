@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +23,8 @@ class Target:
         kind: what it is; has the sizes, and applies factors to inputs.
         module: the layer itself; `None` where only an adapter's files are known.
         dtype, device: what the adapter's parameters are to be made with.
-        load: a file's values are about to be assigned: parameters may be left empty.
+        file: the tensors that a file, or a combination, has for this layer, by their local names, so that sizes may
+            follow from them. `None` for a new adapter.
     """
 
     path: str
@@ -31,7 +32,7 @@ class Target:
     kind: LayerKind
     dtype: torch.dtype
     device: torch.device
-    load: bool = False
+    file: Mapping[str, Tensor] | None = None
 
     @property
     def out_features(self) -> int:
@@ -78,7 +79,7 @@ class Target:
             init: the number that fills it, or a function that fills the tensor in place, such as `adapterkit.kaiming`.
                 Where a file's values are about to come, and on the meta device, nothing is filled.
         """
-        if self.load:
+        if self.file is not None:
             return nn.Parameter(_placeholder(shape, self.dtype))
         parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
         if not parameter.is_meta:

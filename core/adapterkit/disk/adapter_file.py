@@ -18,9 +18,11 @@ from adapterkit.contract import (
     KeyRule,
     Method,
     Names,
+    Shared,
     Target,
     beside,
     default_registry,
+    shared_tensors,
     strip_file_prefix,
 )
 from adapterkit.disk.base import Base
@@ -42,7 +44,7 @@ from adapterkit.files import (
 )
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import BaseModules, Fit, LabelSet, LayerBuilder, SharedView, split_key
+from adapterkit.model import BaseModules, Fit, LabelSet, LayerBuilder
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import widened
 
@@ -118,9 +120,10 @@ class AdapterFile:
             kinds = {} if base is not None else kinds_of(method.layers_in_file(shapes_of(tensors), config))
             if not kinds:
                 base = base or Base.recorded(config)
-                kinds, tensors = ({}, tensors) if base is None else _of_base(tensors, method, config, base)
+                if base is not None:
+                    kinds, config, tensors = _of_base(tensors, method, config, base)
             else:
-                tensors = dict(method.from_file(config, tensors, kinds))
+                config, tensors = _native(tensors, method, config, kinds)
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         opened = cls(name or files.folder.name, files, method, config, kinds, base, mapped)
         opened._sort(tensors, passed)
@@ -130,8 +133,8 @@ class AdapterFile:
         """Put every tensor under what it belongs to, by its key."""
         heads = _heads(tensors, self.config.modules_to_save)
         for key, tensor in tensors.items():
-            split = split_key(key, self.rule, self.kinds)
-            if key in self.rule.shared:
+            split = self.rule.split(key, self.kinds)
+            if self.method.shared is not None and self.rule.is_shared(key):
                 self.shared[key] = tensor
             elif split is not None:
                 self.layers.setdefault(split[0], {})[split[1]] = tensor
@@ -209,15 +212,16 @@ class AdapterFile:
             raise StateError(next(iter(self.refused.values())))
 
     @cached_property
-    def _built(self) -> tuple[dict[str, AdapterLayer], SharedView | None, Fit]:
+    def _built(self) -> tuple[dict[str, AdapterLayer], Shared | None, Fit]:
         """Its layers, of mapped tensors. Those that need the base's weights are in `refused`."""
         builder, shared, found = LayerBuilder(self.method, self.config, cast=False), None, {}
-        targets = [Target(path, None, kind, torch.float32, _CPU, load=True) for path, kind in self.kinds.items()]
+        held = {path: self.layers.get(path, {}) for path in self.kinds}
+        targets = [Target(path, None, kind, torch.float32, _CPU, held[path]) for path, kind in self.kinds.items()]
         if targets:
             shared = builder.shared(targets, self.shared)
         for target in targets:
             try:
-                found[target.path] = builder.layer(target, self.layers.get(target.path, {}), shared)
+                found[target.path] = builder.layer(target, target.file, shared)
             except StateError as error:
                 self.refused[target.path] = str(error)
         fit = builder.fit
@@ -242,7 +246,7 @@ class AdapterFile:
         """Those of its layers, and shared ones, by key: what the method's save rule is asked about."""
         shared = self._built[1]
         inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
-        return inside | dict(shared or self.shared)
+        return inside | (self.shared if shared is None else shared_tensors(shared))
 
     @cached_property
     def report(self) -> LoadReport:
@@ -253,7 +257,7 @@ class AdapterFile:
     def broken(self) -> set[str]:
         """Layers with a tensor that is missing or does not fit."""
         wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
-        return {split[0] for key in wrong if (split := split_key(key, self.rule, self.kinds)) is not None}
+        return {split[0] for key in wrong if (split := self.rule.split(key, self.kinds)) is not None}
 
     def factors(self, path: str, dtype: torch.dtype = torch.float32) -> Factors | None:
         """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
@@ -330,18 +334,26 @@ def _equals(own: Tensor | None, tensor: Tensor) -> bool:
 
 def _of_base(
     tensors: Tensors, method: Method, config: AdapterConfig, base: Base
-) -> tuple[dict[str, LayerKind], dict[str, Tensor]]:
-    """The base's layers that the keys name, and the tensors as the method reads them.
+) -> tuple[dict[str, LayerKind], AdapterConfig, dict[str, Tensor]]:
+    """The base's layers that the keys name, and the config and the tensors as the method reads them.
 
     Where a method renames its keys in files, they are read with all layers of the base first.
     """
     rule, held = method.key_rule(config), dict(tensors)
-    renamed = not any(split_key(key, rule) for key in shapes_of(tensors))
+    renamed = not any(rule.split(key) for key in shapes_of(tensors))
     if renamed:
-        held = dict(method.from_file(config, tensors, layers_of(BaseModules(base.model))))
-    splits = [split_key(key, rule) for key in shapes_of(held)]
+        config, held = _native(tensors, method, config, layers_of(BaseModules(base.model)))
+    splits = [rule.split(key) for key in shapes_of(held)]
     kinds = {path: base.kind(path) for path in dict.fromkeys(split[0] for split in splits if split)}
-    return kinds, held if renamed else dict(method.from_file(config, held, kinds))
+    return (kinds, config, held) if renamed else (kinds, *_native(held, method, config, kinds))
+
+
+def _native(
+    tensors: Tensors, method: Method, config: AdapterConfig, kinds: Mapping[str, LayerKind]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The config and the tensors as the method reads them."""
+    own, read = method.read(tensors, kinds, {}, config) or (config, tensors)
+    return own, dict(read)
 
 
 def _foreign(
@@ -358,9 +370,9 @@ def _foreign(
         layers = named_layers(tensors, files.folder, keep_names=keep_names)
     else:
         layers = layers_of(BaseModules(base.model))
-    method, config = recognise(tensors, layers, files.metadata, files.folder)
-    found = dict(method.from_file(config, tensors, layers))
-    splits = (split_key(key, method.key_rule(config), layers) for key in found)
+    method, config, read = recognise(tensors, layers, files.metadata, files.folder)
+    rule, found = method.key_rule(config), dict(read)
+    splits = (rule.split(key, layers) for key in found)
     paths = dict.fromkeys(split[0] for split in splits if split and split[0] in layers)
     return method, config, {path: layers[path] for path in paths}, found, passed_over(tensors, found, layers)
 

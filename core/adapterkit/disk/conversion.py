@@ -53,7 +53,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     Other programs' files are read and written: `"kohya"` (kohya-ss and others: `lora_unet_..._to_q.lora_down`),
     `"lycoris"` (`lycoris_..._to_q`) and `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
     diffusers 0.34 and later write it). Scalings are exact: alphas by layer, for rsLoRA too (to float32's rounding).
-    Heads and trained biases have no names there. Methods join by the hook `to_foreign`.
+    Heads and trained biases have no names there. Methods join by the hook `formats`.
 
     Args:
         source: an adapter folder, a hub id, or a file of another program.
@@ -141,10 +141,9 @@ def _foreign(result: Result, naming: str, part: str) -> tuple[dict[str, Tensor],
                 f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. {do}."
             )
     method = result.method
-    held, _ = by_layer(
-        strip_file_prefix(result.in_file()), method.key_rule(result.config), {path: path for path in result.kinds}
-    )
-    found = method.to_foreign(naming, method.file_config(result.config), held, result.kinds, part)
+    config, tensors = result.in_file()
+    held, _ = by_layer(strip_file_prefix(tensors), method.key_rule(config), {path: path for path in result.kinds})
+    found = method.write(naming, config, held, result.kinds, part)
     if found is None:
         raise UnsupportedError(
             f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "

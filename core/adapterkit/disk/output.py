@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.combining import Changes, check_given, to_method
-from adapterkit.contract import AdapterConfig, Method, Target, beside, file_key
+from adapterkit.contract import AdapterConfig, Method, Target, beside, file_key, shared_tensors
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import (
     CONFIG_FILE,
@@ -100,18 +100,18 @@ class Result:
         config, tensors = to_method(changes, method)
         builder, cpu = LayerBuilder(method, config), torch.device("cpu")
         given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
-        targets = [Target(path, None, changes.kinds[path], dtype, cpu, load=True) for path in changes.factors]
+        targets = [Target(p, None, changes.kinds[p], dtype, cpu, given.get(p, {})) for p in changes.factors]
         shared = builder.shared(targets, {})
-        layers = {target.path: builder.layer(target, given.get(target.path, {}), shared) for target in targets}
+        layers = {target.path: builder.layer(target, target.file, shared) for target in targets}
         check_given(tensors, layers, builder)
         own = {f"{path}.{local}": s.tensor for path, layer in layers.items() for local, s in module_slots(layer)}
         kinds = {path: changes.kinds[path] for path in layers}
         wide = {path: bias.to(dtype if path in layers else bias.dtype) for path, bias in changes.biases.items()}
         heads, tables, labels = changes.heads, changes.tables, changes.labels
-        return cls(config, method, kinds, own | dict(shared or {}), heads, tables, wide, labels)
+        return cls(config, method, kinds, own | shared_tensors(shared), heads, tables, wide, labels)
 
-    def in_file(self) -> dict[str, Tensor]:
-        """All tensors by the keys of PEFT's format."""
+    def in_file(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        """The config, and all tensors by the keys of PEFT's format."""
         parts = [*self.heads.items(), *((path, {"bias": bias}) for path, bias in self.biases.items())]
         rest = {f"{beside(path, self.kinds)}.{local}": t for path, held in parts for local, t in held.items()}
         return file_tensors(self.method, self.config, self.tensors, rest)
@@ -134,9 +134,10 @@ class Result:
             write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
 
         heads_alone = [path for path in self.heads if path not in self.tables]
-        config = file_config(self.config, self.method, self.kinds, heads_alone, self.paths)
+        config, tensors = self.in_file()
+        config = file_config(config, self.kinds, heads_alone, self.paths)
         labels = self.labels.to_metadata() if self.labels is not None and self.heads else {}
-        write_folder(place, config.to_dict(), self.in_file(), {**labels, **self.metadata}, write)
+        write_folder(place, config.to_dict(), tensors, {**labels, **self.metadata}, write)
 
 
 def write_file(

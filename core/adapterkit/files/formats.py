@@ -110,17 +110,18 @@ def check_foreign(tensors: Iterable[str], file: Path) -> None:
 
 def recognise(
     tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str], file: Path
-) -> tuple[Method, AdapterConfig]:
-    """The method that a file without a config is of, and the config it amounts to: every method is asked.
+) -> tuple[Method, AdapterConfig, Mapping[str, Tensor]]:
+    """The method that a file without a config is of, and the config and tensors it amounts to: every method is asked.
 
     Raises:
         CheckpointError: none of them knows it, or several do.
     """
-    found, asked, broken, refused = [], [], [], []
+    found: list[tuple[Method, AdapterConfig, Mapping[str, Tensor]]] = []
+    asked, broken, refused = [], [], []
     for name in default_registry.methods():
         try:
             method = default_registry.method(name)
-            config = method.foreign_config(tensors, layers, metadata)
+            read = method.read(tensors, layers, metadata)
         except PluginError as error:
             broken.append(str(error))
             continue
@@ -128,31 +129,27 @@ def recognise(
             refused.append((name, error))
             continue
         asked.append(name)
-        if config is not None:
-            found.append((method, config))
+        if read is not None:
+            found.append((method, *read))
     if len(found) + len(refused) > 1:
-        found = [claim for claim in found if _reads(*claim, tensors, layers)]
+        found = [claim for claim in found if _reads(*claim, layers)]
     if refused and not found:
         raise refused[0][1]
     broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
     if len(found) != 1:
-        raise CheckpointError(_not_one([m.name for m, _ in found], asked, broken, tensors, layers, file))
+        raise CheckpointError(_not_one([method.name for method, *_ in found], asked, broken, tensors, layers, file))
     for fault in broken:
         warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
-    method, config = found[0]
-    return method, config.replace(modules_to_save=None) if config.modules_to_save == "auto" else config
+    return found[0]
 
 
 def _reads(
     method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
 ) -> bool:
     """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
-    try:
-        rule, keys = method.key_rule(config), method.from_file(config, tensors, layers)
-    except AdapterError:
-        return False
-    split = (key.split(".") for key in keys)
-    return any(rule.owns(parts[i]) and ".".join(parts[:i]) in layers for parts in split for i in range(1, len(parts)))
+    rule = method.key_rule(config)
+    splits = (rule.split(key, layers) for key in tensors)
+    return any(split is not None and split[0] in layers for split in splits)
 
 
 def _not_one(

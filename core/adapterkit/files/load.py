@@ -60,8 +60,8 @@ def load_adapter(
     layers = layers_of(modules)
     held = strip_file_prefix(files.tensors)
     own = of_component(held, component)
-    method, config = _method_and_config(files, own, layers)
-    tensors = dict(method.from_file(config, own, layers))
+    method, config, read = _read(files, own, layers)
+    tensors = dict(read)
     passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
@@ -91,14 +91,15 @@ def load_adapter(
     return adapter, report
 
 
-def _method_and_config(
+def _read(
     files: AdapterFiles, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> tuple[Method, AdapterConfig]:
+) -> tuple[Method, AdapterConfig, Mapping[str, Tensor]]:
     if files.config is None:
         check_foreign(files.tensors, files.folder)
         return recognise(tensors, layers, files.metadata, files.folder)
     method = default_registry.claim(files.config, files.folder)
-    return method, method.config_type().from_dict({"modules_to_save": None, **files.config})
+    config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+    return (method, *(method.read(tensors, layers, {}, config) or (config, tensors)))
 
 
 def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection[str]) -> tuple[str, ...] | str | None:

@@ -39,7 +39,7 @@ def file_places(adapter: Adapter) -> Iterator[tuple[str, str, Slot]]:
         for local, slot in module_slots(module):
             yield f"{place}.{local}", f"{path}.{container}.{adapter.name}.{local}", slot
     if adapter.shared is not None:
-        for local, slot in module_slots(adapter.shared.module):
+        for local, slot in module_slots(adapter.shared):
             yield local, f"{SHARED}.{adapter.name}.{local}", slot
 
 
@@ -81,7 +81,8 @@ def match_adapter(
         tensors = own
     else:
         given, others, layers = strip_file_prefix(tensors), [], layers_of(BaseModules(model))
-        tensors = method.from_file(adapter.config, given, layers)
+        found = method.read(given, layers, {}, adapter.config)
+        tensors = given if found is None else found[1]
         passed = passed_over(given, tensors, layers)
     fit = Fit(rule)
     paths = {other: path for path in adapter.layers for other in (*adapter.aliases.get(path, ()), path)}
@@ -90,8 +91,8 @@ def match_adapter(
     for place, module, held in beside_layers(adapter, rest):
         values += fit.match(module, held, place)
     if adapter.shared is not None:
-        held = {name: rest.pop(name) for name in rule.shared if name in rest}
-        values += fit.match(adapter.shared.module, held, "")
+        held = {key: rest.pop(key) for key in list(rest) if rule.is_shared(key)}
+        values += fit.match(adapter.shared, held, "")
     fit.unexpected += rest
     pass_over(fit, adapter, model, tensors, passed)
     fit.ignored += others

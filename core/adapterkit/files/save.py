@@ -83,7 +83,8 @@ def to_files(
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
     with gathered(model, adapter.modules()) if source is None else nullcontext():
-        tensors = to_file(adapter, method, source) | _tables(adapter, model, source, prefix, embeddings)
+        config, tensors = to_file(adapter, method, source)
+        tensors |= _tables(adapter, model, source, prefix, embeddings)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"Adapter {adapter.name!r} has no values to save: {empty[0]!r} is on the meta device.")
@@ -93,7 +94,7 @@ def to_files(
     metadata |= {EVERYWHERE: "true"} if adapter.aliases else {}
     heads = [path for path in adapter.heads if path not in adapter.tables]
     paths = BaseModules(model).all_paths
-    config = file_config(adapter.config, method, adapter.layers, heads, paths, _name_of(model), prefix)
+    config = file_config(config, adapter.layers, heads, paths, _name_of(model), prefix)
     return config.to_dict(), tensors, metadata
 
 
@@ -125,8 +126,10 @@ def _tables(
     return found
 
 
-def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors by the keys of PEFT's file format.
+def to_file(
+    adapter: Adapter, method: Method, source: Mapping[str, Tensor] | None = None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The config and the adapter's tensors by the keys of PEFT's file format.
 
     Args:
         source: a full state dict of the model to take the values from; the model's own if `None`.
@@ -134,7 +137,7 @@ def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | Non
     Raises:
         CheckpointError: `source` lacks some of them, or has some for which there is no place.
     """
-    rule, places = method.key_rule(adapter.config), {key: slot for key, _, slot in file_places(adapter)}
+    places = {key: slot for key, _, slot in file_places(adapter)}
     if source is None:
         values = {key: real_value(slot.owner, slot.name) for key, slot in places.items()}
     else:
@@ -148,7 +151,7 @@ def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | Non
             )
         found = {key: found[key] for key in places if key in found}
         values = dict(zip(found, whole(list(found.values())), strict=True))
-        lacking = sorted(key for key in set(places) - set(values) if not rule.derives(key))
+        lacking = sorted(set(places) - set(values))
         if lacking:
             raise CheckpointError(
                 f"The state dict lacks {len(lacking)} of adapter {adapter.name!r}'s tensors, such as {lacking[0]!r}."
@@ -163,26 +166,23 @@ def to_file(adapter: Adapter, method: Method, source: Mapping[str, Tensor] | Non
 
 def file_tensors(
     method: Method, config: AdapterConfig, own: Mapping[str, Tensor], rest: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Tensors by the keys of PEFT's file format.
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The config of a file, and its tensors by the keys of PEFT's file format.
 
     Args:
         own: of layers and shared ones, which the method's save rule is asked about.
         rest: of heads and trained biases.
     """
-    rule = method.key_rule(config)
-    written = method.to_file(config, {key: tensor for key, tensor in own.items() if not rule.derives(key)})
-    return {file_key(*_split(key, rule.shared)): tensor for key, tensor in (*written.items(), *rest.items())}
-
-
-def _split(key: str, shared: Collection[str]) -> tuple[str, str]:
-    path, _, local = ("", "", key) if key in shared else key.rpartition(".")
-    return path, local
+    rule, (config, written) = method.key_rule(config), method.to_file(config, own)
+    tensors = {}
+    for key, tensor in (*written.items(), *rest.items()):
+        path, _, local = ("", "", key) if rule.is_shared(key) and key in written else key.rpartition(".")
+        tensors[file_key(path, local)] = tensor
+    return config, tensors
 
 
 def file_config(
     config: AdapterConfig,
-    method: Method,
     layers: Collection[str],
     heads: Collection[str],
     paths: Collection[str],
@@ -196,7 +196,6 @@ def file_config(
         base: what the base model is called.
         prefix: what the paths of layers and heads begin with, and those of the model do not.
     """
-    config = method.file_config(config)
     changes: dict[str, Any] = {
         "modules_to_save": tuple(path.removeprefix(prefix) for path in heads if path not in layers) or None,
         "base_model_name_or_path": config.base_model_name_or_path or base,

@@ -59,16 +59,20 @@ def _check_inside(what: str, paths: Collection[str], but: str, known: Collection
 
 def _of_shared(adapter: Adapter, other: Adapter) -> Values:
     """What all layers share: what trains is taken over; what is fixed must be equal, for other adapters may use it."""
-    theirs = dict(other.shared or {})
+    theirs, ours = (
+        {} if shared is None else {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
+        for shared in (other.shared, adapter.shared)
+    )
+    places = {} if adapter.shared is None else dict(module_slots(adapter.shared))
     values: Values = []
-    for name, slot in () if adapter.shared is None else module_slots(adapter.shared.module):
-        own, found = slot.tensor, theirs.get(name)
+    for name, own in ours.items():
+        found = theirs.get(name)
         fits = found is not None and found.shape == own.shape
         trains = isinstance(own, nn.Parameter)
         if found is None or not fits or not (trains or torch.equal(found.to(own), own)):
             raise CheckpointError(f"its {name!r}, which all layers share, is another (another key, rank or size)")
         if trains:
-            values.append((slot, found.detach()))
+            values.append((places[name], found.detach()))
     return values
 
 

@@ -292,8 +292,9 @@ def changed(plan: Plan, name: str) -> Tensor | None:
 def _factors(layer: AdapterLayer) -> Factors:
     method = default_registry.method(layer.method)
     found = None
-    if "factors" in method.plain and type(layer.kind).read is LayerKind.read:
-        found = method.plain["factors"](layer=layer) if torch.compiler.is_compiling() else method.factors(layer)
+    if type(layer.kind).read is LayerKind.read:
+        own: Any = layer
+        found = own.factors() if torch.compiler.is_compiling() else method.factors(layer)
     if found is None:
         raise _unreadable(layer, "no factors of the layer's own shape")
     _check_gradients(layer, found.up, found.down)
@@ -302,11 +303,13 @@ def _factors(layer: AdapterLayer) -> Factors:
 
 def _merged(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     method = default_registry.method(layer.method)
-    if "merge" not in method.plain or type(layer.kind).read is not LayerKind.read:
+    if not method.merges(layer) or type(layer.kind).read is not LayerKind.read:
         raise _unreadable(layer, "no merge rule")
     found: tuple[Tensor, Tensor | None]
     if torch.compiler.is_compiling():
-        found = method.plain["merge"](layer=layer, weight=weight, bias=bias)
+        own: Any = layer
+        by_hook = method.plain.get("merge")
+        found = own.merged(weight, bias) if by_hook is None else by_hook(layer=layer, weight=weight, bias=bias)
     else:
         found = method.merge(layer, weight, bias, where="a layer whose weight the model reads")
     _check_gradients(layer, *found)

@@ -45,7 +45,7 @@ class Part:
         if layer.tile_adder(torch.float32) is not None:
             return cls(adapter, layer, additive=True, scale=scale)
         found = method.factors(layer)
-        if found is None and "merge" not in method.hooks:
+        if found is None and not method.merges(layer):
             raise UnsupportedError(
                 f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
                 "shape. Leave it active instead."

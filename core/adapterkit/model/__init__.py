@@ -5,8 +5,8 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
 from adapterkit.model.adapted import KEPT, AdaptedModel
-from adapterkit.model.adapter import Adapter, SharedView, acting_heads
-from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer, split_key
+from adapterkit.model.adapter import Adapter, acting_heads
+from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
@@ -23,7 +23,6 @@ __all__ = [
     "LayerBuilder",
     "Match",
     "Selection",
-    "SharedView",
     "acting_heads",
     "base_parameters",
     "beside_layers",
@@ -37,7 +36,6 @@ __all__ = [
     "resized_tables",
     "select",
     "select_on",
-    "split_key",
     "tables",
     "tied_to",
 ]

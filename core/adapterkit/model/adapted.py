@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
-from adapterkit.contract import SHARED, unwrapped_key
+from adapterkit.contract import SHARED, Shared, unwrapped_key
 from adapterkit.errors import StateError
 from adapterkit.forward import Active, PerAdapter, State, calls_adapters, checkpointing, lock
-from adapterkit.model.adapter import Adapter, SharedTensors
+from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters
 from adapterkit.model.vocabulary import resized_tables
@@ -122,8 +123,8 @@ class AdaptedModel:
         if adapter.shared is None:
             yield
             return
-        if any(module is adapter.shared.module for name, module in self._shared().items() if name != adapter.name):
-            adapter.shared.part()
+        if any(module is adapter.shared for name, module in self._shared().items() if name != adapter.name):
+            adapter.share(copy.deepcopy(adapter.shared))
         try:
             yield
         finally:
@@ -131,20 +132,22 @@ class AdaptedModel:
             self._register_shared_tensors(adapter)
 
     def _use_equal_shared_tensors(self, adapter: Adapter) -> None:
-        if adapter.shared is not None:
-            adapter.shared.join(self._shared().values())
+        own = adapter.shared
+        other = None if own is None else next((o for o in self._shared().values() if o is own or o.equals(own)), None)
+        if other is not None:
+            adapter.share(other)
 
     def _register_shared_tensors(self, adapter: Adapter) -> None:
         if adapter.shared is not None:
             container = self.model._modules.get(SHARED)
             if container is None:
                 container = self.model._modules[SHARED] = PerAdapter()
-            container._modules[adapter.name] = adapter.shared.module
+            container._modules[adapter.name] = adapter.shared
 
-    def _shared(self) -> dict[str, SharedTensors]:
+    def _shared(self) -> dict[str, Shared]:
         container = self.model._modules.get(SHARED)
         found = {} if container is None else container._modules
-        return {name: module for name, module in found.items() if isinstance(module, SharedTensors)}
+        return {name: module for name, module in found.items() if isinstance(module, Shared)}
 
     # What acts and what trains
 

@@ -3,81 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer, Shared
 from adapterkit.errors import AdapterWarning, ConfigError, unknown
 from adapterkit.forward import Active, BiasLayer, Path, install, let_read, stop_reading, uninstall
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import modules_below
 from adapterkit.results import AdapterStatus
 from adapterkit.tensors import gradients, size_of
-
-
-class SharedTensors(nn.Module):
-    """The tensors that all layers of an adapter use, as a module, so that `.to(...)` moves them with the model."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
-
-    def equals(self, other: Self) -> bool:
-        """Whether both hold buffers alone, with equal names, values, dtypes and devices."""
-        if self._parameters or other._parameters:
-            return False
-        ours, theirs = self.tensors(), other.tensors()
-        return ours.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-class SharedView(Mapping[str, Tensor]):
-    """The shared tensors as a method's layers see them: by name, looked up at each access.
-
-    Attributes:
-        module: the tensors. Adapters with equal tensors use one module.
-    """
-
-    def __init__(self, module: SharedTensors) -> None:
-        self.module = module
-
-    def __getitem__(self, name: str) -> Tensor:
-        held = self.module._parameters
-        tensor = held[name] if name in held else self.module._buffers[name]
-        assert tensor is not None
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.module.tensors())
-
-    def __len__(self) -> int:
-        return len(self.module.tensors())
-
-    def part(self) -> None:
-        """Use a copy from now on, which may be written to."""
-        self.module = SharedTensors({name: tensor.clone() for name, tensor in self.module.tensors().items()})
-
-    def join(self, others: Iterable[SharedTensors]) -> None:
-        """Use one of the others if it is equal."""
-        self.module = next((other for other in others if other.equals(self.module)), self.module)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.is_meta or one.device != other.device or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other)
 
 
 @dataclass
@@ -90,6 +28,8 @@ class Adapter:
         readers: modules of the model that read the weights of hosts instead of calling them, and the paths from there.
         tables: the heads that are the base's embeddings, saved because the vocabulary was resized.
         labels: the label set of its heads; `None` if it has none of its own.
+        shared: what all layers have in common; adapters whose shared tensors are equal have one.
+        steps: how often `Adapters.step` was called while it was active.
         trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
         trained_before: parameters that required gradients until others were activated or this adapter was merged.
     """
@@ -103,10 +43,17 @@ class Adapter:
     biases: dict[str, BiasLayer] = field(default_factory=dict)
     tables: frozenset[str] = frozenset()
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
-    shared: SharedView | None = None
+    shared: Shared | None = None
+    steps: int = 0
     labels: LabelSet | None = None
     trains_for_now: list[nn.Parameter] = field(default_factory=list)
     trained_before: list[nn.Parameter] = field(default_factory=list)
+
+    def share(self, shared: Shared) -> None:
+        """Have all layers use this module."""
+        self.shared = shared
+        for layer in self.layers.values():
+            layer.__dict__["shared"] = shared
 
     def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
         """`(container, path, module)` of everything that is installed at its hosts."""
@@ -117,7 +64,7 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
         if self.shared is not None:
-            yield from self.shared.module.named_parameters()
+            yield from self.shared.named_parameters()
         for _, path, module in self.parts():
             for local, parameter in module.named_parameters():
                 yield f"{path}.{local}", parameter
@@ -128,8 +75,8 @@ class Adapter:
         return list({id(p): p for p in held}.values())
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module that the adapter owns, shared tensors included."""
-        shared = () if self.shared is None else (self.shared.module,)
+        """Every module that is the adapter's, shared tensors included."""
+        shared = () if self.shared is None else (self.shared,)
         return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
 
     def trains(self) -> bool:
@@ -194,7 +141,7 @@ class Adapter:
                 for local in module.state_dict(keep_vars=True):
                     yield f"{place}.{container}.{self.name}.{local}"
         if self.shared is not None:
-            for local in self.shared:
+            for local in self.shared.state_dict(keep_vars=True):
                 yield f"{SHARED}.{self.name}.{local}"
 
     def head_paths(self) -> dict[str, int]:

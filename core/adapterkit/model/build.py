@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Target, beside, default_registry
+from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Shared, Target, beside, default_registry
 from adapterkit.errors import CheckpointError, PluginError, SelectionError, StateError
 from adapterkit.forward import (
     Active,
@@ -27,7 +28,7 @@ from adapterkit.forward import (
     trained_dtype,
     widen,
 )
-from adapterkit.model.adapter import Adapter, SharedTensors, SharedView
+from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
 from adapterkit.model.modules import BaseModules, Uncalled, tensors_below
 from adapterkit.model.selection import Match, Selection
@@ -67,7 +68,9 @@ class Fit:
             CheckpointError: a tensor of whole numbers where floating ones are needed.
         """
         slots, values = dict(module_slots(module)), []
-        self.unexpected += [place + local for local in given if local not in slots]
+        made_again = {local for local, _ in module.named_buffers()} - slots.keys()
+        self.ignored += [place + local for local in given if local in made_again]
+        self.unexpected += [place + local for local in given if local not in slots and local not in made_again]
         shapes = {local: tuple(given[local].shape) for local in slots if local in given}
         for local, slot in slots.items():
             slot.key = key = place + local
@@ -75,8 +78,6 @@ class Fit:
             if tensor is None:
                 if key not in self.optional:
                     (self.exempt if self.rule.may_lack(key) else self.missing).append(key)
-            elif self.rule.derives(key):
-                self.ignored.append(key)
             elif own.is_floating_point() and not tensor.is_floating_point():
                 raise CheckpointError(
                     f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
@@ -127,20 +128,12 @@ def by_layer(
     inside: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        split = split_key(key, rule, layers)
+        split = rule.split(key, layers)
         if split is None or split[0] not in layers:
             rest[key] = tensor
         else:
             inside.setdefault(layers[split[0]], {})[split[1]] = tensor
     return inside, rest
-
-
-def split_key(key: str, rule: KeyRule, layers: Collection[str] = ()) -> tuple[str, str] | None:
-    """`(path, local)` of a tensor of an adapter layer, `None` for any other; see `by_layer`."""
-    parts = key.split(".")
-    starts = [i for i in range(len(parts) - 1, 0, -1) if rule.owns(parts[i])]
-    i = next((i for i in starts if ".".join(parts[:i]) in layers), starts[0] if starts else 0)
-    return (".".join(parts[:i]), ".".join(parts[i:])) if i else None
 
 
 def beside_layers(adapter: Adapter, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
@@ -176,7 +169,7 @@ class LayerBuilder:
         )  # asked for once: they cost as a layer does
         self.fit = fit or Fit(self.rule)
 
-    def layer(self, target: Target, tensors: Tensors | None = None, shared: SharedView | None = None) -> AdapterLayer:
+    def layer(self, target: Target, tensors: Tensors | None = None, shared: Shared | None = None) -> AdapterLayer:
         """The method's layer for one target.
 
         Args:
@@ -190,54 +183,53 @@ class LayerBuilder:
         """
         if tensors is None:
             return self._injected(target, shared)
-        layer = self._injected(target if target.load else dataclasses.replace(target, load=True), shared)
+        layer = self._injected(dataclasses.replace(target, file=tensors), shared)
         self.fit.assign(layer, tensors, f"{target.path}.", target.device, cast=self.cast)
         devices = {tensor.device for tensor in tensors_below([layer])}
         if target.device.type != "meta" and devices != {target.device}:
             if torch.device("meta") in devices:
-                _complete(layer, self._injected(dataclasses.replace(target, load=False), shared))
+                _complete(layer, self._injected(dataclasses.replace(target, file=None), shared))
             layer.to(target.device)
         return layer
 
-    def shared(self, targets: Sequence[Target], tensors: Tensors | None = None) -> SharedView | None:
-        """The tensors that the layers of all these targets use; `None` if there are none.
+    def shared(
+        self, targets: Sequence[Target], tensors: Tensors | None = None, model: nn.Module | None = None
+    ) -> Shared | None:
+        """What the layers of all these targets have in common; `None` if the method has no such thing.
 
         Args:
             tensors: those of a file, by name; see `layer`.
         """
-        load = tensors is not None
-        given = [t if t.load == load else dataclasses.replace(t, load=load) for t in targets]
-        made = dict(self.method.prepare(given, self.config))
-        if set(made) - set(self.rule.shared):
-            raise PluginError(
-                f"The method {self.method.name!r} ({self.method.provider}): its hook prepare returned "
-                f"{sorted(made)}, but its key rule declares the shared tensors {sorted(self.rule.shared)}."
-            )
-        self._check_kept("prepare", [name for name, t in made.items() if isinstance(t, nn.Parameter)])
-        if not made:
+        made = self.method.shared
+        if made is None:
             return None
-        module = SharedTensors(made)
+        dtype, device = reduce(torch.promote_types, (target.dtype for target in targets)), targets[0].device
+        root = Target("", model, targets[0].kind, dtype, device, tensors)
+        module = self.method.guarded("shared", made, targets, self.config, root)
+        names = (*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers()))
+        wrong = [name for name in names if not self.rule.owns(name)]
+        if wrong:
+            raise PluginError(
+                f"The method {self.method.name!r} ({self.method.provider}): its {made.__name__} made {wrong[0]!r}; "
+                f"every shared tensor's name must begin with its prefix {self.rule.prefix!r}."
+            )
         if tensors is not None:
-            device = targets[0].device
-            held = {name: tensor for name, tensor in tensors.items() if name in self.rule.shared}
-            self.fit.assign(module, held, "", device, cast=self.cast)
+            self.fit.assign(module, tensors, "", device, cast=self.cast)
             if device.type != "meta":
-                if any(tensor.is_meta for tensor in module.tensors().values()):
-                    fresh = [dataclasses.replace(target, load=False) for target in targets]
-                    _complete(module, SharedTensors(self.method.prepare(fresh, self.config)))
+                if any(tensor.is_meta for tensor in tensors_below([module])):
+                    fresh = [dataclasses.replace(target, file=None) for target in targets]
+                    _complete(module, made(fresh, self.config, dataclasses.replace(root, file=None)))
                 module.to(device)
-        return SharedView(module)
+        return module
 
-    def _injected(self, target: Target, shared: SharedView | None) -> AdapterLayer:
+    def _injected(self, target: Target, shared: Shared | None) -> AdapterLayer:
         """What the hook `inject` gives, checked."""
-        layer = self._inject(target, self.config.at(target.path), {} if shared is None else shared)
+        layer = self._inject(target, self.config.at(target.path), shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
                 "Leave it out with exclude_modules."
             )
-        if self.rule.derived:
-            self._check_kept("inject", (name for name, _ in layer.named_parameters()))
         if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
             names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
             wrong = [n for n in names if not self.rule.owns(n)]  # a module without parameters is called as it likes
@@ -248,16 +240,6 @@ class LayerBuilder:
                 )
         layer.__dict__["method"] = self.method.name
         return layer
-
-    def _check_kept(self, hook: str, trained: Iterable[str]) -> None:
-        """What trains goes to files."""
-        lost = [name for name in trained if self.rule.derives(name)]
-        if lost:
-            raise PluginError(
-                f"The method {self.method.name!r} ({self.method.provider}): its hook {hook} made the Parameter "
-                f"{lost[0]!r}, which its key rule declares as derived. What is derived is never written to a file, so "
-                "what was trained would be lost: make it a buffer, or leave it out of `derived`."
-            )
 
 
 def _complete(module: nn.Module, fresh: nn.Module) -> None:
@@ -294,17 +276,20 @@ def build_adapter(
     """
     reshard(modules.model)
     adapter = Adapter(name, builder.config)
-    targets = [_target(match, dtype, device, load=tensors is not None) for match in selection.targets]
+    targets = [_target(match, dtype, device, None) for match in selection.targets]
     paths = {path: m.path for m in selection.targets for path in (*modules.paths_of[m.module], m.path)}
     layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
-    shared = None if rest is None else {n: rest.pop(n) for n in builder.rule.shared if n in rest}
-    adapter.shared = builder.shared(targets, shared)
+    held = None
+    if rest is not None:
+        targets = [dataclasses.replace(target, file=layers.get(target.path, {})) for target in targets]
+        known = builder.rule.is_shared if builder.method.shared is not None else lambda key: False
+        held = {key: rest.pop(key) for key in list(rest) if known(key)}
+    adapter.shared = builder.shared(targets, held, modules.model)
     if adapter.shared is not None:
         check_free_root(modules.model)
     for match, target in zip(selection.targets, targets, strict=True):
         _add_host(adapter, modules, match.path, match.module, active)
-        given = None if rest is None else layers.get(target.path, {})
-        adapter.layers[target.path] = builder.layer(target, given, adapter.shared)
+        adapter.layers[target.path] = builder.layer(target, target.file, adapter.shared)
     for path in selection.heads:
         module = modules.model.get_submodule(path)
         if is_fsdp(module):
@@ -327,11 +312,11 @@ def build_adapter(
     return adapter, notes
 
 
-def _target(match: Match, dtype: torch.dtype | None, device: torch.device | None, *, load: bool) -> Target:
+def _target(match: Match, dtype: torch.dtype | None, device: torch.device | None, file: Tensors | None) -> Target:
     weight = match.module.weight
     assert isinstance(weight, Tensor)
     dtype = dtype or trained_dtype(weight.dtype)
-    return Target(match.path, match.module, match.kind, dtype, device or execution_device(match.module, weight), load)
+    return Target(match.path, match.module, match.kind, dtype, device or execution_device(match.module, weight), file)
 
 
 def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:

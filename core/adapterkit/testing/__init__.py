@@ -20,6 +20,15 @@ except ImportError as error:
 
 from adapterkit.testing.case import TOLERANCES
 from adapterkit.testing.decorator import parametrize_with_checks
+from adapterkit.testing.peft import check_peft
 from adapterkit.testing.running import CheckFailure, all_checks, run_check, run_checks
 
-__all__ = ["TOLERANCES", "CheckFailure", "all_checks", "parametrize_with_checks", "run_check", "run_checks"]
+__all__ = [
+    "TOLERANCES",
+    "CheckFailure",
+    "all_checks",
+    "check_peft",
+    "parametrize_with_checks",
+    "run_check",
+    "run_checks",
+]

@@ -34,7 +34,7 @@ def check_moves_to_dtype(case: Case) -> None:
 
 def check_shared_tensors_are_one_copy(case: Case) -> None:
     """Every layer reads a shared tensor from the core's one copy in each forward, after `.to(dtype)` as before."""
-    if not case.method.key_rule(case.config).shared:
+    if case.method.shared is None:
         raise NotApplicable("the method has no shared tensors")
     for path in TARGETS:
         subject = case.at(path)

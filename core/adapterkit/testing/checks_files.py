@@ -45,9 +45,12 @@ def check_file_has_exactly_its_keys(case: Case) -> None:
             path, _, local = next(
                 ((p, p, key[len(p) + 1 :]) for p in TARGETS if key.startswith(p + ".")), ("", "", key)
             )
-            right = rule.owns(local) if path else key in rule.shared
+            right = rule.owns(local) if path else rule.is_shared(key)
             right = right or (key.endswith(".bias") and case.config.trained_biases != "none")
-            expect(right, f"On {subject}: the key {key!r} is neither a target's {rule.prefix!r} nor in {rule.shared}.")
+            expect(
+                right,
+                f"On {subject}: the key {key!r} is neither a layer's nor shared: it lacks {rule.prefix!r}.",
+            )
         if "to_file" not in case.method.hooks:
             _expect_every_tensor(subject, rule, keys)
 
@@ -94,9 +97,9 @@ def check_unknown_keys_are_refused(case: Case) -> None:
 
 
 def check_files_tell_the_layers(case: Case) -> None:
-    """What `layers_in_file` says of a saved adapter are its layers, with their sizes: it needs no base to be opened."""
-    if "layers_in_file" not in case.method.hooks:
-        raise NotApplicable("the method has no hook layers_in_file")
+    """What `sizes` says of a saved adapter are its layers, with their sizes: it needs no base to be opened."""
+    if "sizes" not in case.method.hooks:
+        raise NotApplicable("the method has no hook sizes")
     for subject in case.subjects():
         with case.folder() as folder:
             subject.adapters.save("a", folder)

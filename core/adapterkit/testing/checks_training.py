@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from adapterkit.contract import registry
+from adapterkit.contract import check_hooks
 from adapterkit.errors import PluginError
 from adapterkit.testing.case import Broken, Case, NotApplicable, expect, expect_close, expect_equal
 from adapterkit.testing.probes import TARGETS
@@ -15,7 +15,7 @@ from adapterkit.testing.probes import TARGETS
 def check_annotations_match_specs(case: Case) -> None:
     """The names, arguments and annotations of every hook agree with the specs."""
     try:
-        registry.check_hooks(case.method.plugin, f"The method {case.method.name!r}")
+        check_hooks(case.method.plugin, f"The method {case.method.name!r}")
     except PluginError as error:
         raise Broken(str(error)) from error
 

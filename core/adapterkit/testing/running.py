@@ -26,7 +26,7 @@ def all_checks() -> Mapping[str, Check]:
         name: function
         for module in modules
         for name, function in vars(module).items()
-        if name.startswith("check_") and inspect.isfunction(function)
+        if name.startswith("check_") and inspect.isfunction(function) and function.__module__ == module.__name__
     }
 
 

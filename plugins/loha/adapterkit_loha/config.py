@@ -49,6 +49,11 @@ class LoHaConfig(AdapterConfig):
         """See `AdapterConfig.starts_as_identity`."""
         return self.init_weights
 
+    @property
+    def scaling(self) -> float:
+        """`alpha / r`."""
+        return self.alpha / self.r
+
     def check(self) -> None:
         """See `AdapterConfig.check`."""
         if self.r < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,11 @@ class LoraConfig(AdapterConfig):
     def starts_as_identity(self) -> bool:
         """See `AdapterConfig.starts_as_identity`."""
         return self.init_lora_weights is not False
+
+    @property
+    def scaling(self) -> float:
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def trains_residual(self) -> bool:

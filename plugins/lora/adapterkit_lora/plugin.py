@@ -1,159 +1,73 @@
-"""The hooks through which adapterkit uses LoRA."""
+"""LoRA as a plugin of adapterkit."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from adapterkit import (
-    AdapterConfig,
-    AdapterLayer,
-    CheckpointError,
-    Factors,
-    ForeignFile,
-    KeyRule,
-    LayerKind,
-    PatternTable,
-    Target,
-    hookimpl,
-    with_patterns,
-)
-from adapterkit_lora import foreign
+import adapterkit as ak
+from adapterkit_lora import start
 from adapterkit_lora.config import LoraConfig
+from adapterkit_lora.foreign import LoraFormat
 from adapterkit_lora.layer import LoraLayer
 
-_BIAS_FIELD: Mapping[str, Literal["none", "all", "lora_only"]] = {"none": "none", "targets": "lora_only", "all": "all"}
+
+class LoraPlugin(ak.Plugin):
+    """LoRA: `dW = scaling B A`; see the config."""
+
+    config, layer, prefix = LoraConfig, LoraLayer, "lora_"
+
+    def key_rule(self, config: LoraConfig) -> ak.KeyRule:
+        """A file of PEFT's has only the trained factors of PiSSA and OLoRA; the first ones come from the base again."""
+        first = frozenset({"lora_init_A", "lora_init_B"}) if config.trains_residual else frozenset[str]()
+        return ak.KeyRule(prefix="lora_", exempt=first)
+
+    def to_file(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Tensor]]:
+        """PiSSA and OLoRA as plain LoRA of twice the rank, which loads onto the unchanged base."""
+        return start.to_file(config, tensors) if config.trains_residual else (config, tensors)
+
+    def from_file(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Tensor]]:
+        """The reverse, for an adapter that is PiSSA or OLoRA here."""
+        return config, start.from_file(config, tensors) if config.trains_residual else tensors
+
+    def from_factors(
+        self, factors: Mapping[str, ak.Factors], kinds: Mapping[str, ak.LayerKind]
+    ) -> tuple[LoraConfig, Mapping[str, Tensor]]:
+        """A is `down` and B is `up`, with scaling 1 everywhere: `lora_alpha = r`."""
+        ranks = {path: f.rank for path, f in factors.items()}
+        bias = any(f.bias is not None for f in factors.values())
+        tensors = {}
+        for path, f in factors.items():
+            kind, lookup = kinds[path], kinds[path].lookup
+            if lookup and f.bias is not None:
+                raise ak.UnsupportedError(f"LoRA cannot express the change of a bias at the embedding {path!r}.")
+            down, up = ("lora_embedding_A", "lora_embedding_B") if lookup else ("lora_A.weight", "lora_B.weight")
+            tensors[f"{path}.{down}"] = f.down.reshape(kind.down_shape(f.rank))
+            tensors[f"{path}.{up}"] = f.up.reshape(kind.up_shape(f.rank))
+            if bias and not lookup:
+                tensors[f"{path}.lora_B.bias"] = f.up.new_zeros(len(f.up)) if f.bias is None else f.bias
+        return LoraConfig.with_values({"r": ranks, "lora_alpha": ranks}, lora_bias=bias), tensors
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> nn.Module | None:
+        """An embedding, or a linear layer, or a convolution where A has a kernel."""
+        names = ("lora_embedding_A", "lora_embedding_B", "lora_A.weight", "lora_B.weight", "lora_mid")
+        held = [tensors.get(name) for name in names]
+        if any(t is not None and (t.dim() < 2 or 0 in t.shape) for t in held):
+            return None
+        table, rows, down, up, mid = held
+        if table is not None or rows is not None:
+            count, width = 1 if table is None else table.shape[1], 1 if rows is None else rows.shape[0]
+            return nn.Embedding(count, width, device="meta")
+        inputs, outputs = 1 if down is None else down.shape[1], 1 if up is None else up.shape[0]
+        kernel = mid.shape[2:] if mid is not None else () if down is None else down.shape[2:]
+        groups = 1 if down is None or up is None or mid is not None else down.shape[0] // up.shape[1]
+        fits = groups > 0 and inputs % groups == 0 == outputs % groups  # PEFT's factors may cross groups
+        return ak.empty_layer(outputs, inputs, *kernel, groups=groups if fits else 1)
+
+    def formats(self) -> Sequence[ak.Format]:
+        """kohya-ss's, LyCORIS's and diffusers'."""
+        return [LoraFormat()]
 
 
-@hookimpl
-def config_type() -> type[AdapterConfig]:
-    return LoraConfig
-
-
-@hookimpl
-def key_rule(config: LoraConfig) -> KeyRule:
-    # A file of PEFT's has only the trained factors of PiSSA and OLoRA; the first ones come from the base again.
-    first = frozenset({"lora_init_A", "lora_init_B"}) if config.trains_residual else frozenset[str]()
-    return KeyRule(prefix="lora_", exempt=first)
-
-
-@hookimpl
-def inject(target: Target, config: LoraConfig) -> AdapterLayer:
-    return LoraLayer(target, config)
-
-
-@hookimpl
-def factors(layer: LoraLayer) -> Factors | None:
-    return layer.factors()
-
-
-@hookimpl
-def config_from_ranks(ranks: Mapping[str, int], bias: bool, trained_biases: str) -> LoraConfig:
-    """Scaling 1 everywhere, `lora_alpha = r`; patterns where the rank is not the most frequent one."""
-    rank, others = with_patterns(ranks)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=others,
-        lora_bias=bias,
-        bias=_BIAS_FIELD[trained_biases],
-    )
-
-
-@hookimpl
-def from_factors(target: Target, config: LoraConfig, factors: Factors) -> Mapping[str, Tensor] | None:
-    """A is `down`, B is `up`."""
-    down = factors.down.reshape(target.kind.down_shape(factors.rank))
-    up = factors.up.reshape(target.kind.up_shape(factors.rank))
-    if target.kind.lookup:
-        return {"lora_embedding_A": down, "lora_embedding_B": up} if factors.bias is None else None
-    bias = {} if not config.lora_bias else {"lora_B.bias": _or_zeros(factors)}
-    return {"lora_A.weight": down, "lora_B.weight": up, **bias}
-
-
-def _or_zeros(factors: Factors) -> Tensor:
-    return factors.up.new_zeros(factors.up.shape[0]) if factors.bias is None else factors.bias
-
-
-@hookimpl
-def to_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """PiSSA and OLoRA as plain LoRA of rank 2 r, which loads onto the unchanged base: `[B, -B0] [A; A0]`."""
-    if not config.trains_residual:
-        return tensors
-    written = {}
-    for key, tensor in tensors.items():
-        first = tensors.get(key.replace("lora_A.weight", "lora_init_A").replace("lora_B.weight", "lora_init_B"))
-        if key.endswith("lora_A.weight") and first is not None:
-            written[key] = torch.cat([tensor, first])
-        elif key.endswith("lora_B.weight") and first is not None:
-            written[key] = torch.cat([tensor, -first], dim=1)
-    return written
-
-
-@hookimpl
-def from_file(
-    config: LoraConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> Mapping[str, Tensor]:
-    """The reverse, for an adapter that is PiSSA or OLoRA here; and other programs' files in PEFT's names."""
-    tensors = foreign.renamed(config, tensors, layers)
-    if not config.trains_residual:
-        return tensors
-    read = dict(tensors)
-    for key, tensor in tensors.items():
-        path, found, _ = key.rpartition(".lora_A.weight")
-        rank = _rank(config, path)
-        if not found or tensor.shape[0] != 2 * rank:
-            continue
-        up = tensors.get(f"{path}.lora_B.weight")
-        read[key], read[f"{path}.lora_init_A"] = tensor[:rank], tensor[rank:]
-        if up is not None:
-            read[f"{path}.lora_B.weight"], read[f"{path}.lora_init_B"] = up[:, :rank], -up[:, rank:]
-    if config.pissa_iterations is not None and len(read) == len(tensors):
-        raise CheckpointError(
-            f"These are the trained factors of init_lora_weights={config.init_lora_weights!r} alone. That start is "
-            "random, so it cannot be computed again from the base; save the adapter in its converted form instead."
-        )
-    return read
-
-
-@hookimpl
-def foreign_config(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str]
-) -> AdapterConfig | None:
-    return foreign.config_of(tensors, layers, metadata)
-
-
-@hookimpl
-def to_foreign(
-    naming: str, config: LoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], component: str
-) -> ForeignFile:
-    return foreign.written(naming, config, tensors, component)
-
-
-@hookimpl
-def layers_in_file(tensors: Mapping[str, Tensor]) -> Mapping[str, nn.Module]:
-    return foreign.layers_of(tensors)
-
-
-@hookimpl
-def file_config(config: LoraConfig) -> LoraConfig:
-    """Twice the rank at the same scaling, for what `to_file` writes."""
-    if not config.trains_residual:
-        return config
-    grow = math.sqrt(2) if config.use_rslora else 2
-    return config.replace(
-        init_lora_weights=True,
-        r=2 * config.r,
-        lora_alpha=grow * config.lora_alpha,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: grow * alpha for key, alpha in config.alpha_pattern.items()},
-    )
-
-
-def _rank(config: LoraConfig, path: str) -> int:
-    return PatternTable(config.rank_pattern, "rank_pattern").get(path, config.r)
+plugin = LoraPlugin()

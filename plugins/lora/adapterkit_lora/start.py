@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import StateError, Target, kaiming
+from adapterkit import CheckpointError, StateError, Target, kaiming
 from adapterkit_lora.config import LoraConfig
 
 # What `Target.new` takes.
@@ -18,7 +19,7 @@ Init = float | Callable[[Tensor], object]
 def first_values(target: Target, config: LoraConfig, scaling: float) -> tuple[Init, Init]:
     """How A and B are filled, as `config.init_lora_weights` says. Where a file's values come, nothing is computed."""
     init = config.init_lora_weights
-    if target.load:
+    if target.file is not None:
         return 0.0, 0.0
     if config.trains_residual:
         return tuple(partial(_copy, value) for value in leading_factors(target, config, scaling))  # type: ignore[return-value]
@@ -79,3 +80,46 @@ def leading_factors(target: Target, config: LoraConfig, scaling: float) -> tuple
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = (s[:r] / scaling).sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def to_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """PiSSA and OLoRA as plain LoRA of rank 2 r with the same scaling: `[B, -B0] [A; A0]`."""
+    written = {}
+    for key, tensor in tensors.items():
+        first = tensors.get(key.replace("lora_A.weight", "lora_init_A").replace("lora_B.weight", "lora_init_B"))
+        if key.endswith("lora_A.weight") and first is not None:
+            written[key] = torch.cat([tensor, first])
+        elif key.endswith("lora_B.weight") and first is not None:
+            written[key] = torch.cat([tensor, -first], dim=1)
+    grow = math.sqrt(2) if config.use_rslora else 2
+    plain = config.replace(
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=grow * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: grow * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return plain, written
+
+
+def from_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The reverse of `to_file`, for an adapter that is PiSSA or OLoRA here.
+
+    Raises:
+        CheckpointError: the file has the trained factors alone, and the start of them was random.
+    """
+    read = dict(tensors)
+    for key, tensor in tensors.items():
+        path, found, _ = key.rpartition(".lora_A.weight")
+        if not found or tensor.shape[0] != 2 * (rank := config.at(path).r):
+            continue
+        read[key], read[f"{path}.lora_init_A"] = tensor[:rank], tensor[rank:]
+        up = tensors.get(f"{path}.lora_B.weight")
+        if up is not None:
+            read[f"{path}.lora_B.weight"], read[f"{path}.lora_init_B"] = up[:, :rank], -up[:, rank:]
+    if config.pissa_iterations is not None and len(read) == len(tensors):
+        raise CheckpointError(
+            f"These are the trained factors of init_lora_weights={config.init_lora_weights!r} alone. That start is "
+            "random, so it cannot be computed again from the base; save the adapter in its converted form instead."
+        )
+    return read

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, Target
+from adapterkit import AdapterLayer, Factors, Shared, Target
 from adapterkit_vera.config import VeraConfig
 
 # Numbers in the layer's output up to which it costs more time than memory to make them again for the backward.
@@ -65,10 +65,26 @@ class _Expand(torch.autograd.Function):
         return (scaled * lambda_d).to(dtypes[0]), None, for_d.to(dtypes[2]), for_b.to(dtypes[3])
 
 
+class VeraShared(Shared):
+    """A and B of the sizes that the largest layers need; in files if `save_projection` says so."""
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def setup(self, targets: Sequence[Target], config: VeraConfig, root: Target) -> None:
+        """See `Shared.setup`."""
+        sizes = max(t.in_features for t in targets), max(t.out_features for t in targets)
+        in_file = config.save_projection and {"vera_A", "vera_B"} <= (root.file or {}).keys()
+        device = torch.device("meta") if in_file else root.device  # what a file brings is not made first
+        made = projections(config.r, *sizes, config.projection_prng_key, device)
+        for name, matrix in zip(("vera_A", "vera_B"), made, strict=True):
+            self.register_buffer(name, matrix.to(root.dtype), persistent=config.save_projection)
+
+
 class VeraLayer(AdapterLayer):
     """`delta(x) = b * (B (d * (A dropout(x))))` with this layer's d `(r,)` and b `(out,)` and the shared A and B."""
 
-    shared: Mapping[str, Tensor]
+    shared: VeraShared
     dropout: float
     vera_lambda_d: nn.Parameter
     vera_lambda_b: nn.Parameter
@@ -82,7 +98,7 @@ class VeraLayer(AdapterLayer):
     def projections(self) -> tuple[Tensor, Tensor]:
         """This layer's part of A `(r, in)` and B `(out, r)`: views, unless the layer has another dtype or device."""
         own, kind = self.vera_lambda_d, self.kind
-        down, up = self.shared["vera_A"], self.shared["vera_B"]
+        down, up = self.shared.vera_A, self.shared.vera_B
         if down.shape[1] != kind.in_features:
             down = down[:, : kind.in_features]
         if up.shape[0] != kind.out_features:
@@ -129,7 +145,7 @@ class VeraLayer(AdapterLayer):
         """See `AdapterLayer.stacked`; for layers with the same projections, and not while a dropout acts."""
         if any(layer.training and layer.dropout for layer in layers):
             return None
-        held = {(id(layer.shared["vera_A"]), id(layer.shared["vera_B"]), layer.vera_lambda_d.dtype) for layer in layers}
+        held = {(id(layer.shared.vera_A), id(layer.shared.vera_B), layer.vera_lambda_d.dtype) for layer in layers}
         return VeraStack(layers, slots) if len(held) == 1 else None
 
     def adopt(self, other: VeraLayer | None) -> Mapping[str, Tensor]:

@@ -187,7 +187,7 @@ def test_layers_that_the_model_has_not_are_unexpected(model: nn.Module, tmp_path
 
 def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path) -> None:
     lycoris_file(model, tmp_path / "a.safetensors", algo="loha", dora_wd=True)
-    text = ".dora_scale': this LoHa is weight-decomposed (DoRA), which is no LoHa."
+    text = ".dora_scale': this is a LoHa that is weight-decomposed (DoRA), which is not LoHa."
     refuse(model, tmp_path / "a.safetensors", ak.UnsupportedError, text)
 
 

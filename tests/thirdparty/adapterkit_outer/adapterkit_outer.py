@@ -31,21 +31,4 @@ class OuterLayer(ak.AdapterLayer):
         return self.kind.apply(x, self.factors())
 
 
-@ak.hookimpl
-def config_type() -> type[ak.AdapterConfig]:
-    return OuterConfig
-
-
-@ak.hookimpl
-def key_rule() -> ak.KeyRule:
-    return ak.KeyRule(prefix="outer_")
-
-
-@ak.hookimpl
-def inject(target: ak.Target, config: OuterConfig) -> ak.AdapterLayer:
-    return OuterLayer(target, config)
-
-
-@ak.hookimpl
-def factors(layer: OuterLayer) -> ak.Factors:
-    return layer.factors()
+plugin = ak.plugin(OuterConfig, OuterLayer, prefix="outer_")

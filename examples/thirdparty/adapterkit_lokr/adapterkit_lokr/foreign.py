@@ -3,118 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkit import ForeignLayers, LayerKind, PatternTable, UnsupportedError, with_patterns
+from adapterkit import ForeignLayer, Format, UnsupportedError
 from adapterkit_lokr.config import LoKrConfig
 from adapterkit_lokr.layer import Layout
 
 _W1, _W2 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_REFUSED = {"dora_scale": "weight-decomposed (DoRA)", "lokr_t1": "with a core tensor in w1"}
-_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_LOCALS = frozenset({*_W1, *_W2, *_REFUSED, "alpha", "scalar"})
 
 
-def readings(key: str) -> Iterator[tuple[str, str]]:
-    """What a key may mean: `lycoris_conv_in.lokr_w1` is `lokr_w1` of the module `lycoris_conv_in`."""
-    module, _, local = key.rpartition(".")
-    if local in _LOCALS:
-        yield module, local
+class LoKrFormat(Format):
+    """`lycoris_conv_in.lokr_w1`: PEFT's names, with an alpha for each layer."""
 
+    factors = frozenset({*_W1, *_W2})
+    refused = {  # noqa: RUF012 - a class variable by its base
+        "dora_scale": "a LoKr that is weight-decomposed (DoRA), which this package does not know",
+        "lokr_t1": "a LoKr with a core tensor in w1, which this package does not know",
+    }
 
-def read(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> ForeignLayers:
-    """The layers that the file has factors for.
+    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoKrConfig:
+        """A layer that is split in another way than the config's rule says gets a rank at which it is not."""
+        files = {path: _File(layer) for path, layer in layers.items()}
+        shape = LoKrConfig(
+            decompose_factor=_factor(files),
+            decompose_both=any(f.pairs[0] for f in files.values()),
+            use_effective_conv2d=any(f.has_core for f in files.values()),
+        )
+        ranks = {path: f.rank_for(shape) for path, f in files.items()}
+        alphas = {path: f.scale * ranks[path] for path, f in files.items()}
+        names = ("decompose_factor", "decompose_both", "use_effective_conv2d")
+        return LoKrConfig.with_values({"r": ranks, "alpha": alphas}, **{name: getattr(shape, name) for name in names})
 
-    Raises:
-        UnsupportedError: of a sort that is no plain Kronecker product.
-    """
-    found = ForeignLayers.read(tensors, layers, readings).keep(lambda keys: not keys.keys().isdisjoint(_W1 + _W2))
-    for keys in found.keys.values():
-        for local, what in _REFUSED.items():
-            if local in keys:
-                raise UnsupportedError(f"{keys[local]!r}: this LoKr is {what}, which this package does not know.")
-    return found
-
-
-def config_of(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> LoKrConfig | None:
-    """The config of a file without one.
-
-    A layer that is decomposed in another way than the config's rule says gets a rank at which it is not decomposed.
-    """
-    found = read(tensors, layers)
-    if not found.keys:
-        return None
-    files = {path: _File(found, path) for path in found.keys}
-    shape = LoKrConfig(
-        decompose_factor=_factor(files),
-        decompose_both=any(f.pairs[0] for f in files.values()),
-        use_effective_conv2d=any(f.has_core for f in files.values()),
-    )
-    ranks = {path: f.rank_for(shape) for path, f in files.items()}
-    r, rank_pattern = with_patterns(ranks)
-    alpha, alpha_pattern = with_patterns({path: f.scale * ranks[path] for path, f in files.items()})
-    return shape.replace(
-        target_modules=found.target_modules,
-        modules_to_save=None,
-        r=r,
-        alpha=alpha,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-
-
-def renamed(config: LoKrConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> Mapping[str, Tensor]:
-    """The tensors under PEFT's names, in the form that the config gives each layer; exact."""
-    found = read(tensors, layers)
-    extra = {"alpha", "scalar"}  # which no file of PEFT's has
-    if all(found.is_native(path) and extra.isdisjoint(keys) for path, keys in found.keys.items()):
-        return tensors
-    result = found.rest
-    for path in found.keys:
-        rank = PatternTable(config.rank_pattern, "rank_pattern").get(path, config.r)
-        alpha: float = PatternTable(config.alpha_pattern, "alpha_pattern").get(path, config.alpha)
-        values = _File(found, path).values(Layout.of(layers[path], rank, config), alpha / rank)
-        result |= {f"{path}.{local}": tensor for local, tensor in values.items()}
-    return result
-
-
-def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """The layers that the factors are for, on the meta device: those with both; convolutions where w2 has a kernel."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        for module, local in readings(key):
-            groups.setdefault(module, {})[local] = tensor
-    made = {module: _layer_of(group) for module, group in groups.items()}
-    return {module: layer for module, layer in made.items() if layer is not None}
-
-
-def _layer_of(t: Mapping[str, Tensor]) -> nn.Module | None:
-    first = t["lokr_w1"].shape if "lokr_w1" in t else _product(t, "lokr_w1_a", "lokr_w1_b")
-    core = t.get("lokr_t2")
-    second = t["lokr_w2"].shape if "lokr_w2" in t else _product(t, "lokr_w2_a", "lokr_w2_b")
-    if core is not None and "lokr_w2_a" in t and "lokr_w2_b" in t:
-        second = torch.Size((t["lokr_w2_a"].shape[1], t["lokr_w2_b"].shape[1], *core.shape[2:]))
-    if first is None or second is None or 0 in (*first, *second):
-        return None
-    outputs, inputs, kernel = first[0] * second[0], first[1] * second[1], tuple(second[2:])
-    if len(kernel) not in _CONVOLUTIONS:
-        return nn.Linear(inputs, outputs, bias=False, device="meta")
-    return _CONVOLUTIONS[len(kernel)](inputs, outputs, kernel, bias=False, device="meta")
-
-
-def _product(t: Mapping[str, Tensor], up: str, down: str) -> torch.Size | None:
-    return torch.Size((t[up].shape[0], t[down].shape[1])) if up in t and down in t else None
+    def tensors(self, layer: ForeignLayer, config: LoKrConfig) -> dict[str, Tensor]:
+        """In the form that the config gives the layer; exact."""
+        return _File(layer).values(Layout.of(layer.kind, config.r, config), config.alpha / config.r)
 
 
 class _File:
     """What a file has for one layer."""
 
-    def __init__(self, found: ForeignLayers, path: str) -> None:
-        self.kind, self.keys = found.kinds[path], found.keys[path]
-        named = {local: found.matrix(path, local) for local in _W1 + _W2}
+    def __init__(self, layer: ForeignLayer) -> None:
+        self.kind, self.keys = layer.kind, layer.keys
+        named = {local: layer.matrix(local) for local in _W1 + _W2}
         self.tensors = {local: tensor for local, tensor in named.items() if tensor is not None}
         self.pairs = ("lokr_w1_a" in self.tensors, "lokr_w2_a" in self.tensors)
         self.has_core = "lokr_t2" in self.tensors
@@ -123,9 +56,9 @@ class _File:
         missing = [local for group in needed for local in group if local not in self.tensors]
         if missing:
             raise UnsupportedError(
-                f"The layer {path!r} lacks {missing[0]!r} beside {next(iter(self.keys.values()))!r}."
+                f"The layer {layer.path!r} lacks {missing[0]!r} beside {next(iter(self.keys.values()))!r}."
             )
-        alpha, scalar = found.number(path, "alpha"), found.number(path, "scalar")
+        alpha, scalar = layer.number("alpha"), layer.number("scalar")
         # LyCORIS: a missing alpha, or 0, is the rank; two whole factors are not scaled at all.
         self.scale = (alpha / self.rank if alpha and any(self.pairs) else 1.0) * (1.0 if scalar is None else scalar)
 

@@ -1,0 +1,131 @@
+"""Equality with PEFT's own class of a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit.contract import AdapterConfig
+from adapterkit.errors import UnsupportedError
+from adapterkit.testing.case import Broken, expect
+from adapterkit.testing.probes import PROBES, TARGETS, Probe
+from adapterkit.testing.running import CheckFailure, describe
+
+
+def check_peft(
+    config: AdapterConfig,
+    peft_config: Any,
+    *,
+    model: Callable[[], nn.Module] | None = None,
+    inputs: Tensor | None = None,
+    spread: float = 0.1,
+    lr: float = 1e-2,
+) -> None:
+    """Check that a method is PEFT's: each reads the other's files, and they merge and train alike.
+
+    PEFT makes an adapter from `peft_config` on a small model, with random numbers added to its parameters. Its file is
+    loaded here and gives its outputs within 1e-5 of the largest. Saved here, PEFT reads it back with those outputs.
+    Merged here, the outputs stay. Three steps of AdamW on equal batches leave both within 1e-4. `config` is added as
+    well and must have as many parameters as PEFT's adapter.
+
+    Args:
+        config: the method's config; its `target_modules` count on `model`, and the probe's layers without one.
+        peft_config: a config of PEFT's own class, with the same fields.
+        model: makes the model; two linear layers of 16 and 24 features, `up` and `down`, if `None`.
+        inputs: what it is called with; needed with `model`.
+        spread: the deviation of the random numbers.
+        lr: the learning rate of the three steps.
+
+    Raises:
+        CheckFailure: says what differs, and by how much.
+        ImportError: PEFT is not installed.
+    """
+    probe: Probe = next(probe for probe in PROBES if probe.name == "Linear")
+    if model is None:
+        model, inputs = probe.build, probe.inputs()
+        config = config.replace(target_modules=TARGETS, modules_to_save=None)
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.target_modules = set(TARGETS)
+    assert inputs is not None, "check_peft needs inputs= beside model="
+    try:
+        with torch.random.fork_rng(devices=[]), TemporaryDirectory(prefix="adapterkit-peft-") as folder:
+            torch.manual_seed(0)
+            _compare(config, peft_config, model, inputs, Path(folder), spread, lr)
+    except Broken as error:
+        raise CheckFailure(f"check_peft failed for {describe(config)}: {error}") from error.__cause__
+
+
+def _compare(  # noqa: PLR0915 - one comparison after the other
+    config: AdapterConfig,
+    peft_config: Any,
+    make: Callable[[], nn.Module],
+    inputs: Tensor,
+    folder: Path,
+    spread: float,
+    lr: float,
+) -> None:
+    import peft
+
+    theirs: Any = peft.get_peft_model(make(), copy.deepcopy(peft_config)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * spread)
+    wanted = _out(theirs, inputs)
+    bare = make().eval()
+    expect(_apart(_out(bare, inputs), wanted) > 1e-3, "PEFT's adapter changes no output, so nothing could be compared.")
+    theirs.save_pretrained(folder / "theirs")
+
+    ours = make().eval()
+    adapters = ak.attach(ours)
+    report = adapters.load(folder / "theirs", name="a", trainable=True)
+    expect(report.ok, f"expected PEFT's file to fit; {report}.")
+    _near(_out(ours, inputs), wanted, 1e-5, "PEFT's file loaded here")
+    adapters.save("a", folder / "ours")
+    again: Any = peft.PeftModel.from_pretrained(make(), folder / "ours").eval()
+    _near(_out(again, inputs), wanted, 1e-5, "the file saved here, loaded by PEFT")
+    try:
+        adapters.merge("a")
+    except UnsupportedError:
+        pass
+    else:
+        _near(_out(ours, inputs), wanted, 1e-5, "the outputs after merging here")
+        adapters.unmerge()
+        adapters.activate("a")
+
+    numbers = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    fresh = ak.attach(make())
+    fresh.add("a", config)
+    own = sum(p.numel() for p in fresh.parameters("a"))
+    expect(own == numbers, f"expected {numbers} trained numbers, as PEFT has; {describe(config)} has {own}.")
+    target = torch.randn(wanted.shape)
+    for trained in (theirs, ours):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=lr)
+        for _ in range(3):
+            optimizer.zero_grad()
+            ((trained(inputs) - target) ** 2).mean().backward()
+            optimizer.step()
+    _near(_out(ours, inputs), _out(theirs, inputs), 1e-4, "the outputs after three steps of training")
+
+
+def _out(model: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(inputs)
+    return out
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / max(1.0, float(other.abs().max())))
+
+
+def _near(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    expect(found.shape == wanted.shape, f"{what}: expected shape {tuple(wanted.shape)}, found {tuple(found.shape)}.")
+    apart = _apart(found, wanted)
+    expect(apart <= tolerance, f"{what}: expected PEFT's within {tolerance:g}; they differ by {apart:.3g}.")
