@@ -251,13 +251,13 @@ SELECTIONS = [
     fields("is left out; 2 in all", error=ak.SelectionError, exclude_modules=["layers.0", "layers.1"]),
     fields("layers_to_transform leaves out layer 0 of 'layers'", error=ak.SelectionError, layers_to_transform=[7]),
     fields(
-        "layers_to_transform: it is in no stack that is counted",
+        "layers_to_transform: it is outside the stacks whose layers are counted",
         error=ak.SelectionError,
         layers_to_transform=[0],
         layers_pattern="blocks",
     ),
     fields(
-        "layers_to_transform names its stacks itself here; leave layers_pattern out.",
+        "layers_to_transform already names its stacks here; leave layers_pattern out.",
         layers_to_transform={"layers": [0]},
         layers_pattern="layers",
     ),
@@ -286,7 +286,7 @@ SELECTIONS = [
     fields("modules_to_save 'zzz' matched no module", error=ak.SelectionError, modules_to_save=["zzz"]),
     fields("'ead' matched no module", error=ak.SelectionError, modules_to_save=["ead"]),
     fields(
-        "modules_to_save 'layers' cannot be trained as a copy: a ModuleList is a container that is never called",
+        "modules_to_save 'layers' cannot be trained as a copy: a ModuleList is a container, whose forward",
         error=ak.SelectionError,
         target_modules=["overhead"],
         modules_to_save=["layers"],

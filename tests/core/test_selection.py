@@ -188,7 +188,7 @@ def test_layers_that_the_numbers_leave_out_are_told_with_the_reason() -> None:
     selection = select(build("llama"), [Q0, V1, "lm_head"], layers_to_transform=[1])
     assert selection.skipped == (
         (Q0, "layers_to_transform leaves out layer 0 of 'model.layers'"),
-        ("lm_head", "layers_to_transform: it is in no stack that is counted"),
+        ("lm_head", "layers_to_transform: it is outside the stacks whose layers are counted"),
     )
 
 
@@ -369,7 +369,9 @@ def test_select_does_not_look_at_the_adapters_there_are() -> None:
 @pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"layers_to_transform": {"layers": [0]}}], ids=str)
 def test_entry_whose_every_layer_the_numbers_leave_out_is_told(fields: dict[str, Any]) -> None:
     config = LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=None, **fields)
-    with pytest.warns(ak.AdapterWarning, match="matched nothing: target_modules 'lm_head' .*'lm_head': .* in no stack"):
+    with pytest.warns(
+        ak.AdapterWarning, match="matched nothing: target_modules 'lm_head' .*'lm_head': .* outside the stacks"
+    ):
         report = ak.attach(build("llama")).add("a", config)
     assert report.targets == ("model.layers.0.self_attn.q_proj",)
     assert "lm_head" in str(report)

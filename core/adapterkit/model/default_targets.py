@@ -1,4 +1,4 @@
-"""What is adapted when a config names no `target_modules`: PEFT's table by `model_type`, and layers to leave alone."""
+"""The layers to adapt if a config names no `target_modules`: PEFT's table, by `model_type`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's own modules, seen without the adapters that are on it."""
+"""The model's own modules, without what adapters added."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from adapterkit.forward import PerAdapter
 
 
 class BaseModules:
-    """Every module of a model but the root, once, with all the paths that lead to it.
+    """The modules of a model at one moment, without the root, each with all its paths.
 
-    It is of the model as it was when it was made: one operation makes one, and all its steps read that.
+    An operation makes one and uses it in all its steps.
 
     Attributes:
         model: the root.
-        paths_of: each module's paths, in the order of the model; the first is the one it is known by.
+        paths_of: the paths of each module, in the order of the model. The first one is used as its name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ class BaseModules:
 
 
 def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its paths, the root included, without what adapters own."""
+    """Every module under each of its paths, with the root, without what adapters own."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, PerAdapter):
@@ -41,7 +41,7 @@ def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under each of its names, without those of adapters (a model inside may have its own)."""
+    """Every parameter under each of its names, without those of adapters, also of adapters on a model inside."""
     for path, module in named_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -49,9 +49,9 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def modules_below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """These modules and those below them, in no order that counts.
+    """These modules and those below them, in any order.
 
-    One that is in two places comes twice, and there are no names: that takes a fifth of the time of `modules()`.
+    A module in two places comes twice. That and the missing names make it five times as fast as `modules()`.
     """
     left = list(modules)
     while left:
@@ -70,12 +70,12 @@ def tensors_below(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
                     yield tensor
 
 
-# Tables of a model, and what the tables of its stacks are called.
+# The name of a table in an encoder-decoder, and its name in the encoder and the decoder.
 _GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
 
 
 class Uncalled:
-    """Layers whose `forward` is never called, so that an adapter there would be ignored."""
+    """Modules whose `forward` is never called, so that an adapter there would be ignored."""
 
     def __init__(self, modules: BaseModules) -> None:
         self._unused: dict[nn.Module, str] = {}
@@ -88,14 +88,14 @@ class Uncalled:
         if module in self._unused:
             return self._unused[module]
         if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
-            return f"a {type(module).__name__} is a container that is never called itself"
+            return f"a {type(module).__name__} is a container, whose forward is never called"
         return None
 
 
 def _unused_tables(modules: BaseModules, model: nn.Module) -> dict[nn.Module, str]:
-    """Tables of an encoder-decoder that only give their parameters to those which its stacks have, and call.
+    """Tables of an encoder-decoder that only share their parameters with the tables that its stacks call.
 
-    transformers 4 made them the stacks' own; since 5 they are neither called nor read.
+    In transformers 4 the stacks use these tables themselves; since 5 nothing calls or reads them.
     """
     unused: dict[nn.Module, str] = {}
     for name, inner in _GIVEN.items():
@@ -109,7 +109,7 @@ def _unused_tables(modules: BaseModules, model: nn.Module) -> dict[nn.Module, st
     return unused
 
 
-# Wrappers that only forward to the model inside: the adapters are the inner model's.
+# Wrappers that only call the model inside, by class name, with the name of that model.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -121,7 +121,7 @@ _WRAPPERS = {
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only forward to it."""
+    """The model inside wrappers that only call it. Adapters belong to that model."""
     name = _WRAPPERS.get(type(model).__name__)
     inner = None if name is None else model._modules.get(name)
     return model if inner is None else inner_model(inner)

@@ -1,4 +1,4 @@
-"""Which layers a config adapts on a model, and why: `ak.select`."""
+"""Which layers of a model a config adapts, and why: `ak.select`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Selection(Shown):
-    """What a config would adapt on a model, and why. Prints as a table.
+    """What a config adapts on a model, and why. `print` shows a table.
 
     Attributes:
         targets: the layers that get an adapter layer, in the order of the model.
-        heads: paths of the modules trained in full with the adapter.
-        skipped: `(path, reason)` of layers that a rule named but another rule, or their place, left out.
-        unmatched: entries of the config that matched nothing.
+        heads: paths of the modules that are trained in full with the adapter.
+        skipped: `(path, reason)` of layers that a rule named, but that another rule or their place leaves out.
+        unmatched: entries of the config that match nothing.
     """
 
     targets: tuple[Match, ...]
@@ -79,17 +79,17 @@ class Selection(Shown):
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
-    """What `config` would adapt on `model`, and why. Changes nothing; works on the meta device.
+    """What `config` adapts on `model`, and why. It changes nothing and works on the meta device.
 
     Args:
-        model: any module; adapters it has already are not looked at.
-        config: a method's config; only its selection fields are read.
+        model: any module; adapters that it has already are ignored.
+        config: a method's config; only the fields about layers are read.
 
     Returns:
         The selection; it has at least one target.
 
     Raises:
-        SelectionError: nothing matched, or a layer was named that cannot be adapted.
+        SelectionError: nothing matches, or a named layer cannot be adapted.
         ConfigError: a malformed rule.
     """
     if not isinstance(model, nn.Module):
@@ -100,7 +100,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
 
 
 def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
-    """`select` on a model that has been walked."""
+    """`select` for modules that are listed already."""
     _check_no_peft(modules)
     heads = head_paths(modules, config.modules_to_save)
     found, skipped, unmatched = _candidates(modules, config, heads)
@@ -116,21 +116,21 @@ def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
             targets.append(match)
     if not targets:
         raise SelectionError(_nothing(modules, config, skipped, unmatched))
-    if config.target_modules is not None:  # a default names what some models have
+    if config.target_modules is not None:  # a default names layers that only some models have
         unmatched += [entry for rule, entry in lost.items() if rule not in {match.rule for match in targets}]
     unmatched += layers.unused + _unused_patterns(config, targets)
     return Selection(tuple(targets), heads, tuple(skipped), tuple(unmatched))
 
 
 def _check_no_peft(modules: BaseModules) -> None:
-    """Raise `SelectionError` if the model has PEFT's adapters, whose layers would be taken for its own."""
+    """Raise `SelectionError` if the model has adapters of PEFT, whose layers would look like the model's own."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     for module, paths in modules.paths_of.items() if peft is not None else ():
         if isinstance(module, peft.BaseTunerLayer):
             raise SelectionError(
                 f"The model has adapters of PEFT, such as at {paths[0]!r}. Take them off first: peft_model.unload() "
-                "gives the bare model, peft_model.merge_and_unload() the model with them in its weights, and "
-                "model.delete_adapter(name) takes off what transformers' model.add_adapter put on. Then adapt that; "
+                "returns the bare model, peft_model.merge_and_unload() the model with them in its weights, and "
+                "model.delete_adapter(name) removes what transformers' model.add_adapter added. Then adapt that model; "
                 "adapters.load reads the folders that PEFT writes."
             )
 
@@ -138,7 +138,7 @@ def _check_no_peft(modules: BaseModules) -> None:
 def _candidates(
     modules: BaseModules, config: AdapterConfig, heads: Sequence[str]
 ) -> tuple[list[Match], list[tuple[str, str]], list[str]]:
-    """Layers that target_modules names and nothing but layer numbers may still leave out."""
+    """The layers that only `layers_to_transform` may still leave out, those left out, and entries without a match."""
     rule, why = _target_rule(modules.model, config)
     exclude = Rule("exclude_modules", config.exclude_modules) if config.exclude_modules else None
     uncalled = Uncalled(modules)
@@ -151,7 +151,9 @@ def _candidates(
         if rule is None:
             by = why if kind is not None and kind.all_linear else None
         else:
-            by = next((f"{why}{r}" for r in list(map(rule.match, paths)) if r), None)  # all: each may use another entry
+            by = next(
+                (f"{why}{r}" for r in list(map(rule.match, paths)) if r), None
+            )  # a list: each path may use another entry
         if by is None:
             continue
         reason = _left_out(path, paths, heads, exclude)
@@ -172,7 +174,7 @@ def _candidates(
 
 
 def _target_rule(model: nn.Module, config: AdapterConfig) -> tuple[Rule | None, str]:
-    """The rule of `target_modules` and a prefix for its name; no rule: every linear layer."""
+    """The rule of `target_modules`, or `None` for every linear layer, and a prefix for the name of the rule."""
     targets, why = config.target_modules, ""
     if targets == ALL_LINEAR:
         return None, f"target_modules {ALL_LINEAR!r}"
@@ -259,53 +261,52 @@ def _nothing(
 
 
 class LayerFilter:
-    """Decides by layer number. A stack is the path before a number: `encoder.layer` in `encoder.layer.3.mlp`.
+    """Selects by layer number. A stack is the path before a number: `encoder.layer` in `encoder.layer.3.mlp`.
 
-    Without `layers_pattern` the first number in a path counts, whatever the stack is called. With it,
-    or with a mapping, only the named stacks count, and a layer outside all of them is left out. Negative
-    numbers count from the end of their stack.
+    Without `layers_pattern` the first number in a path counts, in any stack. With it, or with a mapping, only the named
+    stacks count, and layers outside of them are left out. Negative numbers count from the end of their stack.
 
     Args:
         config: its `layers_to_transform` and `layers_pattern` are read.
-        paths: every module path of the model: they say how long each stack is.
+        paths: every module path of the model, which give the length of each stack.
     """
 
     def __init__(self, config: AdapterConfig, paths: Iterable[str]) -> None:
         wanted = config.layers_to_transform
-        self._active = wanted is not None
-        if not self._active:
-            self.rows: list[_Row] = []
+        self._counts = wanted is not None
+        if not self._counts:
+            self._rules: list[_StackRule] = []
             return
         self._sizes = _stack_sizes(paths)
         if isinstance(wanted, Mapping):
             if config.layers_pattern:
-                raise ConfigError("layers_to_transform names its stacks itself here; leave layers_pattern out.")
-            self.rows = [_Row(stack, numbers) for stack, numbers in wanted.items()]
+                raise ConfigError("layers_to_transform already names its stacks here; leave layers_pattern out.")
+            self._rules = [_StackRule(stack, numbers) for stack, numbers in wanted.items()]
         else:
             listed = config.layers_pattern
             patterns: Sequence[str | None] = [listed] if listed is None or isinstance(listed, str) else listed
-            self.rows = [_Row(p, wanted) for p in patterns]
+            self._rules = [_StackRule(p, wanted) for p in patterns]
 
     def refuse(self, path: str) -> str | None:
         """Why the layer at `path` is left out, or `None` if it is kept."""
-        if not self._active:
+        if not self._counts:
             return None
         for stack, number in _numbers(path):
-            for row in self.rows:
-                if row.names(stack):
-                    if row.keeps(number, self._sizes[stack]):
+            for rule in self._rules:
+                if rule.names(stack):
+                    if rule.keeps(number, self._sizes[stack]):
                         return None
                     return f"layers_to_transform leaves out layer {number} of {stack!r}"
-        return "layers_to_transform: it is in no stack that is counted"
+        return "layers_to_transform: it is outside the stacks whose layers are counted"
 
     @property
     def unused(self) -> list[str]:
-        """Stacks and numbers that have kept nothing so far."""
-        return [message for row in self.rows for message in row.unused()]
+        """Stacks and numbers that have kept no layer so far."""
+        return [message for rule in self._rules for message in rule.unused()]
 
 
-class _Row:
-    """One stack pattern (or every stack) and the numbers kept there."""
+class _StackRule:
+    """A pattern for stacks (or every stack) and the layer numbers to keep there."""
 
     def __init__(self, pattern: str | None, numbers: str | int | Sequence[int] | object) -> None:
         self.label = f"layers_to_transform {pattern!r}" if pattern else "layers_to_transform"

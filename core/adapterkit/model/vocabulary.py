@@ -1,7 +1,7 @@
-"""Vocabulary: whether a model's was resized since the model was made or loaded, and the tables that are then saved.
+"""Whether a model's vocabulary was resized since the model was made or loaded, and the embeddings to save then.
 
-New rows of an embedding are random, so that an adapter trained with them is of use only with them: its file holds
-the tables, as PEFT's do.
+New rows of an embedding are random, so an adapter that was trained with them needs them: its file holds the embeddings,
+as PEFT's files do.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from adapterkit.model.modules import BaseModules
 
 
 def resized_tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.Module]:
-    """`tables`, if the vocabulary was resized, else none."""
+    """`tables` if the vocabulary was resized, else nothing."""
     return tables(modules, without) if _was_resized(modules.model) else {}
 
 
 def resized_keys(modules: BaseModules) -> set[str]:
-    """The keys of both embeddings in the model's state dict, if the vocabulary was resized, else none."""
+    """The keys of both embeddings in the model's state dict if the vocabulary was resized, else nothing."""
     found = _both(modules) if _was_resized(modules.model) else {}
     return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
 
 
 def tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.Module]:
-    """The input and the output embedding of a transformers model by path, but for those at these paths.
+    """The input and the output embedding of a transformers model by path, except those at the paths `without`.
 
-    One of them alone if they are tied: it is the same table.
+    If both are tied, only one of them: they are one table.
     """
     found: dict[str, nn.Module] = {}
     for path, table in _both(modules).items():
@@ -54,7 +54,7 @@ def _both(modules: BaseModules) -> dict[str, nn.Module]:
 
 
 def tied_to(modules: BaseModules, table: nn.Module) -> list[str]:
-    """The path of each module whose weight is this table's very parameter, the table's own first."""
+    """The path of the table, and of every module that has the same parameter as its weight."""
     own = table._parameters["weight"]
     others = [
         paths[0] for m, paths in modules.paths_of.items() if m is not table and m._parameters.get("weight") is own
@@ -63,7 +63,7 @@ def tied_to(modules: BaseModules, table: nn.Module) -> list[str]:
 
 
 def _was_resized(model: Any) -> bool:
-    """By the config of the base if it is on this machine; else by what `resize_token_embeddings` leaves on a model."""
+    """Judged by the base's config if it is on this machine, or else by the traces of `resize_token_embeddings`."""
     now = _size(getattr(model, "config", None))
     if now is None:
         return False
@@ -78,13 +78,13 @@ def _was_resized(model: Any) -> bool:
 def _size(config: Any) -> int | None:
     try:
         size = getattr(config.get_text_config(), "vocab_size", None)
-    except (AttributeError, ValueError):  # no config of transformers, or one of several texts
+    except (AttributeError, ValueError):  # not a config of transformers, or one with several texts
         size = getattr(config, "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def _base_config(model: Any) -> Any:
-    """The config that the model was loaded with, from its folder or the hub's cache; the network is not asked."""
+    """The config from the folder or the hub's cache that the model was loaded from. The network is not used."""
     name, kind = getattr(model, "name_or_path", None), type(model.config)
     if not isinstance(name, str) or not name:
         return None
@@ -97,12 +97,12 @@ def _base_config(model: Any) -> Any:
                 return None
             name = str(Path(found).parent)
         return kind.from_pretrained(name, local_files_only=True)
-    except Exception:  # noqa: BLE001 - whatever stands there: it is not known, then
+    except Exception:  # noqa: BLE001 - whatever is wrong with that folder
         return None
 
 
 def _stores_size(cls: type) -> bool:
-    """Whether the class's own `__init__` gives a model an attribute `vocab_size`."""
+    """Whether the class's own `__init__` sets an attribute `vocab_size`."""
     made = cls.__dict__.get("__init__")
     code = getattr(inspect.unwrap(made), "__code__", None) if callable(made) else None
     return code is not None and any(
