@@ -612,16 +612,19 @@ def test_adapter_made_in_inference_mode_can_be_trained_later(call: str, tmp_path
 
 
 def test_weight_merged_in_inference_mode_can_be_trained_beside() -> None:
-    model = mlp()
+    model, x = mlp(), torch.ones(2, 6)
     model[2].weight = nn.Parameter(torch.ones(6, 6))
     model[0].weight = model[2].weight
     adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     adapters.add("b", LoraConfig(r=2, target_modules=["0", "2"]), activate=False)
+    expected = model[0](x)
     with torch.inference_mode():
         adapters.merge("a", untie=True)
+    assert not model[0].weight.is_inference()
+    torch.testing.assert_close(model[0](x), expected)
     adapters.activate("b")
-    model[:2](torch.ones(2, 6)).sum().backward()
+    model[:2](x).sum().backward()
     assert model[0].adapters["b"].lora_B.weight.grad is not None
 
 

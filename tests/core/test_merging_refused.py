@@ -342,21 +342,3 @@ def test_nothing_is_extracted_from_weights_that_the_layer_does_not_compute_with(
     base, tuned = (network(lambda _: Masked()) for _ in range(2))
     with pytest.raises(ak.UnsupportedError, match=r"Masked\.forward computes something else"):
         ak.extract(base, tuned, rank=2, target_modules=["fc"], modules_to_save=None)
-
-
-def test_expanded_weight_is_refused_and_untie_gives_each_number_its_own() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 4))
-        model[0].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4), requires_grad=False)
-        adapters = ak.attach(model)
-        adapters.add("a", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    x = torch.ones(2, 4)
-    with torch.no_grad():
-        expected = model(x)
-        with pytest.raises(
-            ak.StateError, match=r"'0\.weight' is expanded: .* Merge with untie=True to give each its own"
-        ):
-            adapters.merge("a")
-        adapters.merge("a", untie=True)
-        torch.testing.assert_close(model(x), expected)

@@ -248,18 +248,3 @@ def own_handler() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def test_merging_under_inference_mode_leaves_parameters_that_can_be_trained() -> None:
-    model = nn.Sequential()
-    model.add_module("table", nn.Embedding(8, 8))
-    model.add_module("head", nn.Linear(8, 8, bias=False))
-    model.head.weight = model.table.weight
-    adapters = ak.attach(model.eval())
-    adapters.add("a", LoraConfig(target_modules=["head"], init_lora_weights=False))
-    ids = torch.arange(8)
-    expected = model(ids)
-    with torch.inference_mode():
-        adapters.merge("a", untie=True)
-    assert not model.head.weight.is_inference()
-    torch.testing.assert_close(model(ids), expected)

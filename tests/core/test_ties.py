@@ -27,6 +27,7 @@ HALVES = {
 }
 HALVES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "vocab_size": 32}
 WHISPER = {**HALVES, "max_source_positions": 8, "max_target_positions": 16, "num_mel_bins": 4, "pad_token_id": 0}
+DECODERS = "decoder.embed_tokens"
 ROPE = {**SIZES, "vocab_size": 32, "num_key_value_heads": 1}
 
 
@@ -53,45 +54,18 @@ def of(model: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
 # How to make it, its inputs, a table that is called, its output layer, and whether its config can say what is parted.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], str, str, bool]] = {
     "gpt2": (of("GPT2LMHeadModel", "GPT2Config", **GPT2, eos_token_id=1), IDS, "wte", "lm_head", True),
-    "opt": (
-        of("OPTForCausalLM", "OPTConfig", vocab_size=32, ffn_dim=24, word_embed_proj_dim=16, **SIZES),
-        IDS,
-        "embed_tokens",
-        "lm_head",
-        True,
-    ),
-    "bart": (
-        of("BartForConditionalGeneration", "BartConfig", **HALVES),
-        PAIRS,
-        "decoder.embed_tokens",
-        "lm_head",
-        True,
-    ),
-    "t5": (of("T5ForConditionalGeneration", "T5Config", **T5), PAIRS, "decoder.embed_tokens", "lm_head", False),
+    "bart": (of("BartForConditionalGeneration", "BartConfig", **HALVES), PAIRS, DECODERS, "lm_head", True),
+    "t5": (of("T5ForConditionalGeneration", "T5Config", **T5), PAIRS, DECODERS, "lm_head", False),
     "switch transformers": (
         of("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", **T5, num_experts=2),
         PAIRS,
-        "decoder.embed_tokens",
+        DECODERS,
         "lm_head",
         False,
     ),
     "bert": (of("BertForMaskedLM", "BertConfig", vocab_size=32, **SIZES), IDS, "word_embeddings", "decoder", True),
-    "roberta": (
-        of("RobertaForMaskedLM", "RobertaConfig", vocab_size=32, **SIZES),
-        IDS,
-        "word_embeddings",
-        "lm_head.decoder",
-        True,
-    ),
     "gemma": (of("GemmaForCausalLM", "GemmaConfig", **ROPE, head_dim=8), IDS, "embed_tokens", "lm_head", True),
     "llama": (of("LlamaForCausalLM", "LlamaConfig", **ROPE), IDS, "embed_tokens", "lm_head", True),
-    "llama, tied": (
-        of("LlamaForCausalLM", "LlamaConfig", **ROPE, tie_word_embeddings=True),
-        IDS,
-        "embed_tokens",
-        "lm_head",
-        True,
-    ),
     "gpt2 as a decoder": (
         vision_encoder_decoder,
         {"pixel_values": PIXELS, "decoder_input_ids": tokens()},
@@ -103,7 +77,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], str, str, bo
     "whisper": (
         of("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
         {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": tokens()},
-        "decoder.embed_tokens",
+        DECODERS,
         "proj_out",
         True,
     ),
@@ -289,8 +263,9 @@ def test_weights_that_share_memory_are_tied_whichever_objects_they_are(case: str
     for parameter in adapters.parameters("a"):
         nn.init.normal_(parameter, std=0.3)
     expected = model(x)
+    expanded = "is expanded: several of its numbers are one in memory.* Merge with untie=True to give each its own"
     tied = f"is tied to another module: it shares memory with '{other}'"
-    with pytest.raises(ak.StateError, match=tied if other else "is expanded: several of its numbers are one in memory"):
+    with pytest.raises(ak.StateError, match=tied if other else expanded):
         adapters.merge("a")
     adapters.merge("a", untie=True)
     torch.testing.assert_close(model(x), expected)
