@@ -5,16 +5,14 @@ Uses: errors, results, kinds, contract, forward, model, files, merging, combinin
 """
 
 from adapterkit.disk.adapter_file import AdapterFile, names_of
-from adapterkit.disk.base import Base
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.combination import combine_files
 from adapterkit.disk.conversion import convert_file
-from adapterkit.disk.difference import diff_adapters
-from adapterkit.disk.diffreport import AdapterDiff
+from adapterkit.disk.difference import AdapterDiff, diff_adapters
 from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.merge import MergeReport, merge_checkpoint
-from adapterkit.disk.model import skeleton
+from adapterkit.disk.model import Base, skeleton
 
 __all__ = [
     "AdapterDiff",

@@ -25,7 +25,7 @@ from adapterkit.contract import (
     shared_tensors,
     strip_file_prefix,
 )
-from adapterkit.disk.base import Base
+from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, ConfigError, StateError
 from adapterkit.files import (
     AdapterFiles,

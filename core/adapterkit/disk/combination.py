@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.combining import Choices, Space, check_same_base, check_sources, mix
 from adapterkit.contract import MajoritySign, default_registry
 from adapterkit.disk.adapter_file import AdapterFile, check_one_base, names_of, natural
-from adapterkit.disk.base import Base
+from adapterkit.disk.model import Base
 from adapterkit.disk.output import Result, check_dtype, output_place
 from adapterkit.files import FactorSpool, short_names
 from adapterkit.model import BaseModules

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapterkit.combining import measures
 from adapterkit.disk.adapter_file import AdapterFile, natural
-from adapterkit.disk.base import Base
+from adapterkit.disk.model import Base
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.kinds import Factors
 from adapterkit.model import LabelSet
