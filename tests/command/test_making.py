@@ -158,5 +158,5 @@ def test_new_writes_a_package(here: Path) -> None:
     done = run("new", "low_sum")
     assert (done.exit_code, done.stderr) == (
         1,
-        "error: adapterkit-low-sum exists already. Remove it, or name another folder.\n",
+        "error: adapterkit-low-sum already exists. Remove it, or choose another folder.\n",
     )

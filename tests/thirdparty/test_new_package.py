@@ -120,19 +120,19 @@ def test_without_a_folder_it_is_beside_the_caller(tmp_path: Path, monkeypatch: p
 
 NAMES = {
     "dash": ("my-method", "'my-method' cannot be a method's name: ", "Perhaps 'my_method'?"),
-    "capital": ("MyMethod", "it needs lower-case letters, digits and single underscores", "Perhaps 'mymethod'?"),
-    "digit": ("2d", "a letter first.", "Perhaps 'd'?"),
+    "capital": ("MyMethod", "has lower-case letters, digits and single underscores only", "Perhaps 'mymethod'?"),
+    "digit": ("2d", "a name starts with a letter", "Perhaps 'd'?"),
     "underscores": ("a__b", "cannot be a method's name", "Perhaps 'a_b'?"),
     "path": ("../x", "cannot be a method's name", "Perhaps 'x'?"),
     "nothing": ("", "'' cannot be a method's name", ""),
     "accent": ("é", "cannot be a method's name", ""),
     "keyword": ("lambda", "'lambda' is a keyword of Python. Choose another name.", ""),
     "soft keyword": ("match", "'match' is a keyword of Python.", ""),
-    "long": ("a" * 33, "has 33 letters; a method's name may have 32.", ""),
-    "installed": ("lora", "There is a method 'lora', from adapterkit. Choose another name.", ""),
+    "long": ("a" * 33, "has 33 characters, but a method's name may have at most 32.", ""),
+    "installed": ("lora", "A method 'lora' already exists, from adapterkit. Choose another name.", ""),
     "prefix inside": ("lora_x", "called 'lora_x_...', those of 'lora' (adapterkit) are called 'lora_...'", ""),
     "prefix around": ("vera_lambda", "those of 'vera' (adapterkit) are called 'vera_lambda_...': they could not", ""),
-    "module": ("command", "There is a module adapterkit_command here already. Choose another name.", ""),
+    "module": ("command", "A module adapterkit_command already exists. Choose another name.", ""),
 }
 
 
@@ -149,7 +149,7 @@ def test_names_that_are_refused(name: str, text: str, hint: str, tmp_path: Path)
 def test_what_exists_is_left_alone(what: str, tmp_path: Path) -> None:
     place = tmp_path / "new"
     {"a folder": place.mkdir, "a file": place.touch, "a link to nothing": lambda: place.symlink_to("nowhere")}[what]()
-    with pytest.raises(ak.ConfigError, match=r"exists already\. Remove it, or name another folder\."):
+    with pytest.raises(ak.ConfigError, match=r"already exists\. Remove it, or choose another folder\."):
         ak.new_package("low_sum", place)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert place.is_symlink() or not place.is_dir() or not list(place.iterdir())
@@ -162,7 +162,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ak.SaveError, match=r"The package cannot be written to .*No space left.*Nothing of it is left"):
+    with pytest.raises(ak.SaveError, match=r"The package cannot be written to .*No space left.*Nothing of it remains"):
         ak.new_package("low_sum", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

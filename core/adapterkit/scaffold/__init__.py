@@ -1,4 +1,4 @@
-"""A package for a method of one's own, written from templates: `ak.new_package`."""
+"""`ak.new_package`: writes a package for a new method from templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adapterkit.describe import describe_methods
 from adapterkit.errors import ConfigError, PluginError, SaveError
 from adapterkit.files import local_path, umask
 
-# Each template and where it goes; both may hold a placeholder.
+# Each template and its place; both may contain placeholders.
 _FILES = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",
@@ -32,28 +32,29 @@ _LONGEST_NAME = 32
 
 
 def new_package(name: str, folder: str | Path | None = None) -> Path:
-    """Write a package with an adapter method of this name that installs and passes the test kit as it is.
+    """Write a package with an adapter method of this name. It installs and passes the test kit without changes.
 
-    It has a config, a layer and a plugin for a small additive method to be changed, packaging with the entry point,
-    tests with `adapterkit.testing` and a workflow for GitHub; it is clean under ruff and `mypy --strict`.
+    The package contains a config, a layer and a plugin for a small additive method, which you change into yours. It also
+    contains the packaging with the entry point, tests with `adapterkit.testing` and a workflow for GitHub. The code
+    passes ruff and `mypy --strict`.
 
     Args:
-        name: the method's: lower-case letters, digits and underscores.
-        folder: the project's folder, which must not exist; `adapterkit-<name>` here if `None`.
+        name: the name of the method: lower-case letters, digits and underscores.
+        folder: the folder of the project, which must not exist; by default `adapterkit-<name>` in the working directory.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: a name that cannot be used, or a folder that exists.
-        PluginError: the name, or a prefix of parameters' names that begins alike, is an installed method's.
-        SaveError: the folder cannot be written; nothing of it is left.
+        ConfigError: the name is invalid, or the folder exists.
+        PluginError: an installed method has the name, or a prefix that would be confused with the new one.
+        SaveError: the folder cannot be written; nothing of it remains.
     """
     _check_name(name)
     project = f"adapterkit-{name.replace('_', '-')}"
     folder = local_path(project if folder is None else folder)
     if folder.exists() or folder.is_symlink():
-        raise ConfigError(f"{folder} exists already. Remove it, or name another folder.")
+        raise ConfigError(f"{folder} already exists. Remove it, or choose another folder.")
     values = {
         "name": name,
         "Name": "".join(part.capitalize() for part in name.split("_")),
@@ -71,7 +72,7 @@ def new_package(name: str, folder: str | Path | None = None) -> Path:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
-        raise SaveError(f"The package cannot be written to {folder}: {error}. Nothing of it is left.") from error
+        raise SaveError(f"The package cannot be written to {folder}: {error}. Nothing of it remains.") from error
     return folder
 
 
@@ -91,22 +92,22 @@ def _check_name(name: str) -> None:
         proposed = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_0123456789")
         hint = f" Perhaps {proposed!r}?" if proposed else ""
         raise ConfigError(
-            f"{name!r} cannot be a method's name: it needs lower-case letters, digits and single underscores between "
-            f"them, a letter first.{hint}"
+            f"{name!r} cannot be a method's name: a name starts with a letter, and has lower-case letters, digits and "
+            f"single underscores only.{hint}"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise ConfigError(f"{name!r} is a keyword of Python. Choose another name.")
     if len(name) > _LONGEST_NAME:
-        raise ConfigError(f"{name!r} has {len(name)} letters; a method's name may have {_LONGEST_NAME}.")
+        raise ConfigError(f"{name!r} has {len(name)} characters, but a method's name may have at most {_LONGEST_NAME}.")
     _check_methods(name, f"{name}_")
     if importlib.util.find_spec(f"adapterkit_{name}") is not None:
-        raise ConfigError(f"There is a module adapterkit_{name} here already. Choose another name.")
+        raise ConfigError(f"A module adapterkit_{name} already exists. Choose another name.")
 
 
 def _check_methods(name: str, prefix: str) -> None:
     for method in describe_methods().methods:
         if method.name == name:
-            raise PluginError(f"There is a method {name!r}, from {method.package}. Choose another name.")
+            raise PluginError(f"A method {name!r} already exists, from {method.package}. Choose another name.")
         if method.prefix and (prefix.startswith(method.prefix) or method.prefix.startswith(prefix)):
             raise PluginError(
                 f"Parameters of a method {name!r} would be called {prefix + '...'!r}, those of {method.name!r} "
