@@ -288,16 +288,6 @@ def test_a_number_is_the_index_into_hidden_states(name: str) -> None:
     assert behind == (last.shape != state.shape or not torch.allclose(last, output.hidden_states[-1], atol=1e-4))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
-def test_the_last_hidden_states_of_a_model_with_a_head(name: str) -> None:
-    model = build(name)
-    with torch.no_grad():
-        states = model(**inputs(name), output_hidden_states=True).hidden_states
-    for layer in (-1, 0):
-        found = ak.features(model, [inputs(name)], layer=layer, progress=False)
-        torch.testing.assert_close(found, states[layer].mean(1), rtol=1e-4, atol=1e-5)
-
-
 def test_a_model_without_hidden_states_is_refused() -> None:
     with pytest.raises(ak.UnsupportedError, match=r"A Linear returns no hidden_states\. Use layer='last'"):
         ak.features(nn.Linear(2, 2), [{"input": torch.zeros(1, 2)}], layer=0, progress=False)

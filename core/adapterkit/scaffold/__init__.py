@@ -34,13 +34,13 @@ _LONGEST_NAME = 32
 def new_package(name: str, folder: str | Path | None = None) -> Path:
     """Write a package with an adapter method of this name. It installs and passes the test kit without changes.
 
-    The package contains a config, a layer and a plugin for a small additive method, which you change into yours. It also
-    contains the packaging with the entry point, tests with `adapterkit.testing` and a workflow for GitHub. The code
-    passes ruff and `mypy --strict`.
+    The package contains a config, a layer and a plugin for a small additive method, which you change into yours, the
+    packaging with the entry point, tests with `adapterkit.testing`, and a workflow for GitHub. The code passes ruff and
+    `mypy --strict`.
 
     Args:
         name: the name of the method: lower-case letters, digits and underscores.
-        folder: the folder of the project, which must not exist; by default `adapterkit-<name>` in the working directory.
+        folder: the folder of the project, which must not exist; by default `adapterkit-<name>`, here.
 
     Returns:
         The folder.
