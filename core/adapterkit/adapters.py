@@ -48,10 +48,7 @@ from adapterkit.integrations import Loader, install, uninstall
 from adapterkit.merging import (
     Merged,
     Parting,
-    check_in_memory,
     merging,
-    parted_names,
-    plan,
     take_heads,
 )
 from adapterkit.model import (
@@ -629,14 +626,11 @@ class Adapters:
         acting = acting_heads([*map(self._adapter, self.merged), *adapters, *rest], heads)
         refuse_fsdp1(self.model)
         reshard(self.model)  # FSDP2 leaves copies in place, and a merge into these would be lost
-        modules = BaseModules(self.model)
-        changes = plan(adapters, modules, untie=untie)
-        check_in_memory(changes)
-        parting = Parting.of(self.model, parted_names(changes, modules))
         before, go_back = self._merged, self._model.return_point()
+        how = {"untie": untie, "safe": safe, "keep_base": keep_base}
         with uninterrupted() as stop:
             try:
-                with merging(before, names, changes, parting, safe=safe, keep_base=keep_base, stop=stop) as merged:
+                with merging(self.model, before, adapters, **how, stop=stop) as merged:
                     self._merged = merged
                     self._model.set_merged(adapters, merged.names, acting)
             except BaseException:
@@ -694,7 +688,7 @@ class Adapters:
                 raise
             acting = [self._adapters[name] for name in self._active.heads]
             parting = Parting.of(self.model, heads=acting)
-            self._model.keep_labels()
+            self._model.labels_of = None  # the label set that the config has now becomes its own
             self._merged = Merged()
             take_heads(acting, self.model)
             parting.apply()

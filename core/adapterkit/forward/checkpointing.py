@@ -16,7 +16,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
 from adapterkit.forward import readers
-from adapterkit.forward.state import Active, Refused, lock, models
+from adapterkit.forward.state import Refused, lock, models
 
 _WRAPPED = "_adapterkit_keeps_states"
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -29,14 +29,10 @@ def wrap() -> None:
             setattr(torch_checkpoint, _WRAPPED, True)
             function: Any = torch_checkpoint.CheckpointFunction
             function.apply = staticmethod(_reentrant(function.apply))
-            setattr(torch_checkpoint, _GENERATOR, _without_reentrant(getattr(torch_checkpoint, _GENERATOR)))
-
-
-def _without_reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
-    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return original(InSameState(function), *args, **kwargs)
-
-    return generator
+            generator = getattr(torch_checkpoint, _GENERATOR)
+            setattr(
+                torch_checkpoint, _GENERATOR, lambda fn, *args, **kwargs: generator(InSameState(fn), *args, **kwargs)
+            )
 
 
 def _reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +56,12 @@ class InSameState:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.readers = function, tuple(readers.running.stack)
         self.states = [(active, active.state, active.merged) for active in models()]
-        self.trained = [adapter for active, _, _ in self.states for adapter in _training(active)]
+        self.trained = [
+            active.adapters[name]
+            for active, state, _ in self.states
+            for name in (() if state.constant else dict.fromkeys((*state.names, *state.heads)))
+            if name in active.adapters and active.adapters[name].trains()
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function. A forward whose adapters were removed or merged since raises `StateError`."""
@@ -77,10 +78,3 @@ class InSameState:
             for adapter in self.trained:
                 adapter.train_again()  # the reentrant form made no graph that would have kept `requires_grad` on
             return self.function(*args, **kwargs)
-
-
-def _training(active: Active) -> list[Any]:
-    state = active.state
-    names = dict.fromkeys((*state.names, *state.heads))
-    found = [active.adapters[name] for name in names if name in active.adapters]
-    return [] if state.constant else [adapter for adapter in found if adapter.trains()]

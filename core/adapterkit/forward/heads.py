@@ -57,7 +57,10 @@ class CastHead:
         own = _narrowest_dtype(self.head)
         given = [x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
         outside = next((dtype for dtype in given if dtype != own), None) if given else _narrowest_dtype(self.module)
-        if own is None or outside is None or (given and _is_autocast(self.head)):
+        if own is None or outside is None:
+            return self.head(*args, **kwargs)
+        device = next(self.head.parameters()).device.type
+        if given and device != "meta" and torch.is_autocast_enabled(device):
             return self.head(*args, **kwargs)
         args, kwargs = tree_map(lambda x: _cast(x, outside, own), (args, kwargs))
         return tree_map(lambda x: _cast(x, own, outside), self.head(*args, **kwargs))
@@ -65,11 +68,6 @@ class CastHead:
 
 def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     return value.to(after) if isinstance(value, Tensor) and value.dtype == before else value
-
-
-def _is_autocast(head: nn.Module) -> bool:
-    device = next(iter(head.parameters())).device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class BiasLayer(nn.Module):

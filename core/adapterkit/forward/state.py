@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -437,13 +437,13 @@ def _wrapped_submit(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         states = [(active, active.here.thread.state) for active in _in_blocks()]
-        return original(self, functools.partial(_run_in, states, fn) if states else fn, *args, **kwargs)
+
+        def in_states(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for active, state in states:
+                    stack.enter_context(active.acting(state))
+                return fn(*args, **kwargs)
+
+        return original(self, in_states if states else fn, *args, **kwargs)
 
     return submit
-
-
-def _run_in(states: Sequence[tuple[Active, State]], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    with ExitStack() as stack:
-        for active, state in states:
-            stack.enter_context(active.acting(state))
-        return function(*args, **kwargs)

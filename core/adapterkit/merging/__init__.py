@@ -4,7 +4,7 @@ In: adapters on a model. Out: a checked plan, and the weights with the changes i
 Uses: errors, tensors, kinds, contract, forward, model.
 """
 
-from adapterkit.merging.changes import Change, check_in_memory, parted_names, plan
+from adapterkit.merging.changes import Change, plan
 from adapterkit.merging.obstacles import obstacle
 from adapterkit.merging.ties import FLAG, Parting, nested, number_of
 from adapterkit.merging.weights import Merged, merge_module, merging, take_heads
@@ -14,13 +14,11 @@ __all__ = [
     "Change",
     "Merged",
     "Parting",
-    "check_in_memory",
     "merge_module",
     "merging",
     "nested",
     "number_of",
     "obstacle",
-    "parted_names",
     "plan",
     "take_heads",
 ]

@@ -172,13 +172,12 @@ def _copy(module: nn.Module) -> nn.Module:
     made.__dict__.update(module.__dict__)
     made.__dict__.pop(ACTIVE, None)
     made.__dict__["_parameters"] = dict(module._parameters)
-    made.__dict__["_buffers"] = {n: None if b is None else _copied(b) for n, b in module._buffers.items()}
+    buffers = made.__dict__["_buffers"] = dict(module._buffers)
+    for name, buffer in buffers.items():
+        if buffer is not None:  # a single number on the meta device, as in a model without values, becomes 1
+            as_one = buffer.is_meta and buffer.numel() == 1
+            buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype) if as_one else buffer.clone()
     children = {n: m for n, m in module._modules.items() if n not in CONTAINERS}
     made.__dict__["_modules"] = {n: None if m is None else _copy(m) for n, m in children.items()}
     made.__dict__["training"] = False
     return made
-
-
-def _copied(buffer: Tensor) -> Tensor:
-    """A copy. A single number on the meta device, as in a model without values, becomes 1."""
-    return torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta and buffer.numel() == 1 else buffer.clone()

@@ -141,7 +141,10 @@ def _declared_ties(model: nn.Module) -> list[Tie]:
         if hasattr(module, "config"):
             for target, source in _declared_by(module, modules, prefix).items():
                 found[prefix + target] = Tie(prefix + target, prefix + source, module, _outermost(modules, path))
-    return [tie for tie in found.values() if _holds(modules, tie)]
+    pairs = {key: (_find(modules, tie.target), _find(modules, tie.source)) for key, tie in found.items()}
+    return [
+        found[key] for key, (one, other) in pairs.items() if one is not None and other is not None and same(one, other)
+    ]
 
 
 def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> Mapping[str, str]:
@@ -166,11 +169,6 @@ def _outermost(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
     parts = path.split(".")
     around = (".".join(parts[:count]) for count in range(len(parts) + 1))
     return next(modules[p] for p in around if hasattr(getattr(modules.get(p), "config", None), "to_json_string"))
-
-
-def _holds(modules: Mapping[str, nn.Module], tie: Tie) -> bool:
-    one, other = (_find(modules, name) for name in (tie.target, tie.source))
-    return one is not None and other is not None and same(one, other)
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:

@@ -13,10 +13,10 @@ from adapterkit.contract import BIASES, default_registry
 from adapterkit.errors import AdapterError, StateError
 from adapterkit.forward import BiasLayer, give_dtypes_back
 from adapterkit.kinds import LayerKind, tiles
-from adapterkit.merging.changes import Change, Part
+from adapterkit.merging.changes import Change, Part, check_in_memory, parted_names, plan
 from adapterkit.merging.obstacles import own, put
 from adapterkit.merging.ties import Parting
-from adapterkit.model import Adapter
+from adapterkit.model import Adapter, BaseModules
 
 
 @dataclass
@@ -123,32 +123,34 @@ class Merged:
 
 @contextmanager
 def merging(
+    model: nn.Module,
     before: Merged,
-    names: tuple[str, ...],
-    changes: Sequence[Change],
-    parting: Parting,
+    adapters: Sequence[Adapter],
     *,
+    untie: bool,
     safe: bool,
     keep_base: bool,
     stop: Sequence[object],
 ) -> Iterator[Merged]:
-    """Merge adapters, and undo that if the merge or the block raises.
+    """Merge adapters into a model, and undo that if the merge or the block raises.
 
     Args:
         before: what is merged already.
-        names: the adapters to be merged.
-        parting: the ties that the changes part.
+        untie: part weights that are tied.
         safe, keep_base, stop: see `carry_out`.
 
     Yields:
         What is merged now.
     """
-    done: Done = []
+    modules, done = BaseModules(model), Done()
+    changes = plan(adapters, modules, untie=untie)
+    check_in_memory(changes)
+    parting = Parting.of(model, parted_names(changes, modules))
     edited = before.edited
     try:
         carry_out(changes, done, safe=safe, keep_base=keep_base, stop=stop)
         parting.apply()
-        yield before._joined(names, done, parting, keep_base=keep_base)
+        yield before._joined(tuple(a.name for a in adapters), done, parting, keep_base=keep_base)
     except BaseException as error:  # noqa: BLE001 - raised again
         parting.undo()
         raised = take_back(done, error)

@@ -287,10 +287,6 @@ class AdaptedModel:
     def _labels_owner(self, heads: tuple[str, ...]) -> str | None:
         return next((name for name in reversed(heads) if self.adapters[name].labels is not None), None)
 
-    def keep_labels(self) -> None:
-        """The label set that the config has now becomes the model's own."""
-        self.labels_of = None
-
     def renew_labels(self, adapter: Adapter) -> None:
         """The adapter's label set was replaced."""
         if adapter.labels is not None and self.labels_of == adapter.name:

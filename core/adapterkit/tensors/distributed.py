@@ -61,13 +61,12 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The whole values of these tensors, without gradients; copies where a tensor is sharded."""
     partitioned = [t for t in tensors if is_partitioned(t) and shape_of(t) != t.shape]
     with _deepspeed().GatheredParameters(partitioned) if partitioned else nullcontext():
-        return [_full(t) if is_dtensor(t) else t.detach().clone() if is_partitioned(t) else t.detach() for t in tensors]
-
-
-def _full(tensor: Any) -> Tensor:
-    # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
-    full: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
-    return full.to(tensor.device)
+        values = [t.detach().clone() if is_partitioned(t) else t.detach() for t in tensors]
+        # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
+        dtensors: dict[int, Any] = {i: t for i, t in enumerate(values) if is_dtensor(t)}
+        for i, t in dtensors.items():
+            values[i] = t.to(t.device_mesh.device_type).full_tensor().to(t.device)
+        return values
 
 
 @contextmanager
@@ -113,29 +112,25 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
 
 
 @torch.no_grad()
-def _write(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _write(values: Iterable[tuple[Any, Tensor]]) -> None:
     """Write whole values into sharded tensors. Each process passes the same values."""
-    partitioned: list[tuple[Tensor, Tensor]] = []
+    partitioned: list[tuple[Any, Tensor]] = []
     for parameter, value in values:
         if is_partitioned(parameter):
             partitioned.append((parameter, value))
-        else:
-            _distribute(parameter, value)
+            continue
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = parameter.device_mesh
+        moved = value.to(mesh.device_type, parameter.dtype)
+        shard = distribute_tensor(moved, mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
     if any(getattr(parameter, "_ds_z3_gathered_param_context_depth", 0) for parameter, _ in partitioned):
         raise StateError("DeepSpeed's GatheredParameters holds the adapter now. Call this outside its block.")
     if partitioned:
         with _deepspeed().GatheredParameters([parameter for parameter, _ in partitioned], modifier_rank=0):
             for parameter, value in partitioned:
                 parameter.data.copy_(value)
-
-
-def _distribute(parameter: Any, value: Tensor) -> None:
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = parameter.device_mesh
-    moved = value.to(mesh.device_type, parameter.dtype)
-    shard = distribute_tensor(moved, mesh, parameter.placements, src_data_rank=None)
-    parameter.to_local().copy_(shard.to_local())
 
 
 def _deepspeed() -> Any:
