@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.models import VOCABULARY, build
+from tests.models import build
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
 
+from .words import datasets, sentence, texts, tokenizer
+
 pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 ARGUMENTS = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no"}
 ARGUMENTS |= {"learning_rate": 0.05, "disable_tqdm": True, "logging_steps": 1}
 
 
-def tokenizer() -> Any:
-    """Words `w0`, `w1`, ... of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    special = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "pad_token": "w3"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
-
-
-def words(start: int, count: int = 4) -> str:
-    return " ".join(f"w{4 + (start + 3 * i) % (VOCABULARY - 4)}" for i in range(count))
-
-
 def sft(model: Any, folder: Path) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    rows = datasets.Dataset.from_dict({"text": [words(i, 8) for i in range(8)]})
-    return SFTTrainer(model, SFTConfig(str(folder), **ARGUMENTS), train_dataset=rows, processing_class=tokenizer())
+    return SFTTrainer(model, SFTConfig(str(folder), **ARGUMENTS), train_dataset=texts(8), processing_class=words())
 
 
 def dpo(model: Any, folder: Path) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    rows = {"prompt": [words(i) for i in range(8)]}
-    rows |= {"chosen": [" " + words(i + 1) for i in range(8)], "rejected": [" " + words(i + 5) for i in range(8)]}
-    rows = datasets.Dataset.from_dict(rows)
-    return DPOTrainer(
-        model, copy.deepcopy(build("llama")), DPOConfig(str(folder), **ARGUMENTS), train_dataset=rows,
-        processing_class=tokenizer(),
-    )  # fmt: skip
+    rows = {"prompt": PROMPTS}
+    rows |= {key: [" " + sentence(i + n, count=4) for i in range(8)] for key, n in (("chosen", 1), ("rejected", 5))}
+    arguments, data = DPOConfig(str(folder), **ARGUMENTS), datasets.Dataset.from_dict(rows)
+    return DPOTrainer(model, build("llama"), arguments, train_dataset=data, processing_class=words())
 
 
 def grpo(model: Any, folder: Path) -> Any:
@@ -63,12 +43,13 @@ def grpo(model: Any, folder: Path) -> Any:
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(text.split()))) + 0.1 * i for i, text in enumerate(completions)]
 
-    rows = datasets.Dataset.from_dict({"prompt": [words(i) for i in range(8)]})
     sizes = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 4}
-    arguments = GRPOConfig(str(folder), **ARGUMENTS, **sizes)
-    return GRPOTrainer(model, reward, args=arguments, train_dataset=rows, processing_class=tokenizer())
+    arguments, data = GRPOConfig(str(folder), **ARGUMENTS, **sizes), datasets.Dataset.from_dict({"prompt": PROMPTS})
+    return GRPOTrainer(model, reward, args=arguments, train_dataset=data, processing_class=words())
 
 
+PROMPTS = [sentence(i, count=4) for i in range(8)]
+words = partial(tokenizer, padding_side="left", model_max_length=None)
 TRAINERS: list[Callable[[Any, Path], Any]] = [sft, dpo, grpo]
 WHERE: dict[str, dict[str, Any]] = {
     "adapter": {"target_modules": ["q_proj", "lm_head"]},

@@ -10,7 +10,7 @@ from tests.models import VOCABULARY
 datasets = pytest.importorskip("datasets")
 
 
-def tokenizer() -> Any:
+def tokenizer(**options: Any) -> Any:
     """Words `w0`, `w1`, ... of the tiny models' vocabulary."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -20,12 +20,12 @@ def tokenizer() -> Any:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     special = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "pad_token": "w3"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=16, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=words, **{"model_max_length": 16, **special, **options})
 
 
-def sentence(start: int, step: int = 3) -> str:
-    """Eight words, each of which follows from the one before."""
-    return " ".join(f"w{4 + (start + step * i) % (VOCABULARY - 4)}" for i in range(8))
+def sentence(start: int, step: int = 3, count: int = 8) -> str:
+    """Words, each of which follows from the one before."""
+    return " ".join(f"w{4 + (start + step * i) % (VOCABULARY - 4)}" for i in range(count))
 
 
 def texts(count: int = 16) -> Any:
