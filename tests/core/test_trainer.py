@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,54 @@ def file_keys(folder: Path) -> Iterator[str]:
         yield from (key.removeprefix("base_model.model.") for key in safetensors.torch.load_file(file))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_resumed_training_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    model, _ = adapted(CONFIGS[name])
-    trainer(model, tmp_path).train()
-    expected = values(model)
-    again, _ = adapted(CONFIGS[name])
-    start = values(again)
-    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_equal(values(again), expected)
-    assert any(not torch.equal(start[key], expected[key]) for key in expected)
+class Wrapped(nn.Module):
+    """A model that is not transformers', around one that is."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.inner = build("bert")
+        torch.manual_seed(7)
+        ak.attach(self.inner if inside else self).add("t", LORA)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def with_two() -> nn.Module:
+    model, adapters = adapted()
+    adapters.add("s", LoraConfig(r=2, target_modules=["value"], modules_to_save=None))
+    adapters.activate("t", "s")
+    return model
+
+
+def resized() -> nn.Module:
+    model: Any = build("bert")
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)  # new rows are random
+    ak.attach(model).add("t", LORA)
+    return model  # type: ignore[no-any-return]
+
+
+RESUMED: dict[str, Callable[[], nn.Module]] = {
+    **{name: lambda config=config: adapted(config)[0] for name, config in CONFIGS.items()},  # type: ignore[misc]
+    "two adapters": with_two,
+    "a resized vocabulary": resized,
+    "not transformers'": lambda: Wrapped(inside=False),
+    "inside a model that is not transformers'": lambda: Wrapped(inside=True),
+}
+
+
+@pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED.keys())
+def test_a_resumed_training_equals_an_uninterrupted_one(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = make()
+        start = values(model)
+        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
+        results.append(values(model))
+        assert any(not torch.equal(start[key], value) for key, value in results[-1].items())
+    assert_equal(*results)
+    if make is with_two:
+        assert {"s", "t"} < {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
 
 
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
@@ -98,29 +136,6 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) 
         assert torch.equal(value, expected), key
 
 
-class Wrapped(nn.Module):
-    """A model that is not transformers', around one that is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = build("bert")
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
-        return self.inner(input_ids=input_ids, labels=labels)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_model_that_is_not_transformers_resumes_too(inside: bool, tmp_path: Path) -> None:
-    results = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        model = Wrapped()
-        torch.manual_seed(7)
-        ak.attach(model.inner if inside else model).add("t", LORA)
-        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
-        results.append(values(model))
-    assert_equal(*results)
-
-
 def test_save_model_after_a_merge_writes_the_whole_model(tmp_path: Path) -> None:
     model, adapters = adapted()
     run = trainer(model, tmp_path / "out", save_strategy="no")
@@ -131,18 +146,6 @@ def test_save_model_after_a_merge_writes_the_whole_model(tmp_path: Path) -> None
     run.save_model()
     again = type(model).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(again(**batch).logits, expected)
-
-
-def test_several_adapters_resume_together(tmp_path: Path) -> None:
-    results = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        model, adapters = adapted()
-        adapters.add("s", LoraConfig(r=2, target_modules=["value"], modules_to_save=None))
-        adapters.activate("t", "s")
-        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
-        results.append(values(model))
-    assert_equal(*results)
-    assert {"s", "t"} < {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
 
 
 def test_accelerate_saves_and_loads_the_state(tmp_path: Path) -> None:
@@ -181,38 +184,27 @@ def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(tmp_path: Path
     assert any(not torch.equal(own[key], last[key]) for key in own)
 
 
-def test_a_resized_vocabulary_is_restored_with_the_adapter(tmp_path: Path) -> None:
-    results = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        model = build("bert")
-        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)  # new rows are random
-        ak.attach(model).add("t", LORA)
-        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
-        results.append(values(model))
-    assert_equal(*results)
-
-
-def test_resuming_with_another_adapter_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
-    model, _ = adapted()
-    trainer(model, tmp_path, max_steps=2).train()
-    other, _ = adapted(name="u")
-    before = values(other)
-    with pytest.raises(ak.CheckpointError, match=r"trains 'u', and the state dict holds tensors of adapters .*\.t\."):
-        trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_equal(values(other), before)
-
-
 @pytest.mark.parametrize(
-    "config", [LoraConfig(r=3, target_modules=["query"]), LoraConfig(r=1, target_modules=["query"])]
+    ("name", "rank", "message"),
+    [
+        ("u", 2, r"trains 'u', and the state dict holds tensors of adapters .*\.t\."),
+        *(
+            (
+                "t",
+                r,
+                rf"'t' was saved with another config .*lora_A.*' is \(2, \d+\) .*, and \({r}, \d+\) here",
+            )
+            for r in (1, 3)
+        ),
+    ],
 )
-def test_resuming_with_another_rank_names_the_adapter_and_changes_nothing(config: LoraConfig, tmp_path: Path) -> None:
+def test_resuming_with_another_adapter_or_rank_is_an_error_and_changes_nothing(
+    name: str, rank: int, message: str, tmp_path: Path
+) -> None:
     model, _ = adapted(LoraConfig(r=2, target_modules=["query"]))
     trainer(model, tmp_path, max_steps=2).train()
-    other, _ = adapted(config)
+    other, _ = adapted(LoraConfig(r=rank, target_modules=["query"]), name)
     before = values(other)
-    message = (
-        rf"Adapter 't' was saved with another config .*: '.*lora_A.*' is \(2, \d+\) .*, and \({config.r}, \d+\) here"
-    )
     with pytest.raises(ak.CheckpointError, match=message):
         trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(values(other), before)
