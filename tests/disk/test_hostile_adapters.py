@@ -106,3 +106,80 @@ def test_odd_files_are_read_or_refused(seed: int, folders: list[Path], tmp_path:
                 read_well += 1
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert read_well < 12
+
+
+def change(folder: Path, **tensors: Tensor | None) -> Path:
+    """Put other tensors into the folder's file, by the last two parts of their keys, `None`: none."""
+    held, metadata, _ = read(folder)
+    for name, tensor in tensors.items():
+        key = next(key for key in held if key.replace(".", "_").endswith(name))
+        held[key] = held[key] if tensor is None else tensor
+        if tensor is None:
+            del held[key]
+    save_file({k: t.contiguous().clone() for k, t in held.items()}, folder / WEIGHTS, metadata)
+    return folder
+
+
+def test_a_head_with_a_bias_of_whole_numbers_is_shown_and_not_used(tmp_path: Path) -> None:
+    adapters = classifiers((3, 3))
+    odd, sound = (adapters.save("b", tmp_path / name) for name in ("odd", "sound"))
+    change(odd, classifier_bias=torch.ones(3, dtype=torch.int64))
+    assert ak.inspect_adapter(odd).dtypes == {"float32": 5, "int64": 1}
+    assert str(ak.diff_adapters(odd, sound).tensors[0].a) == "('int64', (3,))"
+    for write in (
+        lambda: ak.convert_file(odd, tmp_path / "out"),
+        lambda: ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads="average"),
+    ):
+        with pytest.raises(
+            ak.CheckpointError, match=r"'classifier\.bias' holds torch\.int64, and floating numbers are"
+        ):
+            write()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("heads", ["average", "concat"])
+def test_heads_of_other_tensors_or_of_whole_numbers_are_not_joined(heads: str, tmp_path: Path) -> None:
+    adapters = classifiers((3, 3))
+    lacking, whole, sound = (adapters.save("b", tmp_path / name) for name in ("lacking", "whole", "sound"))
+    change(lacking, classifier_bias=None)
+    change(whole, classifier_weight=torch.ones(3, 16, dtype=torch.int64))
+    for odd, message in (
+        (
+            lacking,
+            "needs heads of the same tensors; at 'classifier' 'lacking' has weight, and 'sound' has bias, weight",
+        ),
+        (whole, r"classifier\.weight holds torch\.int64 in 'whole', and not all adapters have floating numbers there"),
+    ):
+        with pytest.raises(ak.ConfigError, match=message):
+            ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads=heads)
+
+
+def test_trained_biases_of_a_wrong_size_are_named(tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32)
+    odd, sound = (adapters.save("a", tmp_path / name) for name in ("odd", "sound"))
+    change(odd, query_base_layer_bias=torch.ones(2, 16))
+    found = ak.inspect_adapter(odd)
+    assert [
+        text.endswith("base_layer.bias: (2, 16) in the file, (16,) on this model") for text in found.mismatched
+    ] == [True]
+    with pytest.raises(ak.CheckpointError, match="some have other shapes"):
+        ak.convert_file(odd, tmp_path / "out", rank=1)
+    with pytest.raises(ak.CheckpointError, match=r"are not of one base model: .* one trains a bias of shape \(2, 16\)"):
+        ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out")
+
+
+def test_a_bias_that_the_base_has_and_the_file_lacks_is_missing(tmp_path: Path) -> None:
+    folder = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32).save("a", tmp_path / "a")
+    change(folder, query_base_layer_bias=None)
+    assert ak.inspect_adapter(folder).missing == ()
+    (missing,) = ak.inspect_adapter(folder, base=build("bert")).missing
+    assert missing.endswith("query.base_layer.bias")
+
+
+def test_a_layer_that_is_not_there_is_nobodys_and_differs(tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {}}, torch.float32)
+    odd, sound = (adapters.save("a", tmp_path / name) for name in ("odd", "sound"))
+    held, metadata, _ = read(odd)
+    save_file({**held, "base_model.model.nowhere.lora_A": torch.ones(1)}, odd / WEIGHTS, metadata)
+    assert ak.inspect_adapter(odd).unknown == ("nowhere.lora_A",)
+    assert [layer.path for layer in ak.diff_adapters(odd, sound).layers if not layer.same_tensors] == ["nowhere"]
