@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fuzz import commands, configs, folders, kills, machine, oracle
+from tests.fuzz import before_after, commands, configs, folders, kills, machine, oracle
 from tests.fuzz.oracle import Finding
 
 import adapterkit as ak
@@ -128,3 +128,12 @@ def test_a_half_done_call_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
                 found = str(finding)
                 break
     assert "was half done" in found
+
+
+def test_two_runs_on_the_same_damaged_adapters_are_compared(tmp_path: Path) -> None:
+    before_after.make(tmp_path, 1)
+    first, second = before_after.run(tmp_path), before_after.run(tmp_path)
+    assert len(first) == 11
+    assert before_after.compare(first, second) == "0 of 11 calls differ. {}"
+    second["0000 inspect"][0] = "another text"
+    assert "0000 inspect returned" in before_after.compare(first, second)

@@ -126,7 +126,7 @@ def _as_it_is(opened: AdapterFile, name: str, heads: str) -> tuple[Result, Combi
     ranks = {}
     for path, layer in opened.built.items():
         with stand_ins(layer, lambda tensor: tensor.to("meta")):
-            factors = opened.method.factors(layer)
+            factors = opened.factors(path)
         if factors is not None:
             ranks[path] = factors.rank
     return result, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(kept))
