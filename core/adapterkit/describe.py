@@ -32,7 +32,7 @@ class MethodInfo:
         hooks: the hooks that it implements.
         merges: whether its adapters can be merged into weights.
         combines: whether its adapters can be combined and converted: their change has a low-rank form.
-        error: why it cannot be used; what is above but for the name and the package is then empty.
+        error: why it cannot be used; apart from name, package and version the other fields are then empty.
     """
 
     name: str

@@ -89,7 +89,7 @@ def test_combine_with_every_choice(here: Path) -> None:
         (
             ("mood", "topic", "--heads", "mood", "--method", "ties"),
             1,
-            "'ties' prunes: give --density, the share",
+            "'ties' prunes. Pass --density, the share",
         ),
         (("mood", "topic", "--heads", "mood", "--method", "tie"), 1, "Did you mean 'ties'?"),
         (("mood:much", "topic"), 2, "'much' is not a number. Write, for example, mood:0.5."),

@@ -203,7 +203,7 @@ def test_a_third_partys_method_is_combined_with_lora_and_converted_exactly(outer
         adapters.convert("a", to="outer", name="no")
     assert str(caught.value) == (
         "The method 'outer' cannot be a result: it has no hook from_factors, so no change can be "
-        "put into its form. Take to='lora', which can express every low-rank change."
+        "converted to it. Use to='lora', which can express every low-rank change."
     )
 
 
@@ -291,7 +291,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "list": ({"sources": ["a", "b"]}, ak.ConfigError, r"combine takes adapters and their weights, \{'a': 0\.7"),
     "empty": ({"sources": {}}, ak.ConfigError, r"combine takes adapters and their weights"),
     "unknown": ({"sources": {"x": 1.0}}, ak.UnknownNameError, r"Unknown adapter 'x'\. Available: 'a', 'b'"),
-    "nan": ({"sources": {"a": float("nan")}}, ak.ConfigError, r"The weight of 'a' is nan; it must be a finite number"),
+    "nan": (
+        {"sources": {"a": float("nan")}},
+        ak.ConfigError,
+        r"The weight of 'a' is nan, but it must be a finite number",
+    ),
     "inf": ({"sources": {"a": 1.0, "b": -float("inf")}}, ak.ConfigError, r"The weight of 'b' is -inf"),
     "huge": ({"sources": {"a": 10**400}}, ak.ConfigError, r"The weight of 'a' is 1000"),
     "bool": ({"sources": {"a": True}}, ak.ConfigError, r"The weight of 'a' is True"),
@@ -341,7 +345,7 @@ def test_adapters_of_different_bases_are_refused_with_the_reason() -> None:
     adapters = tiny("bert", bases)
     message = (
         r"The adapters were trained on different bases: 'a' of 'org/a', 'b' of 'org/b'\. If these are names of one "
-        r"model, say same_base=True\."
+        r"model, pass same_base=True\."
     )
     with nothing_changes(adapters), pytest.raises(ak.ConfigError, match=message):
         adapters.combine("c", {"a": 1.0, "b": 1.0})

@@ -65,7 +65,7 @@ def test_a_method_that_cannot_be_a_result_says_so(method: str) -> None:
     adapters = with_adapters("bert", "lora")
     if "from_factors" in ak.method(method).hooks:
         pytest.skip(f"{method} can be a result")
-    message = rf"The method '{method}' cannot be a result: it has no hook .*\. Take to='lora', which can express every"
+    message = rf"The method '{method}' cannot be a result: it has no hook .*\. Use to='lora', which can express every"
     with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
         adapters.convert("lora0", to=method, name="no")
 

@@ -112,7 +112,7 @@ def test_a_head_takes_the_place_of_changes_inside_it() -> None:
     adapters.add("head", LoraConfig(target_modules=["query"]))
     for seed, name in enumerate(adapters.names):
         randomise(adapters, name, seed)
-    message = "The chosen head takes the place of what 'inside' changes at 'classifier', which is not in the result"
+    message = "The chosen head replaces a layer that 'inside' changes, 'classifier'. This change is not in the result"
     with pytest.warns(ak.AdapterWarning, match=message) as caught:
         adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="head")
     assert caught[0].filename == __file__
@@ -178,26 +178,26 @@ ERRORS: dict[str, tuple[Any, str | None, str]] = {
     "no choice": (
         classifier,
         None,
-        r"There are heads \('t0', 't1'\), and which the result is to have is not said\. Choose one of "
+        r"'t0', 't1' have heads\. Choose one of "
         r"heads='t0', heads='t1', heads='average', heads='concat', heads='drop'\.",
     ),
     "unknown": (classifier, "mean", r"Unknown choice of heads 'mean'\. Available: 'average', 'concat', 'drop', 't0'"),
     "average of sizes": (
         classifier,
         "average",
-        r"heads='average' needs equal shapes; at classifier\.weight 't0' has \(10, 16\), 't1' has \(27, 16\)\. Use "
+        r"heads='average' needs equal shapes, but at classifier\.weight 't0' has \(10, 16\), 't1' has \(27, 16\)\. Use "
         r"heads='concat'",
     ),
     "differing": (
         differing,
         "concat",
         r"stacks output layers, but classifier\.dense\.weight, which leads to them, differs between the adapters\. "
-        r"Take one head: heads='t0'",
+        r"Choose one head: heads='t0'",
     ),
     "elsewhere": (
         elsewhere,
         "concat",
-        r"heads='concat' needs heads at the same modules; there are 't0': classifier; 't1': bert\.pooler",
+        r"heads='concat' needs heads at the same modules, but they are at 't0': classifier; 't1': bert\.pooler",
     ),
     "elsewhere average": (elsewhere, "average", r"heads='average' needs heads at the same modules"),
     "no labels": (without_labels, "concat", r"heads='concat' needs adapters with one head and a label set each"),

@@ -464,7 +464,7 @@ def test_an_embedding_that_equals_the_bases_is_none_of_the_adapters_own(tmp_path
         tmp_path / "a", save_embedding_layers=True
     )
     assert "base_model.model.model.embed_tokens.base_layer.weight" in read(tmp_path / "a")[0]
-    with pytest.raises(ak.ConfigError, match=r"There are heads \('a'\)"):
+    with pytest.raises(ak.ConfigError, match=r"'a' has a head\. Choose one of heads='a'"):
         ak.combine_files({tmp_path / "a": 0.5}, tmp_path / "files")
     report = ak.combine_files({tmp_path / "a": 0.5}, tmp_path / "files", base=tmp_path / "base")
     assert report.heads == ()

@@ -1,4 +1,4 @@
-"""What becomes of the heads when adapters are combined: one's, their mean, all labels side by side, or none."""
+"""The head of a combination: the head of one adapter, their mean, one head over all labels, or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Heads = dict[str, dict[str, Tensor]]
 
 
 def combine_heads(sources: Sequence[Source], choice: str | None) -> tuple[Heads, LabelSet | None]:
-    """The result's heads, in memory of their own, and its label set.
+    """The heads of the result, in new memory, and its label set.
 
     Args:
         choice: the name of one of the adapters, `"average"`, `"concat"` or `"drop"`.
@@ -44,16 +44,16 @@ def combine_heads(sources: Sequence[Source], choice: str | None) -> tuple[Heads,
         return {}, None
     if choice is None:
         listed = ", ".join(f"heads={name!r}" for name in [*(o.name for o in owners), *CHOICES])
+        have = "has a head" if len(owners) == 1 else "have heads"
         raise ConfigError(
-            f"There are heads ({', '.join(repr(o.name) for o in owners)}), and which the result is to have is not "
-            f"said. Choose one of {listed}."
+            f"{', '.join(repr(o.name) for o in owners)} {have}. Choose one of {listed} for the head of the result."
         )
     _check_same_tensors(owners, choice)
     return _average(owners) if choice == "average" else _concat(owners)
 
 
 def outputs_of(head: Mapping[str, Tensor]) -> dict[str, int]:
-    """The linear layers of a head by their paths in it, with their rows: the last one has one for each class."""
+    """The linear layers of a head by their path in it, with their number of rows; the last has a row for each class."""
     layers = {name.removesuffix("weight").removesuffix("."): t for name, t in head.items() if _is_weight(name, t)}
     return {path: tensor.shape[0] for path, tensor in layers.items()}
 
@@ -72,14 +72,16 @@ def _average(owners: Sequence[Source]) -> tuple[Heads, LabelSet | None]:
             found = [owner.heads[path][name].detach() for owner in owners]
             if len({t.shape for t in found}) > 1:
                 shapes = ", ".join(f"{o.name!r} has {tuple(t.shape)}" for o, t in zip(owners, found, strict=True))
-                raise ConfigError(f"heads='average' needs equal shapes; at {path}.{name} {shapes}. Use heads='concat'.")
+                raise ConfigError(
+                    f"heads='average' needs equal shapes, but at {path}.{name} {shapes}. Use heads='concat'."
+                )
             mean = torch.stack([t.double() for t in found]).mean(0) if tensor.is_floating_point() else found[0].clone()
             heads[path][name] = mean.to(tensor.dtype)
     return heads, owners[0].labels
 
 
 def _concat(owners: Sequence[Source]) -> tuple[Heads, LabelSet | None]:
-    """One head over all labels: the rows of the output layers one under another."""
+    """One head over all labels, with the rows of all output layers."""
     if any(owner.labels is None or len(owner.heads) != 1 for owner in owners):
         raise ConfigError("heads='concat' needs adapters with one head and a label set each.")
     ((path, first),) = owners[0].heads.items()
@@ -100,7 +102,7 @@ def _concat(owners: Sequence[Source]) -> tuple[Heads, LabelSet | None]:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The rows of all of them, in the widest dtype: torch joins no float8 with another dtype."""
+    """The rows of all tensors, in the widest dtype: torch cannot concatenate float8 with another dtype."""
     dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
     return torch.cat([t.detach().to(dtype) for t in tensors])
 
@@ -108,30 +110,30 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def _check_same_tensors(owners: Sequence[Source], choice: str) -> None:
     if len({tuple(owner.heads) for owner in owners}) > 1:
         listed = "; ".join(f"{owner.name!r}: {', '.join(owner.heads)}" for owner in owners)
-        raise ConfigError(f"heads={choice!r} needs heads at the same modules; there are {listed}.")
+        raise ConfigError(f"heads={choice!r} needs heads at the same modules, but they are at {listed}.")
     for path, head in owners[0].heads.items():
         other = next((owner for owner in owners if owner.heads[path].keys() != head.keys()), None)
         if other is not None:
             raise ConfigError(
-                f"heads={choice!r} needs heads of the same tensors; at {path!r} {owners[0].name!r} has "
+                f"heads={choice!r} needs heads with the same tensors, but at {path!r} {owners[0].name!r} has "
                 f"{', '.join(head)}, and {other.name!r} has {', '.join(other.heads[path])}."
             )
         for name, tensor in head.items():
             if len({owner.heads[path][name].is_floating_point() for owner in owners}) > 1:
                 raise ConfigError(
-                    f"heads={choice!r}: {path}.{name} holds {tensor.dtype} in {owners[0].name!r}, and not all adapters "
-                    "have floating numbers there. One of them is quantised, or damaged."
+                    f"heads={choice!r}: {path}.{name} is {tensor.dtype} in {owners[0].name!r}, but not all adapters "
+                    "have floating numbers there. One of them is quantised or damaged."
                 )
 
 
 def _check_rest_equal(owners: Sequence[Source], path: str, place: str) -> None:
-    """Rows can be put together only if what leads to the output layer is the same for all."""
+    """Check that all layers before the output layer are the same, because only then rows can be concatenated."""
     for name, tensor in owners[0].heads[path].items():
         is_output = name in (f"{place}weight", f"{place}bias")
         if not is_output and not all(_equal(tensor, owner.heads[path][name]) for owner in owners[1:]):
             raise ConfigError(
                 f"heads='concat' stacks output layers, but {path}.{name}, which leads to them, differs between the "
-                f"adapters. Take one head: heads={owners[0].name!r}."
+                f"adapters. Choose one head: heads={owners[0].name!r}."
             )
 
 
@@ -141,7 +143,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _all_labels(owners: Sequence[Source]) -> LabelSet:
-    """Every label of every adapter; one that two have is told apart by the adapter's name."""
+    """Every label of every adapter; a label of two adapters gets the name of its adapter as a prefix."""
     named = [(o.name, label) for o in owners if o.labels is not None for label in _in_order(o.labels.id2label)]
     often = Counter(label for _, label in named)
     return LabelSet({i: label if often[label] == 1 else f"{own}/{label}" for i, (own, label) in enumerate(named)})

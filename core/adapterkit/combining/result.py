@@ -1,4 +1,4 @@
-"""Making an adapter out of changes that are known: the result of combining, converting and extracting."""
+"""Building an adapter from known changes: the result of combining, converting and extracting."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from adapterkit.tensors import Slot, module_slots
 
 @dataclass(frozen=True)
 class Changes:
-    """What the new adapter is to do.
+    """The changes that a new adapter makes.
 
     Attributes:
-        factors: the change at each target's path, in the order of the model.
-        kinds: what each target is.
-        fields: of the new adapter's config, such as the base's name.
-        biases: the trained bias of modules, by path.
-        heads: the tensors of the heads; `tables` those that are embeddings; `labels` their label set.
+        factors: the change at each target, by path in the order of the model.
+        kinds: the layer kind of each target.
+        fields: fields of the new config, such as the name of the base.
+        biases: the trained biases, by the path of their module.
+        heads: the tensors of the heads; `tables` names the heads that are embeddings; `labels` is their label set.
     """
 
     factors: Mapping[str, Factors]
@@ -53,22 +53,22 @@ def check_can_result(method: Method) -> None:
     """Raise `UnsupportedError` if the method cannot be made from factors."""
     if "from_factors" not in method.hooks:
         raise UnsupportedError(
-            f"The method {method.name!r} cannot be a result: it has no hook from_factors, so no "
-            "change can be put into its form. Take to='lora', which can express every low-rank change."
+            f"The method {method.name!r} cannot be a result: it has no hook from_factors, so no change can be "
+            "converted to it. Use to='lora', which can express every low-rank change."
         )
 
 
 def check_finite(name: str, path: str, factors: Factors) -> None:
-    """Raise `StateError` if the change of the adapter to be made has values that are not finite."""
+    """Raise `StateError` if the change of the new adapter has values that are not finite."""
     if not all_finite(*factors[:3]):
         raise StateError(
-            f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed; look "
-            "at the weights and at the sources' scales."
+            f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed. "
+            "Check the weights, and the scales of the sources."
         )
 
 
 def to_method(changes: Changes, method: Method) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The changes of layers in a method's form: its config, and tensors by key.
+    """The changes of layers as a config and tensors of this method.
 
     Raises:
         UnsupportedError: the method cannot express some of the changes.
@@ -84,7 +84,7 @@ def to_method(changes: Changes, method: Method) -> tuple[AdapterConfig, dict[str
 
 @torch.no_grad()
 def build_result(name: str, changes: Changes, method: Method, model: nn.Module, active: Active) -> Adapter:
-    """The adapter of this method that makes these changes on a model; not installed yet.
+    """The adapter of this method that makes these changes on a model; it is not installed yet.
 
     Raises:
         UnsupportedError: the method cannot express some of the changes.
@@ -107,7 +107,7 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
 
 
 def check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], builder: LayerBuilder) -> None:
-    """Raise `PluginError` if the hook `from_factors` gave other tensors than the layers have."""
+    """Raise `PluginError` if the hook `from_factors` returned other tensors than the layers have."""
     method = builder.method
     given, _ = by_layer(tensors, builder.rule, {path: path for path in layers})
     for path, layer in layers.items():
@@ -127,7 +127,7 @@ def check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer
 
 
 def _tie(modules: Mapping[str, nn.Module], heads: Heads) -> None:
-    """Let heads that are made of one tensor have one parameter."""
+    """Give heads that share a tensor one shared parameter."""
     first: dict[int, Slot] = {}
     for path, head in modules.items():
         for local, slot in module_slots(head):

@@ -1,4 +1,4 @@
-"""One adapter out of several, from their parts alone, wherever the values are."""
+"""Combining several adapters into one, on a model or in files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adapterkit.tensors import module_slots, widened
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What is chosen for one combination; see `Adapters.combine`."""
+    """The choices for one combination; see `Adapters.combine`."""
 
     method: str = "linear"
     space: Space = "delta"
@@ -41,11 +41,11 @@ class Choices:
     isotropize: bool = False
 
     def recipe(self) -> Recipe:
-        """The choices checked, as every target's combination gets them.
+        """Check the choices, and return them for every target.
 
         Raises:
-            ConfigError, UnknownNameError: choices that make no sense.
-            UnsupportedError: a method that cannot be a result.
+            ConfigError, UnknownNameError: a choice is invalid.
+            UnsupportedError: the method cannot be a result.
         """
         combiner = default_registry.combiner(self.method)
         combiners.check_options(self.method, combiner, self.density, self.majority_sign_method)
@@ -62,7 +62,7 @@ def check_sources(sources: object) -> None:
         raise ConfigError(f"combine takes adapters and their weights, {{'a': 0.7, 'b': 0.3}}, not {sources!r}.")
     for name, weight in sources.items():
         if not _is_finite(weight):
-            raise ConfigError(f"The weight of {name!r} is {weight!r}; it must be a finite number.")
+            raise ConfigError(f"The weight of {name!r} is {weight!r}, but it must be a finite number.")
 
 
 def check_same_base(configs: Mapping[str, AdapterConfig]) -> None:
@@ -71,21 +71,21 @@ def check_same_base(configs: Mapping[str, AdapterConfig]) -> None:
     if len(bases) > 1:
         listed = ", ".join(f"{name!r} of {base!r}" for base, name in bases.items())
         raise ConfigError(
-            f"The adapters were trained on different bases: {listed}. If these are names of one model, say "
+            f"The adapters were trained on different bases: {listed}. If these are names of one model, pass "
             "same_base=True."
         )
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter that is combined: on a model, or known by its files alone.
+    """One adapter to combine, on a model or in files.
 
     Attributes:
-        kinds: what each layer is that it changes, by path.
-        heads: the tensors of its heads; `tables` those that are embeddings.
+        kinds: the layer kind of each target, by path.
+        heads: the tensors of its heads; `tables` names the heads that are embeddings.
         biases: its trained biases, by the path of their module.
-        change: its exact change at a path, in a dtype at least; see `exact_change`.
-        shift: what it changed in a bias.
+        change: returns its exact change at a path, in a given dtype or a wider one; see `exact_change`.
+        shift: returns its change of the bias at a path.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Source:
 
     @classmethod
     def of(cls, adapter: Adapter) -> Source:
-        """An adapter on a model."""
+        """The source for an adapter on a model."""
         method = default_registry.method_of(adapter.config)
 
         def shift(path: str) -> Tensor:
@@ -131,12 +131,12 @@ def mix(
     store: MutableMapping[str, Factors] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Changes, CombineReport]:
-    """The changes of an adapter that combines these.
+    """The changes of the adapter that combines these sources.
 
     Args:
-        order: every path that one of them changes, in the order to go.
-        store: keeps each target's result until all are known.
-        dtype: changes are worked out in this one at least.
+        order: the paths of all targets, in the order of the work.
+        store: keeps the result of each target until all are known.
+        dtype: the changes are computed in this dtype or a wider one.
     """
     recipe = choices.recipe()
     heads, labels = combine_heads(sources, choices.heads)
@@ -178,11 +178,11 @@ def _targets(
             count += 1
             yield path, having
     if not count:
-        raise ConfigError("The heads that were chosen take the place of every layer that the adapters change.")
+        raise ConfigError("The chosen heads replace every layer that the adapters change. Choose other heads.")
 
 
 def _is_finite(weight: object) -> bool:
-    """Whether it is a number that a float can hold; `nan` compares as false."""
+    """Whether this is a number in the range of float; comparisons with `nan` are false."""
     if isinstance(weight, bool):
         return False
     number: Any = weight if isinstance(weight, Real) else float("nan")
@@ -190,7 +190,7 @@ def _is_finite(weight: object) -> bool:
 
 
 def _shared_fields(sources: Sequence[Source], *, heads: bool) -> dict[str, str]:
-    """Fields of the configs that say where the adapters are from, if all agree; the task needs its head."""
+    """The fields that name the base and the task, where all adapters agree; the task only if there is a head."""
     found = {}
     for name in ("base_model_name_or_path", "revision", *(["task_type"] if heads else [])):
         values = {getattr(source.config, name) for source in sources}
@@ -208,7 +208,7 @@ def _check_choices(space: object, rank: object, energy: object, seed: object) ->
 
 
 def _replaced(path: str, source: Source, heads: Collection[str]) -> bool:
-    """Whether a head of the result, which is not this adapter's, stands where its change at `path` would act."""
+    """Whether a head of the result, which is not this adapter's, replaces the layer at `path`."""
     inside = [head for head in heads if path == head or path.startswith(head + ".")]
     return any(head not in source.heads for head in inside)
 
@@ -218,14 +218,14 @@ def _warn_of_replaced(sources: Sequence[Source], heads: Collection[str]) -> None
     if lost:
         name, path = lost[0]
         warnings.warn(
-            f"The chosen head takes the place of what {name!r} changes at {path!r}, which is not in the result.",
+            f"The chosen head replaces a layer that {name!r} changes, {path!r}. This change is not in the result.",
             AdapterWarning,
             stacklevel=6,  # the caller of combine, behind the frames of torch.no_grad and inference_mode
         )
 
 
 def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Recipe:
-    """The recipe with a generator that depends on the seed and the target alone, not on what came before."""
+    """The recipe with a generator that depends only on the seed and the target."""
     if seed is None:
         return recipe
     number = (seed * 0x9E3779B1 + zlib.crc32(path.encode())) % (1 << 63)  # the same in every process
@@ -234,11 +234,11 @@ def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Re
 
 
 def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtype: torch.dtype) -> Factors:
-    """The exact change of an adapter at one of its targets, worked out in this dtype at least.
+    """The exact change of an adapter at one of its targets, computed in this dtype or a wider one.
 
     Raises:
-        UnsupportedError: it has no low-rank form.
-        StateError: it has no values, or values that are not finite.
+        UnsupportedError: the change has no low-rank form.
+        StateError: the change has no values, or values that are not finite.
     """
     with widened(layer, dtype):
         found = method.factors(layer)
@@ -256,9 +256,9 @@ def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtyp
 
 
 def _biases(sources: Sequence[Source], weights: Sequence[float], heads: Collection[str]) -> dict[str, Tensor]:
-    """Trained biases: the base's and the weighted sum of what each adapter changed in it.
+    """The trained biases: the bias of the base plus the weighted sum of the changes of each adapter.
 
-    `base + sum of w_i (own_i - base)`; where the weights add up to 1 that is `sum of w_i own_i`, and no base is needed.
+    That is `base + sum of w_i (own_i - base)`. If the weights add up to 1 it is `sum of w_i own_i`, without the base.
     """
     found: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for source in sources for path in source.biases):

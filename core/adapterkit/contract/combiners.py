@@ -1,4 +1,4 @@
-"""Combiners: ways to make one change out of several. Each is a pure function on stacked tensors.
+"""Combiners: methods that make one change from several. Each is a pure function on stacked tensors.
 
 `stack` has shape `(T, ...)`, one slice a source, `weights` shape `(T,)`; the result has the shape of a slice.
 """
@@ -20,12 +20,12 @@ MajoritySign = Literal["total", "frequency"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a combiner may be told.
+    """The options of a combiner.
 
     Attributes:
-        density: share of the entries that are kept, for those that prune.
+        density: the share of the entries to keep, for combiners that prune.
         majority_sign_method: `"total"`: the sign of the sum; `"frequency"`: the sign most sources have.
-        generator: where random masks come from; `None`: torch's own.
+        generator: the generator of random masks; `None`: torch's default generator.
     """
 
     density: float = 1.0
@@ -35,13 +35,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Combiner:
-    """One way to combine.
+    """One method of combination.
 
     Attributes:
         function: `(stack, weights, options) -> result`.
-        prunes: it needs a density.
-        rotates: the result turns with its inputs, `f(P X Q) = P f(X) Q` for orthonormal `P`, `Q`. It is then worked out
-            in a small common basis and never on the dense change. It takes stacks of matrices, `(T, m, n)`.
+        prunes: whether it needs a density.
+        rotates: whether the result rotates with its inputs, `f(P X Q) = P f(X) Q` for orthonormal `P`, `Q`. It is then
+            computed in a small common basis, never on the dense change, and takes stacks of matrices `(T, m, n)`.
     """
 
     function: Callable[[Tensor, Tensor, Options], Tensor]
@@ -81,12 +81,12 @@ def dare_ties(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
 def tsv(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     """Task singular vectors (Gargiulo et al. 2025, arXiv 2412.00081).
 
-    Each source's leading singular vectors, as many as fit beside the others', are put side by side and made
-    orthonormal together by Procrustes: `U = P Q^T` of `[U_1 ... U_T] = P D Q^T`, and `V` likewise. The result is
-    `U diag(w_1 S_1, ..., w_T S_T) V^T`. Where all singular vectors fit, none is left out.
+    The leading singular vectors of all sources, as many of each as fit, are concatenated and made orthonormal by
+    Procrustes: `U = P Q^T` of `[U_1 ... U_T] = P D Q^T`, and `V` likewise. The result is
+    `U diag(w_1 S_1, ..., w_T S_T) V^T`. If all singular vectors fit, none is left out.
     """
     u, s, vh = torch.linalg.svd(stack, full_matrices=False)
-    # A source without a change, or of weight 0, has no directions that the others should make room for.
+    # A source without a change, or with weight 0, needs no directions.
     ranks = [numerical_rank(row, max(stack.shape[1:])) if w else 0 for row, w in zip(s, weights, strict=True)]
     most, taking_part = min(stack.shape[1:]), sum(rank > 0 for rank in ranks)
     if not taking_part:
@@ -147,11 +147,11 @@ BUILTIN: Mapping[str, Combiner] = {
 
 
 def check_options(name: str, combiner: Combiner, density: float | None, majority_sign_method: str) -> None:
-    """Raise `ConfigError` for options that make no sense for this combiner."""
+    """Raise `ConfigError` if an option is invalid for this combiner."""
     if combiner.prunes and density is None:
-        raise ConfigError(f"method {name!r} prunes: give density=, the share of entries to keep (0.2 is common).")
+        raise ConfigError(f"method {name!r} prunes. Pass density=, the share of entries to keep (0.2 is common).")
     if density is not None and not combiner.prunes:
-        raise ConfigError(f"method {name!r} keeps every entry, so density = {density!r} says nothing. Leave it out.")
+        raise ConfigError(f"method {name!r} keeps every entry, so density = {density!r} has no effect. Leave it out.")
     is_number = isinstance(density, int | float) and not isinstance(density, bool)
     if density is not None and not (is_number and 0.0 < density <= 1.0):
         raise ConfigError(f"density = {density!r} must be above 0 and at most 1.")

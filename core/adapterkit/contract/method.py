@@ -188,8 +188,8 @@ class Method:
         found = self._pair("from_factors", factors=factors, kinds=kinds)
         if found is None:
             raise UnsupportedError(
-                f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be put "
-                "into its form. Take to='lora', which can express every low-rank change."
+                f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be "
+                "converted to it. Use to='lora', which can express every low-rank change."
             )
         return found
 
