@@ -179,7 +179,7 @@ ERRORS: dict[str, tuple[Any, str | None, str]] = {
         classifier,
         None,
         r"'t0', 't1' have heads\. Choose one of "
-        r"heads='t0', heads='t1', heads='average', heads='concat', heads='drop'\.",
+        r"heads='t0', heads='t1', heads='average', heads='concat', heads='drop' for the head of the result\.",
     ),
     "unknown": (classifier, "mean", r"Unknown choice of heads 'mean'\. Available: 'average', 'concat', 'drop', 't0'"),
     "average of sizes": (
