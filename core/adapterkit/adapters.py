@@ -44,7 +44,7 @@ from adapterkit.files import (
     values_to_swap,
 )
 from adapterkit.forward import State
-from adapterkit.integrations import Loader, install, uninstall
+from adapterkit.integrations import LoadHooks, install, uninstall
 from adapterkit.merging import (
     Merged,
     Parting,
@@ -52,7 +52,6 @@ from adapterkit.merging import (
     take_heads,
 )
 from adapterkit.model import (
-    KEPT,
     AdaptedModel,
     Adapter,
     BaseModules,
@@ -133,7 +132,7 @@ class Adapters:
         self._model = AdaptedModel(model)
         self._adapters, self._active = self._model.adapters, self._model.active
         self._merged = Merged()
-        self._loader: Loader | None = None
+        self._load_hooks: LoadHooks | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -409,7 +408,7 @@ class Adapters:
         """
         adapter = self._adapter(name)
         self._check_heads_not_merged(name)
-        self._warn_if_changed(name, KEPT)
+        self._warn_if_changed(name)
         with self._gathered([adapter] if source is None else []):
             return to_file(adapter, default_registry.method_of(adapter.config), source)[1]
 
@@ -467,7 +466,7 @@ class Adapters:
         path = local_path(folder)
         adapter = self._adapter(name)
         self._check_heads_not_merged(name)
-        self._warn_if_changed(name, KEPT)
+        self._warn_if_changed(name)
         if self._merged.kept and embeddings is not False:
             modules = BaseModules(self.model)
             for place, table in (tables if embeddings else resized_tables)(modules, adapter.heads).items():
@@ -724,8 +723,8 @@ class Adapters:
             for name in self.names:
                 self.remove(name)
             self._model.restore()
-            if self._loader is not None:
-                uninstall(model, self._loader)
+            if self._load_hooks is not None:
+                uninstall(model, self._load_hooks)
             del model.__dict__[ATTRIBUTE]
             return model
 
@@ -885,8 +884,8 @@ class Adapters:
             )
         with uninterrupted():
             self._model.install(adapter)
-            if self._loader is None:
-                self._loader = install(self.model)
+            if self._load_hooks is None:
+                self._load_hooks = install(self.model)
             try:
                 if activate:
                     self.activate(adapter.name, trainable=trainable)
@@ -958,7 +957,7 @@ class Adapters:
                 "model as it is now; detach() restores the base all the same."
             )
 
-    def _warn_if_changed(self, name: str, advice: str) -> None:
+    def _warn_if_changed(self, name: str, advice: str = "The file holds what was trained there before that.") -> None:
         changed = self._attached.what_changed(name)
         if changed:
             warnings.warn(f"{changed} {advice}", AdapterWarning, stacklevel=3)

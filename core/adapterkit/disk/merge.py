@@ -25,7 +25,7 @@ from adapterkit.disk.names import match_names
 from adapterkit.errors import CheckpointError, ConfigError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import AdapterFiles, Shard, adapter_folder, load_adapter, local_path, model_folder, read
 from adapterkit.forward import Active, give_dtypes_back
-from adapterkit.merging import Change, Parting, merge_module, nested, number_of, plan
+from adapterkit.merging import Change, Parting, merge_module, nested, plan, tie_number
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
@@ -372,7 +372,7 @@ class _Output:
         """The tensors of the heads that act, in place of the model's; the last one's at each module."""
         base, in_file = self.base, self.base.names.in_file
         heads = {path: (adapter, head) for adapter in adapters for path, head in adapter.heads.items()}
-        numbers = {path: number for adapter in adapters for path, number in adapter.head_paths().items()}
+        numbers = {path: number for adapter in adapters for path, number in adapter.tie_numbers().items()}
         for path, (adapter, head) in heads.items():
             places = (path, *adapter.aliases.get(path, ()))
             for place, local, tensor in ((p, *item) for p in places for item in head.state_dict().items()):
@@ -380,7 +380,7 @@ class _Output:
                 parameter = base.parameters.get(key)
                 tied = [] if parameter is None else [k for k in base.keys[parameter] if k != key]
                 own = in_file.get(key)
-                if any(number_of(k, numbers) != numbers[place] for k in tied):
+                if any(tie_number(k, numbers) != numbers[place] for k in tied):
                     self._parted.add(key)
                     held = next((in_file[k] for k in (key, *tied) if k in in_file), None)
                     if held is not None:

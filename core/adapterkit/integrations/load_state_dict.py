@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 
-class Loader:
+class LoadHooks:
     """Two hooks on the model's `load_state_dict`, with which trainers restore a checkpoint."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -44,7 +44,7 @@ class Loader:
             CheckpointError: the state dict belongs to other adapters, lacks some that train, or has other shapes.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        known = {key for adapter in adapters._adapters.values() for key in adapter.memory_keys()}
+        known = {key for adapter in adapters._adapters.values() for key in adapter.state_dict_keys()}
         own = self.root.state_dict(keep_vars=True)
         base = {key: value for key, value in own.items() if key not in known}
         _from_peft(adapters, own, base, state, prefix)
@@ -56,7 +56,7 @@ class Loader:
         lacking = [
             name
             for name, adapter in adapters._adapters.items()
-            if not given.intersection(adapter.memory_keys())
+            if not given.intersection(adapter.state_dict_keys())
             and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
         ]
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
@@ -70,7 +70,7 @@ class Loader:
                 "configs; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
         for name, adapter in adapters._adapters.items():
-            for key in adapter.memory_keys():
+            for key in adapter.state_dict_keys():
                 mine, theirs = _shape(own.get(key)), _shape(state.get(prefix + key))
                 if mine and theirs and mine != theirs:
                     raise CheckpointError(
@@ -90,7 +90,7 @@ class Loader:
         """If only adapters were given, the base's keys are not missing: its tensors stay as they are."""
         if self._partial:
             ours = {
-                key for adapter in self.root.__dict__[ATTRIBUTE]._adapters.values() for key in adapter.memory_keys()
+                key for adapter in self.root.__dict__[ATTRIBUTE]._adapters.values() for key in adapter.state_dict_keys()
             }
             result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
 

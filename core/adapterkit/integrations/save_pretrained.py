@@ -29,9 +29,9 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
-from adapterkit.integrations.load_state_dict import Loader
+from adapterkit.integrations.load_state_dict import LoadHooks
 from adapterkit.merging import Parting
-from adapterkit.model import KEPT, Adapter, BaseModules, LabelSet, named_modules, resized_keys
+from adapterkit.model import Adapter, BaseModules, LabelSet, named_modules, resized_keys
 from adapterkit.tensors import gathered, in_first_process, process_groups, real_value, whole
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _REFUSED = {
 }
 
 
-def install(root: nn.Module) -> Loader:
+def install(root: nn.Module) -> LoadHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
     writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
@@ -58,7 +58,7 @@ def install(root: nn.Module) -> Loader:
         by_parts = name != _SAVE and any(other.startswith(inside) and other != path for other in writers)
         if not by_parts and name not in module.__dict__:
             module.__dict__[name] = Saver(root, module, path, name)
-    return Loader(root)
+    return LoadHooks(root)
 
 
 def _writer(module: nn.Module) -> Iterator[str]:
@@ -70,9 +70,9 @@ def _writer(module: nn.Module) -> Iterator[str]:
             return
 
 
-def uninstall(root: nn.Module, loader: Loader) -> None:
+def uninstall(root: nn.Module, hooks: LoadHooks) -> None:
     """Undo `install`."""
-    loader.remove()
+    hooks.remove()
     for _, module in named_modules(root):
         for name in (_SAVE, "save"):
             saver = module.__dict__.get(name)
@@ -233,7 +233,7 @@ class Saver:
     def _keys(self, adapter: Adapter) -> Iterator[str]:
         """An adapter's keys in the state dict of this module."""
         prefix = f"{self.path}." if self.path else ""
-        for key in adapter.memory_keys():
+        for key in adapter.state_dict_keys():
             if key.startswith((prefix, f"{SHARED}.")):
                 yield key.removeprefix(prefix)
 
@@ -250,7 +250,7 @@ class Saver:
             training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
         places = {name: folder if [name] == acting else folder / _file_name(name) for name in inside}
         for name in places:
-            self.adapters._warn_if_changed(name, KEPT)
+            self.adapters._warn_if_changed(name)
         files = {name: to_files(inside[name], self.module, source, self.path) for name in places}
         state = self._training_state(inside.values(), source) if training else {}
         parameters = [p for adapter in inside.values() for p in adapter.parameters()]

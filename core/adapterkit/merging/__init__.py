@@ -6,7 +6,7 @@ Uses: errors, tensors, kinds, contract, forward, model.
 
 from adapterkit.merging.changes import Change, plan
 from adapterkit.merging.obstacles import obstacle
-from adapterkit.merging.ties import FLAG, Parting, nested, number_of
+from adapterkit.merging.ties import FLAG, Parting, nested, tie_number
 from adapterkit.merging.weights import Merged, merge_module, merging, take_heads
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "merge_module",
     "merging",
     "nested",
-    "number_of",
     "obstacle",
     "plan",
     "take_heads",
+    "tie_number",
 ]

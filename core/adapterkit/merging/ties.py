@@ -73,13 +73,13 @@ class Parting:
         Raises:
             UnsupportedError: the model's files could not say what is parted.
         """
-        numbers = {path: number for adapter in heads for path, number in adapter.head_paths().items()}
+        numbers = {path: number for adapter in heads for path, number in adapter.tie_numbers().items()}
         ties = _declared_ties(model)
         parted = [
             tie
             for tie in ties
             if not {tie.target, tie.source}.isdisjoint(names)
-            or number_of(tie.target, numbers) != number_of(tie.source, numbers)
+            or tie_number(tie.target, numbers) != tie_number(tie.source, numbers)
         ]
         outers = {id(t.outer): t.outer for t in parted}.values()
         configs = [config for outer in outers for config in _configs_to_clear(outer, parted)]
@@ -176,8 +176,8 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     return own(modules[path], local) if path in modules else None
 
 
-def number_of(name: str, heads: Mapping[str, int]) -> int | None:
-    """The number (`Adapter.head_paths`) of the head that contains the tensor of this name, or `None`."""
+def tie_number(name: str, heads: Mapping[str, int]) -> int | None:
+    """The number (`Adapter.tie_numbers`) of the head that contains the tensor of this name, or `None`."""
     return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
 
 

@@ -1,4 +1,4 @@
-"""Merging: working adapters into the weights, and giving the weights back bit for bit."""
+"""Adding adapters to the weights, and restoring the weights bit for bit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from adapterkit.model import Adapter, BaseModules
 
 @dataclass
 class Kept:
-    """The parameters and buffers of one module before merging.
+    """The parameters and buffers of one module from before a merge.
 
     Attributes:
-        tensors: the objects themselves.
-        values: what they held, if kept; not of those that were tied, to which nothing was written.
-        versions: how often they had been written to.
-        merged: how often the tensors that act now had been written to when the merge was done.
-        whole: whether the merge of this module is complete.
+        tensors: the tensor objects.
+        values: their values, if kept. Tied tensors need none, because the merge replaces them and writes to a copy.
+        versions: torch's counts of writes to them.
+        merged: the counts of writes to the tensors that act now, from when the merge was done.
+        whole: the merge of this module is complete.
     """
 
     module: nn.Module
@@ -41,21 +41,21 @@ class Kept:
 
     @property
     def edited(self) -> list[str]:
-        """What somebody has written to since the merge: an optimizer, or `load_state_dict`."""
+        """Tensors that somebody, such as an optimizer or `load_state_dict`, has written to since the merge."""
         now = {name: own(self.module, name) for name in self.merged}
-        # Copies of a model begin to count at 0.
+        # In a copy of the model the counts begin at 0.
         return [f"{self.path}.{n}" for n, t in now.items() if t is not None and version_of(t) > self.merged[n]]
 
     def leave_resized(self) -> None:
-        """Forget the tensors in whose place there are larger or smaller ones now."""
+        """Forget the tensors that were replaced by larger or smaller ones."""
         for name, tensor in list(self.tensors.items()):
             now, value = own(self.module, name), self.values.get(name, tensor)
             if now is None or now.shape != value.shape or tensor.shape != value.shape:
                 del self.tensors[name]
 
     def give_back(self) -> None:
-        """The same objects with the same bits."""
-        self.merged = {}  # what is written from now on is the base
+        """Put the same objects back, with the same bits."""
+        self.merged = {}  # later writes change the base
         for name, tensor in self.tensors.items():
             put(self.module, name, tensor)
             if name in self.values:
@@ -63,7 +63,7 @@ class Kept:
                     tensor.copy_(self.values[name])
 
     def joined(self, later: Kept) -> Kept:
-        """What was before both merges, of which this is the first's."""
+        """What was before both merges; `self` is from the first one."""
         first = later.tensors.keys() - self.tensors.keys()
         values = {name: value for name, value in later.values.items() if name in first}
         return Kept(self.module, self.path, later.tensors | self.tensors, values | self.values)
@@ -162,13 +162,13 @@ def merging(
 def carry_out(
     changes: Sequence[Change], done: Done, *, safe: bool, keep_base: bool, stop: Sequence[object] = ()
 ) -> None:
-    """Merge; if it raises, `take_back` undoes it.
+    """Merge. If it raises, `take_back` undoes it.
 
     Args:
-        done: gets each change, with what was before, when it is begun.
-        safe: raise if a merged value would not be finite.
-        keep_base: keep what is replaced. Else only of what is no sum in a plain weight: that can be subtracted again.
-        stop: if there is something in it, Ctrl-C was pressed: what can be undone exactly is given up then.
+        done: gets each change when it begins, with what was before.
+        safe: raise if a merged value is not finite.
+        keep_base: keep what is replaced. Otherwise it is kept only where the change cannot be subtracted again.
+        stop: not empty once Ctrl-C was pressed. The merge then stops if it can be undone exactly.
     """
     for change in changes if safe and not keep_base else ():
         _check_finite(change, *_merged_values(change))
@@ -184,15 +184,15 @@ def carry_out(
 
 
 def take_back(done: Done, error: BaseException) -> BaseException:
-    """Undo `carry_out`, which raised; what comes back is to be raised, and says what the weights are now."""
+    """Undo `carry_out`, which raised `error`. Returns the error to raise, which says what became of the weights."""
     lost, subtracted = _take_back(done)
     note = "Nothing was changed."
     if lost:
-        note = f"{lost!r} is merged in part, and with keep_base=False its base is gone: load the base model again."
+        note = f"{lost!r} is partly merged, and with keep_base=False its base is gone: load the base model again."
     elif subtracted:
         note = (
-            f"Nothing is merged. With keep_base=False the base is not kept: what had been added to {subtracted} layers "
-            "was subtracted again, so their last bits may differ."
+            f"Nothing is merged. With keep_base=False the base is not kept, so the changes of {subtracted} layers were "
+            "subtracted again, and their last bits may differ."
         )
     if isinstance(error, Exception) and not isinstance(error, AdapterError):
         where = f" into {done[-1][0].path!r}" if done else ""
@@ -204,10 +204,10 @@ def take_back(done: Done, error: BaseException) -> BaseException:
 
 @torch.no_grad()
 def _take_back(done: Done) -> tuple[str, int]:
-    """Undo what was done to modules, the last of which may not be whole.
+    """Undo the changes. The last one may be incomplete.
 
     Returns:
-        The path of a module that cannot be, and to how many the undoing was a subtraction.
+        The path of a module that cannot be restored, and how many were restored by subtraction.
     """
     lost, subtracted = "", 0
     for change, kept in reversed(done):
@@ -242,7 +242,7 @@ def _kept(change: Change, *, values: bool) -> Kept:
 
 
 def _begin(change: Change) -> None:
-    """Let trained biases know their base, and give the module tensors of its own where they are tied."""
+    """Let trained biases keep their base, and give the module tensors of its own where they are tied."""
     touched = change.touched
     biases = change.module._modules.get(BIASES)
     for layer in biases.children() if biases is not None and "bias" in touched else ():
@@ -256,7 +256,7 @@ def _begin(change: Change) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was written to, so far as torch counts that."""
+    """Torch's count of writes to a tensor. It does not count under `inference_mode`."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -265,7 +265,7 @@ def merge_module(change: Change, *, safe: bool = False) -> None:
     """Write the merged weight and bias of one module, rounded once from float32 (float64 for float64).
 
     Raises:
-        StateError: with `safe`, a value that is not finite; it is written already.
+        StateError: with `safe`, a value is not finite. It is written already.
     """
     module, kind = change.module, change.kind
     if change.general:
@@ -282,7 +282,7 @@ def merge_module(change: Change, *, safe: bool = False) -> None:
 
 
 def _add_changes(kind: LayerKind, module: nn.Module, parts: Sequence[Part]) -> list[Tensor]:
-    """`W += sum of dW_i`, tile by tile, with no dense delta; the shifts of the bias come back."""
+    """`W += sum of dW_i`, tile by tile, without a dense delta. Returns the shifts of the bias."""
     weight = kind.read(module)
     work = torch.promote_types(weight.dtype, torch.float32)
     adders = [part.adder(work) for part in parts]
@@ -311,7 +311,7 @@ def _add_biases(change: Change, shifts: Sequence[Tensor]) -> None:
 
 
 def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
-    """The merged canonical weight and bias in float32, by each method's own rule; the module is not changed."""
+    """The merged canonical weight and bias in float32, by the methods' merge rules. The module does not change."""
     assert change.kind is not None or not change.parts
     module, kind = change.module, change.kind
     base = own(module, "bias")
@@ -338,7 +338,7 @@ def _merged_values(change: Change) -> tuple[Tensor, Tensor | None]:
 
 def _check_finite(change: Change, *values: object) -> None:
     for value in values:
-        # On the meta device is what is not merged, where only that was read.
+        # What is not merged may be on the meta device.
         if isinstance(value, Tensor) and not value.is_meta and not torch.isfinite(value).all():
             names = ", ".join(repr(part.adapter.name) for part in change.parts) or "a trained bias"
             raise StateError(

@@ -4,7 +4,7 @@ In: a model and a config. Out: the selected layers, and one adapter's layers, he
 Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
-from adapterkit.model.adapted import KEPT, AdaptedModel
+from adapterkit.model.adapted import AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads
 from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
@@ -14,7 +14,6 @@ from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, ti
 
 __all__ = [
     "ALL_LINEAR",
-    "KEPT",
     "AdaptedModel",
     "Adapter",
     "BaseModules",

@@ -18,9 +18,6 @@ from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
 from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted
 
-# Added to a warning when such an adapter is written.
-KEPT = "The file holds what was trained there before that."
-
 
 class AdaptedModel:
     """A model with its adapters.

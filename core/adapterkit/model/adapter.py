@@ -134,7 +134,7 @@ class Adapter:
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         )
 
-    def memory_keys(self) -> Iterator[str]:
+    def state_dict_keys(self) -> Iterator[str]:
         """Every key of the adapter in the model's own state dict."""
         for container, path, module in self.parts():
             for place in (path, *self.aliases.get(path, ())):
@@ -144,7 +144,7 @@ class Adapter:
             for local in self.shared.state_dict(keep_vars=True):
                 yield f"{SHARED}.{self.name}.{local}"
 
-    def head_paths(self) -> dict[str, int]:
+    def tie_numbers(self) -> dict[str, int]:
         """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
         found: dict[str, int] = {}
         for path, head in self.heads.items():
