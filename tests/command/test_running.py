@@ -88,19 +88,17 @@ def test_a_users_mistake_in_json(raising: Callable[[BaseException], None]) -> No
     assert json.loads(done.stderr) == {"error": {"type": "ConfigError", "message": "That does not go.", "status": 1}}
 
 
-@pytest.mark.parametrize("arguments", [("--debug", "methods"), ("methods", "--debug")], ids=" ".join)
-def test_debug_shows_the_traceback(arguments: tuple[str, ...], raising: Callable[[BaseException], None]) -> None:
+@pytest.mark.parametrize("arguments", [("--debug", "methods"), ("methods", "--debug"), ("methods",)], ids=" ".join)
+def test_debug_shows_the_traceback(
+    arguments: tuple[str, ...], raising: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     raising(ak.ConfigError("That does not go."))
+    if len(arguments) == 1:
+        monkeypatch.setenv("ADAPTERKIT_DEBUG", "1")
     done = run(*arguments)
     assert done.exit_code == Exit.ERROR
     assert "Traceback (most recent call last):" in done.stderr
     assert done.stderr.endswith("error: That does not go.\n")
-
-
-def test_debug_by_the_environment(raising: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    raising(ak.ConfigError("That does not go."))
-    monkeypatch.setenv("ADAPTERKIT_DEBUG", "1")
-    assert "Traceback" in run("methods").stderr
 
 
 def test_warnings_are_notes_of_one_line_and_prints_are_no_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,12 +207,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {
     "padding": ([rows(), PADDING], {}, ak.ConfigError, r"Batch 1: row 1 is all padding"),
     "mask": ([SQUARE], {}, ak.UnsupportedError, r"Batch 0: the mask has shape \(2, 1, 6, 6\), but the hidden states"),
     "pooling": ([rows()], {"pooling": "max"}, ak.ConfigError, r"pooling = 'max' must be one of 'mean', 'cls', 'last'"),
-    "layer": (
-        [rows()],
-        {"layer": "end"},
-        ak.ConfigError,
-        r"layer = 'end' must be 'last', the number of a layer, such as",
-    ),
+    "layer": ([rows()], {"layer": "end"}, ak.ConfigError, r"layer = 'end' must be 'last', the number of a layer, such"),
     "no layer": ([rows()], {"layer": []}, ak.ConfigError, r"layer = \[\] must be 'last', the number of a layer"),
     "bool": ([rows()], {"layer": True}, ak.ConfigError, r"layer = True must be 'last', the number of a layer"),
     "deep": (
@@ -232,17 +227,13 @@ def test_errors_say_what_is_wrong(case: str) -> None:
         ak.features(build("bert"), batches, progress=False, **fields)
 
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SIZES, "image_size": 16, "patch_size": 4}
 TEXT = {**SIZES, "vocab_size": 32, "max_position_embeddings": 16}
 IMAGES = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 SOUND = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0))}
 CONVOLUTIONS = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+SPEECH = {"num_feat_extract_layers": 1, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
 STAGES = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 # A class of transformers, the fields of its config, inputs, and whether its last hidden state is behind another norm.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor], bool]] = {
@@ -253,18 +244,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor], bool]] = {
     "an image encoder": ("Dinov2Model", VISION, IMAGES, True),
     "an image encoder whose base is its layers": ("DINOv3ViTModel", VISION, IMAGES, True),
     "stages of images": ("SwinModel", STAGES, IMAGES, True),
-    "a sound encoder": (
-        "Wav2Vec2Model",
-        {
-            **SIZES,
-            **CONVOLUTIONS,
-            "num_feat_extract_layers": 1,
-            "num_conv_pos_embedding_groups": 2,
-            "do_stable_layer_norm": True,
-        },
-        SOUND,
-        True,
-    ),
+    "a sound encoder": ("Wav2Vec2Model", {**SIZES, **CONVOLUTIONS, **SPEECH}, SOUND, True),
 }
 
 
