@@ -85,7 +85,7 @@ def test_it_installs_and_passes_its_tests(packages: dict[str, Path], tmp_path: P
 def test_it_needs_the_versions_of_adapterkit_that_are_compatible(packages: dict[str, Path]) -> None:
     project = tomllib.loads((packages["low_sum"] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dependencies"] == [f"adapterkit>={ak.__version__},<0.2"]
-    assert project["entry-points"] == {"adapterkit.methods": {"low_sum": "adapterkit_low_sum.plugin"}}
+    assert project["entry-points"] == {"adapterkit.methods": {"low_sum": "adapterkit_low_sum.plugin:plugin"}}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ NAMES = {
     "long": ("a" * 33, "has 33 characters, but a method's name may have at most 32.", ""),
     "installed": ("lora", "A method 'lora' already exists, from adapterkit. Choose another name.", ""),
     "prefix inside": ("lora_x", "called 'lora_x_...', those of 'lora' (adapterkit) are called 'lora_...'", ""),
-    "prefix around": ("vera_lambda", "those of 'vera' (adapterkit) are called 'vera_lambda_...': they could not", ""),
+    "prefix around": ("vera_lambda", "those of 'vera' (adapterkit) are called 'vera_...': they could not", ""),
     "module": ("command", "A module adapterkit_command already exists. Choose another name.", ""),
 }
 

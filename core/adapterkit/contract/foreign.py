@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
@@ -132,6 +133,14 @@ class ForeignLayer:
             )
         return float(tensor.item())
 
+    def wide(self, local: str, scale: float = 1.0) -> Tensor | None:
+        """A factor in float32 at least, times a number."""
+        tensor = self.matrix(local)
+        if tensor is None:
+            return None
+        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+        return tensor if scale == 1.0 else tensor * scale
+
     def scale(self, rank: int, own: float) -> float:
         """What the file multiplies the product of its factors by, beyond the scaling `own` of the layer's config.
 
@@ -151,28 +160,41 @@ class ForeignLayer:
 class Format:
     """Other programs' files of a method: kohya-ss's, LyCORIS's, diffusers'. A hook `formats` returns such objects.
 
-    A subclass says what the tensors are called there, which config a file amounts to, and what each layer's tensors are
-    in the method's own names and scaling. Finding the layers that the file's names stand for is done here.
+    A subclass says what the tensors are called there, what the rank of a layer's tensors is, and what they are in the
+    method's own names and scaling. Finding the layers that the file's names stand for, and the ranks and alphas of the
+    config, is done here.
 
     Attributes:
+        config_type: the method's config; its layers' scaling is the property `scaling`.
+        alpha: the field of the config for what a file calls alpha.
         namings: the names of the programs whose files can be written: `"kohya"`, `"lycoris"`, `"diffusers"`.
         names: what a local name in a file means: the method's own name, or `"alpha"` or `"scalar"`, which are known.
         factors: own names of which a layer must have one.
         refused: names of variants that the method does not implement, and what they are.
     """
 
+    config_type: type[Any]
+    alpha: str = "alpha"
     namings: tuple[str, ...] = ()
     names: Mapping[str, str] = {}
     factors: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
 
-    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> AdapterConfig:
+    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+        """The rank of a layer's tensors, which have the method's own names."""
+        raise NotImplementedError
+
+    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config that a file amounts to which has these layers. The core sets `target_modules`.
+
+        By default with the layers' ranks, their alphas, or their ranks where the file has no alpha, and `fields`.
 
         Args:
             metadata: the header of a safetensors file.
         """
-        raise NotImplementedError
+        ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
+        alphas = {path: layer.number("alpha") or float(ranks[path]) for path, layer in layers.items()}
+        return self.config_type.with_values({"r": ranks, self.alpha: alphas}, **fields)
 
     def tensors(self, layer: ForeignLayer, config: Any) -> Mapping[str, Tensor]:
         """The layer's tensors by the method's own names, exact under this config, which is the layer's own."""
@@ -188,6 +210,8 @@ class Format:
     ) -> ForeignFile:
         """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
 
+        By default each tensor has the first of the `names` for it, and each layer an alpha, `scaling * r`.
+
         Args:
             tensors: for each layer's path its tensors, as the hook `to_file` gives them.
             component: the part of a pipeline that the model is, as keys name it: `"lora_unet"`, `"text_encoder"`.
@@ -195,7 +219,22 @@ class Format:
         Raises:
             UnsupportedError: such a file cannot hold this adapter.
         """
-        raise NotImplementedError
+        there = {
+            **{own: own for own in self.factors},
+            **{own: name for name, own in reversed(list(self.names.items()))},
+        }
+        found = {}
+        for path, held in tensors.items():
+            unnamed = sorted(held.keys() - there.keys())
+            if unnamed:
+                raise UnsupportedError(
+                    f"naming={naming!r} has no name for {unnamed[0]!r} of {path!r}. Keep PEFT's format (naming='peft')."
+                )
+            own, rank = config.at(path), self.rank(held)
+            alpha = (own if own.r == rank else own.replace(r=rank)).scaling * rank
+            named = {there[local]: tensor for local, tensor in held.items()}
+            found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32)}
+        return ForeignFile(found)
 
     def readings(self, key: str) -> Iterable[tuple[str, str]]:
         """What a key may mean: pairs of a module's name and an own local name. The first that fits counts."""

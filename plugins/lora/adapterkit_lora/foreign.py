@@ -17,6 +17,7 @@ from adapterkit_lora.config import LoraConfig
 METADATA = "lora_adapter_metadata"
 _DOWN, _UP, _MID = "lora_A.weight", "lora_B.weight", "lora_mid"
 _TABLE = ("lora_embedding_A", "lora_embedding_B")
+_RANKS = ((_DOWN, 0), (_UP, 1), (_TABLE[0], 0), (_TABLE[1], 1))
 _OF_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
 _OF_PROCESSOR = {"down.weight": _DOWN, "up.weight": _UP, "alpha": "alpha"}
 _LAYERS = {"out": ("to_out.0", "out_proj", "to_out")}
@@ -28,6 +29,8 @@ class LoraFormat(Format):
     And `unet.conv_in.lora_A.weight`, `text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight`.
     """
 
+    config_type = LoraConfig
+    alpha = "lora_alpha"
     namings = ("kohya", "lycoris", "diffusers")
     factors = frozenset({_DOWN, _UP, *_TABLE})
     names = {  # noqa: RUF012 - a class variable by its base
@@ -49,33 +52,38 @@ class LoraFormat(Format):
             yield module.replace(".processor.", "."), local
             yield module, local
 
-    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoraConfig:
-        """Ranks come from shapes; alphas from tensors, else from the metadata, else they are the ranks."""
-        base = _in_metadata(layers, metadata)
-        ranks = {path: _rank(layer) for path, layer in layers.items()}
-        alphas = {path: layer.number("alpha") for path, layer in layers.items()}
-        for path, rank in ranks.items():
-            alphas[path] = alphas[path] or float(rank if base is None else base.at(path).lora_alpha)
-        found = LoraConfig.with_values({"r": ranks, "lora_alpha": alphas})
+    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+        """The size that A and B share."""
+        return next(tensors[local].shape[dim] for local, dim in _RANKS if local in tensors)
+
+    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
+        """See `Format.config`; alphas that no tensor gives are those of the metadata, if there is any."""
         bias = any("lora_B.bias" in layer.tensors for layer in layers.values())
+        base = _in_metadata(layers, metadata)
         if base is None:
-            return found.replace(lora_bias=bias)
+            return super().config(layers, metadata, lora_bias=bias, **fields)
+        ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
+        alphas = {path: layer.number("alpha") or float(base.at(path).lora_alpha) for path, layer in layers.items()}
+        found = LoraConfig.with_values({"r": ranks, "lora_alpha": alphas})
         names = ("r", "lora_alpha", *LoraConfig.patterns)
         return base.replace(lora_bias=base.lora_bias or bias, **{name: getattr(found, name) for name in names})
 
     def tensors(self, layer: ForeignLayer, config: LoraConfig) -> dict[str, Tensor]:
         """PEFT's names and shapes. A Tucker convolution's `mid (r, r, *kernel)`: `A' = mid x A`, `(r, in, *kernel)`."""
-        kind, rank = layer.kind, _rank(layer)
-        scale = layer.scale(rank, config.replace(r=rank).scaling)
+        kind, rank = layer.kind, self.rank(layer.tensors)
+        scale = layer.scale(rank, (config if config.r == rank else config.replace(r=rank)).scaling)
         values = {name: t for name, t in layer.tensors.items() if name not in ("alpha", "scalar", _MID)}
-        down, up, mid, table = (layer.matrix(local) for local in (_DOWN, _UP, _MID, _TABLE[1]))
-        if down is not None:
-            down = down if mid is None else _tucker(layer, mid, down)
-            values[_DOWN] = _shaped(down, kind.in_features, kind.down_shape(rank))
-        if up is not None:
-            values[_UP] = _shaped(_times(up, scale), rank, kind.up_shape(rank))
-        if table is not None:
-            values[_TABLE[1]] = _times(table, scale)
+        for local in values.keys() & {_UP, _TABLE[1]} if scale != 1.0 else ():
+            values[local] = _there(layer.wide(local, scale))
+        if _MID in layer.tensors and _DOWN in values:
+            values[_DOWN] = _tucker(layer)
+        for local, columns, shape in (
+            (_DOWN, kind.in_features, kind.down_shape(rank)),
+            (_UP, rank, kind.up_shape(rank)),
+        ):
+            factor = layer.matrix(local)  # `(r, in)` and `(r, in, 1, 1)` are one
+            if factor is not None and values[local].flatten(1).shape == (shape[0], columns):
+                values[local] = values[local].reshape(shape)
         return values
 
     def write(
@@ -86,59 +94,33 @@ class LoraFormat(Format):
         kinds: Mapping[str, LayerKind],
         component: str,
     ) -> ForeignFile:
-        """To the bit; the scaling as alphas, or in diffusers' metadata.
-
-        Raises:
-            UnsupportedError: the bias of B, or an embedding, which only diffusers' form has a name for.
-        """
+        """See `Format.write`; diffusers has the scaling in its metadata, and names for B's bias and for embeddings."""
         if naming == "diffusers":
             fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
             return ForeignFile(tensors, {METADATA: json.dumps(fields, sort_keys=True)})
-        found = {}
         for path, held in tensors.items():
             if held.keys() - {_DOWN, _UP}:
                 raise UnsupportedError(
                     f"naming={naming!r} has no name for {min(held.keys() - {_DOWN, _UP})!r} of {path!r}. Keep PEFT's "
                     "format (naming='peft')."
                 )
-            alpha = config.at(path).replace(r=len(held[_DOWN])).scaling * len(held[_DOWN])
-            found[path] = {
-                "lora_down.weight": held[_DOWN],
-                "lora_up.weight": held[_UP],
-                "alpha": torch.tensor(alpha, dtype=torch.float32),
-            }
-        return ForeignFile(found)
+        return super().write(naming, config, tensors, kinds, component)
 
 
-def _rank(layer: ForeignLayer) -> int:
-    for local, dim in ((_DOWN, 0), (_UP, 1), (_TABLE[0], 0), (_TABLE[1], 1)):
-        factor = layer.matrix(local)
-        if factor is not None:
-            return factor.shape[dim]
-    raise AssertionError(layer.path)
+def _there(factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return factor
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _times(factor: Tensor, scale: float) -> Tensor:
-    return factor if scale == 1.0 else _wide(factor) * scale
-
-
-def _tucker(layer: ForeignLayer, mid: Tensor, down: Tensor) -> Tensor:
+def _tucker(layer: ForeignLayer) -> Tensor:
+    mid, down = _there(layer.wide(_MID)), _there(layer.wide(_DOWN))
     r = down.shape[0]
     if mid.shape[:2] != (r, r) or down[0].numel() != down.shape[1]:
         raise CheckpointError(
             f"{layer.keys[_MID]!r} of shape {tuple(mid.shape)} does not go with the factor of shape "
             f"{tuple(down.shape)}: a Tucker core is (r, r, kernel), and its factor (r, in)."
         )
-    return torch.einsum("mn...,nj->mj...", _wide(mid), _wide(down.flatten(1)))
-
-
-def _shaped(factor: Tensor, columns: int, shape: tuple[int, ...]) -> Tensor:
-    """A factor in the shape of the layer kind: `(r, in)` and `(r, in, 1, 1)` are one; anything else as it is."""
-    return factor.reshape(shape) if factor.flatten(1).shape == (shape[0], columns) else factor
+    return torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
 
 
 def _in_metadata(layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoraConfig | None:

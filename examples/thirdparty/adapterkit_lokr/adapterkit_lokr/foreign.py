@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ _W1, _W2 = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr
 class LoKrFormat(Format):
     """`lycoris_conv_in.lokr_w1`: PEFT's names, with an alpha for each layer."""
 
+    config_type = LoKrConfig
     factors = frozenset({*_W1, *_W2})
     refused = {  # noqa: RUF012 - a class variable by its base
         "dora_scale": "a LoKr that is weight-decomposed (DoRA), which this package does not know",
         "lokr_t1": "a LoKr with a core tensor in w1, which this package does not know",
     }
 
-    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoKrConfig:
+    def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> LoKrConfig:
         """A layer that is split in another way than the config's rule says gets a rank at which it is not."""
         files = {path: _File(layer) for path, layer in layers.items()}
         shape = LoKrConfig(

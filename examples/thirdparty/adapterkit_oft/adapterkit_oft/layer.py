@@ -74,7 +74,7 @@ class OFTLayer(AdapterLayer):
         one = torch.eye(self.side, dtype=blocks.dtype, device=blocks.device)
         return torch.where(left_out[:, None, None], one, blocks)
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`W R^T`, shape `(out, in)`."""
         parts = weight.unflatten(1, (self.count, self.side))
-        return torch.einsum("onc,nkc->onk", parts, self.rotations().to(weight.dtype)).flatten(1)
+        return torch.einsum("onc,nkc->onk", parts, self.rotations().to(weight.dtype)).flatten(1), bias
