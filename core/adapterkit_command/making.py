@@ -57,10 +57,10 @@ def merge(  # noqa: PLR0913 - one parameter an option
     out: Out,
     heads: Annotated[
         str | None,
-        typer.Option(help="The adapter whose head the result gets, if several have one, as written in ADAPTERS."),
+        typer.Option(help="If several adapters have a head, use the head of this one; write it as in ADAPTERS."),
     ] = None,
     untie: Annotated[
-        bool, typer.Option("--untie", help="Untie a target whose weight is tied to another module's.")
+        bool, typer.Option("--untie", help="Untie a target if its weight is tied to another module.")
     ] = False,
     safe: Annotated[bool, typer.Option("--safe", help="Fail if a merged value is not finite.")] = False,
     architecture: Annotated[

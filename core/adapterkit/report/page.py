@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,6 @@ def render(findings: Findings, verdicts: Sequence[Verdict], grid: Grid, title: s
     import jinja2
     from markupsafe import Markup
 
-    from adapterkit import __version__
-
     here = files("adapterkit.report")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["broken"] = _broken
@@ -71,7 +70,7 @@ def render(findings: Findings, verdicts: Sequence[Verdict], grid: Grid, title: s
         adapters=[_adapter(adapter, grid) for adapter in findings.adapters],
         comparison=_comparison(findings, grid) if findings.pairs else None,
         how={**_HOW, "layers": _HOW["layers"].format(size=size)},
-        version=__version__,
+        version=version("adapterkit"),
         sampled=f"{MOST_ENTRIES:,}",
     )
 

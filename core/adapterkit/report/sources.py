@@ -74,7 +74,7 @@ class Source:
 
     @classmethod
     def of_file(cls, opened: AdapterFile, base_norm: Callable[[str], float | None]) -> Source:
-        """The source for an adapter of which only the files are known."""
+        """The source for an adapter in files."""
         layers = {f"{path}.{n}": p for path, layer in opened.built.items() for n, p in layer.named_parameters()}
         layers |= {name: p for name, p in opened.tensors.items() if isinstance(p, nn.Parameter)}
         heads = {f"{path}.{n}": t for path, head in opened.heads.items() for n, t in head.items()}
