@@ -30,7 +30,7 @@ from adapterkit.combining import (
     wanted_layers,
 )
 from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, default_registry
-from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError, StateError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
     load_adapter,
@@ -39,9 +39,8 @@ from adapterkit.files import (
     read,
     refuse,
     save_adapter,
-    swapped_config,
+    swap_in,
     to_file,
-    values_to_swap,
 )
 from adapterkit.forward import State
 from adapterkit.integrations import LoadHooks, install, uninstall
@@ -563,18 +562,7 @@ class Adapters:
             self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
         )
         with uninterrupted():
-            with self._gathered([adapter], writing=True):
-                try:
-                    with torch.no_grad():
-                        values = values_to_swap(adapter, other)
-                except CheckpointError as error:
-                    raise CheckpointError(
-                        f"{folder} cannot be swapped into adapter {name!r}: {error}. Nothing was changed. Load it "
-                        "under another name instead (adapters.load)."
-                    ) from error
-                put(values)
-            adapter.config = swapped_config(adapter.config, other.config)
-            adapter.labels = other.labels if adapter.heads else adapter.labels
+            swap_in(adapter, other, folder, self.model)
             self._model.renew_labels(adapter)
         cleared = tuple(path for path in adapter.layers if path not in other.layers)
         return SwapReport(name, tuple(other.layers), cleared, tuple(adapter.heads), report.ignored)

@@ -30,7 +30,7 @@ from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be
 from adapterkit.files.load import load_adapter
 from adapterkit.files.match import EVERYWHERE, file_places, match_adapter, refuse
 from adapterkit.files.save import file_config, file_tensors, save_adapter, short_names, to_file, to_files
-from adapterkit.files.swap import swapped_config, values_to_swap
+from adapterkit.files.swap import swap_in
 from adapterkit.files.tensors import (
     Entry,
     FactorSpool,
@@ -80,11 +80,10 @@ __all__ = [
     "save_adapter",
     "shapes_of",
     "short_names",
-    "swapped_config",
+    "swap_in",
     "to_file",
     "to_files",
     "umask",
-    "values_to_swap",
     "write_folder",
     "write_header",
     "write_tensors",

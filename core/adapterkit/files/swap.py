@@ -1,8 +1,9 @@
-"""Swapping: an adapter takes over what another one does, in the parameters that it has."""
+"""Overwriting an adapter in place with another one, in the parameters that it has."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,40 @@ from adapterkit.contract import AdapterConfig, AdapterLayer
 from adapterkit.errors import CheckpointError
 from adapterkit.files.match import Values
 from adapterkit.model import Adapter
-from adapterkit.tensors import module_slots
+from adapterkit.tensors import gathered, module_slots, put, uninterrupted
 
 # Fields that say where an adapter acts and where it is from, not what it does.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "extra")
 _ORIGIN = ("task_type", "base_model_name_or_path", "revision")
 
 
-def values_to_swap(adapter: Adapter, other: Adapter) -> Values:
-    """What is to be written into `adapter` so that it does what `other` does. Nothing is written yet.
+def swap_in(adapter: Adapter, other: Adapter, folder: Path, model: nn.Module) -> None:
+    """Make `adapter` do what `other` does, which was loaded from `folder` for the same model.
 
     Raises:
-        CheckpointError: it cannot; says where and why.
+        CheckpointError: it cannot. Nothing has changed then.
+    """
+    with uninterrupted():
+        with gathered(model, adapter.modules(), writing=True):
+            try:
+                with torch.no_grad():
+                    values = _values(adapter, other)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{folder} cannot be swapped into adapter {adapter.name!r}: {error}. Nothing was changed. Load it "
+                    "under another name instead (adapters.load)."
+                ) from error
+            put(values)
+        # The config keeps the sizes, and so describes what a file of this adapter holds.
+        adapter.config = adapter.config.replace(**{name: getattr(other.config, name) for name in _ORIGIN})
+        adapter.labels = other.labels if adapter.heads else adapter.labels
+
+
+def _values(adapter: Adapter, other: Adapter) -> Values:
+    """What to write into `adapter`. Nothing is written yet.
+
+    Raises:
+        CheckpointError: `other` does not fit; the message goes on from "cannot be swapped into adapter: ".
     """
     if other.config.method != adapter.config.method:
         raise CheckpointError(f"it is of the method {other.config.method!r}, not {adapter.config.method!r}")
@@ -43,11 +66,6 @@ def values_to_swap(adapter: Adapter, other: Adapter) -> Values:
         assert found is not None
         values += _fitting(path, bias, {"bias": found})
     return values
-
-
-def swapped_config(own: AdapterConfig, other: AdapterConfig) -> AdapterConfig:
-    """The adapter's config, which says its sizes, and so what a file of it holds; with the other's origin."""
-    return own.replace(**{name: getattr(other, name) for name in _ORIGIN})
 
 
 def _check_inside(what: str, paths: Collection[str], but: str, known: Collection[str]) -> None:

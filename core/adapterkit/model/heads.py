@@ -46,7 +46,8 @@ def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None
     uncalled = Uncalled(modules)
     found = []
     for module, paths in modules.paths_of.items():
-        entry = next(filter(None, list(map(names.match, paths))), None)  # a list: each path may use another entry
+        matched = [names.match(path) for path in paths]  # all of them: each may use another entry
+        entry = next(filter(None, matched), None)
         if entry is None:
             continue
         reason = uncalled.reason(paths[0], module)

@@ -151,9 +151,8 @@ def _candidates(
         if rule is None:
             by = why if kind is not None and kind.all_linear else None
         else:
-            by = next(
-                (f"{why}{r}" for r in list(map(rule.match, paths)) if r), None
-            )  # a list: each path may use another entry
+            matched = [rule.match(path) for path in paths]  # all of them: each may use another entry
+            by = next((why + entry for entry in matched if entry), None)
         if by is None:
             continue
         reason = _left_out(path, paths, heads, exclude)
