@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.combining import lowrank
-from adapterkit.combining.result import Changes, check_can_result, check_finite
+from adapterkit.combining.new_adapter import Changes, check_can_result, check_finite
 from adapterkit.contract import default_registry
 from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
 from adapterkit.kinds import Factors

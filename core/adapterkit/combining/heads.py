@@ -13,7 +13,7 @@ from adapterkit.errors import ConfigError, unknown
 from adapterkit.model import LabelSet
 
 if TYPE_CHECKING:
-    from adapterkit.combining.sources import Source
+    from adapterkit.combining.combine import Source
 
 CHOICES = ("average", "concat", "drop")
 

@@ -19,9 +19,8 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.folder import Writer, write_folder
+from adapterkit.files.folder import write_folder
 from adapterkit.files.match import EVERYWHERE, check_tensors, file_places, from_model_keys
-from adapterkit.files.tensors import write_tensors
 from adapterkit.model import (
     ALL_LINEAR,
     Adapter,
@@ -46,7 +45,6 @@ def save_adapter(
     model: nn.Module,
     folder: Path,
     source: Mapping[str, Tensor] | None = None,
-    writer: Writer = write_tensors,
     embeddings: bool | None = None,
 ) -> None:
     """Write an adapter in PEFT's format. Dtypes are kept; tensors that share memory are written apart.
@@ -54,7 +52,7 @@ def save_adapter(
     A sharded adapter is gathered, which every process takes part in, and the first one writes.
 
     Args:
-        source, writer, embeddings: see `to_files` and `write_folder`.
+        source, embeddings: see `to_files`.
 
     Raises:
         SaveError: the folder cannot be written; what was there is untouched.
@@ -63,7 +61,7 @@ def save_adapter(
     reshard(model)
     groups = process_groups(adapter.parameters()) if source is None else []
     files = to_files(adapter, model, source, embeddings=embeddings)
-    in_first_process(groups, lambda: write_folder(folder, *files, writer))
+    in_first_process(groups, lambda: write_folder(folder, *files))
 
 
 def to_files(

@@ -4,6 +4,7 @@ In: a model's parameters and buffers. Out: their whole values, and whether and h
 Uses: errors.
 """
 
+from adapterkit.tensors.assign import Slot, apart, module_slots, put, stand_ins, widened
 from adapterkit.tensors.distributed import (
     check_averaged,
     check_can_grow,
@@ -23,7 +24,6 @@ from adapterkit.tensors.distributed import (
 )
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, real_value, remove_hooks
-from adapterkit.tensors.slots import Slot, apart, module_slots, put, stand_ins, widened
 
 __all__ = [
     "Slot",

@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterkit.combining import lowrank
 from adapterkit.combining.heads import combine_heads
 from adapterkit.combining.methods import SPACES, Recipe, Space, combine_factors
-from adapterkit.combining.result import Changes, check_can_result, check_finite
+from adapterkit.combining.new_adapter import Changes, check_can_result, check_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, MajoritySign, Method, Options, combiners, default_registry
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind

@@ -1,4 +1,4 @@
-"""Slots: the places of a module's parameters and buffers, and what may be put there."""
+"""Giving modules other tensors: into parameters that are in use, all or none, or for the length of a block."""
 
 from __future__ import annotations
 
