@@ -221,7 +221,7 @@ class AdapterFile:
             shared = builder.shared(targets, self.shared)
         for target in targets:
             try:
-                found[target.path] = builder.layer(target, target.file, shared)
+                found[target.path] = builder.layer(target, shared)
             except StateError as error:
                 self.refused[target.path] = str(error)
         fit = builder.fit

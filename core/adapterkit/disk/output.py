@@ -102,7 +102,7 @@ class Result:
         given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
         targets = [Target(p, None, changes.kinds[p], dtype, cpu, given.get(p, {})) for p in changes.factors]
         shared = builder.shared(targets, {})
-        layers = {target.path: builder.layer(target, target.file, shared) for target in targets}
+        layers = {target.path: builder.layer(target, shared) for target in targets}
         check_given(tensors, layers, builder)
         own = {f"{path}.{local}": s.tensor for path, layer in layers.items() for local, s in module_slots(layer)}
         kinds = {path: changes.kinds[path] for path in layers}

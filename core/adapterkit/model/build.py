@@ -68,9 +68,10 @@ class Fit:
             CheckpointError: a tensor of whole numbers where floating ones are needed.
         """
         slots, values = dict(module_slots(module)), []
-        made_again = {local for local, _ in module.named_buffers()} - slots.keys()
-        self.ignored += [place + local for local in given if local in made_again]
-        self.unexpected += [place + local for local in given if local not in slots and local not in made_again]
+        extra = [local for local in given if local not in slots]
+        made_again = {local for local, _ in module.named_buffers()} if extra else set()  # those that no file holds
+        for local in extra:
+            (self.ignored if local in made_again else self.unexpected).append(place + local)
         shapes = {local: tuple(given[local].shape) for local in slots if local in given}
         for local, slot in slots.items():
             slot.key = key = place + local
@@ -163,28 +164,24 @@ class LayerBuilder:
 
     def __init__(self, method: Method, config: AdapterConfig, fit: Fit | None = None, *, cast: bool = True) -> None:
         self.method, self.config, self.cast = method, config, cast
-        self.rule, self._inject = (
-            method.key_rule(config),
-            method.injector(),
-        )  # asked for once: they cost as a layer does
+        # Asked for once: each costs as much as a layer does.
+        self.rule, self._inject = method.key_rule(config), method.injector()
         self.fit = fit or Fit(self.rule)
 
-    def layer(self, target: Target, tensors: Tensors | None = None, shared: Shared | None = None) -> AdapterLayer:
-        """The method's layer for one target.
+    def layer(self, target: Target, shared: Shared | None = None) -> AdapterLayer:
+        """The method's layer for one target, with the tensors of `target.file`, or with initial values.
 
-        Args:
-            tensors: by their names in the layer; what they lack has initial values, but not on the meta device. `None`:
-                all values are initial.
+        What a file lacks has initial values too, but not on the meta device.
 
         Raises:
             SelectionError: the method does not support the target's kind.
             StateError: an initial value needs the base's weight, which is not there.
             PluginError: the method broke its contract.
         """
-        if tensors is None:
-            return self._injected(target, shared)
-        layer = self._injected(dataclasses.replace(target, file=tensors), shared)
-        self.fit.assign(layer, tensors, f"{target.path}.", target.device, cast=self.cast)
+        layer = self._injected(target, shared)
+        if target.file is None:
+            return layer
+        self.fit.assign(layer, target.file, f"{target.path}.", target.device, cast=self.cast)
         devices = {tensor.device for tensor in tensors_below([layer])}
         if target.device.type != "meta" and devices != {target.device}:
             if torch.device("meta") in devices:
@@ -276,20 +273,20 @@ def build_adapter(
     """
     reshard(modules.model)
     adapter = Adapter(name, builder.config)
-    targets = [_target(match, dtype, device, None) for match in selection.targets]
     paths = {path: m.path for m in selection.targets for path in (*modules.paths_of[m.module], m.path)}
     layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
-    held = None
+    held, targets = None, []
+    for match in selection.targets:
+        _add_host(adapter, modules, match.path, match.module, active)
+        targets.append(_target(match, dtype, device, None if rest is None else layers.get(match.path, {})))
     if rest is not None:
-        targets = [dataclasses.replace(target, file=layers.get(target.path, {})) for target in targets]
         known = builder.rule.is_shared if builder.method.shared is not None else lambda key: False
         held = {key: rest.pop(key) for key in list(rest) if known(key)}
     adapter.shared = builder.shared(targets, held, modules.model)
     if adapter.shared is not None:
         check_free_root(modules.model)
-    for match, target in zip(selection.targets, targets, strict=True):
-        _add_host(adapter, modules, match.path, match.module, active)
-        adapter.layers[target.path] = builder.layer(target, target.file, adapter.shared)
+    for target in targets:
+        adapter.layers[target.path] = builder.layer(target, adapter.shared)
     for path in selection.heads:
         module = modules.model.get_submodule(path)
         if is_fsdp(module):
@@ -304,10 +301,9 @@ def build_adapter(
     adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
     if rest is not None:
         for place, module, held in beside_layers(adapter, rest):
-            cast = builder.cast or module in adapter.heads.values()
             if not isinstance(module, BiasLayer):
                 adopt_rows(module, held)
-            builder.fit.assign(module, held, place, None, cast=cast)
+            builder.fit.assign(module, held, place, None, cast=builder.cast or not isinstance(module, BiasLayer))
         builder.fit.unexpected += rest
     return adapter, notes
 
