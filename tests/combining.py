@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -103,7 +102,7 @@ def nothing_changes(adapters: ak.Adapters) -> Iterator[None]:
         assert all(torch.equal(after[k], v) or bool(v.isnan().any()) for k, v in values.items())
 
 
-def outer_method() -> ModuleType:
+def outer_method() -> ak.Plugin:
     """A third party's additive method of rank 1, `dW = u v^T`, which cannot be a result."""
 
     class OuterConfig(ak.AdapterConfig):
@@ -120,24 +119,10 @@ def outer_method() -> ModuleType:
         def delta(self, x: Tensor) -> Tensor:
             return self.kind.apply(x, self.factors())
 
-    @ak.hookimpl
-    def config_type() -> type[ak.AdapterConfig]:
-        return OuterConfig
-
-    @ak.hookimpl
-    def key_rule(config: ak.AdapterConfig) -> ak.KeyRule:
-        return ak.KeyRule(prefix="outer_")
-
-    @ak.hookimpl
-    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return OuterLayer(target, config)
-
-    plugin = ModuleType("outer_plugin")
-    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, layer=OuterLayer, config=OuterConfig)
-    return plugin
+    return ak.plugin(OuterConfig, OuterLayer, prefix="outer_")
 
 
-def scaling_method(mergeable: bool) -> ModuleType:
+def scaling_method(mergeable: bool) -> ak.Plugin:
     """A method that multiplies outputs: not additive, so it has no factors."""
 
     class ScaleConfig(ak.AdapterConfig):
@@ -150,24 +135,11 @@ def scaling_method(mergeable: bool) -> ModuleType:
         def forward(self, x: Tensor, base: Any) -> Tensor:
             return base(x) * self.kind.spread(self.scale_out)
 
-    @ak.hookimpl
-    def config_type() -> type[ak.AdapterConfig]:
-        return ScaleConfig
+    class ScalePlugin(ak.Plugin):
+        config, layer, prefix = ScaleConfig, ScaleLayer, "scale_"
 
-    @ak.hookimpl
-    def key_rule(config: ak.AdapterConfig) -> ak.KeyRule:
-        return ak.KeyRule(prefix="scale_")
+    class MergeablePlugin(ScalePlugin):
+        def merge(self, layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return weight * layer.scale_out[:, None], None if bias is None else bias * layer.scale_out
 
-    @ak.hookimpl
-    def inject(target: ak.Target, config: ak.AdapterConfig) -> ak.AdapterLayer:
-        return ScaleLayer(target, config)
-
-    @ak.hookimpl
-    def merge(layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * layer.scale_out[:, None], None if bias is None else bias * layer.scale_out
-
-    plugin = ModuleType("scale_plugin")
-    vars(plugin).update(config_type=config_type, key_rule=key_rule, inject=inject, config=ScaleConfig)
-    if mergeable:
-        vars(plugin).update(merge=merge)
-    return plugin
+    return MergeablePlugin() if mergeable else ScalePlugin()

@@ -117,57 +117,32 @@ def test_adapted_equals_merged_and_every_parameter_has_a_gradient(net: Outer, co
 
 @dataclass(frozen=True)
 class ScaleConfig(ak.AdapterConfig):
-    """The config of a method that is no sum."""
-
     method = "scale"
 
 
 class ScaleLayer(ak.AdapterLayer):
-    """`s * base(x)`, bias included, or another function of the weight without gradients."""
+    """`s * base(x)`, bias included: no sum."""
 
     def setup(self, target: ak.Target, config: ScaleConfig) -> None:
-        """Make the scales."""
         self.scale_s = target.new(target.out_features, init=1.5)
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output, scaled."""
         return base(x) * self.scale_s
 
 
-class Scale:
-    """The plugin."""
-
-    @ak.hookimpl
-    def config_type(self) -> type[ak.AdapterConfig]:
-        """See the spec."""
-        return ScaleConfig
-
-    @ak.hookimpl
-    def key_rule(self) -> ak.KeyRule:
-        """See the spec."""
-        return ak.KeyRule(prefix="scale_")
-
-    @ak.hookimpl
-    def inject(self, target: ak.Target, config: ScaleConfig) -> ak.AdapterLayer:
-        """See the spec."""
-        return ScaleLayer(target, config)
+class Scale(ak.Plugin):
+    config, layer, prefix = ScaleConfig, ScaleLayer, "scale_"
 
 
 class Merges(Scale):
-    """With a merge rule."""
-
-    @ak.hookimpl
     def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See the spec."""
         return weight * layer.scale_s[:, None], None if bias is None else bias * layer.scale_s
 
 
 class Stops(Scale):
-    """With a merge rule that stops gradients."""
+    """Its merge rule stops gradients."""
 
-    @ak.hookimpl
     def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See the spec."""
         s = layer.scale_s.detach()
         return weight * s[:, None], None if bias is None else bias * s
 
