@@ -238,7 +238,7 @@ class Adapters:
         Args:
             name: any text without a dot.
             config: the method, the layers and the sizes.
-            num_labels, id2label: the label set of the adapter's own head, whose output layer gets that many rows.
+            num_labels, id2label: the label set of the adapter's own head; its output layer gets that many rows.
                 `None`: the model's own label set.
             activate: make it the only active adapter, and trainable.
 
@@ -303,13 +303,13 @@ class Adapters:
         holds in that block alone. A switch costs the same for any number of layers, except that `requires_grad` is set
         where `trainable` asks for a change.
 
-        A graph keeps the adapters with which it was made: a switch takes no gradients from a loss whose backward
-        comes later, and gradient checkpointing recomputes what was computed. So parameters that a graph holds keep
+        A graph keeps the adapters with which it was made: a switch takes no gradients from a loss before its
+        backward, and gradient checkpointing recomputes what was computed. So parameters that a graph holds keep
         requiring gradients until the first switch after the graph is freed.
 
         Args:
             trainable: whether their parameters require gradients. Those of all other adapters do not.
-            heads: the adapter whose head acts, if several have their own copy of one module.
+            heads: the adapter that provides the head, if several have their own copy of one module.
 
         Raises:
             UnknownNameError: no such adapter.
@@ -360,10 +360,10 @@ class Adapters:
         """A different adapter, or none, for each row of a batch, for a `with` block in this thread.
 
         Equal to running each row alone with its adapter, with its head and trained biases; rows of `None` get the bare
-        model. With additive adapters whose method has `AdapterLayer.stacked` the cost does not depend on the number of
-        adapters; with others the adapted layers run on the rows of one adapter after another. A batch may hold each
-        row several times in a row, as `generate` does for beams. Merged adapters act on all rows. A `backward` may
-        come after the block (see `activated`).
+        model. With additive adapters of methods that have `AdapterLayer.stacked`, the cost does not depend on the
+        number of adapters; with others the adapted layers run on the rows of one adapter after another. A batch may
+        hold each row several times in a row, as `generate` does for beams. Merged adapters act on all rows. A
+        `backward` may come after the block (see `activated`).
 
         Args:
             names: an adapter or `None` for each row.
@@ -373,7 +373,7 @@ class Adapters:
 
         Raises:
             UnknownNameError: no such adapter.
-            ConfigError: no rows; in a forward: a batch of another size, or heads whose outputs differ in shape.
+            ConfigError: no rows; in a forward: a batch of another size, or heads with outputs of different shapes.
             StateError: an adapter is merged; in the block or in a forward: rows that cannot be told apart.
         """
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -587,11 +587,11 @@ class Adapters:
             keep_base: keep the replaced weights, so that `unmerge`, or a merge that fails, restores every bit.
                 `False` saves that memory. Then Ctrl-C waits until the merge is complete, and after an error in the
                 middle, such as full memory, the added values are subtracted again; the message says so.
-            untie: give a target whose weight is tied to another module a weight of its own. A transformers model is
+            untie: give a target a weight of its own if its weight is tied to another module. A transformers model is
                 told: its files hold the parted weights, and the flag in its config is cleared. Models that compute
                 with that flag (T5, Switch Transformers) keep it; only transformers 5 and later read their files right.
-            heads: the adapter whose head acts, if two have their own copy of one module. `None`: the head that acts
-                now, if all of these adapters are active.
+            heads: the adapter that provides the head, if two have their own copy of one module. `None`: the head that
+                acts now, if all of these adapters are active.
 
         Raises:
             StateError: already merged, modules that were replaced since, weights that are tied or not in memory, or
@@ -760,7 +760,7 @@ class Adapters:
         Raises:
             ConfigError: invalid arguments, heads without a choice, or adapters of different bases.
             UnknownNameError: no such adapter, method or space.
-            UnsupportedError: an adapter whose change has no low-rank form.
+            UnsupportedError: the change of an adapter has no low-rank form.
             StateError: values of an adapter or of the result are not finite.
         """
         self._check_new_name(name)
@@ -850,7 +850,7 @@ class Adapters:
     def _acting_heads(
         self, call: str, names: tuple[str, ...], heads: str | None, *, trainable: bool
     ) -> tuple[str, ...]:
-        """The adapters whose heads act when these are active, after checking that they can be."""
+        """The adapters that provide the acting heads when these are active, after checking that they can be active."""
         adapters = [self._adapter(name) for name in names]
         if len(set(names)) < len(names):
             raise ConfigError(f"{call}{names!r} names an adapter twice.")

@@ -64,7 +64,7 @@ class InSameState:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function. A forward whose adapters were removed or merged since raises `StateError`."""
+        """Call the function. A forward raises `StateError` if its adapters were removed or merged since."""
         with ExitStack() as stack:
             for active, state, merged in self.states:
                 if state is active.state:

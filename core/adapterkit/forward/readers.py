@@ -1,4 +1,4 @@
-"""Readers: modules whose forward reads the weights of layers below them instead of calling these layers.
+"""Readers: modules that read the weights of layers below them in their forward, instead of calling these layers.
 
 Torch's `MultiheadAttention` passes `out_proj.weight` to a function, Mamba's mixer passes `conv1d.weight` to a kernel,
 and a fused loss takes `lm_head.weight`. They would ignore an adapter at such a layer. So while the forward of a
@@ -37,7 +37,7 @@ _declared: dict[str, tuple[str, ...]] = {}
 
 
 class _Running(threading.local):
-    """The readers, and the layers that are read, whose forward runs in this thread; the innermost is the last."""
+    """The forwards that run in this thread, of readers and of layers that are read; the innermost is the last."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[nn.Module, tuple[Path, ...]]] = []
@@ -170,7 +170,7 @@ def _declared_for(cls: type[nn.Module]) -> list[Path]:
 
 
 def _outputs(model: nn.Module, wanted: set[nn.Module]) -> list[Path]:
-    """Paths of the model's output layer, whose weight a loss that was patched into the forward reads."""
+    """Paths of the model's output layer. A loss that was patched into the forward reads its weight."""
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
     if output not in wanted:
@@ -183,7 +183,7 @@ class Effective(property):
 
 
 def effective(cls: type[nn.Module], name: str) -> Effective:
-    """The property `name` for a subclass of `cls` whose instances are read."""
+    """The property `name` for a subclass of `cls` for layers that are read."""
     inherited: Any = getattr(cls, name, None)  # such as a parametrization's
 
     def get(self: nn.Module) -> Any:

@@ -38,7 +38,7 @@ class State:
 
     Attributes:
         names: the active adapters; the first is the innermost.
-        heads: those of them whose heads act.
+        heads: those of them that provide the acting heads.
         trains: those of them that were asked to train.
         constant: no gradient goes to any of them, even if their parameters require one: `requires_grad` is the same
             for everyone, and a graph, another thread or the code after the block may need it.

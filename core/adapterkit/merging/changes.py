@@ -53,7 +53,7 @@ class Part:
         return cls(adapter, layer, found is not None, found is not None and found.bias is not None, scale)
 
     def adder(self, dtype: torch.dtype) -> Adder:
-        """How to add this change, made anew each time: factors of all layers at once may be larger than the model."""
+        """How to add this change. It is made for each use: the factors of all layers may be larger than the model."""
         by_tiles = self.layer.tile_adder(dtype)
         if by_tiles is not None:
             return Adder(tiles.scaled(by_tiles, self.scale))
@@ -196,7 +196,7 @@ def check_in_memory(changes: Sequence[Change]) -> None:
                 raise StateError(f"{where} is not in memory (meta device or offloaded); nothing can be merged there.")
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise StateError(
-                    f"{where} was made under torch.inference_mode(), outside of which torch lets nobody write to it. "
+                    f"{where} was made under torch.inference_mode(), and torch refuses writes to it outside of that. "
                     "Merge under torch.inference_mode(), or load the model outside of it."
                 )
             if tensor.device.type == "cpu" and not is_writable(tensor):

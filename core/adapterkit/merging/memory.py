@@ -41,7 +41,7 @@ class _Span(NamedTuple):
         return cls(memory, start, start + (last + 1) * tensor.itemsize, tensor)
 
     def overlaps(self, other: _Span) -> bool:
-        """Whether two tensors whose spans overlap share an element. The elements of a span may leave gaps."""
+        """Whether two tensors with overlapping spans share an element. The elements of a span may leave gaps."""
         one, two = self.tensor, other.tensor
         if (self.start, self.end) == (other.start, other.end) or one.dtype != two.dtype:
             return True

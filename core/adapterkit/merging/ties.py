@@ -36,7 +36,7 @@ class Tie:
 
     Attributes:
         declarer: that module.
-        outer: the model around it whose config is written to files.
+        outer: the model around it; its config is written to files.
     """
 
     target: str
@@ -51,7 +51,7 @@ class Parting:
 
     Attributes:
         parted: the ties that end.
-        configs: the configs whose flag is cleared. The flag stays for ties of other configs.
+        configs: the configs to clear the flag in. The flag stays for ties of other configs.
         freed: the other ties for which the cleared flags stood.
     """
 
@@ -67,8 +67,8 @@ class Parting:
 
         Args:
             names: keys of the state dict that are about to get memory of their own.
-            heads: adapters whose heads are about to replace modules of the model. Ties inside a head are kept, and so
-                are ties between two heads that are tied themselves.
+            heads: adapters with heads that are about to replace modules of the model. Ties inside a head are kept, and
+                so are ties between two heads that are tied themselves.
 
         Raises:
             UnsupportedError: the model's files could not say what is parted.
@@ -214,7 +214,7 @@ def _set(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]
 
 
 def _configs_to_clear(outer: Any, parted: Sequence[Tie]) -> list[Any]:
-    """The configs whose flags say, once cleared, that these ties of `outer` have ended. None if flags cannot say it."""
+    """The configs to clear the flag in, because these ties of `outer` have ended; empty if flags cannot say it."""
     declaring = {id(t.declarer.config): t.declarer.config for t in parted if t.outer is outer}
     if any(_reads_flag(type(module)) for module in outer.modules()):  # type: ignore[arg-type]
         return []

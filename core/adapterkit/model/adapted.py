@@ -27,7 +27,7 @@ class AdaptedModel:
         active: which of them act.
         attached: `detach` was not called yet.
         size: how many numbers the base has.
-        labels_of: the adapter whose label set the model's config has now; `None`: the model's own.
+        labels_of: the adapter that the label set in the model's config belongs to; `None`: it is the model's own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,7 +229,7 @@ class AdaptedModel:
 
         Args:
             merged: all merged adapters.
-            heads: the adapters whose heads act.
+            heads: the adapters that provide the acting heads.
         """
         reshard(self.model)
         with lock:

@@ -168,7 +168,7 @@ class Adapter:
 
 
 def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, ...]:
-    """The adapters whose heads act when all of these are active. The last head at a module acts: the chosen one's.
+    """The adapters that provide the acting heads when all of these are active; the last one wins: the chosen one.
 
     Raises:
         UnknownNameError: the chosen one is not among them.

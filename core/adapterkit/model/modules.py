@@ -75,7 +75,7 @@ _GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch
 
 
 class Uncalled:
-    """Modules whose `forward` is never called, so that an adapter there would be ignored."""
+    """Modules that are never called, so that an adapter there would be ignored."""
 
     def __init__(self, modules: BaseModules) -> None:
         self._unused: dict[nn.Module, str] = {}

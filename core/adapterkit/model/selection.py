@@ -123,7 +123,7 @@ def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
 
 
 def _check_no_peft(modules: BaseModules) -> None:
-    """Raise `SelectionError` if the model has adapters of PEFT, whose layers would look like the model's own."""
+    """Raise `SelectionError` if the model has adapters of PEFT: their layers would look like the model's own."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     for module, paths in modules.paths_of.items() if peft is not None else ():
         if isinstance(module, peft.BaseTunerLayer):

@@ -1,6 +1,6 @@
-"""Switching `requires_grad` on and off without breaking graphs whose backward is still to come.
+"""Switching `requires_grad` on and off without breaking graphs that wait for their backward.
 
-A backward gives no gradient to a parameter whose `requires_grad` is off by then, even if the forward recorded it.
+A backward gives no gradient to a parameter if `requires_grad` is off by then, even if the forward recorded it.
 """
 
 from __future__ import annotations
