@@ -69,9 +69,12 @@ class Fit:
         """
         slots, values = dict(module_slots(module)), []
         extra = [local for local in given if local not in slots]
-        made_again = {local for local, _ in module.named_buffers()} if extra else set()  # those that no file holds
+        # Buffers that no file needs: `setup` makes them.
+        shared = isinstance(module, Shared)
+        made_again = [n for n, _ in module.named_buffers() if n not in slots] if extra or shared else []
         for local in extra:
             (self.ignored if local in made_again else self.unexpected).append(place + local)
+        self.exempt += [place + local for local in made_again if shared and local not in given]
         shapes = {local: tuple(given[local].shape) for local in slots if local in given}
         for local, slot in slots.items():
             slot.key = key = place + local
