@@ -295,10 +295,10 @@ class Status(Shown):
 
 
 def brief(value: object) -> str:
-    """A value of a config, cut if it would fill the screen."""
+    """A value of a config as text, cut if it would fill the screen."""
     if isinstance(value, list | tuple) and len(str(value)) > _LONGEST_VALUE:
         return f"[{', '.join(map(repr, value[:3]))}, ... {len(value):,} in all]"
-    text = str(value)
+    text = "not set" if value is None else str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
