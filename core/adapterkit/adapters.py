@@ -333,11 +333,7 @@ class Adapters:
         `requires_grad` off: with `trainable=False` the adapters act as constants.
         """
         acting = self._acting_heads("activated", names, heads, trainable=trainable)
-        before = self._active.state.active_when_merged
-        trains = names if trainable else ()
-        state = State(names, acting, trains, constant=not trainable, active_when_merged=before)
-        state.before_first = lambda: self._model.check_unchanged("activated", state.names)
-        with self._attached.block(state, trainable=trainable):
+        with self._attached.activated(names, acting, trainable=trainable):
             yield
 
     @contextmanager

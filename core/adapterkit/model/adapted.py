@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -158,15 +158,28 @@ class AdaptedModel:
         with uninterrupted() if several else nullcontext(), lock:
             for name in names if trainable else ():
                 self.adapters[name].train(for_now=block)
-            trains, merged = names if trainable else (), before.active_when_merged
-            state = State(names, heads, trains, constant=block and not trainable, active_when_merged=merged)
-            state.before_first = lambda: self.check_unchanged("activate", state.names)
+            state = self._state("activate", names, heads, trains=trainable, constant=block and not trainable)
             active.become(state)
             if changes_flags:
                 self._freeze_what_need_not_train(None if block else before.trains)
                 if not trainable and any(self.adapters[name].trains_for_now for name in names):
                     state.constant = True
             self.follow_labels()
+
+    def activated(
+        self, names: tuple[str, ...], heads: tuple[str, ...], *, trainable: bool
+    ) -> AbstractContextManager[None]:
+        """`activate` for a block."""
+        state = self._state("activated", names, heads, trains=trainable, constant=not trainable)
+        return self.block(state, trainable=trainable)
+
+    def _state(
+        self, call: str, names: tuple[str, ...], heads: tuple[str, ...], *, trains: bool, constant: bool
+    ) -> State:
+        before = self.active.state.active_when_merged
+        state = State(names, heads, names if trains else (), constant=constant, active_when_merged=before)
+        state.before_first = lambda: self.check_unchanged(call, state.names)
+        return state
 
     @contextmanager
     def block(self, state: State, *, trainable: bool) -> Iterator[None]:
