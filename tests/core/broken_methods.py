@@ -267,7 +267,15 @@ class TellsOtherLayers(Outer):
         return len(tensors["outer_v"]), len(tensors["outer_u"])
 
 
+class BranchesOnAValue(Outer):
+    class layer(OuterLayer):
+        def factors(self):
+            right = super().factors()
+            return right if bool(self.outer_u.isfinite().all()) else ak.Factors(right.up * 0, right.down)
+
+
 BROKEN: dict[type[Outer], str] = {
+    BranchesOnAValue: "check_mathematics_is_pure",
     AnnotatedWrongly: "check_annotations_match_specs",
     ConfigChangesInJson: "check_config_survives_json",
     NotTheIdentity: "check_identity_at_initialisation",

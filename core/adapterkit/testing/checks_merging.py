@@ -70,13 +70,16 @@ def check_unmerge_restores_every_bit(case: Case) -> None:
 
 
 def check_merge_rule_is_pure(case: Case) -> None:
-    """Hooks `factors` and `merge` change neither what they are given nor the adapter, and answer the same again."""
-    if "merge" not in case.method.hooks and "factors" not in case.method.hooks:
-        raise NotApplicable(CANNOT_MERGE)
+    """The merge rule changes neither what it is given nor the adapter, and answers the same again."""
+    tried = False
     for subject in case.subjects():
         subject.train()
         before = subject.tensors("a")
         for path in TARGETS:
+            layer = subject.layer(path)
+            if not case.method.defines("factors", layer) and not case.method.merges(layer):
+                continue
+            tried = True
             weight, bias = _canonical(subject, path)
             kept = weight.clone(), None if bias is None else bias.clone()
             first = _answer(case, subject, path, weight, bias)
@@ -88,6 +91,8 @@ def check_merge_rule_is_pure(case: Case) -> None:
                 expect_equal(other, one, f"The merge rule's second answer on {subject}")
         for key, tensor in subject.tensors("a").items():
             expect_equal(tensor, before[key], f"The adapter's {key!r} after its merge rule was asked on {subject}")
+    if not tried:
+        raise NotApplicable(CANNOT_MERGE)
 
 
 def _canonical(subject: Subject, path: str) -> tuple[Tensor, Tensor | None]:
@@ -208,3 +213,67 @@ def _bare(module: nn.Module) -> nn.Module:
 
     strip(duplicate := copy.deepcopy(module))
     return duplicate
+
+
+def check_mathematics_is_pure(case: Case) -> None:
+    """`factors`, `change` and `merged` read tensors alone: they change and keep nothing, and branch on no value."""
+    asked = False
+    for subject in case.subjects():
+        subject.train()
+        for path in TARGETS:
+            layer: Any = subject.layer(path)
+            for name in [n for n in ("factors", "change", "merged") if case.method.defines(n, layer)]:
+                asked, where = True, f"{type(layer).__name__}.{name} on {subject}"
+                _expect_pure(layer, name, where)
+                _expect_shapes(layer, name, where)
+    if not asked:
+        raise NotApplicable("the layers define no factors, change or merged")
+
+
+def _expect_pure(layer: Any, name: str, where: str) -> None:
+    fresh = copy.deepcopy(layer)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    first, second = _asked(layer, name), _asked(layer, name)
+    for one, other in zip(first, second, strict=True):
+        expect_equal(other, one, f"{where}, asked a second time")
+    for key, tensor in layer.state_dict().items():
+        expect_equal(tensor, before[key], f"{where} changed {key!r}")
+    with torch.no_grad():
+        for one in (layer, fresh):
+            for parameter in one.parameters():
+                parameter.mul_(1.5)
+    for found, expected in zip(_asked(layer, name), _asked(fresh, name), strict=True):
+        expect_equal(found, expected, f"{where}, asked again with other parameters (was something kept?)")
+
+
+def _expect_shapes(layer: Any, name: str, where: str) -> None:
+    """On the meta device tensors have shapes and no values."""
+    empty = copy.deepcopy(layer).to("meta")
+    if empty.shared is not None:
+        empty.shared.to("meta")
+    try:
+        found = _asked(empty, name)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Broken(f"{where}: expected shapes alone to be enough; it reads values: {error}") from error
+    out, size = layer.kind.out_features, layer.kind.in_features
+    if name == "factors" and found:
+        up, down = (tuple(f.flatten(1).shape) for f in found[:2])
+        fits = (up[0], down[-1]) == (out, size) and up[1] == down[0]
+        expect(fits, f"{where}: expected up ({out}, r) and down (r, {size}); found {up} and {down}. Are they swapped?")
+    elif found:
+        expect(found[0].shape == (out, size), f"{where}: expected ({out}, {size}); found {tuple(found[0].shape)}.")
+
+
+@torch.no_grad()
+def _asked(layer: Any, name: str) -> list[Tensor]:
+    """The tensors that a function of a layer gives."""
+    if name != "merged":
+        found = getattr(layer, name)()
+        return [found] if isinstance(found, Tensor) else [t for t in found or () if isinstance(t, Tensor)]
+    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    weight, bias = torch.ones(layer.kind.out_features, layer.kind.in_features), torch.ones(layer.kind.out_features)
+    given = weight.to(device), None if layer.kind.lookup else bias.to(device)
+    found = layer.merged(*given)
+    if device.type != "meta":
+        expect_equal(given[0], weight.to(device), f"{type(layer).__name__}.merged changed the weight it was given")
+    return [t for t in found or () if isinstance(t, Tensor)]

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from adapterkit.contract import check_hooks
+from adapterkit.contract import check_hooks, default_registry
 from adapterkit.errors import PluginError
 from adapterkit.testing.case import Broken, Case, NotApplicable, expect, expect_close, expect_equal
 from adapterkit.testing.probes import TARGETS
@@ -21,15 +21,13 @@ def check_annotations_match_specs(case: Case) -> None:
 
 
 def check_config_survives_json(case: Case) -> None:
-    """A config written to JSON and read back is the same config."""
+    """A config written to JSON is taken for this method's, and read back it is the same config."""
     for config in (case.given, case.config):
         written = json.loads(json.dumps(config.to_dict()))
         read = type(config).from_dict(written)
         expect(read == config, f"expected {config!r} to come back, found {read!r}.")
-        expect(
-            str(written.get("peft_type")).lower() == case.method.name,
-            f"expected peft_type {case.method.name.upper()!r} in the JSON, found {written.get('peft_type')!r}.",
-        )
+        owner = default_registry.claim(written, "the JSON").name
+        expect(owner == case.method.name, f"expected the JSON to be taken for {case.method.name!r}'s, not {owner!r}'s.")
 
 
 def check_identity_at_initialisation(case: Case) -> None:
@@ -42,7 +40,7 @@ def check_identity_at_initialisation(case: Case) -> None:
 
 
 def check_only_prefixed_parameters_train(case: Case) -> None:
-    """What trains are the parameters of the adapter layers, and every one's name begins with the key prefix."""
+    """What trains are the parameters of the layers and shared ones, and every one's name begins with the key prefix."""
     prefix = case.method.key_rule(case.config).prefix
     for subject in case.subjects(faults=True):
         owned = {
@@ -51,6 +49,9 @@ def check_only_prefixed_parameters_train(case: Case) -> None:
             for name, _ in subject.layer(path).named_parameters()
             if name.startswith(prefix)
         }
+        shared = subject.model._modules.get("adapter_shared")
+        for name, _ in () if shared is None else shared.named_parameters():
+            owned |= {f"adapter_shared.{name}"} if name.removeprefix("a.").startswith(prefix) else set()
         # Trained biases are the core's own, by `AdapterConfig.trained_biases`.
         training = {n for n, p in subject.model.named_parameters() if p.requires_grad and ".adapter_biases." not in n}
         expect(bool(owned), f"On {subject}: expected parameters that begin with {prefix!r}, found none.")
