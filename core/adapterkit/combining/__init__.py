@@ -1,6 +1,6 @@
-"""New adapters out of changes that are known: combine, convert, extract.
+"""New adapters from known changes: combine, convert, extract.
 
-In: the changes of adapters (or of two models), as factors. Out: one new adapter of any method that can hold them.
+In: the changes of adapters (or of two models), as factors. Out: one new adapter of any method that can express them.
 Uses: errors, results, kinds, contract, forward, model, files, merging.
 """
 

@@ -1,7 +1,7 @@
 """Reports on adapters: which layers change, which rank is enough, which adapters can be merged.
 
 In: adapters on a model or in files. Out: a `Report`, which prints as its verdicts and saves as one HTML page.
-Uses `combining` (singular values, subspaces), `disk` and `model` (where adapters come from).
+Uses: errors, tensors, kinds, contract, files, merging, model, combining, disk.
 """
 
 from adapterkit.report.report import Report, write_report

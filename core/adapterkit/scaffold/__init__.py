@@ -1,4 +1,8 @@
-"""`ak.new_package`: writes a package for a new method from templates."""
+"""`ak.new_package`: a package for a new method, written from templates.
+
+In: the name of the method. Out: a folder that installs and passes the test kit.
+Uses: errors, files, describe.
+"""
 
 from __future__ import annotations
 
