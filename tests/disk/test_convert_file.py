@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.combining import randomise, tiny
 from tests.diffusion import lycoris_file, output, text_encoder, unet
-from tests.disk.test_combine_files import classifiers, equal, mixed, read, without
+from tests.disk.test_combine_files import CONFIG, WEIGHTS, classifiers, equal, mixed, read, without
 from tests.models import build
 from torch import Tensor, nn
 
@@ -205,6 +205,13 @@ def test_heads_biases_and_half_precision_are_kept(tmp_path: Path) -> None:
     source = classifiers((2, 4)).save("b", tmp_path / "b")
     ak.convert_file(source, tmp_path / "same")
     equal(tmp_path / "same", source)
+    held, labels, config = read(source)
+    half = tmp_path / "half"
+    half.mkdir()
+    save_file({key: tensor.half() for key, tensor in held.items()}, half / WEIGHTS, labels)
+    (half / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    ak.convert_file(half, tmp_path / "same half")
+    equal(tmp_path / "same half", half)
     ak.convert_file(source, tmp_path / "small", rank=1, dtype=torch.bfloat16)
     tensors, metadata, _ = read(tmp_path / "small")
     assert metadata == read(source)[1]
