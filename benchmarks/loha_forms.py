@@ -4,7 +4,7 @@
 
 One Linear layer of `hidden x hidden`, one thread, all forms interleaved in one process; medians as multiples of
 the base layer alone, and what autograd keeps for the backward. `(!)`: the rule chose a form that takes that many
-times what the best one does. `hand` columns are raw torch; `whole` is one product with W + dW.
+times what the best one does. The forms are raw torch; `whole` is one product with W + dW.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit_loha.forms import cheapest, dense, factored, hadamard, khatri_rao, whole
+from adapterkit.forward import arithmetic
 
 Step = Callable[[Tensor], Tensor]
 KEPT = ("adapterkit", "PEFT")
@@ -44,15 +44,12 @@ def forms(hidden: int, rank: int) -> dict[str, Step]:
     state = {k.removeprefix("base_model.model."): v for k, v in peft.get_peft_model_state_dict(theirs).items()}
     adapters.load_state_dict("a", state)
     layer: Any = model.fc.adapters["a"]
-    kind, pair = layer.kind, layer.pair
+    kind = layer.kind
     return {
         "base": lambda x: F.linear(x, weight),
-        "hand dense": lambda x: F.linear(x, weight) + F.linear(x, hadamard(*pair())),
-        "hand whole": lambda x: F.linear(x, weight + hadamard(*pair())),
-        "hand factored": lambda x: F.linear(x, weight) + kind.apply(x, khatri_rao(*pair())),
-        "dense": lambda x: F.linear(x, weight) + dense(kind, x, *pair()),
-        "factored": lambda x: F.linear(x, weight) + factored(kind, x, *pair()),
-        "whole": lambda x: whole(kind, x, weight, None, pair(), 1.0),
+        "dense": lambda x: F.linear(x, weight) + F.linear(x, layer.change()),
+        "factored": lambda x: F.linear(x, weight) + kind.apply(x, layer.factors()),
+        "whole": lambda x: F.linear(x, layer.merged(weight, None)[0]),
         "adapterkit": model,
         "PEFT": theirs,
     }
@@ -111,7 +108,8 @@ def main() -> None:
             x = torch.randn(tokens, hidden, requires_grad=train)
             found = medians(steps, x, train, arguments.seconds)
             model: Any = steps["adapterkit"]
-            chosen = cheapest(model.fc.adapters["a"].kind, x, rank, trains=train, weight=True)
+            with torch.set_grad_enabled(train):
+                chosen = arithmetic._cheapest(model.fc.adapters["a"], x, weight=True)
             memory = {name: kept(steps[name], x, model if name == "adapterkit" else steps["PEFT"]) for name in KEPT}
             if i == 0:
                 names = [*list(found)[1:], *(f"MiB {name}" for name in memory if train)]

@@ -108,16 +108,13 @@ def outer_method() -> ak.Plugin:
     class OuterConfig(ak.AdapterConfig):
         method = "outer"
 
-    class OuterLayer(ak.AdapterLayer):
+    class OuterLayer(ak.LowRankLayer):
         def setup(self, target: ak.Target, config: Any) -> None:
             self.outer_u = target.new(target.out_features)
             self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
         def factors(self) -> ak.Factors:
             return ak.Factors(self.outer_u[:, None], self.outer_v[None, :])
-
-        def delta(self, x: Tensor) -> Tensor:
-            return self.kind.apply(x, self.factors())
 
     return ak.plugin(OuterConfig, OuterLayer, prefix="outer_")
 
@@ -132,14 +129,11 @@ def scaling_method(mergeable: bool) -> ak.Plugin:
         def setup(self, target: ak.Target, config: Any) -> None:
             self.scale_out = nn.Parameter(torch.ones(target.out_features))
 
-        def forward(self, x: Tensor, base: Any) -> Tensor:
+        def forward(self, base: ak.Base, x: Tensor) -> Tensor:
             return base(x) * self.kind.spread(self.scale_out)
 
-    class ScalePlugin(ak.Plugin):
-        config, layer, prefix = ScaleConfig, ScaleLayer, "scale_"
+    class MergedLayer(ScaleLayer):
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return weight * self.scale_out[:, None], None if bias is None else bias * self.scale_out
 
-    class MergeablePlugin(ScalePlugin):
-        def merge(self, layer: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return weight * layer.scale_out[:, None], None if bias is None else bias * layer.scale_out
-
-    return MergeablePlugin() if mergeable else ScalePlugin()
+    return ak.plugin(ScaleConfig, MergedLayer if mergeable else ScaleLayer, prefix="scale_")

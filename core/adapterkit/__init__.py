@@ -9,12 +9,13 @@ from adapterkit.contract import (
     AdapterConfig,
     AdapterLayer,
     Combiner,
-    FactorStack,
+    DenseLayer,
     ForeignFile,
     ForeignLayer,
     Format,
     Holder,
     KeyRule,
+    LowRankLayer,
     Plugin,
     Registry,
     Shared,
@@ -38,7 +39,7 @@ from adapterkit.errors import (
     UnsupportedError,
 )
 from adapterkit.features import features
-from adapterkit.forward import declare_reader, effective_weight
+from adapterkit.forward import Base, declare_reader, effective_weight
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import Selection, select
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
@@ -111,13 +112,14 @@ __all__ = [
     "AdapterWarning",
     "Adapters",
     "AddReport",
+    "Base",
     "Checkpoint",
     "CheckpointError",
     "CombineReport",
     "Combiner",
     "ConfigError",
+    "DenseLayer",
     "ExtensionInfo",
-    "FactorStack",
     "Factors",
     "ForeignFile",
     "ForeignLayer",
@@ -128,6 +130,7 @@ __all__ = [
     "LayerInspection",
     "LayerKind",
     "LoadReport",
+    "LowRankLayer",
     "MergeReport",
     "MethodInfo",
     "MethodsReport",

@@ -356,10 +356,10 @@ class Adapters:
         """A different adapter, or none, for each row of a batch, for a `with` block in this thread.
 
         Equal to running each row alone with its adapter, with its head and trained biases; rows of `None` get the bare
-        model. With additive adapters of methods that have `AdapterLayer.stacked`, the cost does not depend on the
-        number of adapters; with others the adapted layers run on the rows of one adapter after another. A batch may
-        hold each row several times in a row, as `generate` does for beams. Merged adapters act on all rows. A
-        `backward` may come after the block (see `activated`).
+        model. With adapters that have factors (`LowRankLayer`, LoHa) the cost does not depend on the number of
+        adapters; with others the adapted layers run on the rows of one adapter after another. A batch may hold each
+        row several times in a row, as `generate` does for beams. Merged adapters act on all rows. A `backward` may
+        come after the block (see `activated`).
 
         Args:
             names: an adapter or `None` for each row.

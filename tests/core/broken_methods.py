@@ -24,16 +24,13 @@ class OuterConfig(ak.AdapterConfig):
     scale: float = 0.5
 
 
-class OuterLayer(ak.AdapterLayer):
+class OuterLayer(ak.LowRankLayer):
     def setup(self, target: ak.Target, config: OuterConfig) -> None:
         self.outer_u = target.new(target.out_features)
         self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
     def factors(self) -> ak.Factors:
         return ak.Factors(self.config.scale * self.outer_u[:, None], self.outer_v[None, :])
-
-    def delta(self, x: Tensor) -> Tensor:
-        return self.kind.apply(x, self.factors())
 
 
 class Outer(ak.Plugin):
@@ -59,8 +56,8 @@ class MergedLayer(ak.AdapterLayer):
     def dense(self):
         return OuterLayer.factors(self).delta()
 
-    def delta(self, x):
-        return self.kind.apply(x, OuterLayer.factors(self))
+    def forward(self, base, x):
+        return base(x) + self.kind.apply(x, OuterLayer.factors(self))
 
 
 class ImpureMerge(Outer):
@@ -80,8 +77,8 @@ class MergeChangesTheAdapter(ImpureMerge):
 
 class ForgottenScale(Outer):
     class layer(OuterLayer):
-        def delta(self, x):
-            return super().delta(x) / self.config.scale
+        def forward(self, base, x):
+            return base(x) + self.kind.apply(x, self.factors()) / self.config.scale
 
 
 class WritesToTheBase(Outer):
@@ -90,9 +87,9 @@ class WritesToTheBase(Outer):
             super().setup(target, config)
             self.module = [target.module]
 
-        def delta(self, x):
+        def factors(self):
             self.module[0].weight.data.mul_(1.01)  # behind autograd's back
-            return super().delta(x)
+            return super().factors()
 
 
 class SharedOuter(Outer):
@@ -130,10 +127,10 @@ class DependsOnTheOrder(Outer):
     class layer(OuterLayer):
         last: ClassVar[Any] = None
 
-        def delta(self, x):
+        def forward(self, base, x):
             second = DependsOnTheOrder.layer.last is x
             DependsOnTheOrder.layer.last = x
-            return super().delta(x) * (0.5 if second else 1.0)
+            return base(x) + self.kind.apply(x, self.factors()) * (0.5 if second else 1.0)
 
 
 class BufferNotSaved(Outer):
@@ -153,15 +150,15 @@ class NotPicklable(Outer):
             super().setup(target, config)
             self.of: Callable[[Tensor], Tensor] = lambda x: x
 
-        def delta(self, x):
-            return self.of(super().delta(x))
+        def factors(self):
+            return ak.Factors(self.of(super().factors().up), self.outer_v[None, :])
 
 
 class BreaksTheGraph(Outer):
     class layer(OuterLayer):
-        def delta(self, x):
+        def factors(self):
             torch._dynamo.graph_break()
-            return super().delta(x)
+            return super().factors()
 
 
 class WrongExempt(Outer):
@@ -182,9 +179,9 @@ class InventsWhatIsMissing(Outer):
 
 class AnotherDtype(Outer):
     class layer(OuterLayer):
-        def forward(self, x, base):
-            out = base(x)
-            return out + self.delta(x) if out.dtype == torch.float32 else (out + self.delta(x)).float()
+        def factors(self):
+            right = super().factors()
+            return right._replace(up=right.up.float())
 
 
 class NotTheIdentity(Outer):
@@ -245,9 +242,9 @@ class CopiesItselfNot(Outer):
 
 class TrainsNothing(Outer):
     class layer(OuterLayer):
-        def delta(self, x):
-            right = self.factors()
-            return self.kind.apply(x, ak.Factors(right.up, right.down.detach()))
+        def factors(self):
+            right = super().factors()
+            return ak.Factors(right.up, right.down.detach())
 
 
 class SavesTooMuch(Outer):
@@ -258,8 +255,8 @@ class SavesTooMuch(Outer):
 class AnnotatedWrongly(Outer):
     """Its annotation is put there once it is registered: registration would refuse it."""
 
-    def merge(self, layer, weight, bias):
-        return weight + layer.factors().delta(), bias
+    def to_file(self, config, tensors):
+        return config, tensors
 
 
 class TellsOtherLayers(Outer):

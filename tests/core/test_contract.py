@@ -28,8 +28,9 @@ class ShiftLayer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: ShiftConfig) -> None:
         self.shift_by = target.new(target.out_features)
 
-    def delta(self, x: Tensor) -> Tensor:
-        return self.shift_by.expand(*x.shape[:-1], -1)
+    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
+        out: Tensor = base(x) + self.shift_by
+        return out
 
 
 @ak.hookimpl
@@ -377,16 +378,15 @@ def test_saving_with_a_hook_that_is_wrong_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_layer_that_says_nothing_of_its_effect(registered: Callable[..., Any]) -> None:
-    class Nothing(ak.AdapterLayer):
-        pass
-
-    third = Third(lambda target: Nothing(target, None), calls=2)
-    registered(inject=third.hook())
-    model = net()
-    ak.attach(model).add("x", ShiftConfig(target_modules=["overhead"]))
-    with pytest.raises(ak.UnsupportedError, match="Nothing must define delta"):
-        model(torch.tensor([[1, 2]]))
+@pytest.mark.parametrize(
+    ("base", "needs"), [(ak.AdapterLayer, "merged or forward"), (ak.LowRankLayer, "factors"), (ak.DenseLayer, "change")]
+)
+def test_a_layer_that_lacks_what_its_base_needs_is_refused_where_it_is_defined(base: Any, needs: str) -> None:
+    with pytest.raises(ak.PluginError) as caught:
+        type("Nothing", (base,), {"setup": ShiftLayer.setup})
+    assert str(caught.value) == (
+        f"Nothing is a subclass of {base.__name__}, so it must define {needs}: see adapterkit.{base.__name__}."
+    )
 
 
 def test_plugin_that_is_not_hashable() -> None:
@@ -402,7 +402,7 @@ def specs() -> dict[str, Any]:
 
 
 def test_specs_are_those_of_the_design() -> None:
-    methods = {"config_type", "key_rule", "targets", "inject", "merge", "to_file", "from_file", "from_factors"}
+    methods = {"config_type", "key_rule", "targets", "inject", "to_file", "from_file", "from_factors"}
     assert set(specs()) == methods | {"sizes", "formats", "layer_kinds", "combiners"}
     assert set(hookspecs.REQUIRED) == {"config_type", "key_rule", "inject"}
 

@@ -40,8 +40,9 @@ class ShiftLayer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: Any) -> None:
         self.shift_by = target.new(target.out_features)
 
-    def delta(self, x: Tensor) -> Tensor:
-        return self.shift_by.expand(*x.shape[:-1], -1)
+    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
+        out: Tensor = base(x) + self.shift_by
+        return out
 
 
 class ShiftFormat(ak.Format):

@@ -18,6 +18,7 @@ from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.forward import delta
 from adapterkit_lora import LoraConfig
 
 Trained = Callable[..., ak.Adapters]
@@ -223,7 +224,7 @@ def test_autocast_computes_the_adapter_in_the_autocast_dtype_and_gives_float32_g
     layer = model.bert.encoder.layer[0].attention.self.query
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(torch.ones(2, 16))
-        assert layer.adapters["a"].delta(torch.ones(2, 16)).dtype == torch.bfloat16
+        assert delta(layer.adapters["a"], torch.ones(2, 16)).dtype == torch.bfloat16
         assert {g.dtype for g in gradients(model, adapters, "a", inputs("bert")).values()} == {torch.float32}
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), layer(torch.ones(2, 16)), atol=0.05, rtol=0.05)

@@ -19,13 +19,17 @@ class OuterConfig(ak.AdapterConfig):
     method = "outer"
 
 
-class OuterLayer(ak.AdapterLayer):
+class OuterLayer(ak.LowRankLayer):
     """`dW = u v^T`."""
 
     def setup(self, target: ak.Target, config: OuterConfig) -> None:
         """Make u and v."""
         self.outer_u = target.new(target.out_features)
         self.outer_v = ak.Holder(weight=target.new(target.in_features, init=nn.init.normal_), bias=None)
+
+    def factors(self) -> ak.Factors:
+        """See `LowRankLayer.factors`."""
+        return ak.Factors(self.outer_u[:, None], self.outer_v.weight[None])
 
 
 def target(module: nn.Module, dtype: torch.dtype = torch.float32, **changes: Any) -> ak.Target:
@@ -65,7 +69,7 @@ def test_a_new_parameter_has_the_dtype_of_the_target_and_begins_as_it_is_told() 
     assert torch.equal(filled, torch.full((4,), 3.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("place", [{"load": True}, {"device": torch.device("meta")}], ids=["load", "meta"])
+@pytest.mark.parametrize("place", [{"file": {}}, {"device": torch.device("meta")}], ids=["load", "meta"])
 def test_nothing_is_filled_where_values_are_to_come_or_there_is_no_memory(place: Any) -> None:
     def refuse(parameter: Tensor) -> None:
         raise AssertionError

@@ -211,8 +211,8 @@ def test_the_factors_of_all_layers_are_never_there_at_once(monkeypatch: pytest.M
     most = [0]
     original = Method.factors
 
-    def watched(self: Method, layer: ak.AdapterLayer) -> ak.Factors | None:
-        found = original(self, layer)
+    def watched(self: Method, layer: ak.AdapterLayer, *dtype: torch.dtype) -> ak.Factors | None:
+        found = original(self, layer, *dtype)
         assert found is not None
         alive.append(weakref.ref(found.up))
         most[0] = max(most[0], sum(ref() is not None for ref in alive))

@@ -23,18 +23,18 @@ def raises(**arguments: Any) -> Any:
 
 
 FAULTS: list[tuple[str, Any, str]] = [
-    ("merge", raises, "merge raised ZeroDivisionError: by zero."),
-    ("merge", lambda **_: torch.zeros(1), "merge returned a Tensor; it must return a tuple or None."),
+    ("merged", raises, "merged raised ZeroDivisionError: by zero."),
+    ("merged", lambda **_: torch.zeros(1), "merged returned a Tensor; it must return a tuple."),
     (
-        "merge",
+        "merged",
         lambda **_: (torch.zeros(1), None),
-        "merge must return (weight, bias), the weight of the shape it was given.",
+        "merged must return (weight, bias), the weight of the shape it was given.",
     ),
-    ("merge", lambda **_: (None, None), "merge must return (weight, bias), the weight of the shape it was given."),
+    ("merged", lambda **_: (None, None), "merged must return (weight, bias), the weight of the shape it was given."),
     (
-        "merge",
+        "merged",
         lambda weight, bias, **_: (weight, torch.zeros(1) if bias is None else None),
-        "merge must return as the bias of '1' a tensor of shape (4,); to refuse, return None alone.",
+        "merged must return as the bias of '1' a tensor of shape (4,).",
     ),
 ]
 
@@ -68,16 +68,15 @@ def faulty(hook: str, wrong: Any) -> Outer:
     answer = Counting(merged, wrong)
 
     class Merges(Outer):
-        layer = MergedLayer
-
-        def merge(self, layer, weight, bias):
-            return answer(layer=layer, weight=weight, bias=bias)
+        class layer(MergedLayer):
+            def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+                return answer(layer=self, weight=weight, bias=bias)
 
     class Reads(Outer):
         def from_file(self, config, tensors):
             return wrong(config=config, tensors=tensors)
 
-    return Merges() if hook == "merge" else Reads()
+    return Merges() if hook == "merged" else Reads()
 
 
 def model_with_both() -> tuple[nn.Module, ak.Adapters]:
@@ -101,7 +100,7 @@ def test_merge_rule_that_fails_half_way_changes_nothing(hook: str, wrong: Any, m
         out = model(x)
         with pytest.raises(ak.PluginError) as caught:
             adapters.merge("bad", keep_base=keep_base)
-        assert str(caught.value) == f"{WHO} (Merges): its hook {message}"
+        assert str(caught.value) == f"{WHO} (Merges): layer.{message}"
         assert adapters.merged == ()
         assert adapters.active == ("bad",)
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -137,7 +136,7 @@ def test_load_that_fails_in_the_plugin_changes_nothing(wrong: Any, message: str,
     ("answer", "message"),
     [
         (raises, "layer.factors raised ZeroDivisionError: by zero."),
-        (lambda *_: 3, "layer.factors returned a int; it must return Factors or None."),
+        (lambda *_: 3, "layer.factors returned a int; it must return a Factors."),
     ],
 )
 def test_factors_that_are_wrong_are_named(answer: Any, message: str) -> None:
@@ -145,8 +144,9 @@ def test_factors_that_are_wrong_are_named(answer: Any, message: str) -> None:
         def factors(self) -> Any:
             return answer()
 
-        def delta(self, x: torch.Tensor) -> torch.Tensor:
-            return self.kind.apply(x, OuterLayer.factors(self))
+        def forward(self, base: ak.Base, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = base(x)
+            return out
 
     with registered(type("Plugin", (Outer,), {"layer": layer})()):
         _, adapters = model_with_both()
@@ -157,7 +157,7 @@ def test_factors_that_are_wrong_are_named(answer: Any, message: str) -> None:
 
 def test_merge_with_a_method_that_has_no_merge_rule() -> None:
     class layer(ak.AdapterLayer):
-        setup, delta = OuterLayer.setup, MergedLayer.delta
+        setup, forward = OuterLayer.setup, MergedLayer.forward
 
     with registered(type("Plugin", (Outer,), {"layer": layer})()):
         model, adapters = model_with_both()

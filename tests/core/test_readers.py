@@ -126,8 +126,20 @@ class ScaleLayer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: ScaleConfig) -> None:
         self.scale_s = target.new(target.out_features, init=1.5)
 
-    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        return base(x) * self.scale_s
+    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
+        out: Tensor = base(x)
+        return out * self.scale_s
+
+
+class MergedLayer(ScaleLayer):
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale_s[:, None], None if bias is None else bias * self.scale_s
+
+
+class StoppingLayer(ScaleLayer):
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        s = self.scale_s.detach()
+        return weight * s[:, None], None if bias is None else bias * s
 
 
 class Scale(ak.Plugin):
@@ -135,16 +147,13 @@ class Scale(ak.Plugin):
 
 
 class Merges(Scale):
-    def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * layer.scale_s[:, None], None if bias is None else bias * layer.scale_s
+    layer = MergedLayer
 
 
 class Stops(Scale):
     """Its merge rule stops gradients."""
 
-    def merge(self, layer: ScaleLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        s = layer.scale_s.detach()
-        return weight * s[:, None], None if bias is None else bias * s
+    layer = StoppingLayer
 
 
 @pytest.fixture
@@ -156,7 +165,7 @@ def scaled(net: Outer) -> Iterator[Callable[[object], ak.Adapters]]:
         return adapters
 
     yield make
-    readers.default_registry.unregister("scale")
+    ak.default_registry.unregister("scale")
 
 
 def test_method_that_is_no_sum_is_read_by_its_merge_rule(net: Outer, scaled: Callable[..., ak.Adapters]) -> None:
@@ -258,7 +267,7 @@ def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer
     adapters.add("a", LoraConfig(r=2, target_modules=["read"]))
     set_parameters(adapters, "a")
     (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
-    exact = net.reader.read.weight.float() + layer.factors().up @ layer.factors().down
+    exact = net.reader.read.weight.float() + layer.factors().delta()
     found = ak.effective_weight(net.reader.read)
     assert found is not None
     assert found.dtype == torch.bfloat16
@@ -683,7 +692,7 @@ def test_parametrization_below_the_adapter_is_read_with_it(net: Outer) -> None:
     plain = net.reader.read.weight.detach().clone()
     found = ak.effective_weight(net.reader.read)
     (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
-    torch.testing.assert_close(found, plain + layer.factors().up @ layer.factors().down, **CLOSE)
+    torch.testing.assert_close(found, plain + layer.factors().delta(), **CLOSE)
 
 
 def test_parametrization_put_on_later_is_refused(net: Outer, trained: Trained) -> None:

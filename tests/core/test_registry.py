@@ -52,12 +52,9 @@ TWIN = (
     .replace("inject(target)", "inject(target, config)")
     .replace("return None", "return Layer(target, config)")
     + """
-    class Layer(ak.AdapterLayer):
+    class Layer(ak.LowRankLayer):
         def setup(self, target, config):
             self.lora_A, self.lora_B = target.new(target.in_features, init=1.0), target.new(target.out_features)
-
-        def delta(self, x):
-            return self.kind.apply(x, self.factors())
 
         def factors(self):
             return ak.Factors(self.lora_B[:, None], self.lora_A[None])
@@ -245,7 +242,7 @@ class ScaleLayer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: ScaleConfig) -> None:
         self.scale_by = target.new(target.out_features, init=1.0)
 
-    def forward(self, x: Tensor, base: Any) -> Tensor:
+    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
         out: Tensor = base(x)
         return out * self.scale_by
 
@@ -261,7 +258,7 @@ class MoveLayer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: MoveConfig) -> None:
         self.move_by = target.new(target.in_features)
 
-    def forward(self, x: Tensor, base: Any) -> Tensor:
+    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
         out: Tensor = base(x + self.move_by * self.shared.move_all)
         return out
 

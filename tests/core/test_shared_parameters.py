@@ -23,7 +23,7 @@ class BankConfig(ak.AdapterConfig):
     method = "bank"
 
 
-class BankLayer(ak.AdapterLayer):
+class BankLayer(ak.LowRankLayer):
     """`dW = scale * (u B) (v B)^T`: two mixtures of the bank's vectors; a fixed sign is in the file, a scale is not."""
 
     bank_sign: Tensor
@@ -39,9 +39,6 @@ class BankLayer(ak.AdapterLayer):
         bank = self.shared.bank_vectors
         up, down = self.bank_u @ bank[:, : self.kind.out_features], self.bank_v @ bank[:, : self.kind.in_features]
         return ak.Factors(up[:, None] * self.bank_scale * self.bank_sign, down[None])
-
-    def delta(self, x: Tensor) -> Tensor:
-        return self.kind.apply(x, self.factors())
 
 
 ENTRIES = 3

@@ -22,7 +22,7 @@ from adapterkit.errors import AdapterWarning, ConfigError, StateError, Unsupport
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import Adapter, LabelSet
 from adapterkit.results import CombineReport
-from adapterkit.tensors import module_slots, widened
+from adapterkit.tensors import module_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +236,13 @@ def _seeded(recipe: Recipe, seed: int | None, path: str, factors: Factors) -> Re
 def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtype: torch.dtype) -> Factors:
     """The exact change of an adapter at one of its targets, computed in this dtype or a wider one.
 
+    A number that scales the change stays in `scale`.
+
     Raises:
         UnsupportedError: the change has no low-rank form.
         StateError: the change has no values, or values that are not finite.
     """
-    with widened(layer, dtype):
-        found = method.factors(layer)
+    found = method.factors(layer, dtype, scaled=False)
     if found is None:
         instead = "Merge it (adapters.merge), or activate" if method.merges(layer) else "Activate"
         raise UnsupportedError(

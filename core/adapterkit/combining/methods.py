@@ -42,7 +42,7 @@ def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe
     Returns:
         The factors of the result, and the relative error of truncation.
     """
-    sources = _alike(sources)
+    sources = _alike(sources if recipe.space == "factors" else [f.folded() for f in sources])
     bias = _combined_bias(sources, weights, recipe)
     decomposed = recipe.isotropize or recipe.rank is not None or recipe.energy is not None
     if recipe.space == "delta" and not (recipe.linear or recipe.combiner.rotates):
@@ -85,11 +85,11 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Re
             f"space='factors' combines the factors entry by entry, so all ranks must be equal, not {sorted(ranks)}. "
             "Use space='delta' or space='core'."
         )
-    scaled = [w * f.scale for f, w in zip(sources, weights, strict=True)]
+    scaled = [w * float(f.scale) for f, w in zip(sources, weights, strict=True)]
     sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled], dtype=torch.float64)
     signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled], dtype=torch.float64)
     downs = torch.stack([f.down for f in sources])
-    ups = torch.stack([f.up / (f.scale or 1.0) for f in sources])
+    ups = torch.stack([f.up for f in sources])
     down = recipe.combiner.function(downs, sizes * signs, recipe.options)
     return Factors(recipe.combiner.function(ups, sizes, recipe.options), down)
 
@@ -114,7 +114,7 @@ def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
 
 def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor | None:
     """The weighted sum of the changes of the bias, for every method: a vector has few entries."""
-    found = [w * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
+    found = [w * f.scale * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
     return torch.stack(found).sum(0) if found else None
 
 

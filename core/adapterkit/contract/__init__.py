@@ -32,7 +32,7 @@ from adapterkit.contract.keys import (
     strip_file_prefix,
     unwrapped_key,
 )
-from adapterkit.contract.layers import AdapterLayer, FactorStack, Holder, kaiming
+from adapterkit.contract.layers import AdapterLayer, DenseLayer, Holder, LowRankLayer, kaiming, twin, widened
 from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
 from adapterkit.contract.plugins import Plugin, check_hooks, combiners_of, kinds_of, plugin
@@ -56,13 +56,14 @@ __all__ = [
     "AdapterConfig",
     "AdapterLayer",
     "Combiner",
-    "FactorStack",
+    "DenseLayer",
     "ForeignFile",
     "ForeignLayer",
     "Format",
     "Holder",
     "Installed",
     "KeyRule",
+    "LowRankLayer",
     "MajoritySign",
     "Method",
     "Names",
@@ -89,5 +90,7 @@ __all__ = [
     "split_memory_key",
     "strip_file_prefix",
     "switched_off",
+    "twin",
     "unwrapped_key",
+    "widened",
 ]

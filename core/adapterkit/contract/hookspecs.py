@@ -86,16 +86,6 @@ def inject(target: Target, config: AdapterConfig, shared: Shared | None) -> Adap
 
 
 @hookspec(firstresult=True)
-def merge(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """Merge rule: the weight and the bias with the adapter worked in.
-
-    By default what the layer's own `factors`, `change` or `merged` says. Pure: `weight`, canonical `(out, in)` in
-    float32 or float64, and `bias`, `(out,)` or `None`, are not changed. `None` in place of the pair says that this
-    layer cannot be merged.
-    """
-
-
-@hookspec(firstresult=True)
 def to_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
     """Save rule: the config and the tensors that a file holds for this config and these tensors.
 

@@ -1,24 +1,20 @@
-"""AdapterLayer: the small module that one adapter has at one target."""
+"""The three base classes of adapter layers, the small modules that one adapter has at its targets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.contract.target import Target
-from adapterkit.errors import CheckpointError, UnsupportedError
-from adapterkit.kinds import AddTile, Factors, LayerKind
+from adapterkit.errors import CheckpointError, PluginError, UnsupportedError
+from adapterkit.kinds import Factors, LayerKind
 
-Base = Callable[[Tensor], Tensor]
-
-# What a method may have beside `delta`, and what must be of the same class as it.
-_FASTER = {"add_to", "with_weight", "stacked", "adopt"}
+if TYPE_CHECKING:
+    from adapterkit.forward import Base
 
 
 class Holder(nn.Module):
@@ -40,21 +36,38 @@ def kaiming(parameter: Tensor) -> None:
 
 
 class AdapterLayer(nn.Module):
-    """What a method puts at one target. It owns parameters, and never the target's.
+    """One adapter at one target: its parameters and what they do to the layer. `merged` is enough.
 
-    An author writes no `__init__`: `setup` makes the parameters and buffers.
+    A layer has `self.kind`, `self.config` (patterns worked in) and `self.shared`; an author writes no `__init__`. Its
+    mathematics is a pure function of its parameters and buffers: `factors`, `change` and `merged` read tensors, change
+    and keep nothing, and branch on no value. So the core may ask them with other values: in float32 for a merge, and
+    again in a backward in place of keeping what they built.
 
-    An additive method defines `delta(x)`, what is added to the layer's output; several such layers at
-    one target are summed. Any other method overrides `forward(x, base)`; of several, the first active
-    is the innermost.
+    Parameters are float32 on a half-precision layer. What the core gives a layer has its parameters' dtype, and the
+    core casts back what the layer returns.
+
+    Attributes:
+        dropout: probability of dropping each entry of the change's input, in training.
+        row_dropout: probability of leaving each row of the change out, in training; the others are divided by the
+            share that is left, unless `row_dropout_rescales` is false.
+        module_dropout: probability of leaving the whole change out, in each forward in training.
+        method: the name of the method that made it; set by the core.
+
+    Raises:
+        PluginError: where a subclass is defined that lacks what its base class needs.
     """
 
     kind: LayerKind
     config: Any
-    # What all layers of the adapter share, or `None`.
     shared: Any
-    # The name of the method that made it; set by the core.
+    dropout: float = 0.0
+    row_dropout: float = 0.0
+    row_dropout_rescales: bool = True
+    module_dropout: float = 0.0
     method: str = ""
+
+    # One of these a subclass must define.
+    _needs: ClassVar[tuple[str, ...]] = ("merged", "forward")
 
     def __init__(self, target: Target, config: Any, shared: Any = None) -> None:
         super().__init__()
@@ -62,69 +75,39 @@ class AdapterLayer(nn.Module):
         self.__dict__.update(kind=target.kind, config=config, shared=shared)
         self.setup(target, config)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = next(c for c in cls.__mro__ if c.__module__ == __name__)
+        if cls is not base and all(getattr(cls, name) is getattr(base, name) for name in cls._needs):
+            raise PluginError(
+                f"{cls.__name__} is a subclass of {base.__name__}, so it must define {' or '.join(cls._needs)}: see "
+                f"adapterkit.{base.__name__}."
+            )
+
     def setup(self, target: Target, config: Any) -> None:
         """Make the parameters and buffers, with `target.new(...)`. Called once: when an adapter is added or loaded."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "delta" in cls.__dict__:  # what is inherited computes another delta
-            for name in _FASTER - cls.__dict__.keys():
-                setattr(cls, name, AdapterLayer.__dict__[name])
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's weight `(out, in)` and bias `(out,)` with the adapter worked in; neither is changed in place.
 
-    def delta(self, x: Tensor) -> Tensor:
-        """What this adapter adds to the layer's output for the layer's input `x`."""
-        raise UnsupportedError(f"{type(self).__name__} must define delta(x) or override forward(x, base).")
-
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """`out + delta(x)`, not in place: the layer's output `out` with this adapter's part, in the wider dtype.
-
-        A method overrides this where it can add with less work than by making `delta(x)` first.
+        Raises:
+            UnsupportedError: the adapter's effect is no change of the weight.
         """
-        return out + self.delta(x)
+        raise UnsupportedError(f"A {type(self).__name__} cannot be merged. Leave the adapter active.")
 
-    @classmethod
-    def stacked(cls, layers: Sequence[Self], slots: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        """What many layers at one target add, each to its own row: `Adapters.per_sample` at the speed of one adapter.
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """The layer's output; by default what `merged` says. Override it to be faster, or where no weight can say it.
 
-        A method overrides this, most with `FactorStack`. `slots (rows,)` has the place in `layers` of each row's;
-        `None`: there is a row for each of the layers, in their order. The function returned gives for
-        `x (rows, tokens, in)` what `layers[slots[i]].delta(x[i])` is for each row `i`, `(rows, tokens, out)`. It is
-        called once and not kept. Asked only for layers whose kind `is_plain`. `None`, the default: the layers are
-        called in turn.
+        With `dropout`, and by default: `base(x) + (merged(W) - W) dropout(x)`.
         """
-        return None
-
-    def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The layer's output from one product with its own `weight` changed by `dW`, or `None`: add to it instead.
-
-        A method overrides this where that can be cheaper than `add_to`. It is asked when it is the only adapter at a
-        layer that computes plainly (`LayerKind.is_plain_forward`), with a frozen weight of `x`'s dtype, float32 or
-        float64, in memory, and neither under autocast nor under functorch's transforms. The dtype of its own parameters
-        may be another.
-
-        Args:
-            weight: `(out, in)`, see `LayerKind.read`; not to be changed.
-            bias: the layer's.
-        """
-        return None
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        """The layer's output, where `base(x)` is what it is without this adapter (the layer's bias included)."""
-        out = base(x)
-        return self.add_to(out, x).to(out.dtype)
-
-    def tile_adder(self, dtype: torch.dtype) -> AddTile | None:
-        """How to add `dW` to a weight with less work than by its factors; `None`, the default: by them.
-
-        For an additive method whose factors have so high a rank that making entries of `dW` costs less than
-        multiplying by them. It changes no bias.
-
-        Returns:
-            `add(block, rows, columns)`, which adds `dW[rows, columns]`, scaling included, to `block` in place. The
-            block, of this dtype, is a part of the canonical `(out, in)` weight or a copy of it, and may be transposed
-            in memory.
-        """
-        return None
+        weight, bias = base.weight(), base.bias()
+        changed, shifted = self.merged(weight, bias)
+        if not (self.training and self.dropout):
+            out: Tensor = base.with_weight(x, changed, shifted)
+            return out
+        shift = shifted if bias is None or shifted is None else shifted - bias
+        dropped: Tensor = base(x) + self.kind.apply_weight(x, changed - weight, shift, self.dropout)
+        return dropped
 
     def adopt(self, other: Self | None) -> Mapping[str, Tensor]:
         """The tensors, by their names here, with which this layer does what `other` does: `Adapters.swap`.
@@ -155,53 +138,94 @@ class AdapterLayer(nn.Module):
 
     @property
     def additive(self) -> bool:
-        """Whether the adapter's effect is `base(x) + delta(x)` and nothing else."""
-        return type(self).forward is AdapterLayer.forward
+        """Whether the adapter adds a change to the weight that does not depend on the weight."""
+        return isinstance(self, LowRankLayer | DenseLayer)
 
     @property
-    def changes_weight(self) -> bool:
-        """Whether the method has `with_weight`."""
-        return type(self).with_weight is not AdapterLayer.with_weight
+    def summed(self) -> bool:
+        """Whether the core adds the change to the output by itself: it is additive and has no `forward` of its own."""
+        return isinstance(self, LowRankLayer | DenseLayer) and type(self).forward is AdapterLayer.forward
 
 
-class FactorStack:
-    """`x[i] down_i^T up_i^T (+ bias_i)` for each row `i`, with `up_i, down_i` the factors at `slots[i]`.
+class LowRankLayer(AdapterLayer):
+    """A change of low rank: a subclass defines `factors`."""
 
-    Ranks may differ: smaller ones are filled up with zeros. Called with `x (rows, tokens, in)` it gives
-    `(rows, tokens, out)`, in the widest dtype of the factors; two products whatever the number of factors.
-    It holds `rows * r * (in + out)` numbers.
+    _needs = ("factors",)
 
-    Args:
-        factors: one for each adapter, all for one layer.
-        slots: `(rows,)`, which of them each row has; `None`: the rows have one each, in this order.
+    def factors(self) -> Factors:
+        """The change: `dW = scale * up @ diag(mid) @ down`, in the shapes of files or as matrices."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterLayer.merged`.
+
+        Raises:
+            UnsupportedError: the factors act across the groups of a convolution.
+        """
+        factors = self.factors().flat()
+        if self.kind.is_ungrouped(factors):
+            raise UnsupportedError(
+                "The factors act across the groups of a convolution, so no weight of the layer's shape equals them. "
+                "Leave the adapter active."
+            )
+        up, down, shift, *_ = factors.folded(weight.dtype)
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return torch.addmm(weight, up, down), bias
+
+
+class DenseLayer(AdapterLayer):
+    """A change that is a whole matrix: a subclass defines `change`.
+
+    With `rank` and `factors` the core chooses the cheapest of factors, `dW` and `W + dW` for each input.
+
+    Attributes:
+        rank: of the exact factors, if there are any that are worth it.
+        few: `few(x)`, optional: `x dW^T` for `x (tokens, in)` with up to 4 tokens, without building a matrix.
+        tile: `tile(rows, columns)`, optional: `dW[rows, columns]` of two slices, so that a merge never has the whole.
     """
 
-    def __init__(self, factors: Sequence[Factors], slots: Tensor | None) -> None:
-        rank = max(f.rank for f in factors)
-        dtype = reduce(torch.promote_types, (f.up.dtype for f in factors))
-        # Measured: these two layouts are the ones in which a product with few tokens runs over rows of memory.
-        self.down = by_row([_filled(f.down.to(dtype), rank) for f in factors], slots)
-        self.up = by_row([_filled(f.up.to(dtype).t(), rank) for f in factors], slots)
-        self.bias: Tensor | None = None
-        if any(f.bias is not None for f in factors):
-            none = self.up.new_zeros(self.up.shape[2])
-            biases = [none if f.bias is None else f.bias.to(dtype) for f in factors]
-            self.bias = by_row(biases, slots)[:, None]
+    rank: int | None = None
+    few: Any = None
+    tile: Any = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See the class."""
-        hidden = torch.bmm(x.to(self.down.dtype), self.down.mT)
-        if self.bias is None:
-            return torch.bmm(hidden, self.up)
-        return torch.baddbmm(self.bias, hidden, self.up)
+    _needs = ("change",)
 
+    def change(self) -> Tensor:
+        """The change `dW` `(out, in)`, scaling included."""
+        raise NotImplementedError
 
-def by_row(tensors: Sequence[Tensor], slots: Tensor | None) -> Tensor:
-    """`(rows, ...)`: for each row the tensor at its slot; without slots they are the rows' in turn."""
-    stacked = torch.stack(list(tensors))
-    return stacked if slots is None else stacked.index_select(0, slots)
+    def factors(self) -> Factors:
+        """Exact factors of `change()`, of rank `self.rank`; by default with an identity matrix."""
+        change = self.change()
+        one = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
+        return Factors(one, change) if change.shape[0] <= change.shape[1] else Factors(change, one)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterLayer.merged`; a subclass may do it in one pass."""
+        return weight + self.change().to(weight.dtype), bias
 
 
-def _filled(matrix: Tensor, rank: int) -> Tensor:
-    missing = rank - matrix.shape[0]
-    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+def twin(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    """`module` with other tensors in the place of its parameters and buffers, for one computation.
+
+    The module itself stays as it is, so that other threads may use it.
+    """
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers"):
+        held = getattr(module, registry)
+        other.__dict__[registry] = {name: t if t is None else change(t) for name, t in held.items()}
+    other.__dict__["_modules"] = {n: m if m is None else twin(m, change) for n, m in module._modules.items()}
+    return other
+
+
+def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
+    """The layer with its parameters and floating buffers in `dtype` where they have less; itself if none has."""
+
+    def narrow(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+
+    if not any(map(narrow, layer.parameters())) and not any(map(narrow, layer.buffers())):
+        return layer
+    return twin(layer, lambda tensor: tensor.to(dtype) if narrow(tensor) else tensor)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pluggy
+import torch
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.foreign import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
-from adapterkit.contract.layers import AdapterLayer
+from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, widened
 from adapterkit.contract.shared import Shared
 from adapterkit.contract.target import Target
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
@@ -91,50 +92,64 @@ class Method:
 
         return inject
 
-    def factors(self, layer: AdapterLayer) -> Factors | None:
-        """The exact low-rank form of the layer's change, `dW = up @ down`; `None` if it has none."""
-        if not self.defines("factors", layer):
-            return None
-        own: Any = layer
-        try:
-            found = own.factors()
-        except AdapterError:
-            raise
-        except Exception as error:
-            raise self._broken(layer, "factors", _raised(error)) from error
-        if found is not None and not isinstance(found, Factors):
-            raise self._broken(layer, "factors", f"returned a {type(found).__name__}; it must return Factors or None")
-        return found
+    def factors(
+        self, layer: AdapterLayer, dtype: torch.dtype = torch.float32, *, scaled: bool = True
+    ) -> Factors | None:
+        """The exact change of an additive layer as two matrices, `dW = up @ down` with every scaling in `up`.
 
-    def merges(self, layer: AdapterLayer) -> bool:
-        """Whether a layer that has no factors can be merged all the same."""
-        return "merge" in self.hooks or self.defines("merged", layer)
+        Worked out in the dtype of the layer's parameters, and in `dtype` at least. With `scaled=False` a number that
+        scales the change stays in `scale`. `None`: the layer is not additive, or its factors act across the groups of
+        a convolution.
+
+        Raises:
+            PluginError: the layer's `factors` or `change` failed, or gave something else.
+        """
+        if not isinstance(layer, LowRankLayer | DenseLayer):
+            return None
+        wide = widened(layer, dtype)
+        name = "change" if type(layer).factors is DenseLayer.factors else "factors"
+        found = self._ask(layer, name, Factors, wide.factors).flat()
+        if layer.kind.is_ungrouped(found):
+            return None
+        sizes = (layer.kind.out_features, layer.kind.in_features)
+        if (found.up.shape[0], found.down.shape[1]) != sizes or found.up.shape[1] != found.down.shape[0]:
+            shapes = f"{tuple(found.up.shape)} and {tuple(found.down.shape)}"
+            raise self._broken(layer, name, f"gave matrices of shapes {shapes} for a layer of {sizes} (out, in)")
+        return found.folded(torch.promote_types(found.up.dtype, dtype), scaled=scaled)
 
     def merge(
         self, layer: AdapterLayer, weight: Tensor, bias: Tensor | None, *, where: str = "this layer"
     ) -> tuple[Tensor, Tensor | None]:
-        """See `hookspecs.merge`; `where` names the layer in messages.
+        """The weight and the bias with the layer worked in, in their dtype; `where` names the layer in messages.
 
         Raises:
-            UnsupportedError: the method says that this layer cannot be merged.
-            PluginError: it gave a weight or a bias of another shape, or a bias where there is none.
+            UnsupportedError: the layer cannot be merged.
+            PluginError: its `merged` failed, or gave a weight or a bias of another shape.
         """
-        found = self._call("merge", tuple, layer=layer, weight=weight, bias=bias)
-        if found is None and self.defines("merged", layer) and "merge" not in self.hooks:
-            own: Any = layer
-            try:
-                found = own.merged(weight, bias)
-            except AdapterError:
-                raise
-            except Exception as error:
-                raise self._broken(layer, "merged", _raised(error)) from error
-        if found is None:
-            raise UnsupportedError(f"The method {self.name!r} cannot merge {where}. Leave the adapter active.")
-        if not isinstance(found, tuple) or len(found) != 2 or getattr(found[0], "shape", None) != weight.shape:
-            raise self._fault("merge", "must return (weight, bias), the weight of the shape it was given")
+        wide = widened(layer, weight.dtype)
+        found = self._ask(layer, "merged", tuple, lambda: wide.merged(weight, bias))
+        if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].shape != weight.shape:
+            raise self._broken(layer, "merged", "must return (weight, bias), the weight of the shape it was given")
+        if bias is None and found[1] is not None:
+            raise UnsupportedError(f"{where} has no bias to merge the adapter's into. Leave the adapter active.")
         if getattr(found[1], "shape", None) != getattr(bias, "shape", None):
-            given = "None, for there is none" if bias is None else f"a tensor of shape {tuple(bias.shape)}"
-            raise self._fault("merge", f"must return as the bias of {where} {given}; to refuse, return None alone")
+            given = "None" if bias is None else f"a tensor of shape {tuple(bias.shape)}"
+            raise self._broken(layer, "merged", f"must return as the bias of {where} {given}")
+        return found
+
+    def merges(self, layer: AdapterLayer) -> bool:
+        """Whether the layer can be merged, as far as its class tells."""
+        return type(layer).merged is not AdapterLayer.merged
+
+    def _ask(self, layer: AdapterLayer, name: str, kind: type[T], function: Callable[[], Any]) -> T:
+        try:
+            found = function()
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise self._broken(layer, name, _raised(error)) from error
+        if not isinstance(found, kind):
+            raise self._broken(layer, name, f"returned a {type(found).__name__}; it must return a {kind.__name__}")
         return found
 
     def targets(self, model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:

@@ -46,7 +46,6 @@ from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules, Fit, LabelSet, LayerBuilder
 from adapterkit.results import LoadReport, Mismatch
-from adapterkit.tensors import widened
 
 Tensors = Mapping[str, Tensor]
 _CPU = torch.device("cpu")
@@ -261,8 +260,7 @@ class AdapterFile:
 
     def factors(self, path: str, dtype: torch.dtype = torch.float32) -> Factors | None:
         """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
-        with widened(self.built[path], dtype):
-            return self.method.factors(self.built[path])
+        return self.method.factors(self.built[path], dtype)
 
     @property
     def source(self) -> Source:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import Choices, check_size
-from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix
+from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix, twin
 from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
@@ -19,7 +19,6 @@ from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
 from adapterkit.files import FactorSpool, MappedFiles
 from adapterkit.model import by_layer
 from adapterkit.results import CombineReport
-from adapterkit.tensors import stand_ins
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
 # What a part of a pipeline is called where nothing else is said, and what it may be called.
@@ -125,8 +124,7 @@ def _as_it_is(opened: AdapterFile, name: str, heads: str) -> tuple[Result, Combi
     )
     ranks = {}
     for path, layer in opened.built.items():
-        with stand_ins(layer, lambda tensor: tensor.to("meta")):
-            factors = opened.factors(path)
+        factors = opened.method.factors(twin(layer, lambda tensor: tensor.to("meta")))
         if factors is not None:
             ranks[path] = factors.rank
     return result, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(kept))

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import measures
+from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.kinds import Factors
 from adapterkit.model import LabelSet
 from adapterkit.results import brief, columns
-from adapterkit.tensors import stand_ins
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -181,11 +180,11 @@ def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
     if path not in opened.built:
         return LayerInspection(path, None, None, None, None, shapes, size)
     kind, layer = opened.kinds[path], opened.built[path]
-    with nullcontext() if values else stand_ins(layer, lambda t: t.to("meta")):
-        factors = opened.factors(path)
-        finite = values and factors is not None and all(bool(torch.isfinite(t).all()) for t in factors[:2])
-        told = _spectral(factors) if finite and factors is not None else {}
-    scaling = getattr(layer, "scaling", 1.0 if factors is None else factors.scale)
+    asked: Any = layer if values else twin(layer, lambda tensor: tensor.to("meta"))
+    factors = opened.method.factors(asked)
+    finite = values and factors is not None and all(bool(torch.isfinite(t).all()) for t in factors[:2])
+    told = _spectral(factors) if finite and factors is not None else {}
+    scaling = getattr(layer, "scaling", asked.factors().scale if isinstance(layer, LowRankLayer) else 1.0)
     opened.mapped.release()
     return LayerInspection(
         path,

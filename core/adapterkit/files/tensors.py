@@ -293,7 +293,7 @@ class FactorSpool(MutableMapping[str, Factors]):
             self._file.flush()
         except OSError as error:
             raise SaveError(f"The results cannot be kept until all are known: {error}.") from error
-        self._places[path], self._pages = (places, factors.scale), None
+        self._places[path], self._pages = (places, float(factors.scale)), None
         self._after()
 
     def __getitem__(self, path: str) -> Factors:

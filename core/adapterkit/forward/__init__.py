@@ -4,8 +4,9 @@ In: a module with its adapter layers, heads and biases, and what is active in th
 Uses: errors, tensors, kinds, contract.
 """
 
+from adapterkit.forward.arithmetic import delta, drops
 from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
-from adapterkit.forward.plan import ACTIVE, Inner, Plan, by_keyword, checks, input_name, run, summable
+from adapterkit.forward.plan import ACTIVE, Base, Inner, Plan, by_keyword, checks, input_name, run, run_layers, summable
 from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, State, lock
 from adapterkit.forward.surgery import (
@@ -26,6 +27,7 @@ from adapterkit.forward.surgery import (
 __all__ = [
     "ACTIVE",
     "Active",
+    "Base",
     "BiasLayer",
     "Inner",
     "Path",
@@ -40,6 +42,8 @@ __all__ = [
     "check_free_root",
     "checks",
     "declare_reader",
+    "delta",
+    "drops",
     "effective_weight",
     "give_dtypes_back",
     "input_name",
@@ -51,6 +55,7 @@ __all__ = [
     "own_forward",
     "readers_of",
     "run",
+    "run_layers",
     "stop_reading",
     "strip",
     "summable",

@@ -7,17 +7,18 @@ for each state (`acting.State`), at the module's first forward in it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS
+from adapterkit.contract import BIASES, HEADS, LAYERS, DenseLayer, widened
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
+from adapterkit.forward.arithmetic import add, kept_rows, with_weight
 from adapterkit.forward.heads import callable_head
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import LayerKind, dense
 from adapterkit.tensors import offload, shape_of
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 INPUT = "_adapted_input"
 ACTIVE = "_adapter_active"
-# Where `W + dW` is rounded no worse than the sum of their products is.
-_EXACT = (torch.float32, torch.float64)
-_TENSORS = (Tensor, nn.Parameter)
 
 
 class Plan:
@@ -36,13 +34,13 @@ class Plan:
     Attributes:
         head, called: what stands in place of the module, if some adapter's head does, and how that is called.
         layers: the adapter layers that act, the innermost first.
+        turn: the place of the outermost layer that is not summed; the layers behind it are.
         biases: the trained biases that act.
-        additive: whether all the layers are.
         changer: the one layer that acts, if it may take the module's weight and change it.
         check: what is asked before each forward; see `checks`.
     """
 
-    __slots__ = ("additive", "biases", "called", "changer", "check", "head", "layers", "module")
+    __slots__ = ("biases", "called", "changer", "check", "head", "layers", "module", "turn")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -54,10 +52,10 @@ class Plan:
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.check = checks(module, self.layers)
-        self.additive = all(layer.additive for layer in self.layers)
+        self.turn = max([-1, *(i for i, layer in enumerate(self.layers) if not layer.summed)])
         # Compiled, the compiler decides what is made of it.
-        eager = self.additive and not torch.compiler.is_compiling()
-        self.changer = self.layers[0] if eager and len(self.layers) == 1 and self.layers[0].changes_weight else None
+        alone = len(self.layers) == 1 and self.turn < 0 and not torch.compiler.is_compiling()
+        self.changer = self.layers[0] if alone and isinstance(self.layers[0], DenseLayer) else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
@@ -84,22 +82,122 @@ class Plan:
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
-        out = None if self.changer is None else _with_weight(self.changer, self.module, base, x)
+        out = None if self.changer is None else with_weight(self.changer, self.module, base, x)
         if out is not None:
             dtype = out.dtype
-        elif self.additive:
-            out = summable(self.module, base(x))
-            dtype = out.dtype
-            for layer in self.layers:
-                out = layer.add_to(out, x)
         else:
-            for layer in self.layers[:-1]:
-                base = Inner(layer, (base,), {})
-            out = self.layers[-1](x, base)
+            turn = self.turn + 1
+            out = run_layers(self.module, self.layers[:turn], base, x) if turn else base(x)
+            if turn < len(self.layers) or self.biases:
+                out = summable(self.module, out)
+            elif turn:
+                return out
             dtype = out.dtype
+            for layer in self.layers[turn:]:
+                out = add(layer, out, x)
         for bias in self.biases:
             out = out + bias.change(self.module.bias, out)
         return out if out.dtype == dtype else out.to(dtype)
+
+
+def run_layers(module: nn.Module, layers: Sequence[Any], call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """The output of `module` with these layers, the innermost first, around `call`, its own forward."""
+    if not layers:
+        return call(x)
+    *inner, layer = layers
+    if layer.summed:
+        out = summable(module, run_layers(module, inner, call, x))
+        return add(layer, out, x).to(out.dtype)
+    base = Base(module, layer, inner, call, x)
+    out = layer(base, base.entered(x))
+    if layer.training and (layer.row_dropout or layer.module_dropout):
+        plain = base(x)
+        out = plain + (out - plain) * layer.kind.spread(kept_rows(layer, plain))
+    return base.left(out)
+
+
+class Base:
+    """A layer of the model without the adapter that asks, with the adapters inside that one.
+
+    It takes and gives the dtype of the adapter's parameters.
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: Any, inner: Sequence[Any], call: Callable[[Tensor], Any], x: Tensor
+    ) -> None:
+        self.module, self.kind, self._inner, self._call = module, layer.kind, inner, call
+        self._given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
+        self._out: torch.dtype | None = None
+        floats = (p.dtype for p in layer.parameters() if p.is_floating_point())
+        self._dtype = next(floats, None)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The layer's output for this input."""
+        if self._given is not None and x.dtype != self._given and x.is_floating_point():
+            x = x.to(self._given)
+        out = run_layers(self.module, self._inner, self._call, x)
+        if not isinstance(out, Tensor):
+            return out
+        self._out = out.dtype
+        return self.entered(out)
+
+    def weight(self) -> Tensor:
+        """Its weight `(out, in)`, as a merge would see it."""
+        return self._weight_and_bias()[0]
+
+    def bias(self) -> Tensor | None:
+        """Its bias `(out,)`, as a merge would see it; `None` if it has none."""
+        return self._weight_and_bias()[1]
+
+    def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output for `x` if the layer had this weight and bias, whatever kind of layer it is."""
+        function = getattr(self._call, "__func__", None)
+        plain = self.kind.is_plain_forward(self._call, self.module)
+        if plain or (function is not None and self.kind.computes_plainly(function, self.module)):
+            found: Tensor = self.kind.apply_weight(x, weight, bias)
+            return found
+        own, shift = self._weight_and_bias()
+        change = bias if bias is None or shift is None else bias - shift
+        added: Tensor = self(x) + self.kind.apply_weight(x, weight - own, change)
+        return added
+
+    def entered(self, value: Tensor) -> Tensor:
+        """A tensor in the dtype of the adapter's parameters."""
+        floating = isinstance(value, Tensor) and value.is_floating_point() and self._dtype is not None
+        return value.to(self._dtype) if floating and value.dtype != self._dtype else value
+
+    def left(self, out: Any) -> Any:
+        """The adapter's output in the dtype that the layer's own would have."""
+        if not isinstance(out, Tensor):
+            return out
+        dtype = self._out
+        if dtype is None and not torch.is_autocast_enabled(out.device.type):
+            dtype = self._given or self.module.weight.dtype  # type: ignore[assignment]
+        return out if dtype is None or out.dtype == dtype else out.to(dtype)
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = (self._own(name) for name in ("weight", "bias"))
+        assert weight is not None
+        for layer in self._inner:
+            weight, bias = widened(layer, weight.dtype).merged(weight, bias)
+        return weight, bias
+
+    def _own(self, name: str) -> Tensor | None:
+        value = readers.own(self.module, name)
+        if value is None:
+            return None
+        if value.is_meta and offload.is_hooked(self.module):
+            value = offload.real_value(self.module, name)
+        numbers = dense(value)
+        if numbers is None:
+            raise UnsupportedError(
+                f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give the "
+                "numbers that it stands for, and an adapter there works on them. Leave this layer out with "
+                "exclude_modules."
+            )
+        if name == "weight":
+            numbers = self.kind.canonical(numbers)
+        return numbers if self._dtype is None else numbers.to(self._dtype)
 
 
 def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,28 +264,6 @@ def check_sizes(module: nn.Module, state: State) -> None:
                     f"{before}, and those of its weight, which was replaced, are {now}. Add the adapter again: "
                     f"adapters.save({name!r}, folder) keeps what was trained, adapters.remove({name!r}) takes it away."
                 )
-
-
-def _with_weight(layer: Any, module: nn.Module, base: Callable[..., Any], x: Tensor) -> Tensor | None:
-    """The output of `module` from one product with its changed weight, if `layer` wants that and `module` is plain.
-
-    Plain: its own class's forward alone computes it, from a weight and a bias that are ordinary, frozen parameters.
-    Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that someone replaced.
-    """
-    own = module._parameters
-    weight, bias = own.get("weight"), own.get("bias")
-    if "_hf_hook" in module.__dict__ or not layer.kind.is_plain_forward(base, module):
-        return None
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype not in _EXACT:
-        return None
-    if "bias" not in own or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad)):
-        return None
-    if type(x) not in _TENSORS or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return None
-    if torch._C._are_functorch_transforms_active():  # they know no backward of a method's own
-        return None
-    found: Tensor | None = layer.with_weight(x, layer.kind.read(module), bias)
-    return found
 
 
 def summable(module: nn.Module, out: Any) -> Tensor:

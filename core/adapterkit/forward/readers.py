@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adapterkit.contract import default_registry
+from adapterkit.contract import AdapterLayer, LowRankLayer, widened
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.forward.known_readers import READERS
 from adapterkit.kinds import LayerKind
 
 if TYPE_CHECKING:
-    from adapterkit.contract import AdapterLayer
     from adapterkit.forward.plan import Plan
-    from adapterkit.kinds import Factors
     from adapterkit.model import BaseModules
 
 # A path below a reader, split at the dots.
@@ -265,21 +263,19 @@ def changed(plan: Plan, name: str) -> Tensor | None:
         return asked if asked is None or outer is None else asked.to(outer.dtype)
     like = weight if asked is None else asked
     _check_in_memory(plan.module, name, like, layers)
-    work, dense = torch.promote_types(like.dtype, torch.float32), name == "weight" or not plan.additive
+    work = torch.promote_types(like.dtype, torch.float32)
+    asks_weight = name == "weight" or not all(layer.additive for layer in layers)
     device = "cpu" if like.is_meta else like.device.type  # the meta device has no autocast
     with torch.autocast(device, enabled=False):
-        out = layers[0].kind.canonical(weight).to(work) if dense else weight
+        out = layers[0].kind.canonical(weight).to(work) if asks_weight else weight
         added = None if bias is None else bias.to(work)
         for layer in layers:
-            if layer.additive:
-                factors = _factors(layer)
-                if dense:
-                    out = torch.addmm(out, factors.up.to(work), factors.down.to(work))
-                if factors.bias is not None:
-                    shift = factors.bias.to(work)
-                    added = shift if added is None else added + shift
-            else:
+            if asks_weight:
                 out, added = _merged(layer, out, added)
+            elif isinstance(layer, LowRankLayer):
+                shift = layer.factors().folded(work).bias
+                if shift is not None:
+                    added = shift if added is None else added + shift
         for bias_layer in shifts:
             assert added is not None
             added = added + bias_layer.shift(bias).to(work)
@@ -289,29 +285,10 @@ def changed(plan: Plan, name: str) -> Tensor | None:
         return None if added is None else added.to(like.dtype)
 
 
-def _factors(layer: AdapterLayer) -> Factors:
-    method = default_registry.method(layer.method)
-    found = None
-    if type(layer.kind).read is LayerKind.read:
-        own: Any = layer
-        found = own.factors() if torch.compiler.is_compiling() else method.factors(layer)
-    if found is None:
-        raise _unreadable(layer, "no factors of the layer's own shape")
-    _check_gradients(layer, found.up, found.down)
-    return found
-
-
 def _merged(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    method = default_registry.method(layer.method)
-    if not method.merges(layer) or type(layer.kind).read is not LayerKind.read:
+    if type(layer).merged is AdapterLayer.merged or type(layer.kind).read is not LayerKind.read:
         raise _unreadable(layer, "no merge rule")
-    found: tuple[Tensor, Tensor | None]
-    if torch.compiler.is_compiling():
-        own: Any = layer
-        by_hook = method.plain.get("merge")
-        found = own.merged(weight, bias) if by_hook is None else by_hook(layer=layer, weight=weight, bias=bias)
-    else:
-        found = method.merge(layer, weight, bias, where="a layer whose weight the model reads")
+    found: tuple[Tensor, Tensor | None] = widened(layer, weight.dtype).merged(weight, bias)
     _check_gradients(layer, *found)
     return found
 

@@ -106,12 +106,13 @@ class LayerKind(ABC):
         return weight.detach()
 
     def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
-        """What the layer would add to its output if `dW = up @ down` were added to its weight.
+        """What the layer would add to its output if the change that `factors` stand for were added to its weight.
 
         Never forms `dW`. `x` is the layer's input; `dropout` is the probability of dropping each of its
         entries (the rest is scaled by `1 / (1 - p)`). The result has the factors' dtype, or autocast's.
         """
-        return self.expand(self.project(x, factors.down, dropout), factors.up, factors.bias)
+        up, down, bias, *_ = factors.folded()
+        return self.expand(self.project(x, down, dropout), up, bias)
 
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """The first half of `apply`: the input through a down factor `(r, in)`.
@@ -143,9 +144,10 @@ class LayerKind(ABC):
         rows = out.reshape(-1, out.shape[-1])
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""
-        return F.linear(x.to(weight.dtype), weight, bias)
+        x = x.to(weight.dtype)
+        return F.linear(F.dropout(x, dropout) if dropout > 0.0 else x, weight, bias)
 
     def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """Whether `forward`, the module's, computes `apply_weight(x, read(module), module.bias)` as things are now."""

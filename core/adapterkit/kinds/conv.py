@@ -110,10 +110,11 @@ class Conv(LayerKind):
         """See `LayerKind.expand`: a 1 x 1 convolution."""
         return _CONV[self.dims](hidden, up.reshape(*up.shape, *(1,) * self.dims), bias, groups=self.groups)
 
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.apply_weight`."""
+        x = x.to(weight.dtype)
         kernel = weight.reshape(weight.shape[0], -1, *self.kernel)
-        return self.convolve(x.to(weight.dtype), kernel, self.groups, bias)
+        return self.convolve(F.dropout(x, dropout) if dropout > 0.0 else x, kernel, self.groups, bias)
 
     def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.is_plain_forward`. Programs replace `_conv_forward`, or the padding, of layers that exist."""

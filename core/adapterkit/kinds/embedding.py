@@ -73,9 +73,9 @@ class Embedding(LayerKind):
         """See `LayerKind.expand`."""
         return self._scaled(F.linear(hidden, up, bias))
 
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.apply_weight`."""
-        rows = self._rows(x, weight)
+        rows = self.project(x, weight, dropout)
         return self._scaled(rows if bias is None else rows + bias)
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:

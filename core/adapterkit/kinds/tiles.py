@@ -51,16 +51,3 @@ def _tiles(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, slice]]:
     for start in range(0, weight.shape[across], step):
         band = slice(start, min(start + step, weight.shape[across]))
         yield (band, _ALL) if across == 0 else (_ALL, band)
-
-
-def scaled(change: AddTile, scale: float) -> AddTile:
-    """`scale` times a change."""
-    if scale == 1.0:
-        return change
-
-    def add_scaled(block: Tensor, rows: slice, columns: slice) -> None:
-        part = torch.zeros_like(block)
-        change(part, rows, columns)
-        block.add_(part, alpha=scale)
-
-    return add_scaled

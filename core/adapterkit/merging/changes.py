@@ -9,13 +9,16 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterLayer, default_registry
+from adapterkit.contract import AdapterLayer, DenseLayer, default_registry, widened
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.forward import BiasLayer
-from adapterkit.kinds import AddTile, LayerKind, tiles
+from adapterkit.kinds import AddTile, LayerKind
 from adapterkit.merging.memory import Place, overlaps
 from adapterkit.merging.obstacles import is_writable, obstacle, own
 from adapterkit.model import Adapter, BaseModules
+
+# Rank of exact factors up to which multiplying by them is faster than building the change.
+THIN = 25
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Part:
             UnsupportedError: it cannot.
         """
         layer, method = adapter.layers[path], default_registry.method_of(adapter.config)
-        if layer.tile_adder(torch.float32) is not None:
+        if isinstance(layer, DenseLayer):
             return cls(adapter, layer, additive=True, scale=scale)
         found = method.factors(layer)
-        if found is None and not method.merges(layer):
+        if found is None and (layer.additive or not method.merges(layer)):
             raise UnsupportedError(
                 f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
                 "shape. Leave it active instead."
@@ -53,17 +56,24 @@ class Part:
         return cls(adapter, layer, found is not None, found is not None and found.bias is not None, scale)
 
     def adder(self, dtype: torch.dtype) -> Adder:
-        """How to add this change. It is made for each use: the factors of all layers may be larger than the model."""
-        by_tiles = self.layer.tile_adder(dtype)
-        if by_tiles is not None:
-            return Adder(tiles.scaled(by_tiles, self.scale))
-        factors = default_registry.method_of(self.adapter.config).factors(self.layer)
+        """How to add this change, made anew each time: factors of all layers at once may be larger than the model."""
+        layer, scale = self.layer, self.scale
+        if isinstance(layer, DenseLayer) and (layer.rank is None or layer.rank > THIN):
+            wide = widened(layer, dtype)
+            whole = None if layer.tile is not None else wide.change().to(dtype)
+
+            def add_tile(block: Tensor, rows: slice, columns: slice) -> None:
+                part = wide.tile(rows, columns).to(dtype) if whole is None else whole[rows, columns]
+                block.add_(part, alpha=scale)
+
+            return Adder(add_tile)
+        factors = default_registry.method_of(self.adapter.config).factors(layer, dtype)
         assert factors is not None
         up, down = factors.up.to(dtype), factors.down.to(dtype)
-        bias = None if factors.bias is None else factors.bias.to(dtype) * self.scale
+        bias = None if factors.bias is None else factors.bias.to(dtype) * scale
 
         def add(block: Tensor, rows: slice, columns: slice) -> None:
-            block.addmm_(up[rows], down[:, columns], alpha=self.scale)
+            block.addmm_(up[rows], down[:, columns], alpha=scale)
 
         return Adder(add, bias, tiled=False)
 

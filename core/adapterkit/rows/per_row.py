@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, AdapterLayer
+from adapterkit.contract import BIASES, HEADS, LAYERS, AdapterLayer, LowRankLayer
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.forward import (
     ACTIVE,
@@ -25,12 +25,16 @@ from adapterkit.forward import (
     by_keyword,
     callable_head,
     checks,
+    delta,
+    drops,
     readers,
     run,
+    run_layers,
     summable,
 )
 from adapterkit.rows.batch import Batch
 from adapterkit.rows.rows import Rows
+from adapterkit.rows.stack import FactorStack
 from adapterkit.tensors import offload
 
 Base = Callable[[Tensor], Any]
@@ -130,7 +134,7 @@ class RowPlan(Plan):
         least: dimensions of the smallest input without a batch.
     """
 
-    __slots__ = ("default", "groups", "heads", "least", "parts", "shifts", "state")
+    __slots__ = ("additive", "default", "groups", "heads", "least", "parts", "shifts", "state")
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
@@ -143,7 +147,7 @@ class RowPlan(Plan):
             (callable_head(head, module) for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None
         )
         self.check = checks(module, self.parts.values())
-        self.additive = all(layer.additive for layer in self.parts.values())
+        self.additive = all(layer.summed for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         classes = dict.fromkeys(map(type, self.parts.values()))
         alike = [{name: layer for name, layer in self.parts.items() if type(layer) is cls} for cls in classes]
@@ -222,7 +226,7 @@ class RowPlan(Plan):
     def _one(self, name: str, base: Base, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
         layer, bias = self.parts.get(name), self.shifts.get(name)
-        out: Tensor = base(x) if layer is None else layer(x, base)
+        out: Tensor = run_layers(self.module, [] if layer is None else [layer], base, x)
         return out if bias is None else (out + bias.change(self._bias(), out)).to(out.dtype)
 
     def _changed_rows(self, base: Base, x: Tensor) -> Tensor:
@@ -270,12 +274,12 @@ class LayerGroup:
     def __init__(self, rows: Rows, parts: dict[str, AdapterLayer]) -> None:
         self.rows, self.names, self.layers = rows, tuple(parts), list(parts.values())
         few = rows.count <= STACKED * len(self.layers)
-        self.stackable = few and all(layer.kind.is_plain for layer in self.layers)
+        self.stackable = few and all(layer.kind.is_plain and _has_factors(layer) for layer in self.layers)
 
     def apart(self, x: Tensor) -> list[tuple[list[int], Tensor]]:
         """What each layer adds to the rows of its adapter."""
         owns = [self.rows.having((name,)) for name in self.names]
-        return [(own, layer.delta(self.rows.pick(x, own))) for own, layer in zip(owns, self.layers, strict=True)]
+        return [(own, delta(layer, self.rows.pick(x, own))) for own, layer in zip(owns, self.layers, strict=True)]
 
     def stacked(self, x: Tensor) -> Tensor | None:
         """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
@@ -287,27 +291,23 @@ class LayerGroup:
         what is written to the parameters behind torch's back. Compiled, each row has a copy of its adapter's numbers,
         so that one graph serves every assignment.
         """
-        if not self.stackable:
+        if not self.stackable or any(layer.training and drops(layer) for layer in self.layers):
             return None
-        make, rows = type(self.layers[0]).stacked, x.reshape(self.rows.count, -1, x.shape[-1])
+        rows = x.reshape(self.rows.count, -1, x.shape[-1])
         if torch.compiler.is_compiling():
-            stack = make(self.layers, self.rows.slots(self.names, x.device))
-            change = None if stack is None else stack(rows)
+            change = FactorStack(self.layers, self.rows.slots(self.names, x.device))(rows)
         else:
-            change = self._grouped(rows)
-        if change is None:
-            return None
+            order, places = self.rows.groups(self.names, x.device)
+            if len(order) > 2 * len(rows):
+                return None
+            grouped = rows.index_select(0, order).reshape(len(self.layers), -1, x.shape[-1])
+            change = FactorStack(self.layers, None)(grouped)
+            change = change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
         mask = self.rows.mask(self.names, x.device)
         if mask is not None:
             change = torch.where(mask, change, 0)
         return change.reshape(*x.shape[:-1], change.shape[-1])
 
-    def _grouped(self, x: Tensor) -> Tensor | None:
-        """The change of the rows `x (rows, tokens, in)`, those of one adapter as one."""
-        order, places = self.rows.groups(self.names, x.device)
-        count = len(self.layers)
-        stack = type(self.layers[0]).stacked(self.layers, None) if len(order) <= 2 * len(x) else None
-        if stack is None:
-            return None
-        change = stack(x.index_select(0, order).reshape(count, -1, x.shape[-1]))
-        return change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
+
+def _has_factors(layer: AdapterLayer) -> bool:
+    return isinstance(layer, LowRankLayer) or getattr(layer, "rank", None) is not None

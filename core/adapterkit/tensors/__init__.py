@@ -4,7 +4,7 @@ In: a model's parameters and buffers. Out: their whole values, and whether and h
 Uses: errors.
 """
 
-from adapterkit.tensors.assign import Slot, apart, module_slots, put, stand_ins, widened
+from adapterkit.tensors.assign import Slot, apart, module_slots, put
 from adapterkit.tensors.distributed import (
     check_averaged,
     check_can_grow,
@@ -47,9 +47,7 @@ __all__ = [
     "reshard",
     "shape_of",
     "size_of",
-    "stand_ins",
     "uninterrupted",
     "watch_wrappers",
     "whole",
-    "widened",
 ]

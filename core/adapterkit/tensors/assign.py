@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -114,28 +113,3 @@ def put(values: Iterable[tuple[Slot, Tensor]]) -> None:
                 if value is not None:
                     own.copy_(value)
             raise
-
-
-@contextmanager
-def stand_ins(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, a layer has other tensors in place of those that `change` changes."""
-    held = [(slot, slot.tensor) for _, slot in module_slots(layer)]
-    for slot, tensor in held:
-        other = change(tensor.detach())
-        if other.dtype != tensor.dtype or other.device != tensor.device:
-            slot.assign(other)
-    try:
-        yield
-    finally:
-        for slot, tensor in held:
-            slot.restore(tensor)
-
-
-def widened(layer: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """A layer's parameters in this dtype where theirs has less: factors of half-precision ones would be rounded."""
-
-    def wide(tensor: Tensor) -> Tensor:
-        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
-        return tensor.to(dtype) if narrow else tensor
-
-    return stand_ins(layer, wide)

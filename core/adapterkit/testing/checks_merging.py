@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterError, PluginError, StateError, UnsupportedError
+from adapterkit.forward import delta
 from adapterkit.testing.case import TOLERANCES, Broken, Case, NotApplicable, Subject, expect, expect_close, expect_equal
 from adapterkit.testing.probes import TARGETS, linear
 
@@ -70,14 +71,14 @@ def check_unmerge_restores_every_bit(case: Case) -> None:
 
 
 def check_merge_rule_is_pure(case: Case) -> None:
-    """The merge rule changes neither what it is given nor the adapter, and answers the same again."""
+    """`factors`, `change` and `merged` change neither their arguments nor the adapter, and answer the same again."""
     tried = False
     for subject in case.subjects():
         subject.train()
         before = subject.tensors("a")
         for path in TARGETS:
             layer = subject.layer(path)
-            if not case.method.defines("factors", layer) and not case.method.merges(layer):
+            if not case.method.merges(layer):
                 continue
             tried = True
             weight, bias = _canonical(subject, path)
@@ -173,7 +174,7 @@ def _change(subject: Subject, weight: nn.Parameter, names: tuple[str, ...]) -> T
 
 
 def check_factors_equal_delta(case: Case) -> None:
-    """`factors(layer)` is the layer's change exactly: through the layer kind it gives what `delta(x)` gives."""
+    """`factors(layer)` is the layer's change exactly: through the layer kind it gives what the layer adds."""
     tried = 0
     for dtype in (torch.float64, torch.float32):
         for subject in case.additive(dtype):
@@ -184,7 +185,7 @@ def check_factors_equal_delta(case: Case) -> None:
                 continue
             tried += 1
             with torch.no_grad():
-                found, expected = layer.kind.apply(subject.inputs, factors), layer.delta(subject.inputs)
+                found, expected = layer.kind.apply(subject.inputs, factors), delta(layer, subject.inputs)
             expect(factors.up.shape[0] == layer.kind.out_features, f"On {subject}: expected up of shape (out, r).")
             expect_close(found, expected, f"What the factors add on {subject}")
     if not tried:
@@ -204,7 +205,7 @@ def check_order_does_not_matter(case: Case) -> None:
         up = subject.model.get_submodule("up")
         with torch.no_grad():
             both = up(subject.inputs)
-            total = _bare(up)(subject.inputs) + sum(subject.layer("up", n).delta(subject.inputs) for n in ("b", "a"))
+            total = _bare(up)(subject.inputs) + sum(delta(subject.layer("up", n), subject.inputs) for n in ("b", "a"))
         expect_close(both, total, f"The sum of two adapters at one layer on {subject}")
 
 

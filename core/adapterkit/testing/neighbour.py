@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Target, default_registry, hookimpl
+from adapterkit.forward import Base
 
 NAME = "adapterkit_testing_neighbour"
 
@@ -21,15 +22,16 @@ class NeighbourConfig(AdapterConfig):
 
 
 class NeighbourLayer(AdapterLayer):
-    """`delta(x) = v`, shape `(out,)`."""
+    """`base(x) + v`, v of shape `(out,)`."""
 
     def setup(self, target: Target, config: NeighbourConfig) -> None:
         """See `AdapterLayer.setup`."""
         self.neighbour_v = target.new(target.out_features)
 
-    def delta(self, x: Tensor) -> Tensor:
-        """See `AdapterLayer.delta`."""
-        return self.kind.spread(self.neighbour_v)
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """See `AdapterLayer.forward`."""
+        out: Tensor = base(x) + self.kind.spread(self.neighbour_v)
+        return out
 
 
 class Neighbour:

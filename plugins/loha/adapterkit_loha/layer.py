@@ -1,59 +1,31 @@
-"""The LoHa layer: its parameters, its initial values, its dropouts and its factors."""
+"""The LoHa layer: its parameters, its change and its factors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkit import AdapterLayer, CheckpointError, Factors, FactorStack, Target, kaiming
+from adapterkit import Base, CheckpointError, DenseLayer, Factors, Target, kaiming
 from adapterkit_loha.config import LoHaConfig
-from adapterkit_loha.forms import cheapest, delta, khatri_rao, whole
-
-# Up to this rank a merge multiplies by the Khatri-Rao factors. Above it, two products of rank r and a pass over a tile
-# in the cache take less time than one product of rank r^2; where that begins hardly depends on the layer's size.
-MERGED_BY_FACTORS = 5
 
 
-def kept_rows(rows: int, rank_dropout: float, module_dropout: float, like: Tensor) -> Tensor:
-    """What training multiplies each row of the change by, `(rows,)`: zero where it is dropped.
-
-    `rank_dropout` drops rows, and divides the others by the share that is left; `module_dropout` drops all.
-    """
-    keep = (torch.rand(rows, device=like.device) > rank_dropout).to(like.dtype)
-    # Where nothing is left the share is 0, and 0 / 0 must be 0.
-    keep = keep / keep.mean().clamp(min=0.5 / rows)
-    return keep * (torch.rand(1, device=like.device) > module_dropout)
-
-
-class LoHaLayer(AdapterLayer):
+class LoHaLayer(DenseLayer):
     """`dW = scaling * (A1 B1) * (A2 B2)`: A `(out, r)` is `hada_w*_a`, B `(r, in)` is `hada_w*_b`.
 
     An effective convolution has `hada_w*_a (r, out)`, `hada_w*_b (r, channels)` and a core `hada_t*
     (r, r, *kernel)`, with `B[i, (c, k)] = sum_j t[i, j, k] w_b[j, c]`.
     """
 
-    r: int
-    scaling: float
-    rank_dropout: float
-    module_dropout: float
-    effective: bool
-    hada_w1_a: nn.Parameter
-    hada_w1_b: nn.Parameter
-    hada_w2_a: nn.Parameter
-    hada_w2_b: nn.Parameter
-    hada_t1: nn.Parameter
-    hada_t2: nn.Parameter
-
     def setup(self, target: Target, config: LoHaConfig) -> None:
         """See `AdapterLayer.setup`."""
         r, out, down = config.r, target.out_features, target.kind.down_shape(config.r)
         kernel = down[2:]
-        self.r, self.scaling = r, config.alpha / r
-        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.r, self.rank, self.scaling = r, r * r, config.alpha / r
+        self.row_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.effective = config.use_effective_conv2d and math.prod(kernel) > 1
         a, b = ((r, out), (r, down[1])) if self.effective else ((out, r), (r, target.in_features))
         self.hada_w1_a, self.hada_w1_b = target.new(*a, init=kaiming), target.new(*b, init=kaiming)
@@ -63,59 +35,51 @@ class LoHaLayer(AdapterLayer):
             core = (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)  # as PEFT's files have it
             self.hada_t1, self.hada_t2 = target.new(*core, init=kaiming), target.new(*core, init=kaiming)
 
-    def pair(self) -> tuple[Factors, Factors]:
-        """`(A1, B1)` and `(A2, B2)`, without the scaling."""
-        if not self.effective:
-            return Factors(self.hada_w1_a, self.hada_w1_b), Factors(self.hada_w2_a, self.hada_w2_b)
-        first = Factors(self.hada_w1_a.t(), with_kernel(self.hada_t1, self.hada_w1_b))
-        return first, Factors(self.hada_w2_a.t(), with_kernel(self.hada_t2, self.hada_w2_b))
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`scaling * A1`, B1, A2 and B2: scaled while it is small."""
+        a1: Tensor = self.hada_w1_a
+        b1: Tensor = self.hada_w1_b
+        a2: Tensor = self.hada_w2_a
+        b2: Tensor = self.hada_w2_b
+        if self.effective:
+            a1, b1, a2, b2 = a1.t(), with_kernel(self.hada_t1, b1), a2.t(), with_kernel(self.hada_t2, b2)
+        return a1 * self.scaling, b1, a2, b2
 
-    def delta(self, x: Tensor) -> Tensor:
-        """See `AdapterLayer.delta`."""
-        return delta(self.kind, x, *self._acting()) * self.scaling
+    def change(self) -> Tensor:
+        """See `DenseLayer.change`."""
+        a1, b1, a2, b2 = self.matrices()
+        return (a1 @ b1) * (a2 @ b2)
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """See `AdapterLayer.add_to`: scaled and added in one pass."""
-        return torch.add(out, delta(self.kind, x, *self._acting()), alpha=self.scaling)
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """See `DenseLayer.tile`."""
+        a1, b1, a2, b2 = self.matrices()
+        return (a1[rows] @ b1[:, columns]) * (a2[rows] @ b2[:, columns])
 
-    def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """See `AdapterLayer.with_weight`; where `cheapest` says so."""
-        if any(p is not None and p.dtype != weight.dtype for p in self._parameters.values()):
-            return None
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.hada_w1_a.requires_grad)
-        if cheapest(self.kind, x, self.r, trains=trains, weight=True) != "whole":
-            return None
-        return whole(self.kind, x, weight, bias, self._acting(), self.scaling)
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterLayer.merged`: `weight + change()` in one pass."""
+        a1, b1, a2, b2 = (matrix.to(weight.dtype) for matrix in self.matrices())
+        return torch.addcmul(weight, a1 @ b1, a2 @ b2), bias
 
-    def _acting(self) -> tuple[Factors, Factors]:
-        """The pair as it acts in this forward: in training without the rows that are dropped."""
-        first, second = self.pair()
-        if self.training and (self.rank_dropout or self.module_dropout):
-            kept = kept_rows(self.kind.out_features, self.rank_dropout, self.module_dropout, first.up)
-            first = first._replace(up=first.up * kept[:, None])
-        return first, second
+    def factors(self) -> Factors:
+        """The exact factors of rank `r * r`.
 
-    def tile_adder(self, dtype: torch.dtype) -> Callable[[Tensor, slice, slice], object] | None:
-        """See `AdapterLayer.tile_adder`: `(A1 B1) * (A2 B2)`, of which only a tile is made at a time."""
-        if self.r <= MERGED_BY_FACTORS:
-            return None
-        up1, down1, up2, down2 = (t.to(dtype) for f in self.pair() for t in f[:2])
-        up1 = up1 * self.scaling
+        `dW[o, i] = sum_a A1[o, a] B1[a, i] * sum_b A2[o, b] B2[b, i]`, so with the pair `(a, b)` as one index,
+        `up[o, ab] = A1[o, a] A2[o, b]` (the row-wise Khatri-Rao product) and `down[ab, i] = B1[a, i] B2[b, i]`
+        (the column-wise one).
+        """
+        a1, b1, a2, b2 = self.matrices()
+        up = a1[:, :, None] * a2[:, None, :]
+        down = b1[:, None, :] * b2[None, :, :]
+        return Factors(up.flatten(1), down.flatten(0, 1))
 
-        def add(block: Tensor, rows: slice, columns: slice) -> None:
-            block.addcmul_(up1[rows] @ down1[:, columns], up2[rows] @ down2[:, columns])
-
-        return add
-
-    @classmethod
-    def stacked(cls, layers: Sequence[LoHaLayer], slots: Tensor | None) -> FactorStack | None:
-        """See `AdapterLayer.stacked`: by the Khatri-Rao factors, of rank `r * r`; not while a dropout acts."""
-        if any(layer.training and (layer.rank_dropout or layer.module_dropout) for layer in layers):
-            return None
-        return FactorStack([layer.factors() for layer in layers], slots)
+    def few(self, x: Tensor) -> Tensor:
+        """See `DenseLayer.few`: `sum_ab A1[o, a] A2[o, b] (B1[a] * B2[b]) . x` by way of a matrix `(r, r)` a token."""
+        a1, b1, a2, b2 = self.matrices()
+        core = (x[:, None, :] * b1) @ b2.t()
+        return ((a1 @ core) * a2).sum(-1)
 
     def adopt(self, other: LoHaLayer | None) -> Mapping[str, Tensor]:
-        """See `AdapterLayer.adopt`: smaller ranks filled up with zeros, the other's scaling worked into A1."""
+        """See `AdapterLayer.adopt`: lower ranks padded with zeros, the other's scaling worked into A1."""
         if other is None:
             return {"hada_w2_a": torch.zeros_like(self.hada_w2_a)}
         if other.r > self.r:
@@ -128,23 +92,34 @@ class LoHaLayer(AdapterLayer):
             raise CheckpointError("the adapter's scaling is 0 (alpha), so it can change nothing")
         given: dict[str, Tensor] = dict(other.named_parameters())
         if other.effective and not self.effective:
-            first, second = other.pair()
-            given = {"hada_w1_a": first.up, "hada_w1_b": first.down, "hada_w2_a": second.up, "hada_w2_b": second.down}
+            b1, b2 = with_kernel(other.hada_t1, other.hada_w1_b), with_kernel(other.hada_t2, other.hada_w2_b)
+            given = {
+                "hada_w1_a": other.hada_w1_a.t(),
+                "hada_w1_b": b1,
+                "hada_w2_a": other.hada_w2_a.t(),
+                "hada_w2_b": b2,
+            }
         if other.scaling != self.scaling:
             given["hada_w1_a"] = given["hada_w1_a"] * (other.scaling / self.scaling)
-        return {name: filled_up(value, self.get_parameter(name).shape) for name, value in given.items()}
-
-    def factors(self) -> Factors:
-        """The exact `dW`, scaling included, of rank `r * r`."""
-        first, second = self.pair()
-        return khatri_rao(Factors(first.up * self.scaling, first.down), second)
+        return {name: padded(value, self.get_parameter(name).shape) for name, value in given.items()}
 
 
-def filled_up(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+class LoHaEmbedding(LoHaLayer):
+    """LoHa at an embedding: only the columns of the change that are looked up are made."""
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """See `AdapterLayer.forward`: column `i` of the change is `(A1 B1[:, i]) * (A2 B2[:, i])`."""
+        a1, b1, a2, b2 = self.matrices()
+        rows = F.linear(self.kind.project(x, b2), a2)
+        out: Tensor = base(x) + self.kind.expand(self.kind.project(x, b1), a1) * rows
+        return out
+
+
+def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The tensor with zeros behind its values in each dimension where `shape` has more."""
     more = [wide - own for own, wide in zip(tensor.shape, shape, strict=True)]
-    filled: Tensor = F.pad(tensor, [n for last in reversed(more) for n in (0, last)])
-    return filled
+    found: Tensor = F.pad(tensor, [n for last in reversed(more) for n in (0, last)])
+    return found
 
 
 def with_kernel(core: Tensor, channels: Tensor) -> Tensor:

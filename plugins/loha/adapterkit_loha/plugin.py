@@ -9,13 +9,17 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.foreign import LoHaFormat
-from adapterkit_loha.layer import LoHaLayer
+from adapterkit_loha.layer import LoHaEmbedding, LoHaLayer
 
 
 class LoHaPlugin(ak.Plugin):
     """LoHa: `dW = scaling (A1 B1) * (A2 B2)`; see the config."""
 
     config, layer, prefix = LoHaConfig, LoHaLayer, "hada_"
+
+    def inject(self, target: ak.Target, config: LoHaConfig, shared: None) -> ak.AdapterLayer:
+        """At an embedding only what is looked up is made."""
+        return (LoHaEmbedding if target.kind.lookup else LoHaLayer)(target, config)
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> nn.Module | None:
         """A linear layer, or a convolution where there are cores."""

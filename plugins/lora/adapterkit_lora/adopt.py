@@ -24,9 +24,9 @@ def adopted(own: LoraLayer, other: LoraLayer | None) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it has not the room.
     """
-    down, up, bias = own.matrices()
+    (down, up, bias), residual = _trained(own), "lora_init_A" in own._buffers
     given = (down, torch.zeros_like(up), None) if other is None else _effective(other, own.scaling)
-    room = own.r if own.initial() is None else 2 * own.r
+    room = 2 * own.r if residual else own.r
     new_down, new_up, new_bias = _with_zeros(own, given, room)
     if new_bias is not None and bias is None:
         raise CheckpointError("B has a bias, and the adapter's has none (lora_bias)")
@@ -38,18 +38,22 @@ def adopted(own: LoraLayer, other: LoraLayer | None) -> dict[str, Tensor]:
     found = {"lora_A.weight": first_down.reshape(down_shape), "lora_B.weight": first_up.reshape(up_shape)}
     if bias is not None:
         found["lora_B.bias"] = torch.zeros_like(bias) if new_bias is None else new_bias
-    if own.initial() is not None:
+    if residual:
         found["lora_init_A"] = new_down[own.r :].reshape(down_shape)
         found["lora_init_B"] = -new_up[:, own.r :].reshape(up_shape)
     return found
 
 
+def _trained(own: LoraLayer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`A (r, in)`, `B (out, r)` and B's bias that train."""
+    if own.lookup:
+        return own.lora_embedding_A, own.lora_embedding_B, None
+    return own.lora_A.weight.flatten(1), own.lora_B.weight.flatten(1), own.lora_B.bias
+
+
 def _effective(other: LoraLayer, scaling: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """`A (r, in)`, `B (out, r)` and B's bias of plain LoRA of this scaling that does what `other` does."""
-    down, up, bias = other.matrices()
-    first = other.initial()
-    if first is not None:
-        down, up = torch.cat([down, first[0]]), torch.cat([up, -first[1]], dim=1)
+    up, down, bias, *_ = other.factors().flat()
     if other.scaling == scaling:
         return down, up, bias
     if scaling == 0:
@@ -62,7 +66,7 @@ def _with_zeros(
     own: LoraLayer, given: tuple[Tensor, Tensor, Tensor | None], room: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same factors filled up with zeros to the rank `room`; those that act across groups only as they are."""
-    (down, up, bias), (own_down, own_up, _) = given, own.matrices()
+    (down, up, bias), (own_down, own_up, _) = given, _trained(own)
     across = own.kind.is_ungrouped(Factors(own_up, own_down)), own.kind.is_ungrouped(Factors(up, down))
     if any(across):
         if (down.shape, up.shape) != (own_down.shape, own_up.shape):

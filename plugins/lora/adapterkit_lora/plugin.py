@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit_lora import start
+from adapterkit_lora import residual
 from adapterkit_lora.config import LoraConfig
 from adapterkit_lora.foreign import LoraFormat
 from adapterkit_lora.layer import LoraLayer
@@ -23,13 +23,17 @@ class LoraPlugin(ak.Plugin):
         first = frozenset({"lora_init_A", "lora_init_B"}) if config.trains_residual else frozenset[str]()
         return ak.KeyRule(prefix="lora_", exempt=first)
 
+    def inject(self, target: ak.Target, config: LoraConfig, shared: None) -> ak.AdapterLayer:
+        """PiSSA and OLoRA have the initial factors beside the trained ones."""
+        return (residual.ResidualLayer if config.trains_residual else LoraLayer)(target, config)
+
     def to_file(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Tensor]]:
         """PiSSA and OLoRA as plain LoRA of twice the rank, which loads onto the unchanged base."""
-        return start.to_file(config, tensors) if config.trains_residual else (config, tensors)
+        return residual.to_file(config, tensors) if config.trains_residual else (config, tensors)
 
     def from_file(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Tensor]]:
         """The reverse, for an adapter that is PiSSA or OLoRA here."""
-        return config, start.from_file(config, tensors) if config.trains_residual else tensors
+        return config, residual.from_file(config, tensors) if config.trains_residual else tensors
 
     def from_factors(
         self, factors: Mapping[str, ak.Factors], kinds: Mapping[str, ak.LayerKind]

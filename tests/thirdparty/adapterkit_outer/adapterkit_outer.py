@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 import adapterkit as ak
@@ -17,7 +16,7 @@ class OuterConfig(ak.AdapterConfig):
     scale: float = 1.0
 
 
-class OuterLayer(ak.AdapterLayer):
+class OuterLayer(ak.LowRankLayer):
     """u is `(out,)` and starts at zero, v is `(in,)`."""
 
     def setup(self, target: ak.Target, config: OuterConfig) -> None:
@@ -25,10 +24,7 @@ class OuterLayer(ak.AdapterLayer):
         self.outer_v = target.new(target.in_features, init=nn.init.normal_)
 
     def factors(self) -> ak.Factors:
-        return ak.Factors(up=self.config.scale * self.outer_u[:, None], down=self.outer_v[None, :])
-
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kind.apply(x, self.factors())
+        return ak.Factors(up=self.outer_u[:, None], down=self.outer_v[None, :], scale=self.config.scale)
 
 
 plugin = ak.plugin(OuterConfig, OuterLayer, prefix="outer_")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Factors, LayerKind, Target, kaiming
+from adapterkit import DenseLayer, Factors, LayerKind, Target, kaiming
 from adapterkit_lokr.config import LoKrConfig
 
 Pair = tuple[Tensor, Tensor]
@@ -74,7 +74,7 @@ class Layout:
         return cls(rows, columns, tuple(kernel), decomposes, effective)
 
 
-class LoKrLayer(AdapterLayer):
+class LoKrLayer(DenseLayer):
     """`dW = scaling * kron(w1, w2)`: w1 `(a, c)`, w2 `(b, d * kernel)`, `a b` outputs and `c d` input channels.
 
     In place of `lokr_w1` and `lokr_w2` there can be `_a` and `_b`, whose product it is; `lokr_t2 (r, r, *kernel)`
@@ -91,7 +91,8 @@ class LoKrLayer(AdapterLayer):
         self.scaling = config.alpha / r
         layout = Layout.of(target.kind, r, config)
         self.decomposes, self.effective = layout.decomposes, layout.effective
-        self.is_plain = not layout.kernel and not target.kind.lookup
+        self.row_dropout, self.row_dropout_rescales = config.rank_dropout, config.rank_dropout_scale
+        self.module_dropout = config.module_dropout
         (a, b), (c, d), kernel = layout.rows, layout.columns, layout.kernel
         zero_first = 0.0 if config.init_weights is True else kaiming
         zero_second = 0.0 if config.init_weights == "lycoris" else kaiming
@@ -121,26 +122,22 @@ class LoKrLayer(AdapterLayer):
             return self.lokr_w2_a, self.lokr_w2_b
         return self.lokr_w2_a.t(), torch.einsum("ijk,jc->ick", self.lokr_t2.flatten(2), self.lokr_w2_b).flatten(1)
 
-    def delta(self, x: Tensor) -> Tensor:
-        """See `AdapterLayer.delta`."""
+    def products(self) -> tuple[Tensor, Tensor]:
+        """w1 and w2 as matrices."""
         first, second = self.first(), self.second()
-        if self.is_plain:
-            w1, w2 = (w if isinstance(w, Tensor) else w[0] @ w[1] for w in (first, second))
-            out = apply_kron(x.to(w1.dtype), w1, w2)
-        else:
-            out = self.kind.apply(x, kron_factors(first, second))
-        if self.training and (self.config.rank_dropout or self.config.module_dropout):
-            out = out * self.kind.spread(self._kept(out))
-        return out * self.scaling
+        w1, w2 = (w if isinstance(w, Tensor) else w[0] @ w[1] for w in (first, second))
+        return w1, w2
 
-    def _kept(self, like: Tensor) -> Tensor:
-        keep = (torch.rand(self.kind.out_features, device=like.device) >= self.config.rank_dropout).to(like.dtype)
-        if self.config.rank_dropout_scale:  # where nothing is left the share is 0, and 0 / 0 must be 0
-            keep = keep / keep.mean().clamp(min=0.5 / keep.numel())
-        kept: Tensor = keep * (torch.rand(1, device=like.device) >= self.config.module_dropout)
-        return kept
+    def change(self) -> Tensor:
+        """See `DenseLayer.change`."""
+        w1, w2 = self.products()
+        return _kron(w1 * self.scaling, w2)
+
+    def few(self, x: Tensor) -> Tensor:
+        """See `DenseLayer.few`: by w1 and w2 apart."""
+        w1, w2 = self.products()
+        return apply_kron(x, w1 * self.scaling, w2)
 
     def factors(self) -> Factors:
-        """The exact `dW` in factors."""
-        found = kron_factors(self.first(), self.second())
-        return Factors(found.up * self.scaling, found.down)
+        """See `DenseLayer.factors`."""
+        return kron_factors(self.first(), self.second())._replace(scale=self.scaling)

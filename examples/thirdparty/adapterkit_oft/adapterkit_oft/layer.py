@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Holder, Target
-from adapterkit.contract.layers import Base
+from adapterkit import AdapterLayer, Base, Holder, Target
 from adapterkit_oft.config import OFTConfig
 
 
@@ -59,15 +58,15 @@ class OFTLayer(AdapterLayer):
         q = skew(upper.to(torch.promote_types(upper.dtype, torch.float32)), self.side)
         return (cayley(q) if self.terms is None else cayley_neumann(q, self.terms)).expand(self.count, -1, -1)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        """See `AdapterLayer.forward`."""
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """See `AdapterLayer.forward`: the input rotated, which costs less than the weight."""
         blocks = self.rotations()
         if self.training and self.config.module_dropout and self.oft_R.weight.shape[0] > 1:
             blocks = self._some_left_out(blocks)
-        dtype = self.oft_R.weight.dtype
-        parts = x.to(dtype).unflatten(-1, (self.count, self.side))
-        turned = torch.einsum("...nk,nkc->...nc", parts, blocks.to(dtype))
-        return base(turned.flatten(-2).to(x.dtype))
+        parts = x.unflatten(-1, (self.count, self.side))
+        turned: Tensor = torch.einsum("...nk,nkc->...nc", parts, blocks.to(x.dtype))
+        out: Tensor = base(turned.flatten(-2))
+        return out
 
     def _some_left_out(self, blocks: Tensor) -> Tensor:
         left_out = torch.randperm(self.count, device=blocks.device) < int(self.config.module_dropout * self.count)
@@ -75,6 +74,6 @@ class OFTLayer(AdapterLayer):
         return torch.where(left_out[:, None, None], one, blocks)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`W R^T`, shape `(out, in)`."""
+        """See `AdapterLayer.merged`: `W R^T`."""
         parts = weight.unflatten(1, (self.count, self.side))
         return torch.einsum("onc,nkc->onk", parts, self.rotations().to(weight.dtype)).flatten(1), bias

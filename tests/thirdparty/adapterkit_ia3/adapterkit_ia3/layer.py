@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from adapterkit import AdapterLayer, Target
-from adapterkit.contract.layers import Base
+from adapterkit import AdapterLayer, Base, Target
 from adapterkit_ia3.config import IA3Config
 
 
@@ -25,17 +24,15 @@ class IA3Layer(AdapterLayer):
         shape = (1, channels, *(1 for _ in kernel)) if kernel else flat
         self.ia3_l = target.new(*shape, init=1.0 if config.init_ia3_weights else nn.init.normal_)
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         """See `AdapterLayer.forward`."""
         scale = self.kind.spread(self.ia3_l.flatten())
-        if self.scales_input:
-            return base((x * scale).to(x.dtype))
-        out = base(x)
-        return (out * scale).to(out.dtype)
+        out: Tensor = base(x * scale) if self.scales_input else base(x) * scale
+        return out
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rows of the weight and the bias scaled, or columns of the weight."""
-        scale = self.ia3_l.flatten().to(weight.dtype)
+        scale = self.ia3_l.flatten()
         if not self.scales_input:
             return weight * scale[:, None], None if bias is None else bias * scale
         # (group, row of the group, channel of the group, place of the kernel)

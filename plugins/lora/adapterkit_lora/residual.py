@@ -1,55 +1,53 @@
-"""What A and B of a new LoRA layer begin with: random numbers, or parts of the weight itself (PiSSA, OLoRA)."""
+"""PiSSA and OLoRA: LoRA that begins with the weight's own leading part and trains it beside the rest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkit import CheckpointError, StateError, Target, kaiming
+from adapterkit import Base, CheckpointError, Factors, StateError, Target
 from adapterkit_lora.config import LoraConfig
-
-# What `Target.new` takes.
-Init = float | Callable[[Tensor], object]
+from adapterkit_lora.layer import Init, LoraLayer
 
 
-def first_values(target: Target, config: LoraConfig, scaling: float) -> tuple[Init, Init]:
-    """How A and B are filled, as `config.init_lora_weights` says. Where a file's values come, nothing is computed."""
-    init = config.init_lora_weights
-    if target.file is not None:
-        return 0.0, 0.0
-    if config.trains_residual:
-        return tuple(partial(_copy, value) for value in leading_factors(target, config, scaling))  # type: ignore[return-value]
-    if init == "orthogonal":
-        return orthogonal(config.r)
-    if target.kind.lookup:
-        return 0.0 if init else nn.init.normal_, nn.init.normal_
-    if init == "gaussian":
-        return partial(nn.init.normal_, std=1 / config.r), 0.0
-    return kaiming, 0.0 if init else kaiming
+class ResidualLayer(LoraLayer):
+    """`dW = scaling * (B A - B0 A0)` with the initial factors A0 and B0, so W itself, which others use too, stays.
 
+    With dropout: `scaling * (B A dropout(x) - B0 A0 x)`, which is training A and B beside `W - scaling * B0 A0`. At
+    the start the two terms cancel exactly.
+    """
 
-def _copy(value: Tensor, parameter: Tensor) -> None:
-    parameter.copy_(value.reshape(parameter.shape))
+    lora_init_A: Tensor
+    lora_init_B: Tensor
 
+    def setup(self, target: Target, config: LoraConfig) -> None:
+        """See `AdapterLayer.setup`."""
+        super().setup(target, config)
+        self.register_buffer("lora_init_A", self.lora_A.weight.detach().clone())
+        self.register_buffer("lora_init_B", self.lora_B.weight.detach().clone())
 
-def orthogonal(r: int) -> tuple[Init, Init]:
-    """A and B from the odd and the even rows of one orthogonal matrix, so that `B A = 0`."""
-    q: Tensor = torch.linalg.qr(torch.randn(r, r))[0]
+    def initial_values(self, target: Target, config: LoraConfig) -> tuple[Init, Init]:
+        """See `LoraLayer.initial_values`."""
+        if target.file is not None:
+            return 0.0, 0.0
+        down, up = leading_factors(target, config, self.scaling)
+        return lambda parameter: parameter.copy_(down), lambda parameter: parameter.copy_(up)
 
-    def fill_down(parameter: Tensor) -> None:
-        columns = parameter[0].numel()
-        value = torch.randn(columns, r // 2, device=parameter.device) @ q[0::2].to(parameter.device) / 10
-        _copy(value.t(), parameter)
+    def factors(self) -> Factors:
+        """See `LowRankLayer.factors`: of rank `2 r`."""
+        up, down, _, scale, _ = super().factors()
+        return Factors(torch.cat([up, -self.lora_init_B], 1), torch.cat([down, self.lora_init_A]), None, scale)
 
-    def fill_up(parameter: Tensor) -> None:
-        rows = parameter.shape[0]
-        _copy(torch.randn(rows, r // 2, device=parameter.device) @ q[1::2].to(parameter.device) / 10, parameter)
-
-    return fill_down, fill_up
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """See `AdapterLayer.forward`."""
+        up, down, _, scale, _ = super().factors()
+        trained = self.kind.apply(x, Factors(up, down), self.dropout if self.training else 0.0)
+        initial = self.kind.apply(x, Factors(self.lora_init_B, self.lora_init_A))
+        out: Tensor = base(x) + (trained - initial) * scale
+        return out
 
 
 def leading_factors(target: Target, config: LoraConfig, scaling: float) -> tuple[Tensor, Tensor]:
