@@ -87,9 +87,9 @@ class WritesToTheBase(Outer):
             super().setup(target, config)
             self.module = [target.module]
 
-        def factors(self):
+        def forward(self, base, x):
             self.module[0].weight.data.mul_(1.01)  # behind autograd's back
-            return super().factors()
+            return base(x) + self.kind.apply(x, self.factors())
 
 
 class SharedOuter(Outer):
