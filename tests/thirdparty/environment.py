@@ -19,6 +19,9 @@ PACKAGES = {
     "outer": HERE / "adapterkit_outer",
     "oft": EXAMPLES / "adapterkit_oft",
     "lokr": EXAMPLES / "adapterkit_lokr",
+    "dora": EXAMPLES / "adapterkit_dora",
+    "adalora": EXAMPLES / "adapterkit_adalora",
+    "vblora": EXAMPLES / "adapterkit_vblora",
 }
 
 

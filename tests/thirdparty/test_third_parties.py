@@ -55,7 +55,8 @@ def test_they_are_announced_and_imported_when_asked_for(environment: Environment
     assert used == "('x',) <method 'outer' from adapterkit-outer 0.1>"
 
 
-@pytest.mark.parametrize("name", ["ia3", "oft", "lokr"])  # the fourth is the tutorial's, whose test runs it
+# The tutorial's package is run by the test of the tutorial.
+@pytest.mark.parametrize("name", ["ia3", "oft", "lokr", "dora", "adalora", "vblora"])
 def test_each_passes_its_own_tests(environment: Environment, name: str, tmp_path: Path) -> None:
     """Its tests are the kit, and run where only the installed package is."""
     tests = shutil.copytree(PACKAGES[name], tmp_path / "project", ignore=shutil.ignore_patterns("adapterkit_*"))
