@@ -146,9 +146,9 @@ def test_heads_of_other_tensors_or_of_whole_numbers_are_not_joined(heads: str, t
     for odd, message in (
         (
             lacking,
-            "needs heads of the same tensors; at 'classifier' 'lacking' has weight, and 'sound' has bias, weight",
+            "needs heads with the same tensors, but at 'classifier' 'lacking' has weight, and 'sound' has bias, weight",
         ),
-        (whole, r"classifier\.weight holds torch\.int64 in 'whole', and not all adapters have floating numbers there"),
+        (whole, r"classifier\.weight is torch\.int64 in 'whole', but not all adapters have floating numbers there"),
     ):
         with pytest.raises(ak.ConfigError, match=message):
             ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads=heads)

@@ -23,7 +23,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import adapterkit as ak
 from adapterkit import Checkpoint
 from adapterkit.contract.registry import default_registry
-from adapterkit.disk.names import match_names
+from adapterkit.disk.checkpoint import match_names
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig

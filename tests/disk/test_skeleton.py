@@ -15,8 +15,7 @@ from transformers import BertConfig, LlamaConfig, MixtralConfig, MixtralForCausa
 from transformers.utils import logging
 
 import adapterkit as ak
-from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.names import match_names
+from adapterkit.disk.checkpoint import Checkpoint, match_names
 from adapterkit_lora import LoraConfig
 
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit.combining import Choices, Space, check_same_base, check_sources, mix
 from adapterkit.contract import MajoritySign, default_registry
-from adapterkit.disk.adapter_file import AdapterFile, check_one_base, names_of, natural
+from adapterkit.disk.adapter_file import AdapterFile, Result, check_dtype, names_of, natural, output_place
 from adapterkit.disk.model import Base
-from adapterkit.disk.output import Result, check_dtype, output_place
+from adapterkit.errors import CheckpointError
 from adapterkit.files import FactorSpool, short_names
+from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
 
@@ -154,3 +155,34 @@ def _vouches(adapter: AdapterFile, tail: str, paths: Collection[str]) -> bool:
 
 def _tail(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def check_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
+    """What each layer is that one of them changes: the most particular of what they say.
+
+    Raises:
+        CheckpointError: they are not of one base model.
+    """
+    known: dict[str, tuple[str, LayerKind]] = {}
+    biases: dict[str, tuple[str, Tensor]] = {}
+
+    def refuse_sizes(path: str, one: str, other: str, what: str, *shapes: tuple[int, ...]) -> None:
+        raise CheckpointError(
+            f"{one!r} and {other!r} are not of one base model: at {path!r} one {what} of shape {shapes[0]}, the other "
+            f"for {shapes[1]}."
+        )
+
+    for adapter in adapters:
+        adapter.check_told()
+        for path, kind in adapter.kinds.items():
+            name, own = known.setdefault(path, (adapter.name, kind))
+            one, two = ((k.out_features, k.in_features) for k in (own, kind))
+            # A size of 1 may be one that is not known, because its tensor is missing.
+            if any(a != b and 1 not in (a, b) for a, b in zip(one, two, strict=True)):
+                refuse_sizes(path, name, adapter.name, "is for a layer", one, two)
+            known[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
+        for path, bias in adapter.biases.items():
+            name, held = biases.setdefault(path, (adapter.name, bias))
+            if held.shape != bias.shape:
+                refuse_sizes(path, name, adapter.name, "trains a bias", tuple(held.shape), tuple(bias.shape))
+    return {path: kind for path, (_, kind) in known.items()}

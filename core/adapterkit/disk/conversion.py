@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from adapterkit.combining import Choices, check_size
 from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix, twin
-from adapterkit.disk.adapter_file import AdapterFile
+from adapterkit.disk.adapter_file import AdapterFile, Result, check_dtype, file_place, output_place, write_file
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
-from adapterkit.disk.output import Result, check_dtype, file_place, output_place, write_file
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
 from adapterkit.files import FactorSpool, MappedFiles
 from adapterkit.model import by_layer

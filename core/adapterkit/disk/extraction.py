@@ -12,9 +12,9 @@ from torch import nn
 
 from adapterkit.combining import check_asked, extracted, wanted_layers
 from adapterkit.contract import default_registry
+from adapterkit.disk.adapter_file import Result, check_dtype, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
-from adapterkit.disk.output import Result, check_dtype, output_place
 from adapterkit.errors import ConfigError
 from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
 from adapterkit.model import BaseModules, LabelSet, Match, copy_head

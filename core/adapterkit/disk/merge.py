@@ -18,10 +18,9 @@ from torch import nn
 
 from adapterkit.contract import FILE_PREFIX
 from adapterkit.disk import merge_files
-from adapterkit.disk.checkpoint import Checkpoint
+from adapterkit.disk.checkpoint import Checkpoint, match_names
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin
 from adapterkit.disk.model import CONFIG, MappedModel, skeleton_for
-from adapterkit.disk.names import match_names
 from adapterkit.errors import CheckpointError, ConfigError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import AdapterFiles, Shard, adapter_folder, load_adapter, local_path, model_folder, read
 from adapterkit.forward import Active, give_dtypes_back

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
-from adapterkit.disk.checkpoint import Checkpoint, has_weights
-from adapterkit.disk.names import match_names
+from adapterkit.disk.checkpoint import Checkpoint, has_weights, match_names
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import (
     WEIGHTS_FILE,
