@@ -488,3 +488,14 @@ def test_fields_that_no_file_can_hold_are_refused_at_registration(
     with pytest.raises(ak.PluginError) as caught:
         ak.Registry().register(ak.plugin(made, ShiftLayer, prefix="shift_"))  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_a_method_may_choose_its_targets(registered: Callable[..., Any]) -> None:
+    def targets(model: nn.Module, config: ak.AdapterConfig) -> list[str]:
+        return [match.path for match in ak.select(model, config).targets][1:]
+
+    config = registered(targets=ak.hookimpl(targets)).replace(target_modules=["layers.0", "layers.1", "head"])
+    model = net()
+    assert ak.attach(model).add("x", config).targets == ("layers.1", "head")
+    with pytest.raises(ak.SelectionError, match="the method 'shift' found no layer to adapt on this"):
+        ak.attach(model).add("y", config.replace(target_modules=["head"]))

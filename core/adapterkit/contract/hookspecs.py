@@ -68,8 +68,8 @@ def key_rule(config: AdapterConfig) -> KeyRule:  # type: ignore[empty-body]
 def targets(model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:
     """The paths of the modules to adapt, in the order of the model.
 
-    `None`, the default: the layers that `target_modules` and the fields beside it select. A method overrides this if
-    it chooses by other rules, such as "every norm", or "a table and whatever is tied to it".
+    `None`, the default: the layers that `target_modules` and the fields beside it select, which `ak.select` lists. A
+    method overrides this if it chooses by other rules, such as "a table and whatever is tied to it".
     """
 
 

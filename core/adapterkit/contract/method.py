@@ -78,7 +78,8 @@ class Method:
             inject = getattr(self.plugin, "inject", None)
             name = getattr(inject, "__annotations__", {}).get("return")
             found = getattr(inject, "__globals__", {}).get(name) if isinstance(name, str) else name
-        return getattr(found, function, None) is not getattr(AdapterLayer, function, None)
+        known = isinstance(found, type) and issubclass(found, AdapterLayer)
+        return known and getattr(found, function, None) is not getattr(AdapterLayer, function, None)
 
     def injector(self) -> Injector:
         """`hookspecs.inject`, to be called for one target after the other: who answers is settled once for them all."""

@@ -96,11 +96,33 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
-    return select_on(BaseModules(model), config)
+    return _selected(BaseModules(model), config)
 
 
 def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
-    """`select` for modules that are listed already."""
+    """The layers that an adapter of this config changes: those that its method's hook `targets` names, or `select`'s.
+
+    Raises:
+        SelectionError: there are none, or one of them cannot be adapted.
+    """
+    method = default_registry.method_of(config)
+    paths = method.targets(modules.model, config)
+    if paths is None:
+        return _selected(modules, config)
+    _check_no_peft(modules)
+    by, targets = f"the method {method.name!r}", []
+    for path in paths:
+        module = modules.model.get_submodule(path)
+        kind = default_registry.kind_of(module)
+        if kind is None:
+            raise SelectionError(_unsupported(path, module, by))
+        targets.append(Match(path, module, kind, by))
+    if not targets:
+        raise SelectionError(f"{by} found no layer to adapt on this {type(modules.model).__name__}.")
+    return Selection(tuple(targets), head_paths(modules, config.modules_to_save), (), ())
+
+
+def _selected(modules: BaseModules, config: AdapterConfig) -> Selection:
     _check_no_peft(modules)
     heads = head_paths(modules, config.modules_to_save)
     found, skipped, unmatched = _candidates(modules, config, heads)
