@@ -124,6 +124,26 @@ def test_a_failure_names_the_drawn_example():
     assert "expected the same change on another weight" in str(caught.value)
 
 
+def test_mathematics_that_reads_values_is_told_and_a_forward_alone_has_none():
+    class ReadsValues(Outer):
+        class layer(broken_methods.OuterLayer):
+            def factors(self):
+                return super().factors() if self.outer_u.detach().sum().item() < 1e9 else None
+
+    class ForwardAlone(Outer):
+        layer = broken_methods.MergedLayer
+
+    check = all_checks()["check_mathematics_is_pure"]
+    text = r"layer\.factors on .*: expected shapes alone to be enough; it reads values: "
+    with registered(ReadsValues()) as config, pytest.raises(CheckFailure, match=text):
+        run_check(check, config)
+    with (
+        registered(ForwardAlone()) as config,
+        pytest.raises(NotApplicable, match="define no factors, change or merged"),
+    ):
+        run_check(check, config)
+
+
 def test_an_exception_of_the_method_is_told_with_its_place():
     with registered(broken_methods.NotPicklable()), pytest.raises(CheckFailure, match="on Linear layers in float32"):
         run_check(all_checks()["check_pickles"], OuterConfig())
