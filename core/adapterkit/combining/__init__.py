@@ -1,7 +1,7 @@
 """New adapters from known changes: combine, convert, extract.
 
 In: the changes of adapters (or of two models), as factors. Out: one new adapter of any method that can express them.
-Uses: errors, results, kinds, contract, forward, model, files, merging.
+Uses: errors, results, tensors, kinds, contract, forward, model, files, merging.
 """
 
 from adapterkit.combining.combine import Choices, Source, check_same_base, check_sources, exact_change, mix

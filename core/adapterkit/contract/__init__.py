@@ -32,13 +32,22 @@ from adapterkit.contract.keys import (
     strip_file_prefix,
     unwrapped_key,
 )
-from adapterkit.contract.layers import AdapterLayer, DenseLayer, Holder, LowRankLayer, kaiming, twin, widened
+from adapterkit.contract.layers import (
+    AdapterLayer,
+    DenseLayer,
+    Holder,
+    LowRankLayer,
+    Shared,
+    Target,
+    kaiming,
+    shared_tensors,
+    twin,
+    widened,
+)
 from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
 from adapterkit.contract.plugins import Plugin, check_hooks, combiners_of, kinds_of, plugin
 from adapterkit.contract.registry import DISABLE_VARIABLE, Installed, Registry, default_registry, switched_off
-from adapterkit.contract.shared import Shared, shared_tensors
-from adapterkit.contract.target import Target
 
 __all__ = [
     "ATTRIBUTE",

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.contract.config import AdapterConfig
     from adapterkit.contract.foreign import Format
     from adapterkit.contract.keys import KeyRule
-    from adapterkit.contract.layers import AdapterLayer
-    from adapterkit.contract.shared import Shared
-    from adapterkit.contract.target import Target
+    from adapterkit.contract.layers import AdapterLayer, Shared, Target
     from adapterkit.kinds import Factors, LayerKind
 
 PROJECT = "adapterkit"

@@ -1,20 +1,102 @@
-"""The three base classes of adapter layers, the small modules that one adapter has at its targets."""
+"""What a method's author subclasses: the base classes of adapter layers, `Shared`, and the `Target` of a layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract.target import Target
 from adapterkit.errors import CheckpointError, PluginError, UnsupportedError
-from adapterkit.kinds import Factors, LayerKind
+from adapterkit.kinds import Factors, LayerKind, dense
+from adapterkit.tensors import gathered
 
 if TYPE_CHECKING:
     from adapterkit.forward import Base
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt.
+
+    Attributes:
+        path: its module path in the model, such as `"encoder.layer.0.attention.self.query"`.
+        kind: what it is; has the sizes, and applies factors to inputs.
+        module: the layer itself; `None` where only an adapter's files are known.
+        dtype, device: what the adapter's parameters are to be made with.
+        file: the tensors that a file, or a combination, has for this layer, by their local names, so that sizes may
+            follow from them. `None` for a new adapter.
+    """
+
+    path: str
+    module: nn.Module | None
+    kind: LayerKind
+    dtype: torch.dtype
+    device: torch.device
+    file: Mapping[str, Tensor] | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the canonical weight."""
+        return self.kind.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the canonical weight."""
+        return self.kind.in_features
+
+    def weight(self) -> Tensor:
+        """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation.
+
+        Raises:
+            UnsupportedError: it is quantised, and does not say which numbers it stands for.
+        """
+        if self.module is None:
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        with gathered(self.module, self.module.modules()):
+            held = self.kind.read(self.module)
+            weight = dense(held)
+            if weight is None:
+                raise UnsupportedError(
+                    f"The weight of {self.path!r} is a {type(held).__name__}, which does not give the numbers that it "
+                    "stands for. Begin with others than the weight's own, or add the adapter before it is quantised."
+                )
+            return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+    def bias(self) -> Tensor | None:
+        """The layer's bias as a float32 (or float64) copy of shape `(out,)`; `None` if it has none."""
+        if self.module is None:
+            return None
+        with gathered(self.module, self.module.modules()):
+            bias = getattr(self.module, "bias", None)
+            if not isinstance(bias, Tensor):
+                return None
+            return bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+
+    def new(self, *shape: int, init: float | Callable[[Tensor], object] = 0.0) -> nn.Parameter:
+        """A new parameter of this shape, with the adapter's dtype and device.
+
+        Args:
+            init: the number that fills it, or a function that fills the tensor in place, such as `adapterkit.kaiming`.
+                Where a file's values are about to come, and on the meta device, nothing is filled.
+        """
+        if self.file is not None:
+            return nn.Parameter(_placeholder(shape, self.dtype))
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        if not parameter.is_meta:
+            with torch.no_grad():
+                init(parameter) if callable(init) else parameter.fill_(init)
+        return parameter
+
+
+@lru_cache(maxsize=256)
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What stands for a file's tensor until that is assigned: it has no values, so one serves all of its shape."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Holder(nn.Module):
@@ -229,3 +311,65 @@ def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
     if not any(map(narrow, layer.parameters())) and not any(map(narrow, layer.buffers())):
         return layer
     return twin(layer, lambda tensor: tensor.to(dtype) if narrow(tensor) else tensor)
+
+
+class Shared(nn.Module):
+    """What all layers of one adapter have in common: tensors, a term of the loss, a step of training.
+
+    The layers have it as `self.shared` and read `self.shared.<name>` in each call, because `.to(...)` replaces tensors.
+    It lives under `adapter_shared.<adapter>` at the model. A `Parameter` is trained and in the file. A persistent
+    buffer is fixed and in the file, whose value wins. A buffer that is not persistent is made again by `setup` and is
+    never in a file. Adapters whose shared tensors are all buffers, and equal, use one copy: change none in place.
+    """
+
+    config: Any
+
+    def __init__(self, targets: Sequence[Target], config: Any, root: Target) -> None:
+        super().__init__()
+        self.__dict__["config"] = config
+        self.setup(targets, config, root)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            raise PluginError(
+                f"{cls.__name__}.forward: the model's own call cannot be replaced yet. Do the work in the layers."
+            )
+
+    def setup(self, targets: Sequence[Target], config: Any, root: Target) -> None:
+        """Make what is shared, before any layer. Called once: when an adapter is added, loaded or combined.
+
+        Args:
+            targets: every layer that the adapter will change, with sizes, paths and weights.
+            root: the model. `root.new(...)` makes parameters; `root.dtype` is the widest dtype of the targets and
+                `root.device` their device; `root.file` has the file's shared tensors, at load.
+        """
+
+    def penalty(self, layers: Mapping[str, AdapterLayer]) -> Tensor | float:
+        """A term of the loss, which `ak.penalty(model)` gives. `layers` has the adapter's layers by path."""
+        return 0.0
+
+    def step(self, number: int, layers: Mapping[str, AdapterLayer]) -> None:
+        """Called by `adapters.step()`: after `optimizer.step()` and before `zero_grad()`, so the gradients are there.
+
+        Args:
+            number: how many steps the adapter has made, this one included.
+        """
+
+    def equals(self, other: nn.Module) -> bool:
+        """Whether both have nothing but buffers, with the same names, values, dtypes and devices."""
+        if type(self) is not type(other) or any(True for part in (self, other) for _ in part.parameters()):
+            return False
+        ours, theirs = dict(self.named_buffers()), dict(other.named_buffers())
+        return ours.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def shared_tensors(shared: Shared | None) -> dict[str, Tensor]:
+    """What a file holds of it: parameters and persistent buffers, by name."""
+    return {} if shared is None else shared.state_dict(keep_vars=True)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or one.device != other.device or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other)

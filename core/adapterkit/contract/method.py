@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.foreign import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
-from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, widened
-from adapterkit.contract.shared import Shared
-from adapterkit.contract.target import Target
+from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
 

@@ -16,10 +16,8 @@ from adapterkit.contract import combiners, hookspecs
 from adapterkit.contract.combiners import Combiner
 from adapterkit.contract.config import AdapterConfig, conforms, is_jsonable, readable
 from adapterkit.contract.keys import KeyRule
-from adapterkit.contract.layers import AdapterLayer
+from adapterkit.contract.layers import AdapterLayer, Shared, Target
 from adapterkit.contract.method import Method
-from adapterkit.contract.shared import Shared
-from adapterkit.contract.target import Target
 from adapterkit.errors import PluginError, nearest
 from adapterkit.kinds import LayerKind
 
@@ -327,12 +325,11 @@ def _check_signature(who: str, hook: str, function: Any, spec: Any, wrapper: boo
 
 def _hints(function: Any) -> dict[str, Any]:
     """Resolved annotations; those that only a type checker can resolve are left out."""
-    from adapterkit.contract import config, keys, target
-    from adapterkit.contract import layers as layer
+    from adapterkit.contract import config, keys, layers
     from adapterkit.kinds import factors
 
     names: dict[str, Any] = {"Mapping": Mapping, "Sequence": typing.Sequence}
-    for module in (config, factors, keys, layer, target):
+    for module in (config, factors, keys, layers):
         names.update({k: v for k, v in vars(module).items() if isinstance(v, type)})
     names = {**names, **getattr(function, "__globals__", {})}
     found = {}
