@@ -117,7 +117,8 @@ class Layers:
 
     def _lora(self) -> dict[str, Forward]:
         weight, bias = self.base.weight, self.base.bias
-        pairs = [self._own(name).matrices()[:2] for name in self.names]
+        factors = [self._own(name).factors() for name in self.names]
+        pairs = [(f.down, f.up) for f in factors]
 
         def loop(x: Tensor) -> Tensor:
             out = F.linear(x, weight, bias)
@@ -151,8 +152,8 @@ class Layers:
         return {"hand": factored, PRODUCT: whole}
 
     def _vera(self) -> dict[str, Forward]:
-        weight, bias, own = self.base.weight, self.base.bias, self._own(self.names[0])
-        (down, up), d, b = own.projections(), own.vera_lambda_d, own.vera_lambda_b
+        weight, bias = self.base.weight, self.base.bias
+        up, down, _, b, d = self._own(self.names[0]).factors()
         return {
             "hand": lambda x: torch.addcmul(F.linear(x, weight, bias), F.linear(F.linear(x, down) * d, up), b),
         }

@@ -18,7 +18,7 @@ from tests.models import EmbeddingNet, build
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.contract.foreign import LayerNames, component
+from adapterkit.contract.formats import LayerNames, component
 from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 

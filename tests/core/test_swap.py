@@ -238,7 +238,9 @@ def test_a_method_that_says_nothing_takes_the_same_sizes_of_the_same_config(tmp_
     adapters.swap("a", folder)
     torch.testing.assert_close(run(adapters.model, "bert"), expected)
     wider = adapter("bert", "a", "outer", target_modules=["query", "key"])
-    why = r"at 'bert\..*key' the file has nothing, and the method does not say what changes nothing"
+    why = (
+        r"at 'bert\..*key' the file has no tensors, and the method does not say which values leave the layer unchanged"
+    )
     refused(wider, folder, why)
 
 

@@ -6,7 +6,7 @@ Uses: errors, tensors, kinds.
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
 from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.foreign import (
+from adapterkit.contract.formats import (
     DOTTED,
     FLAT,
     OPTIONAL,

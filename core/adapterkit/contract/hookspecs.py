@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from adapterkit.contract.combiners import Combiner
     from adapterkit.contract.config import AdapterConfig
-    from adapterkit.contract.foreign import Format
+    from adapterkit.contract.formats import Format
     from adapterkit.contract.keys import KeyRule
     from adapterkit.contract.layers import AdapterLayer, Shared, Target
     from adapterkit.kinds import Factors, LayerKind

@@ -205,7 +205,9 @@ class AdapterLayer(nn.Module):
             CheckpointError: it cannot; says why, to go on from "at 'path' ".
         """
         if other is None:
-            raise CheckpointError("the file has nothing, and the method does not say what changes nothing")
+            raise CheckpointError(
+                "the file has no tensors, and the method does not say which values leave the layer unchanged"
+            )
         made_again = {
             f"{path}.{name}" if path else name
             for path, module in other.named_modules()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.foreign import ForeignFile, Format, empty_layer
+from adapterkit.contract.formats import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError

@@ -16,7 +16,10 @@ from adapterkit.files.folder import (
     umask,
     write_folder,
 )
-from adapterkit.files.formats import (
+from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
+from adapterkit.files.load import load_adapter
+from adapterkit.files.match import EVERYWHERE, file_places, match_adapter, refuse
+from adapterkit.files.other_programs import (
     check_foreign,
     kinds_of,
     layers_of,
@@ -26,9 +29,6 @@ from adapterkit.files.formats import (
     recognise,
     shapes_of,
 )
-from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
-from adapterkit.files.load import load_adapter
-from adapterkit.files.match import EVERYWHERE, file_places, match_adapter, refuse
 from adapterkit.files.save import file_config, file_tensors, save_adapter, short_names, to_file, to_files
 from adapterkit.files.swap import swap_in
 from adapterkit.files.tensors import (

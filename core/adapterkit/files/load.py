@@ -17,8 +17,8 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import CheckpointError
 from adapterkit.files.folder import AdapterFiles
-from adapterkit.files.formats import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.files.match import equals_base, pass_over, refuse, warn_of
+from adapterkit.files.other_programs import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import (

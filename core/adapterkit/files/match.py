@@ -21,7 +21,7 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files.folder import AdapterFiles
-from adapterkit.files.formats import layers_of, passed_over
+from adapterkit.files.other_programs import layers_of, passed_over
 from adapterkit.model import Adapter, BaseModules, Fit, beside_layers, by_layer
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole

@@ -21,7 +21,7 @@ from adapterkit.kinds import Factors, LayerKind
 PASS = 25
 # Tokens up to which `DenseLayer.few` is asked.
 FEW = 4
-# Multiplications in the layer's own product from which what is built is built again in the backward.
+# From this many multiplications in the layer's own product on, the backward builds matrices again to save memory.
 REBUILT = 2**24
 # Dtypes in which `W + dW` is rounded no worse than the sum of their products.
 _EXACT = (torch.float32, torch.float64)

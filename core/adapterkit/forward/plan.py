@@ -73,7 +73,7 @@ class Plan:
         return self._changed(base, args[0])
 
     def stand_in(self) -> nn.Module | None:
-        """What stands in place of the module for who reads the weights of layers inside it."""
+        """The head that replaces the module, for a reader of weights inside it; `None`: no head does."""
         return self.head
 
     def parameter(self, name: str) -> Tensor | None:
@@ -117,7 +117,7 @@ def run_layers(module: nn.Module, layers: Sequence[Any], call: Callable[[Tensor]
 
 
 class Base:
-    """A layer of the model without the adapter that asks, with the adapters inside that one.
+    """A layer of the model as one adapter sees it: with the adapters that are nearer to the layer, without its own.
 
     It takes and gives the dtype of the adapter's parameters.
     """
@@ -220,9 +220,9 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, State], None] | None:
-    """What raises `StateError` in a forward that would go wrong in silence, or `None`: sizes that do not fit raise.
+    """The check before each forward that would otherwise go wrong silently; `None`: torch raises an error by itself.
 
-    A row that is not there is no error on a GPU, but the end of it; and a convolution may do something else.
+    An embedding that is asked for a missing row stops a GPU, and a convolution may have another stride since `add`.
     """
     if isinstance(module, nn.Embedding):
         return check_sizes
@@ -230,7 +230,7 @@ def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, Sta
 
 
 def check_unchanged(module: nn.Module, state: State) -> None:
-    """Raise `StateError` if the module does something else than what is at work there was made for."""
+    """Raise `StateError` if the module computes otherwise than when an active adapter was added to it."""
     slots = module._modules.get(LAYERS)
     for part, name in parts_of(slots, state.names):
         what = part.kind.changed(module)
@@ -244,7 +244,7 @@ def check_unchanged(module: nn.Module, state: State) -> None:
 
 
 def check_sizes(module: nn.Module, state: State) -> None:
-    """Raise `StateError` if the module's weight has other sizes than what is at work there was made for."""
+    """Raise `StateError` if the module's weight has other sizes than when an active adapter was added to it."""
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.dim() < 2:  # packed, or in pieces
         return

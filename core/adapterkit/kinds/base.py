@@ -72,7 +72,7 @@ class LayerKind(ABC):
         return None
 
     def changed(self, module: nn.Module) -> str | None:
-        """What the module does otherwise than it did when this kind was made, to go on from `"'path' has "`, or `None`.
+        """How the module differs from when this kind was made, to end a sentence `"'path' has ..."`, or `None`.
 
         A kind that keeps more of a module than sizes overrides this; it is asked in each forward, so it must be fast.
         """

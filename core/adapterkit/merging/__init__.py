@@ -6,7 +6,7 @@ Uses: errors, tensors, kinds, contract, forward, model.
 
 from adapterkit.merging.changes import Change, plan
 from adapterkit.merging.obstacles import obstacle
-from adapterkit.merging.ties import FLAG, Parting, nested, tie_number
+from adapterkit.merging.tied_weights import FLAG, Parting, nested, tie_number
 from adapterkit.merging.weights import Merged, merge_module, merging, take_heads
 
 __all__ = [

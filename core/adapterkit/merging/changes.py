@@ -13,8 +13,8 @@ from adapterkit.contract import AdapterLayer, DenseLayer, default_registry, wide
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.forward import BiasLayer
 from adapterkit.kinds import AddTile, LayerKind
-from adapterkit.merging.memory import Place, overlaps
 from adapterkit.merging.obstacles import is_writable, obstacle, own
+from adapterkit.merging.shared_memory import Place, overlaps
 from adapterkit.model import Adapter, BaseModules
 
 # Rank of exact factors up to which multiplying by them is faster than building the change.

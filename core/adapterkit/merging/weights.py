@@ -15,7 +15,7 @@ from adapterkit.forward import BiasLayer, give_dtypes_back
 from adapterkit.kinds import LayerKind, tiles
 from adapterkit.merging.changes import Change, Part, check_in_memory, parted_names, plan
 from adapterkit.merging.obstacles import own, put
-from adapterkit.merging.ties import Parting
+from adapterkit.merging.tied_weights import Parting
 from adapterkit.model import Adapter, BaseModules
 
 

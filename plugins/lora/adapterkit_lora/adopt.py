@@ -18,8 +18,8 @@ def adopted(own: LoraLayer, other: LoraLayer | None) -> dict[str, Tensor]:
     """The tensors of `own`, by name, with which it does what `other` does; `None`: nothing.
 
     With `s` and `s'` the scalings, `s B A = s' B' A'` for `A = [A'; 0]` and `B = [(s' / s) B', 0]`: exact if `s' / s`
-    is a power of two. Where `own` has the initial factors of PiSSA or OLoRA, which act as `-B0 A0`, these are room for
-    as many ranks again.
+    is a power of two. A layer of PiSSA or OLoRA has initial factors too, which act as `-B0 A0`: they take as many ranks
+    again.
 
     Raises:
         CheckpointError: it has not the room.

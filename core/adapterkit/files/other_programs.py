@@ -1,4 +1,4 @@
-"""Files of other programs, read: which part of a pipeline is asked for, and whose method a file is."""
+"""Reading files of other programs: which part of a pipeline a model is, and which method a file belongs to."""
 
 from __future__ import annotations
 

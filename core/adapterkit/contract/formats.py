@@ -185,7 +185,7 @@ class Format:
         raise NotImplementedError
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
-        """The config that a file amounts to which has these layers. The core sets `target_modules`.
+        """The config of a file that has these layers. The core sets `target_modules`.
 
         By default with the layers' ranks, their alphas, or their ranks where the file has no alpha, and `fields`.
 

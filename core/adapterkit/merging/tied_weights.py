@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.merging.memory import same
 from adapterkit.merging.obstacles import own, put
+from adapterkit.merging.shared_memory import same
 from adapterkit.model import Adapter, named_modules
 
 FLAG = "tie_word_embeddings"
