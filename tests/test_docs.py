@@ -57,7 +57,18 @@ def test_readme_test_command_is_what_ci_runs() -> None:
     assert "-m pytest -n 2 -q" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def test_the_page_about_blocks_runs() -> None:
-    namespace: dict[str, object] = {}
-    for block in blocks((ROOT / "docs" / "blocks.md").read_text(encoding="utf-8"), "python"):
-        exec(compile(block, "docs/blocks.md", "exec"), namespace)
+@pytest.mark.parametrize("page", ["blocks", "port-a-peft-method", "write-a-layer-kind"])
+def test_the_code_of_a_page_runs(page: str) -> None:
+    module = type(sys)(page)  # whose names annotations are resolved in
+    sys.modules[page] = module
+    extensions = {*ak.default_registry.extensions()}
+    try:
+        for block in blocks((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), "python"):
+            exec(compile(block, f"docs/{page}.md", "exec"), module.__dict__)
+    finally:
+        del sys.modules[page]
+        if "fourierft" in ak.default_registry._methods:
+            ak.default_registry.unregister("fourierft")
+        for name, plugin in ak.default_registry.extensions().items():
+            if name not in extensions:
+                ak.default_registry.retract(plugin)
