@@ -28,7 +28,7 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "thirdparty" / "adapterkit_ia3"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "thirdparty" / "adapterkit_ia3"))
 from adapterkit_ia3 import IA3Config
 from adapterkit_ia3 import plugin as ia3
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 EXAMPLES = ROOT / "examples" / "thirdparty"
 PACKAGES = {
-    "ia3": HERE / "adapterkit_ia3",
+    "ia3": EXAMPLES / "adapterkit_ia3",
     "outer": HERE / "adapterkit_outer",
     "oft": EXAMPLES / "adapterkit_oft",
     "lokr": EXAMPLES / "adapterkit_lokr",

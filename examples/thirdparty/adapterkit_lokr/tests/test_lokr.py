@@ -1,11 +1,12 @@
 """The package's own tests: the kit, and what only LoKr does."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.testing import parametrize_with_checks
+from adapterkit.testing import check_peft, parametrize_with_checks
 from adapterkit_lokr import LoKrConfig
 from adapterkit_lokr.layer import apply_kron, kron_factors, split
 
@@ -51,3 +52,8 @@ def test_files_alone_tell_the_layers(config, tmp_path):
     found = ak.diff_adapters(tmp_path / "a", tmp_path / "lora")
     assert found.same_function
     assert adapters.load(tmp_path / "lora", name="lora").ok
+
+
+@pytest.mark.parametrize("fields", [{}, {"decompose_both": True}])
+def test_it_is_pefts(fields):
+    check_peft(LoKrConfig(r=2, alpha=3, **fields), peft.LoKrConfig(r=2, alpha=3, **fields))

@@ -1,10 +1,11 @@
 """The package's own tests: the kit, and what only OFT does."""
 
+import peft
 import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.testing import parametrize_with_checks
+from adapterkit.testing import check_peft, parametrize_with_checks
 from adapterkit_oft import OFTConfig
 from adapterkit_oft.layer import cayley, cayley_neumann, skew
 
@@ -40,3 +41,8 @@ def test_angles_between_the_weights_rows_stay():
 def test_one_of_r_and_block_size():
     with pytest.raises(ak.ConfigError, match="One of r = 2 and oft_block_size = 32 must be 0"):
         OFTConfig(r=2)
+
+
+@pytest.mark.parametrize("fields", [{"oft_block_size": 4}, {"r": 2, "oft_block_size": 0}])
+def test_it_is_pefts(fields):
+    check_peft(OFTConfig(**fields), peft.OFTConfig(**fields))

@@ -1,11 +1,12 @@
 """The package's own tests, as its author would write them: the kit, and what only (IA)3 does."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.testing import parametrize_with_checks
+from adapterkit.testing import check_peft, parametrize_with_checks
 from adapterkit_ia3 import IA3Config
 
 
@@ -31,3 +32,8 @@ def test_inputs_of_feedforward_layers_are_scaled_and_outputs_of_others():
 def test_feedforward_modules_must_be_targets():
     with pytest.raises(ak.ConfigError, match=r"feedforward_modules \['b'\] must be in target_modules, too"):
         IA3Config(target_modules=["a"], feedforward_modules=["b"])
+
+
+def test_it_is_pefts():
+    fields = {"target_modules": ["up", "down"], "feedforward_modules": ["down"]}
+    check_peft(IA3Config(**fields), peft.IA3Config(**fields))
