@@ -950,9 +950,17 @@ def test_saved_files_follow_the_umask(tmp_path: Path) -> None:
     assert {p.stat().st_mode & 0o777 for p in target.iterdir()} == {0o640}
 
 
-def test_any_number_of_processes_may_save_to_one_folder_at_once(tmp_path: Path) -> None:
-    savers, folders, failed = 4, 40, []
-    begin = threading.Barrier(savers)
+def test_any_number_of_savers_may_save_to_one_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    savers, folders, failed = 4, 20, []
+    begin, inside, put = threading.Barrier(savers), threading.Semaphore(1), files._put
+
+    def put_alone(fresh: Path, folder: Path) -> None:
+        if not inside.acquire(blocking=False):
+            failed.append("two at once")
+            return
+        time.sleep(0.005)  # the others come here meanwhile, if nothing stops them
+        put(fresh, folder)
+        inside.release()
 
     def save(saver: int) -> None:
         for number in range(folders):
@@ -962,12 +970,14 @@ def test_any_number_of_processes_may_save_to_one_folder_at_once(tmp_path: Path) 
             except SaveError as error:
                 failed.append(str(error))
 
+    monkeypatch.setattr(files, "_put", put_alone)
     threads = [threading.Thread(target=save, args=(saver,)) for saver in range(savers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failed
+    assert len(list(tmp_path.iterdir())) == folders // 2
     for folder in tmp_path.iterdir():
         found = files.read_folder(folder)
         assert found.config == {"r": int(found.tensors["a"][0])}
