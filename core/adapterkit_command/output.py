@@ -57,7 +57,7 @@ def jsonable(value: Any) -> Any:
 
 @contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar with bytes, speed and time left. Call it with `(done, all)`; `None` if stderr is no terminal."""
+    """A progress bar with bytes, speed and time left. Call it with `(done, all)`; `None` if stderr is not a tty."""
     if not sys.stderr.isatty():
         yield None
         return

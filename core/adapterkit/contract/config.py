@@ -268,7 +268,7 @@ _LARGEST_FLOAT32 = 3.4028234663852886e38
 def conforms(value: object, hint: Any) -> bool:
     """Whether `value` has type `hint`: unions, literals, sequences and mappings looked into.
 
-    A bool is no number, an int is a float, and a float must be finite in float32.
+    A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -293,7 +293,7 @@ def _is_plain(value: object, hint: Any) -> bool:
         return isinstance(value, int | float) and abs(value) <= _LARGEST_FLOAT32
     if hint is None:
         return value is None
-    return not isinstance(hint, type) or isinstance(value, hint)  # what is no class is its author's to check
+    return not isinstance(hint, type) or isinstance(value, hint)  # the author checks hints that are not classes
 
 
 def is_jsonable(hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Files of other programs: which part of a pipeline a key is of, which layer it names, and whose method it is."""
+"""Formats of other programs: what a plugin gives to read and write them, and how their keys name layers."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class AdapterLayer(nn.Module):
         method: the name of the method that made it; set by the core.
 
     Raises:
-        PluginError: where a subclass is defined that lacks what its base class needs.
+        PluginError: raised at the definition of a subclass that lacks a method which its base class needs.
     """
 
     kind: LayerKind
@@ -173,7 +173,7 @@ class AdapterLayer(nn.Module):
         """The layer's weight `(out, in)` and bias `(out,)` with the adapter worked in; neither is changed in place.
 
         Raises:
-            UnsupportedError: the adapter's effect is no change of the weight.
+            UnsupportedError: no change of the weight has the adapter's effect.
         """
         raise UnsupportedError(f"A {type(self).__name__} cannot be merged. Leave the adapter active.")
 

@@ -58,7 +58,7 @@ class Method:
 
     @property
     def shared(self) -> type[Shared] | None:
-        """The class of what all layers of one adapter have in common, which the plugin has under the name `shared`."""
+        """The plugin's `shared`: the class of the tensors that all layers of one adapter use; `None`: it has none."""
         found = getattr(self.plugin, "shared", None)
         if found is not None and not (isinstance(found, type) and issubclass(found, Shared)):
             raise PluginError(

@@ -39,7 +39,7 @@ class Plugin:
         config: the dataclass that a user writes.
         layer: the class of the adapter layers.
         prefix: what every key of the method begins with; a tuple if there are several.
-        shared: the class of what all layers of one adapter have in common, or `None`.
+        shared: the class of the tensors that all layers of one adapter use, or `None`.
 
     Raises:
         PluginError: where a subclass is defined, if it has a public method that is not a hook.
@@ -133,7 +133,7 @@ def check_hooks(plugin: object, who: str) -> None:
 
 
 def check_extension(plugin: object, who: str) -> None:
-    """What is no method only wraps the hooks of methods: an answer of its own would be given for all of them.
+    """An extension may only wrap the hooks of methods: its own answer would count for every method.
 
     Raises:
         PluginError: names the hook.

@@ -190,7 +190,7 @@ class Registry:
         self._manager.unregister(self._methods.pop(name).plugin)
 
     def extend(self, plugin: object) -> None:
-        """Add a plugin that is no method: layer kinds, combiners, or wrappers around hooks.
+        """Add an extension: layer kinds, combiners, or wrappers around hooks.
 
         Raises:
             PluginError: it breaks the contract.

@@ -407,7 +407,7 @@ def names_of(places: Sequence[str | Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """An adapter that is to be written.
+    """A new adapter, before it is written to files.
 
     Attributes:
         kinds: what each layer is that it changes, by path.

@@ -273,7 +273,7 @@ class MappedModel:
         return name
 
     def module(self, path: str) -> nn.Module:
-        """A module of which every parameter has a value.
+        """A module in which every parameter has a value.
 
         Raises:
             UnsupportedError, CheckpointError: see `held_as`.

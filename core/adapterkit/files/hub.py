@@ -52,7 +52,7 @@ def model_folder(source: str | Path) -> Path:
 
 
 def hub_id(source: str | Path, what: str = "folder") -> str:
-    """What is no path of this machine, as the hub id that it may be.
+    """The hub id in a source that is not a local path.
 
     Raises:
         CheckpointError: it can only be meant as a path: by its form, or because the folder that it would be in is here.

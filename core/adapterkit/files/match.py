@@ -1,4 +1,4 @@
-"""Matching: whose given tensors are in an adapter that is there, and which of them fit."""
+"""Matching given tensors with an adapter on a model: which tensors are its own, and which of them fit."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def pass_over(
 
 
 def check_tensors(tensors: object) -> None:
-    """Raise `CheckpointError` if this is no mapping from names to tensors with values."""
+    """Raise `CheckpointError` unless this is a mapping from names to tensors with values."""
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"A state dict is a mapping from names to tensors, not a {type(tensors).__name__}.")
     for key, tensor in tensors.items():

@@ -46,7 +46,7 @@ def kinds_of(modules: Mapping[str, nn.Module] | None) -> dict[str, LayerKind]:
 
 
 def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:
-    """The layers of another program's file as its keys alone tell them, of whichever method.
+    """The layers of another program's file, of any method, from its keys alone.
 
     Args:
         keep_names: call each layer what the file does; else by its path, without the part of a pipeline.
@@ -91,7 +91,7 @@ def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, T
 
 
 def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> set[str]:
-    """Keys of those parts of a pipeline of which a method's `from_file` found no layer on this model."""
+    """The keys of pipeline parts for which the method found no layer on this model."""
     own = {path.partition(".")[0] for path in layers}  # GPT-2 has a module called `transformer`
     parts = {key: component(key) for key in tensors}
     found = {part for key, part in parts.items() if key not in read}

@@ -268,7 +268,7 @@ def check_sizes(module: nn.Module, state: State) -> None:
 
 
 def summable(module: nn.Module, out: Any) -> Tensor:
-    """The module's output, to which something is to be added.
+    """The module's output, checked that something can be added to it.
 
     Raises:
         SelectionError: it is no tensor.

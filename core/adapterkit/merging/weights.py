@@ -113,7 +113,7 @@ class Merged:
         return Merged(self.names + names, self.keeps_base and keep_base, kept, heads, (*self.partings, parting))
 
     def _count_again(self, edited: Sequence[str]) -> None:
-        """After a merge that was undone: what it wrote is no edit. `edited` was edited before it."""
+        """The state after an undone merge: its own writes do not count as edits. `edited` was edited before it."""
         for kept in self.kept.values():
             for name in [n for n in kept.merged if f"{kept.path}.{n}" not in edited]:
                 tensor = own(kept.module, name)

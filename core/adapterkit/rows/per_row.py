@@ -171,7 +171,7 @@ class RowPlan(Plan):
             return act(inner, args[0])
 
     def stand_in(self) -> nn.Module | None:
-        """See `Plan.stand_in`; there is no one weight for all rows."""
+        """See `Plan.stand_in`; the rows do not share one weight."""
         if self.default is not None or self.heads or self.parts or self.shifts:
             raise UnsupportedError(
                 f"The model reads the weight of a {type(self.module).__name__} instead of calling it, and per_sample "

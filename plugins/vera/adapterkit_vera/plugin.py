@@ -19,7 +19,7 @@ class VeraPlugin(ak.Plugin):
     config, layer, shared, prefix = VeraConfig, VeraLayer, VeraShared, "vera_"
 
     def from_file(self, config: VeraConfig, tensors: Mapping[str, Tensor]) -> tuple[VeraConfig, Mapping[str, Tensor]]:
-        """All as they are; but a file whose projections are not used, and are others than those used, is odd."""
+        """Nothing changes. A warning says if the file has other projections than those that the key gives."""
         down, up = tensors.get("vera_A"), tensors.get("vera_B")
         if config.save_projection or down is None or up is None or down.dim() != 2 or up.dim() != 2:
             return config, tensors
