@@ -617,7 +617,7 @@ class Adapters:
                     self._merged = merged
                     self._model.set_merged(adapters, merged.names, acting)
             except BaseException:
-                self._merged, self._active.merged = before, before.names
+                self._merged = before
                 go_back()
                 raise
 

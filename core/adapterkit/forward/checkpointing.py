@@ -16,7 +16,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
 from adapterkit.forward import readers
-from adapterkit.forward.state import Refused, lock, models
+from adapterkit.forward.state import State, lock, models
 
 _WRAPPED = "_adapterkit_keeps_states"
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -25,25 +25,21 @@ _GENERATOR = "_checkpoint_without_reentrant_generator"
 def wrap() -> None:
     """Let checkpointing keep states. Wraps once."""
     with lock:
-        if not hasattr(torch_checkpoint, _WRAPPED):
-            setattr(torch_checkpoint, _WRAPPED, True)
-            function: Any = torch_checkpoint.CheckpointFunction
-            function.apply = staticmethod(_reentrant(function.apply))
-            generator = getattr(torch_checkpoint, _GENERATOR)
-            setattr(
-                torch_checkpoint, _GENERATOR, lambda fn, *args, **kwargs: generator(InSameState(fn), *args, **kwargs)
-            )
+        if hasattr(torch_checkpoint, _WRAPPED):
+            return
+        setattr(torch_checkpoint, _WRAPPED, True)
+        function: Any = torch_checkpoint.CheckpointFunction
+        reentrant, generator = function.apply, getattr(torch_checkpoint, _GENERATOR)
 
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            kept = InSameState(function)
+            if kept.trained and is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+                # With a frozen base no input requires a gradient, and then this form gives parameters none either.
+                return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+            return reentrant(kept, preserve, *args)
 
-def _reentrant(original: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        kept = InSameState(function)
-        if kept.trained and is_grad_enabled() and not any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            # With a frozen base no input requires a gradient, and then this form gives none to parameters either.
-            return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-        return original(kept, preserve, *args)
-
-    return apply
+        function.apply = staticmethod(apply)
+        setattr(torch_checkpoint, _GENERATOR, lambda fn, *args, **kwargs: generator(InSameState(fn), *args, **kwargs))
 
 
 class InSameState:
@@ -55,10 +51,10 @@ class InSameState:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.readers = function, tuple(readers.running.stack)
-        self.states = [(active, active.state, active.merged) for active in models()]
+        self.states = [(active, active.state, active.merged, active.state.lost) for active in models()]
         self.trained = [
             active.adapters[name]
-            for active, state, _ in self.states
+            for active, state, *_ in self.states
             for name in (() if state.constant else dict.fromkeys((*state.names, *state.heads)))
             if name in active.adapters and active.adapters[name].trains()
         ]
@@ -66,14 +62,15 @@ class InSameState:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function. A forward raises `StateError` if its adapters were removed or merged since."""
         with ExitStack() as stack:
-            for active, state, merged in self.states:
-                if state is active.state:
-                    continue
-                lost = state.lost or ("adapters were merged or unmerged" if merged != active.merged else "")
-                if lost:  # raised by the forward, because this may be another model, which does not run here
-                    reason = f"This backward recomputes a forward (gradient checkpointing), and since then {lost}. "
-                    state = Refused(reason + "Call backward() before that.")  # noqa: PLW2901
-                stack.enter_context(active.acting(state))
+            for active, state, merged, lost in self.states:
+                why = f"adapter {state.lost[-1]!r} was removed" if state.lost != lost else ""
+                if merged != active.merged:
+                    why = "adapters were merged or unmerged"
+                if why:  # raised by the forward, because this may be another model, which does not run here
+                    reason = f"This backward recomputes a forward (gradient checkpointing), and since then {why}. "
+                    state = State(refuses=reason + "Call backward() before that.")  # noqa: PLW2901
+                if state is not active.state:
+                    stack.enter_context(active.acting(state))
             stack.enter_context(readers.inside(self.readers))
             for adapter in self.trained:
                 adapter.train_again()  # the reentrant form made no graph that would have kept `requires_grad` on

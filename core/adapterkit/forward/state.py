@@ -13,14 +13,15 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.contract import twin
 from adapterkit.errors import StateError
 from adapterkit.forward.plan import Plan, parts_of
 
@@ -34,17 +35,18 @@ _models: weakref.WeakSet[Active] = weakref.WeakSet()
 
 
 class State:
-    """What acts. A state is replaced and never changed, except that adapters may be renamed in it.
+    """What acts in a block, or everywhere.
 
     Attributes:
-        names: the active adapters; the first is the innermost.
-        heads: those of them that provide the acting heads.
-        trains: those of them that were asked to train.
+        asked: the adapters that were activated, merged ones included, and those of them that provide heads.
+        names: the active adapters, which are not merged; the first is the innermost.
+        heads: the adapters that provide the acting heads, merged ones included.
+        trains: the adapters that were asked to train.
         constant: no gradient goes to any of them, even if their parameters require one: `requires_grad` is the same
             for everyone, and a graph, another thread or the code after the block may need it.
-        active_when_merged: adapters that were active when they were merged; `unmerge` activates them again.
         idle: nothing acts.
-        lost: why graphs that were made in this state cannot be computed again; empty while they can.
+        lost: the adapters of this state that were removed: its graphs cannot be computed again.
+        refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
         rows: which adapter acts on which row of the batch; `None`: all on all rows.
         plans: what acts at each module, by the module's `id`. A plan holds its module, so no `id` is used twice.
         before_first: called once, before the first forward, for checks that would make a switch slow.
@@ -60,44 +62,37 @@ class State:
         trains: tuple[str, ...] = (),
         *,
         constant: bool = False,
-        active_when_merged: tuple[str, ...] = (),
+        merged: tuple[str, ...] = (),
+        refuses: str = "",
     ) -> None:
-        self.names, self.heads, self.trains, self.constant = names, heads, trains, constant
-        self.active_when_merged = active_when_merged
-        self.idle = not (names or heads)
-        self.lost = ""
+        self.asked, self.trains, self.constant, self.refuses = (names, heads), trains, constant, refuses
+        self.names, self.heads = tuple(name for name in names if name not in merged), heads
+        self.idle = not (self.names or heads or refuses)
+        self.lost: tuple[str, ...] = ()
         self.plans: dict[int, Plan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own plans, and no graph or thread needs its gradients.
         return {**self.__dict__, "plans": {}, "constant": False, "before_first": None}
 
-    def rename(self, old: str, new: str) -> None:
-        """Adapter `old` has a new name."""
-        for group in ("names", "heads", "trains", "active_when_merged"):
-            setattr(self, group, tuple(new if name == old else name for name in getattr(self, group)))
+    def replace(self, old: str, *new: str) -> None:
+        """Adapter `old` has the name `new` now; without `new` it is gone."""
+
+        def edited(group: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(other for name in group for other in (new if name == old else (name,)))
+
+        self.asked = edited(self.asked[0]), edited(self.asked[1])
+        self.names, self.heads, self.trains = map(edited, (self.names, self.heads, self.trains))
+        self.idle = not (self.names or self.heads or self.refuses)
         self.plans.clear()
 
-    def without(self, gone: Collection[str]) -> State:
-        """The same state without these adapters."""
-        names, heads, trains, active_when_merged = (
-            tuple(name for name in group if name not in gone)
-            for group in (self.names, self.heads, self.trains, self.active_when_merged)
-        )
-        return State(names, heads, trains, constant=self.constant, active_when_merged=active_when_merged)
-
-    def merged(self, names: Collection[str], heads: tuple[str, ...]) -> State:
-        """The state after a merge of `names`; `heads` are the acting heads of all merged adapters."""
-        left = self.without(names)
-        heads += tuple(name for name in left.heads if name not in heads)
-        before = self.active_when_merged + tuple(name for name in names if name in self.names)
-        return State(left.names, heads, left.trains, constant=self.constant, active_when_merged=before)
-
-    def unmerged(self, trained: Collection[str]) -> State:
-        """The state after `unmerge`; `trained` are the adapters that trained when they were merged."""
-        names = self.active_when_merged + self.names
-        trains = tuple(name for name in self.active_when_merged if name in trained) + self.trains
-        return State(names, tuple(name for name in self.heads if name in names), trains, constant=self.constant)
+    def see_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
+        """The adapters `merged` are in the weights now. They act nowhere else, but their `heads` do, everywhere."""
+        names, own = self.asked
+        self.names = tuple(name for name in names if name not in merged)
+        self.heads = heads + tuple(name for name in own if name in self.names)
+        self.idle = not (self.names or self.heads or self.refuses)
+        self.plans.clear()
 
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`.
@@ -120,6 +115,8 @@ class State:
 
     def make_plan(self, module: nn.Module) -> Plan:
         """Decide what acts at `module`."""
+        if self.refuses:
+            raise StateError(self.refuses)
         return Plan(module, self)
 
     def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
@@ -127,48 +124,17 @@ class State:
         found = list(parts_of(module._modules.get(container), names))
         if torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constant):
             # The compiler guards everything that is read, so it must read `constant` only where that matters.
-            return [(as_constant(part) if _trains(part) and self.constant else part, name) for part, name in found]
+            trained = [any(map(_requires_grad, part.parameters())) for part, _ in found]
+            return [
+                (twin(part, lambda t: t.detach() if _requires_grad(t) else t) if trains and self.constant else part, n)
+                for (part, n), trains in zip(found, trained, strict=True)
+            ]
         return found
 
 
-class Refused(State):
-    """A state in which every forward of an adapted module raises `StateError`."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__()
-        self.reason, self.idle = reason, False
-
-    def plan(self, module: nn.Module) -> Plan:
-        """Raise `StateError`."""
-        raise StateError(self.reason)
-
-
-_ENDED = (
-    "This thread was started in a block (activated, disabled or per_sample) that has ended. The thread works on for "
-    "others, so it is unknown which adapters should act. Open a block in the task itself."
-)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(map(_requires_grad, module.parameters()))
-
-
-def _requires_grad(parameter: Tensor) -> bool:
+def _requires_grad(tensor: Tensor) -> bool:
     # `torch.func.functional_call` puts tensors in the place of parameters: these get the gradients they ask for.
-    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
-
-
-def as_constant(module: nn.Module | None) -> Any:
-    """A twin of `module` for one forward, with the same memory and buffers and with parameters as constants."""
-    if module is None or not _trains(module):
-        return module
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["_parameters"] = {
-        name: p.detach() if p is not None and _requires_grad(p) else p for name, p in module._parameters.items()
-    }
-    twin.__dict__["_modules"] = {name: as_constant(child) for name, child in module._modules.items()}
-    return twin
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 class Active:
@@ -186,21 +152,21 @@ class Active:
     """
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
-        self._begin({} if adapters is None else adapters, State(), ())
-
-    def _begin(self, adapters: Mapping[str, Adapter], default: State, merged: tuple[str, ...]) -> None:
-        self.adapters, self.default, self.merged = adapters, default, merged
-        self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
-        self.alive: weakref.WeakSet[State] = weakref.WeakSet([default])
-        self.here = _Here(self)
-        with lock:
-            _models.add(self)
+        self.__setstate__(({} if adapters is None else adapters, State(), ()))
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.adapters, self.state, self.merged
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._begin(*state)
+        self.adapters: Mapping[str, Adapter]
+        self.default: State
+        self.merged: tuple[str, ...]
+        self.adapters, self.default, self.merged = state
+        self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
+        self.alive: weakref.WeakSet[State] = weakref.WeakSet([self.default])
+        self.here = _Here(self)
+        with lock:
+            _models.add(self)
 
     @property
     def state(self) -> State:
@@ -238,8 +204,7 @@ class Active:
             self.default = own.state = state
             own.ended = False
             for thread in list(self.threads):
-                if not thread.blocks:
-                    self.refresh(thread)
+                self.refresh(thread)
 
     def enter(self, state: State) -> Block:
         """Begin a block of this thread.
@@ -249,27 +214,26 @@ class Active:
         """
         _wrap_threads()
         with lock:
-            block = Block(self.here.thread, state)
-            tasks = [other.task for other in block.thread.blocks if other.task is not None]
-            if block.task is not None and any(task is not block.task for task in tasks):
+            block, thread = Block(state), self.here.thread
+            if block.task is not None and any(other.task not in (None, block.task) for other in thread.blocks):
                 raise StateError(
                     "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and the "
                     "tasks of one thread share what acts. Do not await inside a block, or run the block with its "
                     "forward in asyncio.to_thread."
                 )
             self.alive.add(state)
-            block.thread.blocks.append(block)
-            block.thread.state = state
+            thread.blocks.append(block)
+            thread.state = state
         return block
 
     def leave(self, block: Block) -> None:
         """End a block. Blocks may end in any order and thread: a generator's block ends where it is freed."""
         with lock:
             block.open = False
-            for each in (block, *block.in_workers):
-                each.thread.blocks.remove(each)
-                each.thread.ended |= each is not block
-                self.refresh(each.thread)
+            for thread in list(self.threads):
+                thread.ended |= any(each.starter is block for each in thread.blocks)
+                thread.blocks = [each for each in thread.blocks if block not in (each, each.starter)]
+                self.refresh(thread)
 
     @contextmanager
     def acting(self, state: State) -> Iterator[None]:
@@ -285,35 +249,32 @@ class Active:
         if thread.blocks:
             thread.state = thread.blocks[-1].state
         else:
-            thread.state = Refused(_ENDED) if thread.ended else self.default
+            thread.state = State(refuses=_ENDED) if thread.ended else self.default
 
     def states(self) -> list[State]:
         """The default and the states of all open blocks."""
         return [self.default, *(block.state for thread in list(self.threads) for block in thread.blocks)]
 
-    def each(self, change: Callable[[State], State]) -> None:
-        """Replace each of `states()` by `change(state)`."""
-        with lock:
-            self.default = change(self.default)
-            for block in [block for thread in list(self.threads) for block in thread.blocks]:
-                block.state = change(block.state)
-            self.alive.update(self.states())
-            for thread in list(self.threads):
-                self.refresh(thread)
-
     def rename(self, old: str, new: str) -> None:
         """Adapter `old` has a new name, also in states that only graphs know."""
         with lock:
             for state in list(self.alive):
-                state.rename(old, new)
+                state.replace(old, new)
 
     def remove(self, name: str) -> None:
         """The adapter is gone and acts nowhere."""
         with lock:
             for state in list(self.alive):
-                if name in state.names or name in state.heads:
-                    state.lost = f"adapter {name!r} was removed"
-            self.each(lambda state: state.without((name,)))
+                if name in (*state.names, *state.heads):
+                    state.lost += (name,)
+                state.replace(name)
+
+    def set_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
+        """These adapters are in the weights now, and these heads of theirs act."""
+        with lock:
+            self.merged = merged
+            for state in list(self.alive):
+                state.see_merged(merged, heads)
 
     def replan(self, module: nn.Module) -> None:
         """The parts at `module` have changed."""
@@ -325,8 +286,10 @@ class Active:
 
 # Attribute of a new thread: the innermost block of each model in its starter. It also marks the wrapped `start`.
 _STARTED_IN = "_adapterkit_blocks"
-# Modules whose threads run tasks of others.
-_POOLS = ("multiprocessing.pool",)
+_ENDED = (
+    "This thread was started in a block (activated, disabled or per_sample) that has ended. The thread works on for "
+    "others, so it is unknown which adapters should act. Open a block in the task itself."
+)
 
 
 class Thread:
@@ -346,14 +309,17 @@ class Block:
     """A block that is open in one thread.
 
     Attributes:
+        starter: the block in which a pool started this thread; this block ends with it.
         task: the asyncio task that opened it, or `None`.
-        in_workers: blocks of pool threads that were started in this one, and end with it.
     """
 
-    def __init__(self, thread: Thread, state: State) -> None:
-        self.thread, self.state, self.task = thread, state, _asyncio_task()
-        self.open = True
-        self.in_workers: list[Block] = []
+    def __init__(self, state: State, starter: Block | None = None) -> None:
+        self.state, self.starter, self.open = state, starter, True
+        asyncio = sys.modules.get("asyncio")
+        try:
+            self.task = None if asyncio is None else asyncio.current_task()
+        except RuntimeError:  # no loop runs in this thread
+            self.task = None
 
 
 class _Here(threading.local):
@@ -365,42 +331,18 @@ class _Here(threading.local):
     """
 
     def __init__(self, active: Active) -> None:
+        started = threading.current_thread()
+        # Pools and subclasses may run the tasks of others after the one that they were started for.
+        target = getattr(started, "_target", None)
+        pooled = target is None or target.__module__ == "multiprocessing.pool"
         with lock:
             self.thread = Thread(active.default)
             active.threads.add(self.thread)
-            thread = threading.current_thread()
-            for model, block in thread.__dict__.get(_STARTED_IN, ()):
-                if model is active:
-                    _start_in(self.thread, block, ends=_runs_one_task(thread))
+            for block in [b for model, b in started.__dict__.get(_STARTED_IN, ()) if model is active]:
+                if block.open or not pooled:
+                    self.thread.blocks.append(Block(block.state, block if pooled else None))
+                self.thread.ended = not self.thread.blocks
             active.refresh(self.thread)
-
-
-def _start_in(thread: Thread, block: Block, *, ends: bool) -> None:
-    """Begin a thread in a block of its starter. A pool's thread outlives its task, so it leaves with the block."""
-    inherited = Block(thread, block.state)
-    if ends or block.open:
-        thread.blocks.append(inherited)
-    if not ends:
-        thread.ended = not block.open
-        block.in_workers += [inherited] if block.open else []
-
-
-def _asyncio_task() -> object:
-    """The asyncio task that runs in this thread, or `None`."""
-    asyncio = sys.modules.get("asyncio")
-    try:
-        return None if asyncio is None else asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        return None
-
-
-def _runs_one_task(thread: threading.Thread) -> bool:
-    """Whether the thread ends with the task for which it was started. Pools and subclasses may run others too."""
-    return type(thread).run is threading.Thread.run and _module_of_target(thread) not in _POOLS
-
-
-def _module_of_target(thread: threading.Thread) -> str | None:
-    return getattr(getattr(thread, "_target", None), "__module__", None)
 
 
 def models() -> list[Active]:
@@ -409,34 +351,22 @@ def models() -> list[Active]:
         return list(_models)
 
 
-def _in_blocks() -> list[Active]:
-    """The models on which this thread is in a block."""
-    return [active for active in models() if active.here.thread.blocks]
-
-
 def _wrap_threads() -> None:
     """Let new threads and tasks begin in the blocks of their starter. Wraps once."""
-    with lock:
-        if not hasattr(threading.Thread.start, _STARTED_IN):
-            threading.Thread.start = _wrapped_start(threading.Thread.start)  # type: ignore[method-assign]
-            ThreadPoolExecutor.submit = _wrapped_submit(ThreadPoolExecutor.submit)  # type: ignore[method-assign]
+    if hasattr(threading.Thread.start, _STARTED_IN):
+        return
+    original_start, original_submit = threading.Thread.start, cast(Any, ThreadPoolExecutor.submit)
 
-
-def _wrapped_start(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
+    @functools.wraps(original_start)
     def start(self: threading.Thread, *args: Any, **kwargs: Any) -> None:
-        if _module_of_target(self) != ThreadPoolExecutor.__module__:  # `submit` takes care of an executor's tasks
-            self.__dict__[_STARTED_IN] = [(active, active.here.thread.blocks[-1]) for active in _in_blocks()]
-        original(self, *args, **kwargs)
+        target = getattr(self, "_target", None)
+        if getattr(target, "__module__", "") != ThreadPoolExecutor.__module__:  # `submit` cares for its tasks
+            self.__dict__[_STARTED_IN] = [(m, m.here.thread.blocks[-1]) for m in models() if m.in_block]
+        original_start(self, *args, **kwargs)
 
-    start.__dict__[_STARTED_IN] = True
-    return start
-
-
-def _wrapped_submit(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @functools.wraps(original_submit)
     def submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        states = [(active, active.here.thread.state) for active in _in_blocks()]
+        states = [(active, active.state) for active in models() if active.in_block]
 
         def in_states(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
@@ -444,6 +374,10 @@ def _wrapped_submit(original: Callable[..., Any]) -> Callable[..., Any]:
                     stack.enter_context(active.acting(state))
                 return fn(*args, **kwargs)
 
-        return original(self, in_states if states else fn, *args, **kwargs)
+        return original_submit(self, in_states if states else fn, *args, **kwargs)
 
-    return submit
+    with lock:
+        if not hasattr(threading.Thread.start, _STARTED_IN):
+            start.__dict__[_STARTED_IN] = True
+            threading.Thread.start = start  # type: ignore[method-assign]
+            ThreadPoolExecutor.submit = submit  # type: ignore[method-assign, assignment]

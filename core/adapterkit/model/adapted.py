@@ -176,8 +176,10 @@ class AdaptedModel:
     def _state(
         self, call: str, names: tuple[str, ...], heads: tuple[str, ...], *, trains: bool, constant: bool
     ) -> State:
-        before = self.active.state.active_when_merged
-        state = State(names, heads, names if trains else (), constant=constant, active_when_merged=before)
+        before, merged = self.active.state, self.active.merged
+        hidden = tuple(name for name in before.asked[0] if name in merged)  # active again after `unmerge`
+        trained = tuple(name for name in hidden if name in before.trains) + (names if trains else ())
+        state = State(hidden + names, heads, trained, constant=constant, merged=merged)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
 
@@ -226,12 +228,15 @@ class AdaptedModel:
 
     def return_point(self) -> Callable[[], None]:
         """A function that restores what acts and trains now."""
-        before = self.active.state
+        before, merged = self.active.state, self.active.merged
+        heads = before.heads
         trained = [p for adapter in self._all() for p in adapter.parameters() if p.requires_grad]
 
         def restore() -> None:
             with lock:
                 gradients.enable(trained)
+                self.active.set_merged(merged, tuple(name for name in heads if name in merged))
+                before.heads = heads
                 self.active.become(before)
             self.follow_labels()
 
@@ -246,12 +251,10 @@ class AdaptedModel:
         """
         reshard(self.model)
         with lock:
-            own, names = self.active.state, tuple(adapter.name for adapter in adapters)
-            of_merged = tuple(name for name in heads if name in merged)
-            self.active.each(lambda state: state.merged(names, of_merged))
+            self.active.set_merged(merged, tuple(name for name in heads if name in merged))
+            own = self.active.state
             if own.rows is None:
-                self.active.state.heads = heads
-            self.active.merged = merged
+                own.heads = heads
             for adapter in adapters:
                 adapter.trained_before = []
                 adapter.freeze(adapter.parameters())
@@ -260,8 +263,7 @@ class AdaptedModel:
     def set_unmerged(self, adapters: Sequence[Adapter]) -> None:
         """These adapters, all that were merged, are not in the weights any more."""
         with lock:
-            self.active.each(lambda state: state.unmerged([a.name for a in adapters if a.trained_before]))
-            self.active.merged = ()
+            self.active.set_merged((), ())
             for adapter in adapters:
                 adapter.train_again()
                 if adapter.name in self.active.default.trains:

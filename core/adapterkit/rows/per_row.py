@@ -7,7 +7,7 @@ adapter after another. So do heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,8 @@ class RowState(State):
     """The state in which each row of the batch has an adapter of its own.
 
     Attributes:
-        rows: which.
+        given: the adapter of each row, as it was asked for.
+        rows: the same without those that are merged or gone.
         defaults: whose heads act on rows that have none by their adapter: those of merged adapters.
         batch: what is known of the batch that runs in this state.
     """
@@ -65,61 +66,40 @@ class RowState(State):
         constant: bool = False,
     ) -> None:
         super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=constant)
-        self.rows, self.batch, self.defaults = rows, batch, defaults
-        self._rest: dict[tuple[str, ...], RowState] = {}
-        self._before: RowState | None = None
+        self.given, self.rows, self.batch, self.defaults = rows.names, rows, batch, defaults
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rest": {}}
+    def replace(self, old: str, *new: str) -> None:
+        """See `State.replace`: without a new name, rows of the old one have none."""
+        super().replace(old, *new)
+        self.given = tuple(next(iter(new), None) if name == old else name for name in self.given)
+        self._choose_rows()
 
-    def rename(self, old: str, new: str) -> None:
-        """See `State.rename`."""
-        super().rename(old, new)
-        names = [new if name == old else name for name in self.rows.names]
-        self.rows, self._rest = Rows(names, trusted=self.rows.trusted), {}
-        self.names = self.rows.adapters
-        self.defaults = tuple(new if name == old else name for name in self.defaults)
+    def see_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
+        """See `State.see_merged`: a merged adapter acts on all rows."""
+        super().see_merged(merged, heads)
+        self.defaults = heads
+        self._choose_rows()
 
-    def without(self, gone: Collection[str]) -> State:
-        """See `State.without`: rows of theirs have none."""
-        rest = super().without(gone)
-        rows = Rows([None if name in gone else name for name in self.rows.names], trusted=self.rows.trusted)
-        defaults = tuple(name for name in self.defaults if name not in gone)
-        return RowState(rows, self.batch, rest.heads, defaults, trainable=bool(self.trains), constant=self.constant)
-
-    def merged(self, names: Collection[str], heads: tuple[str, ...]) -> State:
-        """See `State.merged`."""
-        found = self.without(names)
-        assert isinstance(found, RowState)
-        found.heads = heads + tuple(name for name in found.heads if name not in heads)
-        found.defaults, found._before = heads, self._before or self
-        return found
-
-    def unmerged(self, trained: Collection[str]) -> State:
-        """See `State.unmerged`."""
-        found = self._before or self
-        found.plans.clear()
-        return found
+    def _choose_rows(self) -> None:
+        names = [name if name in self.names else None for name in self.given]
+        self.rows = Rows(names, trusted=self.rows.trusted)
 
     def make_plan(self, module: nn.Module) -> Plan:
         """See `State.make_plan`."""
         return Plan(module, self) if self.rows.uniform else RowPlan(module, self)
 
     @contextmanager
-    def lacking(self, module: nn.Module, adapters: tuple[str, ...]) -> Iterator[None]:
-        """While `module` runs on the rows that have none of these adapters."""
-        rest = self._rest.get(adapters)
+    def lacking(self, module: nn.Module, adapters: tuple[str, ...], rest: RowState | None) -> Iterator[RowState]:
+        """While `module` runs on the rows that have none of these adapters, in the state `rest`, made if need be."""
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
             rest = RowState(rows, self.batch, self.defaults, self.defaults, constant=self.constant)
-            if not torch.compiler.is_compiling():
-                self._rest[adapters] = rest
         thread, size = module.__dict__[ACTIVE].here.thread, self.batch.size
         thread.state = rest
         if size is not None:
             self.batch.size = size // self.rows.count * rest.rows.count
         try:
-            yield
+            yield rest
         finally:
             thread.state, self.batch.size = self, size
 
@@ -134,10 +114,11 @@ class RowPlan(Plan):
         least: dimensions of the smallest input without a batch.
     """
 
-    __slots__ = ("additive", "default", "groups", "heads", "least", "parts", "shifts", "state")
+    __slots__ = ("additive", "default", "groups", "heads", "least", "parts", "rest", "shifts", "state")
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
+        self.rest: RowState | None = None
         self.heads: dict[str, Any] = {
             name: callable_head(head, module) for head, name in state.parts(module, HEADS, names)
         }
@@ -211,7 +192,7 @@ class RowPlan(Plan):
             done.append((repr(name), own, summable(self.module, out)))
         rest = rows.lacking(self.heads)
         if rest:
-            with self.state.lacking(self.module, tuple(self.heads)):
+            with self.state.lacking(self.module, tuple(self.heads), self.rest) as self.rest:
                 out = run(self.module, base.call, (rows.pick(x, rest), *base.args), base.kwargs)
             done.append(("the others", rest, summable(self.module, out)))
         shapes = {tuple(out.shape[1:]): name for name, _, out in done}
