@@ -465,7 +465,7 @@ class Adapters:
         if self._merged.kept and embeddings is not False:
             modules = BaseModules(self.model)
             for place, table in (tables if embeddings else resized_tables)(modules, adapter.heads).items():
-                if table in self._merged.kept:
+                if any(kept.module is table for kept in self._merged.kept):
                     raise StateError(
                         f"The file must hold {place!r}, because the vocabulary was resized, but an adapter is merged "
                         "into it. Call unmerge() first."
@@ -699,8 +699,8 @@ class Adapters:
                     AdapterWarning,
                     stacklevel=2,
                 )
-            for kept in self._merged.kept.values():
-                kept.leave_resized()
+            for place in [place for place, kept in self._merged.kept.items() if kept.resized]:
+                del self._merged.kept[place]
             self._unmerge()
         with uninterrupted():
             model = self.model

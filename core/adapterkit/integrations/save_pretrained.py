@@ -206,9 +206,10 @@ class Saver:
         if own is not None:
             own.apply(self.root)
         try:
-            with parting.applied():
-                return getattr(type(self.module), self.name)(*call.args, **call.kwargs)
+            parting.apply()
+            return getattr(type(self.module), self.name)(*call.args, **call.kwargs)
         finally:
+            parting.undo()
             handle.remove()
             if own is not None and labels_now is not None:
                 labels_now.apply(self.root)

@@ -4,16 +4,18 @@ In: adapters on a model. Out: a checked plan, and the weights with the changes i
 Uses: errors, tensors, kinds, contract, forward, model.
 """
 
-from adapterkit.merging.changes import Change, plan
+from adapterkit.merging.changes import Change, merge_module, plan
 from adapterkit.merging.obstacles import obstacle
+from adapterkit.merging.places import Place
 from adapterkit.merging.tied_weights import FLAG, Parting, nested, tie_number
-from adapterkit.merging.weights import Merged, merge_module, merging, take_heads
+from adapterkit.merging.weights import Merged, merging, take_heads
 
 __all__ = [
     "FLAG",
     "Change",
     "Merged",
     "Parting",
+    "Place",
     "merge_module",
     "merging",
     "nested",

@@ -1,10 +1,9 @@
-"""Change: what merging adapters changes in one module, planned before anything is touched."""
+"""Change: what merging adapters changes in one module. It is planned and checked before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from adapterkit.contract import AdapterLayer, DenseLayer, default_registry, widened
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.forward import BiasLayer
-from adapterkit.kinds import AddTile, LayerKind
-from adapterkit.merging.obstacles import is_writable, obstacle, own
-from adapterkit.merging.shared_memory import Place, overlaps
+from adapterkit.kinds import AddTile, LayerKind, tiles
+from adapterkit.merging.obstacles import is_writable, obstacle
+from adapterkit.merging.places import Place, overlaps, own
 from adapterkit.model import Adapter, BaseModules
 
 # Rank of exact factors up to which multiplying by them is faster than building the change.
@@ -23,40 +22,17 @@ THIN = 25
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter layer that is merged.
+    """One layer of the adapter `name` that is merged, and what its change is multiplied by."""
 
-    Attributes:
-        additive: whether its change is a sum; else its method's own merge rule is asked.
-        biased: whether it changes the bias as well.
-        scale: what its change is multiplied by.
-    """
-
-    adapter: Adapter
+    name: str
     layer: AdapterLayer
-    additive: bool
-    biased: bool = False
     scale: float = 1.0
 
-    @classmethod
-    def of(cls, adapter: Adapter, path: str, scale: float = 1.0) -> Self:
-        """The layer of an adapter at `path`, asked how it can be merged; what it answers is dropped again.
+    def adder(self, dtype: torch.dtype) -> tuple[AddTile, bool, Tensor | None]:
+        """How to add this change to a weight: `add`, whether it wants small tiles, and the change of the bias.
 
-        Raises:
-            UnsupportedError: it cannot.
+        It is made anew each time, because the factors of all layers at once may be larger than the model.
         """
-        layer, method = adapter.layers[path], default_registry.method_of(adapter.config)
-        if isinstance(layer, DenseLayer):
-            return cls(adapter, layer, additive=True, scale=scale)
-        found = method.factors(layer)
-        if found is None and (layer.additive or not method.merges(layer)):
-            raise UnsupportedError(
-                f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own "
-                "shape. Leave it active instead."
-            )
-        return cls(adapter, layer, found is not None, found is not None and found.bias is not None, scale)
-
-    def adder(self, dtype: torch.dtype) -> Adder:
-        """How to add this change, made anew each time: factors of all layers at once may be larger than the model."""
         layer, scale = self.layer, self.scale
         if isinstance(layer, DenseLayer) and (layer.rank is None or layer.rank > THIN):
             wide = widened(layer, dtype)
@@ -66,40 +42,28 @@ class Part:
                 part = wide.tile(rows, columns).to(dtype) if whole is None else whole[rows, columns]
                 block.add_(part, alpha=scale)
 
-            return Adder(add_tile)
-        factors = default_registry.method_of(self.adapter.config).factors(layer, dtype)
+            return add_tile, True, None
+        factors = default_registry.method(layer.method).factors(layer, dtype)
         assert factors is not None
         up, down = factors.up.to(dtype), factors.down.to(dtype)
-        bias = None if factors.bias is None else factors.bias.to(dtype) * scale
 
         def add(block: Tensor, rows: slice, columns: slice) -> None:
             block.addmm_(up[rows], down[:, columns], alpha=scale)
 
-        return Adder(add, bias, tiled=False)
-
-
-class Adder(NamedTuple):
-    """A change to be added to a weight and, where there is one, to its bias.
-
-    Attributes:
-        tiled: whether small tiles are better than the whole weight at once.
-    """
-
-    add: AddTile
-    bias: Tensor | None = None
-    tiled: bool = True
+        return add, False, None if factors.bias is None else factors.bias * scale
 
 
 @dataclass
 class Change:
-    """What is about to be merged into one module.
+    """What is merged into one module.
 
     Attributes:
-        parts: adapter layers in the order they act.
-        biases: trained biases, each with what its shift is multiplied by.
-        tied: what the change writes to that shares memory with another tensor of the model, and that one's name.
-        head: the adapter whose own copy of the module it is, where it has both a copy and a change of it: a resized
-            embedding. The change belongs into that copy.
+        parts: the adapter layers in the order in which they act.
+        biases: the trained biases, each with what its shift is multiplied by.
+        shifts_bias: a part has factors that change the bias.
+        head: the adapter that has its own copy of the module and a change of it, such as a resized embedding. The
+            change goes into that copy.
+        tied: the written tensors that share memory with another tensor of the model, with the key of that tensor.
     """
 
     path: str
@@ -107,25 +71,30 @@ class Change:
     kind: LayerKind | None
     parts: list[Part] = field(default_factory=list)
     biases: list[tuple[BiasLayer, float]] = field(default_factory=list)
-    tied: dict[str, str] = field(default_factory=dict)
+    shifts_bias: bool = False
     head: str | None = None
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def general(self) -> bool:
-        """Whether some method's own merge rule has a say."""
-        return not all(part.additive for part in self.parts)
+        """Whether a part is merged by its method's own rule and not as a sum."""
+        return not all(part.layer.additive for part in self.parts)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the bias changes, if there is one."""
+        return self.general or self.shifts_bias or bool(self.biases)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of what the change writes to; the module need not have it as a tensor of its own."""
+        """The names of the written tensors. The module may compute one instead of holding it."""
         held = () if self.kind is None else self.kind.held(self.module)
-        changes_bias = self.general or self.biases or any(part.biased for part in self.parts)
         has_bias = isinstance(getattr(self.module, "bias", None), Tensor)
-        return (*held, "bias") if changes_bias and has_bias and "bias" not in held else held
+        return (*held, "bias") if self.changes_bias and has_bias and "bias" not in held else held
 
     @property
     def touched(self) -> dict[str, Tensor]:
-        """The module's own parameters and buffers that the change writes to."""
+        """The module's own parameters and buffers that are written."""
         found = {name: own(self.module, name) for name in self.names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -134,25 +103,26 @@ class Change:
 def plan(
     adapters: Sequence[Adapter], modules: BaseModules, *, untie: bool, scales: Mapping[str, float] | None = None
 ) -> list[Change]:
-    """What merging these adapters changes, checked as far as it can be without weights; nothing is changed yet.
+    """What merging these adapters changes, checked as far as possible without the weights' values.
 
     Args:
+        untie: tied weights are allowed.
         scales: what the changes of some adapters are multiplied by.
 
     Raises:
-        UnsupportedError: an adapter layer that cannot be merged.
-        StateError: a weight that is tied to another module, or a bias that is not there.
+        UnsupportedError: an adapter layer, or a module, into which nothing can be merged.
+        StateError: a weight that is tied to another module, or a missing bias.
     """
     changes: dict[nn.Module, Change] = {}
     for adapter in adapters:
         scale = (scales or {}).get(adapter.name, 1.0)
         for path, layer in adapter.layers.items():
-            module, head = adapter.hosts[path], None
-            if path in adapter.heads:
-                module, head = adapter.heads[path], adapter.name
+            module = adapter.heads.get(path, adapter.hosts[path])
+            head = adapter.name if path in adapter.heads else None
             change = changes.setdefault(module, Change(path, module, layer.kind, head=head))
             change.kind = layer.kind
-            change.parts.append(Part.of(adapter, path, scale))
+            change.parts.append(Part(adapter.name, layer, scale))
+            change.shifts_bias |= _shifts_bias(adapter, path, layer)
         for path, bias in adapter.biases.items():
             module = adapter.hosts[path]
             changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
@@ -164,6 +134,24 @@ def plan(
     return list(changes.values())
 
 
+def _shifts_bias(adapter: Adapter, path: str, layer: AdapterLayer) -> bool:
+    """Whether the factors of a layer change the bias.
+
+    Raises:
+        UnsupportedError: the layer cannot be merged.
+    """
+    if isinstance(layer, DenseLayer):
+        return False
+    method = default_registry.method_of(adapter.config)
+    factors = method.factors(layer)
+    if factors is None and (layer.additive or not method.merges(layer)):
+        raise UnsupportedError(
+            f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own shape. "
+            "Leave it active instead."
+        )
+    return factors is not None and factors.bias is not None
+
+
 def _check(change: Change, untie: bool) -> None:
     kind = change.kind or default_registry.kind_of(change.module)
     reason = obstacle(change.module, kind, change.names)
@@ -172,33 +160,23 @@ def _check(change: Change, untie: bool) -> None:
             f"Nothing can be merged into {change.path!r}: {reason}. Or leave the adapter active, which is right as it "
             "is; or register a layer kind that vouches for such layers (LayerKind.vouches)."
         )
-    for name in sorted(change.tied) if not untie else ():
-        if change.tied[name] == "itself":
+    for name, other in sorted(change.tied.items()) if not untie else ():
+        if other == "itself":
             raise StateError(
                 f"'{change.path}.{name}' is expanded: several of its numbers are one in memory, and would change "
                 f"together. Merge with untie=True to give each its own, or leave {change.path!r} out of the adapter."
             )
         raise StateError(
-            f"'{change.path}.{name}' is tied to another module: it shares memory with {change.tied[name]!r}, which "
-            f"would change with it. Merge with untie=True to give {change.path!r} a {name} of its own, or leave it out "
-            "of the adapter."
+            f"'{change.path}.{name}' is tied to another module: it shares memory with {other!r}, which would change "
+            f"with it. Merge with untie=True to give {change.path!r} a {name} of its own, or leave it out of the "
+            "adapter."
         )
-    if any(part.biased for part in change.parts) and "bias" not in change.touched:
+    if change.shifts_bias and "bias" not in change.touched:
         raise StateError(f"{change.path!r} has no bias to merge the adapter's into. Leave the adapter active instead.")
 
 
-def parted_names(changes: Sequence[Change], modules: BaseModules) -> set[str]:
-    """Every name in the model's state dict of what the changes give memory of its own."""
-    return {
-        f"{path}.{name}"
-        for change in changes
-        for name in change.tied
-        for path in modules.paths_of.get(change.module, ())
-    }
-
-
 def check_in_memory(changes: Sequence[Change]) -> None:
-    """Raise `StateError` if the weights to be changed are elsewhere, or cannot be written to."""
+    """Raise `StateError` if a weight that changes is not in memory, or nothing can be written to it."""
     for change in changes:
         for name, tensor in change.touched.items():
             where = f"'{change.path}.{name}'"
@@ -219,4 +197,69 @@ def check_in_memory(changes: Sequence[Change]) -> None:
             raise StateError(
                 f"'{change.path}.weight' has the shape {tuple(weight.shape)}, and the adapter was made for a "
                 f"{kind.name} of {kind.out_features} x {kind.in_features}: it was replaced since."
+            )
+
+
+@torch.no_grad()
+def merge_module(change: Change, *, safe: bool = False) -> None:
+    """Write the merged weight and bias of one module, rounded once from float32 (float64 for float64).
+
+    Raises:
+        StateError: with `safe`, a value is not finite. It is written already.
+    """
+    module, kind = change.module, change.kind
+    weight, bias = merged_values(change, in_place=not change.general)
+    if kind is not None:
+        held = own(module, "weight")
+        if held is None or weight.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
+            kind.write(module, weight)
+    held = own(module, "bias")
+    if held is not None and bias is not None and change.changes_bias:
+        held.copy_(bias)
+    if safe:
+        check_finite(change, *change.touched.values())
+
+
+def merged_values(change: Change, *, in_place: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The merged weight `(out, in)` and bias in float32, or float64 for float64.
+
+    Args:
+        in_place: add to the weight that the module's kind reads, tile by tile, without another tensor of its size. Only
+            for sums.
+    """
+    module, kind, base = change.module, change.kind, own(change.module, "bias")
+    weight = torch.zeros(0) if kind is None else kind.read(module)
+    work = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight if in_place else weight.to(work, copy=True)
+    bias = None if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    adders: list[tuple[AddTile, bool]] = []
+    for part in change.parts:
+        if part.layer.additive:
+            add, tiled, shift = part.adder(work)
+            adders.append((add, tiled))
+        else:
+            tiles.add(weight, adders, work)
+            adders, shift = [], None
+            method = default_registry.method(part.layer.method)
+            weight, bias = method.merge(part.layer, weight, bias, where=repr(change.path))
+        if shift is not None and bias is not None:
+            bias = bias + shift.to(bias.dtype)
+    if adders:
+        tiles.add(weight, adders, work)
+    for trained, scale in change.biases:
+        assert bias is not None
+        assert base is not None
+        bias = bias + trained.shift(base).to(bias.dtype) * scale
+    return weight, bias
+
+
+def check_finite(change: Change, *values: Tensor | None) -> None:
+    """Raise `StateError` if a merged value is not finite."""
+    for value in values:
+        # What is not merged may be on the meta device.
+        if value is not None and not value.is_meta and not torch.isfinite(value).all():
+            names = ", ".join(repr(part.name) for part in change.parts) or "a trained bias"
+            raise StateError(
+                f"Merging {names} into {change.path!r} gives values that are not finite. Nothing was changed; "
+                "look at the adapter's parameters for nan or for scales out of range."
             )

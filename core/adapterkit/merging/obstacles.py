@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,22 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.contract import CONTAINERS
 from adapterkit.forward import ACTIVE, own_forward
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import LayerKind, is_special
+from adapterkit.merging.places import own, put
 from adapterkit.tensors import is_sharded
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def own(module: nn.Module, name: str) -> Tensor | None:
-    """The module's own parameter or buffer of this name; `None` if the module computes it."""
-    found: Tensor | None = module._parameters.get(name)
-    return module._buffers.get(name) if found is None else found
-
-
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set the module's own parameter or buffer of this name."""
-    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-    held[name] = tensor
 
 
 def is_writable(tensor: Tensor) -> bool:
@@ -59,7 +48,7 @@ def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) 
     plain product with them: it is a known one, or a run on a copy of the layer proves it.
     """
     vouched = kind is not None and kind.vouches
-    found = next(filter(None, (_not_own(module, name, vouched) for name in names)), None)
+    found = next(filter(None, (_not_plain(module, name, vouched) for name in names)), None)
     if found is not None or vouched:
         return found
     for hook in module._forward_pre_hooks.values():
@@ -76,29 +65,24 @@ def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) 
     )
 
 
-def _not_own(module: nn.Module, name: str, vouched: bool) -> str | None:
+def _not_plain(module: nn.Module, name: str, vouched: bool) -> str | None:
+    """Why this is not a tensor of the module's own, of plain floating numbers."""
     held = own(module, name)
     if held is None:
-        return _computed(module, name)
+        return _why_computed(module, name)
     if is_sharded(held):
         return f"its {name} is sharded among processes. Save the adapter, and merge it on disk with ak.merge_checkpoint"
-    if vouched or _is_ordinary(held):
-        return None
-    layout = f"{held.dtype}, {held.layout}".replace("torch.", "")
-    return (
-        f"its {name} is a {type(held).__name__} ({layout}): quantised, sharded, or not of plain floating numbers. "
-        "Merge into the plain model (in memory or with ak.merge_checkpoint) and quantise or shard it afterwards"
-    )
+    if not vouched and (is_special(held) or held.layout is not torch.strided or held.dtype not in _FLOATING):
+        layout = f"{held.dtype}, {held.layout}".replace("torch.", "")
+        return (
+            f"its {name} is a {type(held).__name__} ({layout}): quantised, sharded, or not of plain floating "
+            "numbers. Merge into the plain model (in memory or with ak.merge_checkpoint) and quantise or shard it "
+            "afterwards"
+        )
+    return None
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether it is a dense tensor of floating numbers, with no code but torch's own behind it."""
-    cls = type(tensor)
-    ordinary = cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout is torch.strided
-    return ordinary and tensor.dtype in _FLOATING
-
-
-def _computed(module: nn.Module, name: str) -> str:
+def _why_computed(module: nn.Module, name: str) -> str:
     if is_parametrized(module, name):
         return (
             f"its {name} is computed in each forward by a parametrization. Save the adapter, detach, make the {name} "
@@ -113,8 +97,7 @@ def _computed(module: nn.Module, name: str) -> str:
 def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) -> bool:
     """Whether the forward of a copy of the layer, with another weight and bias, computes what the kind says.
 
-    It runs on one input of small whole numbers, whose sums show a single entry that is masked, moved or scaled; and on
-    three of numbers of many sizes and both signs, which show a forward that rounds or clips its weight or its input.
+    The numbers have many sizes and both signs, so a forward that masks, scales, rounds or clips some of them differs.
     """
     if kind.sample_dims > 1:
         return False
@@ -124,46 +107,34 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)
 
-    def whole(*shape: int) -> Tensor:
-        return torch.randint(1, 4, shape, generator=generator).to(device, torch.float32)
-
-    def of_any_size(*shape: int) -> Tensor:
-        sizes = 10.0 ** -torch.rand(shape, generator=generator).mul_(4).to(device)
-        return sizes * (whole(*shape) % 2 * 2 - 1)
+    def numbers(*shape: int, digits: float) -> Tensor:
+        sizes = 10.0 ** -(torch.rand(shape, generator=generator) * digits)
+        signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return (sizes * signs).to(device)
 
     rows = 4 if kind.lookup else weight.shape[0]
     if kind.lookup:
         layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
+    x = torch.arange(rows, device=device) if kind.lookup else numbers(3, kind.in_features, digits=1)
+    put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:], digits=3), requires_grad=False))
+    if bias is not None:
+        put(layer, "bias", nn.Parameter(numbers(*bias.shape, digits=1), requires_grad=False))
     try:
-        for numbers, inputs in ((whole, 1), (of_any_size, 3)):
-            x = torch.arange(rows, device=device) if kind.lookup else numbers(inputs, kind.in_features)
-            put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:]), requires_grad=False))
-            if bias is not None:
-                put(layer, "bias", nn.Parameter(numbers(*bias.shape), requires_grad=False))
-            with _in_plain_torch(device):
-                found = forward(layer, x)
-            same: Any = kind.of(layer)
-            expected = same.apply_weight(x, same.read(layer), own(layer, "bias"))
-            if kind.lookup:  # rows may be scaled by any number, because what is merged is scaled by it too
-                expected = expected * (found.flatten()[0] / expected.flatten()[0])
-            tolerance = 1e-6  # sums of products of 1, 2 and 3 are exact in float32, but a kind may scale them
-            margin = tolerance * float(expected.abs().max())
-            if not expected.all() or not torch.allclose(found.to(expected.dtype), expected, tolerance, margin):
-                return False
+        with ExitStack() as stack:  # no autocast, no compiler, no effect on the random numbers of others
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # the forward may be compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            found = forward(layer, x)
+        same: Any = kind.of(layer)
+        expected = same.apply_weight(x, same.read(layer), own(layer, "bias"))
+        if kind.lookup:  # rows may be scaled by any number, because what is merged is scaled by it too
+            expected = expected * (found.flatten()[0] / expected.flatten()[0])
+        # A kind may scale the products, and one entry of the weight moves a sum by at least 1e-4.
+        margin = 1e-6 * float(expected.abs().max())
+        return bool(expected.all()) and torch.allclose(found.to(expected.dtype), expected, 1e-6, margin)
     except Exception:  # noqa: BLE001 - a stranger's forward may raise anything
         return False
-    return True
-
-
-@contextmanager
-def _in_plain_torch(device: torch.device) -> Iterator[None]:
-    """Without autocast or a compiler, and without effect on the random numbers of others."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # the forward may be compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 def _copy(module: nn.Module) -> nn.Module:

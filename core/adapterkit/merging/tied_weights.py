@@ -11,18 +11,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.merging.obstacles import own, put
-from adapterkit.merging.shared_memory import same
+from adapterkit.merging.places import own, put, put_copy, same
 from adapterkit.model import Adapter, named_modules
 
 FLAG = "tie_word_embeddings"
@@ -44,6 +41,10 @@ class Tie:
     declarer: Any = field(compare=False)
     outer: Any = field(compare=False)
 
+    def is_flagged_by(self, configs: Sequence[Any]) -> bool:
+        """Whether the flag of one of these configs stands for this tie."""
+        return any(self.declarer.config is config for config in configs)
+
 
 @dataclass(frozen=True, eq=False)
 class Parting:
@@ -59,7 +60,7 @@ class Parting:
     parted: Sequence[Tie]
     configs: Sequence[Any]
     freed: Sequence[Tie]
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, names: Collection[str] = (), heads: Iterable[Adapter] = ()) -> Parting:
@@ -78,73 +79,87 @@ class Parting:
         parted = [
             tie
             for tie in ties
-            if not {tie.target, tie.source}.isdisjoint(names)
+            if tie.target in names
+            or tie.source in names
             or tie_number(tie.target, numbers) != tie_number(tie.source, numbers)
         ]
         outers = {id(t.outer): t.outer for t in parted}.values()
         configs = [config for outer in outers for config in _configs_to_clear(outer, parted)]
         for tie in parted:
-            if not _is_in(tie.declarer.config, configs) and not hasattr(tie.outer, _ALL):
+            if not tie.is_flagged_by(configs) and not hasattr(tie.outer, _ALL):
                 raise UnsupportedError(
                     f"{tie.target!r} and {tie.source!r} cannot be parted: a {type(tie.outer).__name__} computes with "
                     f"{FLAG} of its config, and transformers before version 5 ties by it. Merge with a later version."
                 )
-        freed = [tie for tie in ties if _is_in(tie.declarer.config, configs) and tie not in parted]
-        return cls(model, parted, configs, freed)
+        return cls(model, parted, configs, [t for t in ties if t.is_flagged_by(configs) and t not in parted])
 
-    @torch.inference_mode(False)
     def apply(self) -> None:
         """Make the changes, after the weights were parted."""
-        undo = self._undo
         for config in self.configs:
-            undo.insert(0, partial(setattr, config, FLAG, True))
+            self._undo.append(partial(setattr, config, FLAG, True))
             setattr(config, FLAG, False)
         modules = dict(named_modules(self.model))
         ended = (*self.parted, *self.freed)
+        flagged = [tie for tie in ended if tie.is_flagged_by(self.configs)]
+        self._separate(modules, [*(t.source for t in flagged), *(t.target for t in flagged)])
+        self._separate(modules, [t.target for t in self.parted if t not in flagged])
         targets = {tie.target for tie in ended}
-        of_cleared = [t for t in ended if _is_in(t.declarer.config, self.configs)]
-        others = [t.target for t in self.parted if t not in of_cleared]
-        for names in ([*(t.source for t in of_cleared), *(t.target for t in of_cleared)], others):
-            _separate(modules, names, undo)
         for path, module in modules.items():
             prefix = f"{path}." if path else ""
-            pairs = getattr(module, _ALL, None)
-            if isinstance(pairs, Mapping) and any(prefix + name in targets for name in pairs):
-                _set(module, _ALL, {k: v for k, v in pairs.items() if prefix + k not in targets}, undo)
-            if isinstance(getattr(module, _DECLARED, None), Mapping) and any(t.declarer is module for t in self.parted):
+            pairs, declared = getattr(module, _ALL, None), getattr(module, _DECLARED, None)
+            if isinstance(declared, Mapping) and any(t.declarer is module for t in self.parted):
                 declared = _declared_by(module, modules, prefix)
-                if not _is_in(module.config, self.configs):  # where the flag stays, a later tying goes by these
-                    _set(module, _DECLARED, {k: v for k, v in declared.items() if prefix + k not in targets}, undo)
+                if not any(module.config is config for config in self.configs):  # a later tying goes by these then
+                    self._leave_out(module, _DECLARED, declared, prefix, targets)
+            if isinstance(pairs, Mapping) and any(prefix + name in targets for name in pairs):
+                self._leave_out(module, _ALL, pairs, prefix, targets)
 
     def undo(self) -> None:
         """Undo `apply`."""
         while self._undo:
-            self._undo[0]()
-            del self._undo[0]
+            self._undo[-1]()
+            self._undo.pop()
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """`apply` for a block."""
-        try:
-            self.apply()
-            yield
-        finally:
-            self.undo()
+    def _separate(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+        """Give memory of its own to each of these tensors that shares memory with an earlier one."""
+        seen: list[Tensor] = []
+        for name in dict.fromkeys(names):
+            path, _, local = name.rpartition(".")
+            held = _tensor_at(modules, name)
+            if held is not None and any(same(held, other) for other in seen):
+                self._undo.append(partial(put, modules[path], local, held))
+                put_copy(modules[path], local, held)
+            elif held is not None:
+                seen.append(held)
+
+    def _leave_out(
+        self, module: nn.Module, name: str, pairs: Mapping[str, str], prefix: str, targets: Collection[str]
+    ) -> None:
+        """Set an attribute of the module to these pairs without the targets."""
+        held = module.__dict__
+        self._undo.append(
+            partial(setattr, module, name, held[name]) if name in held else partial(delattr, module, name)
+        )
+        setattr(module, name, {k: v for k, v in pairs.items() if prefix + k not in targets})
 
 
 def _declared_ties(model: nn.Module) -> list[Tie]:
     """The ties that the model, and the models inside it, declare and that hold now."""
     modules = dict(named_modules(model))
-    found = {}
+    found: dict[str, Tie] = {}
+    outers: list[tuple[str, nn.Module]] = []
     for path, module in modules.items():  # a model repeats what the models inside it declare; the innermost counts
+        if not hasattr(getattr(module, "config", None), "to_json_string"):
+            continue
         prefix = f"{path}." if path else ""
-        if hasattr(module, "config"):
-            for target, source in _declared_by(module, modules, prefix).items():
-                found[prefix + target] = Tie(prefix + target, prefix + source, module, _outermost(modules, path))
-    pairs = {key: (_find(modules, tie.target), _find(modules, tie.source)) for key, tie in found.items()}
-    return [
-        found[key] for key, (one, other) in pairs.items() if one is not None and other is not None and same(one, other)
-    ]
+        outer = next((outer for start, outer in outers if prefix.startswith(start)), None)
+        if outer is None:
+            outer = module
+            outers.append((prefix, module))
+        for target, source in _declared_by(module, modules, prefix).items():
+            found[prefix + target] = Tie(prefix + target, prefix + source, module, outer)
+    pairs = [(tie, _tensor_at(modules, tie.target), _tensor_at(modules, tie.source)) for tie in found.values()]
+    return [tie for tie, one, other in pairs if one is not None and other is not None and same(one, other)]
 
 
 def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> Mapping[str, str]:
@@ -164,14 +179,7 @@ def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> 
     }
 
 
-def _outermost(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
-    """The outermost model with a config around the module at `path`."""
-    parts = path.split(".")
-    around = (".".join(parts[:count]) for count in range(len(parts) + 1))
-    return next(modules[p] for p in around if hasattr(getattr(modules.get(p), "config", None), "to_json_string"))
-
-
-def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+def _tensor_at(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     path, _, local = name.rpartition(".")
     return own(modules[path], local) if path in modules else None
 
@@ -179,35 +187,6 @@ def _find(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
 def tie_number(name: str, heads: Mapping[str, int]) -> int | None:
     """The number (`Adapter.tie_numbers`) of the head that contains the tensor of this name, or `None`."""
     return next((number for head, number in heads.items() if name.startswith(f"{head}.")), None)
-
-
-def _is_in(config: Any, configs: Sequence[Any]) -> bool:
-    return any(config is other for other in configs)
-
-
-def _separate(modules: Mapping[str, nn.Module], names: Sequence[str], undo: list[Callable[[], None]]) -> None:
-    """Give memory of its own to each of these tensors that shares memory with an earlier one."""
-    seen: list[Tensor] = []
-    for name in dict.fromkeys(names):
-        path, _, local = name.rpartition(".")
-        held = _find(modules, name)
-        if held is None:
-            continue
-        if any(same(held, other) for other in seen):
-            module, fresh = modules[path], held.detach().clone()
-            is_parameter = isinstance(held, nn.Parameter)
-            undo.insert(0, partial(put, module, local, held))
-            put(module, local, nn.Parameter(fresh, held.requires_grad) if is_parameter else fresh)
-        else:
-            seen.append(held)
-
-
-def _set(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
-    if name in module.__dict__:
-        undo.insert(0, partial(module.__dict__.__setitem__, name, module.__dict__[name]))
-    else:
-        undo.insert(0, lambda: module.__dict__.pop(name, None))
-    module.__dict__[name] = value
 
 
 # Which flags can be cleared
@@ -237,51 +216,50 @@ def nested(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 def _survives_files(config: Any, inner: Sequence[Any]) -> bool:
     """Whether `config`, written and read again, differs in exactly the flags of `inner` once these are cleared."""
     try:
-        before, read_before = _written(config), _written(_read(config))
+        before = _as_in_files(config)
         for other in inner:
             setattr(other, FLAG, False)
         try:
-            after, read_after = _written(config), _written(_read(config))
+            after = _as_in_files(config)
         finally:
             for other in inner:
                 setattr(other, FLAG, True)
     except Exception:  # noqa: BLE001 - a stranger's config may raise anything
         return False
-    changed = dict(_differences(before, after))
-    cleared = [path for path, value in changed.items() if path[-1] == FLAG and value is False]
-    return len(inner) <= len(cleared) == len(changed) and changed == dict(_differences(read_before, read_after))
+    written, read = (
+        {key: new.get(key) for key in old | new if old.get(key) != new.get(key)}
+        for old, new in zip(before, after, strict=True)
+    )
+    return (
+        written == read and len(written) >= len(inner) and all(k[-1] == FLAG and v is False for k, v in written.items())
+    )
 
 
-def _written(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(config.to_json_string())
-    return found
+def _as_in_files(config: Any) -> list[dict[tuple[str, ...], Any]]:
+    """The fields of a config as it is written, and once more after it was read again."""
+    written = json.loads(config.to_json_string())
+    again = json.loads(type(config).from_dict(json.loads(config.to_json_string())).to_json_string())
+    return [dict(_fields(written)), dict(_fields(again))]
 
 
-def _read(config: Any) -> Any:
-    return type(config).from_dict(_written(config))
-
-
-def _differences(one: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() | other.keys():
-            yield from _differences(one.get(key), other.get(key), (*path, key))
-    elif one != other:
-        yield path, other
+def _fields(held: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in held.items():
+        yield from _fields(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
 
 
 @lru_cache(maxsize=4096)
 def _reads_flag(cls: type) -> bool:
     """Whether a method of the class reads the flag and may compute outputs with it."""
+
+    def names(code: CodeType) -> bool:
+        inner = (const for const in code.co_consts if isinstance(const, CodeType))
+        return FLAG in code.co_names or FLAG in code.co_consts or any(map(names, inner))
+
     computes_nothing = ("init", "tie", "resize", "embeddings")
-    functions = (
-        inspect.unwrap(value)
-        for base in cls.__mro__
-        for name, value in vars(base).items()
-        if isinstance(value, FunctionType) and not any(part in name for part in computes_nothing)
-    )
-    return any(isinstance(f, FunctionType) and _names_flag(f.__code__) for f in functions)
-
-
-def _names_flag(code: CodeType) -> bool:
-    inner = (const for const in code.co_consts if isinstance(const, CodeType))
-    return FLAG in code.co_names or FLAG in code.co_consts or any(map(_names_flag, inner))
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType) and not any(part in name for part in computes_nothing):
+                function = inspect.unwrap(value)
+                if isinstance(function, FunctionType) and names(function.__code__):
+                    return True
+    return False

@@ -14,7 +14,7 @@ from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk import AdapterFile, Base
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, dense
-from adapterkit.merging import Merged
+from adapterkit.merging import Merged, Place
 from adapterkit.model import Adapter
 from adapterkit.tensors import gathered
 
@@ -110,9 +110,9 @@ def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[Source]:
     def norms_at(adapter: Adapter) -> Callable[[str], float | None]:
         def norm(path: str) -> float | None:
             module = adapter.heads.get(path, adapter.hosts[path])
-            kept = merged.kept.get(module)
+            kept = merged.kept.get(Place(module, "weight"))
             with gathered(module, module.modules()):
-                weight = adapter.layers[path].kind.read(module) if kept is None else kept.values.get("weight")
+                weight = adapter.layers[path].kind.read(module) if kept is None else kept.value
                 weight = None if weight is None else dense(weight)
                 return None if weight is None or weight.is_meta else _norm(weight)
 
