@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,22 +44,16 @@ class ForeignFile:
 
 def component(name: str) -> str:
     """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
-    return _component(name.partition(".")[0])
-
-
-@lru_cache(maxsize=4096)  # few of a file's keys begin in another way than others
-def _component(head: str) -> str:
-    if head in DOTTED:
-        return head
-    return next((part for part in FLAT if head.startswith(part + "_")), "")
+    head = name.partition(".")[0]
+    return head if head in DOTTED else next((part for part in FLAT if head.startswith(part + "_")), "")
 
 
 class LayerNames:
     """Finds the layer that another program's name stands for: the path, or a part of a pipeline and the path."""
 
     def __init__(self, layers: Iterable[str]) -> None:
+        self._dotted = {path: [path] for path in layers}
         self._flat: dict[str, list[str]] = {}
-        self._paths = frozenset(layers)
         for path in layers:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
 
@@ -69,24 +63,18 @@ class LayerNames:
         Raises:
             CheckpointError: several layers have that name when dots are written as underscores.
         """
-        if name in self._paths:
-            return name
         part = component(name)
-        rest = name[len(part) + 1 :]
-        if part in DOTTED:
-            return next((path for path in _variants(rest, ".") if path in self._paths), None)
-        found = next((self._flat[n] for n in _variants(rest, "_") if part and n in self._flat), [None])
+        if name in self._dotted or not part:
+            return name if name in self._dotted else None
+        known, separator = (self._dotted, ".") if part in DOTTED else (self._flat, "_")
+        rest, optional = name[len(part) + 1 :], OPTIONAL + separator
+        found = next((known[n] for n in (rest, rest.removeprefix(optional), optional + rest) if n in known), [None])
         if len(found) > 1:
             raise CheckpointError(
                 f"{name!r} may be any of the layers {', '.join(map(repr, found))}: their names are the same with '_' "
                 "for '.'. Rename the file's keys so that they begin with the layer's own path and a dot."
             )
         return found[0]
-
-
-def _variants(name: str, separator: str) -> tuple[str, ...]:
-    prefix = OPTIONAL + separator
-    return (name, name.removeprefix(prefix), prefix + name)
 
 
 @dataclass(frozen=True)
@@ -118,6 +106,12 @@ class ForeignLayer:
             )
         return tensor
 
+    def wide(self, local: str) -> Tensor:
+        """A factor that the file has, in float32 at least."""
+        tensor = self.matrix(local)
+        assert tensor is not None
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+
     def number(self, local: str) -> float | None:
         """A tensor of one number, such as an alpha; `None` if the file lacks it.
 
@@ -133,29 +127,6 @@ class ForeignLayer:
             )
         return float(tensor.item())
 
-    def wide(self, local: str, scale: float = 1.0) -> Tensor | None:
-        """A factor in float32 at least, times a number."""
-        tensor = self.matrix(local)
-        if tensor is None:
-            return None
-        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        return tensor if scale == 1.0 else tensor * scale
-
-    def scale(self, rank: int, own: float) -> float:
-        """What the file multiplies the product of its factors by, beyond the scaling `own` of the layer's config.
-
-        The file's scaling is `alpha / rank`, or `own` without an alpha; an alpha of 0 is the rank. `scalar`, which
-        LyCORIS may have trained, multiplies it.
-        """
-        scalar, alpha = self.number("scalar"), self.number("alpha")
-        scale = 1.0 if scalar is None else scalar
-        return scale if alpha is None else scale * ((alpha or rank) / rank if rank else 1.0) / (own or 1.0)
-
-    def is_native(self) -> bool:
-        """Whether all that the layer has stands under its own path, and nothing in it is another program's."""
-        names = self.keys.items()
-        return all(key == f"{self.path}.{local}" for local, key in names) and _EXTRA.isdisjoint(self.keys)
-
 
 class Format:
     """Other programs' files of a method: kohya-ss's, LyCORIS's, diffusers'. A hook `formats` returns such objects.
@@ -170,6 +141,8 @@ class Format:
         namings: the names of the programs whose files can be written: `"kohya"`, `"lycoris"`, `"diffusers"`.
         names: what a local name in a file means: the method's own name, or `"alpha"` or `"scalar"`, which are known.
         factors: own names of which a layer must have one.
+        scaled: own names of the factors that are multiplied by the file's scaling, where it is not the config's.
+        unwritten: own names for which the files that are written have no name.
         refused: names of variants that the method does not implement, and what they are.
     """
 
@@ -178,6 +151,8 @@ class Format:
     namings: tuple[str, ...] = ()
     names: Mapping[str, str] = {}
     factors: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
+    unwritten: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
@@ -196,9 +171,24 @@ class Format:
         alphas = {path: layer.number("alpha") or float(ranks[path]) for path, layer in layers.items()}
         return self.config_type.with_values({"r": ranks, self.alpha: alphas}, **fields)
 
-    def tensors(self, layer: ForeignLayer, config: Any) -> Mapping[str, Tensor]:
-        """The layer's tensors by the method's own names, exact under this config, which is the layer's own."""
-        raise NotImplementedError
+    def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
+        """The layer's tensors by the method's own names, exact under this config, which is the layer's own.
+
+        By default the file's, with the factors `scaled` by what its alpha and scalar say beyond the config. The file's
+        scaling is `alpha / rank`, an alpha of 0 is the rank, and the scalar, which LyCORIS may have trained,
+        multiplies it.
+        """
+        rank, scale, alpha = self.rank(layer.tensors), layer.number("scalar"), layer.number("alpha")
+        scale = 1.0 if scale is None else scale
+        if alpha is not None:
+            own = (config if config.r == rank else config.replace(r=rank)).scaling
+            scale *= ((alpha or rank) / rank if rank else 1.0) / (own or 1.0)
+        values = {name: tensor for name, tensor in layer.tensors.items() if name not in _EXTRA}
+        for local in self.factors & values.keys():
+            layer.matrix(local)
+            if local in self.scaled and scale != 1.0:
+                values[local] = layer.wide(local) * scale
+        return values
 
     def write(
         self,
@@ -219,13 +209,10 @@ class Format:
         Raises:
             UnsupportedError: such a file cannot hold this adapter.
         """
-        there = {
-            **{own: own for own in self.factors},
-            **{own: name for name, own in reversed(list(self.names.items()))},
-        }
+        there = {own: own for own in self.factors} | {own: name for name, own in reversed(list(self.names.items()))}
         found = {}
         for path, held in tensors.items():
-            unnamed = sorted(held.keys() - there.keys())
+            unnamed = sorted(held.keys() - (there.keys() - self.unwritten))
             if unnamed:
                 raise UnsupportedError(
                     f"naming={naming!r} has no name for {unnamed[0]!r} of {path!r}. Keep PEFT's format (naming='peft')."
@@ -238,19 +225,15 @@ class Format:
 
     def readings(self, key: str) -> Iterable[tuple[str, str]]:
         """What a key may mean: pairs of a module's name and an own local name. The first that fits counts."""
-        for there in self._endings:
-            if key.endswith(there):
-                return [(key.removesuffix(there), self._own[there])]
+        for ending, own in self._endings:
+            if key.endswith(ending):
+                return [(key.removesuffix(ending), own)]
         return ()
 
     @cached_property
-    def _own(self) -> dict[str, str]:
+    def _endings(self) -> list[tuple[str, str]]:
         known = {**{name: name for name in (*self.factors, *self.refused, *_EXTRA)}, **self.names}
-        return {f".{there}": own for there, own in known.items()}
-
-    @cached_property
-    def _endings(self) -> list[str]:
-        return sorted(self._own, key=len, reverse=True)
+        return sorted(((f".{there}", own) for there, own in known.items()), key=lambda pair: -len(pair[0]))
 
     def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, LayerKind]) -> dict[str, ForeignLayer]:
         """The layers of a model that a file has factors for, by path.
@@ -259,24 +242,22 @@ class Format:
             CheckpointError: two keys are for one place.
             UnsupportedError: they are of a variant that the method does not implement.
         """
-        names = LayerNames(kinds)
-        keys: dict[str, dict[str, str]] = {}
+        names, keys = LayerNames(kinds), dict[str, dict[str, str]]()
         for key in tensors:
-            readings = ((names.find(module), local) for module, local in self.readings(key))
-            path, local = next(((path, local) for path, local in readings if path is not None), (None, ""))
-            if path is None:
-                continue
-            other = keys.setdefault(path, {}).setdefault(local, key)
-            if other != key:
-                raise CheckpointError(_two_keys(other, key, path))
+            for module, local in self.readings(key):
+                path = names.find(module)
+                if path is not None:
+                    other = keys.setdefault(path, {}).setdefault(local, key)
+                    if other != key:
+                        raise CheckpointError(_two_keys(other, key, path))
+                    break
         found = {}
         for path, own in keys.items():
-            if not self.factors.isdisjoint(own):
-                held = {local: tensors[key] for local, key in own.items()}
-                found[path] = ForeignLayer(path, kinds[path], held, own)
-        for layer in found.values():
-            for local in self.refused.keys() & layer.keys.keys():
-                raise UnsupportedError(f"{layer.keys[local]!r}: this is {self.refused[local]}.")
+            if self.factors.isdisjoint(own):
+                continue
+            for local in self.refused.keys() & own.keys():
+                raise UnsupportedError(f"{own[local]!r}: this is {self.refused[local]}.")
+            found[path] = ForeignLayer(path, kinds[path], {local: tensors[key] for local, key in own.items()}, own)
         return found
 
     def groups(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -301,30 +282,21 @@ class Format:
         Args:
             config: the config of the adapter that the tensors are for, which counts instead of the file's.
         """
-        if config is not None and self._are_native(tensors, kinds):
-            return config, tensors
         layers = self.layers(tensors, kinds)
         if not layers:
             return None
         if config is None:
             chosen = {"target_modules": exactly(layers, kinds), "exclude_modules": None, "modules_to_save": None}
             config = self.config(layers, metadata).replace(**chosen, layers_to_transform=None, layers_pattern=None)
-        foreign = {path: layer for path, layer in layers.items() if not layer.is_native()}
-        taken = {key for layer in foreign.values() for key in layer.keys.values()}
-        read = {key: tensor for key, tensor in tensors.items() if key not in taken}
-        for path, layer in foreign.items():
-            own = self.tensors(layer, config.at(path))
-            read |= {f"{path}.{local}": tensor for local, tensor in own.items()}
-        return config, read if foreign else tensors
-
-    def _are_native(self, keys: Iterable[str], kinds: Mapping[str, LayerKind]) -> bool:
-        """Whether every key is a factor at a layer's own path, so that there is nothing to sort."""
-        endings = tuple(f".{name}" for name in self.factors)
-        for key in keys:
-            ending = next((e for e in endings if key.endswith(e)), "")
-            if not ending or key.removesuffix(ending) not in kinds:
-                return False
-        return True
+        read = dict(tensors)
+        for path, layer in layers.items():
+            native = all(key == f"{path}.{local}" for local, key in layer.keys.items())
+            if native and _EXTRA.isdisjoint(layer.keys):
+                continue
+            for key in layer.keys.values():
+                del read[key]
+            read |= {f"{path}.{local}": tensor for local, tensor in self.tensors(layer, config.at(path)).items()}
+        return config, read
 
 
 def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | str:
@@ -335,14 +307,12 @@ def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | s
     return "|".join(map(re.escape, paths))
 
 
-_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
 def empty_layer(outputs: int, inputs: int, *kernel: int, groups: int = 1) -> nn.Module:
     """A linear layer of these sizes on the meta device, or a convolution if there is a kernel: for the hook `sizes`."""
-    if len(kernel) not in _CONVOLUTIONS:
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.get(len(kernel))
+    if convolution is None:
         return nn.Linear(inputs, outputs, bias=False, device="meta")
-    return _CONVOLUTIONS[len(kernel)](inputs, outputs, kernel, groups=groups, bias=False, device="meta")
+    return convolution(inputs, outputs, kernel, groups=groups, bias=False, device="meta")  # type: ignore[arg-type]
 
 
 def _two_keys(first: str, second: str, path: str) -> str:

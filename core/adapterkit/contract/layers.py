@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import CheckpointError, PluginError, UnsupportedError
+from adapterkit.errors import PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind, dense
 from adapterkit.tensors import gathered
 
@@ -190,35 +190,6 @@ class AdapterLayer(nn.Module):
         shift = shifted if bias is None or shifted is None else shifted - bias
         dropped: Tensor = base(x) + self.kind.apply_weight(x, changed - weight, shift, self.dropout)
         return dropped
-
-    def adopt(self, other: Self | None) -> Mapping[str, Tensor]:
-        """The tensors, by their names here, with which this layer does what `other` does: `Adapters.swap`.
-
-        A method overrides this where its sizes or its scaling may differ from one adapter to another. Shapes are
-        this layer's own; a tensor that may stay is left out. By default the other's parameters and persistent buffers,
-        of the same shapes and from the same config.
-
-        Args:
-            other: another adapter's layer at the same target; `None`: the layer is to change nothing.
-
-        Raises:
-            CheckpointError: it cannot; says why, to go on from "at 'path' ".
-        """
-        if other is None:
-            raise CheckpointError(
-                "the file has no tensors, and the method does not say which values leave the layer unchanged"
-            )
-        made_again = {
-            f"{path}.{name}" if path else name
-            for path, module in other.named_modules()
-            for name in module._non_persistent_buffers_set
-        }
-        fixed = {name: buffer for name, buffer in other.named_buffers() if name not in made_again}
-        return {**dict(other.named_parameters()), **fixed}
-
-    def accepts(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether a file may give the parameters named these other shapes than they have; by default not."""
-        return False
 
     @property
     def additive(self) -> bool:

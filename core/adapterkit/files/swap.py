@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterConfig, AdapterLayer
+from adapterkit.contract import default_registry, twin
 from adapterkit.errors import CheckpointError
 from adapterkit.files.match import Values
-from adapterkit.model import Adapter
+from adapterkit.kinds import Factors
+from adapterkit.model import Adapter, by_layer
 from adapterkit.tensors import gathered, module_slots, put, uninterrupted
 
 # Fields that say where an adapter acts and where it is from, not what it does.
@@ -54,8 +57,7 @@ def _values(adapter: Adapter, other: Adapter) -> Values:
     _check_inside("the adapter has a head at", adapter.heads, "the file has none there", other.heads)
     _check_inside("it trains the bias of", other.biases, "the adapter does not", adapter.biases)
     values = _of_shared(adapter, other)
-    for path, layer in adapter.layers.items():
-        values += _of_layer(path, layer, other.layers.get(path), _alike(adapter.config, other.config))
+    values += _of_layers(adapter, other)
     for path, head in adapter.heads.items():
         given = {name: slot.tensor for name, slot in module_slots(other.heads[path])}
         values += _fitting(path, head, given)
@@ -94,17 +96,76 @@ def _of_shared(adapter: Adapter, other: Adapter) -> Values:
     return values
 
 
-def _of_layer(path: str, layer: AdapterLayer, other: AdapterLayer | None, alike: bool) -> Values:
-    if type(layer).adopt is AdapterLayer.adopt and other is not None and not alike:
+def _of_layers(adapter: Adapter, other: Adapter) -> Values:
+    """What makes each layer do what the other adapter's layer does.
+
+    The hook `from_factors` makes it of the other's change. Where the method has no such hook, or a change has no
+    low-rank form, it is the other's own tensors, which needs the same config and the same layers.
+    """
+    method, layers = default_registry.method_of(adapter.config), adapter.layers
+    own = {path: method.factors(layer, scaled=False) for path, layer in layers.items()}
+    theirs = {path: method.factors(layer, scaled=False) for path, layer in other.layers.items()}
+    if "from_factors" not in method.hooks or any(found is None for found in (*own.values(), *theirs.values())):
+        return _same_tensors(adapter, other)
+    wanted = {path: _resized(path, found, theirs.get(path)) for path, found in own.items() if found is not None}
+    _, tensors = method.from_factors(wanted, {path: layer.kind for path, layer in layers.items()})
+    _, tensors = method.from_file(adapter.config, tensors)
+    given, _ = by_layer(tensors, method.key_rule(adapter.config), {path: path for path in layers})
+    values: Values = []
+    for path, layer in layers.items():
+        fitting = _fitting(path, layer, given.get(path, {}))
+        new = {id(slot.tensor): tensor for slot, tensor in fitting}
+        made = method.factors(twin(layer, partial(_in_place, new)), scaled=False)
+        if made is None or not _is_equal(made, wanted[path]):
+            raise CheckpointError(f"at {path!r} the method's from_factors gives another change under this config")
+        values += fitting
+    return values
+
+
+def _resized(path: str, own: Factors, change: Factors | None) -> Factors:
+    """A change as factors of the rank and the scaling of a layer with the factors `own`; `None`: no change."""
+    bias = None if own.bias is None else torch.zeros_like(own.bias)
+    if change is None:
+        return Factors(torch.zeros_like(own.up), own.down, bias)
+    more = own.rank - change.rank
+    if more < 0:
+        raise CheckpointError(f"at {path!r} its rank is {change.rank}, and the adapter has room for {own.rank}")
+    if own.bias is None and change.bias is not None:
+        raise CheckpointError(f"at {path!r} it changes the bias, and the adapter does not")
+    if own.scale == 0 != change.scale:
+        raise CheckpointError(f"at {path!r} the adapter's scaling is 0, so it can change nothing")
+    ratio = 1.0 if change.scale == own.scale else change.scale / own.scale
+    bias = bias if change.bias is None else change.bias * ratio
+    return Factors(F.pad(change.up * ratio, (0, more)), F.pad(change.down, (0, 0, 0, more)), bias)
+
+
+def _in_place(new: Mapping[int, Tensor], tensor: Tensor) -> Tensor:
+    return new.get(id(tensor), tensor)
+
+
+def _is_equal(made: Factors, wanted: Factors) -> bool:
+    """Whether two changes of one scaling are equal, as far as their products with one vector tell."""
+    vector = torch.randn(wanted.down.shape[1], generator=torch.Generator().manual_seed(0)).to(wanted.down)
+    found, expected = (f.up @ (f.down.to(vector) @ vector) for f in (made, wanted))
+    return torch.allclose(found, expected, 1e-3, 1e-3 * float(expected.abs().max()))
+
+
+def _same_tensors(adapter: Adapter, other: Adapter) -> Values:
+    """The other adapter's own tensors in each layer."""
+    rest = {name: getattr(adapter.config, name) for name in (*_PLACES, *_ORIGIN)}
+    if other.config.replace(**rest) != adapter.config:
         raise CheckpointError(
-            f"its config differs from the adapter's, and the method does not say what that changes at {path!r} "
-            "(AdapterLayer.adopt)"
+            "its config differs from the adapter's, and the method does not say what that changes (hook from_factors)"
         )
-    try:
-        given = layer.adopt(other)
-    except CheckpointError as error:
-        raise CheckpointError(f"at {path!r} {error}") from error
-    return _fitting(path, layer, given)
+    values: Values = []
+    for path, layer in adapter.layers.items():
+        if path not in other.layers:
+            raise CheckpointError(
+                f"at {path!r} the file has no tensors, and the method does not say which values leave the layer "
+                "unchanged (hook from_factors)"
+            )
+        values += _fitting(path, layer, {name: slot.tensor for name, slot in module_slots(other.layers[path])})
+    return values
 
 
 def _fitting(path: str, module: nn.Module, given: Mapping[str, Tensor]) -> Values:
@@ -114,9 +175,3 @@ def _fitting(path: str, module: nn.Module, given: Mapping[str, Tensor]) -> Value
         if own != tuple(tensor.shape):
             raise CheckpointError(f"at {path!r} {name!r} is {tuple(tensor.shape)}, and the adapter's is {own}")
     return [(places[name], tensor.detach()) for name, tensor in given.items()]
-
-
-def _alike(own: AdapterConfig, other: AdapterConfig) -> bool:
-    """Whether two configs of a method differ in nothing but where they act and are from."""
-    rest = {name: getattr(own, name) for name in (*_PLACES, *_ORIGIN)}
-    return other.replace(**rest) == own

@@ -75,7 +75,6 @@ class Fit:
         for local in extra:
             (self.ignored if local in made_again else self.unexpected).append(place + local)
         self.exempt += [place + local for local in made_again if shared and local not in given]
-        shapes = {local: tuple(given[local].shape) for local in slots if local in given}
         for local, slot in slots.items():
             slot.key = key = place + local
             own, tensor = slot.tensor, given.get(local)
@@ -86,8 +85,8 @@ class Fit:
                 raise CheckpointError(
                     f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
                 )
-            elif own.shape != tensor.shape and not (isinstance(module, AdapterLayer) and module.accepts(shapes)):
-                self.mismatched.append(Mismatch(key, shapes[local], tuple(own.shape)))
+            elif own.shape != tensor.shape:
+                self.mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(own.shape)))
             else:
                 values.append((slot, tensor))
         return values

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterkit import Base, CheckpointError, DenseLayer, Factors, Target, kaiming
+from adapterkit import Base, DenseLayer, Factors, LayerKind, Target, kaiming
 from adapterkit_loha.config import LoHaConfig
 
 
@@ -22,25 +21,23 @@ class LoHaLayer(DenseLayer):
 
     def setup(self, target: Target, config: LoHaConfig) -> None:
         """See `AdapterLayer.setup`."""
-        r, out, down = config.r, target.out_features, target.kind.down_shape(config.r)
-        kernel = down[2:]
-        self.r, self.rank, self.scaling = r, r * r, config.alpha / r
+        r, out, kernel = config.r, target.out_features, kernel_of(target.kind)
+        self.r, self.rank, self.scaling = r, r * r, config.scaling
         self.row_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
-        self.effective = config.use_effective_conv2d and math.prod(kernel) > 1
-        a, b = ((r, out), (r, down[1])) if self.effective else ((out, r), (r, target.in_features))
+        self.effective = config.use_effective_conv2d and bool(kernel)
+        channels = target.kind.down_shape(r)[1]
+        a, b = ((r, out), (r, channels)) if self.effective else ((out, r), (r, target.in_features))
         self.hada_w1_a, self.hada_w1_b = target.new(*a, init=kaiming), target.new(*b, init=kaiming)
         self.hada_w2_a = target.new(*a, init=kaiming)
         self.hada_w2_b = target.new(*b, init=0.0 if config.init_weights else kaiming)
         if self.effective:
-            core = (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)  # as PEFT's files have it
-            self.hada_t1, self.hada_t2 = target.new(*core, init=kaiming), target.new(*core, init=kaiming)
+            self.hada_t1 = target.new(r, r, *kernel, init=kaiming)
+            self.hada_t2 = target.new(r, r, *kernel, init=kaiming)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`scaling * A1`, B1, A2 and B2: scaled while it is small."""
-        a1: Tensor = self.hada_w1_a
-        b1: Tensor = self.hada_w1_b
-        a2: Tensor = self.hada_w2_a
-        b2: Tensor = self.hada_w2_b
+        held: tuple[Tensor, ...] = (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+        a1, b1, a2, b2 = held
         if self.effective:
             a1, b1, a2, b2 = a1.t(), with_kernel(self.hada_t1, b1), a2.t(), with_kernel(self.hada_t2, b2)
         return a1 * self.scaling, b1, a2, b2
@@ -78,31 +75,6 @@ class LoHaLayer(DenseLayer):
         core = (x[:, None, :] * b1) @ b2.t()
         return ((a1 @ core) * a2).sum(-1)
 
-    def adopt(self, other: LoHaLayer | None) -> Mapping[str, Tensor]:
-        """See `AdapterLayer.adopt`: lower ranks padded with zeros, the other's scaling worked into A1."""
-        if other is None:
-            return {"hada_w2_a": torch.zeros_like(self.hada_w2_a)}
-        if other.r > self.r:
-            raise CheckpointError(f"its rank is {other.r}, and the adapter's is {self.r}")
-        if self.effective and not other.effective:
-            raise CheckpointError(
-                "it has no cores of an effective convolution, and the adapter has (use_effective_conv2d)"
-            )
-        if self.scaling == 0 != other.scaling:
-            raise CheckpointError("the adapter's scaling is 0 (alpha), so it can change nothing")
-        given: dict[str, Tensor] = dict(other.named_parameters())
-        if other.effective and not self.effective:
-            b1, b2 = with_kernel(other.hada_t1, other.hada_w1_b), with_kernel(other.hada_t2, other.hada_w2_b)
-            given = {
-                "hada_w1_a": other.hada_w1_a.t(),
-                "hada_w1_b": b1,
-                "hada_w2_a": other.hada_w2_a.t(),
-                "hada_w2_b": b2,
-            }
-        if other.scaling != self.scaling:
-            given["hada_w1_a"] = given["hada_w1_a"] * (other.scaling / self.scaling)
-        return {name: padded(value, self.get_parameter(name).shape) for name, value in given.items()}
-
 
 class LoHaEmbedding(LoHaLayer):
     """LoHa at an embedding: only the columns of the change that are looked up are made."""
@@ -115,11 +87,12 @@ class LoHaEmbedding(LoHaLayer):
         return out
 
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor with zeros behind its values in each dimension where `shape` has more."""
-    more = [wide - own for own, wide in zip(tensor.shape, shape, strict=True)]
-    found: Tensor = F.pad(tensor, [n for last in reversed(more) for n in (0, last)])
-    return found
+def kernel_of(kind: LayerKind) -> tuple[int, ...]:
+    """The kernel of an effective convolution as PEFT's files have it, `(k, 1)` in one dimension; `()`: not for this."""
+    kernel = kind.down_shape(1)[2:]
+    if math.prod(kernel) <= 1:
+        return ()
+    return (*kernel, 1) if len(kernel) == 1 else kernel
 
 
 def with_kernel(core: Tensor, channels: Tensor) -> Tensor:

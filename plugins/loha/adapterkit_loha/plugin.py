@@ -26,11 +26,10 @@ class LoHaPlugin(ak.Plugin):
         held = {local: t for local, t in tensors.items() if local.startswith("hada_")}
         if any(t.dim() < 2 or 0 in t.shape for t in held.values()):
             return None
-        cores = "hada_t1" in held and "hada_t2" in held
-        up = next((held[name] for name in ("hada_w1_a", "hada_w2_a") if name in held), None)
-        down = next((held[name] for name in ("hada_w1_b", "hada_w2_b") if name in held), None)
-        out = 1 if up is None else up.shape[1 if cores else 0]
-        return ak.empty_layer(out, 1 if down is None else down.shape[1], *(held["hada_t1"].shape[2:] if cores else ()))
+        kernel = held["hada_t1"].shape[2:] if {"hada_t1", "hada_t2"} <= held.keys() else ()
+        outs = [held[name].shape[1 if kernel else 0] for name in ("hada_w1_a", "hada_w2_a") if name in held]
+        ins = [held[name].shape[1] for name in ("hada_w1_b", "hada_w2_b") if name in held]
+        return ak.empty_layer(*outs[:1] or [1], *ins[:1] or [1], *kernel)
 
     def formats(self) -> Sequence[ak.Format]:
         """LyCORIS's and kohya-ss's."""

@@ -6,12 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from adapterkit import AdapterConfig, ConfigError, UnsupportedError
 
 _INITS = ("gaussian", "orthogonal", "pissa", "olora")
-_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
 # PEFT has these too; they need data or another library.
 _FOREIGN_INITS = ("eva", "loftq", "corda", "lora_ga", "mica")
 
@@ -41,26 +39,14 @@ class LoraConfig(AdapterConfig):
     not_in_files = ()
     patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # noqa: RUF012 - a class variable by its base
     not_implemented = {  # noqa: RUF012 - a class variable by its base
-        "use_dora": False,
+        **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), False),
+        **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "velora_config", "kasa_config")),
+        **dict.fromkeys(("arrow_config", "monteclora_config", "alora_invocation_tokens", "use_bdlora")),
+        **dict.fromkeys(("layer_replication", "target_parameters", "trainable_token_indices")),
+        **dict.fromkeys(("megatron_config", "runtime_config")),
         "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-        "velora_config": None,
-        "kasa_config": None,
-        "arrow_config": None,
-        "monteclora_config": None,
-        "alora_invocation_tokens": None,
-        "use_qalora": False,
         "qalora_group_size": 16,
-        "use_bdlora": None,
-        "layer_replication": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "megatron_config": None,
         "megatron_core": "megatron.core",
-        "ensure_weight_tying": False,
-        "runtime_config": None,
     }
 
     r: int = 8
@@ -90,29 +76,26 @@ class LoraConfig(AdapterConfig):
     @property
     def pissa_iterations(self) -> int | None:
         """N of `"pissa_niter_N"`, else `None`."""
-        match = _PISSA_NITER.fullmatch(str(self.init_lora_weights))
+        match = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
         return int(match[1]) if match else None
 
     def check(self) -> None:
         """See `AdapterConfig.check`."""
+        init = self.init_lora_weights
         if self.r < 1:
             raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
-        if self.init_lora_weights == "orthogonal" and self.r % 2:
-            raise ConfigError(f"r = {self.r}: init_lora_weights='orthogonal' needs an even rank.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout = {self.lora_dropout} must be a probability, at least 0 and below 1.")
-        self._check_init(self.init_lora_weights)
-
-    def _check_init(self, init: Any) -> None:
-        if isinstance(init, bool) or init in _INITS or self.pissa_iterations is not None:
-            if self.lora_bias and not isinstance(init, bool):
-                raise ConfigError(f"lora_bias needs init_lora_weights True or False, not {init!r}.")
-            return
         if init in _FOREIGN_INITS:
             raise UnsupportedError(
                 f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. A file that "
                 "was trained from it loads if the field is set to true in its adapter_config.json."
             )
-        raise ConfigError(
-            f"init_lora_weights = {init!r} must be True, False, {', '.join(map(repr, _INITS))} or 'pissa_niter_N'."
-        )
+        if not isinstance(init, bool) and init not in _INITS and self.pissa_iterations is None:
+            raise ConfigError(
+                f"init_lora_weights = {init!r} must be True, False, {', '.join(map(repr, _INITS))} or 'pissa_niter_N'."
+            )
+        if init == "orthogonal" and self.r % 2:
+            raise ConfigError(f"r = {self.r}: init_lora_weights='orthogonal' needs an even rank.")
+        if self.lora_bias and not isinstance(init, bool):
+            raise ConfigError(f"lora_bias needs init_lora_weights True or False, not {init!r}.")

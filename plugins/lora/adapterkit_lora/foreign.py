@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import CheckpointError, ForeignFile, ForeignLayer, Format, LayerKind, UnsupportedError
+from adapterkit import CheckpointError, ForeignFile, ForeignLayer, Format, LayerKind
 from adapterkit_lora.config import LoraConfig
 
 # Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".
 METADATA = "lora_adapter_metadata"
-_DOWN, _UP, _MID = "lora_A.weight", "lora_B.weight", "lora_mid"
+_DOWN, _UP, _BIAS, _MID = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid"
 _TABLE = ("lora_embedding_A", "lora_embedding_B")
 _RANKS = ((_DOWN, 0), (_UP, 1), (_TABLE[0], 0), (_TABLE[1], 1))
 _OF_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
@@ -33,8 +34,10 @@ class LoraFormat(Format):
     alpha = "lora_alpha"
     namings = ("kohya", "lycoris", "diffusers")
     factors = frozenset({_DOWN, _UP, *_TABLE})
+    scaled = frozenset({_UP, _TABLE[1]})
+    unwritten = frozenset({_BIAS, *_TABLE})
     names = {  # noqa: RUF012 - a class variable by its base
-        "lora_B.bias": "lora_B.bias",
+        _BIAS: _BIAS,
         **{f"{there}.weight": own for there, own in (("lora_down", _DOWN), ("lora_up", _UP), ("lora_mid", _MID))},
         **{f"{part}.{there}": own for part in ("lora", "lora_linear_layer") for there, own in _OF_PROCESSOR.items()},
     }
@@ -58,7 +61,7 @@ class LoraFormat(Format):
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """See `Format.config`; alphas that no tensor gives are those of the metadata, if there is any."""
-        bias = any("lora_B.bias" in layer.tensors for layer in layers.values())
+        bias = any(_BIAS in layer.tensors for layer in layers.values())
         base = _in_metadata(layers, metadata)
         if base is None:
             return super().config(layers, metadata, lora_bias=bias, **fields)
@@ -70,20 +73,18 @@ class LoraFormat(Format):
 
     def tensors(self, layer: ForeignLayer, config: LoraConfig) -> dict[str, Tensor]:
         """PEFT's names and shapes. A Tucker convolution's `mid (r, r, *kernel)`: `A' = mid x A`, `(r, in, *kernel)`."""
-        kind, rank = layer.kind, self.rank(layer.tensors)
-        scale = layer.scale(rank, (config if config.r == rank else config.replace(r=rank)).scaling)
-        values = {name: t for name, t in layer.tensors.items() if name not in ("alpha", "scalar", _MID)}
-        for local in values.keys() & {_UP, _TABLE[1]} if scale != 1.0 else ():
-            values[local] = _there(layer.wide(local, scale))
-        if _MID in layer.tensors and _DOWN in values:
-            values[_DOWN] = _tucker(layer)
-        for local, columns, shape in (
-            (_DOWN, kind.in_features, kind.down_shape(rank)),
-            (_UP, rank, kind.up_shape(rank)),
-        ):
-            factor = layer.matrix(local)  # `(r, in)` and `(r, in, 1, 1)` are one
-            if factor is not None and values[local].flatten(1).shape == (shape[0], columns):
-                values[local] = values[local].reshape(shape)
+        values, rank = super().tensors(layer, config), self.rank(layer.tensors)
+        if values.pop(_MID, None) is not None and _DOWN in values:
+            mid, down = layer.wide(_MID), layer.wide(_DOWN)
+            if mid.shape[:2] != (rank, rank) or down[0].numel() != down.shape[1]:
+                raise CheckpointError(
+                    f"{layer.keys[_MID]!r} of shape {tuple(mid.shape)} does not go with the factor of shape "
+                    f"{tuple(down.shape)}: a Tucker core is (r, r, kernel), and its factor (r, in)."
+                )
+            values[_DOWN] = torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
+        for local, shape in ((_DOWN, layer.kind.down_shape(rank)), (_UP, layer.kind.up_shape(rank))):
+            if local in values and values[local].flatten(1).shape == (shape[0], math.prod(shape[1:])):
+                values[local] = values[local].reshape(shape)  # `(r, in)` and `(r, in, 1, 1)` are one
         return values
 
     def write(
@@ -95,32 +96,10 @@ class LoraFormat(Format):
         component: str,
     ) -> ForeignFile:
         """See `Format.write`; diffusers has the scaling in its metadata, and names for B's bias and for embeddings."""
-        if naming == "diffusers":
-            fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
-            return ForeignFile(tensors, {METADATA: json.dumps(fields, sort_keys=True)})
-        for path, held in tensors.items():
-            if held.keys() - {_DOWN, _UP}:
-                raise UnsupportedError(
-                    f"naming={naming!r} has no name for {min(held.keys() - {_DOWN, _UP})!r} of {path!r}. Keep PEFT's "
-                    "format (naming='peft')."
-                )
-        return super().write(naming, config, tensors, kinds, component)
-
-
-def _there(factor: Tensor | None) -> Tensor:
-    assert factor is not None
-    return factor
-
-
-def _tucker(layer: ForeignLayer) -> Tensor:
-    mid, down = _there(layer.wide(_MID)), _there(layer.wide(_DOWN))
-    r = down.shape[0]
-    if mid.shape[:2] != (r, r) or down[0].numel() != down.shape[1]:
-        raise CheckpointError(
-            f"{layer.keys[_MID]!r} of shape {tuple(mid.shape)} does not go with the factor of shape "
-            f"{tuple(down.shape)}: a Tucker core is (r, r, kernel), and its factor (r, in)."
-        )
-    return torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
+        if naming != "diffusers":
+            return super().write(naming, config, tensors, kinds, component)
+        fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
+        return ForeignFile(tensors, {METADATA: json.dumps(fields, sort_keys=True)})
 
 
 def _in_metadata(layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoraConfig | None:
@@ -130,19 +109,16 @@ def _in_metadata(layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]
         CheckpointError: it is not a JSON object.
         UnsupportedError: a field that changes the numbers and is not implemented.
     """
-    text = metadata.get(METADATA)
-    if text is None:
+    if METADATA not in metadata:
         return None
     try:
-        values: Any = json.loads(text)
+        values: Any = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The header's {METADATA!r} is no valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"The header's {METADATA!r} must hold a JSON object, not a {type(values).__name__}.")
     parts = {key.partition(".")[0] + "." for layer in layers.values() for key in layer.keys.values()}
-    part = max((part for part in parts if any(name.startswith(part) for name in values)), default=None)
-    if part is None:
-        fields = {name: value for name, value in values.items() if "." not in name}
-    else:
-        fields = {name.removeprefix(part): value for name, value in values.items() if name.startswith(part)}
+    part = max((part for part in parts if any(name.startswith(part) for name in values)), default="")
+    own = [name for name in values if (name.startswith(part) if part else "." not in name)]
+    fields = {name.removeprefix(part): values[name] for name in own}
     return LoraConfig.from_dict(fields) if fields else None

@@ -33,13 +33,13 @@ class ResidualLayer(LoraLayer):
         """See `LoraLayer.initial_values`."""
         if target.file is not None:
             return 0.0, 0.0
-        down, up = leading_factors(target, config, self.scaling)
+        down, up = leading_factors(target, config)
         return lambda parameter: parameter.copy_(down), lambda parameter: parameter.copy_(up)
 
     def factors(self) -> Factors:
         """See `LowRankLayer.factors`: of rank `2 r`."""
         up, down, _, scale, _ = super().factors()
-        return Factors(torch.cat([up, -self.lora_init_B], 1), torch.cat([down, self.lora_init_A]), None, scale)
+        return Factors(torch.cat([up, -self.lora_init_B], 1), torch.cat([down, self.lora_init_A]), scale=scale)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         """See `AdapterLayer.forward`."""
@@ -50,7 +50,7 @@ class ResidualLayer(LoraLayer):
         return out
 
 
-def leading_factors(target: Target, config: LoraConfig, scaling: float) -> tuple[Tensor, Tensor]:
+def leading_factors(target: Target, config: LoraConfig) -> tuple[Tensor, Tensor]:
     """`A0 (r, in)` and `B0 (out, r)` that PiSSA or OLoRA takes from the weight.
 
     PiSSA: `scaling * B0 A0` is the best approximation of W of rank r. OLoRA: `A0, B0` are the leading parts of
@@ -71,24 +71,24 @@ def leading_factors(target: Target, config: LoraConfig, scaling: float) -> tuple
     if config.init_lora_weights == "olora":
         q, rest = torch.linalg.qr(weight)
         return rest[:r], q[:, :r]
-    if config.pissa_iterations is not None:
+    if config.pissa_iterations is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
         u, s, v = torch.svd_lowrank(weight, r, niter=config.pissa_iterations)
         vh = v.t()
-    else:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:r] / scaling).sqrt()
+    root = (s[:r] / config.scaling).sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
 def to_file(config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """PiSSA and OLoRA as plain LoRA of rank 2 r with the same scaling: `[B, -B0] [A; A0]`."""
     written = {}
-    for key, tensor in tensors.items():
-        first = tensors.get(key.replace("lora_A.weight", "lora_init_A").replace("lora_B.weight", "lora_init_B"))
-        if key.endswith("lora_A.weight") and first is not None:
-            written[key] = torch.cat([tensor, first])
-        elif key.endswith("lora_B.weight") and first is not None:
-            written[key] = torch.cat([tensor, -first], dim=1)
+    for key, first in tensors.items():
+        path, found, _ = key.rpartition(".lora_init_A")
+        if found:
+            down, up = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+            written[down] = torch.cat([tensors[down], first])
+            written[up] = torch.cat([tensors[up], -tensors[f"{path}.lora_init_B"]], dim=1)
     grow = math.sqrt(2) if config.use_rslora else 2
     plain = config.replace(
         init_lora_weights=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,18 +61,8 @@ class VeraLayer(LowRankLayer):
 
     def factors(self) -> Factors:
         """See `LowRankLayer.factors`: this layer's part of A and B, between its vectors."""
-        b, d, kind = self.vera_lambda_b, self.vera_lambda_d, self.kind
-        down, up = self.shared.vera_A, self.shared.vera_B
-        if down.shape[1] != kind.in_features:
-            down = down[:, : kind.in_features]
-        if up.shape[0] != kind.out_features:
-            up = up[: kind.out_features]
-        if down.dtype != b.dtype or down.device != b.device:  # the layer is on another device than the model's root
-            down, up = down.to(b.device, b.dtype), up.to(b.device, b.dtype)
-        return Factors(up, down, None, b, d)
-
-    def adopt(self, other: VeraLayer | None) -> Mapping[str, Tensor]:
-        """See `AdapterLayer.adopt`: of the same projections alone, so of the same rank."""
-        if other is None:
-            return {"vera_lambda_b": torch.zeros_like(self.vera_lambda_b)}
-        return dict(other.named_parameters())
+        b, d = self.vera_lambda_b, self.vera_lambda_d
+        down = self.shared.vera_A[:, : self.kind.in_features]
+        up = self.shared.vera_B[: self.kind.out_features]
+        # The layer may be on another device than the model's root.
+        return Factors(up.to(b.device, b.dtype), down.to(b.device, b.dtype), None, b, d)

@@ -57,7 +57,7 @@ def randomise(adapters: ak.Adapters) -> None:
 
 def matrices(layer: Any) -> tuple[Tensor, Tensor]:
     """A and B, flat: those that train."""
-    if layer.lookup:
+    if layer.kind.lookup:
         return layer.lora_embedding_A.detach(), layer.lora_embedding_B.detach()
     return layer.lora_A.weight.detach().flatten(1), layer.lora_B.weight.detach().flatten(1)
 
