@@ -231,6 +231,30 @@ def test_a_method_that_says_nothing_takes_the_same_sizes_of_the_same_config(tmp_
     refused(wider, folder, why)
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_third_party_s_hook_makes_the_values_which_are_compared_with_the_file_s(
+    factor: float, tmp_path: Path
+) -> None:
+    outer = outer_method()
+
+    class Result(type(outer)):  # type: ignore[misc]
+        def from_factors(self, factors: Any, kinds: Any) -> Any:
+            vectors = {f"{path}.outer_u": factor * f.up[:, 0] for path, f in factors.items()}
+            return self.config(), vectors | {f"{path}.outer_v": f.down[0] for path, f in factors.items()}
+
+    ak.register(Result())
+    try:
+        folder, expected = saved(tmp_path, "bert", "outer", target_modules=["query"])
+        adapters = adapter("bert", "a", "outer", target_modules=["query", "key"])
+        if factor == 1.0:
+            adapters.swap("a", folder)
+            torch.testing.assert_close(run(adapters.model, "bert"), expected)
+        else:
+            refused(adapters, folder, "the method's from_factors gives another change under this config")
+    finally:
+        ak.default_registry.unregister("outer")
+
+
 def test_a_merged_adapter_is_refused_and_a_damaged_file(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path, "bert", "lora", target_modules=["query"])
     adapters = adapter("bert", "a", "lora", target_modules=["query"])
