@@ -6,7 +6,6 @@ build is not kept for the backward either, where it is large: because they are p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterLayer, DenseLayer, twin
-from adapterkit.kinds import Factors, LayerKind
+from adapterkit.kinds import LayerKind
 
 # What writing or reading an element of a matrix costs, in multiplications inside a matrix product: the ratio of
 # arithmetic to memory speed, which differs little between machines. Measured by benchmarks/loha_forms.py.
@@ -23,9 +22,6 @@ PASS = 25
 FEW = 4
 # From this many multiplications in the layer's own product on, the backward builds matrices again to save memory.
 REBUILT = 2**24
-# Dtypes in which `W + dW` is rounded no worse than the sum of their products.
-_EXACT = (torch.float32, torch.float64)
-_TENSORS = (Tensor, nn.Parameter)
 
 Form = Literal["factored", "dense", "whole"]
 
@@ -33,16 +29,14 @@ Form = Literal["factored", "dense", "whole"]
 def add(layer: Any, out: Tensor, x: Tensor) -> Tensor:
     """`out` with what an additive layer adds for the input `x`, in the wider dtype and not in place."""
     kind: LayerKind = layer.kind
-    drop = 0.0
-    if layer.training:
-        if layer.row_dropout or layer.module_dropout:
-            return out + delta(layer, x)
-        drop = layer.dropout
+    if layer.training and (layer.row_dropout or layer.module_dropout):
+        return out + delta(layer, x)
+    drop = layer.dropout if layer.training else 0.0
     if isinstance(layer, DenseLayer):
-        found = _add_dense(layer, out, x, drop)
+        found = _dense(layer, x, drop)
         if found is not None:
-            return found
-    hidden, up, bias, scale = _projected(kind, x, layer.factors(), drop)
+            return out + found
+    hidden, up, bias, scale = _projected(layer, x, drop)
     if not isinstance(scale, Tensor):
         return kind.expand_onto(out, hidden, up, bias, scale)
     # Each output has a scale: it goes into the smaller of B and the output.
@@ -51,24 +45,12 @@ def add(layer: Any, out: Tensor, x: Tensor) -> Tensor:
     return torch.addcmul(out, kind.expand(hidden, up), scale)
 
 
-def _add_dense(layer: DenseLayer, out: Tensor, x: Tensor, drop: float) -> Tensor | None:
-    """The same for a `DenseLayer`; `None`: by its factors, like any other."""
-    if layer.few is not None and not drop and _is_few(layer.kind, x):
-        return out + _few(layer, x).view(out.shape)
-    if _cheapest(layer, x, weight=False) == "dense":
-        return out + _dense(layer, x, drop)
-    if not drop and _rebuilds(layer, x):
-        return _LowRank.apply(layer, out, x, *layer.parameters())  # type: ignore[no-untyped-call,no-any-return]
-    return None
-
-
 def delta(layer: Any, x: Tensor) -> Tensor:
     """What an additive layer adds for the input `x`, by itself."""
     kind, drop = layer.kind, layer.dropout if layer.training else 0.0
-    if isinstance(layer, DenseLayer) and _cheapest(layer, x, weight=False) == "dense":
-        change = _dense(layer, x, drop)
-    else:
-        hidden, up, bias, scale = _projected(kind, x, layer.factors(), drop)
+    change = _dense(layer, x, drop) if isinstance(layer, DenseLayer) else None
+    if change is None:
+        hidden, up, bias, scale = _projected(layer, x, drop)
         change = kind.expand(hidden, up, bias) * scale
     if layer.training and (layer.row_dropout or layer.module_dropout):
         change = change * kind.spread(kept_rows(layer, change))
@@ -93,40 +75,29 @@ def kept_rows(layer: AdapterLayer, like: Tensor) -> Tensor:
 def with_weight(layer: DenseLayer, module: nn.Module, base: Any, x: Tensor) -> Tensor | None:
     """The output from one product with `W + dW`; `None` where that is not the cheapest, or `module` is not plain.
 
-    Plain: its own class's forward alone computes it, from a weight and a bias that are ordinary, frozen parameters.
-    Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that someone replaced.
+    Plain: its own class's forward alone computes it, from a weight and a bias that are ordinary, frozen parameters of
+    one exact dtype. Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that
+    someone replaced.
     """
-    if layer.training and drops(layer):
+    if (layer.training and drops(layer)) or (layer.few is not None and _is_few(layer.kind, x)):
         return None
-    if (layer.few is not None and _is_few(layer.kind, x)) or _cheapest(layer, x, weight=True) != "whole":
+    if _cheapest(layer, x, weight=True) != "whole" or not layer.kind.is_plain_forward(base, module):
         return None
-    if not layer.kind.is_plain_forward(base, module) or not _is_ordinary(layer, module, x):
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or "bias" not in module._parameters or "_hf_hook" in module.__dict__:
         return None
-    canonical, bias = layer.kind.read(module), module.bias
-    if _rebuilds(layer, x):
-        return _Dense.apply(layer, x, canonical, bias, *layer.parameters())  # type: ignore[no-untyped-call,no-any-return]
-    return layer.kind.apply_weight(x, layer.merged(canonical, None)[0], bias)  # type: ignore[arg-type]
+    ordinary = all(p is None or (type(p) is nn.Parameter and not p.requires_grad) for p in (weight, bias))
+    # In lower precision `W + dW` is rounded worse than the sum of their products.
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    same = type(x) in (Tensor, nn.Parameter) and all(p.dtype == x.dtype for p in (weight, *layer.parameters()))
+    if not (ordinary and exact and same) or torch._C._are_functorch_transforms_active():
+        return None
+    return _through(layer, x, "whole", 0.0, layer.kind.read(module), bias)
 
 
-def _is_ordinary(layer: DenseLayer, module: nn.Module, x: Tensor) -> bool:
-    """Whether the module's weight and bias are ordinary, frozen and in memory, and all has one exact dtype."""
-    own = module._parameters
-    weight, bias = own.get("weight"), own.get("bias")
-    if "_hf_hook" in module.__dict__ or torch._C._are_functorch_transforms_active():
-        return False
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype not in _EXACT:
-        return False
-    if "bias" not in own or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad)):
-        return False
-    if type(x) not in _TENSORS or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return False
-    return all(p.dtype == x.dtype for p in layer.parameters())
-
-
-def _projected(
-    kind: LayerKind, x: Tensor, factors: Factors, drop: float
-) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
+def _projected(layer: Any, x: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
     """The input through `down` and `mid`, and what is left to do: `up`, `bias` and `scale`."""
+    kind, factors = layer.kind, layer.factors()
     up, down, bias, scale, mid = factors.flat()
     vector = mid if mid is not None else scale
     if isinstance(vector, Tensor) and kind.spread(vector).dim() > 1:  # the features are not last
@@ -135,23 +106,19 @@ def _projected(
     return hidden if mid is None else hidden * mid, up, bias, scale
 
 
+def _dense(layer: DenseLayer, x: Tensor, drop: float) -> Tensor | None:
+    """What a `DenseLayer` adds; `None`: its factors give that at the least cost, as any other layer's do."""
+    if layer.few is not None and not drop and _is_few(layer.kind, x):
+        dtype = next((p.dtype for p in layer._parameters.values() if p is not None), x.dtype)
+        found: Tensor = layer.few(_rows(x).to(dtype))
+        return found.view(*x.shape[:-1], -1)
+    form = _cheapest(layer, x, weight=False)
+    return _through(layer, x, form, drop) if form == "dense" or _rebuilds(layer, x) else None
+
+
 def _is_few(kind: LayerKind, x: Tensor) -> bool:
     few = not torch.compiler.is_compiling() and kind.is_plain and not kind.lookup
     return few and x.numel() <= FEW * x.shape[-1]
-
-
-def _few(layer: DenseLayer, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    dtype = next((p.dtype for p in layer._parameters.values() if p is not None), rows.dtype)
-    found: Tensor = layer.few(rows if rows.dtype == dtype else rows.to(dtype))
-    return found
-
-
-def _dense(layer: DenseLayer, x: Tensor, drop: float) -> Tensor:
-    if _rebuilds(layer, x):
-        given = F.dropout(x, drop) if drop else x
-        return _Dense.apply(layer, given, None, None, *layer.parameters())  # type: ignore[no-untyped-call,no-any-return]
-    return layer.kind.apply_weight(x, layer.change(), None, drop)
 
 
 def _cheapest(layer: DenseLayer, x: Tensor, *, weight: bool) -> Form:
@@ -183,6 +150,28 @@ def _cheapest(layer: DenseLayer, x: Tensor, *, weight: bool) -> Form:
     return "factored" if factored < build + (product // 3 if trains else 0) else "whole"
 
 
+# Matrices that the backward builds again
+
+
+def _through(
+    layer: DenseLayer, x: Tensor, form: Form, drop: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`x` through what the layer builds in this form, and `+ bias`."""
+    if _rebuilds(layer, x):
+        given = F.dropout(x, drop) if drop else x
+        return _Rebuilt.apply(layer, form, given, weight, bias, *layer.parameters())  # type: ignore[no-untyped-call,no-any-return]
+    (matrix,) = _built(layer, form, weight)
+    return layer.kind.apply_weight(x, matrix, bias, drop)
+
+
+def _built(layer: DenseLayer, form: Form, weight: Tensor | None) -> tuple[Tensor, ...]:
+    """The matrices `(out, in)` that the input goes through, one after the other."""
+    if form == "factored":
+        up, down, *_ = layer.factors().folded()
+        return down, up
+    return (layer.change() if weight is None else layer.merged(weight, None)[0],)
+
+
 def _rebuilds(layer: DenseLayer, x: Tensor) -> bool:
     """Whether what is built is built again in the backward: a large product in training, with the features last."""
     return (
@@ -197,96 +186,49 @@ def _rebuilds(layer: DenseLayer, x: Tensor) -> bool:
     )
 
 
-class _LowRank(torch.autograd.Function):
-    """`out + scale * x down^T up^T`. Keeps x, `x down^T` and the parameters, and no matrix that `factors` built."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: DenseLayer, out: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-        up, down, bias, *_ = layer.factors().folded()
-        hidden = F.linear(x.to(down.dtype), down)
-        ctx.layer, ctx.dtype, ctx.originals = _snapshot(layer), out.dtype, tuple(map(id, parameters))
-        ctx.save_for_backward(x, hidden, *parameters)
-        return layer.kind.expand_onto(out, hidden, up, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, *parameters = ctx.saved_tensors
-        rebuilt = _Rebuilt(ctx, parameters)
-        with torch.enable_grad():
-            built = rebuilt.layer.factors().folded()
-        up, down = (m.to(grad.dtype) if rebuilt.again else m.detach().to(grad.dtype) for m in built[:2])
-        if rebuilt.again:  # what was kept has no graph
-            hidden = F.linear(x.to(grad.dtype), down)
-        rows, inputs = _rows(grad), _rows(x).to(grad.dtype)
-        through = rows @ up
-        for_x = (through @ down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[2] else None
-        grads: dict[Tensor, Tensor] = {}
-        if built.up.requires_grad:
-            grads[built.up] = rows.t() @ _rows(hidden).to(grad.dtype)
-        if built.down.requires_grad:
-            grads[built.down] = through.t() @ inputs
-        if built.bias is not None and built.bias.requires_grad:
-            grads[built.bias] = rows.sum(0)
-        return None, grad.to(ctx.dtype), for_x, *rebuilt.gradients(grads)
-
-
-class _Dense(torch.autograd.Function):
-    """`x (W + dW)^T + bias`, or `x dW^T`. Keeps x, W and the parameters, and no matrix that the layer built."""
+class _Rebuilt(torch.autograd.Function):
+    """See `_through`. Keeps x, W, `x down^T` and the parameters, and no matrix that the layer built."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: DenseLayer, x: Tensor, weight: Tensor | None, bias: Tensor | None, *parameters: Tensor
+        ctx: Any, layer: Any, form: Form, x: Tensor, weight: Tensor | None, bias: Tensor | None, *parameters: Tensor
     ) -> Tensor:
-        ctx.layer, ctx.originals = _snapshot(layer), tuple(map(id, parameters))
-        ctx.save_for_backward(x, weight, *parameters)
-        matrix = _matrix(layer, weight)
-        return F.linear(x.to(matrix.dtype), matrix, bias)
+        *first, last = _built(layer, form, weight)
+        hidden: list[Any] = [F.linear(x.to(matrix.dtype), matrix) for matrix in first]
+        # A snapshot: the backward needs the very parameters, whatever the layer holds by then.
+        ctx.layer, ctx.form, ctx.originals = twin(layer, lambda t: t), form, tuple(map(id, parameters))
+        ctx.save_for_backward(weight, x, *(hidden or [None]), *parameters)
+        return F.linear((hidden[-1] if hidden else x).to(last.dtype), last, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *parameters = ctx.saved_tensors
-        rebuilt = _Rebuilt(ctx, parameters)
-        with torch.enable_grad():
-            matrix = _matrix(rebuilt.layer, weight)
-        own = (matrix if rebuilt.again else matrix.detach()).to(grad.dtype)
-        for_x = (grad @ own).to(x.dtype) if ctx.needs_input_grad[1] else None
-        grads = {matrix: _rows(grad).t() @ _rows(x).to(grad.dtype)} if matrix.requires_grad else {}
-        return None, for_x, None, None, *rebuilt.gradients(grads)
-
-
-class _Rebuilt:
-    """The layer as it was in the forward, in a backward: with the very parameters, whatever the layer holds now.
-
-    Attributes:
-        again: this backward is differentiated again (`create_graph`).
-    """
-
-    def __init__(self, ctx: Any, parameters: list[Tensor]) -> None:
-        self.again, self.parameters = torch.is_grad_enabled(), parameters
+        weight, x, hidden, *parameters = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # this backward is differentiated too (`create_graph`)
         # Leaves of this backward's own, so that nothing reaches the parameters but what it returns.
-        self.used = parameters if self.again else [p.detach().requires_grad_(p.requires_grad) for p in parameters]
-        places = dict(zip(ctx.originals, self.used, strict=True))
-        self.layer = twin(ctx.layer, lambda tensor: places.get(id(tensor), tensor))
-
-    def gradients(self, built: dict[Tensor, Tensor]) -> Iterator[Tensor | None]:
-        """The parameters' gradients from those of what was built of them."""
-        learn = [p for p in self.used if p.requires_grad]
-        given = [grad.to(matrix.dtype) for matrix, grad in built.items()]
-        found: Any = (
-            torch.autograd.grad(list(built), learn, given, allow_unused=True, create_graph=self.again)
-            if learn and built
-            else [None] * len(learn)
+        used = parameters if again else [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        places = dict(zip(ctx.originals, used, strict=True))
+        with torch.enable_grad():
+            built = _built(twin(ctx.layer, lambda t: places.get(id(t), t)), ctx.form, weight)
+        matrices = [(m if again else m.detach()).to(grad.dtype) for m in built]
+        inputs = [x.to(grad.dtype)]
+        if hidden is not None:  # what was kept has no graph
+            inputs.append(F.linear(inputs[0], matrices[0]) if again else hidden.to(grad.dtype))
+        of_matrices, needs_x = {}, ctx.needs_input_grad[2]
+        for i in reversed(range(len(built))):
+            if built[i].requires_grad:
+                product = _rows(grad).t() @ _rows(inputs[i])
+                of_matrices[built[i]] = product.to(built[i].dtype)
+            grad = grad @ matrices[i] if i or needs_x else grad
+        learn = [p for p in used if p.requires_grad] if of_matrices else []
+        found = iter(
+            torch.autograd.grad(
+                list(of_matrices), learn, list(of_matrices.values()), allow_unused=True, create_graph=again
+            )
+            if learn
+            else ()
         )
-        each = iter(found)
-        return (next(each) if p.requires_grad else None for p in self.used)
-
-
-def _snapshot(layer: DenseLayer) -> Any:
-    return twin(layer, lambda tensor: tensor)
-
-
-def _matrix(layer: DenseLayer, weight: Tensor | None) -> Tensor:
-    return layer.change() if weight is None else layer.merged(weight, None)[0]
+        for_parameters = [next(found, None) if p.requires_grad else None for p in used]
+        return None, None, grad.to(x.dtype) if needs_x else None, None, None, *for_parameters
 
 
 def _rows(x: Tensor) -> Tensor:

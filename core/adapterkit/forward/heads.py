@@ -30,9 +30,30 @@ def give_dtypes_back(head: nn.Module, module: nn.Module) -> None:
 
 
 def callable_head(head: nn.Module, module: nn.Module) -> Any:
-    """What to call in place of `module`: the head, with casts around it if the two differ in dtype."""
-    same = _narrowest_dtype(head) == _narrowest_dtype(module)
-    return head if same else CastHead(head, module)
+    """What to call in place of `module`: the head, with casts around it if the two differ in dtype.
+
+    Inputs get the head's dtype, and outputs the dtype that the module's would have. Autocast does the same itself,
+    except for a module without floating inputs: an embedding.
+    """
+    if _narrowest_dtype(head) == _narrowest_dtype(module):
+        return head
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = _narrowest_dtype(head)
+        given = [x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
+        outside = next((dtype for dtype in given if dtype != own), None) if given else _narrowest_dtype(module)
+        device = next(head.parameters()).device.type
+        autocast = bool(given) and device != "meta" and torch.is_autocast_enabled(device)
+        if own is None or outside is None or autocast:
+            return head(*args, **kwargs)
+
+        def cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+            return value.to(after) if isinstance(value, Tensor) and value.dtype == before else value
+
+        args, kwargs = tree_map(lambda x: cast(x, outside, own), (args, kwargs))
+        return tree_map(lambda x: cast(x, own, outside), head(*args, **kwargs))
+
+    return call
 
 
 def _narrowest_dtype(module: nn.Module) -> torch.dtype | None:
@@ -41,33 +62,6 @@ def _narrowest_dtype(module: nn.Module) -> torch.dtype | None:
     held = (m.__dict__.get("_former_parameters", m._parameters) for m in module.modules())
     found = [p.dtype for parameters in held for p in parameters.values() if p is not None and p.is_floating_point()]
     return min(found, key=lambda dtype: dtype.itemsize, default=None)
-
-
-class CastHead:
-    """Calls a head with inputs in its own dtype, and gives outputs in the dtype that the module's would have.
-
-    Autocast does the same itself, except for a module without floating inputs: an embedding.
-    """
-
-    def __init__(self, head: nn.Module, module: nn.Module) -> None:
-        self.head, self.module = head, module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The head's output."""
-        own = _narrowest_dtype(self.head)
-        given = [x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
-        outside = next((dtype for dtype in given if dtype != own), None) if given else _narrowest_dtype(self.module)
-        if own is None or outside is None:
-            return self.head(*args, **kwargs)
-        device = next(self.head.parameters()).device.type
-        if given and device != "meta" and torch.is_autocast_enabled(device):
-            return self.head(*args, **kwargs)
-        args, kwargs = tree_map(lambda x: _cast(x, outside, own), (args, kwargs))
-        return tree_map(lambda x: _cast(x, own, outside), self.head(*args, **kwargs))
-
-
-def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    return value.to(after) if isinstance(value, Tensor) and value.dtype == before else value
 
 
 class BiasLayer(nn.Module):
@@ -102,13 +96,11 @@ class BiasLayer(nn.Module):
         return self.shift(bias).view(-1, *(1,) * trailing)
 
 
-# `bias_place` of layers that have no layer kind. Exact types, because a subclass may lay out its output differently.
-_LAST_DIM = (nn.Linear, nn.LayerNorm)
-_CHANNEL_DIM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
-_CONV_DIMS: Mapping[type[nn.Module], int] = {
-    nn.ConvTranspose1d: 1,
-    nn.ConvTranspose2d: 2,
-    nn.ConvTranspose3d: 3,
+# How many dimensions come after the bias's, for layers without a kind. Exact types: a subclass may lay out otherwise.
+_TRAILING: Mapping[type[nn.Module], int] = {
+    **dict.fromkeys((nn.Linear, nn.LayerNorm), 0),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), -1),
+    **dict(zip((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (1, 2, 3), strict=True)),
 }
 
 
@@ -116,8 +108,4 @@ def bias_place(cls: type[nn.Module], kind: LayerKind | None) -> int | None:
     """How many dimensions of a layer's output come after its bias's (`BiasLayer.trailing`); `None`: unknown."""
     if kind is not None:
         return kind.spread(torch.empty(kind.out_features, device="meta")).dim() - 1
-    if cls in _LAST_DIM:
-        return 0
-    if cls in _CHANNEL_DIM:
-        return -1
-    return _CONV_DIMS.get(cls)
+    return _TRAILING.get(cls)
