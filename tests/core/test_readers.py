@@ -374,7 +374,8 @@ def test_every_reader_of_transformers_in_the_table_exists() -> None:
     folder = Path(transformers.__file__).parent / "models"
     text = "\n".join(p.read_text(encoding="utf-8") for p in folder.glob("*/modeling_*.py"))
     classes = set(re.findall(r"^class (\w+)", text, re.MULTILINE))
-    assert {name for name in known_readers.READERS if "." not in name} <= classes
+    ends = [end for names in known_readers.READERS for end in names.split() if "." not in end]
+    assert [end for end in ends if not any(name.endswith(end) for name in classes)] == []
 
 
 # What is neither called nor read

@@ -6,8 +6,8 @@ Uses: errors, tensors, kinds, contract.
 
 from adapterkit.forward.arithmetic import delta, drops
 from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
-from adapterkit.forward.plan import ACTIVE, Base, Inner, Plan, by_keyword, checks, input_name, run, run_layers, summable
-from adapterkit.forward.readers import Path, declare_reader, effective_weight, readers_of
+from adapterkit.forward.plan import Base, Plan, checks, input_name, of_input, run, run_layers, summable
+from adapterkit.forward.readers import ACTIVE, Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, State, lock
 from adapterkit.forward.surgery import (
     PerAdapter,
@@ -29,13 +29,11 @@ __all__ = [
     "Active",
     "Base",
     "BiasLayer",
-    "Inner",
     "Path",
     "PerAdapter",
     "Plan",
     "State",
     "bias_place",
-    "by_keyword",
     "callable_head",
     "calls_adapters",
     "check_free",
@@ -51,6 +49,7 @@ __all__ = [
     "is_adapted",
     "let_read",
     "lock",
+    "of_input",
     "original_class",
     "own_forward",
     "readers_of",

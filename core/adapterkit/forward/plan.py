@@ -1,7 +1,7 @@
-"""Dispatch: what acts at a module now, and the module's forward with it at work.
+"""What acts at a module now, and the module's forward with it.
 
-This is in every forward of every adapted module, so it is lean: what acts at a module (`Plan`) is decided once
-for each state (`acting.State`), at the module's first forward in it.
+This runs in every forward of every adapted module, so it is lean: what acts at a module (`Plan`) is decided once for
+each state (`state.State`), at the module's first forward in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from adapterkit.contract import BIASES, HEADS, LAYERS, DenseLayer, widened
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
-from adapterkit.forward.heads import callable_head
+from adapterkit.forward.heads import BiasLayer, callable_head
+from adapterkit.forward.readers import ACTIVE
 from adapterkit.kinds import LayerKind, dense
 from adapterkit.tensors import offload, shape_of
 
@@ -25,19 +26,18 @@ if TYPE_CHECKING:
     from adapterkit.forward.state import Active, State
 
 INPUT = "_adapted_input"
-ACTIVE = "_adapter_active"
 
 
 class Plan:
     """What acts at one module in one state.
 
     Attributes:
-        head, called: what stands in place of the module, if some adapter's head does, and how that is called.
+        head, called: the acting head that replaces the module, if there is one, and how that is called.
         layers: the adapter layers that act, the innermost first.
-        turn: the place of the outermost layer that is not summed; the layers behind it are.
+        turn: how many of them come before those that are only summed.
         biases: the trained biases that act.
         changer: the one layer that acts, if it may take the module's weight and change it.
-        check: what is asked before each forward; see `checks`.
+        check: called before each forward; see `checks`.
     """
 
     __slots__ = ("biases", "called", "changer", "check", "head", "layers", "module", "turn")
@@ -52,33 +52,26 @@ class Plan:
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.check = checks(module, self.layers)
-        self.turn = max([-1, *(i for i, layer in enumerate(self.layers) if not layer.summed)])
+        self.turn = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
         # Compiled, the compiler decides what is made of it.
-        alone = len(self.layers) == 1 and self.turn < 0 and not torch.compiler.is_compiling()
+        alone = len(self.layers) == 1 and not self.turn and not torch.compiler.is_compiling()
         self.changer = self.layers[0] if alone and isinstance(self.layers[0], DenseLayer) else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`original(*args, **kwargs)`, which is the module's own forward, with all that acts at work."""
+        """`original(*args, **kwargs)`, which is the module's own forward, with all that acts."""
         if self.head is not None:
             original = self.called
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
-        if not args:  # the input came by keyword
-            original, x = by_keyword(self.module, original, kwargs)
-            args = (x,)
-        base = original if len(args) == 1 and not kwargs else Inner(original, args[1:], kwargs)
+        base, x = of_input(self.module, original, args, kwargs)
         if "_hf_hook" in self.module.__dict__:
             with offload.fetched(*self.layers, *self.biases):
-                return self._changed(base, args[0])
-        return self._changed(base, args[0])
+                return self._changed(base, x)
+        return self._changed(base, x)
 
-    def stand_in(self) -> nn.Module | None:
-        """The head that replaces the module, for a reader of weights inside it; `None`: no head does."""
-        return self.head
-
-    def parameter(self, name: str) -> Tensor | None:
-        """The module's weight or bias with all that acts at work, for who reads it; see `readers`."""
-        return readers.changed(self, name)
+    def read(self) -> tuple[nn.Module, list[Any], list[BiasLayer]]:
+        """What a reader of weights finds: the module or the head that replaces it, and the layers and biases there."""
+        return self.module if self.head is None else self.head, self.layers, self.biases
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
@@ -86,7 +79,7 @@ class Plan:
         if out is not None:
             dtype = out.dtype
         else:
-            turn = self.turn + 1
+            turn = self.turn
             out = run_layers(self.module, self.layers[:turn], base, x) if turn else base(x)
             if turn < len(self.layers) or self.biases:
                 out = summable(self.module, out)
@@ -128,8 +121,7 @@ class Base:
         self.module, self.kind, self._inner, self._call = module, layer.kind, inner, call
         self._given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
         self._out: torch.dtype | None = None
-        floats = (p.dtype for p in layer.parameters() if p.is_floating_point())
-        self._dtype = next(floats, None)
+        self._dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
 
     def __call__(self, x: Tensor) -> Any:
         """The layer's output for this input."""
@@ -165,7 +157,7 @@ class Base:
     def entered(self, value: Tensor) -> Tensor:
         """A tensor in the dtype of the adapter's parameters."""
         floating = isinstance(value, Tensor) and value.is_floating_point() and self._dtype is not None
-        return value.to(self._dtype) if floating and value.dtype != self._dtype else value
+        return value.to(self._dtype) if floating else value
 
     def left(self, out: Any) -> Any:
         """The adapter's output in the dtype that the layer's own would have."""
@@ -174,11 +166,12 @@ class Base:
         dtype = self._out
         if dtype is None and not torch.is_autocast_enabled(out.device.type):
             dtype = self._given or self.module.weight.dtype  # type: ignore[assignment]
-        return out if dtype is None or out.dtype == dtype else out.to(dtype)
+        return out if dtype is None else out.to(dtype)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = (self._own(name) for name in ("weight", "bias"))
+        weight, bias = self._own("weight"), self._own("bias")
         assert weight is not None
+        weight = self.entered(self.kind.canonical(weight))
         for layer in self._inner:
             weight, bias = widened(layer, weight.dtype).merged(weight, bias)
         return weight, bias
@@ -196,9 +189,7 @@ class Base:
                 "numbers that it stands for, and an adapter there works on them. Leave this layer out with "
                 "exclude_modules."
             )
-        if name == "weight":
-            numbers = self.kind.canonical(numbers)
-        return numbers if self._dtype is None else numbers.to(self._dtype)
+        return self.entered(numbers)
 
 
 def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -215,55 +206,39 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     try:
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError):
-        check_sizes(module, state)
+        check_unchanged(module, state)
         raise
 
 
 def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, State], None] | None:
-    """The check before each forward that would otherwise go wrong silently; `None`: torch raises an error by itself.
+    """`check_unchanged` before each forward that would otherwise go wrong silently; `None`: torch raises an error.
 
     An embedding that is asked for a missing row stops a GPU, and a convolution may have another stride since `add`.
     """
-    if isinstance(module, nn.Embedding):
-        return check_sizes
-    return check_unchanged if any(type(x.kind).changed is not LayerKind.changed for x in layers) else None
+    silent = isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
+    return check_unchanged if silent else None
 
 
 def check_unchanged(module: nn.Module, state: State) -> None:
-    """Raise `StateError` if the module computes otherwise than when an active adapter was added to it."""
-    slots = module._modules.get(LAYERS)
-    for part, name in parts_of(slots, state.names):
-        what = part.kind.changed(module)
-        if what is not None:
-            assert slots is not None
-            raise StateError(
-                f"{slots.path!r} has {what} since adapter {name!r} was added, which acts as it was then. Set it back, "
-                f"or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
-                f"adapters.remove({name!r}) takes it away."
-            )
-
-
-def check_sizes(module: nn.Module, state: State) -> None:
-    """Raise `StateError` if the module's weight has other sizes than when an active adapter was added to it."""
-    weight = module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point() or weight.dim() < 2:  # packed, or in pieces
-        return
+    """Raise `StateError` if the module changed since an active adapter was added, so that this does not fit it."""
+    weight: Any = module._parameters.get("weight")
+    whole = weight is not None and weight.is_floating_point() and weight.dim() > 1  # not packed or in pieces
     for container, names in ((LAYERS, state.names), (HEADS, state.heads)):
-        slots = module._modules.get(container)
-        before: tuple[int, ...]
+        slots: Any = module._modules.get(container)
         for part, name in parts_of(slots, names):
-            if container == LAYERS:
-                before, now = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
-            elif isinstance(part, nn.Embedding):
-                before, now = tuple(shape_of(part.weight)), tuple(weight.shape)
-            else:  # a head may have other rows
-                continue
-            if before != now:
-                assert slots is not None
+            what = part.kind.changed(module) if container == LAYERS else None
+            sizes: tuple[Any, Any] = ((), ())
+            if whole and container == LAYERS and weight.numel() != part.kind.out_features * part.kind.in_features:
+                sizes = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
+            elif whole and isinstance(part, nn.Embedding):  # other heads may have other rows
+                sizes = tuple(shape_of(part.weight)), tuple(weight.shape)
+            if sizes[0] != sizes[1]:
+                what = f"another weight, of shape {sizes[1]} in place of {sizes[0]}: it was resized"
+            if what is not None:
                 raise StateError(
-                    f"{slots.path!r} was resized since adapter {name!r} was added: the adapter's sizes there are "
-                    f"{before}, and those of its weight, which was replaced, are {now}. Add the adapter again: "
-                    f"adapters.save({name!r}, folder) keeps what was trained, adapters.remove({name!r}) takes it away."
+                    f"{slots.path!r} has {what} since adapter {name!r} was added, which acts as it was then. Set it "
+                    f"back, or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
+                    f"adapters.remove({name!r}) takes it away."
                 )
 
 
@@ -281,14 +256,17 @@ def summable(module: nn.Module, out: Any) -> Tensor:
     return out
 
 
-def by_keyword(
-    module: nn.Module, original: Callable[..., Any], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], Any]:
-    """`original` as a function of its input, which is taken out of `kwargs`: the first parameter of the forward.
+def of_input(
+    module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[[Any], Any], Any]:
+    """`original` as a function of its input alone, and the input: the first argument, or the forward's first parameter.
 
     Raises:
         UnsupportedError: the forward does not say what its input is called, and there are several tensors.
     """
+    if args:
+        plain = len(args) == 1 and not kwargs
+        return original if plain else lambda x: original(x, *args[1:], **kwargs), args[0]
     # Either was put on the module itself, before or after the adapters (accelerate's hooks).
     places = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"), type(module))
     name: str = next(filter(None, [getattr(place, INPUT, None) for place in places]), "")
@@ -300,7 +278,8 @@ def by_keyword(
                 "forward does not say which is its input. Give the input first, without a keyword."
             )
         name = tensors[0]
-    return lambda x, **others: original(**{name: x}, **others), kwargs.pop(name)
+    others = {key: value for key, value in kwargs.items() if key != name}
+    return lambda x: original(**{name: x}, **others), kwargs[name]
 
 
 def input_name(forward: Callable[..., Any]) -> str | None:
@@ -312,17 +291,6 @@ def input_name(forward: Callable[..., Any]) -> str | None:
     first = next((p for p in parameters if p.name != "self"), None)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return first.name if first is not None and first.kind in named else None
-
-
-class Inner:
-    """A callable of the input alone: what the next adapter layer gets as its `base`."""
-
-    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call, self.args, self.kwargs = call, args, kwargs
-
-    def __call__(self, x: Tensor) -> Any:
-        """The call with this input."""
-        return self.call(x, *self.args, **self.kwargs)
 
 
 def parts_of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[Any, str]]:

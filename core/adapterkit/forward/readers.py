@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adapterkit.contract import AdapterLayer, LowRankLayer, widened
 from adapterkit.errors import ConfigError, UnsupportedError
-from adapterkit.forward.known_readers import READERS
+from adapterkit.forward.known_readers import known
 from adapterkit.kinds import LayerKind
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 # A path below a reader, split at the dots.
 Path = tuple[str, ...]
-# Attribute of a reader: the paths that it reads, by adapter. Attribute of a layer that is read: its adapters.
-READS, READ = "_adapter_reads", "_adapter_read"
-_ORDINARY = (nn.Parameter, Tensor)
+# Attributes of an adapted module: what acts, and which paths below it each adapter lets it read; none if it is read.
+ACTIVE, READS = "_adapter_active", "_adapter_reads"
 _declared: dict[str, tuple[str, ...]] = {}
 
 
@@ -44,7 +43,14 @@ class _Running(threading.local):
 running = _Running()
 
 
-def reads(module: nn.Module) -> tuple[Path, ...]:
+def plan_of(module: nn.Module | None) -> Plan | None:
+    """What acts at the module in this thread; `None`: nothing."""
+    active = None if module is None else module.__dict__.get(ACTIVE)
+    found: Plan | None = None if active is None or active.state.idle else active.state.plan(module)
+    return found
+
+
+def paths_read(module: nn.Module) -> tuple[Path, ...]:
     """The paths below `module` that its forward reads, of layers with adapters.
 
     Raises:
@@ -53,13 +59,8 @@ def reads(module: nn.Module) -> tuple[Path, ...]:
     found: Mapping[str, tuple[Path, ...]] = module.__dict__.get(READS, {})
     paths = tuple(path for paths in found.values() for path in paths)
     for path in paths if not torch.compiler.is_compiling() else ():
-        child = below(module, path)
-        active = None if child is None else child.__dict__.get("_adapter_active")
-        if (
-            active is not None
-            and not active.state.idle
-            and not isinstance(getattr(type(child), "weight", None), Effective)
-        ):
+        child: Any = below(module, path)
+        if not isinstance(getattr(type(child), "weight", None), Effective) and plan_of(child) is not None:
             raise UnsupportedError(
                 f"A {type(module).__name__} reads the weight of its {'.'.join(path)!r} instead of calling it, and a "
                 "parametrization (such as weight_norm) was put on it after the adapter, which hides the adapter. Put "
@@ -81,7 +82,7 @@ def inside(stack: Sequence[tuple[nn.Module, tuple[Path, ...]]]) -> Iterator[None
 def begin(module: nn.Module, args: object) -> None:
     """Forward pre-hook of readers: the class's forward does not run if the instance has one, or if a hook reads."""
     if running.stack and running.stack[-1][0] is module:
-        running.stack[-1] = module, reads(module)
+        running.stack[-1] = module, paths_read(module)
 
 
 def below(module: nn.Module, path: Path) -> nn.Module | None:
@@ -102,18 +103,13 @@ def reading(module: nn.Module) -> nn.Module | None:
             return None
         for path in paths:
             if below(reader, path) is module:
-                return _in_acting_heads(reader, path)
+                found: nn.Module | None = reader
+                for name in path:
+                    plan = None if found is reader else plan_of(found)
+                    around = found if plan is None else plan.read()[0]
+                    found = None if around is None else around._modules.get(name)
+                return found
     return None
-
-
-def _in_acting_heads(reader: nn.Module, path: Path) -> nn.Module | None:
-    found: nn.Module | None = reader
-    for name in path:
-        active = None if found is None or found is reader else found.__dict__.get("_adapter_active")
-        if active is not None and not active.state.idle:
-            found = active.state.plan(found).stand_in() or found
-        found = None if found is None else found._modules.get(name)
-    return found
 
 
 def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
@@ -148,32 +144,28 @@ def readers_of(
         heads: paths of modules that the adapter has copies of. Readers may read a layer inside one.
     """
     inside = tuple(f"{path}." for path in heads)
-    wanted, declared, found = set(hosts.values()), {}, {}
+    wanted = set(hosts.values())
     wanted |= {module for module, paths in modules.paths_of.items() if any(path.startswith(inside) for path in paths)}
+    declared: dict[type, list[Path]] = {}
+    found = {}
     for module in (modules.model, *modules.paths_of):
         cls = type(module)
         if cls not in declared:
-            declared[cls] = _declared_for(cls)
-        paths = [*declared[cls], *_outputs(module, wanted)]
+            names = [name for c in cls.__mro__[:-2] for name in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
+            children = [child for name in names for child in (*known(name), *_declared.get(name, ()))]
+            declared[cls] = [tuple(child.split(".")) for child in children]
+        paths = declared[cls]
+        # A loss that was patched into a model's forward reads the weight of its output layer.
+        get = getattr(module, "get_output_embeddings", None)
+        output = get() if callable(get) else None
+        if output in wanted:
+            paths = paths + [
+                tuple(p.split(".")) for p, m in module.named_modules(remove_duplicate=False) if m is output
+            ]
         paths = [path for path in dict.fromkeys(paths) if below(module, path) in wanted]
         if paths:
             found[module] = tuple(paths)
     return found
-
-
-def _declared_for(cls: type[nn.Module]) -> list[Path]:
-    names = [name for c in cls.__mro__[:-2] for name in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
-    children = [child for name in names for child in (*READERS.get(name, ()), *_declared.get(name, ()))]
-    return [tuple(child.split(".")) for child in children]
-
-
-def _outputs(model: nn.Module, wanted: set[nn.Module]) -> list[Path]:
-    """Paths of the model's output layer. A loss that was patched into the forward reads its weight."""
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if callable(get) else None
-    if output not in wanted:
-        return []
-    return [tuple(path.split(".")) for path, module in model.named_modules(remove_duplicate=False) if module is output]
 
 
 class Effective(property):
@@ -188,10 +180,14 @@ def effective(cls: type[nn.Module], name: str) -> Effective:
         read = reading(self) if running.stack else None
         if read is not None and read is not self:
             return getattr(read, name)
-        active = self.__dict__.get("_adapter_active")
-        if read is not None and active is not None and not active.state.idle:
-            return active.state.plan(self).parameter(name)
-        return inherited.__get__(self, cls) if hasattr(inherited, "__get__") else _attribute(self, name)
+        plan = None if read is None else plan_of(self)
+        if plan is not None:
+            return changed(self, plan, name)
+        if inherited is not None:
+            return inherited.__get__(self, cls) if hasattr(inherited, "__get__") else inherited
+        # As `nn.Module` finds it if no class has a property of this name.
+        held = self._parameters if name in self._parameters else self.__dict__
+        return held[name] if name in held else nn.Module.__getattr__(self, name)
 
     def put(self: nn.Module, value: Any) -> None:
         if hasattr(inherited, "__set__"):
@@ -205,14 +201,6 @@ def effective(cls: type[nn.Module], name: str) -> Effective:
         del self.__dict__[name]
 
     return Effective(get, put, drop)
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    """What `nn.Module` finds if no class has a property of this name."""
-    for held in (module._parameters, module.__dict__):
-        if name in held:
-            return held[name]
-    return nn.Module.__getattr__(module, name)
 
 
 def own(module: nn.Module, name: str) -> Any:
@@ -246,63 +234,52 @@ def effective_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
     """
     if not isinstance(module, nn.Module) or name not in ("weight", "bias"):
         raise ConfigError(f"effective_weight needs a module and 'weight' or 'bias', not {module!r} and {name!r}.")
-    active = module.__dict__.get("_adapter_active")
-    if active is None or active.state.idle:
-        return own(module, name)  # type: ignore[no-any-return]
-    return active.state.plan(module).parameter(name)  # type: ignore[no-any-return]
+    plan = plan_of(module)
+    return own(module, name) if plan is None else changed(module, plan, name)
 
 
-def changed(plan: Plan, name: str) -> Tensor | None:
-    """The weight or bias of the plan's module with everything that acts there; see `effective_weight`."""
-    module = plan.module if plan.head is None else plan.head
-    weight, bias = own(module, "weight"), own(module, "bias")
-    layers, shifts = plan.layers, plan.biases if name == "bias" else []
+def changed(module: nn.Module, plan: Plan, name: str) -> Tensor | None:
+    """The weight or bias of the module with everything that acts there; see `effective_weight`."""
+    place, layers, biases = plan.read()
+    weight, bias, outer = own(place, "weight"), own(place, "bias"), own(module, name)
     asked: Tensor | None = weight if name == "weight" else bias
-    if not (layers or shifts):
-        outer = own(plan.module, name)
+    if not layers and (name == "weight" or not biases):
         return asked if asked is None or outer is None else asked.to(outer.dtype)
     like = weight if asked is None else asked
-    _check_in_memory(plan.module, name, like, layers)
+    _check_in_memory(module, name, like, layers)
     work = torch.promote_types(like.dtype, torch.float32)
-    asks_weight = name == "weight" or not all(layer.additive for layer in layers)
     device = "cpu" if like.is_meta else like.device.type  # the meta device has no autocast
     with torch.autocast(device, enabled=False):
-        out = layers[0].kind.canonical(weight).to(work) if asks_weight else weight
         added = None if bias is None else bias.to(work)
-        for layer in layers:
-            if asks_weight:
+        if name == "weight" or not all(layer.additive for layer in layers):
+            out = layers[0].kind.canonical(weight).to(work)
+            for layer in layers:
                 out, added = _merged(layer, out, added)
-            elif isinstance(layer, LowRankLayer):
-                shift = layer.factors().folded(work).bias
-                if shift is not None:
-                    added = shift if added is None else added + shift
-        for bias_layer in shifts:
-            assert added is not None
-            added = added + bias_layer.shift(bias).to(work)
+        else:
+            shifts = [layer.factors().folded(work).bias for layer in layers if isinstance(layer, LowRankLayer)]
+            for shift in shifts:
+                added = added if shift is None else shift if added is None else added + shift
         if name == "weight":
-            laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(own(plan.module, "weight").dtype)
+            laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(outer.dtype)
             return laid_out
+        for trained in biases:
+            assert added is not None
+            added = added + trained.shift(bias).to(work)
         return None if added is None else added.to(like.dtype)
 
 
 def _merged(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if type(layer).merged is AdapterLayer.merged or type(layer.kind).read is not LayerKind.read:
-        raise _unreadable(layer, "no merge rule")
-    found: tuple[Tensor, Tensor | None] = widened(layer, weight.dtype).merged(weight, bias)
-    _check_gradients(layer, *found)
-    return found
-
-
-def _check_gradients(layer: AdapterLayer, *made: Tensor | None) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return
-    learns = any(parameter.requires_grad for parameter in layer.parameters())
-    if learns and not any(tensor is not None and tensor.requires_grad for tensor in made):
-        raise _unreadable(layer, "a merge rule without gradients")
-
-
-def _unreadable(layer: AdapterLayer, why: str) -> UnsupportedError:
-    return UnsupportedError(
+    """The weight and bias with this layer worked in, checked that it can be, and trained where it trains."""
+    why = "no merge rule"
+    if type(layer).merged is not AdapterLayer.merged and type(layer.kind).read is LayerKind.read:
+        found: tuple[Tensor, Tensor | None] = widened(layer, weight.dtype).merged(weight, bias)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
+        if torch.compiler.is_compiling() or not trains or torch._C._are_functorch_transforms_active():
+            return found
+        if any(tensor is not None and tensor.requires_grad for tensor in found):
+            return found
+        why = "a merge rule without gradients"
+    raise UnsupportedError(
         f"The model reads the weight of a {layer.kind.name} instead of calling it, and the method {layer.method!r} has "
         f"{why} there, so the adapter cannot act. Leave this layer out with exclude_modules."
     )
@@ -312,7 +289,7 @@ def _check_in_memory(module: nn.Module, name: str, weight: Tensor, layers: Seque
     if torch.compiler.is_compiling():
         return
     what = ""
-    if type(weight) not in _ORDINARY and not isinstance(weight, FakeTensor):
+    if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
         what = f"is a {type(weight).__name__} (sharded or quantised)"
     elif layers and name == "weight" and weight.numel() != layers[0].kind.out_features * layers[0].kind.in_features:
         what = f"has the shape {tuple(weight.shape)} here (sharded by DeepSpeed's ZeRO-3, or replaced since)"

@@ -11,35 +11,20 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.jit import ScriptModule
 
 from adapterkit.contract import CONTAINERS, SHARED, Holder
 from adapterkit.errors import StateError
-from adapterkit.forward.plan import ACTIVE, INPUT, input_name, run
-from adapterkit.forward.readers import READ, READS, Path, begin, below, effective, reads, running
+from adapterkit.forward.plan import INPUT, input_name, run
+from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
 from adapterkit.forward.state import Active
 
-
-class Roles(NamedTuple):
-    """What the new class of a module does in addition to its original class.
-
-    Attributes:
-        runs: its forward runs adapters.
-        read: while a reader reads its `weight` and `bias`, they include the adapters.
-        reads: it is a reader (see `readers`).
-    """
-
-    runs: bool = False
-    read: bool = False
-    reads: bool = False
-
-
-RUNS = Roles(runs=True)
-_classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
+# An adapted class by its original and its roles: it runs adapters, and it is a reader or is read (see `readers`).
+_classes: weakref.WeakValueDictionary[tuple[type, bool, bool], type] = weakref.WeakValueDictionary()
 
 
 class PerAdapter(Holder):
@@ -135,49 +120,42 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     `None`: somebody put a callable on the instance that is not a method of the module.
     """
     own = module.__dict__.get("forward")
-    if (
-        "_old_forward" in module.__dict__
-        and getattr(getattr(own, "func", None), "__module__", "") == "accelerate.hooks"
-    ):
-        own = module.__dict__["_old_forward"]
+    if getattr(getattr(own, "func", None), "__module__", "") == "accelerate.hooks":
+        own = module.__dict__.get("_old_forward", own)
     if isinstance(own, _WrappedForward):
         own = own.original
     if own is not None and not (isinstance(own, types.MethodType) and own.__self__ is module):
         return None
-    found: Callable[..., Any]
     classes = [cls for cls in type(module).__mro__ if "forward" in cls.__dict__]
     if own is not None and own.__func__ not in [cls.__dict__["forward"] for cls in classes]:
-        found = own.__func__
-    else:
-        found = next(cls for cls in classes if "_adapted_from" not in cls.__dict__).__dict__["forward"]
+        return own.__func__
+    found: Callable[..., Any] = next(cls for cls in classes if "_adapted_from" not in cls.__dict__).__dict__["forward"]
     return found
 
 
-def let_read(reader: nn.Module, name: str, paths: tuple[Path, ...]) -> None:
-    """Make `reader` a reader of adapter `name` at these paths below it."""
-    reader.__dict__.setdefault(READS, {})[name] = paths
-    reader._forward_pre_hooks[-1] = begin
-    _become(reader, reads=True)
-    for module in filter(None, (below(reader, path) for path in paths)):
-        module.__dict__.setdefault(READ, {})[name] = True
-        _become(module, read=True)
+def let_read(readers: Mapping[nn.Module, tuple[Path, ...]], name: str) -> None:
+    """Make these modules readers of adapter `name`, each at these paths below it."""
+    for reader, paths in readers.items():
+        reader._forward_pre_hooks[-1] = begin
+        reader.__dict__.setdefault(READS, {})[name] = paths
+        for module in (reader, *filter(None, (below(reader, path) for path in paths))):
+            module.__dict__.setdefault(READS, {}).setdefault(name, ())
+            _become(module, reads=True)
 
 
-def stop_reading(reader: nn.Module, name: str) -> None:
+def stop_reading(readers: Mapping[nn.Module, tuple[Path, ...]], name: str) -> None:
     """Undo `let_read`."""
-    for path in reader.__dict__.get(READS, {}).pop(name, ()):
-        module = below(reader, path)
-        if module is not None and module.__dict__.get(READ, {}).pop(name, False) and not module.__dict__[READ]:
-            del module.__dict__[READ]
-            _become(module, read=False)
-    if not reader.__dict__.get(READS):
-        _read_no_more(reader)
+    for reader, paths in readers.items():
+        for module in (reader, *filter(None, (below(reader, path) for path in paths))):
+            module.__dict__.get(READS, {}).pop(name, None)
+            if not module.__dict__.get(READS):
+                _read_no_more(module)
 
 
-def _read_no_more(reader: nn.Module) -> None:
-    if reader.__dict__.pop(READS, None) is not None:
-        reader._forward_pre_hooks.pop(-1, None)
-        _become(reader, reads=False)
+def _read_no_more(module: nn.Module) -> None:
+    if module.__dict__.pop(READS, None) is not None:
+        module._forward_pre_hooks.pop(-1, None)
+        _become(module, reads=False)
 
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:
@@ -201,7 +179,7 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
                 f"{error}), so no adapter can be put there. Leave this layer out with exclude_modules."
             ) from error
     for container in CONTAINERS if owner is None else ():
-        if _has(module, container):
+        if hasattr(module, container):
             raise StateError(
                 f"{path!r} has an attribute {container!r} of its own, which adapterkit would overwrite. "
                 "Leave this layer out with exclude_modules."
@@ -210,27 +188,17 @@ def check_free(module: nn.Module, path: str, active: Active) -> None:
 
 def check_free_root(model: nn.Module) -> None:
     """Raise `StateError` if `model` has an attribute of its own where shared tensors are registered."""
-    if not isinstance(model._modules.get(SHARED), PerAdapter) and _has(model, SHARED):
+    if not isinstance(model._modules.get(SHARED), PerAdapter) and hasattr(model, SHARED):
         raise StateError(
             f"The model has an attribute {SHARED!r} of its own, which adapterkit would overwrite with the tensors that "
             "the layers of this adapter share. Rename it, or use a method without shared tensors."
         )
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    """`hasattr`, faster: a module composes a long message for each attribute that it lacks."""
-    own = (module.__dict__, module._modules, module._parameters, module._buffers)
-    if type(module).__getattr__ is nn.Module.__getattr__:
-        return any(name in names for names in own) or hasattr(type(module), name)
-    return hasattr(module, name)
-
-
 def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all modules below it, to make a deep copy a bare module."""
     for module in list(root.modules()):
         _read_no_more(module)
-        module.__dict__.pop(READ, None)
-        _become(module, read=False)
         if is_adapted(module):
             for container in CONTAINERS:
                 module._modules.pop(container, None)
@@ -271,15 +239,17 @@ def _release(module: nn.Module) -> None:
     _become(module, runs=False)
 
 
-def _become(module: nn.Module, **roles: bool) -> None:
+def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None = None) -> None:
     """Add or remove these roles of the module's class."""
     now = type(module)
     # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
-    base, known = (now.__dict__.get(name, other) for name, other in (("_adapted_from", now), ("_roles", Roles())))
-    wanted = known._replace(**roles)
+    base: type[nn.Module] = now.__dict__.get("_adapted_from", now)
+    known: tuple[bool, bool] = now.__dict__.get("_roles", (False, False))
+    wanted = (known[0] if runs is None else runs, known[1] if reads is None else reads)
     if wanted == known:
         return
-    module.__class__ = new = adapted_class(base, wanted) if any(wanted) else base
+    new = adapted_class(base, *wanted) if any(wanted) else base
+    module.__class__ = new
     for name in ("forward", "_old_forward"):
         value = module.__dict__.get(name)
         if isinstance(value, types.MethodType) and value.__func__ is now.__dict__.get("forward"):
@@ -287,9 +257,9 @@ def _become(module: nn.Module, **roles: bool) -> None:
             module.__dict__[name] = types.MethodType(new.forward, module)
 
 
-def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
-    """The subclass of `cls` with these roles, of the same name. It is made once."""
-    found = _classes.get((cls, roles))
+def adapted_class(cls: type[nn.Module], runs: bool = True, reads: bool = False) -> type[nn.Module]:
+    """The subclass of `cls`, of the same name, that runs adapters, or is a reader or read. It is made once."""
+    found = _classes.get((cls, runs, reads))
     if found is not None:
         return found
 
@@ -300,20 +270,19 @@ def adapted_class(cls: type[nn.Module], roles: Roles = RUNS) -> type[nn.Module]:
         # No module contains the subclass under its name, so copies and pickles make it again.
         reduced = super(adapted, self).__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        return _new, (cls, roles), *reduced[2:]
+        return _new, (cls, runs, reads), *reduced[2:]
 
-    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": roles}
+    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": (runs, reads)}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if roles.runs:
+    if runs:
         body |= {"forward": forward, INPUT: input_name(cls.forward)}
-    if roles.read or roles.reads:
-        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), reads))
+    if reads:
+        body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), paths_read))
         # Hooks run in it. `begin` is the last one before the forward.
         body["__call__"] = _entering(cls.__call__, lambda _: ())
-    if roles.read:
         body |= {name: effective(cls, name) for name in ("weight", "bias")}
     adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
-    _classes[cls, roles] = adapted
+    _classes[cls, runs, reads] = adapted
     return adapted
 
 
@@ -330,6 +299,6 @@ def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, 
     return enter
 
 
-def _new(cls: type[nn.Module], roles: Roles) -> nn.Module:
-    adapted = adapted_class(cls, roles)
+def _new(cls: type[nn.Module], runs: bool, reads: bool) -> nn.Module:
+    adapted = adapted_class(cls, runs, reads)
     return adapted.__new__(adapted)

@@ -154,8 +154,7 @@ class Adapter:
 
     def install(self, active: Active) -> None:
         """Register every part at its host."""
-        for reader, paths in self.readers.items():
-            let_read(reader, self.name, paths)
+        let_read(self.readers, self.name)
         for container, path, module in self.parts():
             install(self.hosts[path], path, container, self.name, module, active)
 
@@ -163,8 +162,7 @@ class Adapter:
         """Remove every part from its host."""
         for container, path, _ in self.parts():
             uninstall(self.hosts[path], container, self.name)
-        for reader in self.readers:
-            stop_reading(reader, self.name)
+        stop_reading(self.readers, self.name)
 
 
 def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, ...]:

@@ -7,11 +7,13 @@ adapter after another. So do heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.contract import BIASES, HEADS, LAYERS, AdapterLayer, LowRankLayer
@@ -19,25 +21,23 @@ from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.forward import (
     ACTIVE,
     BiasLayer,
-    Inner,
     Plan,
     State,
-    by_keyword,
     callable_head,
     checks,
     delta,
     drops,
-    readers,
+    of_input,
     run,
     run_layers,
     summable,
 )
+from adapterkit.kinds import Factors
 from adapterkit.rows.batch import Batch
 from adapterkit.rows.rows import Rows
-from adapterkit.rows.stack import FactorStack
 from adapterkit.tensors import offload
 
-Base = Callable[[Tensor], Any]
+Call = Callable[[Any], Any]
 
 # Rows for each adapter up to which they are stacked. Measured by benchmarks/per_sample.py.
 STACKED = 8
@@ -110,8 +110,9 @@ class RowPlan(Plan):
     Attributes:
         heads, parts, shifts: the heads, adapter layers and trained biases at the module, by adapter.
         default: the head that stands in place of the module for rows without one of their own.
-        groups: the layers of each class.
+        groups: the layers of each class, and whether they may be stacked.
         least: dimensions of the smallest input without a batch.
+        rest: the state in which the module runs on rows without a head of their own.
     """
 
     __slots__ = ("additive", "default", "groups", "heads", "least", "parts", "rest", "shifts", "state")
@@ -119,20 +120,23 @@ class RowPlan(Plan):
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
         self.rest: RowState | None = None
-        self.heads: dict[str, Any] = {
-            name: callable_head(head, module) for head, name in state.parts(module, HEADS, names)
-        }
+        heads = state.parts(module, HEADS, names)
+        self.heads: dict[str, Any] = {name: callable_head(head, module) for head, name in heads}
         self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in state.parts(module, LAYERS, names)}
         self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in state.parts(module, BIASES, names)}
-        self.default = next(
-            (callable_head(head, module) for head, _ in state.parts(module, HEADS, state.defaults[::-1])), None
-        )
+        defaults = state.parts(module, HEADS, state.defaults[::-1])
+        self.default = callable_head(defaults[0][0], module) if defaults else None
         self.check = checks(module, self.parts.values())
         self.additive = all(layer.summed for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
-        classes = dict.fromkeys(map(type, self.parts.values()))
-        alike = [{name: layer for name, layer in self.parts.items() if type(layer) is cls} for cls in classes]
-        self.groups = [LayerGroup(state.rows, parts) for parts in alike]
+        self.groups: list[tuple[dict[str, AdapterLayer], bool]] = []
+        for cls in dict.fromkeys(map(type, self.parts.values())):
+            alike = {name: layer for name, layer in self.parts.items() if type(layer) is cls}
+            factored = issubclass(cls, LowRankLayer) or all(
+                getattr(x, "rank", None) is not None for x in alike.values()
+            )
+            few = state.rows.count <= STACKED * len(alike)
+            self.groups.append((alike, few and factored and all(layer.kind.is_plain for layer in alike.values())))
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `Plan.run`; each row with the parts of its adapter."""
@@ -140,60 +144,50 @@ class RowPlan(Plan):
             return self.default(*args, **kwargs)
         if not (self.heads or self.parts or self.shifts) or not (args or kwargs):
             return original(*args, **kwargs)
-        if not args:
-            original, x = by_keyword(self.module, original, kwargs)
-            args = (x,)
-        self._check(args, kwargs)
-        inner, hooked = Inner(original, args[1:], kwargs), "_hf_hook" in self.module.__dict__
-        act = self._by_heads if self.heads else self._changed_rows
-        if not hooked:
-            return act(inner, args[0])
-        with offload.fetched(*self.parts.values(), *self.shifts.values()):
-            return act(inner, args[0])
+        call, x = of_input(self.module, original, args, kwargs)
+        self._check(x, [value for value in (*args, *kwargs.values()) if value is not x])
+        fetched = offload.fetched(*self.parts.values(), *self.shifts.values())
+        with fetched if "_hf_hook" in self.module.__dict__ else nullcontext():
+            if self.heads:
+                heads = {n: of_input(self.module, head, args, kwargs)[0] for n, head in self.heads.items()}
+                return self._by_heads(call, heads, x)
+            return self._changed_rows(call, x)
 
-    def stand_in(self) -> nn.Module | None:
-        """See `Plan.stand_in`; the rows do not share one weight."""
+    def read(self) -> tuple[nn.Module, list[Any], list[BiasLayer]]:
+        """See `Plan.read`; the rows do not share one weight."""
         if self.default is not None or self.heads or self.parts or self.shifts:
             raise UnsupportedError(
                 f"The model reads the weight of a {type(self.module).__name__} instead of calling it, and per_sample "
                 "has adapters there that differ from row to row. Leave this layer out of the adapters "
                 "(exclude_modules, modules_to_save), or run the rows of one adapter at a time."
             )
-        return None
+        return self.module, [], []
 
-    def parameter(self, name: str) -> Tensor | None:
-        """See `Plan.parameter`."""
-        self.stand_in()
-        own: Tensor | None = readers.own(self.module, name)
-        return own
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows, (x, *others) = self.state.rows, args
-        several = bool(others or kwargs) and any(isinstance(other, Tensor) for other in (*others, *kwargs.values()))
-        if several or not isinstance(x, Tensor) or x.dim() <= self.least:
+    def _check(self, x: Any, others: Sequence[Any]) -> None:
+        rows, cls = self.state.rows, type(self.module).__name__
+        if not isinstance(x, Tensor) or x.dim() <= self.least or any(isinstance(other, Tensor) for other in others):
             raise UnsupportedError(
-                f"A {type(self.module).__name__} is not called with one tensor that has a batch dimension, "
-                "so per_sample cannot split its input. Leave it out of the adapters (exclude_modules, modules_to_save)."
+                f"A {cls} is not called with one tensor that has a batch dimension, so per_sample cannot split its "
+                "input. Leave it out of the adapters (exclude_modules, modules_to_save)."
             )
         if not rows.trusted:
             self.state.batch.check(self.module, x.shape[0], rows.count)
         elif x.shape[0] % rows.count:
             raise ConfigError(
-                f"per_sample names {rows.count} rows; a {type(self.module).__name__} of the model gets {x.shape[0]}, "
-                "which is no multiple of that."
+                f"per_sample names {rows.count} rows; a {cls} of the model gets {x.shape[0]}, which is no multiple of "
+                "that."
             )
 
-    def _by_heads(self, base: Inner, x: Tensor) -> Tensor:
+    def _by_heads(self, base: Call, heads: Mapping[str, Call], x: Tensor) -> Tensor:
         """Each head on the rows of its adapter, the module itself on the others'."""
         rows, done = self.state.rows, []
-        for name, head in self.heads.items():
-            own = rows.having((name,))
-            out = self._one(name, Inner(head, base.args, base.kwargs), rows.pick(x, own))
-            done.append((repr(name), own, summable(self.module, out)))
-        rest = rows.lacking(self.heads)
+        for name, head in heads.items():
+            own = rows.having(name)
+            done.append((repr(name), own, summable(self.module, self._one(name, head, rows.pick(x, own)))))
+        rest = rows.lacking(heads)
         if rest:
-            with self.state.lacking(self.module, tuple(self.heads), self.rest) as self.rest:
-                out = run(self.module, base.call, (rows.pick(x, rest), *base.args), base.kwargs)
+            with self.state.lacking(self.module, tuple(heads), self.rest) as self.rest:
+                out = run(self.module, base, (rows.pick(x, rest),), {})
             done.append(("the others", rest, summable(self.module, out)))
         shapes = {tuple(out.shape[1:]): name for name, _, out in done}
         if len(shapes) > 1:
@@ -204,91 +198,123 @@ class RowPlan(Plan):
             )
         return rows.join([(own, out) for _, own, out in done])
 
-    def _one(self, name: str, base: Base, x: Tensor) -> Tensor:
+    def _one(self, name: str, base: Call, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
         layer, bias = self.parts.get(name), self.shifts.get(name)
         out: Tensor = run_layers(self.module, [] if layer is None else [layer], base, x)
         return out if bias is None else (out + bias.change(self._bias(), out)).to(out.dtype)
 
-    def _changed_rows(self, base: Base, x: Tensor) -> Tensor:
+    def _changed_rows(self, base: Call, x: Tensor) -> Tensor:
+        """`base(x)`, each row with the layer and the bias of its adapter."""
         rows = self.state.rows
         if not self.additive:
-            done = [(own, self._one(name, base, rows.pick(x, own))) for name, own in self._with_rows()]
+            owns = [(name, rows.having(name)) for name in dict.fromkeys((*self.parts, *self.shifts))]
+            done = [(own, self._one(name, base, rows.pick(x, own))) for name, own in owns]
             rest = rows.lacking((*self.parts, *self.shifts))
             return rows.join([*done, (rest, base(rows.pick(x, rest)))] if rest else done)
         out = summable(self.module, base(x))
         dtype = out.dtype
-        out = self._added(out, x)
+        apart: list[tuple[list[int], Tensor]] = []
+        for parts, may_stack in self.groups:
+            change = stacked(rows, parts, x) if may_stack else None
+            if change is not None:
+                out = out + change
+                continue
+            for name, layer in parts.items():
+                apart.append((rows.having(name), delta(layer, rows.pick(x, rows.having(name)))))
+        out = rows.add(out, apart) if apart else out
         if self.shifts:
-            length = out.shape[0] // rows.count
-            changes = [
-                (own, bias.change(self._bias(), out).expand(len(own) * length, *out.shape[1:]))
-                for own, bias in [(rows.having((name,)), bias) for name, bias in self.shifts.items()]
-            ]
-            out = rows.add(out, changes)
-        return out if out.dtype == dtype else out.to(dtype)
+            length, shifts = out.shape[0] // rows.count, []
+            for name, bias in self.shifts.items():
+                own, shift = rows.having(name), bias.change(self._bias(), out)
+                shifts.append((own, shift.expand(len(own) * length, *out.shape[1:])))
+            out = rows.add(out, shifts)
+        return out.to(dtype)
 
     def _bias(self) -> Tensor:
         bias: Any = self.module.bias
         return bias  # type: ignore[no-any-return]
 
-    def _with_rows(self) -> list[tuple[str, list[int]]]:
-        return [(name, self.state.rows.having((name,))) for name in dict.fromkeys((*self.parts, *self.shifts))]
 
-    def _added(self, out: Tensor, x: Tensor) -> Tensor:
-        """`out` with what the layers add to the rows of their adapters."""
-        apart: list[tuple[list[int], Tensor]] = []
-        for group in self.groups:
-            change = group.stacked(x)
-            if change is None:
-                apart += group.apart(x)
-            else:
-                out = out + change
-        return self.state.rows.add(out, apart) if apart else out
+def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor) -> Tensor | None:
+    """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
 
-
-class LayerGroup:
-    """The layers of one class at one module, and what they add to all rows."""
-
-    __slots__ = ("layers", "names", "rows", "stackable")
-
-    def __init__(self, rows: Rows, parts: dict[str, AdapterLayer]) -> None:
-        self.rows, self.names, self.layers = rows, tuple(parts), list(parts.values())
-        few = rows.count <= STACKED * len(self.layers)
-        self.stackable = few and all(layer.kind.is_plain and _has_factors(layer) for layer in self.layers)
-
-    def apart(self, x: Tensor) -> list[tuple[list[int], Tensor]]:
-        """What each layer adds to the rows of its adapter."""
-        owns = [self.rows.having((name,)) for name in self.names]
-        return [(own, delta(layer, self.rows.pick(x, own))) for own, layer in zip(owns, self.layers, strict=True)]
-
-    def stacked(self, x: Tensor) -> Tensor | None:
-        """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
-
-        The cost rule: stacked, each adapter's numbers are copied once, and there are a few kernels whatever the number
-        of adapters; one after another, nothing is copied, and each adapter has kernels of its own. With up to `STACKED`
-        rows for each adapter the stack is the faster one, or as fast, unless one adapter has so many that the others'
-        would be filled up to more than twice the batch. The stack is made in each forward: one that is kept would miss
-        what is written to the parameters behind torch's back. Compiled, each row has a copy of its adapter's numbers,
-        so that one graph serves every assignment.
-        """
-        if not self.stackable or any(layer.training and drops(layer) for layer in self.layers):
+    The cost rule: stacked, each adapter's numbers are copied once, and there are a few kernels whatever the number of
+    adapters; one after another, nothing is copied, and each adapter has kernels of its own. With up to `STACKED` rows
+    for each adapter the stack is the faster one, or as fast, unless one adapter has so many that the others' would be
+    filled up to more than twice the batch. The stack is made in each forward: one that is kept would miss what is
+    written to the parameters behind torch's back. Compiled, each row has a copy of its adapter's numbers, so that one
+    graph serves every assignment.
+    """
+    layers, names = list(parts.values()), tuple(parts)
+    if any(layer.training and drops(layer) for layer in layers):
+        return None
+    each = x.reshape(rows.count, -1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        change = by_row(layers, rows.slots(names, x.device), each)
+    else:
+        order, places = rows.groups(names, x.device)
+        if len(order) > 2 * len(each):
             return None
-        rows = x.reshape(self.rows.count, -1, x.shape[-1])
-        if torch.compiler.is_compiling():
-            change = FactorStack(self.layers, self.rows.slots(self.names, x.device))(rows)
-        else:
-            order, places = self.rows.groups(self.names, x.device)
-            if len(order) > 2 * len(rows):
-                return None
-            grouped = rows.index_select(0, order).reshape(len(self.layers), -1, x.shape[-1])
-            change = FactorStack(self.layers, None)(grouped)
-            change = change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
-        mask = self.rows.mask(self.names, x.device)
-        if mask is not None:
-            change = torch.where(mask, change, 0)
-        return change.reshape(*x.shape[:-1], change.shape[-1])
+        change = by_row(layers, None, each.index_select(0, order).reshape(len(layers), -1, x.shape[-1]))
+        change = change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
+    mask = rows.mask(names, x.device)
+    if mask is not None:
+        change = torch.where(mask, change, 0)
+    return change.reshape(*x.shape[:-1], change.shape[-1])
 
 
-def _has_factors(layer: AdapterLayer) -> bool:
-    return isinstance(layer, LowRankLayer) or getattr(layer, "rank", None) is not None
+def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
+    """`scale_i * (x[i] down_i^T * mid_i) up_i^T (+ scale_i bias_i)` for each row `i`, with the factors of its layer.
+
+    `x (rows, tokens, in)` gives `(rows, tokens, out)`, in the widest dtype of the factors. Ranks may differ: lower ones
+    are padded with zeros. It makes `rows * r * (in + out)` numbers; but layers with the same matrices in memory (VeRA's
+    A and B) use them as they are, and have only their vectors by row.
+
+    Args:
+        layers: one for each adapter, all at one module.
+        slots: `(rows,)`, which of them each row has; `None`: the rows have one each, in this order.
+    """
+
+    def stack(tensors: list[Any]) -> Tensor:
+        found = torch.stack(tensors)
+        return found if slots is None else found.index_select(0, slots)
+
+    def padded(matrix: Tensor) -> Tensor:
+        missing = rank - matrix.shape[0]
+        return F.pad(matrix.to(dtype), (0, 0, 0, missing)) if missing else matrix.to(dtype)
+
+    factors = [layer.factors().flat() for layer in layers]
+    if _have_one_pair(factors):
+        up, down, _, _, mid = factors[0]
+        hidden = x.to(down.dtype) @ down.t()
+        if mid is not None:
+            hidden = hidden * stack([f.mid for f in factors])[:, None]
+        scales = [f.scale if isinstance(f.scale, Tensor) else up.new_full((1,), f.scale) for f in factors]
+        out: Tensor = hidden @ up.t() * stack(scales)[:, None]
+        return out
+    factors = [f.folded() for f in factors]
+    rank, dtype = max(f.rank for f in factors), reduce(torch.promote_types, (f.up.dtype for f in factors))
+    # Measured: these two layouts are the ones in which a product with few tokens runs over rows of memory.
+    downs, ups = stack([padded(f.down) for f in factors]), stack([padded(f.up.t()) for f in factors])
+    hidden = torch.bmm(x.to(dtype), downs.mT)
+    if all(f.bias is None for f in factors):
+        return torch.bmm(hidden, ups)
+    none = ups.new_zeros(ups.shape[2])
+    biases = stack([none if f.bias is None else f.bias.to(dtype) for f in factors])
+    return torch.baddbmm(biases[:, None], hidden, ups)
+
+
+def _have_one_pair(found: Sequence[Factors]) -> bool:
+    """Whether all have the same two matrices in memory, and differ in vectors alone; compiled, that is not asked."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    first = found[0]
+    return all(
+        f.bias is None
+        and (f.mid is None) == (first.mid is None)
+        and isinstance(f.scale, Tensor) == isinstance(first.scale, Tensor)
+        and (f.up.data_ptr(), f.down.data_ptr()) == (first.up.data_ptr(), first.down.data_ptr())
+        and (f.up.shape, f.down.shape) == (first.up.shape, first.down.shape)
+        for f in found
+    )

@@ -35,10 +35,7 @@ class Rows:
         self._all_have = None not in self.names
         self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (self.names, self.trusted)
-
-    def having(self, adapters: Collection[str]) -> list[int]:
+    def having(self, *adapters: str) -> list[int]:
         """The rows that have one of these adapters."""
         return [i for i, name in enumerate(self.names) if name in adapters]
 
@@ -47,15 +44,9 @@ class Rows:
         return [i for i, name in enumerate(self.names) if name not in adapters]
 
     def slots(self, adapters: tuple[str, ...], device: torch.device) -> Tensor:
-        """`(n,)`: for each row the place of its adapter in `adapters`; 0 for a row that has none of them."""
-        if torch.compiler.is_compiling():
-            return self._looked_up([adapters.index(n) if n in adapters else 0 for n in (*self.adapters, None)], device)
-        key = ("slots", adapters, device)
-        found = self._kept.get(key)
-        if found is None:
-            places: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
-            found = self._kept[key] = self._tensor([places.get(name, 0) for name in self.names], device)
-        return found
+        """`(n,)`, to be compiled: the place of each row's adapter in `adapters`; 0 for a row that has none of them."""
+        places = [adapters.index(n) if n in adapters else 0 for n in (*self.adapters, None)]
+        return torch.tensor(places, device=device)[self._places.to(device)]
 
     def groups(self, adapters: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows of one adapter after another's, `(len(adapters) * most,)`, and each row's place there, `(n,)`.
@@ -64,7 +55,7 @@ class Rows:
         """
         key = ("groups", adapters, device)
         if key not in self._kept:
-            owns = [self.having((name,)) for name in adapters]
+            owns = [self.having(name) for name in adapters]
             most = max(map(len, owns))
             order = [own[i] if i < len(own) else own[0] for own in owns for i in range(most)]
             first = {row: place for place, row in reversed(list(enumerate(order)))}
@@ -75,16 +66,12 @@ class Rows:
 
     def mask(self, adapters: tuple[str, ...], device: torch.device) -> Tensor | None:
         """`(n, 1, 1)`: whether a row has one of these adapters; `None` if all have."""
+        if self._all_have and len(adapters) == len(self.adapters):
+            return None
         if torch.compiler.is_compiling():
-            if self._all_have and len(adapters) == len(self.adapters):
-                return None
-            return self._looked_up([n in adapters for n in (*self.adapters, None)], device).view(-1, 1, 1)
-        key = ("mask", adapters, device)
-        if key not in self._kept:
-            held = [name in adapters for name in self.names]
-            self._kept[key] = None if all(held) else self._tensor(held, device).view(-1, 1, 1)
-        found: Tensor | None = self._kept[key]
-        return found
+            held = torch.tensor([n in adapters for n in (*self.adapters, None)], device=device)
+            return held[self._places.to(device)].view(-1, 1, 1)
+        return self._tensor([name in adapters for name in self.names], device).view(-1, 1, 1)
 
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """The entries of some rows of `x`."""
@@ -106,23 +93,15 @@ class Rows:
 
     def each(self, x: Tensor) -> Tensor:
         """`x` as `(n, k, ...)`."""
-        return x.view(self.count, -1, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (self.count, -1))
-
-    def _looked_up(self, values: Sequence[int], device: torch.device) -> Tensor:
-        """One value for each adapter, and one for none, as one for each row."""
-        return torch.tensor(values, device=device)[self._places.to(device)]
+        return x.view(self.count, -1, *x.shape[1:])
 
     def _tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
         """These numbers on a device. Kept; compiled, they are a part of what is compiled."""
         if torch.compiler.is_compiling():
             return torch.tensor(values, device=device)
         key = (device, type(values[0]), *values)  # True equals 1
-        found = self._kept.get(key)
+        found: Tensor | None = self._kept.get(key)
         if found is None:
             with torch.inference_mode(False):  # it may be used outside of it, too
                 found = self._kept[key] = torch.tensor(values, device=device)
         return found
-
-
-def _made(names: Sequence[str | None], trusted: bool) -> Rows:
-    return Rows(names, trusted=trusted)
