@@ -66,7 +66,7 @@ from adapterkit.model import (
     tables,
 )
 from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
-from adapterkit.rows import Batch, Rows, RowState, check_paths
+from adapterkit.rows import Batch, Rows, RowState
 from adapterkit.tensors import (
     check_averaged,
     check_can_grow,
@@ -379,9 +379,7 @@ class Adapters:
             self._check_not_merged(name)
         entries = self._attached.entries()
         if not (batch_first or rows.uniform):
-            entries.check_order()
-            for name in rows.adapters:
-                check_paths(name, self._adapters[name].layers)
+            entries.check({name: self._adapters[name].layers for name in rows.adapters})
         self._model.check_unchanged("per_sample", rows.adapters)
         merged = tuple(n for n in self._active.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)

@@ -15,7 +15,7 @@ from typing import Any
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
-from adapterkit.forward import readers
+from adapterkit.forward.readers import running
 from adapterkit.forward.state import State, lock, models
 
 _WRAPPED = "_adapterkit_keeps_states"
@@ -50,7 +50,7 @@ class InSameState:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.readers = function, tuple(readers.running.stack)
+        self.function, self.readers = function, tuple(running.stack)
         self.states = [(active, active.state, active.merged, active.state.lost) for active in models()]
         self.trained = [
             active.adapters[name]
@@ -71,7 +71,8 @@ class InSameState:
                     state = State(refuses=reason + "Call backward() before that.")  # noqa: PLW2901
                 if state is not active.state:
                     stack.enter_context(active.acting(state))
-            stack.enter_context(readers.inside(self.readers))
+            stack.callback(setattr, running, "stack", running.stack)
+            running.stack = list(self.readers)
             for adapter in self.trained:
                 adapter.train_again()  # the reentrant form made no graph that would have kept `requires_grad` on
             return self.function(*args, **kwargs)

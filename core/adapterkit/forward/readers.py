@@ -9,8 +9,7 @@ everything that acts there, with gradients. Everywhere else they are the module'
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,16 +66,6 @@ def paths_read(module: nn.Module) -> tuple[Path, ...]:
                 "the parametrization on first, then add the adapter."
             )
     return paths
-
-
-@contextmanager
-def inside(stack: Sequence[tuple[nn.Module, tuple[Path, ...]]]) -> Iterator[None]:
-    """Let this thread run as if inside the forwards on `stack`, an earlier copy of `running.stack`."""
-    before, running.stack = running.stack, list(stack)
-    try:
-        yield
-    finally:
-        running.stack = before
 
 
 def begin(module: nn.Module, args: object) -> None:

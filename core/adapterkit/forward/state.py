@@ -81,6 +81,8 @@ class State:
         def edited(group: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(other for name in group for other in (new if name == old else (name,)))
 
+        if not new and old in (*self.names, *self.heads):
+            self.lost += (old,)
         self.asked = edited(self.asked[0]), edited(self.asked[1])
         self.names, self.heads, self.trains = map(edited, (self.names, self.heads, self.trains))
         self.idle = not (self.names or self.heads or self.refuses)
@@ -255,19 +257,11 @@ class Active:
         """The default and the states of all open blocks."""
         return [self.default, *(block.state for thread in list(self.threads) for block in thread.blocks)]
 
-    def rename(self, old: str, new: str) -> None:
-        """Adapter `old` has a new name, also in states that only graphs know."""
+    def replace(self, old: str, *new: str) -> None:
+        """Adapter `old` has the name `new` now, also in states that only graphs know; without `new` it is gone."""
         with lock:
             for state in list(self.alive):
-                state.replace(old, new)
-
-    def remove(self, name: str) -> None:
-        """The adapter is gone and acts nowhere."""
-        with lock:
-            for state in list(self.alive):
-                if name in (*state.names, *state.heads):
-                    state.lost += (name,)
-                state.replace(name)
+                state.replace(old, *new)
 
     def set_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
         """These adapters are in the weights now, and these heads of theirs act."""

@@ -46,17 +46,6 @@ class PerAdapter(Holder):
         """Do nothing: a head may be an `nn.Sequential`, which calls all its children in turn."""
         return x
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Called by a sentence-transformers model, which saves each of its children.
-
-        Raises:
-            StateError: always, because this child could not be loaded again.
-        """
-        raise StateError(
-            "An adapter's shared tensors are a child of the model, and this model saves each child as a module. To "
-            "save it, attach the adapters to the transformers model inside: model[0].auto_model."
-        )
-
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[name]
         assert module is not None
@@ -65,11 +54,6 @@ class PerAdapter(Holder):
 
 def _no_hook(module: nn.Module, args: object) -> None:
     return None
-
-
-def is_adapted(module: nn.Module) -> bool:
-    """Whether an adapter is installed at this very module."""
-    return ACTIVE in module.__dict__
 
 
 def calls_adapters(module: nn.Module) -> bool:
@@ -86,15 +70,20 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def install(module: nn.Module, path: str, container: str, name: str, part: nn.Module, active: Active) -> None:
     """Register `part` of adapter `name` at `module`, which runs it while `active` names the adapter."""
-    if not is_adapted(module):
-        _adapt(module, active)
+    if ACTIVE not in module.__dict__:
+        module.__dict__[ACTIVE] = active
+        if "forward" in module.__dict__:
+            # Inside accelerate's hook, where the weights are on their device and the input has been moved.
+            name_of = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+            module.__dict__[name_of] = _WrappedForward(module, module.__dict__[name_of])
+        else:
+            _become(module, runs=True)
     parts = module._modules.get(container)
     if parts is None:
         parts = module._modules[container] = PerAdapter()
         parts.__dict__["path"] = path
     assert isinstance(parts, PerAdapter)
-    if parts.training != module.training:
-        parts.training = module.training
+    parts.training = module.training
     if part.training != module.training:
         part.train(module.training)
     parts._modules[name] = part
@@ -108,7 +97,7 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
         parts._modules.pop(name, None)
         if not parts._modules:
             del module._modules[container]
-    if is_adapted(module):
+    if ACTIVE in module.__dict__:
         module.__dict__[ACTIVE].replan(module)
         if not any(c in module._modules for c in CONTAINERS):
             _release(module)
@@ -199,7 +188,7 @@ def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all modules below it, to make a deep copy a bare module."""
     for module in list(root.modules()):
         _read_no_more(module)
-        if is_adapted(module):
+        if ACTIVE in module.__dict__:
             for container in CONTAINERS:
                 module._modules.pop(container, None)
             _release(module)
@@ -218,16 +207,6 @@ class _WrappedForward:
             return run(self.module, self.original, args, kwargs)
         finally:
             running.stack.pop()
-
-
-def _adapt(module: nn.Module, active: Active) -> None:
-    module.__dict__[ACTIVE] = active
-    if "forward" in module.__dict__:
-        # Inside accelerate's hook, where the weights are on their device and the input has been moved.
-        name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        module.__dict__[name] = _WrappedForward(module, module.__dict__[name])
-    else:
-        _become(module, runs=True)
 
 
 def _release(module: nn.Module) -> None:

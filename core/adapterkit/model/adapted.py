@@ -56,7 +56,7 @@ class AdaptedModel:
 
     def remove(self, adapter: Adapter) -> None:
         """Remove an adapter. It acts nowhere afterwards."""
-        self.active.remove(adapter.name)
+        self.active.replace(adapter.name)
         self.follow_labels()
         self._unregister(adapter)
         del self.adapters[adapter.name]
@@ -70,7 +70,7 @@ class AdaptedModel:
         adapters = [*self.adapters.values()]
         self.adapters.clear()
         self.adapters.update((adapter.name, adapter) for adapter in adapters)
-        self.active.rename(old, name)
+        self.active.replace(old, name)
         if self.labels_of == old:
             self.labels_of = name
 

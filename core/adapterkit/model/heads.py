@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import Names
 from adapterkit.errors import CheckpointError, ConfigError, SelectionError, UnsupportedError, nearest
-from adapterkit.forward import ACTIVE, is_adapted, strip
+from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, Uncalled
 from adapterkit.tensors import gathered, hook_objects, remove_hooks
@@ -106,7 +106,7 @@ def copy_head(module: nn.Module, path: str) -> nn.Module:
     # Not to be copied: hooks, which refer to the offloaded weights of the whole model or to the user's own things, and
     # what acts, which refers to all adapters.
     hooks = [hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values()]
-    active = [m.__dict__[ACTIVE] for m in module.modules() if is_adapted(m)]
+    active = [m.__dict__[ACTIVE] for m in module.modules() if ACTIVE in m.__dict__]
     kept = (*hook_objects(module), *hooks, *active)
     with gathered(module, module.modules()):
         reason = _untrainable(module)

@@ -4,8 +4,8 @@ In: an adapter's name for each row, and the batches that enter the model. Out: e
 Uses: errors, tensors, kinds, contract, forward.
 """
 
-from adapterkit.rows.batch import Batch, Entries, check_paths
+from adapterkit.rows.batch import Batch, Entries
 from adapterkit.rows.per_row import RowState
 from adapterkit.rows.rows import Rows
 
-__all__ = ["Batch", "Entries", "RowState", "Rows", "check_paths"]
+__all__ = ["Batch", "Entries", "RowState", "Rows"]

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from adapterkit.forward import Active
 
 # Where a model says what its input is: the first of these that is given counts, else the first tensor.
-_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
-_TOKENS = _INPUTS[:-1]
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_INPUTS = (*_TOKENS, "pixel_values")
 # What the config of a model has that puts images or sounds into the rows' tokens, wherever these ask for them.
 _PLACED = re.compile(r"(image|video|audio)_token_(id|index)")
-_EXPERTS = "experts"
 
 
 class Entries:
@@ -28,6 +27,7 @@ class Entries:
 
     Attributes:
         proven: modules whose first dimension has been seen to be the batch.
+        unordered: modules that say that they have the batch elsewhere.
         places: whether the model puts images or sounds into the rows' tokens.
         inputs: what each of these models calls its first input.
     """
@@ -35,14 +35,11 @@ class Entries:
     def __init__(self, active: Active, model: nn.Module) -> None:
         self.active, self.model = active, model
         self.proven: set[nn.Module] = set()
-        self.unordered = next(
-            ((path or "the model", m) for path, m in model.named_modules() if getattr(m, "batch_first", True) is False),
-            None,
-        )
+        self.unordered = [(p, m) for p, m in model.named_modules() if getattr(m, "batch_first", True) is False]
         # `generate` calls an encoder by itself.
         entries = [m for m in model.modules() if m is model or hasattr(m, "base_model_prefix")]
         self.inputs = {module: input_name(module.forward) or "" for module in entries}
-        self._handles = [module.register_forward_pre_hook(self, with_kwargs=True) for module in entries]
+        self._handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in entries]
         self._handles += [module.register_forward_hook(self._leave) for module in entries]
         self.places = any(_PLACED.fullmatch(name) for m in entries for name in dir(getattr(m, "config", None)))
 
@@ -51,8 +48,26 @@ class Entries:
         for handle in self._handles:
             handle.remove()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Torch calls this before each forward; see `Batch.enter`."""
+    def check(self, targets: Mapping[str, Iterable[str]]) -> None:
+        """Raise `StateError` if some layers surely do not have the batch first.
+
+        Args:
+            targets: the paths of each adapter's layers.
+        """
+        for path, module in self.unordered:
+            raise StateError(
+                f"{path or 'the model'!r} is a {type(module).__name__} with batch_first=False, so rows of the batch "
+                "may not be the first dimension around it. Make it with batch_first=True, or say "
+                "per_sample(..., batch_first=True) if every adapted layer gets the rows first all the same."
+            )
+        for name, path in ((name, path) for name, paths in targets.items() for path in paths):
+            if "experts" in path.split("."):
+                raise StateError(
+                    f"Adapter {name!r} changes {path!r}, an expert that is given tokens of several rows in an order of "
+                    "its own, so per_sample cannot tell whose they are. Leave the experts out with exclude_modules."
+                )
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state: Any = self.active.state
         if state.rows is None or repeats():
             return
@@ -61,26 +76,18 @@ class Entries:
                 "per_sample names the rows of one batch, and nn.DataParallel splits it among its replicas. Call the "
                 "model inside it, or use a process for each device (DistributedDataParallel)."
             )
-        name, x = _main_input(self.inputs.get(module, ""), args, kwargs)
-        if x is not None:
+        given = [(name, kwargs.get(name)) for name in _INPUTS] + [("", arg) for arg in args]
+        given += [("", kwargs.get(self.inputs.get(module, ""))), *kwargs.items()]
+        tensors = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim()]
+        if tensors:
+            name, x = next((found for found in tensors if found[1].dim() > 1), tensors[0])
             placed = self.places and module is not self.model and name not in _TOKENS and x.is_floating_point()
             state.batch.enter(module, x, state.rows.count, placed)
 
     def _leave(self, module: nn.Module, *_: object) -> None:
-        """Torch calls this after each forward."""
         state: Any = self.active.state
         if state.rows is not None and module is state.batch.outer:
             state.batch.outer = None
-
-    def check_order(self) -> None:
-        """Raise `StateError` if a module of the model says that its inputs do not have the batch first."""
-        if self.unordered is not None:
-            path, module = self.unordered
-            raise StateError(
-                f"{path!r} is a {type(module).__name__} with batch_first=False, so rows of the batch may not be the "
-                "first dimension around it. Make it with batch_first=True, or say per_sample(..., batch_first=True) if "
-                "every adapted layer gets the rows first all the same."
-            )
 
 
 class Batch:
@@ -125,26 +132,25 @@ class Batch:
         Raises:
             ConfigError: the batch is not one row, or the same number of rows, for each that `per_sample` names.
         """
+        size = x.shape[0]
         if self.outer is None or module is self.outer:  # the same again: it had raised
-            self._begin(module, x, count, placed)
-            return
-        # In a part that runs on some of the rows, the batch is as many times smaller.
-        fits = x.shape[0] in [size * count for size in self._sizes]
-        self.apart = None if fits and not placed else module
-        if self.apart is None:
-            self.size, self.length = x.shape[0], _length(x)
-
-    def _begin(self, module: nn.Module, x: Tensor, count: int, placed: bool) -> None:
-        self.size, self.length = x.shape[0], _length(x)
-        if self.size % count:
-            raise ConfigError(
-                f"per_sample names {count} rows, and the batch has {self.size}. Name one adapter (or None) for "
-                "each row; a batch may have each row several times, one after another, as beam search does."
-            )
-        self.outer, self.apart = module, module if placed else None
-        # Entries for each row, and those of a row's choices or frames, which models inside are given by themselves.
-        each = self.size // count
-        self._sizes = (each, each * x.shape[1]) if x.dim() in (3, 5) else (each,)
+            if size % count:
+                raise ConfigError(
+                    f"per_sample names {count} rows, and the batch has {size}. Name one adapter (or None) for each "
+                    "row; a batch may have each row several times, one after another, as beam search does."
+                )
+            self.outer, self.apart = module, module if placed else None
+            # Entries for each row, and those of a row's choices or frames, which models inside are given by themselves.
+            each = size // count
+            self._sizes = (each, each * x.shape[1]) if x.dim() in (3, 5) else (each,)
+        else:
+            # In a part that runs on some of the rows, the batch is as many times smaller.
+            fits = size in [each * count for each in self._sizes]
+            self.apart = None if fits and not placed else module
+            if self.apart is not None:
+                return
+        sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+        self.size, self.length = size, x.shape[1] if sequences else None
 
     def check(self, module: nn.Module, size: int, count: int) -> None:
         """Raise `StateError` unless the first dimension of the module's input, of this size, is proven the batch.
@@ -161,16 +167,15 @@ class Batch:
                 "not known which rows are whose. Leave this layer out with exclude_modules, or say "
                 "per_sample(..., batch_first=True) if each row has as many, in order."
             )
-        batch = self.size
-        if batch is None:  # a part of the model is called by itself
-            batch = self.size = size if size % count == 0 else None
+        if self.size is None and size % count == 0:  # a part of the model is called by itself
+            self.size = size
+        batch, proven = self.size, self.entries.proven
         if size == batch and size != self.length:
             if not torch.compiler.is_compiling():
-                self.entries.proven.add(module)
+                proven.add(module)
             return
-        if size == batch and module in self.entries.proven:
-            return
-        if batch is not None and self.length is not None and size == batch * self.length != batch:
+        flattened = batch is not None and self.length is not None and size == batch * self.length != batch
+        if flattened or (size == batch and module in proven):
             return
         what = f"A {type(module).__name__} of the model gets an input whose first dimension is {size}"
         if size == batch:
@@ -187,28 +192,3 @@ class Batch:
 def repeats() -> bool:
     """Whether this is a backward, in which gradient checkpointing computes forwards again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _main_input(first: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
-    """The tensor that says how large the batch is, and its name if it was given by one; `first`: of the first input."""
-    given = [(name, kwargs.get(name)) for name in _INPUTS] + [("", arg) for arg in args] + [("", kwargs.get(first))]
-    given += list(kwargs.items())
-    tensors = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim()]
-    none: tuple[str, Tensor | None] = ("", None)
-    return next((found for found in tensors if found[1].dim() > 1), tensors[0] if tensors else none)
-
-
-def _length(x: Tensor) -> int | None:
-    """Places in each row, if they are sequences."""
-    sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
-    return x.shape[1] if sequences else None
-
-
-def check_paths(name: str, paths: Iterable[str]) -> None:
-    """Raise `StateError` if one of an adapter's layers is an expert's, which gets the tokens in an order of its own."""
-    for path in paths:
-        if _EXPERTS in path.split("."):
-            raise StateError(
-                f"Adapter {name!r} changes {path!r}, an expert that is given tokens of several rows in an order of its "
-                "own, so per_sample cannot tell whose they are. Leave the experts out with exclude_modules."
-            )
