@@ -19,11 +19,8 @@ from adapterkit.combining import (
     Source,
     Space,
     build_result,
-    check_asked,
-    check_same_base,
     check_sources,
     extracted,
-    in_model_order,
     mix,
     module_of,
     same_layer,
@@ -622,8 +619,8 @@ class Adapters:
     def unmerge(self) -> None:
         """Restore the weights, every bit as before the first merge.
 
-        The adapters that were active when they were merged are active again, before those that are active now, and
-        they train if they trained then.
+        The adapters that were active when they were merged are active again, in their old order and before those that
+        were activated since, and they train if they trained then.
 
         Raises:
             StateError: nothing is merged, the base was not kept, or a merged module was replaced or edited since.
@@ -761,8 +758,6 @@ class Adapters:
         check_sources(sources)
         adapters = [self._adapter(source) for source in sources]
         self._model.check_unchanged("combine", list(sources))
-        if not same_base:
-            check_same_base({adapter.name: adapter.config for adapter in adapters})
         choices = Choices(
             method=method,
             space=space,
@@ -774,11 +769,13 @@ class Adapters:
             majority_sign_method=majority_sign_method,
             seed=seed,
             isotropize=isotropize,
+            same_base=same_base,
         )
-        weights = [float(weight) for weight in sources.values()]
-        order = in_model_order([path for adapter in adapters for path in adapter.layers], BaseModules(self.model))
+        changed = {path for adapter in adapters for path in adapter.layers}
+        order = [path for path in BaseModules(self.model).all_paths if path in changed]
         with self._gathered(adapters):
-            changes, report = mix(name, [Source.of(adapter) for adapter in adapters], weights, choices, order)
+            given = [Source.of(adapter, float(sources[adapter.name])) for adapter in adapters]
+            changes, report = mix(name, given, choices, order)
             adapter = build_result(name, changes, default_registry.method(to), self.model, self._active)
         self._install(adapter)
         return report
@@ -979,13 +976,12 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         StateError: weights that are not in memory or not finite, or a base with something merged into it.
         UnsupportedError: a layer computes something else than the plain product with its weight.
     """
-    check_asked(rank, energy)
     adapters = attach(base)
     adapters._check_new_name(name)
     if adapters.merged:
         listed = ", ".join(map(repr, adapters.merged))
         raise StateError(f"The base's weights have {listed} merged into them. Call unmerge() first.")
-    selection = wanted_layers(base, to, target_modules, exclude_modules, modules_to_save)
+    selection = wanted_layers(base, rank, energy, to, target_modules, exclude_modules, modules_to_save)
     heads = {path: copy_head(module_of(tuned, path), path) for path in selection.heads}
     labels = LabelSet.of(tuned) if heads else None
     changes, report = extracted(

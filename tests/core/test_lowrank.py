@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adapterkit as ak
 from adapterkit.combining import lowrank
 from adapterkit.combining import methods as combine
-from adapterkit.contract.combiners import BUILTIN, Options
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-4, torch.float16: 2e-4}
 SIZES = st.integers(1, 7)
@@ -148,7 +147,7 @@ class Largest(TorchDispatchMode):
 def test_no_dense_matrix_is_made_where_factors_do(method: str, space: Any, rank: int | None, isotropize: bool) -> None:
     out, inside, ranks = 900, 700, (4, 6, 2)
     sources = [ak.Factors(normal(out, r, seed=r), normal(r, inside, seed=9 + r)) for r in ranks]
-    recipe = combine.Recipe(BUILTIN[method], method == "linear", space, Options(0.5), rank, None, isotropize)
+    recipe = combine.Choices(method=method, space=space, density=0.5, rank=rank, isotropize=isotropize)
     with Largest() as largest:
         combine.combine_factors(sources, [1.0, -0.5, 0.2], recipe)
     assert largest.entries <= out * sum(ranks)

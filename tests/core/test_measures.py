@@ -13,7 +13,7 @@ from tests.core.test_lowrank import dense, factored, normal
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.combining import measures
+from adapterkit.combining import lowrank, measures
 
 ENERGIES = st.sampled_from([0.5, 0.9, 0.99])
 
@@ -80,7 +80,7 @@ def test_effective_rank_is_the_exponential_of_the_entropy(values: list[float]) -
 def test_rank_for_energy_is_the_fewest_values_that_hold_it(factors: ak.Factors, energy: float) -> None:
     matrix = dense(factors)
     expected = oracles.rank_for(matrix, energy) if bool(matrix.any()) else 0
-    assert measures.rank_for_energy(measures.spectrum(factors), energy) == expected
+    assert lowrank.rank_for_energy(measures.spectrum(factors), energy) == expected
 
 
 @pytest.mark.parametrize(("n", "k", "l"), [(20, 3, 3), (12, 2, 6), (30, 1, 10)])

@@ -4,12 +4,12 @@ In: the changes of adapters (or of two models), as factors. Out: one new adapter
 Uses: errors, results, tensors, kinds, contract, forward, model, files, merging.
 """
 
-from adapterkit.combining.combine import Choices, Source, check_same_base, check_sources, exact_change, mix
-from adapterkit.combining.extraction import check_asked, extracted, module_of, same_layer, wanted_layers
+from adapterkit.combining.combine import Source, check_sources, exact_change, mix
+from adapterkit.combining.extraction import extracted, module_of, same_layer, wanted_layers
 from adapterkit.combining.heads import outputs_of
-from adapterkit.combining.lowrank import check_size, svd, working
-from adapterkit.combining.methods import Space
-from adapterkit.combining.new_adapter import Changes, build_result, check_given, in_model_order, to_method
+from adapterkit.combining.lowrank import check_size, rank_for_energy, svd, working
+from adapterkit.combining.methods import Choices, Space
+from adapterkit.combining.new_adapter import Changes, build_result, check_given, to_method
 
 __all__ = [
     "Changes",
@@ -17,17 +17,15 @@ __all__ = [
     "Source",
     "Space",
     "build_result",
-    "check_asked",
     "check_given",
-    "check_same_base",
     "check_size",
     "check_sources",
     "exact_change",
     "extracted",
-    "in_model_order",
     "mix",
     "module_of",
     "outputs_of",
+    "rank_for_energy",
     "same_layer",
     "svd",
     "to_method",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.combining import lowrank
@@ -24,15 +24,10 @@ _LARGE = 1024
 _OVERSAMPLING, _ITERATIONS = 16, 4
 
 
-def check_asked(rank: int | None, energy: float | None) -> None:
-    """Raise `ConfigError` unless exactly one of the two is given, and it is valid."""
-    lowrank.check_size(rank, energy)
-    if rank is None and energy is None:
-        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
-
-
 def wanted_layers(
     model: nn.Module,
+    rank: int | None,
+    energy: float | None,
     to: str,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None,
@@ -41,9 +36,13 @@ def wanted_layers(
     """The layers and heads that the arguments select, for a method that can be the result.
 
     Raises:
+        ConfigError: not exactly one of `rank` and `energy` is given, or it is invalid.
         UnsupportedError: the method cannot be the result of an extraction.
         SelectionError: nothing is selected.
     """
+    lowrank.check_size(rank, energy)
+    if rank is None and energy is None:
+        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
     method = default_registry.method(to)
     check_can_result(method)
     config = method.config_type()(
@@ -115,7 +114,10 @@ def _difference(
     delta = lowrank.working(after).to(before.device) - lowrank.working(before)
     if not torch.isfinite(delta).all():
         raise StateError(f"The difference of the models at {match.path!r} has values that are not finite.")
-    bias = _bias_difference(own, other)
+    old, new = own._parameters.get("bias"), other._parameters.get("bias")
+    bias = None
+    if old is not None and new is not None and not torch.equal(old, new.to(old.device)):
+        bias = lowrank.working(new).to(old.device) - lowrank.working(old)
     most = min(delta.shape)
     if rank is None or most <= _LARGE:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -128,10 +130,3 @@ def _difference(
     size = float(delta.norm())
     error = float((delta - kept.delta()).norm()) / size if size else 0.0
     return kept._replace(bias=bias), error
-
-
-def _bias_difference(before: nn.Module, after: nn.Module) -> Tensor | None:
-    own, other = before._parameters.get("bias"), after._parameters.get("bias")
-    if own is None or other is None or torch.equal(own, other.to(own.device)):
-        return None
-    return lowrank.working(other).to(own.device) - lowrank.working(own)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining.lowrank import count_for, svd, working
+from adapterkit.combining.lowrank import svd, working
 from adapterkit.kinds import Factors
 
 
@@ -59,14 +59,6 @@ def effective_rank(s: Tensor) -> float:
     if not total:
         return 0.0
     return math.exp(float(torch.special.entr(values / total).sum()))
-
-
-def rank_for_energy(s: Tensor, share: float) -> int:
-    """The smallest number of singular values with this share of the sum of squares; 0 if all are zero.
-
-    If a change is cut to these, its error is at most `sqrt(1 - share)` of its Frobenius norm: 10 % for 0.99.
-    """
-    return count_for(s, share) if len(s) and bool(s.any()) else 0
 
 
 def inner(f: Factors, g: Factors) -> float:

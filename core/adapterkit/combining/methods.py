@@ -5,79 +5,108 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from adapterkit.combining.lowrank import as_factors, common_bases, exact, keep, svd, working
-from adapterkit.contract import Combiner, Options
+from adapterkit.combining.lowrank import as_factors, check_size, common_bases, exact, keep, svd, working
+from adapterkit.combining.new_adapter import check_can_result
+from adapterkit.contract import Combiner, MajoritySign, Options, combiners, default_registry
 from adapterkit.errors import ConfigError
 from adapterkit.kinds import Factors, numerical_rank
 
 Space = Literal["delta", "factors", "core"]
-SPACES = ("delta", "factors", "core")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The choices of one call of `combine`, for every target."""
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The choices for one combination; see `Adapters.combine`."""
 
-    combiner: Combiner
-    linear: bool
-    space: Space
-    options: Options
+    method: str = "linear"
+    space: Space = "delta"
     rank: int | None = None
     energy: float | None = None
+    to: str = "lora"
+    heads: str | None = None
+    density: float | None = None
+    majority_sign_method: MajoritySign = "total"
+    seed: int | None = None
     isotropize: bool = False
+    same_base: bool = False
+
+    def check(self) -> None:
+        """Check what can be checked without the adapters.
+
+        Raises:
+            ConfigError, UnknownNameError: a choice is invalid.
+            UnsupportedError: the method cannot be a result.
+        """
+        combiner = default_registry.combiner(self.method)
+        combiners.check_options(self.method, combiner, self.density, self.majority_sign_method)
+        if self.space not in get_args(Space):
+            raise ConfigError(f"space = {self.space!r} must be one of {', '.join(map(repr, get_args(Space)))}.")
+        check_size(self.rank, self.energy)
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ConfigError(f"seed = {self.seed!r} must be a whole number or None.")
+        check_can_result(default_registry.method(self.to))
 
 
-def combine_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Factors, float]:
+def combine_factors(
+    sources: Sequence[Factors],
+    weights: Sequence[float],
+    choices: Choices,
+    generator: torch.Generator | None = None,
+) -> tuple[Factors, float]:
     """Combine several changes at one target into one.
 
     Args:
         sources: the factors of each, `(out, r_t)` and `(r_t, in)`; the ranks may differ.
         weights: one for each source; they may be negative.
+        generator: of random masks.
 
     Returns:
         The factors of the result, and the relative error of truncation.
     """
-    sources = _alike(sources if recipe.space == "factors" else [f.folded() for f in sources])
-    bias = _combined_bias(sources, weights, recipe)
-    decomposed = recipe.isotropize or recipe.rank is not None or recipe.energy is not None
-    if recipe.space == "delta" and not (recipe.linear or recipe.combiner.rotates):
-        dense = _on_dense(sources, weights, recipe)
-        if not decomposed:
-            return as_factors(dense, sources)._replace(bias=bias), 0.0
-        parts = exact(dense)
-    else:
-        combined = _on_few(sources, weights, recipe)
-        too_wide = combined.rank > min(combined.up.shape[0], combined.down.shape[1])
-        if not (too_wide or decomposed):
-            return combined._replace(bias=bias), 0.0
-        parts = svd(combined)
-    if recipe.isotropize:
-        parts = isotropic(*parts)
-    return keep(*parts, bias, rank=recipe.rank, energy=recipe.energy)
-
-
-def _on_few(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    """Combine without a dense matrix."""
-    if recipe.space == "factors":
-        return _on_factors(sources, weights, recipe)
-    if not recipe.linear:
-        return _in_core(sources, weights, recipe)
-    ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
-    return Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
-
-
-def _alike(sources: Sequence[Factors]) -> list[Factors]:
-    """The same changes in one dtype, that of sums."""
+    combiner, linear = default_registry.combiner(choices.method), choices.method == "linear"
+    options = Options(choices.density or 1.0, choices.majority_sign_method, generator)
+    # The change of the bias is a weighted sum for every method: a vector has few entries.
+    shifts = [w * f.scale * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
+    bias = torch.stack(shifts).sum(0) if shifts else None
     dtype = working(torch.cat([f.up[:0, :0] for f in sources])).dtype
-    return [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
+    sources = [f if choices.space == "factors" else f.folded() for f in sources]
+    sources = [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
+    decomposed = choices.isotropize or choices.rank is not None or choices.energy is not None
+    if choices.space == "delta" and not combiner.rotates:
+        matrix = _apply(combiner, [f.delta() for f in sources], weights, options)
+        if not decomposed:
+            return as_factors(matrix, sources)._replace(bias=bias), 0.0
+        parts = exact(matrix)
+    else:
+        if choices.space == "factors":
+            result = _on_factors(sources, weights, combiner, options)
+        elif linear:
+            ups = [f.up * w for f, w in zip(sources, weights, strict=True)]
+            result = Factors(torch.cat(ups, dim=1), torch.cat([f.down for f in sources]))
+        else:  # the small matrices `M_t = U^T up_t down_t V` in the common bases
+            left, right = common_bases(sources)
+            cores = [(left.t() @ f.up) @ (f.down @ right.t()) for f in sources]
+            result = Factors(left @ _apply(combiner, cores, weights, options), right)
+        if not decomposed and result.rank <= min(result.up.shape[0], result.down.shape[1]):
+            return result._replace(bias=bias), 0.0
+        parts = svd(result)
+    if choices.isotropize:
+        parts = isotropic(*parts)
+    return keep(*parts, bias, rank=choices.rank, energy=choices.energy)
 
 
-def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
+def _apply(combiner: Combiner, matrices: Sequence[Tensor], weights: Sequence[float], options: Options) -> Tensor:
+    """Apply the combiner. Matrices with negative weights are negated first, so that the signs of `w X` are elected."""
+    stack = torch.stack([-matrix if weight < 0 else matrix for matrix, weight in zip(matrices, weights, strict=True)])
+    return combiner.function(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device).abs(), options)
+
+
+def _on_factors(sources: Sequence[Factors], weights: Sequence[float], combiner: Combiner, options: Options) -> Factors:
     """A and B separately, as in PEFT: both have the weight `sqrt(|w s|)` with the scaling `s`; A has the sign."""
     ranks = {f.rank for f in sources}
     if len(ranks) > 1:
@@ -88,34 +117,8 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], recipe: Re
     scaled = [w * float(f.scale) for f, w in zip(sources, weights, strict=True)]
     sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled], dtype=torch.float64)
     signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled], dtype=torch.float64)
-    downs = torch.stack([f.down for f in sources])
-    ups = torch.stack([f.up for f in sources])
-    down = recipe.combiner.function(downs, sizes * signs, recipe.options)
-    return Factors(recipe.combiner.function(ups, sizes, recipe.options), down)
-
-
-def _in_core(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Factors:
-    """The small matrices `M_t = U^T up_t down_t V`, combined, in their common bases."""
-    left, right = common_bases(sources)
-    cores = torch.stack([(left.t() @ f.up) @ (f.down @ right.t()) for f in sources])
-    return Factors(left @ _apply(recipe, cores, weights), right)
-
-
-def _on_dense(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor:
-    return _apply(recipe, torch.stack([f.delta() for f in sources]), weights)
-
-
-def _apply(recipe: Recipe, stack: Tensor, weights: Sequence[float]) -> Tensor:
-    """Apply the combiner. Sources with negative weights are negated first, so that the signs of `w X` are elected."""
-    given = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
-    signs = torch.where(given < 0, -1.0, 1.0).to(stack).view(-1, *(1,) * (stack.dim() - 1))
-    return recipe.combiner.function(stack * signs, given.abs(), recipe.options)
-
-
-def _combined_bias(sources: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> Tensor | None:
-    """The weighted sum of the changes of the bias, for every method: a vector has few entries."""
-    found = [w * f.scale * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
-    return torch.stack(found).sum(0) if found else None
+    down = combiner.function(torch.stack([f.down for f in sources]), sizes * signs, options)
+    return Factors(combiner.function(torch.stack([f.up for f in sources]), sizes, options), down)
 
 
 def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

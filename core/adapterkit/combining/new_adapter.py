@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from adapterkit.model import (
     build_adapter,
     by_layer,
 )
-from adapterkit.tensors import Slot, module_slots
+from adapterkit.tensors import module_slots
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def to_method(changes: Changes, method: Method) -> tuple[AdapterConfig, dict[str
     Raises:
         UnsupportedError: the method cannot express some of the changes.
     """
-    check_can_result(method)
     config, tensors = method.from_factors(changes.factors, changes.kinds)
     bias = "none"
     if changes.biases:
@@ -101,7 +100,10 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
     check_given(tensors, adapter.layers, builder)
     if not (report := builder.fit.report()).ok:
         raise StateError(f"The heads and biases of {name!r} do not fit this model.\n{report}")
-    _tie(adapter.heads, changes.heads)
+    first: dict[int, Tensor] = {}
+    for path, head in adapter.heads.items():  # heads that share a tensor get one parameter
+        for local, slot in module_slots(head):
+            slot.restore(first.setdefault(id(changes.heads[path][local]), slot.tensor))
     adapter.labels, adapter.tables = changes.labels, changes.tables
     return adapter
 
@@ -124,18 +126,3 @@ def check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer
                 f"The method {method.name!r} ({method.provider}): its hook from_factors gave {mismatch.key!r} of shape "
                 f"{mismatch.found}; the layer's is {mismatch.expected}."
             )
-
-
-def _tie(modules: Mapping[str, nn.Module], heads: Heads) -> None:
-    """Give heads that share a tensor one shared parameter."""
-    first: dict[int, Slot] = {}
-    for path, head in modules.items():
-        for local, slot in module_slots(head):
-            other = first.setdefault(id(heads[path][local]), slot)
-            slot.restore(other.tensor)
-
-
-def in_model_order(paths: Sequence[str], modules: BaseModules) -> list[str]:
-    """These paths in the order of the model's modules."""
-    order = {path: i for i, path in enumerate(modules.all_paths)}
-    return sorted(set(paths), key=order.__getitem__)

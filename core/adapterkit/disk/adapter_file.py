@@ -274,29 +274,28 @@ class AdapterFile:
         """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
         return self.method.factors(self.built[path], dtype)
 
-    @property
-    def source(self) -> Source:
+    def source(self, weight: float) -> Source:
         """The adapter as `combining` takes it."""
 
         def change(path: str, dtype: torch.dtype) -> Factors:
             return exact_change(self.method, self.built[path], self.name, path, dtype)
 
-        def shift(path: str) -> Tensor:
+        def base_bias(path: str) -> Tensor:
             held = None if self.base is None else self.base.parameter(path, "bias")
             if held is None:
                 raise StateError(
                     f"Adapter {self.name!r} trains the bias of {path!r}, and its files do not tell what that was "
                     "before. Give base=, the folder of the model with its weights, or weights that add up to 1."
                 )
-            return self.biases[path].to(trained_dtype(held.dtype)) - held
+            return held
 
         wide = {
             path: {name: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t for name, t in head.items()}
             for path, head in self.heads.items()
         }
         biases = {path: bias.to(trained_dtype(bias.dtype)) for path, bias in self.biases.items()}
-        tables = frozenset(self.tables)
-        return Source(self.name, self.config, self.kinds, wide, tables, biases, self.labels, change, shift)
+        own = (self.config, self.kinds, wide, self.tables, biases, self.labels)
+        return Source(self.name, weight, *own, change, base_bias)
 
     @property
     def labels(self) -> LabelSet | None:

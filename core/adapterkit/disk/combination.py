@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import Choices, Space, check_same_base, check_sources, mix
+from adapterkit.combining import Choices, Space, check_sources, mix
 from adapterkit.contract import MajoritySign, default_registry
 from adapterkit.disk.adapter_file import AdapterFile, Result, check_dtype, names_of, natural, output_place
 from adapterkit.disk.model import Base
@@ -79,15 +79,16 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
         majority_sign_method=majority_sign_method,
         seed=seed,
         isotropize=isotropize,
+        same_base=same_base,
     )
-    choices.recipe()
+    choices.check()
     given = Base.of(base)
     names = names_of(list(sources))
     opened = [AdapterFile.open(place, given, name=name) for place, name in zip(sources, names, strict=True)]
     place = output_place(out, [adapter.files.folder for adapter in opened], overwrite=overwrite)
-    weights = [float(weight) for weight in sources.values()]
+    weights = list(map(float, sources.values()))
     with FactorSpool(place.parent, lambda: release(opened)) as spool:
-        result, report = combined(opened, weights, choices, place.name, spool, given, same_base=same_base)
+        result, report = combined(opened, weights, choices, place.name, spool, given)
         result.write(place, dtype, [spool, *(adapter.mapped for adapter in opened)])
     return report
 
@@ -99,20 +100,16 @@ def combined(
     name: str,
     spool: FactorSpool,
     base: Base | None,
-    *,
-    same_base: bool = False,
 ) -> tuple[Result, CombineReport]:
     """The combination of adapters that are opened; its changes are in the spool."""
     kinds = check_one_base(opened)
     for adapter in opened:
         adapter.check_fits()
-    sources = [adapter.source for adapter in opened]
-    if not same_base:
-        check_same_base({adapter.name: adapter.config for adapter in opened})
+    sources = [adapter.source(weight) for adapter, weight in zip(opened, weights, strict=True)]
     # float64 if one of them has such tensors, else float32, which adapters have on a model of less.
     wide = any(tensor.dtype == torch.float64 for adapter in opened for tensor in adapter.files.tensors.values())
     dtype = torch.float64 if wide else torch.float32
-    changes, report = mix(name, sources, weights, choices, sorted(kinds, key=natural), spool, dtype)
+    changes, report = mix(name, sources, choices, sorted(kinds, key=natural), spool, dtype)
     changes = dataclasses.replace(changes, kinds=kinds)
     result = Result.of(changes, default_registry.method(choices.to), dtype)
     config = result.config.replace(target_modules=_target_names(list(changes.factors), opened, base))

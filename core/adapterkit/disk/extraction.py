@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapterkit.combining import check_asked, extracted, wanted_layers
+from adapterkit.combining import extracted, wanted_layers
 from adapterkit.contract import default_registry
 from adapterkit.disk.adapter_file import Result, check_dtype, output_place
 from adapterkit.disk.checkpoint import Checkpoint
@@ -56,7 +56,6 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         StateError: weights that are not finite.
         SaveError: `out` is there already, or cannot be written.
     """
-    check_asked(rank, energy)
     check_dtype(dtype)
     folders = [local_path(folder) for folder in (base, tuned)]
     place = output_place(out, folders, overwrite=overwrite)
@@ -65,7 +64,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     model = skeleton(tuned)
     before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)
     working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32
-    selection = wanted_layers(model.to(working), to, target_modules, exclude_modules, modules_to_save)
+    selection = wanted_layers(model.to(working), rank, energy, to, target_modules, exclude_modules, modules_to_save)
     heads = {path: copy_head(after.module(path), path) for path in selection.heads}
     labels = LabelSet.of(model) if heads else None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import measures
+from adapterkit.combining import measures, rank_for_energy
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
@@ -203,8 +203,8 @@ def _spectral(factors: Factors) -> dict[str, Any]:
     return {
         "norm": measures.size(s),
         "effective_rank": measures.effective_rank(s),
-        "rank_90": measures.rank_for_energy(s, 0.9),
-        "rank_99": measures.rank_for_energy(s, 0.99),
+        "rank_90": rank_for_energy(s, 0.9),
+        "rank_99": rank_for_energy(s, 0.99),
     }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining import measures, svd, working
+from adapterkit.combining import measures, rank_for_energy, svd, working
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, numerical_rank
 from adapterkit.report.sources import Source
@@ -274,10 +274,10 @@ def _measure_layer(source: Source, path: str, factors: Factors) -> tuple[_Decomp
         base_norm=source.base_norm(path),
         spectrum=values.cpu(),
         effective_rank=measures.effective_rank(values),
-        rank90=measures.rank_for_energy(values, 0.9),
-        rank99=measures.rank_for_energy(values, 0.99),
+        rank90=rank_for_energy(values, 0.9),
+        rank99=rank_for_energy(values, 0.99),
     )
-    return _Decomposed(u, s, vh, measures.rank_for_energy(values, SUBSPACE_ENERGY)), finding
+    return _Decomposed(u, s, vh, rank_for_energy(values, SUBSPACE_ENERGY)), finding
 
 
 def _measure_pairs(changes: Mapping[int, _Decomposed]) -> dict[tuple[int, int], PairLayer | None]:
