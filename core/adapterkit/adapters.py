@@ -208,9 +208,9 @@ class Adapters:
         reshard(self.model)
         sharded = has_fsdp1(self.model)
         part = ("FullyShardedDataParallel: the parameters are those of this process",) if sharded else ()
-        rows = []
+        rows, paths_now = [], BaseModules(self.model).paths_of
         for name, adapter in self._adapters.items():
-            changed = [f"{path!r} {what} since" for path, what in self._model.changed(adapter).items()]
+            changed = [f"{path!r} {what} since" for path, what in adapter.changed(paths_now).items()]
             notes = (*part, *changed, *self._model.never_ran(adapter))
             rows.append(adapter.status(active=name in self.active, merged=name in self.merged, notes=notes))
         return Status(tuple(rows))
@@ -277,8 +277,8 @@ class Adapters:
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         adapter = self._adapter(old)
-        self._check_not_merged(old)
-        self._check_not_per_sample("rename")
+        self._model.check_not_merged([old])
+        self._model.check_not_per_sample("rename")
         self._check_new_name(new, grows=False)
         self._model.check_unchanged("rename", [old])
         self._model.rename(adapter, new)
@@ -287,8 +287,8 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Remove an adapter with its layers, head and biases. It is not active any more."""
         adapter = self._adapter(name)
-        self._check_not_merged(name)
-        self._check_not_per_sample("remove")
+        self._model.check_not_merged([name])
+        self._model.check_not_per_sample("remove")
         self._model.remove(adapter)
 
     # Which adapters act
@@ -315,10 +315,11 @@ class Adapters:
                 forward raises this), or DDP, FSDP or DeepSpeed around the model do not know its parameters and it
                 should train.
         """
-        acting = self._acting_heads("activate", names, heads, trainable=trainable)
+        adapters, block = [self._adapter(name) for name in names], self._active.in_block
+        state = self._attached.state("activate", adapters, heads, trains=trainable, block=block)
         if trainable:
-            self._model.check_can_train([self._adapters[name] for name in names])
-        self._attached.activate(names, acting, trainable=trainable)
+            self._model.check_can_train(adapters)
+        self._model.activate(state, trainable=trainable)
 
     @contextmanager
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:
@@ -329,8 +330,9 @@ class Adapters:
         asyncio loop share a thread, and so its blocks. A `backward` may come after the block. A block never switches
         `requires_grad` off: with `trainable=False` the adapters act as constants.
         """
-        acting = self._acting_heads("activated", names, heads, trainable=trainable)
-        with self._attached.activated(names, acting, trainable=trainable):
+        adapters = [self._adapter(name) for name in names]
+        state = self._attached.state("activated", adapters, heads, trains=trainable, block=True)
+        with self._model.block(state, trainable=trainable):
             yield
 
     @contextmanager
@@ -372,8 +374,7 @@ class Adapters:
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise ConfigError(f"per_sample needs an adapter's name or None for each row of the batch, not {names!r}.")
         rows = Rows([None if name is None else self._adapter(name).name for name in names], trusted=batch_first)
-        for name in rows.adapters:
-            self._check_not_merged(name)
+        self._model.check_not_merged(rows.adapters)
         entries = self._attached.entries()
         if not (batch_first or rows.uniform):
             entries.check({name: self._adapters[name].layers for name in rows.adapters})
@@ -414,7 +415,7 @@ class Adapters:
             CheckpointError: with `strict`, if something does not fit. Nothing has changed then.
         """
         adapter = self._adapter(name)
-        self._check_not_merged(name)
+        self._model.check_not_merged([name])
         self._model.check_unchanged("load_state_dict", [name])
         with self._model.writing(adapter), self._gathered([adapter], writing=True):
             values, report = match_adapter(adapter, default_registry.method_of(adapter.config), self.model, tensors)
@@ -545,7 +546,7 @@ class Adapters:
             StateError: the adapter is merged or offloaded.
         """
         adapter = self._adapter(name)
-        self._check_not_merged(name)
+        self._model.check_not_merged([name])
         self._model.check_unchanged("swap", [name])
         refuse_fsdp1(self.model)
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
@@ -554,7 +555,8 @@ class Adapters:
         )
         with uninterrupted():
             swap_in(adapter, other, folder, self.model)
-            self._model.renew_labels(adapter)
+            if adapter.labels is not None and self._model.labels_of == name:
+                adapter.labels.apply(self.model)
         cleared = tuple(path for path in adapter.layers if path not in other.layers)
         return SwapReport(name, tuple(other.layers), cleared, tuple(adapter.heads), report.ignored)
 
@@ -592,9 +594,8 @@ class Adapters:
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"merge{names!r} must name adapters, each once. There is {self.names}.")
-        for name in names:
-            self._check_not_merged(name)
-        self._check_not_per_sample("merge")
+        self._model.check_not_merged(names)
+        self._model.check_not_per_sample("merge")
         self._model.check_unchanged("merge", names)
         if keep_base:
             self._check_not_edited("merge")
@@ -626,7 +627,7 @@ class Adapters:
             StateError: nothing is merged, the base was not kept, or a merged module was replaced or edited since.
         """
         self._check_can_unmerge()
-        changed = next(filter(None, map(self._model.what_changed, self.merged)), None)
+        _, changed = self._model.what_changed(self.merged)
         if changed:
             raise StateError(
                 f"unmerge is refused: {changed} The weights that were merged into are gone there. merge_and_detach() "
@@ -667,7 +668,7 @@ class Adapters:
             acting = [self._adapters[name] for name in self._active.heads]
             parting = Parting.of(self.model, heads=acting)
             self._model.labels_of = None  # the label set that the config has now becomes its own
-            self._merged = Merged()
+            self._merged, self._active.merged = Merged(), ()
             take_heads(acting, self.model)
             parting.apply()
             return self.detach()
@@ -838,20 +839,6 @@ class Adapters:
             raise unknown("adapter", name, self._adapters)
         return self._adapters[name]
 
-    def _acting_heads(
-        self, call: str, names: tuple[str, ...], heads: str | None, *, trainable: bool
-    ) -> tuple[str, ...]:
-        """The adapters that provide the acting heads when these are active, after checking that they can be active."""
-        adapters = [self._adapter(name) for name in names]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"{call}{names!r} names an adapter twice.")
-        for name in names:
-            self._check_not_merged(name)
-        acting = acting_heads([*map(self._adapter, self.merged), *adapters], heads)
-        if trainable:
-            self._attached.check_unchanged(call, names)
-        return acting
-
     def _install(self, adapter: Adapter, *, activate: bool = False, trainable: bool = False) -> None:
         """Put a new adapter on the model and let it act, or change nothing."""
         if activate and trainable:
@@ -899,10 +886,6 @@ class Adapters:
         if grows:
             check_can_grow(self.model, name)
 
-    def _check_not_merged(self, name: str) -> None:
-        if name in self.merged:
-            raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")
-
     def _check_heads_not_merged(self, name: str) -> None:
         if name in self._merged.heads:
             raise StateError(
@@ -910,15 +893,8 @@ class Adapters:
                 "without it. Call unmerge() first."
             )
 
-    def _check_not_per_sample(self, call: str) -> None:
-        if self._active.state.rows is not None:
-            raise StateError(
-                f"{call} would change which adapters act, but per_sample chooses them for each row. Leave its block "
-                "first."
-            )
-
     def _check_can_unmerge(self) -> None:
-        self._check_not_per_sample("unmerge")
+        self._model.check_not_per_sample("unmerge")
         if not self.merged:
             raise StateError("Nothing is merged.")
         if not self._merged.keeps_base:
@@ -937,7 +913,7 @@ class Adapters:
             )
 
     def _warn_if_changed(self, name: str, advice: str = "The file holds what was trained there before that.") -> None:
-        changed = self._attached.what_changed(name)
+        _, changed = self._attached.what_changed([name])
         if changed:
             warnings.warn(f"{changed} {advice}", AdapterWarning, stacklevel=3)
 

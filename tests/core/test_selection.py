@@ -326,12 +326,12 @@ def test_the_printed_form_shows_layers_rules_heads_and_what_matched_nothing() ->
     )
     assert str(selection) == (
         "2 layers adapted, 1 modules trained in full\n"
-        "  embed     Embedding(32 -> 8)  by target_modules 'embed'\n"
-        "  layers.0  Linear(8 -> 8)  by target_modules 'layers.0'\n"
-        "  head      trained in full\n"
+        "  embed     Embedding(32 -> 8)  target_modules 'embed'\n"
+        "  layers.0  Linear(8 -> 8)      target_modules 'layers.0'\n"
+        "  head      trained in full     modules_to_save\n"
         "left out:\n"
-        "  layers.1: exclude_modules 'layers.1'\n"
-        "  head: modules_to_save trains 'head' in full\n"
+        "  layers.1  exclude_modules 'layers.1'\n"
+        "  head      modules_to_save trains 'head' in full\n"
         "matched nothing:\n"
         "  target_modules 'nope'\n"
         "  rank_pattern 'none'"
@@ -339,8 +339,8 @@ def test_the_printed_form_shows_layers_rules_heads_and_what_matched_nothing() ->
 
 
 def test_the_printed_form_names_the_default_and_the_regex() -> None:
-    assert "by the default for 'gpt2': target_modules 'c_attn'" in str(select(build("gpt2"), None))
-    assert r"by target_modules '.*\\.q_proj'" in str(select(build("llama"), r".*\.q_proj"))
+    assert "  the default for 'gpt2': target_modules 'c_attn'" in str(select(build("gpt2"), None))
+    assert r"  target_modules '.*\\.q_proj'" in str(select(build("llama"), r".*\.q_proj"))
 
 
 def test_select_changes_nothing() -> None:

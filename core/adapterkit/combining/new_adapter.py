@@ -103,7 +103,7 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
     first: dict[int, Tensor] = {}
     for path, head in adapter.heads.items():  # heads that share a tensor get one parameter
         for local, slot in module_slots(head):
-            slot.restore(first.setdefault(id(changes.heads[path][local]), slot.tensor))
+            slot.assign(first.setdefault(id(changes.heads[path][local]), slot.tensor))
     adapter.labels, adapter.tables = changes.labels, changes.tables
     return adapter
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
-from torch import Tensor, nn
+from torch import nn
 
-from adapterkit.contract import SHARED, Shared, unwrapped_key
-from adapterkit.errors import StateError
-from adapterkit.forward import Active, PerAdapter, State, calls_adapters, checkpointing, lock
-from adapterkit.model.adapter import Adapter
+from adapterkit.contract import SHARED
+from adapterkit.errors import ConfigError, StateError
+from adapterkit.forward import Active, PerAdapter, State, checkpointing, lock
+from adapterkit.model.adapter import Adapter, acting_heads
 from adapterkit.model.heads import LabelSet
-from adapterkit.model.modules import BaseModules, base_parameters
+from adapterkit.model.modules import BaseModules, base_parameters, inside
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
 from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted
@@ -40,7 +40,6 @@ class AdaptedModel:
         self._labels = LabelSet.of(model)
         self._trained: list[str] | None = None
         self._entries: Entries | None = None
-        self._places: dict[str, Places] = {}
 
     # Adapters come and go
 
@@ -48,7 +47,12 @@ class AdaptedModel:
         """Put an adapter on the model. The first one freezes the base."""
         self._use_equal_shared_tensors(adapter)  # may fail, unlike what follows
         if self._trained is None:
-            self._freeze()
+            parameters = list(base_parameters(self.model))
+            self._trained = [name for name, p in parameters if p.requires_grad]
+            self.size = size_of({p for _, p in parameters})
+            for _, parameter in parameters:
+                parameter.requires_grad_(False)
+            checkpointing.wrap()
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
         self._register(adapter)
@@ -76,25 +80,15 @@ class AdaptedModel:
 
     def _register(self, adapter: Adapter) -> None:
         adapter.install(self.active)
-        self._places[adapter.name] = Places(adapter, self.model)
         self._register_shared_tensors(adapter)
 
     def _unregister(self, adapter: Adapter) -> None:
         adapter.uninstall()
-        del self._places[adapter.name]
         container = self.model._modules.get(SHARED)
         if adapter.shared is not None and container is not None:
             del container._modules[adapter.name]
             if not container._modules:
                 del self.model._modules[SHARED]
-
-    def _freeze(self) -> None:
-        parameters = list(base_parameters(self.model))
-        self._trained = [name for name, p in parameters if p.requires_grad]
-        self.size = size_of({p for _, p in parameters})
-        for _, parameter in parameters:
-            parameter.requires_grad_(False)
-        checkpointing.wrap()
 
     def restore(self) -> None:
         """Give the model back what the first adapter changed."""
@@ -120,7 +114,7 @@ class AdaptedModel:
         if adapter.shared is None:
             yield
             return
-        if any(module is adapter.shared for name, module in self._shared().items() if name != adapter.name):
+        if any(other.shared is adapter.shared for other in self.adapters.values() if other is not adapter):
             adapter.share(copy.deepcopy(adapter.shared))
         try:
             yield
@@ -130,9 +124,10 @@ class AdaptedModel:
 
     def _use_equal_shared_tensors(self, adapter: Adapter) -> None:
         own = adapter.shared
-        other = None if own is None else next((o for o in self._shared().values() if o is own or o.equals(own)), None)
-        if other is not None:
-            adapter.share(other)
+        others = (other.shared for other in self.adapters.values() if other is not adapter)
+        equal = next((other for other in others if own is not None and other is not None and other.equals(own)), None)
+        if equal is not None:
+            adapter.share(equal)
 
     def _register_shared_tensors(self, adapter: Adapter) -> None:
         if adapter.shared is not None:
@@ -141,47 +136,46 @@ class AdaptedModel:
                 container = self.model._modules[SHARED] = PerAdapter()
             container._modules[adapter.name] = adapter.shared
 
-    def _shared(self) -> dict[str, Shared]:
-        container = self.model._modules.get(SHARED)
-        found = {} if container is None else container._modules
-        return {name: module for name, module in found.items() if isinstance(module, Shared)}
-
     # What acts and what trains
 
-    def activate(self, names: tuple[str, ...], heads: tuple[str, ...], *, trainable: bool) -> None:
-        """Let these adapters act, in this thread's block or everywhere. Parameters that train nowhere are frozen."""
-        active = self.active
-        block, before = active.in_block, active.state
-        changes_flags = trainable or before.trains or any(a.trains_for_now or a.may_train() for a in self._all())
-        several = changes_flags or len(active.threads) > 1 or self._labels_owner(heads) != self.labels_of
-        # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
-        with uninterrupted() if several else nullcontext(), lock:
-            for name in names if trainable else ():
-                self.adapters[name].train(for_now=block)
-            state = self._state("activate", names, heads, trains=trainable, constant=block and not trainable)
-            active.become(state)
-            if changes_flags:
-                self._freeze_what_need_not_train(None if block else before.trains)
-                if not trainable and any(self.adapters[name].trains_for_now for name in names):
-                    state.constant = True
-            self.follow_labels()
+    def state(self, call: str, adapters: Sequence[Adapter], heads: str | None, *, trains: bool, block: bool) -> State:
+        """The state in which these adapters act. In a block, those that do not train are constants.
 
-    def activated(
-        self, names: tuple[str, ...], heads: tuple[str, ...], *, trainable: bool
-    ) -> AbstractContextManager[None]:
-        """`activate` for a block."""
-        state = self._state("activated", names, heads, trains=trainable, constant=not trainable)
-        return self.block(state, trainable=trainable)
-
-    def _state(
-        self, call: str, names: tuple[str, ...], heads: tuple[str, ...], *, trains: bool, constant: bool
-    ) -> State:
+        Raises:
+            ConfigError: an adapter twice, or two heads for one module and no choice.
+            StateError: an adapter is merged; or one that should train does not act any more at some module. If none
+                should train, the first forward raises this.
+        """
+        names = tuple(adapter.name for adapter in adapters)
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{call}{names!r} names an adapter twice.")
+        self.check_not_merged(names)
+        acting = acting_heads([*map(self.adapters.__getitem__, self.active.merged), *adapters], heads)
+        if trains:
+            self.check_unchanged(call, names)
         before, merged = self.active.state, self.active.merged
         hidden = tuple(name for name in before.asked[0] if name in merged)  # active again after `unmerge`
         trained = tuple(name for name in hidden if name in before.trains) + (names if trains else ())
-        state = State(hidden + names, heads, trained, constant=constant, merged=merged)
+        state = State(hidden + names, acting, trained, constant=block and not trains, merged=merged)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
+
+    def activate(self, state: State, *, trainable: bool) -> None:
+        """Let `state` act, in this thread's block or everywhere. Parameters that train nowhere are frozen."""
+        active, adapters = self.active, self.adapters.values()
+        block, before = active.in_block, active.state
+        changes_flags = trainable or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
+        several = changes_flags or len(active.threads) > 1 or self._labels_owner(state.heads) != self.labels_of
+        # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
+        with uninterrupted() if several else nullcontext(), lock:
+            for name in state.names if trainable else ():
+                self.adapters[name].train(for_now=block)
+            active.become(state)
+            if changes_flags:
+                self._freeze_what_need_not_train(None if block else before.trains)
+                if not trainable and any(self.adapters[name].trains_for_now for name in state.names):
+                    state.constant = True
+            self.follow_labels()
 
     @contextmanager
     def block(self, state: State, *, trainable: bool) -> Iterator[None]:
@@ -202,6 +196,20 @@ class AdaptedModel:
                     self._freeze_what_need_not_train(None)
             if self.attached:
                 self.follow_labels()
+
+    def check_not_merged(self, names: Iterable[str]) -> None:
+        """Raise `StateError` if one of these adapters is merged."""
+        for name in names:
+            if name in self.active.merged:
+                raise StateError(f"Adapter {name!r} is merged into the weights. Call unmerge() first.")
+
+    def check_not_per_sample(self, call: str) -> None:
+        """Raise `StateError` in a `per_sample` block."""
+        if self.active.state.rows is not None:
+            raise StateError(
+                f"{call} would change which adapters act, but per_sample chooses them for each row. Leave its block "
+                "first."
+            )
 
     def check_can_train(self, adapters: Collection[Adapter]) -> None:
         """Raise `StateError` if the processes of a distributed training would train one of these separately."""
@@ -230,7 +238,7 @@ class AdaptedModel:
         """A function that restores what acts and trains now."""
         before, merged = self.active.state, self.active.merged
         heads = before.heads
-        trained = [p for adapter in self._all() for p in adapter.parameters() if p.requires_grad]
+        trained = [p for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad]
 
         def restore() -> None:
             with lock:
@@ -270,9 +278,6 @@ class AdaptedModel:
                     adapter.trains_for_now = []
         self.follow_labels()
 
-    def _all(self) -> Collection[Adapter]:
-        return self.adapters.values()
-
     # The label set
 
     @property
@@ -299,35 +304,31 @@ class AdaptedModel:
     def _labels_owner(self, heads: tuple[str, ...]) -> str | None:
         return next((name for name in reversed(heads) if self.adapters[name].labels is not None), None)
 
-    def renew_labels(self, adapter: Adapter) -> None:
-        """The adapter's label set was replaced."""
-        if adapter.labels is not None and self.labels_of == adapter.name:
-            adapter.labels.apply(self.model)
-
     # Notes
 
-    def changed(self, adapter: Adapter) -> dict[str, str]:
-        """`Places.changed` of this adapter."""
-        return self._places[adapter.name].changed()
+    def what_changed(self, names: Collection[str]) -> tuple[str, str]:
+        """The first of these adapters that does not act any more at some module, and a sentence about it.
 
-    def what_changed(self, name: str) -> str:
-        """A sentence about the modules where the adapter does not act any more; empty if it acts everywhere."""
-        changed = self.changed(self.adapters[name])
-        if not changed:
-            return ""
-        (path, what), *more = changed.items()
-        others = f" (and {len(more)} more: {', '.join(repr(p) for p, _ in more[:3])})" if more else ""
-        return f"{path!r}{others} {what} since adapter {name!r} was added, so the adapter does not act there."
+        Both are empty if all of them act everywhere.
+        """
+        paths_now = BaseModules(self.model).paths_of if names else {}
+        for name in names:
+            changed = self.adapters[name].changed(paths_now)
+            if changed:
+                (path, what), *more = changed.items()
+                others = f" (and {len(more)} more: {', '.join(repr(p) for p, _ in more[:3])})" if more else ""
+                text = f"{path!r}{others} {what} since adapter {name!r} was added, so the adapter does not act there."
+                return name, text
+        return "", ""
 
     def check_unchanged(self, call: str, names: Collection[str]) -> None:
         """Raise `StateError` if one of these adapters does not act any more at some module."""
-        for name in names:
-            changed = self.what_changed(name)
-            if changed:
-                raise StateError(
-                    f"{call} is refused: {changed} Add it again: adapters.remove({name!r}), then add or load it on the "
-                    f"model as it is now. adapters.save({name!r}, folder) keeps what was trained."
-                )
+        name, changed = self.what_changed(names)
+        if changed:
+            raise StateError(
+                f"{call} is refused: {changed} Add it again: adapters.remove({name!r}), then add or load it on the "
+                f"model as it is now. adapters.save({name!r}, folder) keeps what was trained."
+            )
 
     def never_ran(self, adapter: Adapter) -> list[str]:
         """A note if nothing called or read some of the adapter's layers since it was activated, while others ran."""
@@ -354,7 +355,7 @@ class AdaptedModel:
             for module, paths in modules.paths_of.items()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and module.track_running_stats
-            and not any(paths[0] == head or paths[0].startswith(head + ".") for head in adapter.heads)
+            and inside(paths[0], adapter.heads) is None
         ]
         if norms:
             notes.append(
@@ -363,62 +364,3 @@ class AdaptedModel:
                 "them in modules_to_save."
             )
         return notes
-
-
-class Places:
-    """Where an adapter is in the model, and what has become of these modules since.
-
-    A module may be replaced (`model.head = nn.Linear(...)`), deleted or given another class, and its weight another
-    size (`resize_token_embeddings`). Modules that were wrapped or moved are still the model's, and the adapter acts.
-    """
-
-    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
-        self.adapter, self.model = adapter, model
-        self._paths = {path: (path, *adapter.aliases.get(path, ())) for path in adapter.hosts}
-        self._sizes = {path: _size(host) for path, host in adapter.hosts.items()}
-        # Each step on the way to a module. As long as these hold, nothing was replaced.
-        self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module | None]] = {}
-        for path in (path for paths in self._paths.values() for path in paths):
-            module: nn.Module | None = model
-            for name in path.split("."):
-                if module is None:
-                    break
-                child = module._modules.get(name)
-                self._steps[id(module), name] = module, name, child
-                module = child
-
-    def changed(self) -> dict[str, str]:
-        """What happened to each module where the adapter does not act any more, to follow `"'path' "` in a sentence."""
-        in_place = all(parent._modules.get(name) is child for parent, name, child in self._steps.values())
-        paths_now = None if in_place else BaseModules(self.model).paths_of
-        found = {}
-        for path, host in self.adapter.hosts.items():
-            before, weight = self._sizes[path], host._parameters.get("weight")
-            now = before if weight is None or weight.shape == before else _size(host)
-            if paths_now is not None and not _is_still_there(paths_now.get(host, []), self._paths[path]):
-                found[path] = "was replaced"
-            elif not calls_adapters(host):
-                found[path] = f"was given another class ({type(host).__name__})"
-            elif before and now and before != now:
-                found[path] = f"has another weight, of shape {now} in place of {before}: it was replaced"
-            elif path in self.adapter.layers and (what := self.adapter.layers[path].kind.changed(host)) is not None:
-                found[path] = f"has {what}"
-        for container, path, part in self.adapter.parts():
-            parts = self.adapter.hosts[path]._modules.get(container)
-            if path not in found and (parts is None or parts._modules.get(self.adapter.name) is not part):
-                found[path] = "has another module in place of the adapter's own: it was replaced"
-        return found
-
-
-def _is_still_there(now: Sequence[str], before: Sequence[str]) -> bool:
-    """Whether a module is at all of its paths, perhaps wrapped, or at new paths alone, because it was moved."""
-    kept = [any(unwrapped_key(p) == path or p.startswith(path + ".") for p in now) for path in before]
-    return all(kept) or bool(now and not any(kept))
-
-
-def _size(module: nn.Module) -> tuple[int, ...] | None:
-    """The shape of the weight; `None` if there is none, or it is packed or in pieces, so that its shape varies."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
-        return None
-    return tuple(weight.shape) if weight.is_floating_point() and weight.dim() > 1 else None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer, Shared
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer, Shared, unwrapped_key
 from adapterkit.errors import AdapterWarning, ConfigError, unknown
-from adapterkit.forward import Active, BiasLayer, Path, install, let_read, stop_reading, uninstall
+from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install, let_read, stop_reading, uninstall
 from adapterkit.model.heads import LabelSet
-from adapterkit.model.modules import modules_below
+from adapterkit.model.modules import inside, modules_below
 from adapterkit.results import AdapterStatus
 from adapterkit.tensors import gradients, size_of
 
@@ -25,6 +25,7 @@ class Adapter:
     Attributes:
         hosts: the modules of the model that it adapts, by path.
         aliases: the other paths of hosts that several paths lead to, by path.
+        sizes: the shapes of the hosts' weights when it was installed, by path.
         readers: modules of the model that read the weights of hosts instead of calling them, and the paths from there.
         tables: the heads that are the base's embeddings, saved because the vocabulary was resized.
         labels: the label set of its heads; `None` if it has none of its own.
@@ -38,6 +39,7 @@ class Adapter:
     config: AdapterConfig
     hosts: dict[str, nn.Module] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     heads: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, BiasLayer] = field(default_factory=dict)
@@ -49,17 +51,27 @@ class Adapter:
     trains_for_now: list[nn.Parameter] = field(default_factory=list)
     trained_before: list[nn.Parameter] = field(default_factory=list)
 
-    def share(self, shared: Shared) -> None:
-        """Have all layers use this module."""
-        self.shared = shared
-        for layer in self.layers.values():
-            layer.__dict__["shared"] = shared
+    # What it consists of
 
     def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
         """`(container, path, module)` of everything that is installed at its hosts."""
         for container, group in ((LAYERS, self.layers), (HEADS, self.heads), (BIASES, self.biases)):
             for path, module in group.items():
                 yield container, path, module
+
+    def places(self, path: str) -> list[str]:
+        """Every path of the host at `path`, this one first."""
+        return [path, *self.aliases.get(path, ())]
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module that is the adapter's, shared tensors included."""
+        shared = () if self.shared is None else (self.shared,)
+        return modules_below((*(part for _, _, part in self.parts()), *shared))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter, once."""
+        held = [p for module in self.modules() for p in module._parameters.values() if p is not None]
+        return list(dict.fromkeys(held))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
@@ -69,52 +81,20 @@ class Adapter:
             for local, parameter in module.named_parameters():
                 yield f"{path}.{local}", parameter
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Every parameter, once."""
-        held = [p for module in self.modules() for p in module._parameters.values() if p is not None]
-        return list({id(p): p for p in held}.values())
+    def state_dict_keys(self) -> Iterator[str]:
+        """Every key of the adapter in the model's own state dict."""
+        for container, path, module in self.parts():
+            for place in self.places(path):
+                yield from module.state_dict(prefix=f"{place}.{container}.{self.name}.", keep_vars=True)
+        if self.shared is not None:
+            yield from self.shared.state_dict(prefix=f"{SHARED}.{self.name}.", keep_vars=True)
 
-    def modules(self) -> Iterator[nn.Module]:
-        """Every module that is the adapter's, shared tensors included."""
-        shared = () if self.shared is None else (self.shared,)
-        return modules_below((*self.layers.values(), *self.heads.values(), *self.biases.values(), *shared))
-
-    def trains(self) -> bool:
-        """Whether any parameter requires a gradient."""
-        return any(p.requires_grad for module in self.modules() for p in module._parameters.values() if p is not None)
-
-    def may_train(self) -> bool:
-        """`trains()` by the first and the last part alone, so that the cost does not depend on the number of layers.
-
-        It notices a user who sets `requires_grad` on the whole model. `trains_for_now` lists what adapterkit has set.
-        """
-        for held in self._first_and_last:
-            for parameter in held.values():
-                if parameter is not None and parameter.requires_grad:
-                    return True
-        return False
-
-    @cached_property
-    def _first_and_last(self) -> list[dict[str, nn.Parameter | None]]:
-        """The parameters of the first and the last part, by module."""
-        parts = [*self.layers.values(), *self.heads.values(), *self.biases.values()]
-        ends = dict.fromkeys((parts[0], parts[-1])) if parts else ()
-        return [module._parameters for module in modules_below(ends) if module._parameters]
-
-    def train(self, *, for_now: bool) -> None:
-        """Let all parameters require gradients, for good or until `freeze`."""
-        self.trained_before, enabled = [], gradients.enable(self.parameters())
-        self.trains_for_now = [*self.trains_for_now, *enabled] if for_now else []
-
-    def train_again(self) -> None:
-        """Let the parameters that `freeze` froze require gradients, for now."""
-        self.trains_for_now += gradients.enable(self.trained_before)
-        self.trained_before = []
-
-    def freeze(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
-        frozen, self.trains_for_now = gradients.disable(parameters)
-        self.trained_before = [*self.trained_before, *frozen]
+    def tie_numbers(self) -> dict[str, int]:
+        """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
+        found: dict[str, int] = {}
+        for path, head in self.heads.items():
+            found |= dict.fromkeys(self.places(path), id(next(head.parameters(), head)))
+        return found
 
     def status(self, *, active: bool, merged: bool, notes: tuple[str, ...] = ()) -> AdapterStatus:
         """The adapter's row in the table of `Adapters.status`."""
@@ -134,26 +114,17 @@ class Adapter:
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         )
 
-    def state_dict_keys(self) -> Iterator[str]:
-        """Every key of the adapter in the model's own state dict."""
-        for container, path, module in self.parts():
-            for place in (path, *self.aliases.get(path, ())):
-                for local in module.state_dict(keep_vars=True):
-                    yield f"{place}.{container}.{self.name}.{local}"
-        if self.shared is not None:
-            for local in self.shared.state_dict(keep_vars=True):
-                yield f"{SHARED}.{self.name}.{local}"
+    # On the model
 
-    def tie_numbers(self) -> dict[str, int]:
-        """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
-        found: dict[str, int] = {}
-        for path, head in self.heads.items():
-            number = id(next(head.parameters(), head))
-            found |= dict.fromkeys((path, *self.aliases.get(path, ())), number)
-        return found
+    def share(self, shared: Shared) -> None:
+        """Have all layers use this module."""
+        self.shared = shared
+        for layer in self.layers.values():
+            layer.__dict__["shared"] = shared
 
     def install(self, active: Active) -> None:
         """Register every part at its host."""
+        self.sizes = {path: _size(host) for path, host in self.hosts.items()}
         let_read(self.readers, self.name)
         for container, path, module in self.parts():
             install(self.hosts[path], path, container, self.name, module, active)
@@ -164,40 +135,105 @@ class Adapter:
             uninstall(self.hosts[path], container, self.name)
         stop_reading(self.readers, self.name)
 
+    def changed(self, paths_now: Mapping[nn.Module, Sequence[str]]) -> dict[str, str]:
+        """What happened to each module where the adapter does not act any more, to follow `"'path' "` in a sentence.
+
+        A module may be replaced (`model.head = nn.Linear(...)`), deleted or given another class, and its weight another
+        size (`resize_token_embeddings`). In modules that were wrapped or moved the adapter still acts.
+
+        Args:
+            paths_now: the paths of the model's modules.
+        """
+        found = {}
+        for path, host in self.hosts.items():
+            before, size, now = self.sizes[path], _size(host), paths_now.get(host, ())
+            places = self.places(path)
+            kept = [any(unwrapped_key(p) == place or inside(p, [place]) for p in now) for place in places]
+            if not now or any(kept) != all(kept):  # if it was moved, none of its paths is kept
+                found[path] = "was replaced"
+            elif not calls_adapters(host):
+                found[path] = f"was given another class ({type(host).__name__})"
+            elif before and size and before != size:
+                found[path] = f"has another weight, of shape {size} in place of {before}: it was replaced"
+            elif path in self.layers and (what := self.layers[path].kind.changed(host)) is not None:
+                found[path] = f"has {what}"
+        for container, path, part in self.parts():
+            parts = self.hosts[path]._modules.get(container)
+            if path not in found and (parts is None or parts._modules.get(self.name) is not part):
+                found[path] = "has another module in place of the adapter's own: it was replaced"
+        return found
+
+    # What trains
+
+    def trains(self) -> bool:
+        """Whether any parameter requires a gradient."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def may_train(self) -> bool:
+        """`trains()` by the first and the last part alone, so that the cost does not depend on the number of layers.
+
+        It notices a user who sets `requires_grad` on the whole model. `trains_for_now` lists what adapterkit has set.
+        """
+        return any(p is not None and p.requires_grad for held in self._first_and_last for p in held.values())
+
+    @cached_property
+    def _first_and_last(self) -> list[dict[str, nn.Parameter | None]]:
+        """The parameters of the first and the last part, by module."""
+        parts = [module for _, _, module in self.parts()]
+        return [module._parameters for module in modules_below((*parts[:1], *parts[-1:])) if module._parameters]
+
+    def train(self, *, for_now: bool) -> None:
+        """Let all parameters require gradients, for good or until `freeze`."""
+        self.trained_before, enabled = [], gradients.enable(self.parameters())
+        self.trains_for_now = [*self.trains_for_now, *enabled] if for_now else []
+
+    def train_again(self) -> None:
+        """Let the parameters that `freeze` froze require gradients, for now."""
+        self.trains_for_now += gradients.enable(self.trained_before)
+        self.trained_before = []
+
+    def freeze(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
+        frozen, self.trains_for_now = gradients.disable(parameters)
+        self.trained_before = [*self.trained_before, *frozen]
+
+
+def _size(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight; `None` if there is none, or it is packed or in pieces, so that its shape varies."""
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
+        return None
+    return tuple(weight.shape) if weight.is_floating_point() and weight.dim() > 1 else None
+
 
 def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, ...]:
     """The adapters that provide the acting heads when all of these are active; the last one wins: the chosen one.
+
+    A head replaces its module, so a warning names what other adapters change inside: it does not act.
 
     Raises:
         UnknownNameError: the chosen one is not among them.
         ConfigError: two have a head at one module, and none is chosen.
     """
-    if chosen is not None and chosen not in [r.name for r in adapters]:
-        raise unknown("active adapter", chosen, [r.name for r in adapters])
+    if chosen is not None and chosen not in [adapter.name for adapter in adapters]:
+        raise unknown("active adapter", chosen, [adapter.name for adapter in adapters])
     owners: dict[str, str] = {}
-    for adapter in adapters:
-        for path in adapter.heads:
-            other = owners.setdefault(path, adapter.name)
-            if other != adapter.name and chosen is None:
-                raise ConfigError(
-                    f"{other!r} and {adapter.name!r} each have their own {path!r}, and only one can act. Say which: "
-                    f"heads={other!r}."
-                )
-    for head, owner in owners.items():
-        _warn_of_replaced(head, owner, adapters)
-    return tuple(sorted((r.name for r in adapters if r.heads), key=lambda name: name == chosen))
-
-
-def _warn_of_replaced(head: str, owner: str, adapters: Sequence[Adapter]) -> None:
-    """A head replaces its module, so other adapters' layers inside that module do not act."""
-    for adapter in adapters:
-        if adapter.name == owner or head in adapter.heads:
-            continue
-        inside = [p for p in (*adapter.layers, *adapter.biases) if p == head or p.startswith(head + ".")]
-        if inside:
-            warnings.warn(
-                f"While {owner!r} has its head at {head!r}, what {adapter.name!r} changes at {inside[0]!r} "
-                "does not act.",
-                AdapterWarning,
-                stacklevel=4,
+    for path, name in [(path, adapter.name) for adapter in adapters for path in adapter.heads]:
+        other = owners.setdefault(path, name)
+        if other != name and chosen is None:
+            raise ConfigError(
+                f"{other!r} and {name!r} each have their own {path!r}, and only one can act. Say which: "
+                f"heads={other!r}."
             )
+    for head, owner in owners.items():
+        for adapter in adapters:
+            changed = () if head in adapter.heads else (*adapter.layers, *adapter.biases)
+            lost = next((path for path in changed if inside(path, [head])), None)
+            if lost is not None:
+                warnings.warn(
+                    f"While {owner!r} has its head at {head!r}, what {adapter.name!r} changes at {lost!r} "
+                    "does not act.",
+                    AdapterWarning,
+                    stacklevel=4,
+                )
+    return tuple(sorted((adapter.name for adapter in adapters if adapter.heads), key=lambda name: name == chosen))

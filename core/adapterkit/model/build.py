@@ -7,7 +7,7 @@ so that files are read without a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Shared, Target, beside, default_registry
-from adapterkit.errors import CheckpointError, PluginError, SelectionError, StateError
+from adapterkit.errors import CheckpointError, PluginError, SelectionError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -30,10 +30,10 @@ from adapterkit.forward import (
 )
 from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
-from adapterkit.model.modules import BaseModules, Uncalled, tensors_below
-from adapterkit.model.selection import Match, Selection
+from adapterkit.model.modules import BaseModules, inside
+from adapterkit.model.selection import Selection
 from adapterkit.results import LoadReport, Mismatch
-from adapterkit.tensors import Slot, apart, execution_device, is_fsdp, module_slots, real_value, reshard
+from adapterkit.tensors import Slot, apart, execution_device, module_slots, real_value, reshard
 
 Tensors = Mapping[str, Tensor]
 
@@ -68,13 +68,12 @@ class Fit:
             CheckpointError: a tensor of whole numbers where floating ones are needed.
         """
         slots, values = dict(module_slots(module)), []
-        extra = [local for local in given if local not in slots]
-        # Buffers that no file needs: `setup` makes them.
-        shared = isinstance(module, Shared)
-        made_again = [n for n, _ in module.named_buffers() if n not in slots] if extra or shared else []
-        for local in extra:
-            (self.ignored if local in made_again else self.unexpected).append(place + local)
-        self.exempt += [place + local for local in made_again if shared and local not in given]
+        made_again = [local for local, _ in module.named_buffers() if local not in slots]  # `setup` makes them
+        for local in given:
+            if local not in slots:
+                (self.ignored if local in made_again else self.unexpected).append(place + local)
+        if isinstance(module, Shared):
+            self.exempt += [place + local for local in made_again if local not in given]
         for local, slot in slots.items():
             slot.key = key = place + local
             own, tensor = slot.tensor, given.get(local)
@@ -108,13 +107,10 @@ class Fit:
     def report(self, order: Iterable[str] = ()) -> LoadReport:
         """What users get. Keys of tensors that were given are in this order."""
         places = {key: i for i, key in enumerate(order)}
-        return LoadReport(
-            missing=tuple(self.missing),
-            unexpected=tuple(sorted(self.unexpected, key=lambda key: places.get(key, len(places)))),
-            mismatched=tuple(sorted(self.mismatched, key=lambda m: places.get(m.key, len(places)))),
-            exempt=tuple(self.exempt),
-            ignored=tuple(self.ignored),
-        )
+        unexpected = sorted(self.unexpected, key=lambda key: places.get(key, len(places)))
+        mismatched = sorted(self.mismatched, key=lambda m: places.get(m.key, len(places)))
+        exempt, ignored = tuple(self.exempt), tuple(self.ignored)
+        return LoadReport(tuple(self.missing), tuple(unexpected), tuple(mismatched), exempt, ignored)
 
 
 def by_layer(
@@ -143,14 +139,12 @@ def beside_layers(adapter: Adapter, tensors: dict[str, Tensor]) -> Iterator[tupl
     """Each head and trained bias, with what its keys begin with and its tensors, which are taken out of `tensors`."""
     for path, module in (*adapter.heads.items(), *adapter.biases.items()):
         ending = beside(path, adapter.layers).removeprefix(path)
-        places = [other + ending for other in (path, *adapter.aliases.get(path, ()))]
+        places = [other + ending for other in adapter.places(path)]
         held: dict[str, Tensor] = {}
         for place in places:
-            if isinstance(module, BiasLayer):
-                keys = [f"{place}.bias"] if f"{place}.bias" in tensors else []
-            else:
-                keys = [key for key in tensors if key.startswith(f"{place}.")]
-            held |= {key.removeprefix(f"{place}."): tensors.pop(key) for key in keys}
+            keys = [f"{place}.bias"] if isinstance(module, BiasLayer) else list(tensors)
+            inside = [key for key in keys if key in tensors and key.startswith(f"{place}.")]
+            held |= {key.removeprefix(f"{place}."): tensors.pop(key) for key in inside}
         yield f"{places[0]}.", module, held
 
 
@@ -181,14 +175,8 @@ class LayerBuilder:
             PluginError: the method broke its contract.
         """
         layer = self._injected(target, shared)
-        if target.file is None:
-            return layer
-        self.fit.assign(layer, target.file, f"{target.path}.", target.device, cast=self.cast)
-        devices = {tensor.device for tensor in tensors_below([layer])}
-        if target.device.type != "meta" and devices != {target.device}:
-            if torch.device("meta") in devices:
-                _complete(layer, self._injected(dataclasses.replace(target, file=None), shared))
-            layer.to(target.device)
+        if target.file is not None:
+            self._fill(layer, target, lambda: self._injected(dataclasses.replace(target, file=None), shared))
         return layer
 
     def shared(
@@ -205,20 +193,10 @@ class LayerBuilder:
         dtype, device = reduce(torch.promote_types, (target.dtype for target in targets)), targets[0].device
         root = Target("", model, targets[0].kind, dtype, device, tensors)
         module = self.method.guarded("shared", made, targets, self.config, root)
-        names = (*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers()))
-        wrong = [name for name in names if not self.rule.owns(name)]
-        if wrong:
-            raise PluginError(
-                f"The method {self.method.name!r} ({self.method.provider}): its {made.__name__} made {wrong[0]!r}; "
-                f"every shared tensor's name must begin with its prefix {self.rule.prefix!r}."
-            )
+        self._check_names(module, made.__name__, "shared tensor's name")
         if tensors is not None:
-            self.fit.assign(module, tensors, "", device, cast=self.cast)
-            if device.type != "meta":
-                if any(tensor.is_meta for tensor in tensors_below([module])):
-                    fresh = [dataclasses.replace(target, file=None) for target in targets]
-                    _complete(module, made(fresh, self.config, dataclasses.replace(root, file=None)))
-                module.to(device)
+            fresh, alone = [dataclasses.replace(t, file=None) for t in targets], dataclasses.replace(root, file=None)
+            self._fill(module, root, lambda: made(fresh, self.config, alone))
         return module
 
     def _injected(self, target: Target, shared: Shared | None) -> AdapterLayer:
@@ -229,24 +207,31 @@ class LayerBuilder:
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
                 "Leave it out with exclude_modules."
             )
-        if not all(map(self.rule.owns, (*layer._parameters, *layer._buffers, *layer._modules))):
-            names = [n for n, _ in layer.named_parameters()] + [n for n, _ in layer.named_buffers()]
-            wrong = [n for n in names if not self.rule.owns(n)]  # a module without parameters is called as it likes
-            if wrong:
-                raise PluginError(
-                    f"The method {self.method.name!r} ({self.method.provider}): its hook inject made {wrong[0]!r} for "
-                    f"{target.path!r}; every parameter and buffer must begin with its prefix {self.rule.prefix!r}."
-                )
+        self._check_names(layer, "hook inject", "parameter and buffer", f" for {target.path!r}")
         layer.__dict__["method"] = self.method.name
         return layer
 
+    def _check_names(self, module: nn.Module, maker: str, what: str, where: str = "") -> None:
+        for name, _ in (*module.named_parameters(), *module.named_buffers()):
+            if not self.rule.owns(name):
+                raise PluginError(
+                    f"The method {self.method.name!r} ({self.method.provider}): its {maker} made {name!r}{where}; "
+                    f"every {what} must begin with its prefix {self.rule.prefix!r}."
+                )
 
-def _complete(module: nn.Module, fresh: nn.Module) -> None:
-    """Give every tensor without values the fresh module's: buffers that no file holds, too."""
-    for own, new in zip(module.modules(), fresh.modules(), strict=True):
-        groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
-        for held, made in groups:
-            held.update({name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta})
+    def _fill(self, module: nn.Module, target: Target, fresh: Callable[[], nn.Module]) -> None:
+        """Give a new module the tensors of `target.file`, and what these lack from a fresh one with initial values."""
+        assert target.file is not None
+        place = f"{target.path}." if target.path else ""
+        self.fit.assign(module, target.file, place, target.device, cast=self.cast)
+        if target.device.type == "meta":
+            return
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            for own, new in zip(module.modules(), fresh().modules(), strict=True):
+                groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
+                for held, made in groups:
+                    held |= {name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta}
+        module.to(target.device)
 
 
 def build_adapter(
@@ -277,44 +262,34 @@ def build_adapter(
     adapter = Adapter(name, builder.config)
     paths = {path: m.path for m in selection.targets for path in (*modules.paths_of[m.module], m.path)}
     layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
-    held, targets = None, []
+    targets = []
     for match in selection.targets:
         _add_host(adapter, modules, match.path, match.module, active)
-        targets.append(_target(match, dtype, device, None if rest is None else layers.get(match.path, {})))
-    if rest is not None:
-        known = builder.rule.is_shared if builder.method.shared is not None else lambda key: False
-        held = {key: rest.pop(key) for key in list(rest) if known(key)}
-    adapter.shared = builder.shared(targets, held, modules.model)
-    if adapter.shared is not None:
+        weight: Any = match.module.weight
+        at = device or execution_device(match.module, weight)
+        file = None if rest is None else layers.get(match.path, {})
+        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(weight.dtype), at, file))
+    if builder.method.shared is not None:
         check_free_root(modules.model)
+        held = None if rest is None else {key: rest.pop(key) for key in list(rest) if builder.rule.is_shared(key)}
+        adapter.shared = builder.shared(targets, held, modules.model)
     for target in targets:
         adapter.layers[target.path] = builder.layer(target, adapter.shared)
     for path in selection.heads:
         module = modules.model.get_submodule(path)
-        if is_fsdp(module):
-            raise StateError(
-                f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
-                "it. Add the adapter before fully_shard."
-            )
         _add_host(adapter, modules, path, module, active)
         adapter.heads[path] = copy_head(module, path)
         widen(adapter.heads[path])
     notes = _add_biases(adapter, modules, active)
     adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
     if rest is not None:
-        for place, module, held in beside_layers(adapter, rest):
-            if not isinstance(module, BiasLayer):
-                adopt_rows(module, held)
-            builder.fit.assign(module, held, place, None, cast=builder.cast or not isinstance(module, BiasLayer))
+        for place, part, given in beside_layers(adapter, rest):
+            head = not isinstance(part, BiasLayer)
+            if head:
+                adopt_rows(part, given)
+            builder.fit.assign(part, given, place, None, cast=builder.cast or head)
         builder.fit.unexpected += rest
     return adapter, notes
-
-
-def _target(match: Match, dtype: torch.dtype | None, device: torch.device | None, file: Tensors | None) -> Target:
-    weight = match.module.weight
-    assert isinstance(weight, Tensor)
-    dtype = dtype or trained_dtype(weight.dtype)
-    return Target(match.path, match.module, match.kind, dtype, device or execution_device(match.module, weight), file)
 
 
 def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:
@@ -329,18 +304,18 @@ def _add_biases(adapter: Adapter, modules: BaseModules, active: Active) -> list[
     which = adapter.config.trained_biases
     if which == "none":
         return []
-    uncalled, skipped = Uncalled(modules), []
+    skipped: list[str] = []
     seen: set[Any] = set()
     for module, paths in modules.paths_of.items():
         path, bias = paths[0], module._parameters.get("bias")
         if not isinstance(getattr(module, "bias", None), Tensor) or (which == "targets" and path not in adapter.layers):
             continue
-        if any(path == h or path.startswith(h + ".") for h in adapter.heads):
+        if inside(path, adapter.heads) is not None:
             continue
         trailing = bias_place(original_class(module), default_registry.kind_of(module))
         if trailing is None and bias is None:  # a buffer that is called so, such as a mask
             continue
-        if trailing is None or bias is None or bias in seen or uncalled.reason(path, module):
+        if trailing is None or bias is None or bias in seen or modules.why_ignored(module):
             skipped.append(path)
             continue
         seen.add(bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import Names
-from adapterkit.errors import CheckpointError, ConfigError, SelectionError, UnsupportedError, nearest
+from adapterkit.errors import CheckpointError, ConfigError, SelectionError, StateError, UnsupportedError, nearest
 from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
-from adapterkit.model.modules import BaseModules, Uncalled
-from adapterkit.tensors import gathered, hook_objects, remove_hooks
+from adapterkit.model.modules import BaseModules, inside
+from adapterkit.tensors import gathered, hook_objects, is_fsdp, remove_hooks
 
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -43,17 +43,13 @@ def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None
     if modules_to_save == AUTO:
         return task_heads(modules.model)
     names = Names([modules_to_save] if isinstance(modules_to_save, str) else modules_to_save)
-    uncalled = Uncalled(modules)
-    found = []
+    found: list[str] = []
     for module, paths in modules.paths_of.items():
-        matched = [names.match(path) for path in paths]  # all of them: each may use another entry
-        entry = next(filter(None, matched), None)
-        if entry is None:
-            continue
-        reason = uncalled.reason(paths[0], module)
+        matched = list(filter(None, map(names.match, paths)))  # all of them: each may use another entry
+        reason = modules.why_ignored(module) if matched else None
         if reason is not None:
-            raise SelectionError(f"modules_to_save {entry!r} cannot be trained as a copy: {reason}.")
-        found.append(paths[0])
+            raise SelectionError(f"modules_to_save {matched[0]!r} cannot be trained as a copy: {reason}.")
+        found += paths[:1] if matched and inside(paths[0], found) is None else []
     unused = [n for n in names.names if n not in names.used]
     if unused:
         close = [c for n in unused for c in nearest(n, modules.all_paths)]
@@ -62,13 +58,7 @@ def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None
             f"modules_to_save {', '.join(map(repr, unused))} matched no module; an entry is an exact path or a "
             f"suffix at a dot.{hint}"
         )
-    return outermost(found)
-
-
-def outermost(paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths that are inside none of the others."""
-    known = list(paths)
-    return tuple(p for p in known if not any(p.startswith(other + ".") for other in known))
+    return tuple(found)
 
 
 def task_heads(model: nn.Module) -> tuple[str, ...]:
@@ -79,7 +69,7 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
     if not any(c.__name__.endswith(_TASKS) for c in type(model).__mro__):
         return ()
     body = getattr(model, "base_model_prefix", "")
-    children = {n: c for n, c in model.named_children() if any(True for _ in c.parameters())}
+    children = {n: c for n, c in model.named_children() if next(c.parameters(), None) is not None}
     if body in children:
         return tuple(n for n in children if n != body and not isinstance(children[n], nn.ModuleList))
     return tuple(n for n in children if n in _HEAD_NAMES)
@@ -102,7 +92,13 @@ def copy_head(module: nn.Module, path: str) -> nn.Module:
 
     Raises:
         UnsupportedError: it cannot be copied, or the copy could not be trained.
+        StateError: FSDP2 shards it by itself.
     """
+    if is_fsdp(module):
+        raise StateError(
+            f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
+            "it. Add the adapter before fully_shard."
+        )
     # Not to be copied: hooks, which refer to the offloaded weights of the whole model or to the user's own things, and
     # what acts, which refers to all adapters.
     hooks = [hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values()]
@@ -157,8 +153,7 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
             "unknown which one to resize. Resize the model's head before adding the adapter."
         )
     layer = outputs[-1]
-    weight = layer.weight
-    set_rows(layer, torch.empty(new, layer.in_features, dtype=weight.dtype, device=weight.device))
+    set_rows(layer, new)
     for flagged in (layer, *layer._parameters.values()):
         if flagged is not None and hasattr(flagged, "_is_hf_initialized"):
             del flagged._is_hf_initialized
@@ -169,13 +164,11 @@ def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Modu
             initialise(layer)
 
 
-def set_rows(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Replace a linear layer's parameters by ones with another number of rows."""
-    layer.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        fresh = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
-        layer.bias = nn.Parameter(fresh)
-    layer.out_features = weight.shape[0]
+def set_rows(layer: nn.Linear, rows: int) -> None:
+    """Replace a linear layer's parameters by ones with another number of rows, without values."""
+    for name, own in layer.named_parameters():
+        setattr(layer, name, nn.Parameter(own.new_empty(rows, *own.shape[1:])))
+    layer.out_features = rows
 
 
 def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -193,8 +186,7 @@ def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             continue
         fits = weight.shape[1] == layer.in_features and weight.shape[0] > 0
         if fits and (layer.bias is None or (bias is not None and bias.shape == weight.shape[:1])):
-            own = layer.weight
-            set_rows(layer, torch.empty(weight.shape, dtype=own.dtype, device=own.device))
+            set_rows(layer, weight.shape[0])
 
 
 def labels_of_new_head(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 
 from adapterkit.forward import PerAdapter
+
+# The name of a table in an encoder-decoder, and its name in the encoder and the decoder.
+_GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
 
 
 class BaseModules:
@@ -31,13 +35,40 @@ class BaseModules:
         """Every path of every module."""
         return [path for paths in self.paths_of.values() for path in paths]
 
+    def why_ignored(self, module: nn.Module) -> str | None:
+        """Why an adapter at this module would not act, because nothing calls it; `None` if it would act."""
+        if module in self._unused_tables:
+            return self._unused_tables[module]
+        if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
+            return f"a {type(module).__name__} is a container, whose forward is never called"
+        return None
+
+    @cached_property
+    def _unused_tables(self) -> dict[nn.Module, str]:
+        """Tables of an encoder-decoder that only share their parameters with the tables that its stacks call.
+
+        In transformers 4 the stacks use these tables themselves; since 5 nothing calls or reads them.
+        """
+        unused: dict[nn.Module, str] = {}
+        for model in (self.model, *self.paths_of):
+            for name, inner in _GIVEN.items() if hasattr(type(model), "base_model_prefix") else ():
+                table = model._modules.get(name)
+                called = [t for stack in model.children() if (t := stack._modules.get(inner)) is not None]
+                if table is not None and called and not any(t is table for t in called):
+                    paths = " and ".join(repr(self.paths_of[t][0]) for t in called)
+                    reason = f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"
+                    unused |= dict.fromkeys(table.modules(), reason)
+        return unused
+
 
 def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under each of its paths, with the root, without what adapters own."""
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, PerAdapter):
-            yield from named_modules(child, f"{path}.{name}" if path else name)
+    left = [(path, module)]
+    while left:  # no recursion, which models of hundreds of levels would not survive
+        path, module = left.pop()
+        yield path, module
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items()]
+        left += [(name, child) for name, child in reversed(children) if not isinstance(child, PerAdapter | None)]
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -57,56 +88,12 @@ def modules_below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     while left:
         module = left.pop()
         yield module
-        if module._modules:
-            left += [child for child in module._modules.values() if child is not None]
+        left += [child for child in module._modules.values() if child is not None]
 
 
-def tensors_below(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """The parameters and buffers of `modules_below`."""
-    for module in modules_below(modules):
-        for held in (module._parameters, module._buffers):
-            for tensor in held.values():
-                if tensor is not None:
-                    yield tensor
-
-
-# The name of a table in an encoder-decoder, and its name in the encoder and the decoder.
-_GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
-
-
-class Uncalled:
-    """Modules that are never called, so that an adapter there would be ignored."""
-
-    def __init__(self, modules: BaseModules) -> None:
-        self._unused: dict[nn.Module, str] = {}
-        for module in (modules.model, *modules.paths_of):
-            if hasattr(type(module), "base_model_prefix"):  # transformers'
-                self._unused |= _unused_tables(modules, module)
-
-    def reason(self, path: str, module: nn.Module) -> str | None:
-        """Why an adapter at `module` would not act, or `None` if it would."""
-        if module in self._unused:
-            return self._unused[module]
-        if getattr(type(module), "forward", None) is nn.Module.forward:  # scripted ones raise AttributeError
-            return f"a {type(module).__name__} is a container, whose forward is never called"
-        return None
-
-
-def _unused_tables(modules: BaseModules, model: nn.Module) -> dict[nn.Module, str]:
-    """Tables of an encoder-decoder that only share their parameters with the tables that its stacks call.
-
-    In transformers 4 the stacks use these tables themselves; since 5 nothing calls or reads them.
-    """
-    unused: dict[nn.Module, str] = {}
-    for name, inner in _GIVEN.items():
-        table = model._modules.get(name)
-        stacks = [stack for stack in model.children() if inner in stack._modules]
-        called = [t for stack in stacks if (t := stack._modules[inner]) is not None]
-        if table is not None and called and not any(t is table for t in called):
-            paths = " and ".join(repr(modules.paths_of[t][0]) for t in called)
-            reason = f"the model neither calls nor reads it; it calls {paths}, which may be tied to it"
-            unused |= dict.fromkeys(table.modules(), reason)
-    return unused
+def inside(path: str, outer: Iterable[str]) -> str | None:
+    """The first of these paths that `path` is, or is inside."""
+    return next((other for other in outer if path == other or path.startswith(f"{other}.")), None)
 
 
 # Wrappers that only call the model inside, by class name, with the name of that model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from adapterkit.forward import original_class
 from adapterkit.kinds import LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
-from adapterkit.model.modules import BaseModules, Uncalled
-from adapterkit.results import Shown, Table
+from adapterkit.model.modules import BaseModules, inside
+from adapterkit.results import Shown, Table, columns
 
 ALL_LINEAR = "all-linear"
 
@@ -54,24 +54,18 @@ class Selection(Shown):
         return tuple(m.path for m in self.targets)
 
     def __str__(self) -> str:
-        width = max((len(m.path) for m in self.targets), default=0)
-        lines = [self._sentence()]
-        lines += [f"  {m.path:<{width}}  {_describe(m.kind)}  by {m.rule}" for m in self.targets]
-        lines += [f"  {path:<{width}}  trained in full" for path in self.heads]
-        for title, rows in (
-            ("left out:", [f"  {path}: {reason}" for path, reason in self.skipped]),
-            ("matched nothing:", [f"  {rule}" for rule in self.unmatched]),
-        ):
-            lines += [title, *rows] if rows else []
+        sentence, tables = self._shown()
+        lines = [sentence]
+        for table in tables:
+            lines += [f"{table.title}:"] if table.title and table.rows else []
+            lines += [f"  {line}" for line in columns([[str(cell) for cell in row] for row in table.rows]).splitlines()]
         return "\n".join(lines)
 
-    def _sentence(self) -> str:
-        return f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"
-
     def _shown(self) -> tuple[str, list[Table]]:
-        rows = [(m.path, _describe(m.kind), m.rule) for m in self.targets]
-        rows += [(path, "", "trained in full") for path in self.heads]
-        return self._sentence(), [
+        kinds = [f"{m.kind.name}({m.kind.in_features} -> {m.kind.out_features})" for m in self.targets]
+        rows = [(m.path, kind, m.rule) for m, kind in zip(self.targets, kinds, strict=True)]
+        rows += [(path, "trained in full", "modules_to_save") for path in self.heads]
+        return f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full", [
             Table(("layer", "kind", "by"), rows),
             Table(("layer", "reason"), self.skipped, "left out"),
             Table(("entry",), [(rule,) for rule in self.unmatched], "matched nothing"),
@@ -96,7 +90,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
-    return _selected(BaseModules(model), config)
+    return _by_rules(BaseModules(model), config)
 
 
 def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
@@ -108,40 +102,98 @@ def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
     method = default_registry.method_of(config)
     paths = method.targets(modules.model, config)
     if paths is None:
-        return _selected(modules, config)
+        return _by_rules(modules, config)
     _check_no_peft(modules)
     by, targets = f"the method {method.name!r}", []
     for path in paths:
         module = modules.model.get_submodule(path)
-        kind = default_registry.kind_of(module)
-        if kind is None:
-            raise SelectionError(_unsupported(path, module, by))
-        targets.append(Match(path, module, kind, by))
+        targets.append(Match(path, module, _kind_of(module, path, by), by))
     if not targets:
         raise SelectionError(f"{by} found no layer to adapt on this {type(modules.model).__name__}.")
     return Selection(tuple(targets), head_paths(modules, config.modules_to_save), (), ())
 
 
-def _selected(modules: BaseModules, config: AdapterConfig) -> Selection:
+def _by_rules(modules: BaseModules, config: AdapterConfig) -> Selection:
     _check_no_peft(modules)
-    heads = head_paths(modules, config.modules_to_save)
-    found, skipped, unmatched = _candidates(modules, config, heads)
-    layers = LayerFilter(config, modules.all_paths)
-    targets = []
-    lost: dict[str, str] = {}
-    for match in found:
-        reason = layers.refuse(match.path)
-        if reason:
-            skipped.append((match.path, reason))
-            lost.setdefault(match.rule, f"{match.rule} ({match.path!r}: {reason})")
-        else:
-            targets.append(match)
+    heads, numbers = head_paths(modules, config.modules_to_save), LayerNumbers(config, modules.all_paths)
+    exclude = Rule("exclude_modules", config.exclude_modules or ())
+    named, unmatched = _named(modules, config)
+    outputs = output_layers(modules.model) if config.target_modules == ALL_LINEAR else None
+    targets: list[Match] = []
+    skipped: list[tuple[str, str]] = []
+    outside: dict[str, str] = {}
+    for module, by in named.items():
+        path, reason = modules.paths_of[module][0], _left_out(module, modules, heads, exclude, outputs)
+        if reason is None:
+            ignored = modules.why_ignored(module)
+            if ignored is not None:
+                raise SelectionError(f"{path!r}, taken by {by}, cannot be adapted: {ignored}. Leave it out.")
+            match, reason = Match(path, module, _kind_of(module, path, by), by), numbers.refuse(path)
+            if reason is None:
+                targets.append(match)
+                continue
+            outside.setdefault(by, f"{by} ({path!r}: {reason})")
+        skipped.append((path, reason))
     if not targets:
-        raise SelectionError(_nothing(modules, config, skipped, unmatched))
+        raise SelectionError(_nothing(modules, config, skipped))
+    unmatched += exclude.unused
     if config.target_modules is not None:  # a default names layers that only some models have
-        unmatched += [entry for rule, entry in lost.items() if rule not in {match.rule for match in targets}]
-    unmatched += layers.unused + _unused_patterns(config, targets)
+        unmatched += [entry for by, entry in outside.items() if by not in {match.rule for match in targets}]
+    unmatched += numbers.unused
+    for field in config.patterns:
+        table: PatternTable = PatternTable(getattr(config, field) or {}, field)
+        for match in targets:
+            table.get(match.path, None)
+        unmatched += table.unused
     return Selection(tuple(targets), heads, tuple(skipped), tuple(unmatched))
+
+
+def _named(modules: BaseModules, config: AdapterConfig) -> tuple[dict[nn.Module, str], list[str]]:
+    """The modules that `target_modules` names, each with the entry that does, and the entries that name none.
+
+    Raises:
+        SelectionError: the config has no `target_modules`, and there is no default for this model.
+    """
+    targets, why = config.target_modules, ""
+    if targets == ALL_LINEAR:
+        kinds = {module: default_registry.kind_of(module) for module in modules.paths_of}
+        linear = [module for module, kind in kinds.items() if kind is not None and kind.all_linear]
+        return dict.fromkeys(linear, f"target_modules {ALL_LINEAR!r}"), []
+    if targets is None:
+        model_type = getattr(getattr(modules.model, "config", None), "model_type", None)
+        targets = config.default_targets.get(str(model_type), defaults.TARGETS.get(str(model_type)))
+        why = f"the default for {model_type!r}: "
+        if targets is None:
+            model = type(modules.model).__name__
+            where = f"model_type {model_type!r}" if model_type else f"{model}, which has no model_type"
+            raise SelectionError(
+                f"There is no default for target_modules on {where}. Name the layers to adapt, for example "
+                f"target_modules={ALL_LINEAR!r} or a list of names such as {_example_names(modules.model)}."
+            )
+    rule, named = Rule("target_modules", targets), {}
+    for module, paths in modules.paths_of.items():
+        matched = list(filter(None, map(rule.match, paths)))  # all of them: each may use another entry
+        if matched:
+            named[module] = why + matched[0]
+    return named, rule.unused
+
+
+def _left_out(
+    module: nn.Module, modules: BaseModules, heads: Sequence[str], exclude: Rule, outputs: Collection[nn.Module] | None
+) -> str | None:
+    """Why a module that `target_modules` names is no target, or `None`.
+
+    Args:
+        outputs: with `"all-linear"` the model's output layers, which it leaves out, as layers that nothing calls.
+    """
+    paths = modules.paths_of[module]
+    head = inside(paths[0], heads)
+    excluded = list(filter(None, map(exclude.match, paths)))
+    if head is not None:
+        return f"modules_to_save trains {head!r} in full"
+    if excluded or outputs is None:
+        return next(iter(excluded), None)
+    return "the output head" if module in outputs else modules.why_ignored(module)
 
 
 def _check_no_peft(modules: BaseModules) -> None:
@@ -157,85 +209,15 @@ def _check_no_peft(modules: BaseModules) -> None:
             )
 
 
-def _candidates(
-    modules: BaseModules, config: AdapterConfig, heads: Sequence[str]
-) -> tuple[list[Match], list[tuple[str, str]], list[str]]:
-    """The layers that only `layers_to_transform` may still leave out, those left out, and entries without a match."""
-    rule, why = _target_rule(modules.model, config)
-    exclude = Rule("exclude_modules", config.exclude_modules) if config.exclude_modules else None
-    uncalled = Uncalled(modules)
-    outputs = output_layers(modules.model)
-    matches: list[Match] = []
-    skipped: list[tuple[str, str]] = []
-    for module, paths in modules.paths_of.items():
-        path = paths[0]
-        kind = default_registry.kind_of(module) if rule is None else None
-        if rule is None:
-            by = why if kind is not None and kind.all_linear else None
-        else:
-            matched = [rule.match(path) for path in paths]  # all of them: each may use another entry
-            by = next((why + entry for entry in matched if entry), None)
-        if by is None:
-            continue
-        reason = _left_out(path, paths, heads, exclude)
-        uncalled_reason = uncalled.reason(path, module)
-        if reason is None and rule is None:
-            reason = "the output head" if module in outputs else uncalled_reason
-        if reason is not None:
-            skipped.append((path, reason))
-            continue
-        if uncalled_reason is not None:
-            raise SelectionError(f"{path!r}, taken by {by}, cannot be adapted: {uncalled_reason}. Leave it out.")
-        kind = kind or default_registry.kind_of(module)
-        if kind is None:
-            raise SelectionError(_unsupported(path, module, by))
-        matches.append(Match(path, module, kind, by))
-    unused = rule.unused if rule else []
-    return matches, skipped, unused + (exclude.unused if exclude else [])
+def _kind_of(module: nn.Module, path: str, by: str) -> LayerKind:
+    """The layer kind of a module that the rule `by` names.
 
-
-def _target_rule(model: nn.Module, config: AdapterConfig) -> tuple[Rule | None, str]:
-    """The rule of `target_modules`, or `None` for every linear layer, and a prefix for the name of the rule."""
-    targets, why = config.target_modules, ""
-    if targets == ALL_LINEAR:
-        return None, f"target_modules {ALL_LINEAR!r}"
-    if targets is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        targets = config.default_targets.get(str(model_type), defaults.TARGETS.get(str(model_type)))
-        why = f"the default for {model_type!r}: "
-        if targets is None:
-            kind = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no model_type"
-            raise SelectionError(
-                f"There is no default for target_modules on {kind}. Name the layers to adapt, for example "
-                f"target_modules={ALL_LINEAR!r} or a list of names such as {_example_names(model)}."
-            )
-    return Rule("target_modules", targets), why
-
-
-def _left_out(path: str, paths: Sequence[str], heads: Sequence[str], exclude: Rule | None) -> str | None:
-    for head in heads:
-        if path == head or path.startswith(head + "."):
-            return f"modules_to_save trains {head!r} in full"
-    if exclude is not None:
-        return next((rule for rule in map(exclude.match, paths) if rule), None)
-    return None
-
-
-def _unused_patterns(config: AdapterConfig, targets: Sequence[Match]) -> list[str]:
-    unused = []
-    for field in config.patterns:
-        table: PatternTable = PatternTable(getattr(config, field) or {}, field)
-        for match in targets:
-            table.get(match.path, None)
-        unused += table.unused
-    return unused
-
-
-def _describe(kind: LayerKind) -> str:
-    return f"{kind.name}({kind.in_features} -> {kind.out_features})"
-
-
-def _unsupported(path: str, module: nn.Module, by: str) -> str:
+    Raises:
+        SelectionError: it has none, so that no method can adapt it.
+    """
+    kind = default_registry.kind_of(module)
+    if kind is not None:
+        return kind
     kinds = ", ".join(kind.name for kind in default_registry.kinds())
     advice = "Leave it out with exclude_modules, or name the layers inside it."
     weight: Any = getattr(module, "weight", None)
@@ -247,7 +229,7 @@ def _unsupported(path: str, module: nn.Module, by: str) -> str:
         advice = f"Its weight is complex ({weight.dtype}). " + advice
     elif isinstance(weight, torch.Tensor) and not weight.is_floating_point():
         advice = f"Its weight is quantised ({weight.dtype}); no installed extension knows that kind. " + advice
-    return (
+    raise SelectionError(
         f"{path!r}, taken by {by}, is a {original_class(module).__name__}, which cannot be adapted "
         f"(layer kinds: {kinds}). {advice}"
     )
@@ -258,30 +240,25 @@ def _example_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(tails))[:4] or ["name"]
 
 
-def _nothing(
-    modules: BaseModules, config: AdapterConfig, skipped: Sequence[tuple[str, str]], unmatched: Sequence[str]
-) -> str:
+def _nothing(modules: BaseModules, config: AdapterConfig, skipped: Sequence[tuple[str, str]]) -> str:
+    """Why there is no target."""
+    wanted = config.target_modules
     if skipped:
         path, reason = skipped[0]
-        return (
-            f"Every layer that {config.target_modules!r} names is left out; {len(skipped)} in all, "
-            f"for example {path!r}: {reason}."
-        )
+        return f"Every layer that {wanted!r} names is left out; {len(skipped)} in all, for example {path!r}: {reason}."
     adaptable = [p for m, paths in modules.paths_of.items() if default_registry.kind_of(m) for p in paths]
     if not adaptable:
         return f"{type(modules.model).__name__} has no layer that can be adapted."
-    wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
-    shown = wanted if isinstance(wanted, str) else names
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
-        f"target_modules {shown!r} matched none of the {len(adaptable)} layers that can be adapted. "
-        f"Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; "
-        "a string is a regular expression for the full path."
+        f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the {len(adaptable)} layers "
+        f"that can be adapted. Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or "
+        "suffixes at a dot; a string is a regular expression for the full path."
     )
 
 
-class LayerFilter:
+class LayerNumbers:
     """Selects by layer number. A stack is the path before a number: `encoder.layer` in `encoder.layer.3.mlp`.
 
     Without `layers_pattern` the first number in a path counts, in any stack. With it, or with a mapping, only the named
@@ -290,81 +267,50 @@ class LayerFilter:
     Args:
         config: its `layers_to_transform` and `layers_pattern` are read.
         paths: every module path of the model, which give the length of each stack.
+
+    Attributes:
+        unused: stacks and numbers that have kept no layer so far.
     """
 
     def __init__(self, config: AdapterConfig, paths: Iterable[str]) -> None:
-        wanted = config.layers_to_transform
-        self._counts = wanted is not None
-        if not self._counts:
-            self._rules: list[_StackRule] = []
-            return
-        self._sizes = _stack_sizes(paths)
+        wanted, pattern = config.layers_to_transform, config.layers_pattern
+        self._counts, self.unused = wanted is not None, list[str]()
+        rows: list[tuple[str | None, str | int | Sequence[int]]] = []
+        self._sizes: dict[str, int] = {}
+        for stack, number in (found for path in paths for found in _numbers(path)):
+            self._sizes[stack] = max(self._sizes.get(stack, 0), number + 1)
         if isinstance(wanted, Mapping):
-            if config.layers_pattern:
+            if pattern:
                 raise ConfigError("layers_to_transform already names its stacks here; leave layers_pattern out.")
-            self._rules = [_StackRule(stack, numbers) for stack, numbers in wanted.items()]
-        else:
-            listed = config.layers_pattern
-            patterns: Sequence[str | None] = [listed] if listed is None or isinstance(listed, str) else listed
-            self._rules = [_StackRule(p, wanted) for p in patterns]
+            rows = list(wanted.items())
+        elif wanted is not None:
+            rows = [(p, wanted) for p in ([pattern] if pattern is None or isinstance(pattern, str) else pattern)]
+        # A name for messages, the stacks, and the numbers to keep there: `None` keeps all.
+        self._rows: list[tuple[str, Pattern | None, Sequence[int] | None]] = []
+        for name, numbers in rows:
+            label = f"layers_to_transform {name!r}" if name else "layers_to_transform"
+            if isinstance(numbers, str) and numbers != "all":
+                raise ConfigError(f"{label}: {numbers!r} is neither 'all' nor a list of layer numbers.")
+            listed = None if isinstance(numbers, str) else [numbers] if isinstance(numbers, int) else list(numbers)
+            stacks = Pattern(rf"(?:.*\.)?(?:{name})", "layers_pattern") if name else None
+            self._rows.append((label, stacks, listed))
+            self.unused += [label] if listed is None else [f"{label} {number}" for number in listed]
 
     def refuse(self, path: str) -> str | None:
         """Why the layer at `path` is left out, or `None` if it is kept."""
         if not self._counts:
             return None
         for stack, number in _numbers(path):
-            for rule in self._rules:
-                if rule.names(stack):
-                    if rule.keeps(number, self._sizes[stack]):
-                        return None
-                    return f"layers_to_transform leaves out layer {number} of {stack!r}"
+            for label, stacks, listed in self._rows:
+                if stacks is None or stacks.matches(stack):
+                    either = (number, number - self._sizes[stack])
+                    kept = [label] if listed is None else [f"{label} {n}" for n in listed if n in either]
+                    self.unused = [entry for entry in self.unused if entry not in kept]
+                    return None if kept else f"layers_to_transform leaves out layer {number} of {stack!r}"
         return "layers_to_transform: it is outside the stacks whose layers are counted"
-
-    @property
-    def unused(self) -> list[str]:
-        """Stacks and numbers that have kept no layer so far."""
-        return [message for rule in self._rules for message in rule.unused()]
-
-
-class _StackRule:
-    """A pattern for stacks (or every stack) and the layer numbers to keep there."""
-
-    def __init__(self, pattern: str | None, numbers: str | int | Sequence[int] | object) -> None:
-        self.label = f"layers_to_transform {pattern!r}" if pattern else "layers_to_transform"
-        self.pattern = Pattern(rf"(?:.*\.)?(?:{pattern})", "layers_pattern") if pattern else None
-        self.everything = numbers == "all"
-        if isinstance(numbers, str) and not self.everything:
-            raise ConfigError(f"{self.label}: {numbers!r} is neither 'all' nor a list of layer numbers.")
-        listed = [numbers] if isinstance(numbers, int) else numbers
-        self.numbers: list[int] = [] if self.everything else list(listed)  # type: ignore[call-overload]
-        self.used: set[int] = set()
-        self.matched = False
-
-    def names(self, stack: str) -> bool:
-        return self.pattern is None or self.pattern.matches(stack)
-
-    def keeps(self, number: int, size: int) -> bool:
-        wanted = {number, number - size} & set(self.numbers)
-        self.used |= wanted
-        kept = self.everything or bool(wanted)
-        self.matched |= kept
-        return kept
-
-    def unused(self) -> list[str]:
-        if self.everything:
-            return [] if self.matched else [self.label]
-        return [f"{self.label} {n}" for n in self.numbers if n not in self.used]
 
 
 def _numbers(path: str) -> list[tuple[str, int]]:
     """Every `(stack, number)` in a path: `a.0.b.1` has `("a", 0)` and `("a.0.b", 1)`."""
     parts = path.split(".")
     return [(".".join(parts[:i]), int(p)) for i, p in enumerate(parts) if p.isdecimal()]
-
-
-def _stack_sizes(paths: Iterable[str]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for path in paths:
-        for stack, number in _numbers(path):
-            sizes[stack] = max(sizes.get(stack, 0), number + 1)
-    return sizes

@@ -1,8 +1,8 @@
-"""Giving modules other tensors: into parameters that are in use, all or none, or for the length of a block."""
+"""Giving modules other tensors, also into parameters that are in use, all or none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,45 +25,29 @@ class Slot:
     @property
     def tensor(self) -> Tensor:
         """What is there now."""
-        found: Tensor | None = self.owner._parameters.get(self.name)
-        if found is None:
-            found = self.owner._buffers[self.name]
+        found: Tensor | None = {**self.owner._buffers, **self.owner._parameters}[self.name]
         assert found is not None
         return found
 
     def assign(self, value: Tensor) -> None:
-        """Put `value` there as it is, without a copy."""
-        if self.name in self.owner._parameters:
-            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
-        else:
+        """Put `value` there without a copy. In the place of a parameter it becomes one, unless it is one already."""
+        if self.name not in self.owner._parameters:
             self.owner._buffers[self.name] = value
-
-    def restore(self, held: Tensor) -> None:
-        """Put the very object back that was there before."""
-        if isinstance(held, nn.Parameter):
-            self.owner._parameters[self.name] = held
+        elif isinstance(value, nn.Parameter):
+            self.owner._parameters[self.name] = value
         else:
-            self.owner._buffers[self.name] = held
+            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
 
 
 def module_slots(module: nn.Module) -> list[tuple[str, Slot]]:
     """Every parameter and persistent buffer of a module, by its name there; a shared module's by its first name."""
     found: list[tuple[str, Slot]] = []
-    _add_slots(found, module, "", set())
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = {**owner._parameters, **owner._buffers}
+        gone = owner._non_persistent_buffers_set
+        found += [(prefix + n, Slot(owner, n)) for n, tensor in own.items() if tensor is not None and n not in gone]
     return found
-
-
-def _add_slots(found: list[tuple[str, Slot]], owner: nn.Module, prefix: str, seen: set[nn.Module]) -> None:
-    seen.add(owner)
-    for name, parameter in owner._parameters.items():
-        if parameter is not None:
-            found.append((prefix + name, Slot(owner, name)))
-    for name, buffer in owner._buffers.items():
-        if buffer is not None and name not in owner._non_persistent_buffers_set:
-            found.append((prefix + name, Slot(owner, name)))
-    for name, child in owner._modules.items():
-        if child is not None and child not in seen:
-            _add_slots(found, child, f"{prefix}{name}.", seen)
 
 
 def apart(value: Tensor, taken: set[int]) -> Tensor:
@@ -79,37 +63,29 @@ def apart(value: Tensor, taken: set[int]) -> Tensor:
     return value
 
 
-def put(values: Iterable[tuple[Slot, Tensor]]) -> None:
+def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
     """Copy tensors into parameters and buffers that are in use, all or none; one of another shape is replaced.
 
     Raises:
         StateError: one of them is offloaded by accelerate.
     """
-    values = list(values)
-    given = whole([tensor for _, tensor in values])
-    values = [(slot, tensor) for (slot, _), tensor in zip(values, given, strict=True)]
-    for slot, _ in values:
+    slots, given = [slot for slot, _ in values], whole([tensor for _, tensor in values])
+    for slot in slots:
         if is_hooked(slot.owner) and slot.tensor.is_meta:
             raise StateError(
                 f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
                 "offload the model then, or load it under another name."
             )
-    undo: list[tuple[Slot, Tensor, Tensor | None]] = []
     taken: set[int] = set()
+    ready: list[tuple[Slot, Tensor, bool]] = []
+    for slot, tensor in zip(slots, given, strict=True):  # whatever may fail, such as full memory, fails here
+        own = slot.tensor
+        moved = tensor.to(tensor.device if own.is_meta else own.device, own.dtype).contiguous()
+        replaces = own.shape != tensor.shape or own.is_meta
+        ready.append((slot, apart(moved, taken) if replaces else moved, replaces))
     with torch.no_grad(), uninterrupted():
-        try:
-            for slot, tensor in values:
-                own = slot.tensor
-                copied = own.shape == tensor.shape and not own.is_meta
-                undo.append((slot, own, own.clone() if copied else None))
-                if copied:
-                    own.copy_(tensor)
-                else:
-                    device = tensor.device if own.is_meta else own.device
-                    slot.assign(apart(tensor.to(device, own.dtype).contiguous(), taken))
-        except BaseException:
-            for slot, own, value in undo:
-                slot.restore(own)
-                if value is not None:
-                    own.copy_(value)
-            raise
+        for slot, tensor, replaces in ready:
+            if replaces:
+                slot.assign(tensor)
+            else:
+                slot.tensor.copy_(tensor)

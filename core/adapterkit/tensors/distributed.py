@@ -11,7 +11,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,33 +40,41 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(shape_of(tensor).numel() for tensor in tensors)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> bool:
     """Whether this is one of torch's `DTensor`s, which FSDP2 uses."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_partitioned(tensor: Tensor) -> bool:
+def _is_partitioned(tensor: Tensor) -> bool:
     """Whether DeepSpeed ZeRO-3 manages this parameter, gathered now or not."""
     return hasattr(tensor, "ds_id")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a part of the tensor."""
-    return is_dtensor(tensor) or is_partitioned(tensor)
+    return _is_dtensor(tensor) or _is_partitioned(tensor)
+
+
+def _deepspeed_gathered(parameters: list[Any], **options: Any) -> AbstractContextManager[object]:
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    found: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameters, **options)
+    return found
 
 
 @torch.no_grad()
 def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The whole values of these tensors, without gradients; copies where a tensor is sharded."""
-    partitioned = [t for t in tensors if is_partitioned(t) and shape_of(t) != t.shape]
-    with _deepspeed().GatheredParameters(partitioned) if partitioned else nullcontext():
-        values = [t.detach().clone() if is_partitioned(t) else t.detach() for t in tensors]
-        # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
-        dtensors: dict[int, Any] = {i: t for i, t in enumerate(values) if is_dtensor(t)}
-        for i, t in dtensors.items():
-            values[i] = t.to(t.device_mesh.device_type).full_tensor().to(t.device)
-        return values
+    with _deepspeed_gathered([t for t in tensors if _is_partitioned(t) and shape_of(t) != t.shape]):
+        values: list[Any] = [t.detach().clone() if _is_partitioned(t) else t.detach() for t in tensors]
+    for i, value in enumerate(values):
+        if _is_dtensor(value):
+            # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
+            values[i] = value.to(value.device_mesh.device_type).full_tensor().to(value.device)
+    return values
 
 
 @contextmanager
@@ -80,18 +88,19 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
     Raises:
         StateError: torch's older FSDP holds the parameters, or a new value has another shape.
     """
-    modules = dict.fromkeys(modules)
+    modules = list(modules)
     if modules:
         refuse_fsdp1(model)
     reshard(model)
-    held = ((m, name, p) for m in modules for name, p in m._parameters.items())
-    places = [(m, name, p) for m, name, p in held if p is not None and is_sharded(p)]
+    places: list[tuple[nn.Module, str, Any]] = [
+        (m, name, p) for m in modules for name, p in m._parameters.items() if p is not None and is_sharded(p)
+    ]
     sharded = list({id(p): p for _, _, p in places}.values())
     plain = {id(p): nn.Parameter(value, p.requires_grad) for p, value in zip(sharded, whole(sharded), strict=True)}
-    for module, name, p in places:
-        module._parameters[name] = plain[id(p)]
-    written: list[tuple[Tensor, Tensor]] = []
+    written: list[tuple[Any, Tensor]] = []
     try:
+        for module, name, p in places:
+            module._parameters[name] = plain[id(p)]
         yield
         for module, name, p in places if writing else ():
             value = module._parameters[name]
@@ -112,31 +121,22 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
 
 
 @torch.no_grad()
-def _write(values: Iterable[tuple[Any, Tensor]]) -> None:
+def _write(values: Sequence[tuple[Any, Tensor]]) -> None:
     """Write whole values into sharded tensors. Each process passes the same values."""
-    partitioned: list[tuple[Any, Tensor]] = []
-    for parameter, value in values:
-        if is_partitioned(parameter):
-            partitioned.append((parameter, value))
-            continue
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh = parameter.device_mesh
-        moved = value.to(mesh.device_type, parameter.dtype)
-        shard = distribute_tensor(moved, mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-    if any(getattr(parameter, "_ds_z3_gathered_param_context_depth", 0) for parameter, _ in partitioned):
+    partitioned = [parameter for parameter, _ in values if _is_partitioned(parameter)]
+    if any(getattr(parameter, "_ds_z3_gathered_param_context_depth", 0) for parameter in partitioned):
         raise StateError("DeepSpeed's GatheredParameters holds the adapter now. Call this outside its block.")
-    if partitioned:
-        with _deepspeed().GatheredParameters([parameter for parameter, _ in partitioned], modifier_rank=0):
-            for parameter, value in partitioned:
+    with _deepspeed_gathered(partitioned, modifier_rank=0):
+        for parameter, value in values:
+            if _is_partitioned(parameter):
                 parameter.data.copy_(value)
+            else:
+                from torch.distributed.tensor import distribute_tensor
 
-
-def _deepspeed() -> Any:
-    import deepspeed
-
-    return deepspeed.zero
+                mesh = parameter.device_mesh
+                moved = value.to(mesh.device_type, parameter.dtype)
+                shard = distribute_tensor(moved, mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(shard.to_local())
 
 
 def process_groups(tensors: Iterable[Tensor]) -> list[Any]:
@@ -169,7 +169,6 @@ def in_first_process(groups: Sequence[Any], action: Callable[[], None]) -> None:
 
 # What is around a model
 
-
 # A model does not know the wrapper around it, so wrappers are collected when they are made.
 _wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -184,29 +183,30 @@ def watch_wrappers() -> None:
 
 
 def _collect(parent: nn.Module, name: str = "", child: nn.Module | None = None) -> None:
-    if isinstance(parent, DistributedDataParallel) or _is_fsdp1(parent):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if isinstance(parent, DistributedDataParallel) or (fsdp and isinstance(parent, fsdp.FullyShardedDataParallel)):
         _wrappers.add(parent)
 
 
-def _wrappers_of(model: nn.Module) -> Iterator[Any]:
-    for wrapper in list(_wrappers):
-        inside = next(wrapper.children(), None)
-        if inside is model or any(module is model for module in wrapper.modules()):
-            yield wrapper
+def _wrappers_of(model: nn.Module) -> list[Any]:
+    return [wrapper for wrapper in list(_wrappers) if any(module is model for module in wrapper.modules())]
 
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _is_fsdp1(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+def _fsdp(roots: Iterable[nn.Module], name: str) -> list[Any]:
+    """The modules in `roots` of this class of `torch.distributed.fsdp`, which may not be imported yet."""
+    fsdp = sys.modules.get("torch.distributed.fsdp") if _is_distributed() else None
+    if fsdp is None:
+        return []
+    return [module for root in roots for module in root.modules() if isinstance(module, getattr(fsdp, name))]
 
 
 def has_fsdp1(model: nn.Module) -> bool:
     """Whether torch's older `FullyShardedDataParallel` is around the model or in it."""
-    return any(map(_is_fsdp1, (*_wrappers_of(model), *(model.modules() if _is_distributed() else ()))))
+    return bool(_fsdp((*_wrappers_of(model), model), "FullyShardedDataParallel"))
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
@@ -220,18 +220,12 @@ def refuse_fsdp1(model: nn.Module) -> None:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 shards this module, or modules inside it, separately from those around it."""
-    return any(True for _ in _fsdp_modules(module))
-
-
-def _fsdp_modules(root: nn.Module) -> Iterator[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp") if _is_distributed() else None
-    if fsdp is not None:
-        yield from (module for module in root.modules() if isinstance(module, fsdp.FSDPModule))
+    return bool(_fsdp((module,), "FSDPModule"))
 
 
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 put its shards back: after a forward its root holds copies in the dtype of the computation."""
-    for module in _fsdp_modules(model):
+    for module in _fsdp((model,), "FSDPModule"):
         module.reshard()
 
 
@@ -251,7 +245,7 @@ def _engine_of(model: nn.Module) -> Any:
 def check_can_grow(model: nn.Module, name: str) -> None:
     """Raise `StateError` if the model can take no new parameters, as under ZeRO-3."""
     refuse_fsdp1(model)
-    if _engine_of(model) is not None and any(map(is_partitioned, model.parameters())):
+    if _engine_of(model) is not None and any(map(_is_partitioned, model.parameters())):
         raise StateError(
             f"Adapter {name!r} cannot be added: the model is in a DeepSpeed engine with ZeRO stage 3, which takes no "
             "new parameters. Add all adapters before deepspeed.initialize."
@@ -260,7 +254,7 @@ def check_can_grow(model: nn.Module, name: str) -> None:
 
 def check_can_replace(model: nn.Module, key: str) -> None:
     """Raise `StateError` if no parameter of the model may be replaced by a new one."""
-    for setup, _ in _averaging(model) if _is_distributed() else ():
+    for setup in _averaging(model):
         raise StateError(
             f"{key!r} is loaded in another shape, which needs a new parameter, but {setup} averages only the "
             "parameters that it was given. Load it before that."
@@ -269,50 +263,33 @@ def check_can_replace(model: nn.Module, key: str) -> None:
 
 def check_averaged(model: nn.Module, adapter: Adapter) -> None:
     """Raise `StateError` if each process would train this adapter alone."""
-    if not _is_distributed() or _not_averaged_by(model, adapter) is None:
-        return
-    gc.collect()  # a wrapper that nobody uses any more may still have been there
-    setup = _not_averaged_by(model, adapter)
-    if setup is not None:
-        raise StateError(
-            f"Adapter {adapter.name!r} cannot be trained: its parameters were missing or frozen when the model was "
-            f"given to {setup}. Their gradients are not averaged, so each process would train another adapter. Add "
-            "and activate it before that, or use it as it is, with trainable=False."
-        )
+    for setup, known in _averaging(model).items():
+        if not {id(p) for p in adapter.parameters()} <= {id(p) for p in known}:
+            raise StateError(
+                f"Adapter {adapter.name!r} cannot be trained: its parameters were missing or frozen when the model was "
+                f"given to {setup}. Their gradients are not averaged, so each process would train another adapter. Add "
+                "and activate it before that, or use it as it is, with trainable=False."
+            )
 
 
-def _not_averaged_by(model: nn.Module, adapter: Adapter) -> str | None:
-    for setup, averages in _averaging(model):
-        if not all(map(averages, adapter.parameters())):
-            return setup
-    return None
-
-
-def _averaging(model: nn.Module) -> Iterator[tuple[str, Callable[[nn.Parameter], bool]]]:
-    """Everything that averages gradients of the model, and whether it averages a given parameter's."""
+def _averaging(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Everything that averages gradients of the model, with the parameters whose gradients it averages."""
+    found: dict[str, list[Tensor]] = {}
+    if not _is_distributed():
+        return found
     engine = _engine_of(model)
     if engine is not None:
-        yield "deepspeed.initialize", _one_of(_optimized_by(engine))
+        groups = [group["params"] for group in getattr(engine.basic_optimizer, "param_groups", ())]
+        for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
+            groups += getattr(engine.optimizer, name, ())
+        found["deepspeed.initialize"] = [p for group in groups for p in group]
     if is_fsdp(model):
         reshard(model)
-        yield "fully_shard", is_dtensor
+        found["fully_shard"] = [p for p in model.parameters() if _is_dtensor(p)]
     if has_fsdp1(model):
-        yield "FullyShardedDataParallel", lambda p: getattr(p, "_fsdp_flattened", False)
+        found["FullyShardedDataParallel"] = [p for p in model.parameters() if getattr(p, "_fsdp_flattened", False)]
     ddp = [wrapper for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
     if ddp:
         buckets = [bucket for wrapper in ddp for bucket in wrapper.reducer._get_zeros_like_grad_buckets()]
-        yield "DistributedDataParallel", _one_of(p for bucket in buckets for p in bucket.parameters())
-
-
-def _optimized_by(engine: Any) -> Iterator[Tensor]:
-    """The parameters for which a DeepSpeed engine's optimizer was made."""
-    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
-        for group in getattr(engine.optimizer, attribute, ()):
-            yield from group
-    for group in getattr(engine.basic_optimizer, "param_groups", ()):
-        yield from group["params"]
-
-
-def _one_of(known: Iterable[Tensor]) -> Callable[[nn.Parameter], bool]:
-    ids = set(map(id, known))
-    return lambda parameter: id(parameter) in ids
+        found["DistributedDataParallel"] = [p for bucket in buckets for p in bucket.parameters()]
+    return found
