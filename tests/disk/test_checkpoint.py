@@ -45,8 +45,7 @@ def test_every_tensor_is_what_safetensors_reads(
     save_file(tensors, file, metadata or None)
     found = Checkpoint.open(file.parent)
     assert set(found.entries) == set(tensors)
-    assert found.metadata == metadata
-    assert found.nbytes == file.stat().st_size
+    assert found.shards[file.name].metadata == metadata
     for name, tensor in load_file(file).items():
         assert found.tensor(name).dtype == tensor.dtype
         assert torch.equal(found.tensor(name), tensor)
@@ -203,7 +202,7 @@ def test_an_index_that_points_elsewhere_is_refused(file: str, tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}'])
 def test_an_index_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(ak.CheckpointError, match="is no index: it needs a 'weight_map' from tensor names"):
+    with pytest.raises(ak.CheckpointError, match=r"needs a 'weight_map' from tensor names|must hold a JSON object"):
         Checkpoint.open(tmp_path)
 
 
@@ -240,15 +239,15 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     both = {"a": torch.ones(2), "b": torch.zeros(2)}
     text = broken(lambda folder: save_file(both, folder / "two.safetensors"), tmp_path)
     assert "'a' is in " in text
-    assert "Only one can be meant" in text
+    assert "so its values are not known" in text
 
 
 @pytest.mark.parametrize(
     ("files", "text"),
     [
         ([], "has neither model.safetensors nor model.safetensors.index.json. It holds nothing"),
-        (["pytorch_model.bin"], "There is pytorch_model.bin; only safetensors files are read. Convert it"),
-        (["model.fp16.safetensors"], "There is model.fp16.safetensors: give the path of the one that is meant"),
+        (["pytorch_model.bin"], "It holds pytorch_model.bin. Only safetensors files are read. To convert others, load"),
+        (["model.fp16.safetensors"], "It holds model.fp16.safetensors: give the path of the right one"),
     ],
 )
 def test_a_folder_without_a_checkpoint_says_what_it_has(files: list[str], text: str, tmp_path: Path) -> None:

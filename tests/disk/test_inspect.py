@@ -81,7 +81,8 @@ def test_what_the_tensors_do_not_tell_is_left_open(tmp_path: Path) -> None:
     assert all((layer.kind, layer.shape, layer.norm) == (None, None, None) for layer in found.layers)
     assert found.layers[0].tensors.keys() == {"vera_lambda_b", "vera_lambda_d"}
     assert found.shared == {"vera_A": (5, 16), "vera_B": (24, 5)}
-    assert found.notes == ("the tensors of 'vera' do not tell the sizes of its layers; give base=",)
+    (note,) = found.notes
+    assert note.startswith("the tensors of a 'vera' adapter do not tell the sizes of the layers that it changes. Give")
     assert not found.unknown
 
 

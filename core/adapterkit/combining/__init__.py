@@ -7,7 +7,7 @@ Uses: errors, results, tensors, kinds, contract, forward, model, files, merging.
 from adapterkit.combining.combine import Source, check_sources, exact_change, mix
 from adapterkit.combining.extraction import extracted, module_of, same_layer, wanted_layers
 from adapterkit.combining.heads import outputs_of
-from adapterkit.combining.lowrank import check_size, rank_for_energy, svd, working
+from adapterkit.combining.lowrank import all_finite, check_size, rank_for_energy, svd, working
 from adapterkit.combining.methods import Choices, Space
 from adapterkit.combining.new_adapter import Changes, build_result, check_given, to_method
 
@@ -16,6 +16,7 @@ __all__ = [
     "Choices",
     "Source",
     "Space",
+    "all_finite",
     "build_result",
     "check_given",
     "check_size",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from adapterkit.contract import (
     KeyRule,
     Method,
     Names,
-    Shared,
     Target,
     beside,
     default_registry,
@@ -33,7 +32,6 @@ from adapterkit.files import (
     PICKLE_FILE,
     WEIGHTS_FILE,
     AdapterFiles,
-    FactorSpool,
     MappedFiles,
     adapter_folder,
     appearing,
@@ -55,7 +53,7 @@ from adapterkit.files import (
 )
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import BaseModules, Fit, LabelSet, LayerBuilder, by_layer
+from adapterkit.model import BaseModules, LabelSet, LayerBuilder, by_layer
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import module_slots
 
@@ -66,36 +64,118 @@ _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 _SHADOWS = ("modules_to_save", "original_module")
 
 
-@dataclass
-class AdapterFile:
-    """One adapter's files.
+@dataclass(kw_only=True)
+class AdapterContent:
+    """What an adapter's files hold, or are about to hold.
+
+    Attributes:
+        kinds: what each layer is that it changes, by path; empty if its tensors do not tell and there is no base.
+        tensors: those of the layers and shared ones, by key: what the method's save rule is asked about.
+        heads: the tensors of modules that it holds in full, by path and name in the module.
+        tables: the heads that are the base's embeddings with other values.
+        biases: trained biases, by the path of their module.
+        paths: of the model's modules, as far as they are known.
+        metadata: for the header, beside the labels.
+    """
+
+    config: AdapterConfig
+    method: Method
+    kinds: Mapping[str, LayerKind]
+    tensors: Tensors = field(default_factory=dict)
+    heads: Mapping[str, Tensors] = field(default_factory=dict)
+    tables: Collection[str] = ()
+    biases: Tensors = field(default_factory=dict)
+    labels: LabelSet | None = None
+    paths: Collection[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, changes: Changes, method: Method, dtype: torch.dtype, **fields: Any) -> AdapterContent:
+        """The adapter of this method that makes these changes; its layers are of this dtype.
+
+        Args:
+            fields: of its config.
+
+        Raises:
+            UnsupportedError: the method cannot express some of the changes.
+        """
+        config, tensors = to_method(changes, method)
+        builder = LayerBuilder(method, config)
+        given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
+        targets = [Target(p, None, changes.kinds[p], dtype, _CPU, given.get(p, {})) for p in changes.factors]
+        shared = builder.shared(targets, {})
+        layers = {target.path: builder.layer(target, shared) for target in targets}
+        check_given(tensors, layers, builder)
+        own = {f"{path}.{local}": s.tensor for path, layer in layers.items() for local, s in module_slots(layer)}
+        return AdapterContent(
+            config=config.replace(**fields),
+            method=method,
+            kinds={path: changes.kinds[path] for path in layers},
+            tensors=own | shared_tensors(shared),
+            heads=changes.heads,
+            tables=changes.tables,
+            biases={path: bias.to(dtype if path in layers else bias.dtype) for path, bias in changes.biases.items()},
+            labels=changes.labels,
+        )
+
+    def in_file(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        """The config, and all tensors by the keys of PEFT's format."""
+        parts = [*self.heads.items(), *((path, {"bias": bias}) for path, bias in self.biases.items())]
+        rest = {f"{beside(path, self.kinds)}.{local}": t for path, held in parts for local, t in held.items()}
+        return file_tensors(self.method, self.config, self.tensors, rest)
+
+    def write(self, place: Path, dtype: torch.dtype | None, release: Callable[[], None]) -> None:
+        """Write its folder, tensor by tensor.
+
+        Args:
+            dtype: what all but the heads is written in; `None`: in its own.
+            release: called after each tensor; frees the memory of what was mapped.
+
+        Raises:
+            SaveError: it cannot be written there; what was there is untouched.
+        """
+        heads = {file_key(beside(path, self.kinds), local) for path, held in self.heads.items() for local in held}
+        config, tensors = self.in_file()
+        floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
+        dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
+        config = file_config(config, self.kinds, [path for path in self.heads if path not in self.tables], self.paths)
+        labels = self.labels.to_metadata() if self.labels is not None and self.heads else {}
+
+        def write(held: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+            write_tensors(held, path, metadata, dtypes, release)
+
+        write_folder(place, config.to_dict(), tensors, {**labels, **self.metadata}, write)
+
+
+@dataclass(kw_only=True)
+class AdapterFile(AdapterContent):
+    """One adapter's files, sorted.
 
     Attributes:
         files: as they were read; the tensors are mapped, so their values are read when they are used.
-        kinds: what each layer is that it changes; empty if its tensors do not tell and there is no base.
-        layers: their tensors by path and name in the layer.
-        heads: those of modules that it holds in full, in the same way.
-        tables: the heads that are the base's embeddings with other values.
-        biases: trained biases, by the path of their module; `shared`: tensors that all layers use, by name.
+        layers: the tensors of each layer by path and name in the layer; `shared`: those that all layers use.
         unknown: keys that belong to nobody; `ignored`: keys of other models, and what the base has already.
-        refused: layers that cannot be built from files alone, and why.
+        built: its layers, of mapped tensors; `refused`: those that need the base's weights, and why.
+        report: what fits, and what does not.
+        broken: layers with a tensor that is missing or does not fit.
     """
 
     name: str
     files: AdapterFiles
-    method: Method
-    config: AdapterConfig
-    kinds: dict[str, LayerKind]
-    base: Base | None = None
-    mapped: MappedFiles = field(default_factory=MappedFiles)
-    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: Base | None
+    mapped: MappedFiles
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    built: dict[str, AdapterLayer] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    report: LoadReport = field(default_factory=LoadReport)
+    broken: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -121,120 +201,90 @@ class AdapterFile:
         mapped = MappedFiles()
         files = read(adapter_folder(source), mapped.read)
         passed: Collection[str] = ()
+        tensors: Tensors
         if files.config is None:
             method, config, kinds, tensors, passed = _foreign(files, base, component, keep_names)
-            files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
+            files = dataclasses.replace(files, config=config.to_dict(), tensors=dict(tensors))
         else:
             method = default_registry.claim(files.config, files.folder)
             config = method.config_type().from_dict({"modules_to_save": None, **files.config})
             tensors = strip_file_prefix(files.tensors)
             kinds = {} if base is not None else kinds_of(method.layers_in_file(shapes_of(tensors), config))
-            if not kinds:
-                base = base or Base.recorded(config)
-                if base is not None:
-                    kinds, config, tensors = _of_base(tensors, method, config, base)
-            else:
-                config, tensors = _native(tensors, method, config, kinds)
+            if kinds:
+                config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
+            elif base := base or Base.recorded(config):
+                config, tensors, kinds = _of_base(tensors, method, config, base)
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
-        opened = cls(name or files.folder.name, files, method, config, kinds, base, mapped)
-        opened._sort(tensors, passed)
+        name = name or files.folder.name
+        opened = cls(name=name, files=files, method=method, config=config, kinds=kinds, base=base, mapped=mapped)
+        heads, rule = _heads(tensors, config.modules_to_save), method.key_rule(config)
+        for key, tensor in tensors.items():
+            opened._sort(key, tensor, rule, heads.get(key), passed=key in passed)
+        opened._build(rule)
+        opened.labels = opened._labels()
+        places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(files.tensors)]
+        places += [path.split(".") for path in kinds]
+        opened.paths = {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
         return opened
 
-    def _sort(self, tensors: Tensors, passed: Collection[str]) -> None:
-        """Put every tensor under what it belongs to, by its key."""
-        heads = _heads(tensors, self.config.modules_to_save)
-        for key, tensor in tensors.items():
-            split = self.rule.split(key, self.kinds)
-            if self.method.shared is not None and self.rule.is_shared(key):
-                self.shared[key] = tensor
-            elif split is not None:
-                self.layers.setdefault(split[0], {})[split[1]] = tensor
-                if self.kinds and split[0] not in self.kinds:  # it looks like a layer's, and there is no such layer
-                    (self.ignored if key in passed else self.unknown).append(key)
-            elif key in heads:
-                self._sort_into_head(heads[key], key, tensor)
-            elif key in passed:
+    def _sort(self, key: str, tensor: Tensor, rule: KeyRule, head: str | None, *, passed: bool) -> None:
+        """Put a tensor under what it belongs to, by its key."""
+        split = rule.split(key, self.kinds)
+        if self.method.shared is not None and rule.is_shared(key):
+            self.shared[key] = tensor
+        elif split is not None:
+            self.layers.setdefault(split[0], {})[split[1]] = tensor
+            if self.kinds and split[0] not in self.kinds:  # it looks like a layer's, and there is no such layer
+                (self.ignored if passed else self.unknown).append(key)
+        elif head is not None:
+            local = key.removeprefix(f"{beside(head, self.kinds)}.")
+            if key[len(head) + 1 :].partition(".")[0] in _SHADOWS:
                 self.ignored.append(key)
+            elif local == key:
+                self.unknown.append(key)
             else:
-                self._sort_other(key, tensor)
-
-    def _sort_into_head(self, head: str, key: str, tensor: Tensor) -> None:
-        name = key.removeprefix(f"{beside(head, self.kinds)}.")
-        if key[len(head) + 1 :].partition(".")[0] in _SHADOWS:
+                self.heads.setdefault(head, {})[local] = tensor
+        elif passed:
             self.ignored.append(key)
-        elif name == key:
+        elif not self._sort_of_base(key, tensor):
             self.unknown.append(key)
-        else:
-            self.heads.setdefault(head, {})[name] = tensor
 
-    def _sort_other(self, key: str, tensor: Tensor) -> None:
-        """A tensor of the base model itself: a trained bias, or a table of embeddings."""
+    def _sort_of_base(self, key: str, tensor: Tensor) -> bool:
+        """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
         place, _, local = key.rpartition(".")
         host, trained = place.removesuffix(".base_layer"), self.config.trained_biases
         target = host in self.kinds
-        table = local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup)
         if not place or not tensor.is_floating_point():
-            self.unknown.append(key)
-        elif local == "bias" and target and host != place and trained != "none":
+            return False
+        if local == "bias" and target and host != place and trained != "none":
             self.biases[host] = tensor
         elif local == "bias" and not target and trained == "all" and tensor.dim() == 1:
             self.biases[place] = tensor
-        elif table and _equals(None if self.base is None else self.base.parameter(host, "weight"), tensor):
-            self.ignored.append(key)
-        elif table:
-            self.heads[host] = {local: tensor}
-            self.tables.add(host)
+        elif local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup):
+            own = None if self.base is None else self.base.parameter(host, "weight")
+            same_shape = own is not None and own.shape == tensor.shape
+            if same_shape and torch.equal(own.to(tensor.dtype).double(), tensor.double()):  # type: ignore[union-attr]
+                self.ignored.append(key)
+            else:
+                self.heads[host] = {local: tensor}
+                self.tables.add(host)
         else:
-            self.unknown.append(key)
+            return False
+        return True
 
-    @cached_property
-    def rule(self) -> KeyRule:
-        """What its keys are called."""
-        return self.method.key_rule(self.config)
-
-    def check_told(self) -> None:
-        """Raise `CheckpointError` if its files do not tell the sizes of its layers."""
-        if not self.kinds:
-            raise CheckpointError(
-                f"{self.files.folder}: the tensors of a {self.method.name!r} adapter do not tell the sizes of the "
-                "layers that it changes. Give base=, the folder of the model that it was trained on, of which only "
-                "config.json is read."
-            )
-
-    def check_fits(self) -> None:
-        """Refuse what cannot be used.
-
-        Raises:
-            CheckpointError: a tensor is missing, does not fit or is nobody's, or the sizes of layers are not told.
-            StateError: a layer needs the base's weights.
-        """
-        self.check_told()
-        for path, head in self.heads.items():
-            names = [f"{place}.bias" if place else "bias" for place in outputs_of(head)]
-            whole = next((name for name in names if name in head and not head[name].is_floating_point()), None)
-            if whole is not None:
-                raise CheckpointError(
-                    f"'{path}.{whole}' holds {head[whole].dtype}, and floating numbers are needed: it is quantised, or "
-                    "damaged."
-                )
-        if not self.report.ok:
-            refuse(self.report, self.name, str(self.files.folder))
-        if self.refused:
-            raise StateError(next(iter(self.refused.values())))
-
-    @cached_property
-    def _built(self) -> tuple[dict[str, AdapterLayer], Shared | None, Fit]:
-        """Its layers, of mapped tensors. Those that need the base's weights are in `refused`."""
-        builder, shared, found = LayerBuilder(self.method, self.config, cast=False), None, {}
-        held = {path: self.layers.get(path, {}) for path in self.kinds}
-        targets = [Target(path, None, kind, torch.float32, _CPU, held[path]) for path, kind in self.kinds.items()]
+    def _build(self, rule: KeyRule) -> None:
+        """Build its layers, and find out what fits."""
+        builder, shared = LayerBuilder(self.method, self.config, cast=False), None
+        targets = [Target(p, None, k, torch.float32, _CPU, self.layers.get(p, {})) for p, k in self.kinds.items()]
         if targets:
             shared = builder.shared(targets, self.shared)
         for target in targets:
             try:
-                found[target.path] = builder.layer(target, shared)
+                self.built[target.path] = builder.layer(target, shared)
             except StateError as error:
                 self.refused[target.path] = str(error)
+        inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
+        self.tensors = inside | (self.shared if shared is None else shared_tensors(shared))
         fit = builder.fit
         for path, bias in self.biases.items():
             size = (self.kinds[path].out_features,) if path in self.kinds else tuple(bias.shape)
@@ -245,40 +295,54 @@ class AdapterFile:
             fit.missing += [f"{path}.base_layer.bias" for path in lacking]
         fit.unexpected += self.unknown
         fit.ignored += self.ignored
-        return found, shared, fit
-
-    @property
-    def built(self) -> dict[str, AdapterLayer]:
-        """Its layers."""
-        return self._built[0]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of its layers, and shared ones, by key: what the method's save rule is asked about."""
-        shared = self._built[1]
-        inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
-        return inside | (self.shared if shared is None else shared_tensors(shared))
-
-    @cached_property
-    def report(self) -> LoadReport:
-        """What fits, and what does not."""
-        return self._built[2].report(strip_file_prefix(self.files.tensors))
-
-    @cached_property
-    def broken(self) -> set[str]:
-        """Layers with a tensor that is missing or does not fit."""
+        self.report = fit.report(strip_file_prefix(self.files.tensors))
         wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
-        return {split[0] for key in wrong if (split := self.rule.split(key, self.kinds)) is not None}
+        self.broken = {split[0] for key in wrong if (split := rule.split(key, self.kinds)) is not None}
+
+    @property
+    def notes(self) -> list[str]:
+        """What its files do not tell, and why."""
+        untold = (
+            f"the tensors of a {self.method.name!r} adapter do not tell the sizes of the layers that it changes. Give "
+            "base=, the folder of the model that it was trained on, of which only config.json is read."
+        )
+        return [*dict.fromkeys(self.refused.values()), *([] if self.kinds else [untold])]
+
+    def check_told(self) -> None:
+        """Raise `CheckpointError` if its files do not tell the sizes of its layers."""
+        if not self.kinds:
+            raise CheckpointError(f"{self.files.folder}: {self.notes[-1]}")
+
+    def check_fits(self) -> None:
+        """Refuse what cannot be used.
+
+        Raises:
+            CheckpointError: a tensor is missing, does not fit or is nobody's, or the sizes of layers are not told.
+            StateError: a layer needs the base's weights.
+        """
+        self.check_told()
+        for path, head in self.heads.items():
+            for local, tensor in head.items():
+                if local.endswith(("weight", "bias")) and not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"'{path}.{local}' holds {tensor.dtype}, and floating numbers are needed: it is quantised, or "
+                        "damaged."
+                    )
+        if not self.report.ok:
+            refuse(self.report, self.name, str(self.files.folder))
+        if self.refused:
+            raise StateError(self.notes[0])
 
     def factors(self, path: str, dtype: torch.dtype = torch.float32) -> Factors | None:
         """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
         return self.method.factors(self.built[path], dtype)
 
+    def release(self) -> None:
+        """Free the memory of its tensors; what is used again is read again."""
+        self.mapped.release()
+
     def source(self, weight: float) -> Source:
         """The adapter as `combining` takes it."""
-
-        def change(path: str, dtype: torch.dtype) -> Factors:
-            return exact_change(self.method, self.built[path], self.name, path, dtype)
 
         def base_bias(path: str) -> Tensor:
             held = None if self.base is None else self.base.parameter(path, "bias")
@@ -289,16 +353,23 @@ class AdapterFile:
                 )
             return held
 
-        wide = {
-            path: {name: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t for name, t in head.items()}
-            for path, head in self.heads.items()
-        }
-        biases = {path: bias.to(trained_dtype(bias.dtype)) for path, bias in self.biases.items()}
-        own = (self.config, self.kinds, wide, self.tables, biases, self.labels)
-        return Source(self.name, weight, *own, change, base_bias)
+        def wide(tensors: Tensors) -> dict[str, Tensor]:
+            return {k: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
 
-    @property
-    def labels(self) -> LabelSet | None:
+        return Source(
+            name=self.name,
+            weight=weight,
+            config=self.config,
+            kinds=self.kinds,
+            heads={path: wide(head) for path, head in self.heads.items()},
+            tables=self.tables,
+            biases=wide(self.biases),
+            labels=self.labels,
+            change=lambda path, dtype: exact_change(self.method, self.built[path], self.name, path, dtype),
+            base_bias=base_bias,
+        )
+
+    def _labels(self) -> LabelSet | None:
         """The label set in the file; else the base's, if that has as many classes; else numbered classes."""
         own = LabelSet.from_metadata(self.files.metadata)
         heads = [head for path, head in self.heads.items() if path not in self.tables]
@@ -309,13 +380,6 @@ class AdapterFile:
         if base is not None and len(base.id2label) in rows:
             return base
         return LabelSet.numbered(rows[-1]) if base is not None or self.config.task_type in _CLASSIFIERS else None
-
-    @property
-    def paths(self) -> set[str]:
-        """Every module that its tensors speak of."""
-        places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(self.files.tensors)]
-        places += [path.split(".") for path in self.kinds]
-        return {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
 
 
 def _heads(keys: Iterable[str], wanted: str | Sequence[str] | None) -> dict[str, str]:
@@ -334,35 +398,23 @@ def _heads(keys: Iterable[str], wanted: str | Sequence[str] | None) -> dict[str,
     return found
 
 
-def _equals(own: Tensor | None, tensor: Tensor) -> bool:
-    if own is None or own.shape != tensor.shape:
-        return False
-    wide = torch.float32 if tensor.dtype.itemsize == 1 else tensor.dtype
-    return torch.equal(own.to(tensor.dtype).to(wide), tensor.to(wide))
-
-
 def _of_base(
     tensors: Tensors, method: Method, config: AdapterConfig, base: Base
-) -> tuple[dict[str, LayerKind], AdapterConfig, dict[str, Tensor]]:
-    """The base's layers that the keys name, and the config and the tensors as the method reads them.
+) -> tuple[AdapterConfig, Tensors, dict[str, LayerKind]]:
+    """The config and the tensors as the method reads them, and the base's layers that the keys name.
 
     Where a method renames its keys in files, they are read with all layers of the base first.
     """
-    rule, held = method.key_rule(config), dict(tensors)
+    rule = method.key_rule(config)
     renamed = not any(rule.split(key) for key in shapes_of(tensors))
     if renamed:
-        config, held = _native(tensors, method, config, layers_of(BaseModules(base.model)))
-    splits = [rule.split(key) for key in shapes_of(held)]
+        layers = layers_of(BaseModules(base.model))
+        config, tensors = method.read(tensors, layers, {}, config) or (config, tensors)
+    splits = [rule.split(key) for key in shapes_of(tensors)]
     kinds = {path: base.kind(path) for path in dict.fromkeys(split[0] for split in splits if split)}
-    return (kinds, config, held) if renamed else (kinds, *_native(held, method, config, kinds))
-
-
-def _native(
-    tensors: Tensors, method: Method, config: AdapterConfig, kinds: Mapping[str, LayerKind]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The config and the tensors as the method reads them."""
-    own, read = method.read(tensors, kinds, {}, config) or (config, tensors)
-    return own, dict(read)
+    if not renamed:
+        config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
+    return config, tensors, kinds
 
 
 def _foreign(
@@ -404,87 +456,12 @@ def names_of(places: Sequence[str | Path]) -> list[str]:
     return short if len(set(short)) == len(short) and all(short) else full
 
 
-@dataclass(frozen=True)
-class Result:
-    """A new adapter, before it is written to files.
-
-    Attributes:
-        kinds: what each layer is that it changes, by path.
-        tensors: those of the layers and shared ones, by key.
-        heads: the tensors of each head; `tables` those that are embeddings.
-        biases: trained biases, by the path of their module.
-        paths: of the model's modules, as far as they are known.
-        metadata: for the header, beside the labels.
-    """
-
-    config: AdapterConfig
-    method: Method
-    kinds: Mapping[str, LayerKind]
-    tensors: Mapping[str, Tensor]
-    heads: Mapping[str, Mapping[str, Tensor]]
-    tables: Collection[str]
-    biases: Mapping[str, Tensor]
-    labels: LabelSet | None
-    paths: Collection[str] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, changes: Changes, method: Method, dtype: torch.dtype) -> Result:
-        """The adapter of this method that makes these changes; its layers are of this dtype.
-
-        Raises:
-            UnsupportedError: the method cannot express some of the changes.
-        """
-        config, tensors = to_method(changes, method)
-        builder, cpu = LayerBuilder(method, config), torch.device("cpu")
-        given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
-        targets = [Target(p, None, changes.kinds[p], dtype, cpu, given.get(p, {})) for p in changes.factors]
-        shared = builder.shared(targets, {})
-        layers = {target.path: builder.layer(target, shared) for target in targets}
-        check_given(tensors, layers, builder)
-        own = {f"{path}.{local}": s.tensor for path, layer in layers.items() for local, s in module_slots(layer)}
-        kinds = {path: changes.kinds[path] for path in layers}
-        wide = {path: bias.to(dtype if path in layers else bias.dtype) for path, bias in changes.biases.items()}
-        heads, tables, labels = changes.heads, changes.tables, changes.labels
-        return cls(config, method, kinds, own | shared_tensors(shared), heads, tables, wide, labels)
-
-    def in_file(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
-        """The config, and all tensors by the keys of PEFT's format."""
-        parts = [*self.heads.items(), *((path, {"bias": bias}) for path, bias in self.biases.items())]
-        rest = {f"{beside(path, self.kinds)}.{local}": t for path, held in parts for local, t in held.items()}
-        return file_tensors(self.method, self.config, self.tensors, rest)
-
-    def write(self, place: Path, dtype: torch.dtype | None, mapped: Sequence[MappedFiles | FactorSpool]) -> None:
-        """Write its folder, tensor by tensor.
-
-        Args:
-            dtype: what all but the heads is written in; `None`: in its own.
-            mapped: has its pages released after each tensor.
-
-        Raises:
-            SaveError: it cannot be written there; what was there is untouched.
-        """
-        heads = {file_key(beside(path, self.kinds), local) for path, held in self.heads.items() for local in held}
-
-        def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-            floating = [key for key, tensor in tensors.items() if key not in heads and tensor.is_floating_point()]
-            dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
-            write_tensors(tensors, path, metadata, dtypes, lambda: _release(mapped))
-
-        heads_alone = [path for path in self.heads if path not in self.tables]
-        config, tensors = self.in_file()
-        config = file_config(config, self.kinds, heads_alone, self.paths)
-        labels = self.labels.to_metadata() if self.labels is not None and self.heads else {}
-        write_folder(place, config.to_dict(), tensors, {**labels, **self.metadata}, write)
-
-
 def write_file(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     metadata: Mapping[str, str],
     place: Path,
     dtypes: Mapping[str, torch.dtype],
-    mapped: Sequence[MappedFiles | FactorSpool],
+    release: Callable[[], None],
 ) -> None:
     """A safetensors file that appears under its name when it is complete.
 
@@ -492,25 +469,23 @@ def write_file(
         SaveError: it cannot be written there; what was there is untouched.
     """
     try:
-        place = place.resolve()
-        with appearing(place) as fresh:
-            write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, lambda: _release(mapped))
+        with appearing(place.resolve()) as fresh:
+            write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, release)
     except OSError as error:
         raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error
 
 
-def _release(mapped: Sequence[MappedFiles | FactorSpool]) -> None:
-    for pages in mapped:
-        pages.release()
-
-
-def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:
-    """The path of the output.
+def output_place(
+    out: str | Path, inputs: Sequence[Path], dtype: object, *, overwrite: bool, file: bool = False
+) -> Path:
+    """The path of the output: a folder, or a file.
 
     Raises:
-        ConfigError: it is no path, or one of the inputs.
+        ConfigError: it is no path, or one of the inputs; a dtype that is neither floating nor `None`.
         SaveError: there is an adapter or a file already, and it is not to be overwritten.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
     place = local_path(out)
     if any(place.resolve() == path.resolve() for path in inputs):
         raise ConfigError(f"{place} is an input; give the output another place.")
@@ -518,22 +493,6 @@ def output_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) ->
     held += [place] if place.is_file() else []
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
-    return place
-
-
-def file_place(out: str | Path, inputs: Sequence[Path], *, overwrite: bool) -> Path:
-    """As `output_place`, for a single file.
-
-    Raises:
-        ConfigError, SaveError: as there, or its name does not end in `.safetensors`.
-    """
-    place = output_place(out, inputs, overwrite=overwrite)
-    if place.suffix != ".safetensors" or place.is_dir():
+    if file and (place.suffix != ".safetensors" or place.is_dir()):
         raise ConfigError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
     return place
-
-
-def check_dtype(dtype: object) -> None:
-    """Raise `ConfigError` unless it is a floating dtype or `None`."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapterkit.combining import Choices, Space, check_sources, mix
 from adapterkit.contract import MajoritySign, default_registry
-from adapterkit.disk.adapter_file import AdapterFile, Result, check_dtype, names_of, natural, output_place
+from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, names_of, natural, output_place
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError
 from adapterkit.files import FactorSpool, short_names
@@ -67,14 +67,14 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
         SaveError: `out` is there already, or cannot be written.
     """
     check_sources(sources)
-    check_dtype(dtype)
+    names = dict(zip(map(str, sources), names_of(list(sources)), strict=True))
     choices = Choices(
         method=method,
         space=space,
         rank=rank,
         energy=energy,
         to=to,
-        heads=_named(heads, sources),
+        heads=names.get(str(heads), heads),
         density=density,
         majority_sign_method=majority_sign_method,
         seed=seed,
@@ -83,13 +83,12 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
     )
     choices.check()
     given = Base.of(base)
-    names = names_of(list(sources))
-    opened = [AdapterFile.open(place, given, name=name) for place, name in zip(sources, names, strict=True)]
-    place = output_place(out, [adapter.files.folder for adapter in opened], overwrite=overwrite)
-    weights = list(map(float, sources.values()))
+    opened = [AdapterFile.open(place, given, name=names[str(place)]) for place in sources]
+    place = output_place(out, [adapter.files.folder for adapter in opened], dtype, overwrite=overwrite)
+    weights = [float(weight) for weight in sources.values()]
     with FactorSpool(place.parent, lambda: release(opened)) as spool:
         result, report = combined(opened, weights, choices, place.name, spool, given)
-        result.write(place, dtype, [spool, *(adapter.mapped for adapter in opened)])
+        result.write(place, dtype, lambda: release([spool, *opened]))
     return report
 
 
@@ -100,32 +99,25 @@ def combined(
     name: str,
     spool: FactorSpool,
     base: Base | None,
-) -> tuple[Result, CombineReport]:
+) -> tuple[AdapterContent, CombineReport]:
     """The combination of adapters that are opened; its changes are in the spool."""
-    kinds = check_one_base(opened)
+    kinds = _kinds_of_one_base(opened)
     for adapter in opened:
         adapter.check_fits()
-    sources = [adapter.source(weight) for adapter, weight in zip(opened, weights, strict=True)]
     # float64 if one of them has such tensors, else float32, which adapters have on a model of less.
     wide = any(tensor.dtype == torch.float64 for adapter in opened for tensor in adapter.files.tensors.values())
     dtype = torch.float64 if wide else torch.float32
+    sources = [adapter.source(weight) for adapter, weight in zip(opened, weights, strict=True)]
     changes, report = mix(name, sources, choices, sorted(kinds, key=natural), spool, dtype)
     changes = dataclasses.replace(changes, kinds=kinds)
-    result = Result.of(changes, default_registry.method(choices.to), dtype)
-    config = result.config.replace(target_modules=_target_names(list(changes.factors), opened, base))
-    return dataclasses.replace(result, config=config), report
+    names = _target_names(list(changes.factors), opened, base)
+    return AdapterContent.of(changes, default_registry.method(choices.to), dtype, target_modules=names), report
 
 
-def release(opened: Sequence[AdapterFile]) -> None:
-    """Have no page of their files in memory."""
-    for adapter in opened:
-        adapter.mapped.release()
-
-
-def _named(heads: str | None, sources: Mapping[str | Path, float]) -> str | None:
-    """The adapter's name, where a place is given as `sources` has it."""
-    names = dict(zip(map(str, sources), names_of(list(sources)), strict=True))
-    return heads if heads is None else names.get(str(heads), heads)
+def release(mapped: Sequence[FactorSpool | AdapterFile]) -> None:
+    """Free the memory of what was mapped; what is used again is read again."""
+    for one in mapped:
+        one.release()
 
 
 def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: Base | None) -> tuple[str, ...]:
@@ -133,53 +125,46 @@ def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: B
     paths = [] if base is None else BaseModules(base.model).all_paths
     if set(targets) <= set(paths):
         return short_names(targets, paths)
-    tails = {_tail(path) for path in targets}
-    known = {path for adapter in opened for path in adapter.paths}
-    others = any(_tail(path) in tails and path not in targets for path in known)
-    if not others and all(any(_vouches(adapter, tail, targets) for adapter in opened) for tail in tails):
-        return tuple(sorted(tails))
-    return tuple(sorted(targets))
+
+    def named(paths: Iterable[str], name: str) -> set[str]:
+        return {path for path in paths if path.rpartition(".")[2] == name}
+
+    def vouches(adapter: AdapterFile, name: str) -> bool:
+        """Whether the adapter's own config says that the modules of this name are these and no more."""
+        config: Any = adapter.config
+        filtered = config.exclude_modules or config.layers_to_transform is not None or config.modules_to_save
+        listed = isinstance(config.target_modules, tuple) and name in config.target_modules
+        return bool(listed and not filtered and named(adapter.kinds, name) == named(targets, name))
+
+    names = short_names(targets, {path for adapter in opened for path in adapter.paths})
+    sure = all(any(vouches(adapter, name) for adapter in opened) for name in names)
+    return names if sure else tuple(sorted(targets))
 
 
-def _vouches(adapter: AdapterFile, tail: str, paths: Collection[str]) -> bool:
-    """Whether the adapter's own config says that the modules of this name are these and no more."""
-    config: Any = adapter.config
-    filtered = config.exclude_modules or config.layers_to_transform is not None or config.modules_to_save
-    listed = isinstance(config.target_modules, tuple) and tail in config.target_modules
-    own = {path for path in adapter.kinds if _tail(path) == tail}
-    return listed and not filtered and own == {path for path in paths if _tail(path) == tail}
-
-
-def _tail(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def check_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
+def _kinds_of_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
     """What each layer is that one of them changes: the most particular of what they say.
 
     Raises:
         CheckpointError: they are not of one base model.
     """
-    known: dict[str, tuple[str, LayerKind]] = {}
+    kinds: dict[str, tuple[str, LayerKind]] = {}
     biases: dict[str, tuple[str, Tensor]] = {}
-
-    def refuse_sizes(path: str, one: str, other: str, what: str, *shapes: tuple[int, ...]) -> None:
-        raise CheckpointError(
-            f"{one!r} and {other!r} are not of one base model: at {path!r} one {what} of shape {shapes[0]}, the other "
-            f"for {shapes[1]}."
-        )
-
     for adapter in adapters:
         adapter.check_told()
         for path, kind in adapter.kinds.items():
-            name, own = known.setdefault(path, (adapter.name, kind))
-            one, two = ((k.out_features, k.in_features) for k in (own, kind))
+            name, own = kinds.setdefault(path, (adapter.name, kind))
+            one, other = ((k.out_features, k.in_features) for k in (own, kind))
             # A size of 1 may be one that is not known, because its tensor is missing.
-            if any(a != b and 1 not in (a, b) for a, b in zip(one, two, strict=True)):
-                refuse_sizes(path, name, adapter.name, "is for a layer", one, two)
-            known[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
+            if any(a != b and 1 not in (a, b) for a, b in zip(one, other, strict=True)):
+                raise _other_base(path, name, adapter.name, f"is for a layer of shape {one}, the other for {other}")
+            kinds[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
         for path, bias in adapter.biases.items():
             name, held = biases.setdefault(path, (adapter.name, bias))
             if held.shape != bias.shape:
-                refuse_sizes(path, name, adapter.name, "trains a bias", tuple(held.shape), tuple(bias.shape))
-    return {path: kind for path, (_, kind) in known.items()}
+                shapes = f"{tuple(held.shape)}, the other one of {tuple(bias.shape)}"
+                raise _other_base(path, name, adapter.name, f"trains a bias of shape {shapes}")
+    return {path: kind for path, (_, kind) in kinds.items()}
+
+
+def _other_base(path: str, one: str, other: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{one!r} and {other!r} are not of one base model: at {path!r} one {what}.")

@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import Choices, check_size
-from adapterkit.contract import DOTTED, FLAT, OPTIONAL, default_registry, strip_file_prefix, twin
-from adapterkit.disk.adapter_file import AdapterFile, Result, check_dtype, file_place, output_place, write_file
+from adapterkit.contract import (
+    DOTTED,
+    FLAT,
+    OPTIONAL,
+    AdapterLayer,
+    Method,
+    default_registry,
+    strip_file_prefix,
+    twin,
+)
+from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place, write_file
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.files import FactorSpool, MappedFiles
+from adapterkit.files import FactorSpool
 from adapterkit.model import by_layer
 from adapterkit.results import CombineReport
 
@@ -69,68 +78,47 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         UnsupportedError: the method cannot be converted, or the naming has no place for what the adapter holds.
         ConfigError, SaveError: bad arguments, or an output that is there, is the source, or cannot be written.
     """
-    check_dtype(dtype)
     check_size(rank, energy)
-    part = _check_naming(naming, as_component)
+    if naming not in get_args(Naming):
+        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
+    default, known = _PARTS.get(naming, ("", ()))
+    if as_component not in (None, *known):
+        raise ConfigError(
+            f"as_component = {as_component!r} is none of naming={naming!r}: {', '.join(map(repr, known))}."
+        )
     if heads not in ("keep", "drop"):
         raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
     default_registry.method(to)
     given = Base.of(base)
     opened = AdapterFile.open(source, given, component=component)
     opened.check_told()
-    check = output_place if naming == "peft" else file_place
-    place = check(out, [opened.files.folder], overwrite=overwrite)
-    with FactorSpool(place.parent, lambda: release([opened])) as spool:
+    place = output_place(out, [opened.files.folder], dtype, overwrite=overwrite, file=naming != "peft")
+    result: AdapterContent = opened
+    with FactorSpool(place.parent, opened.release) as spool:
         if opened.method.name == to and rank is None and energy is None:
-            result, report = _as_it_is(opened, place.name, heads)
+            opened.check_fits()
+            opened.heads = opened.heads if heads == "keep" else {}
+            ranks = {path: rank for path, layer in opened.built.items() if (rank := _rank(opened.method, layer))}
+            report = CombineReport(place.name, to, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
         else:
             choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
             result, report = combined([opened], [1.0], choices, place.name, spool, given)
-        mapped: list[MappedFiles | FactorSpool] = [spool, opened.mapped]
         if naming == "peft":
-            result.write(place, dtype, mapped)
+            result.write(place, dtype, lambda: release([spool, opened]))
         else:
-            tensors, metadata = _foreign(result, naming, part)
+            tensors, metadata = _foreign(result, naming, as_component or default)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
-            write_file(tensors, metadata, place, dtypes, mapped)
+            write_file(tensors, metadata, place, dtypes, lambda: release([spool, opened]))
     return report
 
 
-def _check_naming(naming: object, part: str | None) -> str:
-    """What the part of a pipeline is called in the output."""
-    if naming not in get_args(Naming):
-        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
-    default, known = _PARTS.get(str(naming), ("", ()))
-    if part is not None and part not in known:
-        raise ConfigError(f"as_component = {part!r} is none of naming={naming!r}: {', '.join(map(repr, known))}.")
-    return part or default
+def _rank(method: Method, layer: AdapterLayer) -> int | None:
+    factors = method.factors(twin(layer, lambda tensor: tensor.to("meta")))
+    return None if factors is None else factors.rank
 
 
-def _as_it_is(opened: AdapterFile, name: str, heads: str) -> tuple[Result, CombineReport]:
-    """The adapter with the tensors and the config of its files."""
-    opened.check_fits()
-    kept = {} if heads == "drop" else opened.heads
-    result = Result(
-        opened.config,
-        opened.method,
-        opened.kinds,
-        opened.tensors,
-        kept,
-        opened.tables,
-        opened.biases,
-        opened.labels,
-        opened.paths,
-    )
-    ranks = {}
-    for path, layer in opened.built.items():
-        factors = opened.method.factors(twin(layer, lambda tensor: tensor.to("meta")))
-        if factors is not None:
-            ranks[path] = factors.rank
-    return result, CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(kept))
-
-
-def _foreign(result: Result, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors and the metadata of another program's file."""
+def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors, by whole keys, and the metadata of another program's file."""
     advice = "heads='drop' leaves them out; PEFT's format (naming='peft') keeps them"
     for what, paths, do in (("heads", result.heads, advice), ("trained biases", result.biases, "Keep PEFT's format")):
         if paths:
@@ -146,26 +134,17 @@ def _foreign(result: Result, naming: str, part: str) -> tuple[dict[str, Tensor],
             f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "
             "low-rank change."
         )
-    return _named(found.tensors, naming, part), found.metadata
-
-
-def _flat(path: str, part: str) -> str:
-    """The path with underscores; of CLIP's text encoder with the module that transformers 5 has dropped from it."""
-    dropped = f"{OPTIONAL}." if part.startswith("lora_te") and path.startswith("encoder.layers.") else ""
-    return (dropped + path).replace(".", "_")
-
-
-def _named(tensors: Mapping[str, Mapping[str, Tensor]], naming: str, part: str) -> dict[str, Tensor]:
-    """The tensors by whole keys."""
-    result: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
-    for path, held in tensors.items():
-        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{_flat(path, part)}"
+    for path, own in found.tensors.items():
+        # transformers 5 has dropped a module of CLIP's text encoder, which these names have.
+        dropped = f"{OPTIONAL}." if part.startswith("lora_te") and path.startswith("encoder.layers.") else ""
+        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{dropped}{path}".replace(".", "_")
         other = owners.setdefault(module, path)
         if other != path:
             raise CheckpointError(
                 f"{other!r} and {path!r} have the same name when '_' is written for '.', so naming={naming!r} cannot "
                 "tell them apart."
             )
-        result |= {f"{module}.{local}": tensor for local, tensor in held.items()}
-    return result
+        named |= {f"{module}.{local}": tensor for local, tensor in own.items()}
+    return named, found.metadata

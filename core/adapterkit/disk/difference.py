@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import measures
+from adapterkit.combining import all_finite, measures
 from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.model import Base
@@ -19,9 +19,6 @@ from adapterkit.errors import ConfigError
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
 from adapterkit.results import brief
-
-T = TypeVar("T")
-Both = tuple[T | None, T | None]
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -34,30 +31,20 @@ class LayerDifference:
     Attributes:
         held: whether each has tensors for it.
         shapes, ranks, norms: of the changes `(out, in)`; `None` where there is none, or none that files tell.
-        same_tensors: whether the files hold the same bits; `same_config`: whether their configs say the same.
+        same_tensors: whether the files hold the same bits.
+        same: whether both do the same here; `None`: that cannot be told.
         distance: `|dW_a - dW_b|` by the larger norm; `cosine`: of the two as vectors.
     """
 
     path: str
     held: tuple[bool, bool]
-    shapes: Both[tuple[int, int]]
-    ranks: Both[int]
-    norms: Both[float]
+    shapes: tuple[tuple[int, int] | None, tuple[int, int] | None]
+    ranks: tuple[int | None, int | None]
+    norms: tuple[float | None, float | None]
     same_tensors: bool
-    same_config: bool
-    distance: float | None = None
-    cosine: float | None = None
-
-    def same(self, tolerance: float) -> bool | None:
-        """Whether both do the same here; `None`: that cannot be told."""
-        if self.same_tensors and self.same_config:
-            return True
-        if self.distance is not None:
-            return self.distance <= tolerance
-        absent = [norm if held else 0.0 for norm, held in zip(self.norms, self.held, strict=True)]
-        if not all(self.held) and None not in absent:
-            return absent == [0.0, 0.0]  # a change of zero is none
-        return False if None not in self.shapes else None
+    same: bool | None
+    distance: float | None
+    cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -111,12 +98,10 @@ class AdapterDiff:
 
         All changes are the same, by whatever factors, and so is every other tensor.
         """
-        shared = [t for t in self.tensors if "." not in t.key]  # they act through the layers' changes alone
-        told = [layer.same(self.tolerance) for layer in self.layers]
-        others = [t.distance is not None and t.distance <= self.tolerance for t in self.tensors if t not in shared]
-        if False in told or False in others:
-            return False
-        return None if None in told else True
+        others = [t for t in self.tensors if "." in t.key]  # shared tensors act through the layers' changes alone
+        told = [layer.same for layer in self.layers]
+        told += [t.distance is not None and t.distance <= self.tolerance for t in others]
+        return False if False in told else None if None in told else True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with `equal` and `same_function`."""
@@ -139,39 +124,24 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
         yield f"  method: {diff.methods[0]} | {diff.methods[1]}"
     for title, fields in (("config", diff.config), ("header", diff.metadata)):
         yield from (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
-    yield from _layer_lines(diff)
-    for tensor in diff.tensors:
-        apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
-        yield f"  tensor {tensor.key}: {_text(tensor.a)} | {_text(tensor.b)}{apart}"
-    yield from (f"  note: {note}" for note in diff.notes)
-
-
-def _layer_lines(diff: AdapterDiff) -> Iterator[str]:
-    same = [layer for layer in diff.layers if layer.same(diff.tolerance)]
-    yield f"  {len(same)} of {len(diff.layers)} layers have the same change"
-    for layer in diff.layers:
-        if layer.same(diff.tolerance):
-            continue
+    differing = [layer for layer in diff.layers if not layer.same]
+    yield f"  {len(diff.layers) - len(differing)} of {len(diff.layers)} layers have the same change"
+    for layer in differing:
         if not all(layer.held):
-            yield f"  layer {layer.path}: only in {diff.a if layer.held[0] else diff.b}"
-        elif layer.distance is None:
-            yield f"  layer {layer.path}: {_sizes(layer.shapes)}"
+            what = f"only in {diff.a if layer.held[0] else diff.b}"
+        elif layer.distance is not None:
+            norms, ranks = (f"{one:.4g} | {other:.4g}" for one, other in (layer.norms, layer.ranks))
+            what = f"distance {layer.distance:.2%}, cosine {layer.cosine:.3f}, norm {norms}, rank {ranks}"
+        elif None in layer.shapes:
+            what = "other tensors; how far apart cannot be told"
         else:
-            ranks, norms = layer.ranks, " | ".join(f"{n:.4g}" for n in layer.norms if n is not None)
-            yield (
-                f"  layer {layer.path}: distance {layer.distance:.2%}, cosine {layer.cosine:.3f}, norm {norms}, "
-                f"rank {ranks[0]} | {ranks[1]}"
-            )
-
-
-def _sizes(shapes: Both[tuple[int, int]]) -> str:
-    if None in shapes:
-        return "other tensors; how far apart cannot be told"
-    return " | ".join(f"{shape[0]} x {shape[1]}" for shape in shapes if shape is not None)
-
-
-def _text(tensor: tuple[str, tuple[int, ...]] | None) -> str:
-    return "-" if tensor is None else f"{tensor[0]} {tensor[1]}"
+            what = " | ".join(f"{shape[0]} x {shape[1]}" for shape in layer.shapes if shape is not None)
+        yield f"  layer {layer.path}: {what}"
+    for tensor in diff.tensors:
+        one, other = ("-" if t is None else f"{t[0]} {t[1]}" for t in (tensor.a, tensor.b))
+        apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
+        yield f"  tensor {tensor.key}: {one} | {other}{apart}"
+    yield from (f"  note: {note}" for note in diff.notes)
 
 
 @torch.no_grad()
@@ -204,114 +174,102 @@ def diff_adapters(
         raise ConfigError(f"tolerance = {tolerance!r} must be a share, at least 0 and below 1.")
     places = [adapter_folder(source) for source in (a, b)]
     given, bare = Base.of(base), all(place.is_file() for place in places)
-    sides = [_Side(AdapterFile.open(place, given, component=component, keep_names=bare)) for place in places]
-    layers = tuple(_layers(*sides))
-    tensors = tuple(_tensors(sides[0].rest, sides[1].rest))
+    one, other = (AdapterFile.open(place, given, component=component, keep_names=bare) for place in places)
     return AdapterDiff(
         a=str(a),
         b=str(b),
-        methods=(sides[0].opened.method.name, sides[1].opened.method.name),
-        config=_fields(*(side.opened.files.config or {} for side in sides), ordered=False),
-        metadata=_fields(*(side.opened.files.metadata for side in sides), ordered=True),
-        layers=layers,
-        tensors=tensors,
+        methods=(one.method.name, other.method.name),
+        config=_fields(one.files.config or {}, other.files.config or {}, _SETS),
+        metadata=_fields(one.files.metadata, other.files.metadata),
+        layers=tuple(_layer(path, one, other, tolerance) for path in dict.fromkeys((*one.layers, *other.layers))),
+        tensors=tuple(_tensors(one, other)),
         tolerance=tolerance,
-        notes=tuple(note for side in sides for note in side.notes),
+        notes=tuple(f"{side.files.folder}: {note}" for side in (one, other) for note in side.notes),
     )
 
 
-class _Side:
-    """One of the two adapters."""
+def _layer(path: str, a: AdapterFile, b: AdapterFile, tolerance: float) -> LayerDifference:
+    ours, theirs = a.layers.get(path, {}), b.layers.get(path, {})
+    held = bool(ours), bool(theirs)
+    same_tensors = ours.keys() == theirs.keys() and all(_same(t, theirs[name]) for name, t in ours.items())
+    f, g = _finite_factors(a, path), _finite_factors(b, path)
+    one, other = (None if c is None else (c.up.shape[0], c.down.shape[1]) for c in (f, g))
+    ranks = (None if f is None else f.rank, None if g is None else g.rank)
+    norms = (None if f is None else measures.norm(f), None if g is None else measures.norm(g))
+    apart = cosine = None
+    if f is not None and g is not None and one == other:
+        apart, cosine = distance(f, g), measures.cosine(f, g)
+    if same_tensors and a.config == b.config:
+        same: bool | None = True
+    elif apart is not None:
+        same = apart <= tolerance
+    elif all(held) or None in (norms[0] if held[0] else 0.0, norms[1] if held[1] else 0.0):
+        same = None if one is None or other is None else False
+    else:
+        same = not any(norms)  # one has no such layer: the same as a change of zero
+    a.release()
+    b.release()
+    return LayerDifference(path, held, (one, other), ranks, norms, same_tensors, same, apart, cosine)
 
-    def __init__(self, opened: AdapterFile) -> None:
-        self.opened, self.inside, self.broken = opened, opened.layers, opened.broken
-        tensors = strip_file_prefix(opened.files.tensors)
-        keys = {f"{path}.{local}" for path, held in opened.layers.items() for local in held}
-        self.rest = {key: tensor for key, tensor in tensors.items() if key not in keys}
-        name = opened.files.folder
-        self.notes = [f"{name}: {why}" for why in dict.fromkeys(opened.refused.values())]
-        if not opened.kinds:
-            self.notes.append(
-                f"{name}: the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base="
-            )
 
-    def factors(self, path: str) -> Factors | None:
-        """The change at a layer; `None` if it has none, or none that the files tell."""
-        found = None if path in self.broken or path not in self.opened.built else self.opened.factors(path)
-        finite = found is not None and all(bool(torch.isfinite(t).all()) for t in found[:3] if t is not None)
-        return found if finite else None
-
-
-def _layers(a: _Side, b: _Side) -> Iterator[LayerDifference]:
-    for path in dict.fromkeys((*a.inside, *b.inside)):
-        f, g = a.factors(path), b.factors(path)
-        ours, theirs = a.inside.get(path, {}), b.inside.get(path, {})
-        same_config = a.opened.config == b.opened.config
-        yield LayerDifference(
-            path=path,
-            shapes=(_shape(f), _shape(g)),
-            ranks=(None if f is None else f.rank, None if g is None else g.rank),
-            norms=(None if f is None else measures.norm(f), None if g is None else measures.norm(g)),
-            held=(bool(ours), bool(theirs)),
-            same_tensors=ours.keys() == theirs.keys() and all(_same(t, theirs[name]) for name, t in ours.items()),
-            same_config=same_config,
-            distance=None if f is None or g is None or _shape(f) != _shape(g) else distance(f, g),
-            cosine=None if f is None or g is None or _shape(f) != _shape(g) else measures.cosine(f, g),
-        )
-        for side in (a, b):
-            side.opened.mapped.release()
+def _finite_factors(adapter: AdapterFile, path: str) -> Factors | None:
+    """The change at a layer; `None` if it has none, or none that the files tell."""
+    found = None if path in adapter.broken or path not in adapter.built else adapter.factors(path)
+    return found if found is not None and all_finite(*found[:3]) else None
 
 
 def distance(f: Factors, g: Factors) -> float:
     """`|dW_f - dW_g| / max(|dW_f|, |dW_g|)` in the Frobenius norm, or the same of the biases if that is more."""
     dtype = torch.promote_types(f.up.dtype, g.up.dtype)
-    between = Factors(
-        torch.cat([f.up.to(dtype), -g.up.to(dtype)], dim=1), torch.cat([f.down.to(dtype), g.down.to(dtype)])
-    )
-    apart = _relative(measures.norm(between), measures.norm(f), measures.norm(g))
-    if f.bias is None and g.bias is None:
-        return apart
-    zero = torch.zeros(f.up.shape[0], dtype=dtype)
-    ours, theirs = ((zero if t is None else t.to(dtype)) for t in (f.bias, g.bias))
-    return max(apart, _relative(*(float(t.norm()) for t in (ours - theirs, ours, theirs))))
+    up, down = torch.cat([f.up.to(dtype), -g.up.to(dtype)], dim=1), torch.cat([f.down.to(dtype), g.down.to(dtype)])
+    larger = max(measures.norm(f), measures.norm(g))
+    apart = measures.norm(Factors(up, down)) / larger if larger else 0.0
+    zero = torch.zeros(f.up.shape[0])
+    return max(apart, _relative(zero if f.bias is None else f.bias, zero if g.bias is None else g.bias))
 
 
-def _relative(apart: float, one: float, other: float) -> float:
-    return apart / max(one, other) if max(one, other) else 0.0
-
-
-def _shape(factors: Factors | None) -> tuple[int, int] | None:
-    return None if factors is None else (factors.up.shape[0], factors.down.shape[1])
+def _relative(one: Tensor, other: Tensor) -> float:
+    """`|a - b| / max(|a|, |b|)`."""
+    one, other = one.double(), other.double()
+    larger = max(float(one.norm()), float(other.norm()))
+    return float((one - other).norm()) / larger if larger else 0.0
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[TensorDifference]:
-    for key in dict.fromkeys((*ours, *theirs)):
-        one, other = ours.get(key), theirs.get(key)
+def _tensors(a: AdapterFile, b: AdapterFile) -> Iterator[TensorDifference]:
+    """The tensors of no layer that differ."""
+    sides = []
+    for side in (a, b):
+        inside = {f"{path}.{local}" for path, held in side.layers.items() for local in held}
+        tensors = strip_file_prefix(side.files.tensors)
+        sides.append({key: tensor for key, tensor in tensors.items() if key not in inside})
+    for key in dict.fromkeys((*sides[0], *sides[1])):
+        one, other = (side.get(key) for side in sides)
         if one is not None and other is not None and _same(one, other):
             continue
-        apart = None
-        if one is not None and other is not None and one.shape == other.shape:
-            apart = _relative(*(float(t.norm()) for t in (one.double() - other.double(), one.double(), other.double())))
-        yield TensorDifference(key, _described(one), _described(other), apart)
+        apart = _relative(one, other) if one is not None and other is not None and one.shape == other.shape else None
+        yield TensorDifference(key, _form(one), _form(other), apart)
 
 
-def _described(tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
+def _form(tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
     return None if tensor is None else (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-def _fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, ordered: bool) -> dict[str, tuple[Any, Any]]:
+def _fields(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], unordered: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """The fields that differ, with both values."""
-
-    def plain(name: str, value: Any) -> Any:
-        return sorted(value) if not ordered and name in _SETS and isinstance(value, list) else value
-
-    names = sorted({*ours, *theirs})
-    found = {name: (ours.get(name), theirs.get(name)) for name in names}
-    return {name: pair for name, pair in found.items() if plain(name, pair[0]) != plain(name, pair[1])}
+    found = {}
+    for name in sorted({*ours, *theirs}):
+        pair = one, other = ours.get(name), theirs.get(name)
+        if name in unordered and isinstance(one, list) and isinstance(other, list):
+            one, other = sorted(one), sorted(other)
+        if one != other:
+            found[name] = pair
+    return found

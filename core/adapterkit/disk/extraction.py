@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from adapterkit.combining import extracted, wanted_layers
 from adapterkit.contract import default_registry
-from adapterkit.disk.adapter_file import Result, check_dtype, output_place
+from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.errors import ConfigError
@@ -56,9 +55,8 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         StateError: weights that are not finite.
         SaveError: `out` is there already, or cannot be written.
     """
-    check_dtype(dtype)
     folders = [local_path(folder) for folder in (base, tuned)]
-    place = output_place(out, folders, overwrite=overwrite)
+    place = output_place(out, folders, dtype, overwrite=overwrite)
     if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise ConfigError(f"{place} is inside one of the models; give the output another place.")
     model = skeleton(tuned)
@@ -66,7 +64,6 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32
     selection = wanted_layers(model.to(working), rank, energy, to, target_modules, exclude_modules, modules_to_save)
     heads = {path: copy_head(after.module(path), path) for path in selection.heads}
-    labels = LabelSet.of(model) if heads else None
 
     def layers(match: Match) -> tuple[nn.Module, nn.Module]:
         before.release()
@@ -75,11 +72,13 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
 
     modules = BaseModules(model)
     adapted = [model.get_submodule(path) for path in (*(match.path for match in selection.targets), *selection.heads)]
-    everywhere = {EVERYWHERE: "true"} if any(len(modules.paths_of[module]) > 1 for module in adapted) else {}
     with FactorSpool(place.parent, lambda: None) as spool:
+        labels = LabelSet.of(model) if heads else None
         changes, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, spool)
-        result = Result.of(changes, default_registry.method(to), working)
         names = short_names(changes.factors, modules.all_paths)
-        config = result.config.replace(base_model_name_or_path=str(base), target_modules=names)
-        dataclasses.replace(result, config=config, metadata=everywhere).write(place, dtype, [spool])
+        fields = {"base_model_name_or_path": str(base), "target_modules": names}
+        result = AdapterContent.of(changes, default_registry.method(to), working, **fields)
+        if any(len(modules.paths_of[module]) > 1 for module in adapted):
+            result.metadata = {EVERYWHERE: "true"}
+        result.write(place, dtype, spool.release)
     return report

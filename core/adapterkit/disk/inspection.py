@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import measures, rank_for_energy
+from adapterkit.combining import all_finite, measures, rank_for_energy
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
-from adapterkit.kinds import Factors
 from adapterkit.model import LabelSet
 from adapterkit.results import brief, columns
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
 _NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
+_COLUMNS = ("layer", "kind", "shape", "rank", "scaling", "norm", "effective rank", "for 90 %", "for 99 %")
 # Rows of one list in text.
 _MOST_ROWS = 10
 
@@ -129,19 +129,16 @@ def inspect_adapter(
         UnknownNameError: no plugin provides its method.
     """
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
-    report, broken, files = opened.report, opened.broken, opened.files
+    files, broken = opened.files, opened.broken
     paths = opened.kinds or sorted(opened.layers, key=natural)
     layers = tuple(_layer(opened, path, values and path not in broken) for path in paths)
-    notes = list(dict.fromkeys(opened.refused.values()))
-    if not opened.kinds:
-        notes.append(f"the tensors of {opened.method.name!r} do not tell the sizes of its layers; give base=")
-    if values:
-        odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
-        notes += [f"{path} has values that are not finite" for path in odd]
+    odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
+    norms = [row.norm for row in layers if row.rank is not None or row.norm is not None]
     place = files.folder
     if place.is_dir():
         place /= WEIGHTS_FILE if (place / WEIGHTS_FILE).is_file() else PICKLE_FILE
-    labels, dtypes = LabelSet.from_metadata(files.metadata), Counter(t.dtype for t in files.tensors.values())
+    labels = LabelSet.from_metadata(files.metadata)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in files.tensors.values())
     return AdapterInspection(
         source=str(files.folder),
         weights=str(place),
@@ -151,27 +148,27 @@ def inspect_adapter(
         base=opened.config.base_model_name_or_path,
         config=files.config or {},
         layers=layers,
-        heads={path: _shapes(_weights_first(head)) for path, head in opened.heads.items()},
+        # A file has the bias of a head before its weight; modules have it behind.
+        heads={
+            path: _shapes(dict(sorted(head.items(), key=lambda item: not item[0].endswith("weight"))))
+            for path, head in opened.heads.items()
+        },
         biases=tuple(opened.biases),
         shared=_shapes(opened.shared),
         labels=None if labels is None else dict(labels.id2label),
         parameters=sum(t.numel() for t in files.tensors.values()),
-        dtypes={str(dtype).removeprefix("torch."): count for dtype, count in dtypes.most_common()},
-        norm=_total(layers),
-        unknown=report.unexpected,
-        missing=report.missing,
-        mismatched=tuple(map(str, report.mismatched)),
-        notes=tuple(notes),
+        dtypes=dict(dtypes.most_common()),
+        # A sum of some of the norms would look like that of all.
+        norm=None if not norms or None in norms else math.hypot(*norms),  # type: ignore[arg-type]
+        unknown=opened.report.unexpected,
+        missing=opened.report.missing,
+        mismatched=tuple(map(str, opened.report.mismatched)),
+        notes=(*opened.notes, *(f"{path} has values that are not finite" for path in odd if values)),
     )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _weights_first(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a head as modules order them; a file has the biases before."""
-    return dict(sorted(head.items(), key=lambda item: not item[0].endswith("weight")))
 
 
 def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
@@ -182,11 +179,8 @@ def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
     kind, layer = opened.kinds[path], opened.built[path]
     asked: Any = layer if values else twin(layer, lambda tensor: tensor.to("meta"))
     factors = opened.method.factors(asked)
-    finite = values and factors is not None and all(bool(torch.isfinite(t).all()) for t in factors[:2])
-    told = _spectral(factors) if finite and factors is not None else {}
     scaling = getattr(layer, "scaling", asked.factors().scale if isinstance(layer, LowRankLayer) else 1.0)
-    opened.mapped.release()
-    return LayerInspection(
+    found = LayerInspection(
         path,
         kind.name,
         (kind.out_features, kind.in_features),
@@ -194,25 +188,18 @@ def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
         scaling if isinstance(scaling, float | int) else None,
         shapes,
         size,
-        **told,
     )
-
-
-def _spectral(factors: Factors) -> dict[str, Any]:
-    s = measures.spectrum(factors)
-    return {
-        "norm": measures.size(s),
-        "effective_rank": measures.effective_rank(s),
-        "rank_90": rank_for_energy(s, 0.9),
-        "rank_99": rank_for_energy(s, 0.99),
-    }
-
-
-def _total(layers: tuple[LayerInspection, ...]) -> float | None:
-    if any(layer.norm is None and layer.rank is not None for layer in layers):
-        return None  # not read, or not finite: a sum of the others would look like that of all
-    norms = [layer.norm for layer in layers if layer.norm is not None]
-    return math.hypot(*norms) if norms else None
+    if values and factors is not None and all_finite(*factors[:2]):
+        s = measures.spectrum(factors)
+        found = dataclasses.replace(
+            found,
+            norm=measures.size(s),
+            effective_rank=measures.effective_rank(s),
+            rank_90=rank_for_energy(s, 0.9),
+            rank_99=rank_for_energy(s, 0.99),
+        )
+    opened.release()
+    return found
 
 
 def _lines(found: AdapterInspection) -> Iterator[str]:
@@ -224,12 +211,17 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
     yield f"  {len(found.layers)} layers, {found.parameters:,} parameters, {found.size:,} bytes ({dtypes})"
     if found.norm is not None:
         yield f"  norm of all changes: {found.norm:.4g}"
-    yield from _table(found.layers)
+    rows: list[tuple[str, ...]] = [_COLUMNS] if found.layers else []
+    for row in found.layers:
+        shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
+        numbers = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
+        rows.append((row.path, row.kind or "?", shape, *("-" if n is None else f"{n:.4g}" for n in numbers)))
+    yield from (f"  {line}" for line in columns(rows).splitlines())
     for path, tensors in found.heads.items():
         yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"
     if found.labels is not None:
         yield f"  labels: {brief(', '.join(found.labels.values()))}"
-    for title, rows in (
+    for title, listed in (
         ("trained bias", found.biases),
         ("shared", [f"{name} {shape}" for name, shape in found.shared.items()]),
         ("unknown", found.unknown),
@@ -237,17 +229,6 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
         ("mismatched", found.mismatched),
         ("note", found.notes),
     ):
-        yield from (f"  {title}: {row}" for row in rows[:_MOST_ROWS])
-        if len(rows) > _MOST_ROWS:
-            yield f"  {title}: and {len(rows) - _MOST_ROWS:,} more"
-
-
-def _table(layers: tuple[LayerInspection, ...]) -> Iterator[str]:
-    rows: list[tuple[str, ...]] = [
-        ("layer", "kind", "shape", "rank", "scaling", "norm", "effective rank", "for 90 %", "for 99 %")
-    ]
-    for row in layers:
-        shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
-        told = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
-        rows.append((row.path, row.kind or "?", shape, *("-" if v is None else f"{v:.4g}" for v in told)))
-    yield from (f"  {line}" for line in columns(rows).splitlines() if layers)
+        yield from (f"  {title}: {one}" for one in listed[:_MOST_ROWS])
+        if len(listed) > _MOST_ROWS:
+            yield f"  {title}: and {len(listed) - _MOST_ROWS:,} more"

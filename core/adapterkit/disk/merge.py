@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.contract import FILE_PREFIX
-from adapterkit.disk import merge_files
-from adapterkit.disk.checkpoint import Checkpoint, match_names
-from adapterkit.disk.merge_files import MANIFEST, Merge, Origin
+from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
+from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, other_files
 from adapterkit.disk.model import CONFIG, MappedModel, skeleton_for
-from adapterkit.errors import CheckpointError, ConfigError, PluginError, SaveError, StateError, UnsupportedError
-from adapterkit.files import AdapterFiles, Shard, adapter_folder, load_adapter, local_path, model_folder, read
+from adapterkit.errors import ConfigError, SaveError, UnsupportedError
+from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
 from adapterkit.forward import Active, give_dtypes_back
-from adapterkit.merging import Change, Parting, merge_module, nested, plan, tie_number
+from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
-Progress = Callable[[int, int], object]
-_BASE_LAYER = "base_layer."
 
 
 @dataclass(frozen=True)
@@ -121,96 +115,79 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         SaveError: it cannot be written there. The base, and what was at `out`, are as they were.
         ConfigError: arguments that make no sense together.
     """
-    sources = _checked_sources(adapters)
+    sources = _sources(adapters)
     place = model_folder(base)
     folder = place if place.is_dir() else place.parent
-    target = _checked_out(local_path(out), [folder, *(s.place for s in sources)], overwrite)
-    _check_config(folder / CONFIG)
+    target = _checked_out(local_path(out).resolve(), [folder, *(s.place for s in sources)], overwrite)
     checkpoint, named = Checkpoint.open(place), None
     if model is None:
         built, named = skeleton_for(folder, [s.place for s in sources], architecture)
     else:
         built = copy.deepcopy(model)
-    output = _Output(MappedModel(built, checkpoint), folder, named)
-    _work_in(output, sources, untie=untie, heads=heads, component=component, safe=safe)
+    mapped = MappedModel(built, checkpoint)
+    changes, acting = _changes(mapped, sources, untie=untie, heads=heads, component=component, safe=safe)
+    values, parted = _new_values(mapped, changes, acting)
+    parting = _parting(built, parted)
+    origins, absent = _origins(mapped, values, () if parting is None else parting.freed)
+    shards = lay_out(checkpoint, origins)
+    small = _new_config(folder / CONFIG, built, named, acting, parting)
+    if checkpoint.index_file is not None:
+        small[checkpoint.index_file.name] = new_index(checkpoint, shards)
+    copied, left = other_files(folder, checkpoint)
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
-    request = _request(checkpoint, sources, arguments)
-    kept = ""
-    try:
-        with merge_files.held(target) as partial:
-            resumed = merge_files.begin(partial, request, output.shards, resume=resume)
-            kept = f" What is finished is in {partial}: resume=True goes on from there, or delete it."
-            try:
-                output.write(partial, resumed, request, safe=safe, progress=progress)
-            except (PluginError, StateError, UnsupportedError):  # they come again: nothing to go on from
-                shutil.rmtree(partial)
-                raise
-            merge_files.publish(partial, target, overwrite=overwrite)
-    except (OSError, MemoryError) as error:
-        if isinstance(error, SaveError):
-            raise
-        raise SaveError(
-            f"The merged model cannot be written to {target}: {error}. The base, and what was at {target}, are as they "
-            f"were.{kept}"
-        ) from error
-    return output.report(target, sources, resumed)
+    inputs = _inputs(checkpoint, sources, arguments)
+    mapped.release()
+    output = Output(target, folder, {**checkpoint.entries, **origins}, shards, small, copied, inputs)
+    resumed = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
+    merged = {name for name, origin in origins.items() if isinstance(origin, Merge)}
+    return MergeReport(
+        target,
+        {source.name: source.weight for source in sources},
+        {name: sum(e.name in merged for e in shard.entries) for name, shard in shards.items()},
+        tuple(dict.fromkeys(path for adapter in acting for path in adapter.heads)),
+        tuple(name for name in origins if name not in checkpoint.entries),
+        absent,
+        tuple(left),
+        sum(shard.size for shard in shards.values()),
+        resumed,
+    )
 
 
-# Checks before anything is written
-
-
-def _checked_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
-    if out.is_symlink():
-        raise SaveError(f"{out} is a symbolic link. Give the folder itself: a link cannot be replaced in one step.")
-    place = out.resolve()
+def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
+    """The output's folder, if it may be written."""
     for path in (p.resolve() for p in inputs):
         if place == path or place.is_relative_to(path) or path.is_relative_to(place):
-            raise SaveError(f"{out} and the input {path} lie in each other; give the output a folder of its own.")
-    if not place.name:
-        raise SaveError(f"{out} is no folder that could be written.")
+            raise SaveError(f"{place} and the input {path} lie in each other; give the output a folder of its own.")
     if place.exists():
         if not place.is_dir():
-            raise SaveError(f"{out} is a file; the output is a folder.")
+            raise SaveError(f"{place} is a file; the output is a folder.")
         held = sorted(p.name for p in place.iterdir())
         if held and not overwrite:
-            raise SaveError(f"{out} exists already. Say overwrite=True to replace it, or choose another place.")
+            raise SaveError(f"{place} exists already. Say overwrite=True to replace it, or choose another place.")
         if held and not {CONFIG, MANIFEST} & set(held):
             raise SaveError(
-                f"{out} holds {', '.join(held[:4])} and no model, so it is not replaced. Choose another place."
+                f"{place} holds {', '.join(held[:4])} and no model, so it is not replaced. Choose another place."
             )
-        if Path.cwd().is_relative_to(place):
-            raise SaveError(f"{out} is the working directory, or around it; it cannot be replaced from inside.")
     return place
 
 
-def _check_config(path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
-
-
-def _request(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All that the bytes of the output follow from."""
     from importlib.metadata import version
 
-    def of_base(shard: Shard) -> dict[str, Any]:
+    base, adapters = {}, []
+    for name, shard in checkpoint.shards.items():
         header = hashlib.sha256(shard.header).hexdigest()
-        return {"size": shard.size, "modified": shard.file.stat().st_mtime_ns, "header_sha256": header}
-
-    return {
-        "base": {name: of_base(shard) for name, shard in checkpoint.shards.items()},
-        "adapters": [source.identity() for source in sources],
-        "arguments": dict(arguments),
-        "versions": {name: version(name) for name in ("adapterkit", "torch", "transformers")},
-    }
-
-
-# The adapters
+        base[name] = {"size": shard.size, "modified": shard.file.stat().st_mtime_ns, "header_sha256": header}
+    for source in sources:
+        files, place = {}, source.place
+        for path in [place] if place.is_file() else sorted(place.glob("adapter_*")):
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256}
+        adapters.append({"source": source.given, "weight": source.weight, "files": files})
+    versions = {name: version(name) for name in ("adapterkit", "torch", "transformers")}
+    return {"base": base, "adapters": adapters, "arguments": dict(arguments), "versions": versions}
 
 
 @dataclass(frozen=True)
@@ -227,19 +204,8 @@ class _Source:
     weight: float
     place: Path
 
-    def identity(self) -> dict[str, Any]:
-        """What tells its files from others, for the journal and for the manifest."""
-        files = [self.place] if self.place.is_file() else sorted(self.place.glob("adapter_*"))
-        found = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in files if f.is_file()}
-        return {"source": self.given, "weight": self.weight, "files": found}
 
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _checked_sources(adapters: Sources) -> list[_Source]:
+def _sources(adapters: Sources) -> list[_Source]:
     """The adapters that a caller named, found, and each with a name of its own.
 
     Raises:
@@ -251,238 +217,166 @@ def _checked_sources(adapters: Sources) -> list[_Source]:
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
     if not weights or len(weights) < len(adapters):
         raise ConfigError(f"merge_checkpoint needs adapters, each once, not {adapters!r}.")
-    found: list[_Source] = []
+    found: dict[str, _Source] = {}
     for given, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise ConfigError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
-        place = adapter_folder(given)
-        twice = next((s for s in found if s.place.resolve() == place.resolve()), None)
+        place = adapter_folder(given).resolve()
+        twice = next((s for s in found.values() if s.place == place), None)
         if twice is not None:
             raise ConfigError(
                 f"{twice.given!r} and {str(given)!r} are one adapter; give it once, with the sum of its weights."
             )
-        name = _free_name(place.stem if place.is_file() else place.resolve().name, [s.name for s in found])
-        found.append(_Source(str(given), name, float(weight), place))
-    return found
+        wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else place.name) or "adapter"
+        while name in found:
+            name = f"{wanted}_{len(found) + 1}"
+        found[name] = _Source(str(given), name, float(weight), place)
+    return list(found.values())
 
 
-def _free_name(wanted: str, taken: Sequence[str]) -> str:
-    name = base = re.sub(r"[^\w-]", "_", wanted) or "adapter"
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{base}_{number}"
-    return name
-
-
-def _work_in(
-    output: _Output, sources: Sequence[_Source], *, untie: bool, heads: str | None, component: str | None, safe: bool
-) -> None:
-    """Find out what the adapters change, as a merge in memory does.
+def _changes(
+    base: MappedModel, sources: Sequence[_Source], *, untie: bool, heads: str | None, component: str | None, safe: bool
+) -> tuple[list[Change], list[Adapter]]:
+    """What the adapters change in the base's modules, as a merge in memory finds it, and the adapters whose heads act.
 
     Raises:
         CheckpointError, UnsupportedError, StateError, ConfigError: see `merge_checkpoint`.
     """
-    base = output.base
     adapters = []
     for source in sources:
-        files = _without_base(read(source.place), base)
         given: dict[str, Any] = {"strict": True, "dtype": None, "component": component, "device": torch.device("cpu")}
-        adapters.append(load_adapter(base.model, source.name, files, Active(), **given)[0])
-    changes = plan(adapters, BaseModules(base.model), untie=untie, scales={s.name: s.weight for s in sources})
-    for source, adapter in zip(sources, adapters, strict=True):
+        adapter, _ = load_adapter(base.model, source.name, read(source.place), Active(), **given)
         if source.weight != 1.0 and not all(layer.additive for layer in adapter.layers.values()):
             raise UnsupportedError(
                 f"{source.given!r} cannot be merged with the weight {source.weight:g}: the method "
                 f"{adapter.config.method!r} is not additive, so its change has no multiple. Leave the weight out."
             )
+        adapters.append(adapter)
+    changes = plan(adapters, BaseModules(base.model), untie=untie, scales={s.name: s.weight for s in sources})
+    for change in changes:
+        if change.head is not None:  # its own copy of the module is in memory, and is written as the head that it is
+            merge_module(change, safe=safe)
     chosen = next((s.name for s in sources if heads in (s.given, s.name)), heads)
     acting = [next(a for a in adapters if a.name == name) for name in acting_heads(adapters, chosen)]
-    for change in changes:
-        if change.head is None:
-            output.add_change(change)
-        else:  # its own copy of the module is in memory, and is written as the head that it is
-            merge_module(change, safe=safe)
     for adapter in acting:
         for path, head in adapter.heads.items():
             give_dtypes_back(head, adapter.hosts[path])
-    output.add_heads(acting)
-    output.finish()
-    base.release()
-
-
-def _without_base(files: AdapterFiles, base: MappedModel) -> AdapterFiles:
-    """The files without weights of adapted layers that are the base's: PEFT writes embeddings with every adapter."""
-    same = set()
-    for key, tensor in files.tensors.items():
-        own = base.parameters.get(key.removeprefix(FILE_PREFIX).replace(_BASE_LAYER, ""))
-        if key.endswith(f"{_BASE_LAYER}weight") and own is not None and not own.is_meta and own.shape == tensor.shape:
-            same |= {key} if torch.equal(own.to(tensor.dtype), tensor) else set()
-    return dataclasses.replace(files, tensors={k: v for k, v in files.tensors.items() if k not in same})
+    return [change for change in changes if change.head is None], acting
 
 
 # The tensors of the output
 
 
-class _Output:
-    """What the output is made of.
+def _new_values(
+    base: MappedModel, changes: Sequence[Change], acting: Sequence[Adapter]
+) -> tuple[dict[str, Merge | torch.Tensor], set[str]]:
+    """The new value of each key of the model that changes, and the keys that are no longer tied to an unchanged one.
 
-    Attributes:
-        folder: the base's.
-        architecture: the class of the model, if it is not the one that the base's config names.
-        origins: where the tensors come from that are not simply the base's, by their names in the file.
-        heads: modules that were taken over.
-        labels: their label set, if it is not the base's.
-        untied: where in the config flags say that weights are tied which are apart now: the names that lead there.
-        shards: the files of weights.
-        copied, left: the base's other files that are in the output, and that are not.
+    Raises:
+        UnsupportedError, CheckpointError: the files do not hold a tensor that is needed.
     """
-
-    def __init__(self, base: MappedModel, folder: Path, architecture: str | None) -> None:
-        self.base, self.folder, self.architecture = base, folder, architecture
-        self.origins: dict[str, Origin] = {}
-        self.heads: tuple[str, ...] = ()
-        self.labels: LabelSet | None = None
-        self.untied: tuple[tuple[str, ...], ...] = ()
-        self.shards: dict[str, Shard] = {}
-        self.copied, self.left = merge_files.others(folder, base.checkpoint)
-        self._parted: set[str] = set()
-
-    def add_change(self, change: Change) -> None:
-        """The tensors that a change writes to."""
-        base, keys = self.base, {local: f"{change.path}.{local}" for local in change.touched}
-        held = {local: base.held_as(key) for local, key in keys.items()}
-        apart = [local for local, key in keys.items() if local in change.tied and key not in base.names.in_file]
-        names = {**held, **{local: keys[local] for local in apart}}
-        merge = Merge(change, {local: base.checkpoint.entries[name] for local, name in held.items()}, names)
-        for local, key in keys.items():
+    values: dict[str, Merge | torch.Tensor] = {}
+    modules = BaseModules(base.model)
+    for change in changes:
+        names = {local: base.held_as(f"{change.path}.{local}") for local in change.touched}
+        inputs = {local: base.checkpoint.entries[name] for local, name in names.items()}
+        for local in inputs:
+            keys = base.keys[base.parameters[f"{change.path}.{local}"]]
             if local in change.tied:
-                self._part(key, held[local])
-            self.origins[names[local]] = merge
+                keys = [f"{path}.{local}" for path in modules.paths_of[change.module]]
+            values |= dict.fromkeys(keys, Merge(change, inputs, local))
+    for adapter in acting:
+        for path, head in adapter.heads.items():
+            for place in (path, *adapter.aliases.get(path, ())):
+                values |= {f"{place}.{local}": t for local, t in head.state_dict(keep_vars=True).items()}
+    parted = set()
+    for keys in base.keys.values():
+        if len({id(values.get(key)) for key in keys}) > 1:
+            parted |= values.keys() & keys
+    return values, parted
 
-    def _part(self, key: str, name: str) -> None:
-        """Every other name of a tied weight keeps the base's values, under its own name in the file."""
-        self._parted.add(key)
-        for other in self.base.keys[self.base.parameters[key]]:
-            if other != key and other not in self.base.names.in_file:
-                self.origins.setdefault(other, self.base.checkpoint.entries[name])
 
-    def add_heads(self, adapters: Sequence[Adapter]) -> None:
-        """The tensors of the heads that act, in place of the model's; the last one's at each module."""
-        base, in_file = self.base, self.base.names.in_file
-        heads = {path: (adapter, head) for adapter in adapters for path, head in adapter.heads.items()}
-        numbers = {path: number for adapter in adapters for path, number in adapter.tie_numbers().items()}
-        for path, (adapter, head) in heads.items():
-            places = (path, *adapter.aliases.get(path, ()))
-            for place, local, tensor in ((p, *item) for p in places for item in head.state_dict().items()):
-                key = f"{place}.{local}"
-                parameter = base.parameters.get(key)
-                tied = [] if parameter is None else [k for k in base.keys[parameter] if k != key]
-                own = in_file.get(key)
-                if any(tie_number(k, numbers) != numbers[place] for k in tied):
-                    self._parted.add(key)
-                    held = next((in_file[k] for k in (key, *tied) if k in in_file), None)
-                    if held is not None:
-                        self._part(key, held)
-                elif own is None and any(k in in_file for k in tied):
-                    continue  # it is still tied to that one
-                self.origins[own or key] = tensor
-        self.heads = tuple(heads)
-        labels = next((a.labels for a in reversed(adapters) if a.labels is not None), None)
-        own_labels = LabelSet.of(base.model)
-        if labels is not None and (own_labels is None or labels.id2label != own_labels.id2label):
-            self.labels = labels
+def _parting(model: Any, parted: set[str]) -> Parting | None:
+    """What the config must say, because these keys are no longer tied.
 
-    def finish(self) -> None:
-        """Follow up ties that hold no longer, check that what is added will be found, and lay out the files.
-
-        Raises:
-            UnsupportedError: the model has no config that could say that, or names that would not be found.
-        """
-        if self._parted:
-            self._tell_parted()
-        base, held = self.base, self.base.checkpoint.entries
-        added = [name for name in self.origins if name not in held]
-        found = match_names(base.model, [*held, *added]).of_model if added else {}
-        wrong = [name for name in added if found.get(name) != name]
-        if wrong:
-            raise UnsupportedError(
-                f"{base.checkpoint.folder} lacks {wrong[0]!r}, and beside the names that it has, such a tensor would "
-                "not be found. Load the model and merge in memory."
-            )
-        self.shards = merge_files.lay_out(base.checkpoint, self.origins)
-
-    def _tell_parted(self) -> None:
-        model: Any = self.base.model
-        parting = Parting.of(model, self._parted)
-        said = {name for tie in parting.parted if tie.outer is model for name in (tie.target, tie.source)}
-        if not self._parted <= said:
-            raise UnsupportedError(
-                f"A {type(model).__name__} ties weights in its code, so its files cannot say that they are apart."
-            )
-        silent = parting.configs
-        self.untied = tuple(path for path, c in nested(model.config) if any(c is other for other in silent))
-        in_file = self.base.names.in_file
-        for tie in parting.freed:
-            pair = (tie.target, tie.source)
-            held = next((in_file[key] for key in pair if key in in_file), None)
-            for key in pair:
-                if held is not None and key not in in_file:
-                    self.origins.setdefault(key, self.base.checkpoint.entries[held])
-
-    def write(
-        self,
-        partial: Path,
-        done: Sequence[str],
-        request: Mapping[str, Any],
-        *,
-        safe: bool,
-        progress: Progress | None,
-    ) -> None:
-        """Write all but the files of weights that are done.
-
-        Raises:
-            OSError: it cannot be written, or there is no room for it.
-            StateError: with `safe`, a merged value is not finite.
-        """
-        checkpoint, rest = self.base.checkpoint, {n: s for n, s in self.shards.items() if n not in done}
-        total = sum(shard.size for shard in self.shards.values())
-        left = sum(shard.size for shard in rest.values())
-        needed = left + sum((self.folder / name).stat().st_size for name in self.copied)
-        free = shutil.disk_usage(partial).free
-        if needed > free:
-            raise SaveError(f"The output needs {needed:,} more bytes, and {partial.parent} has {free:,} free.")
-
-        def wrote(count: int) -> None:
-            nonlocal left
-            left -= count
-            if progress is not None:
-                progress(total - left, total)
-
-        wrote(0)
-        origins = {**checkpoint.entries, **self.origins}
-        for name, shard in rest.items():
-            merge_files.write_shard(partial / name, shard, origins, safe=safe, wrote=wrote)
-        merge_files.copy_others(self.folder, self.copied, partial)
-        merge_files.write_config(partial, architecture=self.architecture, labels=self.labels, untied=self.untied)
-        merge_files.write_index(checkpoint, self.shards, partial)
-        sizes = {name: {"size": shard.size} for name, shard in self.shards.items()}
-        manifest = {"base": str(self.folder), "inputs": request, "files": sizes}
-        merge_files.write_durably(partial / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-    def report(self, out: Path, sources: Sequence[_Source], resumed: tuple[str, ...]) -> MergeReport:
-        """What is at `out` now."""
-        base, names = self.base, self.base.names
-        given = {names.of_model.get(name, name) for name in self.origins} | set(names.in_file) | set(names.fused)
-        merged = {name for name, origin in self.origins.items() if isinstance(origin, Merge)}
-        return MergeReport(
-            out,
-            {s.name: s.weight for s in sources},
-            {name: sum(e.name in merged for e in shard.entries) for name, shard in self.shards.items()},
-            self.heads,
-            tuple(name for name in self.origins if name not in base.checkpoint.entries),
-            tuple(keys[0] for keys in base.keys.values() if not given.intersection(keys)),
-            tuple(self.left),
-            sum(shard.size for shard in self.shards.values()),
-            resumed,
+    Raises:
+        UnsupportedError: the config cannot say it.
+    """
+    if not parted:
+        return None
+    parting = Parting.of(model, parted)
+    said = {name for tie in parting.parted if tie.outer is model for name in (tie.target, tie.source)}
+    if not parted <= said:
+        raise UnsupportedError(
+            f"A {type(model).__name__} ties weights in its code, so its files cannot say that they are apart."
         )
+    return parting
+
+
+def _origins(
+    base: MappedModel, values: Mapping[str, Merge | torch.Tensor], freed: Sequence[Any]
+) -> tuple[dict[str, Origin], tuple[str, ...]]:
+    """Where tensors of the output come from that are not simply the base's, and what of the model is in no file.
+
+    Of tied tensors the files need to hold one, except where the config no longer says that they are tied (`freed`).
+
+    Raises:
+        UnsupportedError: transformers would not find a tensor that is added.
+    """
+    entries, in_file = base.checkpoint.entries, base.names.in_file
+    apart = {key for tie in freed for key in (tie.target, tie.source)}
+    buffers = {key: value for key, value in values.items() if key not in base.parameters}
+    origins: dict[str, Origin] = {in_file.get(key, key): value for key, value in buffers.items()}
+    absent = []
+    for keys in base.keys.values():
+        held = next((entries[in_file[key]] for key in keys if key in in_file), None)
+        written: list[object] = []
+        for key in sorted(keys, key=lambda key: key not in in_file):
+            value = values.get(key, held)
+            if key in in_file or not any(value is other for other in written) or key in apart:
+                if value is not None and (key in values or key not in in_file):
+                    origins[in_file.get(key, key)] = value
+                written.append(value)
+        if written == [None] and base.names.fused.keys().isdisjoint(keys):
+            absent.append(keys[0])
+    added = [name for name in origins if name not in entries]
+    found = match_names(base.model, [*entries, *added]).of_model if added else {}
+    wrong = next((name for name in added if found.get(name) != name), None)
+    if wrong is not None:
+        raise UnsupportedError(
+            f"{base.checkpoint.folder} lacks {wrong!r}, and beside the names that it has, such a tensor would not be "
+            "found. Load the model and merge in memory."
+        )
+    return origins, tuple(absent)
+
+
+def _new_config(
+    path: Path, model: Any, architecture: str | None, acting: Sequence[Adapter], parting: Parting | None
+) -> dict[str, bytes]:
+    """The content of the output's config by its name, if it is not the base's.
+
+    Raises:
+        CheckpointError: the base's config is no JSON object.
+    """
+    if not path.exists():
+        return {}
+    config = read_object(path)
+    before = copy.deepcopy(config)
+    if architecture is not None:
+        config["architectures"] = [architecture]
+    for names, part in nested(model.config) if parting is not None else ():
+        if any(part is cleared for cleared in parting.configs):  # type: ignore[union-attr]
+            inner = config
+            for name in names:
+                inner = inner.setdefault(name, {})
+            inner[FLAG] = False
+    labels = next((a.labels for a in reversed(acting) if a.labels is not None), None)
+    own = LabelSet.of(model)
+    if labels is not None and (own is None or labels.id2label != own.id2label):
+        reverse = {name: i for i, name in labels.id2label.items()}
+        config["id2label"] = {str(i): name for i, name in labels.id2label.items()}
+        config["label2id"] = dict(labels.label2id or reverse)
+        config.pop("num_labels", None)  # follows from id2label
+        if labels.problem_type is not None or "problem_type" in config:
+            config["problem_type"] = labels.problem_type
+    return {} if config == before else {path.name: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

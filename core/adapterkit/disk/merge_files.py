@@ -1,7 +1,7 @@
 """The files of a merged model: laid out as the base's, written in order, and in place only when all are whole.
 
 They grow in a folder beside the output, `.<name>.partial`. A file has its name there only when it is whole and on the
-disk, so a run that was broken off is resumed at the first one that is missing.
+disk, so an interrupted run is resumed at the first one that is missing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.disk.model import CONFIG
-from adapterkit.errors import SaveError, StateError
-from adapterkit.files import CONFIG_FILE, Entry, Shard, as_bytes, dtype_name, write_header
-from adapterkit.merging import FLAG, Change, merge_module
-from adapterkit.model import LabelSet
+from adapterkit.errors import PluginError, SaveError, StateError, UnsupportedError
+from adapterkit.files import CONFIG_FILE, Entry, Shard, as_bytes, dtype_name, read_entry, write_header
+from adapterkit.merging import Change, merge_module
 
 MANIFEST = "adapterkit_merge.json"
-JOURNAL, LOCK = ".journal.json", ".lock"
+LOCK = ".lock"
 _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".onnx_data", ".ot", ".tflite", ".pkl", ".npz", ".mlmodel", ".mlpackage"),
@@ -42,34 +39,32 @@ _SYNCED_BYTES = 1 << 26
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """One module that is merged.
+    """One tensor of a module that is merged.
 
     Attributes:
-        inputs: the base's tensors that it needs, by parameter name.
-        names: the tensors of the output that come of it, by parameter name.
+        inputs: the base's tensors that the merge needs, by parameter name.
+        local: the name of the parameter.
     """
 
     change: Change
     inputs: Mapping[str, Entry]
-    names: Mapping[str, str]
-
-    def run(self, *, safe: bool) -> dict[str, Tensor]:
-        """Read the base's values and merge; the results by their names in the output."""
-        module = copy.copy(self.change.module)
-        values: dict[str, nn.Parameter] = {}
-        for local, entry in self.inputs.items():
-            raw = torch.empty(
-                entry.nbytes, dtype=torch.uint8
-            )  # never through a map: a file that shrinks ends a process
-            _read(entry, 0, as_bytes(raw))
-            values[local] = nn.Parameter(raw.view(entry.torch_dtype).view(entry.shape), requires_grad=False)
-        module.__dict__["_parameters"] = {**module._parameters, **values}
-        merge_module(replace(self.change, module=module), safe=safe)
-        return {self.names[local]: module._parameters[local].detach() for local in values}  # type: ignore[union-attr]
+    local: str
 
 
+Progress = Callable[[int, int], object]
 # Where a tensor of the output comes from: copied from the base, made by a merge, or held by an adapter.
 Origin = Entry | Merge | Tensor
+
+
+def merged_module(merge: Merge, *, safe: bool) -> Mapping[str, Any]:
+    """Read the base's values and merge the whole module; its parameters by name."""
+    module, values = copy.copy(merge.change.module), {}
+    for local, entry in merge.inputs.items():
+        with entry.file.open("rb", buffering=0) as file:  # no map: if a mapped file shrinks, the process ends
+            values[local] = nn.Parameter(read_entry(entry, file), requires_grad=False)
+    module.__dict__["_parameters"] = {**module._parameters, **values}
+    merge_module(replace(merge.change, module=module), safe=safe)
+    return module._parameters
 
 
 # Layout
@@ -91,103 +86,175 @@ def _laid_out(shard: Shard, origins: Mapping[str, Origin], added: Sequence[str])
 
     In a new header wide elements go first, as safetensors puts them, so that each tensor can be mapped.
     """
-    names = [*(entry.name for entry in shard.entries), *added]
     own = {entry.name: entry for entry in shard.entries}
-    forms = {name: _form(name, origins[name] if name in origins else own[name]) for name in names}
-    if not added and all(forms[name] == (e.dtype, e.shape, e.nbytes) for name, e in own.items()):
+    forms = {name: _form(name, origins[name] if name in origins else own[name], shard.file) for name in (*own, *added)}
+    if not added and all((e.dtype, e.shape) == (forms[name].dtype, forms[name].shape) for name, e in own.items()):
         return shard
-    order = sorted(names, key=lambda name: own[name].start if name in own else shard.size)
-    order.sort(key=lambda name: -_width(*forms[name][1:]))
-    place, entries = 0, {}
+    order = sorted(forms, key=lambda name: own[name].start if name in own else shard.size)
+    order.sort(key=lambda name: forms[name].nbytes // (forms[name].numel or 1), reverse=True)
+    place = 0
     for name in order:
-        dtype, shape, nbytes = forms[name]
-        entries[name] = Entry(name, dtype, shape, shard.file, place, place + nbytes)
-        place += nbytes
-    header = write_header([entries[name] for name in names], shard.metadata)
-    moved = (replace(e, start=e.start + len(header), end=e.end + len(header)) for e in (entries[n] for n in names))
+        forms[name] = replace(forms[name], start=place, end=place + forms[name].nbytes)
+        place = forms[name].end
+    header = write_header([*forms.values()], shard.metadata)
+    moved = [replace(e, start=e.start + len(header), end=e.end + len(header)) for e in forms.values()]
     return Shard(shard.file, header, tuple(moved), shard.metadata, len(header) + place)
 
 
-def _form(name: str, origin: Origin) -> tuple[str, tuple[int, ...], int]:
-    """The dtype, shape and bytes of a tensor of the output."""
+def _form(name: str, origin: Origin, file: Path) -> Entry:
+    """The dtype, shape and size of a tensor of the output."""
     if isinstance(origin, Tensor):
-        return dtype_name(origin.dtype), tuple(origin.shape), origin.nbytes
-    if isinstance(origin, Merge):
-        origin = next(origin.inputs[local] for local, made in origin.names.items() if made == name)
-    return origin.dtype, origin.shape, origin.nbytes
+        return Entry(name, dtype_name(origin.dtype), tuple(origin.shape), file, 0, origin.nbytes)
+    entry = origin.inputs[origin.local] if isinstance(origin, Merge) else origin
+    return replace(entry, name=name, file=file)
 
 
-def _width(shape: Sequence[int], nbytes: int) -> int:
-    """Bytes of one element."""
-    count = torch.Size(shape).numel()
-    return nbytes // count if count else 8
+def new_index(checkpoint: Checkpoint, shards: Mapping[str, Shard]) -> bytes:
+    """The content of the output's index: the base's, byte for byte, unless tensors were added or have other sizes."""
+    assert checkpoint.index_file is not None
+    assert checkpoint.index is not None
+    if all(shards[name] is shard for name, shard in checkpoint.shards.items()):
+        return checkpoint.index_file.read_bytes()
+    entries = {entry.name: (name, entry) for name, shard in shards.items() for entry in shard.entries}
+    index = {**checkpoint.index, "weight_map": {name: file for name, (file, _) in entries.items()}}
+    if isinstance(index.get("metadata"), Mapping):
+        sizes = {"total_size": "nbytes", "total_parameters": "numel"}
+        counted = {key: sum(getattr(e, size) for _, e in entries.values()) for key, size in sizes.items()}
+        index["metadata"] = {**index["metadata"], **{k: n for k, n in counted.items() if k in index["metadata"]}}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 # Writing
 
 
+@dataclass(frozen=True)
+class Output:
+    """A merged model that is about to be written.
+
+    Attributes:
+        out: its folder.
+        base: the base's folder.
+        origins: where every tensor comes from.
+        shards: the files of weights.
+        small: the content of other files by name.
+        copied: names of files that are the base's.
+        inputs: all that the bytes of the output follow from.
+    """
+
+    out: Path
+    base: Path
+    origins: Mapping[str, Origin]
+    shards: Mapping[str, Shard]
+    small: Mapping[str, bytes]
+    copied: Sequence[str]
+    inputs: Mapping[str, Any]
+
+    def write(self, *, safe: bool, resume: bool, overwrite: bool, progress: Progress | None) -> tuple[str, ...]:
+        """Write it; what an earlier run had finished.
+
+        Raises:
+            SaveError: it cannot be written, or there is no room for it.
+            StateError: another run on this output, another job to be resumed, or, with `safe`, values not finite.
+        """
+        kept = ""
+        try:
+            with held(self.out) as partial:
+                resumed = begin(partial, self, resume=resume)
+                kept = f" What is finished is in {partial}: resume=True goes on from there, or delete it."
+                try:
+                    self._write_to(partial, resumed, safe=safe, progress=progress)
+                except (PluginError, StateError, UnsupportedError):  # they come again: nothing to go on from
+                    shutil.rmtree(partial)
+                    raise
+                publish(partial, self.out, overwrite=overwrite)
+        except (OSError, MemoryError) as error:
+            if isinstance(error, SaveError):
+                raise
+            raise SaveError(
+                f"The merged model cannot be written to {self.out}: {error}. The base, and what was at {self.out}, are "
+                f"as they were.{kept}"
+            ) from error
+        return resumed
+
+    def _write_to(self, folder: Path, resumed: Sequence[str], *, safe: bool, progress: Progress | None) -> None:
+        total = sum(shard.size for shard in self.shards.values())
+        done = sum(self.shards[name].size for name in resumed)
+        needed = total - done + sum((self.base / name).stat().st_size for name in self.copied)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise SaveError(f"The output needs {needed:,} more bytes, and {folder.parent} has {free:,} free.")
+
+        def wrote(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        wrote(0)
+        for name, shard in self.shards.items():
+            if name not in resumed:
+                write_shard(folder / name, shard, self.origins, safe=safe, wrote=wrote)
+        for name in self.copied:
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.base / name, place)  # the content behind a link, not the link
+            with place.open("rb") as file:
+                os.fsync(file.fileno())
+        for name, content in self.small.items():
+            write_durably(folder / name, content)
+
+
 def write_shard(
     place: Path, shard: Shard, origins: Mapping[str, Origin], *, safe: bool, wrote: Callable[[int], object]
 ) -> None:
-    """Write a file, tensor by tensor, and give it its name when it is on the disk.
+    """Write a file, tensor by tensor, and give it its name when it is on the disk. A thread syncs it while it grows.
 
     Args:
         origins: of all tensors.
         wrote: called with the bytes that were written.
     """
     fresh = place.with_name(f"{place.name}.new")
-    starts = {entry.name: entry.start for entry in shard.entries}
-    merged: set[str] = set()
-    buffer = memoryview(bytearray(_PIECE_BYTES))
-    with _synced(fresh, wrote) as put:
-        put(0, memoryview(shard.header))
-        for entry in sorted(shard.entries, key=lambda e: (e.start, e.end)):
-            origin = origins[entry.name]
-            if isinstance(origin, Tensor):
-                put(entry.start, as_bytes(origin))
-            elif isinstance(origin, Entry):
-                for offset in range(0, entry.nbytes, _PIECE_BYTES):
-                    piece = buffer[: entry.nbytes - offset]
-                    _read(origin, offset, piece)
-                    put(entry.start + offset, piece)
-            elif entry.name not in merged:  # all that comes of a module is written at once
-                made = origin.run(safe=safe)
-                for name in starts.keys() & made.keys():
-                    put(starts[name], as_bytes(made.pop(name)))
-                    merged.add(name)
-    fresh.replace(place)
-
-
-@contextlib.contextmanager
-def _synced(path: Path, wrote: Callable[[int], object]) -> Iterator[Callable[[int, memoryview], None]]:
-    """A file to put bytes into; it is on the disk when the block ends. A thread syncs it while it grows."""
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
+    with fresh.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
         unsynced, syncing = 0, helper.submit(lambda: None)
-
-        def put(start: int, content: memoryview) -> None:
-            nonlocal unsynced, syncing
-            while content.nbytes:
-                count = os.pwrite(file.fileno(), content, start)
-                content, start, unsynced = content[count:], start + count, unsynced + count
+        for content in _contents(shard, origins, safe=safe):
+            left = content
+            while left.nbytes:
+                count = os.write(file.fileno(), left)
+                left, unsynced = left[count:], unsynced + count
                 wrote(count)
             if unsynced >= _SYNCED_BYTES and syncing.done():
                 syncing.result()
                 syncing, unsynced = helper.submit(os.fsync, file.fileno()), 0
-
-        yield put
         syncing.result()
         os.fsync(file.fileno())
+    fresh.replace(place)
 
 
-def _read(entry: Entry, offset: int, target: memoryview) -> None:
-    """Fill `target` with bytes of a tensor of the base."""
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start + offset)
-        while target.nbytes:
-            count = file.readinto(target)
-            if not count:
-                raise OSError(f"{entry.file}: a file of the base has become shorter")
-            target = target[count:]
+def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Iterator[memoryview]:
+    """The bytes of a file from its beginning to its end; each piece is valid until the next one is asked for."""
+    yield memoryview(shard.header)
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    change: Change | None = None
+    made: Mapping[str, Any] = {}
+    for entry in sorted(shard.entries, key=lambda e: (e.start, e.end)):
+        origin = origins[entry.name]
+        if isinstance(origin, Tensor):
+            yield as_bytes(origin)
+        elif isinstance(origin, Merge):
+            if origin.change is not change:  # weight and bias of a module are beside each other
+                made = {}  # so that one module is in memory at a time
+                change, made = origin.change, merged_module(origin, safe=safe)
+            yield as_bytes(made[origin.local])
+        else:
+            with origin.file.open("rb", buffering=0) as file:
+                file.seek(origin.start)
+                left = origin.nbytes
+                while left:
+                    count = file.readinto(buffer[:left])
+                    if not count:
+                        raise OSError(f"{origin.file}: a file of the base has become shorter")
+                    yield buffer[:count]
+                    left -= count
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -203,11 +270,6 @@ def write_durably(path: Path, content: bytes) -> None:
 # The folder in which the output grows
 
 
-def partial_folder(out: Path) -> Path:
-    """Where an output grows."""
-    return out.with_name(f".{out.name}.partial")
-
-
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[Path]:
     """The folder in which an output grows, made if need be, for this process alone.
@@ -216,7 +278,7 @@ def held(out: Path) -> Iterator[Path]:
         StateError: another process merges into the same output.
         SaveError: something else is there.
     """
-    folder = partial_folder(out)
+    folder = out.with_name(f".{out.name}.partial")
     ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not ours):
         raise SaveError(f"{folder} is in the way: it is no unfinished merge. Move it.")
@@ -249,45 +311,40 @@ def _lock(path: Path, out: Path) -> int | None:
     return None
 
 
-def begin(folder: Path, request: Mapping[str, Any], shards: Mapping[str, Shard], *, resume: bool) -> tuple[str, ...]:
+def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
     """Empty the folder, or with `resume` keep the files that are finished, up to the first that is not; their names.
 
-    Args:
-        request: all that the bytes of the output follow from.
+    The manifest is written first: it says what the files are made of.
 
     Raises:
-        StateError: the folder was begun with another request.
+        StateError: the folder was begun with other inputs.
     """
-    request = json.loads(json.dumps(request))
-    journal, done = folder / JOURNAL, []
-    if resume and journal.is_file():
-        _check_same(journal, request)
-        for name, shard in shards.items():
+    path, done, inputs = folder / MANIFEST, [], json.loads(json.dumps(output.inputs))
+    if resume and path.is_file():
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+            differing = sorted(key for key in {*begun, *inputs} if begun.get(key) != inputs.get(key))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StateError(
+                f"{path} is damaged, so it is not known what is finished. Merge with resume=False to begin anew."
+            ) from error
+        if differing:
+            raise StateError(
+                f"{folder} was begun with other inputs or arguments ({', '.join(differing)} differ). Repeat the call "
+                "that began it, or merge with resume=False to begin anew."
+            )
+        for name, shard in output.shards.items():
             file = folder / name
             if file.is_symlink() or not file.is_file() or file.stat().st_size != shard.size:
                 break
             done.append(name)
-    for path in folder.iterdir():
-        if path.name not in (LOCK, JOURNAL, *done):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if not done:
-        write_durably(journal, json.dumps({"request": request}, indent=1).encode())
+    for old in folder.iterdir():
+        if old.name not in (LOCK, *done):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
+    manifest = {"base": str(output.base), "inputs": inputs, "files": sizes}
+    write_durably(path, (json.dumps(manifest, indent=2) + "\n").encode())
     return tuple(done)
-
-
-def _check_same(journal: Path, request: Mapping[str, Any]) -> None:
-    try:
-        begun = json.loads(journal.read_text(encoding="utf-8"))["request"]
-        differing = sorted(key for key in {*begun, *request} if begun.get(key) != request.get(key))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StateError(
-            f"{journal} is damaged, so it is not known what is finished. Merge with resume=False to begin anew."
-        ) from error
-    if differing:
-        raise StateError(
-            f"{journal.parent} was begun with other inputs or arguments ({', '.join(differing)} differ). Repeat the "
-            "call that began it, or merge with resume=False to begin anew."
-        )
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
@@ -296,7 +353,6 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     Raises:
         SaveError: there is something of that name now.
     """
-    (folder / JOURNAL).unlink()
     _sync_folder(folder)
     if out.exists() and overwrite:
         if not exchange(folder, out):  # where folders cannot change places there is a moment with neither
@@ -337,10 +393,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# The files beside the weights
-
-
-def others(base: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+def other_files(base: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """The files of the base beside its weights that are copied, and those that are not, by their paths in it.
 
     Not copied are weights, of this and of other formats, adapters, hidden files, and folders behind links.
@@ -348,78 +401,15 @@ def others(base: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     own = {*checkpoint.shards, *([checkpoint.index_file.name] if checkpoint.index_file else []), MANIFEST}
     copied: list[str] = []
     left: list[str] = []
-    for path in sorted(_files(base)):
-        name = path.relative_to(base).as_posix()
-        hidden = name.startswith(".") or "/." in name
-        if name not in own:
-            not_wanted = path.is_dir() or hidden or path.name.endswith(_WEIGHTS) or path.name == CONFIG_FILE
-            (left if not_wanted else copied).append(name)
-    return copied, left
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below the folder, and each folder that is not looked into."""
-    for path in folder.iterdir():
-        closed = path.is_symlink() or path.name.startswith(".") or (path / CONFIG_FILE).exists()
-        if path.is_dir() and not closed:
-            yield from _files(path)
-        else:
-            yield path
-
-
-def copy_others(base: Path, names: Sequence[str], folder: Path) -> None:
-    """Copy the files; the content behind a link, not the link."""
-    for name in names:
-        place = folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base / name, place)
-        with place.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def write_config(
-    folder: Path, *, architecture: str | None, labels: LabelSet | None, untied: Sequence[tuple[str, ...]]
-) -> None:
-    """Change the copied `config.json` where it would be untrue."""
-    path = folder / CONFIG
-    if not path.exists():
-        return
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    before = json.dumps(config)
-    if architecture is not None and config.get("architectures") != [architecture]:
-        config["architectures"] = [architecture]
-    for names in untied:
-        place = config
-        for name in names:
-            place = place.setdefault(name, {})
-        place[FLAG] = False
-    if labels is not None:
-        named = {str(i): name for i, name in labels.id2label.items()}
-        reverse = {name: i for i, name in labels.id2label.items()}
-        config["id2label"], config["label2id"] = named, dict(labels.label2id or reverse)
-        config.pop("num_labels", None)  # follows from id2label
-        if labels.problem_type is not None or "problem_type" in config:
-            config["problem_type"] = labels.problem_type
-    if json.dumps(config) != before:
-        write_durably(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_index(checkpoint: Checkpoint, shards: Mapping[str, Shard], folder: Path) -> None:
-    """The index: the base's, byte for byte, unless tensors were added or have other sizes."""
-    if checkpoint.index_file is None or checkpoint.index is None:
-        return
-    places = {e.name: (name, e) for name, shard in shards.items() for e in shard.entries}
-    before = checkpoint.entries
-    changed = [n for n, (_, e) in places.items() if n not in before or before[n].shape != e.shape]
-    content = checkpoint.index_file.read_bytes()
-    if changed:
-        index = dict(checkpoint.index)
-        index["weight_map"] = {**index["weight_map"], **{name: places[name][0] for name in changed}}
-        if isinstance(index.get("metadata"), Mapping):
-            index["metadata"] = dict(index["metadata"])
-            for key, measure in (("total_size", "nbytes"), ("total_parameters", "numel")):
-                if isinstance(index["metadata"].get(key), int):
-                    grown = sum(getattr(places[name][1], measure) for name in changed)
-                    index["metadata"][key] += grown - sum(getattr(before[n], measure) for n in changed if n in before)
-        content = (json.dumps(index, indent=2) + "\n").encode()
-    write_durably(folder / checkpoint.index_file.name, content)
+    folders = [base]
+    for folder in folders:
+        for path in folder.iterdir():
+            name = path.relative_to(base).as_posix()
+            closed = path.is_symlink() or path.name.startswith(".") or (path / CONFIG_FILE).exists()
+            if path.is_dir() and not closed:
+                folders.append(path)
+            elif path.is_dir() or path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name == CONFIG_FILE:
+                left += [name] if name not in own else []
+            elif name not in own:
+                copied.append(name)
+    return sorted(copied), sorted(left)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
-from adapterkit.disk.checkpoint import Checkpoint, has_weights, match_names
+from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import (
     WEIGHTS_FILE,
@@ -62,40 +62,35 @@ def skeleton(
         UnsupportedError: the model's code is not in transformers but beside its weights. Such code is not run here:
             build the model yourself, under `torch.device("meta")`.
     """
-    where = _config_source(model)
+    path = local_path(model)
+    folder = path.parent if path.is_file() else path
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder} is no model: it has no {CONFIG}. It holds {found}.")
+    where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config = _config(where, {"revision": revision, "cache_dir": cache_dir, "token": token})
     if architecture is not None:
         config.architectures = [architecture]
     cls = _class(config)
     if architecture not in (None, cls.__name__):
         raise CheckpointError(f"transformers has no model of the class {architecture!r}.")
-    with _as_checkpoint_error(f"transformers cannot build a {cls.__name__} from the config of {where}"):
-        with torch.device("meta"):
-            built: nn.Module = cls._from_config(config)
-        return built.eval()
+    with (
+        _as_checkpoint_error(f"transformers cannot build a {cls.__name__} from the config of {where}"),
+        torch.device("meta"),
+    ):
+        built: nn.Module = cls._from_config(config)
+    return built.eval()
 
 
 @contextmanager
 def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Whatever a config's values make transformers and its models raise."""
+    """A config's values may make transformers and its models raise anything."""
     try:
         yield
     except AdapterError:
         raise
     except Exception as error:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _config_source(model: str | Path) -> str:
-    path = local_path(model)
-    if path.is_file():
-        path = path.parent
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise CheckpointError(f"{path} is no model: it has no {CONFIG}. It holds {found}.")
-        return str(path)
-    return hub_id(model, "model folder")
 
 
 def _config(where: str, hub: Mapping[str, Any]) -> Any:
@@ -137,84 +132,63 @@ def _class(config: Any) -> Any:
 def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
     """The skeleton that adapters are for, and its class if that is not the one that the base's config names.
 
-    It is of `architecture`; else as the config says; else of the adapters' task, if only that has their modules: a base
-    is often stored without its task's head, and then its config names the bare model.
+    A base is often stored without its task's head, and its config then names the bare model. The class is that of the
+    adapters' task then.
 
     Raises:
-        CheckpointError: the config's lacks modules that the adapters name, and their task does not say which has them.
+        CheckpointError: the config's class lacks modules of the adapters, and their task does not tell which has them.
     """
     if architecture is not None:
         return skeleton(base, architecture=architecture), architecture
-    built = skeleton(base)
+    built: Any = skeleton(base)
     wanted = {name for place in adapters for name in _outer_modules(place)}
-    if _has(built, wanted):
+    lacking = sorted(wanted.difference(name for name, _ in built.named_children()))
+    if not lacking:
         return built, None
-    names = {str(read_config(place).get("task_type")) for place in adapters if place.is_dir()} - {"None"}
-    if len(names) == 1:
-        model = next(_of_tables(base, built, [_TASKS.get(names.pop(), "")]), None)
-        if model is not None and _has(model, wanted):
-            return model, type(model).__name__
-    others = [type(m).__name__ for m in _of_tables(base, built, _TASKS.values()) if _has(m, wanted)]
-    if not others:
-        return built, None  # of another model altogether: loading says what does not fit
-    lacking = ", ".join(map(repr, sorted(wanted - {n for n, _ in built.named_children()})))
+    import transformers
+
+    tasks = {str(read_config(place).get("task_type")) for place in adapters if place.is_dir()}
+    table = getattr(transformers, _TASKS.get(next(iter(tasks)), "") if len(tasks) == 1 else "", {})
+    if type(built.config) in table:
+        found = table[type(built.config)]
+        name = (found[0] if isinstance(found, tuple) else found).__name__
+        model = skeleton(base, architecture=name)
+        if wanted <= {name for name, _ in model.named_children()}:
+            return model, name
     raise CheckpointError(
-        f"The config of {base} names {type(built).__name__}, which has no {lacking}, as the adapters have. Say what "
-        f"the model is to be: architecture={others[0]}" + "".join(f", or {name}" for name in others[1:]) + "."
+        f"The config of {base} names {type(built).__name__}, which has no {', '.join(map(repr, lacking))}, as the "
+        "adapters have. If they are for this model with a task's head, say its class: "
+        "architecture='...ForSequenceClassification', for example."
     )
 
 
 def _outer_modules(place: Path) -> set[str]:
     """The first parts of the paths in an adapter's files."""
     file = place / WEIGHTS_FILE
-    if not file.is_file():  # another program's, or a pickle: what those name is seen when they are loaded
+    if not file.is_file():  # what another program's file or a pickle names is seen when it is loaded
         return set()
-    keys = (entry.name for entry in read_header(file).entries)
-    paths = (key.removeprefix(FILE_PREFIX) for key in keys if key.startswith(FILE_PREFIX))
-    return {path.partition(".")[0] for path in paths}
-
-
-def _has(model: nn.Module, names: set[str]) -> bool:
-    return names <= {name for name, _ in model.named_children()}
-
-
-def _of_tables(base: Path, built: Any, tables: Any) -> Iterator[nn.Module]:
-    """The models that these tables of transformers' have for a config, each class once."""
-    import transformers
-    from transformers.utils import logging
-
-    seen: set[str] = set()
-    level = logging.get_verbosity()
-    for table in tables:
-        try:
-            found = getattr(transformers, table, {})[type(built.config)]
-        except KeyError:
-            continue
-        name = (found[0] if isinstance(found, tuple) else found).__name__
-        if name not in seen:
-            seen.add(name)
-            logging.set_verbosity_error()  # some classes tell how they are meant to be used
-            try:
-                made = skeleton(base, architecture=name)
-            except AdapterError:
-                continue
-            finally:
-                logging.set_verbosity(level)
-            yield made
+    config = read_config(place)
+    method = default_registry.claim(config, place)
+    rule = method.key_rule(method.config_type().from_dict(config))
+    keys = (e.name.removeprefix(FILE_PREFIX) for e in read_header(file).entries if e.name.startswith(FILE_PREFIX))
+    return {key.partition(".")[0] for key in keys if "." in key and not rule.is_shared(key)}
 
 
 class MappedModel:
     """A model on the meta device that gets the tensors of a checkpoint as its parameters and buffers, mapped.
 
-    What is tied stays tied, unless the files hold it apart with other values. Whatever the checkpoint lacks, or holds
+    Tied weights stay tied, unless the files hold them apart with other values. Whatever the checkpoint lacks, or holds
     in another shape or quantised, stays on the meta device: it may be of the model without its task's head, or with
     another one. Values are read when they are used; `release` frees the memory that they take.
+
+    Attributes:
+        names: the names in the files.
+        parameters: every parameter by each of its keys, and `keys` the reverse.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
         self.names = match_names(model, checkpoint.entries)
-        self.keys: dict[nn.Parameter, list[str]] = {}
         self._files = MappedFiles()
         tied: dict[nn.Parameter, list[str]] = {}
         for key, parameter in base_parameters(model):
@@ -227,6 +201,7 @@ class MappedModel:
                 if buffer is not None and entry is not None and entry.shape == tuple(buffer.shape):
                     module._buffers[name] = self._files.tensor(entry)
         self.parameters = dict(base_parameters(model))
+        self.keys: dict[nn.Parameter, list[str]] = {}
         for key, parameter in self.parameters.items():
             self.keys.setdefault(parameter, []).append(key)
         self.release()
@@ -254,13 +229,13 @@ class MappedModel:
         """
         parameter, folder = self.parameters[key], self.checkpoint.folder
         name = next((self.names.in_file[k] for k in (key, *self.keys[parameter]) if k in self.names.in_file), None)
+        if name is None and key in self.names.fused:
+            parts = self.names.fused[key]
+            raise UnsupportedError(
+                f"{key!r} is not a tensor of {folder}: transformers makes it from {len(parts)} others when it loads, "
+                f"such as {parts[0]!r}. Load the model, and do this in memory."
+            )
         if name is None:
-            parts = self.names.fused.get(key)
-            if parts is not None:
-                raise UnsupportedError(
-                    f"{key!r} is not a tensor of {folder}: transformers makes it from {len(parts)} others when it "
-                    f"loads, such as {parts[0]!r}. Load the model, and do this in memory."
-                )
             raise CheckpointError(
                 f"{folder} has no tensor for {key!r} of a {type(self.model).__name__}. Is it another model?"
             )
@@ -308,8 +283,7 @@ class Base:
         """What `base=` means: a model, or a folder or hub id of one."""
         if given is None or isinstance(given, nn.Module):
             return None if given is None else cls(given)
-        folder = Path(given).expanduser()
-        return cls(skeleton(given), folder if folder.is_dir() else None)
+        return cls(skeleton(given), local_path(given))
 
     @classmethod
     def recorded(cls, config: AdapterConfig) -> Base | None:
@@ -323,8 +297,7 @@ class Base:
         Raises:
             CheckpointError: there is none of that path that can hold an adapter.
         """
-        kinds = (default_registry.kind_of(module) for module in self._modules(path))
-        found = next((kind for kind in kinds if kind is not None), None)
+        found = next(filter(None, map(default_registry.kind_of, self._modules(path))), None)
         if found is None:
             raise CheckpointError(
                 f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
@@ -341,20 +314,16 @@ class Base:
         Raises:
             CheckpointError: the folder's weights are damaged.
         """
-        if self._folder is not None and has_weights(self._folder):
+        if self._folder is not None and weights_in(self._folder) is not None:
             MappedModel(self.model, Checkpoint.open(self._folder))
             self._folder = None
         found = (module._parameters.get(name) for module in self._modules(path))
         own = next((parameter for parameter in found if parameter is not None), None)
         return None if own is None or own.is_meta else own.detach()
 
-    def _paths(self, path: str) -> tuple[str, ...]:
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        return path, path.removeprefix(prefix), prefix + path
-
     def _modules(self, path: str) -> Iterator[nn.Module]:
-        for candidate in self._paths(path):
-            try:
+        """The modules of this path, with and without the base model's prefix."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            with suppress(AttributeError):
                 yield self.model.get_submodule(candidate)
-            except AttributeError:
-                continue
