@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from adapterkit import kinds
 from adapterkit.contract import (
     EXTENSIONS_GROUP,
+    AdapterLayer,
+    Extension,
     Installed,
     Registry,
     combiners,
-    combiners_of,
     default_registry,
-    kinds_of,
     switched_off,
 )
 from adapterkit.errors import AdapterError, PluginError
@@ -123,7 +123,7 @@ def describe_methods(registry: Registry = default_registry) -> MethodsReport:
 
     This imports every plugin. A plugin that fails is listed with the reason, and does not affect the others.
     """
-    extensions = tuple(_extension(registry, *found) for found in registry.extensions().items())
+    extensions = tuple(_extension(*found) for found in registry.extensions().items())
     usable = [e for e in extensions if not e.error]
     return MethodsReport(
         tuple(_method(registry, installed) for installed in registry.methods().values()),
@@ -142,8 +142,9 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
         prefix = method.key_rule(config()).prefix
     except AdapterError as error:
         return MethodInfo(name, package, version, error=str(error))
-    path, combines = f"{config.__module__}.{config.__qualname__}", method.defines("factors")
-    merges = combines or "merge" in method.hooks or method.defines("merged")
+    path, layer = f"{config.__module__}.{config.__qualname__}", getattr(method.plugin, "layer", AdapterLayer)
+    combines = hasattr(layer, "factors")
+    merges = combines or layer.merged is not AdapterLayer.merged
     return MethodInfo(
         name,
         package,
@@ -156,18 +157,14 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
     )
 
 
-def _extension(registry: Registry, name: str, plugin: object) -> ExtensionInfo:
+def _extension(name: str, found: Extension | PluginError) -> ExtensionInfo:
+    plugin = found if isinstance(found, PluginError) else found.plugin
     package, version = getattr(plugin, "__name__", type(plugin).__name__), None
     for entry in importlib.metadata.entry_points(group=EXTENSIONS_GROUP, name=name):
         package, version = (entry.dist.name, entry.dist.version) if entry.dist else (entry.value, None)
-    try:
-        if isinstance(plugin, PluginError):
-            raise plugin
-        added = tuple(kind.name for kind in kinds_of(registry._manager, plugin))
-        ways = tuple(combiners_of(registry._manager, plugin))
-    except PluginError as error:
-        return ExtensionInfo(name, package, version, error=str(error))
-    return ExtensionInfo(name, package, version, added, ways)
+    if isinstance(found, PluginError):
+        return ExtensionInfo(name, package, version, error=str(found))
+    return ExtensionInfo(name, package, version, tuple(kind.name for kind in found.kinds), tuple(found.combiners))
 
 
 def _package(plugin: MethodInfo | ExtensionInfo) -> str:

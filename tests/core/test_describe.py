@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.core.test_contract import Plugin, plugin
-from tests.core.test_registry import METHOD, kinds_plugin
+from tests.core.test_contract import Plugin, plugin, returning
+from tests.core.test_registry import METHOD
 
 import adapterkit as ak
 from adapterkit.contract import combiners
@@ -61,7 +61,7 @@ def test_what_fails_is_listed_with_its_reason_and_hinders_no_other(install: Any)
 
 def test_extensions_with_what_they_add() -> None:
     registry = ak.Registry()
-    registry.extend(kinds_plugin([Theirs]))
+    registry.extend(Plugin(layer_kinds=returning([Theirs])))
 
     @ak.hookimpl
     def added() -> dict[str, ak.Combiner]:

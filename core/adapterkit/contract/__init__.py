@@ -46,8 +46,15 @@ from adapterkit.contract.layers import (
 )
 from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
-from adapterkit.contract.plugins import Plugin, check_hooks, combiners_of, kinds_of, plugin
-from adapterkit.contract.registry import DISABLE_VARIABLE, Installed, Registry, default_registry, switched_off
+from adapterkit.contract.plugins import Plugin, check_hooks, plugin
+from adapterkit.contract.registry import (
+    DISABLE_VARIABLE,
+    Extension,
+    Installed,
+    Registry,
+    default_registry,
+    switched_off,
+)
 
 __all__ = [
     "ATTRIBUTE",
@@ -66,6 +73,7 @@ __all__ = [
     "AdapterLayer",
     "Combiner",
     "DenseLayer",
+    "Extension",
     "ForeignFile",
     "ForeignLayer",
     "Format",
@@ -86,14 +94,12 @@ __all__ = [
     "Target",
     "beside",
     "check_hooks",
-    "combiners_of",
     "component",
     "default_registry",
     "empty_layer",
     "file_key",
     "hookimpl",
     "kaiming",
-    "kinds_of",
     "plugin",
     "shared_tensors",
     "split_memory_key",

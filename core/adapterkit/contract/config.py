@@ -296,19 +296,6 @@ def _is_plain(value: object, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)  # the author checks hints that are not classes
 
 
-def is_jsonable(hint: Any) -> bool:
-    """Whether a value of this type can be in `adapter_config.json`, and comes back from it as it was."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (Any, object, bool, int, float, str, type(None), None) or origin is typing.Literal:
-        return True
-    known = origin in (typing.Union, types.UnionType) or (
-        isinstance(origin, type) and issubclass(origin, Mapping | Sequence)
-    )
-    if not known:
-        return isinstance(hint, type) and issubclass(hint, Mapping | Sequence) and hint is not bytes
-    return all(is_jsonable(a) for a in args if a is not ...)
-
-
 def readable(hint: Any) -> str:
     """A type as a user would say it: `an int`, `a list of str or None`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
 import os
+import typing
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pluggy
 from torch import nn
 
 from adapterkit import kinds
-from adapterkit.contract import combiners, hookspecs
+from adapterkit.contract import combiners
 from adapterkit.contract.combiners import Combiner
-from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, PROJECT
+from adapterkit.contract.config import AdapterConfig, conforms, readable
+from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, REQUIRED
+from adapterkit.contract.layers import Shared
 from adapterkit.contract.method import Method
-from adapterkit.contract.plugins import (
-    Plugin,
-    added_combiners,
-    added_kinds,
-    check_extension,
-    check_method,
-    check_not_installed,
-    check_plugin,
-    check_required,
-    kinds_of,
-)
+from adapterkit.contract.plugins import Plugin, implementations, manager_of
 from adapterkit.errors import (
     AdapterWarning,
     CheckpointError,
@@ -41,10 +34,6 @@ from adapterkit.errors import (
     unknown,
 )
 from adapterkit.kinds import LayerKind
-
-if TYPE_CHECKING:
-    from adapterkit.contract.method import Method
-
 
 DISABLE_VARIABLE = "ADAPTERKIT_DISABLE_PLUGINS"
 
@@ -61,6 +50,15 @@ class Installed:
         return f"{self.name} ({self.provider}{' ' + self.version if self.version else ''})"
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A plugin that is not a method: the layer kinds and combiners that it adds. It may also wrap hooks of methods."""
+
+    plugin: object
+    kinds: tuple[type[LayerKind], ...] = ()
+    combiners: Mapping[str, Combiner] = field(default_factory=dict)
+
+
 def switched_off() -> frozenset[str]:
     """Names of plugins, and of distributions, that the environment says are not there."""
     return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
@@ -73,9 +71,8 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._manager = pluggy.PluginManager(PROJECT)
-        self._manager.add_hookspecs(hookspecs)
         self._methods: dict[str, Method] = {}
+        self._extensions: dict[str, Extension] = {}
         self._kinds: tuple[type[LayerKind], ...] | None = None
 
     def methods(self) -> Mapping[str, Installed]:
@@ -111,7 +108,10 @@ class Registry:
                 f"Two packages provide the method {name!r}: {owners}. Uninstall one of them, or switch it off: "
                 f"{DISABLE_VARIABLE}={min(claims)[0]}."
             )
-        return self._load(next(iter(claims.values())))
+        (entry,) = claims.values()
+        provider = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+        self._methods[name] = self._made(_import(entry, "method"), name, provider)
+        return self._methods[name]
 
     def claim(self, values: Mapping[str, Any], where: object) -> Method:
         """The method of a file with these fields in its `adapter_config.json`.
@@ -130,25 +130,13 @@ class Registry:
         kind = values.get("peft_type")
         if not isinstance(kind, str) or not kind:
             raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
-        found: dict[str, type[AdapterConfig]] = {}
-        for name in self.methods():
-            try:
-                config_type = self.method(name).config_type()
-            except PluginError:
-                if name == kind.lower():
-                    raise
-                continue  # a plugin that is broken breaks only itself
-            if config_type.type_in_files() == kind.upper():
-                found[name] = config_type
+        found = self._of_type(kind)
         if not found:
-            try:
-                return self.method(kind.lower())
-            except UnknownNameError as error:
-                raise UnknownNameError(
-                    f"{where} is an adapter of type {kind!r}, and no plugin provides the method {kind.lower()!r}. "
-                    f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
-                    f"{METHODS_GROUP!r}). Install the package of that one."
-                ) from error
+            raise UnknownNameError(
+                f"{where} is an adapter of type {kind!r}, and no plugin provides the method {kind.lower()!r}. "
+                f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
+                f"{METHODS_GROUP!r}). Install the package of that one."
+            )
         takers = {n: len(c.marks) for n, c in found.items() if c.is_marked(values) and not c.unknown(values)}
         best = [name for name, marks in takers.items() if marks == max(takers.values())]
         if len(best) == 1 or len(found) == 1:
@@ -158,11 +146,29 @@ class Registry:
                 f"{where} may be of any of the methods {' and '.join(map(repr, best))}: each of them knows all "
                 f"its fields. Switch one of them off: {DISABLE_VARIABLE}={best[-1]}."
             )
-        reasons = [f"{name!r} {_why_not(config_type, values)}" for name, config_type in found.items()]
+        reasons = []
+        for name, config_type in found.items():
+            lacking = ", ".join(f"{field} = {values[field]!r}" for field in config_type.unknown(values))
+            marks = ", ".join(f"{f} = {'a value' if m is ... else repr(m)}" for f, m in config_type.marks.items())
+            reasons.append(f"{name!r} does not know {lacking}" if lacking else f"{name!r} needs {marks}")
         raise UnsupportedError(
             f"{where} is an adapter of type {kind!r}, and none of that type's methods takes it: {'; '.join(reasons)}. "
             "Install a method that does, or remove fields that change nothing."
         )
+
+    def _of_type(self, kind: str) -> dict[str, type[AdapterConfig]]:
+        """The config classes of the methods whose files have this `peft_type`; a plugin that is broken is left out."""
+        found = {}
+        for name in self.methods():
+            try:
+                config_type = self.method(name).config_type()
+            except PluginError:
+                if name == kind.lower():
+                    raise
+                continue
+            if config_type.type_in_files() == kind.upper():
+                found[name] = config_type
+        return found
 
     def register(self, plugin: object, name: str | None = None) -> Method:
         """Make a plugin's method available without an entry point: from a notebook, or in tests.
@@ -175,9 +181,13 @@ class Registry:
         Raises:
             PluginError: the plugin breaks the contract, or its name is taken.
         """
-        provider = plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
-        installed = {e.name: e for e in _entries(METHODS_GROUP)}
-        return self._add(plugin, name, provider, installed)
+        method = self._made(plugin, name, _name_of(plugin))
+        for entry in _entries(METHODS_GROUP):
+            if entry.name == method.name:
+                owner = entry.dist.name if entry.dist else entry.value
+                raise method.fault(f"the name is taken by the installed package {owner}. Choose another name")
+        self._methods[method.name] = method
+        return method
 
     def unregister(self, name: str) -> None:
         """Forget a method that `register` or discovery made available.
@@ -187,7 +197,7 @@ class Registry:
         """
         if name not in self._methods:
             raise unknown("registered method", name, self._methods)
-        self._manager.unregister(self._methods.pop(name).plugin)
+        del self._methods[name]
 
     def extend(self, plugin: object) -> None:
         """Add an extension: layer kinds, combiners, or wrappers around hooks.
@@ -195,8 +205,8 @@ class Registry:
         Raises:
             PluginError: it breaks the contract.
         """
-        self._extend(plugin, f"The extension {getattr(plugin, '__name__', type(plugin).__name__)!r}")
-        self._kinds = None
+        name = _name_of(plugin)
+        self._extend(plugin, name if name not in self._extensions else f"{name} {id(plugin)}")
 
     def retract(self, plugin: object) -> None:
         """Undo `extend`.
@@ -204,23 +214,27 @@ class Registry:
         Raises:
             UnknownNameError: that plugin was not added.
         """
-        added = self._extensions()
-        if not any(p is plugin for p in added.values()):
-            raise unknown("extension", plugin, added)
-        self._manager.unregister(plugin)
+        name = next((name for name, extension in self._extensions.items() if extension.plugin is plugin), None)
+        if name is None:
+            raise unknown("extension", plugin, self._extensions)
+        del self._extensions[name]
         self._kinds = None
+        for method in self._methods.values():
+            method.manager.unregister(plugin)
 
-    def extensions(self) -> Mapping[str, object]:
-        """Every extension by name: its plugin, or the `PluginError` that says why it could not be loaded."""
+    def extensions(self) -> Mapping[str, Extension | PluginError]:
+        """Every extension by name; for one that could not be loaded the error that says why."""
         failed = self._load_extensions()
-        return dict(sorted({**self._extensions(), **failed}.items()))
+        found: dict[str, Extension | PluginError] = {**self._extensions, **failed}
+        return dict(sorted(found.items()))
 
     def kinds(self) -> tuple[type[LayerKind], ...]:
         """Every layer kind, extensions' first."""
         if self._kinds is None:
             for error in self._load_extensions().values():
                 warnings.warn(str(error), AdapterWarning, stacklevel=2)
-            self._kinds = (*added_kinds(self._manager), *kinds.BUILTIN)
+            added = reversed(self._extensions.values())
+            self._kinds = (*(kind for extension in added for kind in extension.kinds), *kinds.BUILTIN)
         return self._kinds
 
     def kind_of(self, module: nn.Module) -> LayerKind | None:
@@ -249,7 +263,7 @@ class Registry:
             UnknownNameError: there is none of that name.
         """
         self.kinds()  # which loads the extensions
-        known = {**combiners.BUILTIN, **added_combiners(self._manager)}
+        known = self._combiners()
         if not isinstance(name, str) or name not in known:
             raise unknown("method of combination", name, known)
         return known[name]
@@ -277,10 +291,9 @@ class Registry:
             )
         return method
 
-    def _extensions(self) -> dict[str, object]:
-        methods = [method.plugin for method in self._methods.values()]
-        named = [(self._manager.get_name(plugin) or "", plugin) for plugin in self._manager.get_plugins()]
-        return {name: plugin for name, plugin in named if not any(plugin is m for m in methods)}
+    def _combiners(self) -> dict[str, Combiner]:
+        added = [extension.combiners for extension in self._extensions.values()]
+        return {name: combiner for group in (combiners.BUILTIN, *added) for name, combiner in group.items()}
 
     def _load_extensions(self) -> dict[str, PluginError]:
         """Load what is announced and not there yet; what fails breaks only itself, and is returned by name."""
@@ -289,55 +302,108 @@ class Registry:
         for entry in entries:
             shared = sum(other.name == entry.name for other in entries) > 1
             name = f"{entry.name} ({entry.value})" if shared else entry.name
-            if not self._manager.has_plugin(name):
+            if name not in self._extensions:
                 try:
-                    self._extend(_import(entry, "extension"), f"The extension {name!r}", name)
-                    self._kinds = None
+                    self._extend(_import(entry, "extension"), name)
                 except PluginError as error:
                     failed[name] = error
         return failed
 
-    def _extend(self, plugin: object, who: str, name: str | None = None) -> None:
-        check_plugin(plugin, self._manager, who)
-        check_extension(plugin, who)
-        self._manager.register(plugin, name)
-        try:  # what it adds is asked for now, so that what is wrong with it hinders nobody later
-            kinds_of(self._manager, plugin)
-            added_combiners(self._manager)
-        except Exception:
-            self._manager.unregister(plugin)
-            raise
+    def _extend(self, plugin: object, name: str) -> None:
+        """Add an extension. What it adds is asked for now, so that what is wrong with it hinders nobody later."""
+        who = f"The extension {name!r}"
+        if any(extension.plugin is plugin for extension in self._extensions.values()):
+            raise PluginError(f"{who} is registered already.")
+        manager = manager_of(plugin, who)
+        for _, hook, _, wraps in implementations(plugin):
+            if hook not in ("layer_kinds", "combiners") and not wraps:
+                raise PluginError(
+                    f"{who} is no method, so it may not answer hook {hook}: it would for every method. Make it a "
+                    "wrapper (@hookimpl(wrapper=True)), or register the plugin as a method (ak.register)."
+                )
+        given: dict[str, Any] = {}
+        for hook in ("layer_kinds", "combiners"):
+            try:
+                given[hook] = next(iter(getattr(manager.hook, hook)()), ())
+            except Exception as error:
+                raise PluginError(f"{who}: its hook {hook} raised {type(error).__name__}: {error}.") from error
+        kinds, ways = given["layer_kinds"], given["combiners"] or {}
+        if not isinstance(kinds, Sequence) or not all(isinstance(k, type) and issubclass(k, LayerKind) for k in kinds):
+            raise PluginError(
+                f"{who}: its hook layer_kinds returned {kinds!r}; it must return a list of LayerKind classes."
+            )
+        if not isinstance(ways, Mapping) or not all(isinstance(way, Combiner) for way in ways.values()):
+            raise PluginError(f"{who}: its hook combiners returned {ways!r}; it must return Combiners by name.")
+        taken = sorted(ways.keys() & self._combiners().keys())
+        if taken:
+            raise PluginError(f"{who}: its hook combiners gives {taken[0]!r}, a name that is taken. Choose another.")
+        self._extensions[name] = Extension(plugin, tuple(kinds), ways)
+        self._kinds = None
+        for method in self._methods.values():
+            method.manager.register(plugin, name)
 
-    def _load(self, entry: EntryPoint) -> Method:
-        dist = entry.dist
-        provider = f"{dist.name} {dist.version}" if dist else entry.value
-        return self._add(_import(entry, "method"), entry.name, provider, {})
-
-    def _add(self, plugin: object, name: str | None, provider: str, installed: Mapping[str, EntryPoint]) -> Method:
+    def _made(self, plugin: object, name: str | None, provider: str) -> Method:
+        """The method of a plugin, checked."""
         own = getattr(plugin, "plugin", None)
         if isinstance(plugin, ModuleType) and isinstance(own, Plugin):  # a module that holds the plugin
             plugin = own
-        check_plugin(plugin, self._manager, f"The method {name!r} ({provider})" if name else provider)
-        self._manager.register(plugin)
-        try:
-            method = Method(name or provider, plugin, provider, self._manager)
-            check_required(method)
-            method.name = name or method.config_type().method
-            check_method(method, self._methods)
-            check_not_installed(method, installed)
-        except Exception:
-            self._manager.unregister(plugin)
-            raise
-        self._methods[method.name] = method
+        method = Method(name or provider, plugin, provider)
+        missing = [hook for hook in REQUIRED if hook not in method.hooks]
+        if missing:
+            raise method.fault(f"it lacks the required hook{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        for known, extension in self._extensions.items():
+            method.manager.register(extension.plugin, known)
+        method.name = name or method.config_type().method
+        if method.name in self._methods:
+            raise method.fault(f"the name is taken by {self._methods[method.name].provider}")
+        _check_method(method)
         return method
 
 
-def _why_not(config_type: type[AdapterConfig], values: Mapping[str, Any]) -> str:
-    unknown = config_type.unknown(values)
-    if unknown:
-        return f"does not know {', '.join(f'{name} = {values[name]!r}' for name in unknown)}"
-    marks = {name: "a value" if mark is ... else repr(mark) for name, mark in config_type.marks.items()}
-    return f"needs {', '.join(f'{name} = {mark}' for name, mark in marks.items())}"
+def _check_method(method: Method) -> None:
+    """Raise `PluginError` for a config or a key prefix with which the method could not work."""
+    config_type, shared = method.config_type(), method.shared
+    if config_type.method != method.name or not method.name:
+        raise method.fault(
+            f"{config_type.__name__}.method is {config_type.method!r}; it must be the method's name, {method.name!r}"
+        )
+    if shared is not None and not (isinstance(shared, type) and issubclass(shared, Shared)):
+        raise method.fault(f"its shared = {shared!r} must be a subclass of Shared")
+    _check_patterns(method, config_type)
+    try:
+        config = config_type()
+    except Exception as error:
+        raise method.fault(
+            f"{config_type.__name__}() raised {type(error).__name__}: {error}. Every field of a config needs a default"
+        ) from error
+    for name, value in config.to_dict().items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise method.fault(
+                f"{config_type.__name__}.{name} is {value!r}, which adapter_config.json cannot hold. It holds bool, "
+                "int, float, str, None, and lists and mappings of these"
+            ) from error
+    prefix = method.key_rule(config).prefix
+    if not prefix or any(not part or "." in part for part in ([prefix] if isinstance(prefix, str) else prefix)):
+        raise method.fault(f"its key prefix {prefix!r} must be a name without dots, such as 'lora_'")
+
+
+def _check_patterns(method: Method, config_type: type[AdapterConfig]) -> None:
+    """Raise `PluginError` if a pattern of the config cannot hold values for layers."""
+    fields, hints = {f.name for f in dataclasses.fields(config_type)}, typing.get_type_hints(config_type)
+    for pattern, own in config_type.patterns.items():
+        for name in {pattern, own} - fields:
+            raise method.fault(f"{config_type.__name__}.patterns names {name!r}, which is not a field")
+        if not conforms({"name": getattr(config_type, own)}, hints[pattern]):
+            raise method.fault(
+                f"{config_type.__name__}.{pattern} is {readable(hints[pattern])}; as a pattern of {own!r} it must be a "
+                f"mapping, such as Mapping[str, {readable(hints[own])}] = field(default_factory=dict)"
+            )
+
+
+def _name_of(plugin: object) -> str:
+    return plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
 
 
 def _import(entry: EntryPoint, what: str) -> object:

@@ -160,8 +160,7 @@ class LayerBuilder:
 
     def __init__(self, method: Method, config: AdapterConfig, fit: Fit | None = None, *, cast: bool = True) -> None:
         self.method, self.config, self.cast = method, config, cast
-        # Asked for once: each costs as much as a layer does.
-        self.rule, self._inject = method.key_rule(config), method.injector()
+        self.rule = method.key_rule(config)
         self.fit = fit or Fit(self.rule)
 
     def layer(self, target: Target, shared: Shared | None = None) -> AdapterLayer:
@@ -192,7 +191,7 @@ class LayerBuilder:
             return None
         dtype, device = reduce(torch.promote_types, (target.dtype for target in targets)), targets[0].device
         root = Target("", model, targets[0].kind, dtype, device, tensors)
-        module = self.method.guarded("shared", made, targets, self.config, root)
+        module: Shared = self.method.ask("its hook shared", (Shared,), made, targets, self.config, root)
         self._check_names(module, made.__name__, "shared tensor's name")
         if tensors is not None:
             fresh, alone = [dataclasses.replace(t, file=None) for t in targets], dataclasses.replace(root, file=None)
@@ -201,7 +200,7 @@ class LayerBuilder:
 
     def _injected(self, target: Target, shared: Shared | None) -> AdapterLayer:
         """What the hook `inject` gives, checked."""
-        layer = self._inject(target, self.config.at(target.path), shared)
+        layer = self.method.inject(target, self.config.at(target.path), shared)
         if layer is None:
             raise SelectionError(
                 f"The method {self.method.name!r} does not support {target.kind.name} layers, such as {target.path!r}. "
