@@ -17,8 +17,8 @@ from adapterkit.files.folder import (
     write_folder,
 )
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
-from adapterkit.files.load import load_adapter
-from adapterkit.files.match import EVERYWHERE, file_places, match_adapter, refuse
+from adapterkit.files.load import EVERYWHERE, load_adapter
+from adapterkit.files.match import file_places, match_adapter, refuse
 from adapterkit.files.other_programs import (
     check_foreign,
     kinds_of,

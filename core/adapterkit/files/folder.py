@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -58,34 +56,33 @@ def local_path(source: object) -> Path:
         raise ConfigError(f"{source!r} is no folder: {error}") from error
 
 
-def read(place: Path, reader: Reader | None = None) -> AdapterFiles:
-    """Read an adapter folder, or a bare file; see `read_folder`."""
-    return read_file(place, reader) if place.is_file() else read_folder(place, reader)
+def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
+    """Read an adapter folder, or a bare file of tensors as other programs write them.
 
-
-def read_folder(folder: Path, reader: Reader | None = None) -> AdapterFiles:
-    """Read an adapter folder. Each tensor has memory of its own.
-
-    Another process may save to the folder meanwhile. Then the weights are another file afterwards, and both files are
+    Another process may save to a folder meanwhile. Then the weights are another file afterwards, and both files are
     read again: what comes back is of one version.
 
     Args:
-        reader: reads safetensors files in place of the function here.
+        reader: reads safetensors files; the default gives each tensor memory of its own.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another layout or of another format.
     """
+    if place.is_file():
+        if place.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) and (place.parent / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{place} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        return AdapterFiles(place, None, *(_read_pickle if place.suffix in _PICKLE_SUFFIXES else reader)(place))
     for _ in range(_READ_ATTEMPTS):
-        before = _version(folder)
+        before = _version(place)
         try:
-            found = _read_once(folder, reader or _read_safetensors)
+            found = _read_folder(place, reader)
         except CheckpointError:
-            if _version(folder) == before:
+            if _version(place) == before:
                 raise
         else:
-            if _version(folder) == before:
+            if _version(place) == before:
                 return found
-    raise CheckpointError(f"{folder} is being written again and again; load it when that is over.")
+    raise CheckpointError(f"{place} is being written again and again; load it when that is over.")
 
 
 def _version(folder: Path) -> list[tuple[int, int, int]]:
@@ -94,27 +91,22 @@ def _version(folder: Path) -> list[tuple[int, int, int]]:
     return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files if f.is_file())]
 
 
-def _read_once(folder: Path, reader: Reader) -> AdapterFiles:
+def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
     if (folder / WEIGHTS_FILE).is_file():
         tensors, metadata = reader(folder / WEIGHTS_FILE)
         return AdapterFiles(folder, read_config(folder, metadata), tensors, metadata)
     config = read_config(folder, {})
     if (folder / PICKLE_FILE).is_file():
-        return AdapterFiles(folder, config, _read_pickle(folder / PICKLE_FILE), {})
-    raise CheckpointError(_no_weights(folder))
-
-
-def read_file(file: Path, reader: Reader | None = None) -> AdapterFiles:
-    """Read a bare file of tensors, as other programs write them.
-
-    Raises:
-        CheckpointError: it is damaged, of another format, or one of the two files of an adapter folder.
-    """
-    if file.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) and (file.parent / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{file} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    if file.suffix in _PICKLE_SUFFIXES:
-        return AdapterFiles(file, None, _read_pickle(file), {})
-    return AdapterFiles(file, None, *(reader or _read_safetensors)(file))
+        return AdapterFiles(folder, config, *_read_pickle(folder / PICKLE_FILE))
+    names = sorted(path.name for path in folder.iterdir())
+    others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
+    if any(".index." in n or "-of-" in n for n in others):
+        advice = "It is sharded, which no adapter format is: join the shards into one file."
+    elif others:
+        advice = f"Rename the adapter's weights to {WEIGHTS_FILE} if one of these holds them."
+    else:
+        advice = "Only its config is there."
+    raise CheckpointError(f"{folder} has no {WEIGHTS_FILE} (nor {PICKLE_FILE}). Found: {', '.join(names)}. {advice}")
 
 
 def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -141,7 +133,12 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
     if metadata.get(_REPLACED) == hashlib.sha256(content).hexdigest():
         content = metadata.get(_CONFIG, "").encode()
     elif not path.is_file():
-        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {_what_is_in(folder)}")
+        if not folder.is_dir():
+            found = "There is no such folder."
+        else:
+            names = sorted(p.name for p in folder.iterdir())[:8]
+            found = f"It holds {', '.join(names)}." if names else "It is empty."
+        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {found}")
     try:
         config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -151,31 +148,10 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
     return config
 
 
-def _what_is_in(folder: Path) -> str:
-    if not folder.is_dir():
-        return "There is no such folder."
-    found = sorted(p.name for p in folder.iterdir())[:8]
-    return f"It holds {', '.join(found)}." if found else "It is empty."
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        return read_tensors(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's
-        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
-
-
-# What torch.load raises on files that are no pickle of tensors.
-_PICKLE_ERRORS = (
-    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError),
-    *(OSError, EOFError, MemoryError, pickle.UnpicklingError, struct.error),
-)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except _PICKLE_ERRORS as error:
+    except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in tensors.items()
@@ -184,19 +160,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     without = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
     if without is not None:
         raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")
-    return tensors
-
-
-def _no_weights(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
-    if any(".index." in n or "-of-" in n for n in others):
-        advice = "It is sharded, which no adapter format is: join the shards into one file."
-    elif others:
-        advice = f"Rename the adapter's weights to {WEIGHTS_FILE} if one of these holds them."
-    else:
-        advice = "Only its config is there."
-    return f"{folder} has no {WEIGHTS_FILE} (nor {PICKLE_FILE}). Found: {', '.join(names)}. {advice}"
+    return tensors, {}
 
 
 def write_folder(
@@ -208,9 +172,9 @@ def write_folder(
 ) -> None:
     """Write an adapter folder so that whenever it is read, it is the old adapter whole or the new one whole.
 
-    Both files are written beside the folder first. A new folder appears by one rename. In an old one the new weights
-    replace the old ones, then the new config replaces the old one. If the configs differ, the weights hold the new one
-    too, by which `read_config` knows a save that ended between the two.
+    Both files are written beside their names first. The new weights replace the old ones, then the new config replaces
+    the old one. If the configs differ, the weights hold the new one too, by which `read_config` knows a save that ended
+    between the two. A new folder appears by one rename, when both are in it.
 
     Args:
         writer: writes tensors and metadata to a safetensors file.
@@ -226,13 +190,23 @@ def write_folder(
         folder = folder.resolve()  # behind a link is the folder that changes
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder.parent):
-            fresh = _new_beside(folder)
+            exists, change = folder.exists(), {}
+            old = (folder / CONFIG_FILE).read_bytes() if (folder / CONFIG_FILE).exists() else b""
+            if exists and old != text.encode():
+                change = {_CONFIG: text, _REPLACED: hashlib.sha256(old).hexdigest()}
+            place = folder if exists else Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
-                writer(dict(tensors), fresh / WEIGHTS_FILE, {"format": "pt", **metadata, **_change(folder, text)})
-                _finish(fresh, text)
-                _put(fresh, folder)
+                with appearing(place / CONFIG_FILE) as fresh, appearing(place / WEIGHTS_FILE) as weights:
+                    fresh.write_text(text, encoding="utf-8")
+                    _finish(fresh)
+                    writer(dict(tensors), weights, {"format": "pt", **metadata, **change})
+                (place / PICKLE_FILE).unlink(missing_ok=True)  # others would read the old format
+                if not exists:
+                    place.chmod(0o777 & ~umask())
+                    place.rename(folder)
             finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+                if not exists:
+                    shutil.rmtree(place, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
@@ -260,48 +234,6 @@ def _one_at_a_time(parent: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _new_beside(folder: Path) -> Path:
-    """An empty folder that files can be renamed from: beside `folder`, or inside it where only that works."""
-    parent, prefix = folder.parent, f".{folder.name}."
-    if not folder.is_dir() or folder.stat().st_dev == parent.stat().st_dev:
-        try:
-            return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        except OSError:
-            if not folder.is_dir():
-                raise
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-
-
-def _change(folder: Path, text: str) -> dict[str, str]:
-    """What the weights say of the config, if one of other content, or none, is there: see `read_config`."""
-    if not folder.is_dir():
-        return {}
-    old = folder / CONFIG_FILE
-    content = old.read_bytes() if old.exists() else b""
-    return {} if content == text.encode() else {_CONFIG: text, _REPLACED: hashlib.sha256(content).hexdigest()}
-
-
-def _finish(folder: Path, text: str) -> None:
-    folder.chmod(0o777 & ~umask())
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    for path in (folder / WEIGHTS_FILE, folder / CONFIG_FILE):
-        path.chmod(0o666 & ~umask())
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _put(fresh: Path, folder: Path) -> None:
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise PermissionError(f"{folder} is read-only")
-    (fresh / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
-    (fresh / CONFIG_FILE).replace(folder / CONFIG_FILE)
-    with suppress(FileNotFoundError):  # weights of the old format would be read by others
-        (folder / PICKLE_FILE).unlink()
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to. It gets that name when the block ends, and goes if the block raises."""
@@ -311,12 +243,17 @@ def appearing(path: Path) -> Iterator[Path]:
     fresh = Path(name)
     try:
         yield fresh
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.chmod(0o666 & ~umask())
+        _finish(fresh)
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _finish(file: Path) -> None:
+    """Give a file the usual mode, and its bytes to the disk."""
+    file.chmod(0o666 & ~umask())
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def umask() -> int:

@@ -29,13 +29,15 @@ def adapter_folder(
         CheckpointError: neither a folder nor something the hub, or its cache, has.
     """
     path = local_path(source)
-    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises on names that are too long
-        return path / subfolder if subfolder else path
-    if os.path.isfile(path):  # noqa: PTH113 - as above
+    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on names that are too long
         if subfolder:
             raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
         return path
-    return _fetch(hub_id(source), revision, subfolder, cache_dir, token)
+    if not os.path.isdir(path):  # noqa: PTH112 - as above
+        prefix = f"{subfolder}/" if subfolder else ""
+        wanted = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+        path = _snapshot(source, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted)
+    return path / subfolder if subfolder else path
 
 
 def model_folder(source: str | Path) -> Path:
@@ -48,7 +50,18 @@ def model_folder(source: str | Path) -> Path:
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         return path
     other_formats = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "*.tflite"]
-    return _snapshot(hub_id(source), ignore_patterns=other_formats)
+    return _snapshot(source, ignore_patterns=other_formats)
+
+
+def _snapshot(source: str | Path, **arguments: Any) -> Path:
+    repo = hub_id(source)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, **arguments))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise not_to_be_had(repo, error) from error
 
 
 def hub_id(source: str | Path, what: str = "folder") -> str:
@@ -74,13 +87,6 @@ def _nearest(path: Path) -> str:
 
 def not_to_be_had(repo: str, error: BaseException) -> CheckpointError:
     """The error for what is neither here nor on the hub, with the reason in one line."""
-    return CheckpointError(
-        f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
-        f"cache: {_reason(error)}.{_nearest(Path(repo))}"
-    )
-
-
-def _reason(error: BaseException) -> str:
     from huggingface_hub import constants, errors
 
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
@@ -90,35 +96,15 @@ def _reason(error: BaseException) -> str:
         errors.RepositoryNotFoundError: "there is no such repository, or it is private",
         errors.LocalEntryNotFoundError: f"it is not in the cache, and {why}",
     }
-    chain, cause = [error], error.__cause__ or error.__context__
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for kind, reason in reasons.items():
-        if any(isinstance(link, kind) for link in chain):
-            return reason
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:_LONGEST]}".rstrip(".")
-
-
-def _fetch(
-    repo: str,
-    revision: str | None,
-    subfolder: str | None,
-    cache_dir: str | Path | None,
-    token: str | bool | None,
-) -> Path:
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
-    root = _snapshot(repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
-    return root / subfolder if subfolder else root
-
-
-def _snapshot(repo: str, **arguments: Any) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, **arguments))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise not_to_be_had(repo, error) from error
+    unknown = f"{type(error).__name__}: {first[:_LONGEST]}".rstrip(".")
+    known = (text for kind, text in reasons.items() if any(isinstance(link, kind) for link in chain))
+    return CheckpointError(
+        f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
+        f"cache: {next(known, unknown)}.{_nearest(Path(repo))}"
+    )

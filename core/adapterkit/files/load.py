@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Mapping
 
 import torch
@@ -10,17 +11,15 @@ from torch import Tensor, nn
 
 from adapterkit.contract import (
     AdapterConfig,
-    Method,
     Names,
     default_registry,
     strip_file_prefix,
 )
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files.folder import AdapterFiles
-from adapterkit.files.match import equals_base, pass_over, refuse, warn_of
+from adapterkit.files.match import equals_base, pass_over, refuse
 from adapterkit.files.other_programs import check_foreign, layers_of, of_component, passed_over, recognise
 from adapterkit.forward import Active
-from adapterkit.kinds import LayerKind
 from adapterkit.model import (
     Adapter,
     BaseModules,
@@ -33,6 +32,9 @@ from adapterkit.model import (
 )
 from adapterkit.results import LoadReport
 from adapterkit.tensors import shape_of
+
+# In a file's metadata: modules that have several paths are adapted under all of them.
+EVERYWHERE = "adapterkit_every_path"
 
 
 def load_adapter(
@@ -60,7 +62,13 @@ def load_adapter(
     layers = layers_of(modules)
     held = strip_file_prefix(files.tensors)
     own = of_component(held, component)
-    method, config, read = _read(files, own, layers)
+    if files.config is None:
+        check_foreign(files.tensors, files.folder)
+        method, config, read = recognise(own, layers, files.metadata, files.folder)
+    else:
+        method = default_registry.claim(files.config, files.folder)
+        config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+        config, read = method.read(own, layers, {}, config) or (config, own)
     tensors = dict(read)
     passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
@@ -86,20 +94,25 @@ def load_adapter(
     if strict and not report.ok:
         refuse(report, name, str(files.folder))
     if strict is not None:
-        warn_of(files, adapter, report)
-    adapter.labels = _labels_in_file(model, adapter, files) or _labels_by_size(model, adapter)
+        _warn(files, adapter, report)
+    adapter.labels = _labels(model, adapter, files)
     return adapter, report
 
 
-def _read(
-    files: AdapterFiles, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> tuple[Method, AdapterConfig, Mapping[str, Tensor]]:
-    if files.config is None:
-        check_foreign(files.tensors, files.folder)
-        return recognise(tensors, layers, files.metadata, files.folder)
-    method = default_registry.claim(files.config, files.folder)
-    config = method.config_type().from_dict({"modules_to_save": None, **files.config})
-    return (method, *(method.read(tensors, layers, {}, config) or (config, tensors)))
+def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
+    """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
+    if not report.ok:
+        warnings.warn(f"{files.folder}: {report}", AdapterWarning, stacklevel=5)
+    adapted = {*adapter.layers, *({*adapter.heads} - adapter.tables)}
+    path = next((path for path in adapter.aliases if path in adapted), None)
+    if path is not None and files.config is not None and EVERYWHERE not in files.metadata:
+        warnings.warn(
+            f"{files.folder}: {path!r} is one module with {', '.join(map(repr, adapter.aliases[path]))}, so its "
+            "adapter acts under each of these paths. The file does not say that it was trained so: PEFT, which writes "
+            "such files too, adapts the first path alone, and the outputs differ from PEFT's.",
+            AdapterWarning,
+            stacklevel=5,
+        )
 
 
 def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection[str]) -> tuple[str, ...] | str | None:
@@ -165,27 +178,22 @@ def _tables_in_file(
     return found, tied
 
 
-def _labels_in_file(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
-    """The label set the file holds.
+def _labels(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
+    """The label set that the file holds; else numbered classes, if the head has other rows than the model's labels.
 
     Raises:
         CheckpointError: it has another size than the model's, and no layer of the adapter's heads has that many rows.
     """
     labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
-    if labels is None or own is None or not adapter.heads or len(labels.id2label) == len(own.id2label):
+    if labels is not None:
+        size = len(labels.id2label)
+        rows = [m.out_features for head in adapter.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
+        if own is not None and rows and size not in (len(own.id2label), *rows):
+            raise CheckpointError(
+                f"{files.folder}: the file's label set has {size} classes, and no layer of its heads has that many "
+                "rows. It is damaged; save the adapter again."
+            )
         return labels
-    rows = [m.out_features for head in adapter.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
-    if rows and len(labels.id2label) not in rows:
-        raise CheckpointError(
-            f"{files.folder}: the file's label set has {len(labels.id2label)} classes, and no layer of its heads has "
-            "that many rows. It is damaged; save the adapter again."
-        )
-    return labels
-
-
-def _labels_by_size(model: nn.Module, adapter: Adapter) -> LabelSet | None:
-    """For files without a label set: numbered classes if the head has other rows than the model's labels."""
-    own = LabelSet.of(model)
     if own is None:
         return None
     for path, head in adapter.heads.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -19,15 +18,11 @@ from adapterkit.contract import (
     strip_file_prefix,
     unwrapped_key,
 )
-from adapterkit.errors import AdapterWarning, CheckpointError
-from adapterkit.files.folder import AdapterFiles
+from adapterkit.errors import CheckpointError
 from adapterkit.files.other_programs import layers_of, passed_over
 from adapterkit.model import Adapter, BaseModules, Fit, beside_layers, by_layer
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
-
-# In a file's metadata: modules that have several paths are adapted under all of them.
-EVERYWHERE = "adapterkit_every_path"
 
 Values = list[tuple[Slot, Tensor]]
 
@@ -49,20 +44,18 @@ def from_model_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[di
     known |= {alias: path for path, aliases in adapter.aliases.items() for alias in aliases}
     found, others = {}, []
     for key, tensor in tensors.items():
-        split = split_memory_key(key, adapter.name)
-        if split is None:
-            others.append(key)
-            continue
-        container, path, local = split
+        container, path, local = split_memory_key(key, adapter.name) or ("", "", "")
         path = unwrapped_key(path)
         path = known.get(path, known.get(path.removeprefix("module."), ""))
-        if container == SHARED:
+        if not container:
+            others.append(key)
+        elif container == SHARED:
             found[local] = tensor
-        elif path:
+        elif not path:  # at a layer that this adapter has not
+            found[key] = tensor
+        else:
             place = beside(path, adapter.layers) if container in (HEADS, BIASES) else path
             found[f"{place}.{local}"] = tensor
-        else:  # at a layer that this adapter has not
-            found[key] = tensor
     return found, others
 
 
@@ -105,12 +98,10 @@ def pass_over(
     """Ignore what has no place and needs none: keys of other models (`passed`), and what the base has already."""
     # PEFT writes biases of heads twice more with bias="all": the same value, and one that does not act.
     again = tuple(f"{path}.{name}." for path in adapter.heads for name in ("modules_to_save", "original_module"))
-    found: tuple[list[str], list[str]] = ([], [])
-    for key in fit.unexpected:
+    unexpected, fit.unexpected = fit.unexpected, []
+    for key in unexpected:
         known = key in passed or key.startswith(again) or (key in tensors and equals_base(model, key, tensors[key]))
-        found[known].append(key)
-    fit.unexpected = found[False]
-    fit.ignored += found[True]
+        (fit.ignored if known else fit.unexpected).append(key)
 
 
 def check_tensors(tensors: object) -> None:
@@ -140,11 +131,7 @@ def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
 
 
 def refuse(report: LoadReport, name: str, where: str) -> None:
-    """Raise what a strict load raises when something does not fit.
-
-    Raises:
-        CheckpointError: always, naming the first keys of each sort.
-    """
+    """Raise the `CheckpointError` of a strict load, which names the first keys of each sort that does not fit."""
     reasons = []
     if report.missing:
         reasons.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
@@ -156,22 +143,3 @@ def refuse(report: LoadReport, name: str, where: str) -> None:
         f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "
         f"fits.\n{report}"
     )
-
-
-def warn_of(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
-    """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
-    folder = files.folder
-    if not report.ok:
-        warnings.warn(f"{folder}: {report}", AdapterWarning, stacklevel=5)
-    for path, others in (
-        adapter.aliases.items() if files.config is not None and EVERYWHERE not in files.metadata else ()
-    ):
-        if path in adapter.layers or path in {*adapter.heads} - adapter.tables:
-            warnings.warn(
-                f"{folder}: {path!r} is one module with {', '.join(map(repr, others))}, so its adapter acts under each "
-                "of these paths. The file does not say that it was trained so: PEFT, which writes such files too, "
-                "adapts the first path alone, and the outputs differ from PEFT's.",
-                AdapterWarning,
-                stacklevel=5,
-            )
-            return

@@ -26,8 +26,7 @@ from adapterkit.model import BaseModules
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
     """Every layer of the model that can hold an adapter, by the path it is known by."""
-    kinds = ((paths[0], default_registry.kind_of(module)) for module, paths in modules.paths_of.items())
-    return {path: kind for path, kind in kinds if kind is not None}
+    return kinds_of({paths[0]: module for module, paths in modules.paths_of.items()})
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,49 +123,27 @@ def recognise(
             read = method.read(tensors, layers, metadata)
         except PluginError as error:
             broken.append(str(error))
-            continue
         except AdapterError as error:
             refused.append((name, error))
-            continue
-        asked.append(name)
-        if read is not None:
-            found.append((method, *read))
+        else:
+            asked.append(name)
+            found += [] if read is None else [(method, *read)]
     if len(found) + len(refused) > 1:
-        found = [claim for claim in found if _reads(*claim, layers)]
+        found = [claim for claim in found if _finds_layers(*claim, layers)]
     if refused and not found:
         raise refused[0][1]
     broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
-    if len(found) != 1:
-        raise CheckpointError(_not_one([method.name for method, *_ in found], asked, broken, tensors, layers, file))
-    for fault in broken:
-        warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
-    return found[0]
-
-
-def _reads(
-    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> bool:
-    """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
-    rule = method.key_rule(config)
-    splits = (rule.split(key, layers) for key in tensors)
-    return any(split is not None and split[0] in layers for split in splits)
-
-
-def _not_one(
-    found: list[str],
-    asked: list[str],
-    broken: list[str],
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, LayerKind],
-    file: Path,
-) -> str:
-    if found:
+    if len(found) == 1:
+        for fault in broken:
+            warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
+        return found[0]
+    names = [method.name for method, *_ in found]
+    what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
+    if names:
         what = (
-            f"{file} holds layers of several methods: {', '.join(found)}. Split it into one file for each. Where "
-            f"one of them takes a file that is another's, switch it off: {DISABLE_VARIABLE}={found[-1]}."
+            f"{file} holds layers of several methods: {', '.join(names)}. Split it into one file for each. Where "
+            f"one of them takes a file that is another's, switch it off: {DISABLE_VARIABLE}={names[-1]}."
         )
-    else:
-        what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
     lines = [
         what,
         f"Methods asked: {', '.join(asked) or 'none'}.",
@@ -174,4 +151,13 @@ def _not_one(
         f"Layers of the model: {', '.join(map(repr, list(layers)[:3])) or 'none'}.",
         *(f"Not asked: {fault}" for fault in broken),
     ]
-    return " ".join(lines)
+    raise CheckpointError(" ".join(lines))
+
+
+def _finds_layers(
+    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> bool:
+    """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
+    rule = method.key_rule(config)
+    splits = (rule.split(key, layers) for key in tensors)
+    return any(split is not None and split[0] in layers for split in splits)

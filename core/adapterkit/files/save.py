@@ -20,7 +20,8 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import CheckpointError
 from adapterkit.files.folder import write_folder
-from adapterkit.files.match import EVERYWHERE, check_tensors, file_places, from_model_keys
+from adapterkit.files.load import EVERYWHERE
+from adapterkit.files.match import check_tensors, file_places, from_model_keys
 from adapterkit.model import (
     ALL_LINEAR,
     Adapter,

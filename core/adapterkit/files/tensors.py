@@ -81,11 +81,6 @@ class Entry:
         return self.end - self.start
 
     @property
-    def numel(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.shape)
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         """Its dtype in torch.
 
@@ -123,12 +118,19 @@ def read_header(file: Path) -> Shard:
     Raises:
         CheckpointError: the file cannot be read, or its header contradicts itself or the file's size.
     """
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ValueError("a name stands twice in its header")
+        return table
+
     try:
         with safe_open(file, "np"), file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             length = opened.read(_LENGTH_BYTES)
             header = length + opened.read(int.from_bytes(length, "little"))
-        table = json.loads(header[_LENGTH_BYTES:], object_pairs_hook=_without_repetition)
+        table = json.loads(header[_LENGTH_BYTES:], object_pairs_hook=each_once)
         metadata = table.pop(_METADATA, None) or {}
         entries = tuple(
             Entry(name, e["dtype"], tuple(e["shape"]), file, *(len(header) + place for place in e["data_offsets"]))
@@ -141,13 +143,6 @@ def read_header(file: Path) -> Shard:
             f"{file} is not a safetensors file, or it is damaged or cut off: {error}. Fetch or save it again."
         ) from error
     return Shard(file, header, entries, metadata, size)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return table
 
 
 def write_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -181,24 +176,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: the file is damaged, cut off while it is read, or has a dtype that torch lacks.
     """
-    shard, tensors = read_header(path), {}
-    with path.open("rb") as file:
-        for entry in sorted(shard.entries, key=lambda e: e.start):
-            tensors[entry.name] = read_entry(entry, file)
-    return {entry.name: tensors[entry.name] for entry in shard.entries}, dict(shard.metadata)
-
-
-def read_entry(entry: Entry, file: Any) -> Tensor:
-    """One tensor of an open file, in memory of its own.
-
-    Raises:
-        CheckpointError: the file has become shorter, or the dtype is not one of torch's.
-    """
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    file.seek(entry.start)
-    if file.readinto(as_bytes(raw)) < entry.nbytes:
-        raise CheckpointError(f"{entry.file} was cut off while it was read.")
-    return raw.view(entry.torch_dtype).view(entry.shape)
+    shard = read_header(path)
+    tensors = dict.fromkeys((entry.name for entry in shard.entries), torch.empty(0))
+    try:
+        with path.open("rb") as file:
+            for entry in sorted(shard.entries, key=lambda e: e.start):
+                raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+                file.seek(entry.start)
+                if file.readinto(as_bytes(raw)) < entry.nbytes:
+                    raise CheckpointError(f"{path} was cut off while it was read.")
+                tensors[entry.name] = raw.view(entry.torch_dtype).view(entry.shape)
+    except (OSError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
+    return tensors, dict(shard.metadata)
 
 
 class Pages:
