@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.combining import nothing_changes, outer_method
 from tests.core.conftest import set_parameters
 from tests.models import LABELS, assert_same_outputs, build, inputs, run
@@ -89,6 +89,17 @@ def test_a_scaling_whose_ratio_is_a_power_of_two_is_exact(tmp_path: Path) -> Non
     adapters = adapter("bert", "a", "lora", r=2, lora_alpha=1)
     adapters.swap("a", folder)
     assert_same_outputs(run(adapters.model, "bert"), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_taken_over(value: float, tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, "bert", "lora", target_modules=["query"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values())).fill_(value)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapters = adapter("bert", "a", "lora", target_modules=["query"])
+    adapters.swap("a", folder)
+    assert all(torch.equal(t.nan_to_num(7.0), tensors[k].nan_to_num(7.0)) for k, t in adapters.state_dict("a").items())
 
 
 def test_layers_that_the_file_has_not_change_nothing(tmp_path: Path) -> None:

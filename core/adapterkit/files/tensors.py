@@ -81,6 +81,11 @@ class Entry:
         return self.end - self.start
 
     @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Its dtype in torch.
 
@@ -181,14 +186,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with path.open("rb") as file:
             for entry in sorted(shard.entries, key=lambda e: e.start):
-                raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-                file.seek(entry.start)
-                if file.readinto(as_bytes(raw)) < entry.nbytes:
-                    raise CheckpointError(f"{path} was cut off while it was read.")
-                tensors[entry.name] = raw.view(entry.torch_dtype).view(entry.shape)
+                tensors[entry.name] = read_entry(entry, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
     return tensors, dict(shard.metadata)
+
+
+def read_entry(entry: Entry, file: Any) -> Tensor:
+    """One tensor of an open file, in memory of its own.
+
+    Raises:
+        CheckpointError: the file has become shorter, or the dtype is not one of torch's.
+    """
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(as_bytes(raw)) < entry.nbytes:
+        raise CheckpointError(f"{entry.file} was cut off while it was read.")
+    return raw.view(entry.torch_dtype).view(entry.shape)
 
 
 class Pages:
