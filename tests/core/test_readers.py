@@ -7,7 +7,6 @@ import pickle
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ import torch.nn.functional as F
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
 from tests.models import build, inputs, run
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -83,6 +85,30 @@ def net() -> Outer:
         return Outer().eval()
 
 
+@pytest.fixture
+def acting(net: Outer, trained: Trained) -> ak.Adapters:
+    """The adapter `a`, active on all layers of `net`."""
+    adapters = trained(net, "a", target_modules=TARGETS)
+    adapters.activate("a")
+    return adapters
+
+
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[Any]:
+    """The mesh of a process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def add(model: nn.Module, **fields: Any) -> ak.Adapters:
+    """Adds and activates the adapter `a` with values."""
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(**{"r": 2, **fields}))
+    set_parameters(adapters, "a")
+    return adapters
+
+
 def without_gradient(model: nn.Module, adapters: ak.Adapters, name: str, out: Tensor) -> list[str]:
     model.zero_grad()
     out.float().square().sum().backward()
@@ -115,7 +141,6 @@ def test_adapted_equals_merged_and_every_parameter_has_a_gradient(net: Outer, co
     torch.testing.assert_close(net(X), adapted, **CLOSE)
 
 
-@dataclass(frozen=True)
 class ScaleConfig(ak.AdapterConfig):
     method = "scale"
 
@@ -123,7 +148,7 @@ class ScaleConfig(ak.AdapterConfig):
 class ScaleLayer(ak.AdapterLayer):
     """`s * base(x)`, bias included: no sum."""
 
-    def setup(self, target: ak.Target, config: ScaleConfig) -> None:
+    def setup(self, target: ak.Target, config: Any) -> None:
         self.scale_s = target.new(target.out_features, init=1.5)
 
     def forward(self, base: ak.Base, x: Tensor) -> Tensor:
@@ -133,67 +158,44 @@ class ScaleLayer(ak.AdapterLayer):
 
 class MergedLayer(ScaleLayer):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * self.scale_s[:, None], None if bias is None else bias * self.scale_s
-
-
-class StoppingLayer(ScaleLayer):
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        s = self.scale_s.detach()
+        s = self.scale_s
         return weight * s[:, None], None if bias is None else bias * s
 
 
-class Scale(ak.Plugin):
-    config, layer, prefix = ScaleConfig, ScaleLayer, "scale_"
+class StoppingLayer(MergedLayer):
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            return super().merged(weight, bias)
 
 
-class Merges(Scale):
-    layer = MergedLayer
-
-
-class Stops(Scale):
-    """Its merge rule stops gradients."""
-
-    layer = StoppingLayer
-
-
-@pytest.fixture
-def scaled(net: Outer) -> Iterator[Callable[[object], ak.Adapters]]:
-    def make(plugin: object) -> ak.Adapters:
-        ak.register(plugin)
+@pytest.mark.parametrize(
+    ("layer", "refused"),
+    [
+        (MergedLayer, ""),
+        (ScaleLayer, r"reads the weight of a Linear .* 'scale' has no merge rule there"),
+        (StoppingLayer, "'scale' has a merge rule without gradients there"),
+    ],
+)
+def test_method_that_is_no_sum_is_read_by_its_merge_rule_or_refused(net: Outer, layer: Any, refused: str) -> None:
+    ak.register(ak.plugin(ScaleConfig, layer, prefix="scale_"))
+    try:
         adapters = ak.attach(net)
         adapters.add("s", ScaleConfig(target_modules=["read", "out"]))
-        return adapters
-
-    yield make
-    ak.default_registry.unregister("scale")
-
-
-def test_method_that_is_no_sum_is_read_by_its_merge_rule(net: Outer, scaled: Callable[..., ak.Adapters]) -> None:
-    adapters = scaled(Merges())
-    adapted = net(X)
-    assert not without_gradient(net, adapters, "s", adapted)
-    adapters.merge("s")
-    torch.testing.assert_close(net(X), adapted, **CLOSE)
-
-
-def test_method_without_a_merge_rule_is_refused_where_it_is_read(net: Outer, scaled: Callable[..., Any]) -> None:
-    scaled(Scale())
-    with pytest.raises(ak.UnsupportedError, match=r"reads the weight of a Linear .* 'scale' has no merge rule there"):
-        net(X)
-
-
-def test_merge_rule_without_gradients_is_refused_where_it_trains(net: Outer, scaled: Callable[..., Any]) -> None:
-    scaled(Stops())
-    with pytest.raises(ak.UnsupportedError, match="'scale' has a merge rule without gradients there"):
-        net(X)
-    with torch.no_grad():
-        assert net(X).isfinite().all()
+        if refused:
+            with pytest.raises(ak.UnsupportedError, match=refused):
+                net(X)
+        if layer is not ScaleLayer:
+            with torch.set_grad_enabled(not refused):
+                adapted = net(X)
+            assert refused or not without_gradient(net, adapters, "s", adapted)
+            adapters.merge("s")
+            torch.testing.assert_close(net(X), adapted, **CLOSE)
+    finally:
+        ak.default_registry.unregister("scale")
 
 
 def test_trained_copy_that_is_read_trains_and_is_the_parameter_itself(net: Outer) -> None:
-    adapters = ak.attach(net)
-    adapters.add("a", LoraConfig(r=2, target_modules=["called"], modules_to_save=["read", "out", "table"]))
-    set_parameters(adapters, "a")
+    adapters = add(net, target_modules=["called"], modules_to_save=["read", "out", "table"])
     copies = dict(adapters.named_parameters("a"))
     seen: list[Tensor] = []
     net.reader.inner = lambda h: (seen.append(net.reader.read.weight), h)[1]
@@ -222,10 +224,8 @@ def test_layer_inside_a_trained_copy_is_read_in_the_copy() -> None:
     model, x = Nested(), torch.ones(2, 4)
     before = snapshot(model)
     base = model(x).detach()
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, target_modules=["fc"], modules_to_save=["head"]))
+    adapters = add(model, target_modules=["fc"], modules_to_save=["head"])
     adapters.add("b", LoraConfig(r=2, target_modules=["head.1"], modules_to_save=None), activate=False)
-    set_parameters(adapters, "a")
     adapted = model(x)
     assert not without_gradient(model, adapters, "a", adapted)
     copied = copy.deepcopy(model)
@@ -263,9 +263,7 @@ def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer
     with torch.autocast("cpu", dtype=torch.bfloat16):  # does not round it
         torch.testing.assert_close(ak.effective_weight(net.reader.read), plain)
     adapters.detach()
-    adapters = ak.attach(net.bfloat16())
-    adapters.add("a", LoraConfig(r=2, target_modules=["read"]))
-    set_parameters(adapters, "a")
+    add(net.bfloat16(), target_modules=["read"])
     (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
     exact = net.reader.read.weight.float() + layer.factors().delta()
     found = ak.effective_weight(net.reader.read)
@@ -277,63 +275,50 @@ def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer
 # Architectures
 
 
-def wavlm() -> tuple[nn.Module, dict[str, Tensor]]:
-    from transformers import WavLMConfig, WavLMModel
+def make(name: str, given: dict[str, Tensor], **fields: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small transformers model, `<Config>/<Model>`, and its inputs."""
+    import transformers
 
-    sizes = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
-    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    config = WavLMConfig(**SMALL, **sizes, **positions, layerdrop=0.0, mask_time_prob=0.0, vocab_size=32)
-    return WavLMModel(config), {"input_values": torch.randn(2, 100)}
-
-
-def mixer(name: str, **fields: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
-    def make() -> tuple[nn.Module, dict[str, Tensor]]:
-        import transformers
-
-        config = getattr(transformers, f"{name}Config")(**{**SMALL, "vocab_size": 32, **fields})
-        return getattr(transformers, f"{name}ForCausalLM")(config), {"input_ids": torch.arange(1, 13).view(2, 6)}
-
-    return make
+    config, model = (f"{name.partition('/')[0]}Config", "".join(name.split("/")))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    made = getattr(transformers, config)(**{**sizes, "vocab_size": 32, **fields})
+    return getattr(transformers, model)(made), given
 
 
-def mobilebert() -> tuple[nn.Module, dict[str, Tensor]]:
-    from transformers import MobileBertConfig, MobileBertForMaskedLM
-
-    config = MobileBertConfig(**SMALL, vocab_size=32, embedding_size=8, intra_bottleneck_size=16, true_hidden_size=16)
-    return MobileBertForMaskedLM(config), {"input_ids": torch.arange(1, 13).view(2, 6)}
-
-
-def attention() -> tuple[nn.Module, dict[str, Tensor]]:
+def encoder() -> tuple[nn.Module, dict[str, Tensor]]:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {"src": torch.randn(2, 5, 8)}
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IDS = {"input_ids": torch.arange(1, 13).view(2, 6)}
+SOUND = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0, "mask_time_prob": 0.0}
+SIZES = {"embedding_size": 8, "intra_bottleneck_size": 16, "true_hidden_size": 16}
 STATES = {"state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}
 HEADS = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 LAYERS = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
 JAMBA = {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 MAMBA2 = {"state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
 ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
-    "torch": attention,
-    "wavlm": wavlm,
-    "mobilebert": mobilebert,
-    "mamba": mixer("Mamba", **STATES),
-    "falcon_mamba": mixer("FalconMamba", **STATES),
-    "mamba2": mixer("Mamba2", **MAMBA2),
-    "jamba": mixer("Jamba", num_key_value_heads=2, **JAMBA, **LAYERS),
-    "bamba": mixer("Bamba", num_key_value_heads=2, attn_layer_indices=[1], attn_rotary_emb=4, **HEADS),
+    "torch": encoder,
+    "wavlm": lambda: make("WavLM/Model", {"input_values": torch.randn(2, 100)}, **SOUND),
+    "mobilebert": lambda: make("MobileBert/ForMaskedLM", IDS, **SIZES),
+    "mamba": lambda: make("Mamba/ForCausalLM", IDS, **STATES),
+    "falcon_mamba": lambda: make("FalconMamba/ForCausalLM", IDS, **STATES),
+    "mamba2": lambda: make("Mamba2/ForCausalLM", IDS, **MAMBA2),
+    "jamba": lambda: make("Jamba/ForCausalLM", IDS, num_key_value_heads=2, **JAMBA, **LAYERS),
+    "bamba": lambda: make(
+        "Bamba/ForCausalLM", IDS, num_key_value_heads=2, attn_layer_indices=[1], attn_rotary_emb=4, **HEADS
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def test_all_layers_of_an_architecture_act_merged_as_adapted(
-    make: Callable[[], tuple[nn.Module, dict[str, Tensor]]],
-) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_layers_of_an_architecture_act_merged_as_adapted(name: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, given = make()
+        model, given = ARCHITECTURES[name]()
     model.eval()
 
     def forward() -> Tensor:
@@ -385,7 +370,6 @@ def test_every_reader_of_transformers_in_the_table_exists() -> None:
     ("name", "sizes", "unused", "called"),
     [
         ("Bart", {"encoder_layers": 1, "decoder_layers": 1}, "model.shared", "model.encoder.embed_tokens"),
-        ("Marian", {"encoder_layers": 1, "decoder_layers": 1}, "model.shared", "model.encoder.embed_tokens"),
         ("ProphetNet", {"num_encoder_layers": 1}, "prophetnet.word_embeddings", "prophetnet.encoder.word_embeddings"),
         ("Udop", {"num_layers": 1}, "patch_embed.proj", "encoder.embed_patches"),
     ],
@@ -396,9 +380,8 @@ def test_unused_table_of_an_encoder_decoder_is_found(
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**sizes)
-    suffix = "ForConditionalGeneration" if name != "Marian" else "MTModel"
     with torch.device("meta"):
-        model = getattr(transformers, name + suffix)(config)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     with pytest.raises(ak.SelectionError, match=f"neither calls nor reads it; it calls '{re.escape(called)}'"):
         ak.select(model, LoraConfig(target_modules=[unused]))
 
@@ -440,14 +423,19 @@ def test_status_and_save_say_which_layers_never_ran(net: Outer, undeclared: ak.A
     assert not any(row.notes for row in undeclared.status().rows)
 
 
-def test_outside_a_readers_forward_the_weight_is_the_parameter(net: Outer, trained: Trained) -> None:
-    own = net.reader.read._parameters["weight"]
+def test_outside_a_readers_forward_all_is_as_it_was(net: Outer, trained: Trained) -> None:
+    own, before = net.reader.read._parameters["weight"], net.state_dict()
+    names = [name for name, _ in net.named_parameters()]
     adapters = trained(net, "a", target_modules=TARGETS, bias="all")
     adapters.activate("a")
     net(X)
     assert net.reader.read.weight is own
     assert isinstance(net.reader.read.weight, nn.Parameter)
     assert not any(row.notes for row in adapters.status().rows)  # all were read or called
+    after = {key: value for key, value in net.state_dict().items() if ".adapter" not in key}
+    assert list(after) == list(before)
+    assert all(after[key].data_ptr() == before[key].data_ptr() for key in before)
+    assert [name for name, _ in net.named_parameters() if ".adapter" not in name] == names
 
 
 # Everywhere else it is the parameter itself
@@ -462,9 +450,9 @@ WRITES: dict[str, Callable[[nn.Linear], object]] = {
 }
 
 
+@pytest.mark.usefixtures("acting")
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_write_reaches_the_parameter(net: Outer, trained: Trained, write: Callable[[nn.Linear], object]) -> None:
-    trained(net, "a", target_modules=TARGETS).activate("a")
+def test_write_reaches_the_parameter(net: Outer, write: Callable[[nn.Linear], object]) -> None:
     write(net.reader.read)
     assert not net.reader.read._parameters["weight"].any()  # type: ignore[union-attr]
     assert not net.state_dict()["reader.read.weight"].any()
@@ -485,19 +473,9 @@ def test_weight_is_deleted_and_set_as_any_attribute(net: Outer, trained: Trained
     assert layer.weight is own
 
 
-def test_state_dict_and_parameters_are_as_they_were(net: Outer, trained: Trained) -> None:
-    before, names = net.state_dict(), [name for name, _ in net.named_parameters()]
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
-    own = {key: value for key, value in net.state_dict().items() if ".adapters." not in key}
-    assert list(own) == list(before)
-    assert all(own[key].data_ptr() == before[key].data_ptr() for key in before)
-    assert [name for name, _ in net.named_parameters() if ".adapters." not in name] == names
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_copy_reads_its_own_adapters(net: Outer, trained: Trained, copied: Callable[[Outer], Outer]) -> None:
-    trained(net, "a", target_modules=TARGETS).activate("a")
+@pytest.mark.usefixtures("acting")
+def test_copy_reads_its_own_adapters(net: Outer, copied: Callable[[Outer], Outer]) -> None:
     expected = net(X)
     other = copied(net)
     torch.testing.assert_close(other(X), expected, **CLOSE)
@@ -509,29 +487,23 @@ def test_copy_reads_its_own_adapters(net: Outer, trained: Trained, copied: Calla
 
 
 def test_detach_gives_back_the_model_as_it_was(net: Outer, trained: Trained) -> None:
-    before = snapshot(net)
+    before, base = snapshot(net), net(X)
     adapters = trained(net, "a", "b", target_modules=TARGETS)
     adapters.activate("a", "b")
     net(X)
+    kept = net.forward
     adapters.remove("a")
     adapters.rename("b", "c")
     adapters.copy("c", "d")
     adapters.detach()
     assert_as_before(net, before)
-
-
-def test_forward_kept_by_somebody_runs_after_detach(net: Outer, trained: Trained) -> None:
-    base = net(X)
-    adapters = trained(net, "a", target_modules=TARGETS)
-    kept = net.forward
-    adapters.detach()
     torch.testing.assert_close(kept(X), base, **CLOSE)
 
 
+@pytest.mark.usefixtures("acting")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_exception_in_a_reader_ends_its_reading(net: Outer, trained: Trained, error: type[BaseException]) -> None:
+def test_exception_in_a_reader_ends_its_reading(net: Outer, error: type[BaseException]) -> None:
     own = net.reader.read._parameters["weight"]
-    trained(net, "a", target_modules=TARGETS).activate("a")
 
     def fail(h: Tensor) -> Tensor:
         raise error
@@ -543,46 +515,43 @@ def test_exception_in_a_reader_ends_its_reading(net: Outer, trained: Trained, er
     assert not readers.running.stack
 
 
-def test_reader_in_another_thread_changes_nothing_here(net: Outer, trained: Trained) -> None:
-    own = net.reader.read._parameters["weight"]
-    trained(net, "a", target_modules=TARGETS).activate("a")
-    inside, done, found = threading.Event(), threading.Event(), []
+@pytest.mark.usefixtures("acting")
+def test_reader_in_another_thread_changes_nothing_here(net: Outer) -> None:
+    own, seen = net.reader.read._parameters["weight"], threading.Barrier(2, timeout=30)
+    found = []
 
     def wait(h: Tensor) -> Tensor:
         found.append(net.reader.read.weight)
-        inside.set()
-        assert done.wait(30)
+        seen.wait()
+        seen.wait()
         return h
 
     net.reader.inner = wait
     thread = threading.Thread(target=net, args=(X,))
     thread.start()
-    assert inside.wait(30)
+    seen.wait()
     here = net.reader.read.weight
-    done.set()
+    seen.wait()
     thread.join(30)
     assert here is own
     assert found[0] is not own
 
 
-def test_own_forward_within_a_reader_adds_the_adapter_once(net: Outer, trained: Trained) -> None:
-    trained(net, "a", target_modules=TARGETS).activate("a")
+@pytest.mark.usefixtures("acting")
+def test_own_forward_within_a_reader_adds_the_adapter_once(net: Outer) -> None:
     h = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     expected, outputs = net.reader.read(h), []
-
-    def call(x: Tensor) -> Tensor:
-        outputs.extend([net.reader.read(h), net.reader.read.forward(h)])
-        return x
-
-    net.reader.inner = call
+    net.reader.inner = lambda x: (outputs.extend([net.reader.read(h), net.reader.read.forward(h)]), x)[1]
     net(X)
     for out in outputs:
         torch.testing.assert_close(out, expected, **CLOSE)
 
 
-def test_reader_whose_forward_is_called_directly_reads(net: Outer, trained: Trained) -> None:
-    trained(net, "a", target_modules=TARGETS).activate("a")
+@pytest.mark.usefixtures("acting")
+def test_reader_reads_however_its_forward_is_called(net: Outer) -> None:
     torch.testing.assert_close(net.forward(X), net(X), **CLOSE)
+    values = {name: p.detach().clone() for name, p in net.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(net, values, (X,)), net(X), **CLOSE)
 
 
 def test_layers_that_nobody_reads_are_as_they_were(trained: Trained) -> None:
@@ -600,18 +569,15 @@ def test_layers_that_nobody_reads_are_as_they_were(trained: Trained) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_reader_or_function_inside_it_has_the_same_gradients(
-    net: Outer, trained: Trained, reentrant: bool, inside: bool
+    net: Outer, acting: ak.Adapters, reentrant: bool, inside: bool
 ) -> None:
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
-
     def inner(h: Tensor) -> Tensor:
         return torch.tanh(F.linear(h, net.reader.read.weight, net.reader.read.bias))
 
     def gradients(call: Callable[[], Tensor]) -> dict[str, Tensor | None]:
         net.zero_grad()
         call().square().sum().backward()
-        return {name: p.grad for name, p in adapters.named_parameters("a")}
+        return {name: p.grad for name, p in acting.named_parameters("a")}
 
     net.reader.inner = inner
     expected = gradients(lambda: net(X))
@@ -625,26 +591,17 @@ def test_checkpointed_reader_or_function_inside_it_has_the_same_gradients(
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-def test_compiled_and_exported_reader_reads_without_a_break(net: Outer, trained: Trained) -> None:
-    base = net(X)
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
+def test_compiled_and_exported_reader_reads_without_a_break(net: Outer, acting: ak.Adapters) -> None:
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    adapted = net(X)
-    torch.testing.assert_close(compiled(X), adapted, **CLOSE)
-    assert not without_gradient(net, adapters, "a", compiled(X))
-    with adapters.disabled():
-        torch.testing.assert_close(compiled(X), base, **CLOSE)
-    adapters.activate("a", trainable=False)
+    adapted, found = net(X), compiled(X)
+    torch.testing.assert_close(found, adapted, **CLOSE)
+    assert not without_gradient(net, acting, "a", found)
+    with acting.disabled():
+        torch.testing.assert_close(compiled(X), net(X), **CLOSE)
+    acting.activate("a", trainable=False)
     for strict in (False, True):
         program = torch.export.export(net, (X,), strict=strict)
         torch.testing.assert_close(program.module()(X), adapted, **CLOSE)
-
-
-def test_functional_call_reads(net: Outer, trained: Trained) -> None:
-    trained(net, "a", target_modules=TARGETS).activate("a")
-    values = {name: p.detach().clone() for name, p in net.named_parameters()}
-    torch.testing.assert_close(torch.func.functional_call(net, values, (X,)), net(X), **CLOSE)
 
 
 def replica_of(module: nn.Module) -> nn.Module:
@@ -657,24 +614,20 @@ def replica_of(module: nn.Module) -> nn.Module:
     return replica  # type: ignore[no-any-return]
 
 
-def test_replica_of_data_parallel_reads_its_own_parameters(net: Outer, trained: Trained) -> None:
-    base = net(X)
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
+def test_replica_of_data_parallel_reads_its_own_parameters(net: Outer, acting: ak.Adapters) -> None:
     replica = replica_of(net)
-    assert different(net(X), base)
     torch.testing.assert_close(replica(X), net(X), **CLOSE)
-    assert not without_gradient(net, adapters, "a", replica(X))
+    assert not without_gradient(net, acting, "a", replica(X))
     assert isinstance(net.reader.read.weight, nn.Parameter)
 
 
-def test_hooks_of_accelerate_at_a_read_layer_and_at_its_reader(net: Outer, trained: Trained) -> None:
+def test_hooks_of_accelerate_at_a_read_layer_and_at_its_reader(
+    net: Outer, acting: ak.Adapters, trained: Trained
+) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
     expected = net(X)
-    adapters.detach()
+    acting.detach()
     for module in (net.reader.read, net.reader.table, net.reader):
         add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
     before = snapshot(net)
@@ -723,39 +676,21 @@ def test_output_layer_that_is_called_has_an_adapter_for_each_row(trained: Traine
         assert run(model, "llama").isfinite().all()
 
 
-def test_sharded_weight_is_refused_where_it_is_read(net: Outer, trained: Trained, tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
-    trained(net, "a", target_modules=["read"]).activate("a")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        weight = distribute_tensor(net.reader.read.weight.detach(), init_device_mesh("cpu", (1,)))
-        net.reader.read.weight = nn.Parameter(weight)
-        with pytest.raises(ak.UnsupportedError, match=r"is a DTensor \(sharded or quantised\)"):
-            net(X)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("acting")
+def test_sharded_weight_is_refused_where_it_is_read(net: Outer, gloo: Any) -> None:
+    net.reader.read.weight = nn.Parameter(distribute_tensor(net.reader.read.weight.detach(), gloo))
+    with pytest.raises(ak.UnsupportedError, match=r"is a DTensor \(sharded or quantised\)"):
+        net(X)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_reader_that_is_sharded_by_fsdp_reads(net: Outer, trained: Trained, tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    adapters = trained(net, "a", target_modules=TARGETS)
-    adapters.activate("a")
+def test_reader_that_is_sharded_by_fsdp_reads(net: Outer, acting: ak.Adapters, gloo: Any) -> None:
     expected = net(X).detach()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(net.reader, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        adapted = net(X)
-        torch.testing.assert_close(adapted, expected, **CLOSE)
-        assert not without_gradient(net, adapters, "a", adapted)
-    finally:
-        dist.destroy_process_group()
+    fully_shard(net.reader, mesh=gloo)
+    fully_shard(net, mesh=gloo)
+    adapted = net(X)
+    torch.testing.assert_close(adapted, expected, **CLOSE)
+    assert not without_gradient(net, acting, "a", adapted)
 
 
 def test_weight_that_is_not_there_is_refused_where_it_is_read(net: Outer, trained: Trained) -> None:
@@ -798,33 +733,21 @@ def with_fused_loss(model: Any) -> Any:
 
 @pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
 @pytest.mark.parametrize("patched_first", [True, False])
-def test_loss_patched_into_a_models_forward_reads_what_acts(fields: dict[str, Any], patched_first: bool) -> None:
+def test_fused_loss_takes_the_weight_that_acts(fields: dict[str, Any], patched_first: bool) -> None:
     model: Any = build("llama")
     given = inputs("llama")
     if patched_first:
         with_fused_loss(model)
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
-    set_parameters(adapters, "a")
+    adapters = add(model, **{"target_modules": ["q_proj"], **fields})
     if not patched_first:
         with_fused_loss(model)
-    fused = model(fused=True, **given)
-    torch.testing.assert_close(fused, model(**given).logits, **CLOSE)
-    assert not without_gradient(model, adapters, "a", fused)
+    hidden = model.model(**given).last_hidden_state
+    outside = F.linear(hidden, ak.effective_weight(model.lm_head), ak.effective_weight(model.lm_head, "bias"))
+    for fused in (model(fused=True, **given), outside):
+        torch.testing.assert_close(fused, model(**given).logits, **CLOSE)
+        assert not without_gradient(model, adapters, "a", fused)
     adapters.detach()
     torch.testing.assert_close(model(fused=True, **given), model(**given).logits, **CLOSE)
-
-
-@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_loss_outside_every_forward_asks_for_what_acts(fields: dict[str, Any]) -> None:
-    model: Any = build("llama")
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
-    set_parameters(adapters, "a")
-    hidden = model.model(**inputs("llama")).last_hidden_state
-    logits = F.linear(hidden, ak.effective_weight(model.lm_head), ak.effective_weight(model.lm_head, "bias"))
-    torch.testing.assert_close(logits, model(**inputs("llama")).logits, **CLOSE)
-    assert not without_gradient(model, adapters, "a", logits)
 
 
 def test_effective_weight_of_a_layer_without_adapters_is_its_parameter() -> None:
@@ -844,18 +767,14 @@ def test_reader_is_declared_by_its_name_and_for_subclasses(monkeypatch: pytest.M
         pass
 
     net.reader.__class__ = Mine
-    adapters = ak.attach(net)
-    adapters.add("a", LoraConfig(r=2, target_modules=["read", "called"]))
-    set_parameters(adapters, "a")
-    assert not without_gradient(net, adapters, "a", net(X))
-    adapters.detach()
-    monkeypatch.setattr(readers, "_declared", {})
-    ak.declare_reader("Mine", "read")
-    ak.declare_reader("Mine", "table")
-    adapters = ak.attach(net)
-    adapters.add("a", LoraConfig(r=2, target_modules=["read", "table"]))
-    set_parameters(adapters, "a")
-    assert not without_gradient(net, adapters, "a", net(X))
+    for declared, targets in (((), ["read", "called"]), (("read", "table"), ["read", "table"])):
+        if declared:
+            monkeypatch.setattr(readers, "_declared", {})
+        for child in declared:
+            ak.declare_reader("Mine", child)
+        adapters = add(net, target_modules=targets)
+        assert not without_gradient(net, adapters, "a", net(X))
+        adapters.detach()
 
 
 def test_declaration_that_makes_no_sense_is_refused() -> None:
