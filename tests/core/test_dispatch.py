@@ -5,24 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import io
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from tests.core.conftest import set_parameters
-from tests.models import build, run
 from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.forward import delta
 from adapterkit_lora import LoraConfig
 from adapterkit_lora.layer import LoraLayer
-
-Trained = Callable[..., ak.Adapters]
 
 
 def single(*names: str) -> tuple[nn.Linear, ak.Adapters]:
@@ -88,38 +82,6 @@ def test_a_data_parallel_replica_is_not_kept() -> None:
     assert gone() is None
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_of_a_model_that_has_run_uses_its_own_adapters(how: str, trained: Trained) -> None:
-    model = build("bert")
-    trained(model, "a", target_modules="all-linear").activate("a", trainable=False)
-    expected = run(model, "bert")
-    if how == "deepcopy":
-        again = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        again = torch.load(buffer, weights_only=False)
-    for parameter in ak.attach(again).parameters("a"):
-        parameter.data.zero_()
-    assert not torch.equal(run(again, "bert"), expected)
-    assert torch.equal(run(model, "bert"), expected)
-
-
-def test_forwards_in_several_threads_after_a_switch_agree(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", target_modules="all-linear")
-    expected = {}
-    for name in ("a", "b"):
-        adapters.activate(name, trainable=False)
-        expected[name] = run(model, "bert")
-    for name in ("a", "b") * 3:
-        adapters.activate(name, trainable=False)
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: run(model, "bert"), range(4)))
-        assert all(torch.equal(output, expected[name]) for output in found)
-
-
 def test_a_subclass_with_other_factors_does_what_they_say() -> None:
     class Doubled(LoraLayer):
         def factors(self) -> ak.Factors:
@@ -136,8 +98,8 @@ def test_a_subclass_with_other_factors_does_what_they_say() -> None:
 # Changes between forwards
 
 
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("loha",), ("vera", "lora", "loha")], ids=str)
-@pytest.mark.parametrize("change", ["in place", "behind torch's back", "data", "parameter", "fused step"])
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("vera", "loha")], ids=str)
+@pytest.mark.parametrize("change", ["behind torch's back", "parameter", "fused step"])
 def test_a_change_is_seen_at_the_next_forward(change: str, methods: tuple[str, ...]) -> None:
     layer: Any = nn.Linear(48, 40).double()
     adapters = ak.attach(nn.Sequential(layer))
@@ -150,12 +112,8 @@ def test_a_change_is_seen_at_the_next_forward(change: str, methods: tuple[str, .
         before = [layer(x) for _ in range(3)][-1]
         first = layer.adapters["0"]
         owner, name, own = next((m, n, p) for m in first.modules() for n, p in m.named_parameters(recurse=False))
-        if change == "in place":
-            own.mul_(2)
-        elif change == "behind torch's back":
+        if change == "behind torch's back":
             own.data.mul_(2)
-        elif change == "data":
-            own.data = own.data * 2
         elif change == "parameter":
             setattr(owner, name, nn.Parameter(own * 2))
         else:
@@ -210,25 +168,3 @@ def test_an_input_that_cannot_be_found_among_keywords_is_refused() -> None:
     layer(x=x)
     with pytest.raises(ak.UnsupportedError, match=r"several tensors by keyword \(scale, x\)"):
         layer(scale=x, x=x)
-
-
-def test_the_batch_is_read_from_the_models_first_input() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            return self.fc(x) * scale
-
-    model = Scaled()
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, target_modules=["fc"]))
-    set_parameters(adapters, "a")
-    x, scale = torch.randn(2, 4), torch.randn(1, 4)
-    with adapters.disabled():
-        bare = model(x, scale)
-    adapted = model(x, scale)
-    with adapters.per_sample(["a", None]):
-        found = model(scale=scale, x=x)
-    torch.testing.assert_close(found, torch.stack([adapted[0], bare[1]]))

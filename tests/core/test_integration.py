@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
-from tests.core.test_trainer import trainer
 from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
@@ -23,14 +21,6 @@ from adapterkit_lora import LoraConfig
 
 Trained = Callable[..., ak.Adapters]
 FIELDS: dict[str, Any] = {"target_modules": "all-linear", "bias": "lora_only"}
-
-
-@pytest.fixture
-def gloo(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def gradients(model: nn.Module, adapters: ak.Adapters, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +51,7 @@ def test_a_deep_copys_adapters_are_independent(trained: Trained) -> None:
     assert_as_before(others.detach(), before)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "convnet"])
+@pytest.mark.parametrize("name", ["bert", "convnet"])
 def test_a_whole_adapted_model_goes_through_torch_save(name: str, trained: Trained) -> None:
     model = build(name)
     classes = {path: type(module) for path, module in model.named_modules()}
@@ -82,12 +72,11 @@ def test_a_whole_adapted_model_goes_through_torch_save(name: str, trained: Train
 # The compiler
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "convnet", "embednet"])
+@pytest.mark.parametrize("name", ["embednet", "convnet"])
 def test_a_compiled_model_gives_the_same_outputs(name: str, trained: Trained) -> None:
     torch._dynamo.reset()
     model = build(name)
-    head = {"bert": "classifier", "gpt2": "ln_f"}.get(name, "head")
-    targets = {"embednet": ["embed", "overhead"], "convnet": ["grouped", "fc"]}.get(name, "all-linear")
+    head, targets = "head", {"embednet": ["embed", "overhead"], "convnet": ["grouped", "fc"]}[name]
     adapters = trained(model, "a", target_modules=targets, bias="all", modules_to_save=[head])
     adapters.activate("a", trainable=False)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -133,63 +122,6 @@ def test_each_active_set_is_compiled_once_and_then_cached(trained: Trained) -> N
         torch.testing.assert_close(run(compiled, "embednet"), run(model, "embednet"))
         counts.append(counter.frame_count)
     assert counts == [1, 2, 3, 4, *[4] * 8]
-
-
-# Gradient checkpointing
-
-
-def checkpoint(model: Any, reentrant: bool) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "llama", "bart"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("first", ["checkpointing", "adapter"])
-def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool, first: str) -> None:
-    def adapted(checkpointed: bool) -> dict[str, Tensor]:
-        model = build(name)
-        if checkpointed and first == "checkpointing":
-            checkpoint(model, reentrant)
-        adapters = ak.attach(model)
-        torch.manual_seed(0)
-        adapters.add("a", LoraConfig(r=2, target_modules="all-linear", modules_to_save=None))
-        set_parameters(adapters, "a")
-        if checkpointed and first == "adapter":
-            checkpoint(model, reentrant)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        for module in model.modules():  # attention and T5 keep probabilities of their own
-            for field in ("dropout", "attention_dropout", "dropout_prob", "dropout_rate"):
-                if isinstance(getattr(module, field, None), float):
-                    setattr(module, field, 0.0)
-        return gradients(model, adapters, "a", inputs(name))
-
-    expected, found = adapted(False), adapted(True)
-    assert expected
-    assert expected.keys() == found.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_checkpointing_leaves_no_hook_after_detach(trained: Trained) -> None:
-    model = build("bert")
-    checkpoint(model, reentrant=True)
-    before = snapshot(model)
-    assert_as_before(trained(model, "a", **FIELDS).detach(), before)
-
-
-def test_embeddings_require_no_gradient_where_nothing_is_checkpointed(trained: Trained) -> None:
-    model = build("bert").train()
-    trained(model, "a", target_modules=["intermediate.dense"], layers_to_transform=[1]).activate("a")
-    outputs = model(**inputs("bert"), output_hidden_states=True).hidden_states
-    assert not outputs[0].requires_grad
-    assert not outputs[1].requires_grad
-    assert outputs[2].requires_grad
 
 
 # Dtypes
@@ -240,12 +172,9 @@ def test_a_model_moved_to_another_dtype_takes_its_adapters_along(dtype: torch.dt
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all(row.dtypes == (str(dtype).removeprefix("torch."),) for row in adapters.status().rows)
     torch.testing.assert_close(run(model, "bert").float(), before, atol=0.1, rtol=0.1)
-
-
-def test_a_float64_base_has_float64_adapters(trained: Trained) -> None:
-    model = build("bert").double()
-    adapters = trained(model, "a", **FIELDS)
-    assert {p.dtype for p in adapters.parameters("a")} == {torch.float64}
+    if dtype == torch.float64:
+        adapters.add("b", LoraConfig(r=2, **FIELDS))
+        assert {p.dtype for p in adapters.parameters("b")} == {dtype}
 
 
 # The meta device
@@ -258,48 +187,34 @@ def give_values(model: nn.Module, base: nn.Module) -> None:
         model.get_submodule(path)._buffers.update(module._buffers)
 
 
-def test_an_adapter_added_on_the_meta_device_is_filled_by_load_state_dict(trained: Trained) -> None:
-    source = trained(build("bert"), "a", **FIELDS)
-    source.activate("a", trainable=False)
-    with torch.device("meta"):
-        model = build("bert")
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, **FIELDS))
-    assert all(p.is_meta for p in adapters.parameters("a"))
-    give_values(model, build("bert"))
-    assert adapters.load_state_dict("a", source.state_dict("a")).ok
-    assert not any(p.is_meta for p in adapters.parameters("a"))
-    assert all(p.requires_grad for p in adapters.parameters("a"))
-    assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
-
-
-def test_a_model_made_on_the_meta_device_is_filled_after_to_empty(trained: Trained) -> None:
-    source = trained(build("bert"), "a", **FIELDS)
-    source.activate("a", trainable=False)
-    with torch.device("meta"):
-        model = build("bert")
-    ak.attach(model).add("a", LoraConfig(r=2, **FIELDS))
-    model.to_empty(device="cpu")
-    for module in model.modules():  # what was empty must not be right by chance
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                tensor.data.fill_(77)
-    model.load_state_dict(source.model.state_dict())
-    for path, module in build("bert").named_modules():
-        model.get_submodule(path)._buffers.update(module._buffers)
-    assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
-
-
-def test_an_adapter_is_loaded_before_the_base_is_there(tmp_path: Path, trained: Trained) -> None:
+@pytest.mark.parametrize("how", ["load_state_dict", "load", "to_empty"])
+def test_a_model_on_the_meta_device_is_filled_with_its_adapters(how: str, tmp_path: Path, trained: Trained) -> None:
     source = trained(build("bert"), "a", **FIELDS)
     source.activate("a", trainable=False)
     source.save("a", tmp_path)
     with torch.device("meta"):
         model = build("bert")
     adapters = ak.attach(model)
-    assert adapters.load(tmp_path, "x").ok
-    assert not any(p.is_meta for p in adapters.parameters("x"))
-    give_values(model, build("bert"))
+    if how == "load":
+        assert adapters.load(tmp_path, "a").ok
+        give_values(model, build("bert"))
+    else:
+        adapters.add("a", LoraConfig(r=2, **FIELDS))
+        assert all(p.is_meta for p in adapters.parameters("a"))
+    if how == "load_state_dict":
+        give_values(model, build("bert"))
+        assert adapters.load_state_dict("a", source.state_dict("a")).ok
+        assert all(p.requires_grad for p in adapters.parameters("a"))
+    if how == "to_empty":
+        model.to_empty(device="cpu")
+        for module in model.modules():  # what was empty must not be right by chance
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    tensor.data.fill_(77)
+        model.load_state_dict(source.model.state_dict())
+        for path, module in build("bert").named_modules():
+            model.get_submodule(path)._buffers.update(module._buffers)
+    assert not any(p.is_meta for p in adapters.parameters("a"))
     assert_same_outputs(run(model, "bert"), run(source.model, "bert"))
 
 
@@ -333,37 +248,28 @@ ACCELERATED: dict[str, Any] = {"target_modules": "all-linear", "bias": "all", "m
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
-@pytest.mark.parametrize("first", ["hooks", "adapter"])
+@pytest.mark.parametrize("first", ["hooks", "adapter", "loaded"])
 def test_adapters_act_on_an_offloaded_model(how: str, first: str, tmp_path: Path, trained: Trained) -> None:
     plain = trained(build("bert"), "a", "b", **ACCELERATED)
     plain.activate("b", trainable=False)
     expected = run(plain.model, "bert")
     model = build("bert")
-    if first == "hooks":
-        offload(model, how, tmp_path)
-    adapters = trained(model, "a", "b", **ACCELERATED)
+    if first != "adapter":
+        offload(model, how, tmp_path / "weights")
+    adapters = ak.attach(model)
+    if first == "loaded":
+        assert adapters.load(plain.save("b", tmp_path / "plain"), "b").ok
+        again = ak.attach(build("bert"))
+        again.load(adapters.save("b", tmp_path / "again"), "b")
+        torch.testing.assert_close(run(again.model, "bert"), expected)
+    else:
+        trained(model, "a", "b", **ACCELERATED)
     if first == "adapter":
-        offload(model, how, tmp_path)
+        offload(model, how, tmp_path / "weights")
     adapters.activate("b", trainable=False)
     torch.testing.assert_close(run(model, "bert"), expected)
     with adapters.disabled():
         torch.testing.assert_close(run(model, "bert"), run(build("bert"), "bert"))
-
-
-@pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
-def test_adapters_on_an_offloaded_model_are_saved_and_loaded(how: str, tmp_path: Path, trained: Trained) -> None:
-    plain = trained(build("bert"), "a", **ACCELERATED)
-    plain.activate("a", trainable=False)
-    plain.save("a", tmp_path / "plain")
-    model = build("bert")
-    offload(model, how, tmp_path / "weights")
-    adapters = ak.attach(model)
-    assert adapters.load(tmp_path / "plain", "x").ok
-    torch.testing.assert_close(run(model, "bert"), run(plain.model, "bert"))
-    adapters.save("x", tmp_path / "again")
-    again = ak.attach(build("bert"))
-    again.load(tmp_path / "again", "y")
-    torch.testing.assert_close(run(again.model, "bert"), run(plain.model, "bert"))
 
 
 def test_an_adapter_that_was_offloaded_with_its_model_is_saved_and_not_written_to(
@@ -384,12 +290,12 @@ def test_an_adapter_that_was_offloaded_with_its_model_is_saved_and_not_written_t
 def test_detach_gives_an_offloaded_model_its_hooks_forward_back(how: str, tmp_path: Path, trained: Trained) -> None:
     model = build("bert")
     offload(model, how, tmp_path)
-    before, forwards = snapshot(model), {p: m.__dict__.get("forward") for p, m in model.named_modules()}
-    inner = {p: m.__dict__.get("_old_forward") for p, m in model.named_modules()}
+    before = snapshot(model)
+    forwards = {p: (m.__dict__.get("forward"), m.__dict__.get("_old_forward")) for p, m in model.named_modules()}
     trained(model, "a", "b", **ACCELERATED).detach()
     assert_as_before(model, before)
-    assert {p: m.__dict__.get("forward") for p, m in model.named_modules()} == forwards
-    assert {p: m.__dict__.get("_old_forward") for p, m in model.named_modules()} == inner
+    after = {p: (m.__dict__.get("forward"), m.__dict__.get("_old_forward")) for p, m in model.named_modules()}
+    assert after == forwards
     torch.testing.assert_close(run(model, "bert"), run(build("bert"), "bert"))
 
 
@@ -461,77 +367,3 @@ def test_adapters_act_where_torchs_encoder_has_a_fast_path(
     torch.testing.assert_close(forward(False), base, atol=1e-6, rtol=1e-5)
     adapters.detach()
     assert torch.equal(forward(False), base)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_output_projection_of_torchs_attention_acts_in_an_encoder(trained: Trained, grad: bool) -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    adapters = trained(model, "a", target_modules="all-linear")
-    assert adapters.status().rows[0].targets == 3
-    base = model(x)
-    adapters.activate("a", trainable=False)
-    with torch.set_grad_enabled(grad):
-        adapted = model(x)
-    assert different(adapted, base)
-    adapters.merge("a")
-    torch.testing.assert_close(model(x), adapted, atol=2e-6, rtol=1e-5)
-
-
-# Trainers and shards
-
-
-@pytest.mark.usefixtures("gloo")
-def test_fsdp_shards_an_adapted_model_and_gives_the_adapter_back(trained: Trained) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = build("bert")
-    adapters = trained(model, "a", **FIELDS)
-    adapters.activate("a")
-    expected, own = run(model, "bert"), {k: v.clone() for k, v in adapters.state_dict("a").items()}
-    mesh = init_device_mesh("cpu", (1,))
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    torch.testing.assert_close(run(model, "bert"), expected)
-    model(**inputs("bert")).logits.square().mean().backward()
-    assert all(p.grad is not None for p in adapters.parameters("a"))
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    taken = adapters.state_dict("a", source=full)
-    assert taken.keys() == own.keys()
-    assert all(torch.equal(taken[key], own[key]) for key in own)
-
-
-@pytest.mark.usefixtures("gloo")
-def test_an_adapter_goes_through_a_distributed_checkpoint(tmp_path: Path, trained: Trained) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    adapters = trained(build("bert"), "a", **FIELDS)
-    adapters.activate("a", trainable=False)
-    expected = run(adapters.model, "bert")
-    dcp.save(adapters.state_dict("a"), checkpoint_id=tmp_path / "dcp")
-    other = trained(build("bert"), "x", "a", **FIELDS)
-    tensors = {key: torch.empty_like(value) for key, value in other.state_dict("a").items()}
-    dcp.load(tensors, checkpoint_id=tmp_path / "dcp")
-    other.load_state_dict("a", tensors)
-    other.activate("a", trainable=False)
-    assert_same_outputs(run(other.model, "bert"), expected)
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_transformers_trainer_trains_the_adapters_parameters_only(checkpointed: bool, tmp_path: Path) -> None:
-    model = build("bert")
-    model.config.use_cache = False  # the trainer does that
-    if checkpointed:
-        checkpoint(model, reentrant=True)
-    before = snapshot(model)
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query", "value"]), num_labels=4)
-    start = {k: v.clone() for k, v in adapters.state_dict("a").items()}
-    trainer(model, tmp_path, max_steps=2, learning_rate=0.1, save_strategy="no").train()
-    now = adapters.state_dict("a")
-    assert all(different(now[key], start[key]) for key in start if "lora_A" not in key)
-    model.__dict__.pop("_is_accelerate_prepared", None)  # the trainer leaves that
-    assert_as_before(adapters.detach().eval(), before)

@@ -106,7 +106,7 @@ def test_each_row_is_what_it_is_by_itself(method: str, name: str) -> None:
     assert changed.tolist() == [True, False, True, True, True]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_methods_and_ranks_in_any_order(data: st.DataObject) -> None:
     methods = data.draw(st.lists(st.sampled_from(METHODS), min_size=1, max_size=4))
@@ -213,10 +213,9 @@ def test_adapters_inside_a_module_that_is_another_s_head_act_on_their_own_rows()
 
 def test_heads_of_the_same_size_set_the_model_s_labels() -> None:
     adapters = with_heads(a=5, b=5)
-    given = batch("bert", 3)
     with adapters.per_sample(["a", "b", "a"]):
         assert adapters.model.config.num_labels == 5
-        assert adapters.model(**given, labels=torch.tensor([0, 4, 1])).loss.isfinite()
+        assert adapters.model(**batch("bert", 3), labels=torch.tensor([0, 4, 1])).loss.isfinite()
     assert adapters.model.config.num_labels == LABELS
 
 
@@ -246,17 +245,7 @@ def test_trained_biases_go_with_their_rows(name: str, bias: str) -> None:
 # Training
 
 
-def gradients(adapters: ak.Adapters) -> dict[str, Tensor]:
-    found = {}
-    for name in adapters.names:
-        for key, parameter in adapters.named_parameters(name):
-            assert parameter.grad is not None, key
-            found[f"{name}.{key}"] = parameter.grad.clone()
-            parameter.grad = None
-    return found
-
-
-@pytest.mark.parametrize("names", ["aebdc", "abcdecbaa", "bbbbbbbbbbbbbbbbba"])
+@pytest.mark.parametrize("names", ["abcdecbaa", "bbbbbbbbbbbbbbbbba"])
 @pytest.mark.parametrize("name", ["bert", "convnet"])
 def test_gradients_are_the_sums_of_the_rows_own(name: str, names: str) -> None:
     adapters = adapted(name, METHODS)
@@ -277,45 +266,21 @@ def test_gradients_are_the_sums_of_the_rows_own(name: str, names: str) -> None:
 
 
 def test_a_dropout_acts_in_training() -> None:
-    adapters = adapted("bert", ["lora", "loha", "vera"])
-    for name, field in (("x", {"lora_dropout": 0.5}), ("y", {"lora_dropout": 0.5})):
-        adapters.add(name, ak.config("lora", r=4, target_modules=["query"], **field), activate=False)
+    adapters = ak.attach(nn.Sequential(nn.Linear(8, 8)).double())
+    for name in ("x", "y"):
+        adapters.add(name, ak.config("lora", r=4, target_modules=["0"], lora_dropout=0.5), activate=False)
         set_parameters(adapters, name)
-    given = batch("bert", 2)
-    adapters.model.train()
-    adapters.model.config.hidden_dropout_prob = 0.0
     with torch.no_grad(), adapters.per_sample(["x", "y"]):
-        adapters.model.eval()
-        still = [output(adapters.model, given) for _ in range(2)]
-        query = adapters.model.bert.encoder.layer[0].attention.self.query
-        query.train()
-        moving = [output(adapters.model, given) for _ in range(2)]
-    assert torch.equal(*still)
-    assert not torch.equal(*moving)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_inside_the_block(reentrant: bool) -> None:
-    grads = []
-    for checkpointing in (False, True):
-        adapters = adapted("gpt2", ["lora", "vera", "scale"])
-        model: Any = adapters.model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        with adapters.per_sample(["a", "c", None, "b"], trainable=True):
-            output(model, batch("gpt2", 4)).square().mean().backward()
-        grads.append(gradients(adapters))
-    for key, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][key], grad)
+        for training in (False, True):
+            adapters.model.train(training)
+            first, second = (adapters.model(torch.ones(2, 8).double()) for _ in range(2))
+            assert torch.equal(first, second) != training
 
 
 # Changes between forwards
 
 
-@pytest.mark.parametrize("change", ["in place", "behind torch's back", "data", "parameter", "loaded", "dtype"])
+@pytest.mark.parametrize("change", ["behind torch's back", "parameter", "loaded", "dtype", "fused step"])
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_changes_inside_the_block_act(method: str, change: str) -> None:
     adapters = adapted("bert", [method] * 2)
@@ -324,37 +289,23 @@ def test_changes_inside_the_block_act(method: str, change: str) -> None:
         before = output(adapters.model, given)
         layer = adapters.model.bert.encoder.layer[0].attention.self.query.adapters["b"]
         owner, name, old = next((m, n, p) for m in layer.modules() for n, p in m.named_parameters(recurse=False))
-        if change == "in place":
-            old.add_(1)
-        elif change == "behind torch's back":
+        if change == "behind torch's back":
             old.data.add_(1)
-        elif change == "data":
-            old.data = old.data + 1
         elif change == "parameter":
             setattr(owner, name, nn.Parameter(old + 1))
         elif change == "loaded":
             adapters.load_state_dict("b", {key: value + 1 for key, value in adapters.state_dict("b").items()})
-        else:
+        elif change == "dtype":
             adapters.model.float()
+        else:
+            old.grad = torch.ones_like(old)
+            torch.optim.Adam([old], lr=0.1, fused=True).step()
         after = output(adapters.model, given)
         expected = alone(adapters, names, given)
     torch.testing.assert_close(after, expected)
     if change != "dtype":
         same = [torch.allclose(x, y) for x, y in zip(before, after, strict=True)]
         assert same == [True, False, True]
-
-
-def test_a_fused_step_between_two_looks_at_the_output_acts() -> None:
-    adapters = adapted("bert", ["lora", "lora"])
-    names, given = ["a", "b", "a"], batch("bert", 3)
-    with adapters.per_sample(names, trainable=True):
-        output(adapters.model, given).square().sum().backward()
-        with torch.no_grad():
-            output(adapters.model, given)
-            torch.optim.Adam(adapters.parameters("a"), lr=0.1, fused=True).step()
-            found = output(adapters.model, given)
-    with torch.no_grad():
-        torch.testing.assert_close(found, alone(adapters, names, given))
 
 
 def test_it_maps_and_differentiates_under_functorch() -> None:
@@ -388,8 +339,8 @@ def test_made_in_inference_mode_it_serves_outside_of_it() -> None:
 
 
 def test_contexts_nest_and_all_is_given_back() -> None:
-    adapters = adapted("bert", ["lora", "lora"])
-    names, given = ["a", None], batch("bert", 2)
+    adapters = adapted("embednet", ["lora", "lora"])
+    given = batch("embednet", 2)
     adapters.activate("b")
 
     def out() -> Tensor:
@@ -397,17 +348,15 @@ def test_contexts_nest_and_all_is_given_back() -> None:
             return output(adapters.model, given)
 
     active = out()
-    with adapters.per_sample(names):
+    with adapters.per_sample(["a", None]):
         assert adapters.active == ("a",)
         rows = out()
         with adapters.disabled():
             bare = out()
-        assert torch.equal(out(), rows)
         with adapters.activated("b", trainable=False):
             assert torch.equal(out(), active)
         with adapters.per_sample([None, "b"]):
-            assert torch.equal(out()[:1], bare[:1])
-        assert torch.equal(out(), rows)
+            torch.testing.assert_close(out(), torch.stack([bare[0], active[1]]))
         with pytest.raises(RuntimeError, match="mine"), adapters.per_sample(["b", "b"]):
             raise RuntimeError("mine")
         assert torch.equal(out(), rows)
@@ -430,8 +379,7 @@ def test_nothing_is_left_of_it_after_detaching() -> None:
     adapters.add("a", ak.config("lora", target_modules=["q"]))
     with adapters.per_sample(["a", None]):
         model(**batch("t5", 2))
-    adapters.detach()
-    assert_as_before(model, before)
+    assert_as_before(adapters.detach(), before)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -555,8 +503,7 @@ def sequences(count: int, length: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("length", [2, 3, 5])
 def test_tokens_that_were_flattened_are_their_rows(length: int) -> None:
-    adapters = odd("flat")
-    check(adapters, ["a", None, "b", "a"], sequences(4, length))
+    check(odd("flat"), ["a", None, "b", "a"], sequences(4, length))
 
 
 def test_what_is_in_no_known_order_may_be_vouched_for() -> None:
@@ -598,12 +545,10 @@ def with_images(target: str) -> tuple[ak.Adapters, dict[str, Tensor]]:
     return adapters, {"input_ids": tokens, "pixel_values": images}
 
 
-def test_images_are_not_taken_for_rows() -> None:
-    adapters, given = with_images(r".*vision_tower.*\.q_proj")
+@pytest.mark.parametrize("target", [r".*vision_tower.*\.q_proj", "model.multi_modal_projector.linear_1"])
+def test_images_are_not_taken_for_rows(target: str) -> None:
+    adapters, given = with_images(target)
     message = "A Linear of the model is in or behind a CLIPVisionModel that is given something else than the batch"
-    with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", "b"]):
-        adapters.model(**given)
-    adapters, given = with_images("model.multi_modal_projector.linear_1")
     with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", "b"]):
         adapters.model(**given)
 
@@ -620,24 +565,43 @@ def test_rows_may_have_any_number_of_images() -> None:
         torch.testing.assert_close(found[i : i + 1], alone)
 
 
-class Patched(nn.Module):
-    """A model with one inside that is given patches: other entries than the batch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside: Any = Odd("rows").double()
-        self.inside.base_model_prefix = ""
-
-    def forward(self, input_ids: Tensor, patches: Tensor) -> Tensor:
-        return self.inside(patches)
-
-
 def test_patches_are_not_taken_for_rows() -> None:
+    class Patched(nn.Module):
+        """A model with one inside that is given patches: other entries than the batch's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside: Any = Odd("rows").double()
+            self.inside.base_model_prefix = ""
+
+        def forward(self, input_ids: Tensor, patches: Tensor) -> Tensor:
+            return self.inside(patches)
+
     adapters = ak.attach(Patched())
     for name in ("a", "b"):
         adapters.add(name, ak.config("lora", r=2, target_modules=["fc"]), activate=False)
     with pytest.raises(ak.StateError, match="in or behind a Odd"), adapters.per_sample(["a", "b"]):
         adapters.model(torch.ones(2, 7, dtype=torch.long), torch.randn(12, 4).double())
+
+
+def test_the_batch_is_read_from_the_models_first_input() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.fc(x) * scale
+
+    adapters = ak.attach(Scaled())
+    adapters.add("a", ak.config("lora", r=2, target_modules=["fc"]), activate=False)
+    set_parameters(adapters, "a")
+    x, scale = torch.randn(2, 4), torch.randn(1, 4)
+    with adapters.per_sample(["a", None]):
+        found = adapters.model(scale=scale, x=x)
+    for row, name in enumerate(("a", None)):
+        with adapters.activated(*([name] if name else [])):
+            torch.testing.assert_close(found[row : row + 1], adapters.model(x[row : row + 1], scale))
 
 
 def test_the_choices_of_a_row_are_its_own() -> None:
@@ -675,18 +639,11 @@ def test_a_module_that_has_the_batch_second_is_refused(first: bool) -> None:
 
 def test_a_layer_s_input_must_have_a_dimension_for_the_batch() -> None:
     adapters = odd("flat")
-    with (
-        adapters.per_sample(["a", "b"]),
-        pytest.raises(ak.UnsupportedError, match="with one tensor that has a batch dimension"),
-    ):
+    message = "with one tensor that has a batch dimension"
+    with pytest.raises(ak.UnsupportedError, match=message), adapters.per_sample(["a", "b"]):
         adapters.model.fc(torch.randn(4).double())
-    with torch.no_grad(), adapters.per_sample(["a", "b"]):
-        found = adapters.model.fc(sequences(2, 5)["x"])
-    assert found.shape == (2, 5, 4)
-    with (
-        adapters.per_sample(["a", "b"], batch_first=True),
-        pytest.raises(ak.ConfigError, match="gets 3, which is no multiple"),
-    ):
+    message = "gets 3, which is no multiple"
+    with pytest.raises(ak.ConfigError, match=message), adapters.per_sample(["a", "b"], batch_first=True):
         adapters.model.fc(sequences(3, 5)["x"])
 
 
@@ -722,10 +679,10 @@ def graphs() -> int:
 
 
 def test_compiled_linear_layers_serve_every_assignment_of_the_same_adapters() -> None:
-    adapters = adapted("bert", ["lora", "lora", "vera"], target_modules=["query", "intermediate.dense"])
+    adapters = adapted("embednet", ["lora", "lora", "vera"], target_modules=["layers.0", "overhead"])
     model, seen = compiled(adapters), []
     for names in (["a", "b", "c"], ["c", "a", "b"], ["a", None, "b"], [None, "b", "a"], ["b", "a", None]):
-        given = batch("bert", 3)
+        given = batch("embednet", 3)
         with torch.no_grad(), adapters.per_sample(names):
             for _ in range(2):
                 found = output(model, given)
@@ -735,7 +692,7 @@ def test_compiled_linear_layers_serve_every_assignment_of_the_same_adapters() ->
 
 
 def test_compiled_layers_of_every_sort_are_right() -> None:
-    adapters = adapted("convnet", METHODS)
+    adapters = adapted("convnet", METHODS, target_modules=["conv1d", "grouped", "fc"])
     model = compiled(adapters)
     for names in (["a", "b", "c"], ["e", "d", None]):
         given = batch("convnet", 3)

@@ -91,31 +91,29 @@ REPLACED: dict[str, tuple[Callable[[Any], None], str]] = {
 every_way = pytest.mark.parametrize(("change", "message"), REPLACED.values(), ids=REPLACED.keys())
 
 
-CALLS: dict[str, Callable[[ak.Adapters, Path], Any]] = {
-    "activate": lambda a, f: a.activate("a"),
-    "merge": lambda a, f: a.merge("a"),
-    "merge_and_detach": lambda a, f: a.merge_and_detach(),
-    "copy": lambda a, f: a.copy("a", "b"),
-    "rename": lambda a, f: a.rename("a", "b"),
-    "combine": lambda a, f: a.combine("b", {"a": 1.0}),
-    "convert": lambda a, f: a.convert("a", to="lora", name="b"),
-    "swap": lambda a, f: a.swap("a", f),
-    "load_state_dict": lambda a, f: a.load_state_dict("a", {}),
-    "per_sample": lambda a, f: a.per_sample(["a", None]).__enter__(),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
 @every_way
 def test_calls_that_would_pass_it_over_are_refused_and_change_nothing(
-    change: Any, message: str, call: str, tmp_path: Path
+    change: Any, message: str, tmp_path: Path
 ) -> None:
     adapters = adapted()
     folder = adapters.save("a", tmp_path / "a")
     change(adapters.model)
     before = {key: value.clone() for key, value in adapters.model.state_dict().items()}
-    with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added.*Add it again"):
-        CALLS[call](adapters, folder)
+    calls: list[Callable[[], Any]] = [
+        lambda: adapters.activate("a"),
+        lambda: adapters.merge("a"),
+        adapters.merge_and_detach,
+        lambda: adapters.copy("a", "b"),
+        lambda: adapters.rename("a", "b"),
+        lambda: adapters.combine("b", {"a": 1.0}),
+        lambda: adapters.convert("a", to="lora", name="b"),
+        lambda: adapters.swap("a", folder),
+        lambda: adapters.load_state_dict("a", {}),
+        lambda: adapters.per_sample(["a", None]).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added.*Add it again"):
+            call()
     assert adapters.names == adapters.active == ("a",)
     after = adapters.model.state_dict()
     assert list(after) == list(before)
@@ -140,16 +138,13 @@ def test_what_was_trained_can_be_saved(change: Any, message: str, tmp_path: Path
     torch.testing.assert_close(again.model(IDS), expected)
 
 
-@pytest.mark.parametrize("call", ["detach", "remove"])
 @every_way
-def test_the_model_is_cleaned_and_stays_as_it_is(change: Any, message: str, call: str) -> None:
+def test_the_model_is_cleaned_and_stays_as_it_is(change: Any, message: str) -> None:
     adapters, alone = adapted(), net()
     old = [module for module in adapters.model.modules() if "adapters" in module._modules]
     for model in (adapters.model, alone):
         torch.manual_seed(1)
         change(model)
-    if call == "remove":
-        adapters.remove("a")
     model = adapters.detach()
     assert list(model.state_dict()) == list(alone.state_dict())
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in alone.named_modules()}
@@ -201,14 +196,11 @@ def test_a_table_a_weight_or_a_head_that_grew_is_named_by_the_forward(
         adapters.model(IDS)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart"])
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_resize_token_embeddings_after_add_is_noticed(name: str, tmp_path: Path) -> None:
     model: Any = build(name)
-    if name == "bert":
-        model.set_output_embeddings = lambda module: None
-    table = {"gpt2": "wte", "llama": "embed_tokens", "bert": "word_embeddings", "bart": "encoder.embed_tokens"}[name]
+    table, layer = {"gpt2": ("wte", "c_attn"), "bart": ("encoder.embed_tokens", "q_proj")}[name]
     adapters = ak.attach(model)
-    layer = {"gpt2": "c_attn", "bert": "query"}.get(name, "q_proj")
     adapters.add("a", LoraConfig(r=2, target_modules=[layer, table], modules_to_save=None))
     model.resize_token_embeddings(40)
     with pytest.raises(ak.StateError, match=f"{table}.* since adapter 'a' was added"):
@@ -219,9 +211,7 @@ def test_resize_token_embeddings_after_add_is_noticed(name: str, tmp_path: Path)
 
 def test_resizing_to_the_same_size_is_no_change() -> None:
     model: Any = build("llama")
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=None))
-    set_parameters(adapters, "a")
+    adapters = adapted(model, target_modules=["q_proj", "embed_tokens", "lm_head"])
     expected = run(model, "llama")
     model.resize_token_embeddings(32)
     assert adapters.status().rows[0].notes == ()
@@ -237,34 +227,28 @@ def test_batch_norms_that_were_converted(tmp_path: Path) -> None:
         adapters.merge_and_detach()
 
 
-def test_what_is_wrapped_or_moved_acts_and_can_be_merged(tmp_path: Path) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
-        def forward(self, *args: Any) -> Any:
-            return self.inner(*args)
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
 
+
+def test_what_is_wrapped_or_moved_acts_and_can_be_merged() -> None:
     adapters = adapted(modules_to_save=["head"], target_modules=["body.0"])
     model: Any = adapters.model
-    expected = model(IDS)
-    folder = adapters.save("a", tmp_path / "a")
+    expected, tensors = model(IDS), adapters.state_dict("a")
     model.head, model.body[0] = Wrapper(model.head), Wrapper(model.body[0])
     assert adapters.status().rows[0].notes == ()
     adapters.activate("a")
     torch.testing.assert_close(model(IDS), expected)
     found = adapters.state_dict("a")
-    assert all(torch.equal(found[key], value) for key, value in adapted_tensors(folder).items())
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
     plain = adapters.merge_and_detach()
     torch.testing.assert_close(plain(IDS), expected)
     assert isinstance(plain.head, Wrapper)
-
-
-def adapted_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    again = ak.attach(net())
-    again.load(folder, "x")
-    return again.state_dict("x")
 
 
 @pytest.mark.parametrize("change", [replace_head, resize_weight])
@@ -321,17 +305,6 @@ def test_a_copy_of_the_model_asks_itself() -> None:
     assert ak.attach(other).status().rows[0].notes != ()
 
 
-def test_another_adapter_goes_on() -> None:
-    adapters = adapted()
-    adapters.add("b", LoraConfig(r=2, target_modules=["body.0"], modules_to_save=None))
-    set_parameters(adapters, "b")
-    replace_head(adapters.model)
-    adapters.activate("b")
-    expected = adapters.model(IDS)
-    adapters.merge("b")
-    torch.testing.assert_close(adapters.model(IDS), expected)
-
-
 def conv(**fields: Any) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -375,13 +348,3 @@ def test_convolution_that_does_something_else_is_refused_in_the_forward_and_by_c
         model(x)
     with pytest.raises(ak.StateError, match="merge is refused: '0' has " + message):
         adapters.merge("a")
-
-
-def test_convolution_with_one_number_for_all_dimensions_is_adapted() -> None:
-    model, x = conv(), torch.ones(2, 4, 8, 8)
-    model[0].stride, model[0].padding = 2, 1
-    adapters = adapted(model, target_modules=["0"])
-    with torch.no_grad():
-        expected = model(x)
-        adapters.merge("a")
-        torch.testing.assert_close(model(x), expected)
