@@ -1,58 +1,26 @@
-"""What calls return: plain records that print as text, and that notebooks show as tables."""
+"""What calls return: plain records that print as text, in notebooks too."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 # Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
-# A model may have thousands of layers; a notebook shows at most this many rows of a table.
-_MOST_ROWS = 200
-_CELL = 'style="text-align:left;vertical-align:top"'
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows with column names. A table without rows is not shown."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    title: str = ""
-
-
-class Shown(ABC):
-    """A record that notebooks show as tables; elsewhere it prints as text."""
-
-    @abstractmethod
-    def _shown(self) -> tuple[str, Sequence[Table]]:
-        """A sentence, and the tables below it."""
-
-    def _repr_html_(self) -> str:
-        sentence, tables = self._shown()
-        return f"<p>{escape(sentence)}</p>" + "".join(_table(table) for table in tables if table.rows)
-
-
-def _table(table: Table) -> str:
-    title = f"<p><b>{escape(table.title)}</b></p>" if table.title else ""
-    head = "".join(f"<th {_CELL}>{escape(name)}</th>" for name in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td {_CELL}>{escape(str(value))}</td>" for value in row) + "</tr>"
-        for row in table.rows[:_MOST_ROWS]
-    )
-    left = len(table.rows) - _MOST_ROWS
-    more = f"<p>… and {left} more</p>" if left > 0 else ""
-    return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
-
-
 # Truncation errors below this are rounding errors of float32.
 _ROUNDING = 1e-6
 
 
+class Printed:
+    """A record that notebooks show as `print` does."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
 @dataclass(frozen=True)
-class AddReport(Shown):
+class AddReport(Printed):
     """What `Adapters.add` did.
 
     Attributes:
@@ -79,22 +47,13 @@ class AddReport(Shown):
         return self.parameters / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        lines = [self._sentence()]
-        lines += [f"  trained in full: {path}" for path in self.heads]
-        lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def _sentence(self) -> str:
-        return (
+        lines = [
             f"adapter {self.name!r}: {len(self.targets)} layers, {self.parameters:,} parameters, "
             f"{self.share:.2%} of the base model's {self.total:,}"
-        )
-
-    def _shown(self) -> tuple[str, list[Table]]:
-        rows = [(path, "adapted") for path in self.targets] + [(path, "trained in full") for path in self.heads]
-        rows += [(rule, "matched nothing") for rule in self.unmatched] + [(note, "note") for note in self.notes]
-        return self._sentence(), [Table(("", "what"), rows)]
+        ]
+        lines += [f"  trained in full: {path}" for path in self.heads]
+        lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 @dataclass(frozen=True)
@@ -110,7 +69,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class LoadReport(Shown):
+class LoadReport(Printed):
     """How the tensors of a file fit an adapter. Keys of the base model are not counted.
 
     Attributes:
@@ -133,32 +92,16 @@ class LoadReport(Shown):
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        lines = [self._sentence()]
-        for title, rows in self._groups().items():
+        lines = ["every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"]
+        for title, rows in vars(self).items():
             if rows:
                 shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
                 lines += [f"  {title} ({len(rows)}):", *shown]
         return "\n".join(lines)
 
-    def _sentence(self) -> str:
-        return "every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"
-
-    def _groups(self) -> dict[str, tuple[object, ...]]:
-        return {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "mismatched": self.mismatched,
-            "exempt": self.exempt,
-            "ignored": self.ignored,
-        }
-
-    def _shown(self) -> tuple[str, list[Table]]:
-        rows = [(title, row) for title, group in self._groups().items() for row in group]
-        return self._sentence(), [Table(("", "tensor"), rows)]
-
 
 @dataclass(frozen=True)
-class SwapReport(Shown):
+class SwapReport(Printed):
     """What `Adapters.swap` wrote into an adapter.
 
     Attributes:
@@ -176,21 +119,14 @@ class SwapReport(Shown):
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([self._sentence(), *(f"  {what}: {path}" for what, path in self._rows())])
-
-    def _sentence(self) -> str:
-        return f"adapter {self.name!r}: new values in {len(self.targets)} layers"
-
-    def _rows(self) -> list[tuple[str, str]]:
-        groups = {"changes nothing now": self.cleared, "head": self.heads, "ignored": self.ignored}
-        return [(what, path) for what, paths in groups.items() for path in paths]
-
-    def _shown(self) -> tuple[str, list[Table]]:
-        return self._sentence(), [Table(("", "path"), self._rows())]
+        lines = [f"adapter {self.name!r}: new values in {len(self.targets)} layers"]
+        lines += [f"  changes nothing now: {path}" for path in self.cleared]
+        lines += [f"  head: {path}" for path in self.heads]
+        return "\n".join(lines + [f"  ignored: {key}" for key in self.ignored])
 
 
 @dataclass(frozen=True)
-class CombineReport(Shown):
+class CombineReport(Printed):
     """What `Adapters.combine`, `convert` or `extract` made.
 
     Attributes:
@@ -210,27 +146,14 @@ class CombineReport(Shown):
     clipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        span = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
+        lines = [f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"]
         worst = max(self.errors, key=self.errors.__getitem__)
-        lines = [self._sentence()]
         if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
         lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped]
-        lines += [f"  head: {path}" for path in self.heads]
-        return "\n".join(lines)
-
-    def _sentence(self) -> str:
-        ranks = sorted(set(self.ranks.values()))
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        return f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"
-
-    def _shown(self) -> tuple[str, list[Table]]:
-        errors = {path: f"{e:.2%}" if e >= _ROUNDING else "0" for path, e in self.errors.items()}
-        rows = [(path, rank, errors[path]) for path, rank in self.ranks.items()]
-        return self._sentence(), [
-            Table(("layer", "rank", "error of truncation"), rows),
-            Table(("layer",), [(path,) for path in self.clipped], "clipped to the largest rank they can have"),
-            Table(("head",), [(path,) for path in self.heads]),
-        ]
+        return "\n".join(lines + [f"  head: {path}" for path in self.heads])
 
 
 @dataclass(frozen=True)
@@ -262,7 +185,7 @@ _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "devic
 
 
 @dataclass(frozen=True)
-class Status(Shown):
+class Status(Printed):
     """The adapters of a model, one row for each. Prints as a table."""
 
     rows: tuple[AdapterStatus, ...]
@@ -270,28 +193,14 @@ class Status(Shown):
     def __str__(self) -> str:
         if not self.rows:
             return "no adapters"
-        return "\n".join([columns([_TITLES, *self._cells()]), *(f"{name}: {note}" for name, note in self._notes())])
-
-    def _notes(self) -> list[tuple[str, str]]:
-        return [(row.name, note) for row in self.rows for note in row.notes]
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        table: list[tuple[str, ...]] = []
+        table: list[tuple[str, ...]] = [_TITLES]
         for r in self.rows:
             active, trains, merged = ("yes" if flag else "no" for flag in (r.active, r.trainable, r.merged))
             if 0 < r.trainable_parameters < r.parameters:
                 trains = f"{r.trainable_parameters:,}"
-            heads = ", ".join(r.heads) or "-"
-            dtypes, devices = ", ".join(r.dtypes), ", ".join(r.devices)
-            table.append(
-                (r.name, r.method, str(r.targets), heads, f"{r.parameters:,}", dtypes, devices, active, trains, merged)
-            )
-        return table
-
-    def _shown(self) -> tuple[str, list[Table]]:
-        count = len(self.rows)
-        tables = [Table(_TITLES, self._cells()), Table(("adapter", "note"), self._notes())]
-        return f"{count or 'no'} adapter{'s' * (count != 1)}", tables
+            places = ", ".join(r.heads) or "-", f"{r.parameters:,}", ", ".join(r.dtypes), ", ".join(r.devices)
+            table.append((r.name, r.method, str(r.targets), *places, active, trains, merged))
+        return "\n".join([columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)])
 
 
 def brief(value: object) -> str:

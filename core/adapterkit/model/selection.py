@@ -17,7 +17,7 @@ from adapterkit.kinds import LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.results import Shown, Table, columns
+from adapterkit.results import Printed, columns
 
 ALL_LINEAR = "all-linear"
 
@@ -33,7 +33,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Selection(Shown):
+class Selection(Printed):
     """What a config adapts on a model, and why. `print` shows a table.
 
     Attributes:
@@ -54,22 +54,19 @@ class Selection(Shown):
         return tuple(m.path for m in self.targets)
 
     def __str__(self) -> str:
-        sentence, tables = self._shown()
-        lines = [sentence]
-        for table in tables:
-            lines += [f"{table.title}:"] if table.title and table.rows else []
-            lines += [f"  {line}" for line in columns([[str(cell) for cell in row] for row in table.rows]).splitlines()]
-        return "\n".join(lines)
-
-    def _shown(self) -> tuple[str, list[Table]]:
         kinds = [f"{m.kind.name}({m.kind.in_features} -> {m.kind.out_features})" for m in self.targets]
-        rows = [(m.path, kind, m.rule) for m, kind in zip(self.targets, kinds, strict=True)]
-        rows += [(path, "trained in full", "modules_to_save") for path in self.heads]
-        return f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full", [
-            Table(("layer", "kind", "by"), rows),
-            Table(("layer", "reason"), self.skipped, "left out"),
-            Table(("entry",), [(rule,) for rule in self.unmatched], "matched nothing"),
-        ]
+        layers = [(m.path, kind, m.rule) for m, kind in zip(self.targets, kinds, strict=True)]
+        layers += [(path, "trained in full", "modules_to_save") for path in self.heads]
+        lines = [f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"]
+        for title, rows in (
+            ("", layers),
+            ("left out:", self.skipped),
+            ("matched nothing:", [(rule,) for rule in self.unmatched]),
+        ):
+            lines += [title] if title and rows else []
+            lines += [f"  {line}" for line in columns(rows).splitlines()]
+        return "
+".join(lines)
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
