@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from adapterkit_command.app import app
-from adapterkit_command.running import Exit
+from adapterkit_command.running import MEANINGS
 
 PAGE = Path(__file__).parent / "cli.md"
 
@@ -96,7 +96,7 @@ def page() -> str:
         HOW_TO,
         OUTPUT,
         "## Exit status",
-        _table(("status", "meaning"), [(str(int(e)), e.meaning) for e in Exit]),
+        _table(("status", "meaning"), [(str(int(status)), meaning) for status, meaning in MEANINGS.items()]),
     ]
     panels: dict[str, list[Any]] = {}
     for command in group.commands.values():

@@ -9,7 +9,7 @@ import typer
 
 from adapterkit_command import arguments
 from adapterkit_command.arguments import Base, Component, ExcludeModules, TargetModules, TargetRegex
-from adapterkit_command.running import Exit, Outcome, command
+from adapterkit_command.running import Exit, command
 
 if TYPE_CHECKING:
     from adapterkit import AdapterDiff, AdapterInspection, Preview
@@ -115,7 +115,7 @@ def diff(
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit with 4 unless both do the same, up to the tolerance.")
     ] = False,
-) -> AdapterDiff | Outcome:
+) -> tuple[AdapterDiff, Exit]:
     """Show how two adapters differ: configs, the change of each layer, heads and labels.
 
     Changes are compared by their effect. Two adapters with the same effect count as the same, even if their factors or
@@ -124,7 +124,7 @@ def diff(
     import adapterkit as ak
 
     found = ak.diff_adapters(a, b, base=base, component=component, tolerance=tolerance)
-    return Outcome(found, Exit.DIFFERENT if exit_code and not found.same_function else Exit.OK)
+    return found, Exit.DIFFERENT if exit_code and not found.same_function else Exit.OK
 
 
 @command(

@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 PANEL = "Make"
 
 
+def made(function: str, out: Path, **options: Any) -> dict[str, Any]:
+    """Call the function of the library that writes `out`."""
+    import adapterkit as ak
+
+    options["dtype"] = arguments.dtype(options["dtype"])
+    return {"folder": out, "report": getattr(ak, function)(out=out, **options)}
+
+
 def written(made: dict[str, Any]) -> str:
     """The library's report, and where the result is."""
     return f"{made['report']}\nwritten: {made['folder']}"
@@ -79,23 +87,11 @@ def merge(  # noqa: PLR0913 - one parameter an option
     The result equals merging in memory, bit for bit. File names, dtypes, config and tokenizer stay the same. The folder
     appears under its name when it is complete.
     """
-    sources: Any = arguments.weighted(adapters)
+    options = locals() | {"adapters": arguments.weighted(adapters)}
     import adapterkit as ak
 
     with bytes_bar("merging") as progress:
-        return ak.merge_checkpoint(
-            base,
-            sources,
-            out,
-            untie=untie,
-            heads=heads,
-            safe=safe,
-            architecture=architecture,
-            component=component,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        return ak.merge_checkpoint(**options, progress=progress)
 
 
 @command(
@@ -109,7 +105,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     show=written,
 )
 def combine(  # noqa: PLR0913 - one parameter an option
-    adapters: Annotated[
+    sources: Annotated[
         list[str],
         typer.Argument(help="Folders or hub ids, each with its weight (default 1).", metavar=WEIGHTED),
     ],
@@ -150,30 +146,7 @@ def combine(  # noqa: PLR0913 - one parameter an option
     The adapters may have any methods and ranks. With `--method linear` the result is exactly the weighted sum of the
     changes. Ranks add up unless you truncate.
     """
-    sources: dict[Any, float] = arguments.weighted(adapters)
-    signs: Any = majority_sign_method
-    where: Any = space
-    import adapterkit as ak
-
-    report = ak.combine_files(
-        sources,
-        out,
-        method=method,
-        space=where,
-        rank=rank,
-        energy=energy,
-        to=to,
-        heads=heads,
-        density=density,
-        majority_sign_method=signs,
-        seed=seed,
-        isotropize=isotropize,
-        same_base=same_base,
-        base=base,
-        dtype=arguments.dtype(dtype),
-        overwrite=overwrite,
-    )
-    return {"folder": out, "report": report}
+    return made("combine_files", **locals() | {"sources": arguments.weighted(sources)})
 
 
 @command(
@@ -188,7 +161,9 @@ def combine(  # noqa: PLR0913 - one parameter an option
     show=written,
 )
 def convert(  # noqa: PLR0913 - one parameter an option
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
+    source: Annotated[
+        str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.", metavar="ADAPTER")
+    ],
     *,
     out: Annotated[
         Path,
@@ -216,25 +191,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     Without --rank or --energy the change stays exactly the same. An adapter that already has the method keeps its
     tensors, bit for bit.
     """
-    names: Any = naming
-    kept: Any = heads
-    import adapterkit as ak
-
-    report = ak.convert_file(
-        adapter,
-        out,
-        to=to,
-        rank=rank,
-        energy=energy,
-        naming=names,
-        base=base,
-        component=component,
-        as_component=as_component,
-        heads=kept,
-        dtype=arguments.dtype(dtype),
-        overwrite=overwrite,
-    )
-    return {"folder": out, "report": report}
+    return made("convert_file", **locals())
 
 
 @command(
@@ -274,21 +231,22 @@ def extract(  # noqa: PLR0913 - one parameter an option
     At each layer the adapter is the best approximation of the change with the given rank or energy. One layer is in
     memory at a time.
     """
-    chosen = arguments.modules(target_modules, target_regex)
     heads = arguments.names(modules_to_save)
-    import adapterkit as ak
-
-    report = ak.extract_files(
-        base,
-        tuned,
-        out,
+    layers = arguments.modules(target_modules, target_regex)
+    chosen = {
+        "target_modules": "all-linear" if layers is None else layers,
+        "exclude_modules": arguments.names(exclude_modules),
+        "modules_to_save": "auto" if heads is None else None if heads == ["none"] else heads,
+    }
+    return made(
+        "extract_files",
+        base=base,
+        tuned=tuned,
+        out=out,
         rank=rank,
         energy=energy,
-        target_modules="all-linear" if chosen is None else chosen,
-        exclude_modules=arguments.names(exclude_modules),
-        modules_to_save="auto" if heads is None else None if heads == ["none"] else heads,
         to=to,
-        dtype=arguments.dtype(dtype),
+        dtype=dtype,
         overwrite=overwrite,
+        **chosen,
     )
-    return {"folder": out, "report": report}

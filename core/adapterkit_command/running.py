@@ -10,9 +10,9 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -38,34 +38,30 @@ app = typer.Typer(
 class Exit(IntEnum):
     """The exit statuses; scripts can rely on them."""
 
-    OK = 0, "done"
-    ERROR = 1, "the command failed; the message gives the reason, and nothing was changed"
-    USAGE = 2, "the command line itself is wrong"
-    INTERNAL = 3, "a bug in adapterkit or in another library; `--debug` shows the traceback"
-    DIFFERENT = 4, "with `diff --exit-code`: the adapters differ"
-    INTERRUPTED = 130, "interrupted by Ctrl-C"
-    PIPE = 141, "the reader of the output closed it, as `head` does"
-
-    meaning: str
-
-    def __new__(cls, value: int, meaning: str) -> Exit:
-        """A member is its number, and has a sentence."""
-        member = int.__new__(cls, value)
-        member._value_, member.meaning = value, meaning
-        return member
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    INTERNAL = 3
+    DIFFERENT = 4
+    INTERRUPTED = 130
+    PIPE = 141
 
 
-class Outcome(NamedTuple):
-    """A report with an exit status other than 0."""
-
-    report: object
-    status: Exit
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.ERROR: "the command failed; the message gives the reason, and nothing was changed",
+    Exit.USAGE: "the command line itself is wrong",
+    Exit.INTERNAL: "a bug in adapterkit or in another library; `--debug` shows the traceback",
+    Exit.DIFFERENT: "with `diff --exit-code`: the adapters differ",
+    Exit.INTERRUPTED: "interrupted by Ctrl-C",
+    Exit.PIPE: "the reader of the output closed it, as `head` does",
+}
 
 
 def command(
     panel: str, calls: str, examples: Mapping[str, str], show: Callable[[Any], str] = str
 ) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Make a command of a function that returns a report.
+    """Make a command of a function that returns a report, or a report and an exit status.
 
     Args:
         panel: the group of commands under which help lists it.
@@ -81,7 +77,19 @@ def command(
             options = {parameter.name or "": parameter.opts[0] for parameter in ctx.command.params}
             _run(functools.partial(function, **arguments), show, as_json, debug, options)
 
-        _add_parameters(run, function, {"ctx": typer.Context, "as_json": Json, "debug": Debug})
+        function.__annotations__.pop("return", None)  # a type of the library, which is imported only when needed
+        signature = inspect.signature(function, eval_str=True)
+        described: Any = run
+        described.__signature__ = signature.replace(
+            parameters=[
+                inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+                *signature.parameters.values(),
+                inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=Json, default=False),
+                inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Debug, default=False),
+            ]
+        )
+        added = {"ctx": typer.Context, "as_json": Json, "debug": Debug}
+        described.__annotations__ = {**function.__annotations__, **added}
         lines = (f"[dim]{escape(task)}:[/dim]\n  $ {escape(line)}" for task, line in examples.items())
         app.command(
             function.__name__,
@@ -94,19 +102,6 @@ def command(
     return register
 
 
-def _add_parameters(run: Any, function: Callable[..., object], added: Mapping[str, Any]) -> None:
-    """Give `run` the parameters of `function`, followed by those that every command has."""
-    function.__annotations__.pop("return", None)  # a type of the library, which is imported only when it is needed
-    signature = inspect.signature(function, eval_str=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    extra = [
-        inspect.Parameter(name, keyword, annotation=kind, **({} if kind is typer.Context else {"default": False}))
-        for name, kind in added.items()
-    ]
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])
-    run.__annotations__ = {**function.__annotations__, **added}
-
-
 def flowing(text: str | None) -> str:
     """A docstring with each paragraph on one line, so that a terminal of any width can wrap it."""
     paragraphs = inspect.cleandoc(text or "").split("\n\n")
@@ -116,14 +111,14 @@ def flowing(text: str | None) -> str:
 def _run(
     call: Callable[[], object], show: Callable[[Any], str], as_json: bool, debug: bool, options: Mapping[str, str]
 ) -> None:
+    """Call, print the report, and exit; errors become a message and a status."""
     status = Exit.OK
     try:
-        with (
-            _warnings_as_notes(),
-            contextlib.redirect_stdout(sys.stderr),
-        ):  # a plugin's prints are not part of the report
+        # What a plugin prints is not part of the report.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.showwarning = _note
             report = call()
-        if isinstance(report, Outcome):
+        if isinstance(report, tuple):
             report, status = report
         print_json(report, sys.stdout) if as_json else print_text(show(report), sys.stdout)
         sys.stdout.flush()
@@ -136,28 +131,32 @@ def _run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         status = Exit.PIPE
     except Exception as error:  # noqa: BLE001 - every error of a program becomes a message and a status
-        _fail(error, as_json, debug, options)
+        status = _failed(error, as_json, debug, options)
     if status:
         raise typer.Exit(status)
 
 
-def _fail(error: Exception, as_json: bool, debug: bool, options: Mapping[str, str]) -> NoReturn:
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line on stderr."""
+    say("note", " ".join(str(message).split()), "yellow")
+
+
+def _failed(error: Exception, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
+    """Print the error, and return the status for it."""
     from adapterkit import AdapterError
 
     if debug:
         traceback.print_exception(error)
-    expected = isinstance(error, AdapterError | OSError)
     message = as_options(str(error), options)
-    status = Exit.ERROR if expected else Exit.INTERNAL
+    status = Exit.ERROR if isinstance(error, AdapterError | OSError) else Exit.INTERNAL
     if as_json:
-        found = {"type": type(error).__name__, "message": message, "status": int(status)}
-        print_json({"error": found}, sys.stderr)
-    elif expected:
+        print_json({"error": {"type": type(error).__name__, "message": message, "status": int(status)}}, sys.stderr)
+    elif status is Exit.ERROR:
         say("error", message, "red")
     else:
         hint = "" if debug else " This is a bug. Run the command again with --debug, and report the traceback."
         say("internal error", f"{type(error).__name__}: {error}.{hint}", "red")
-    raise typer.Exit(status)
+    return status
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:
@@ -169,15 +168,3 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
         return f"{'no ' * (found[2] == 'False')}{named[found[1]]}{' ' * (found[2] == '')}"
 
     return re.sub(pattern, option, message)
-
-
-@contextlib.contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print each of Python's warnings as one line on stderr."""
-
-    def note(message: Warning | str, *_: object, **__: object) -> None:
-        say("note", " ".join(str(message).split()), "yellow")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note
-        yield
