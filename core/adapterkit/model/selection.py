@@ -65,8 +65,7 @@ class Selection(Printed):
         ):
             lines += [title] if title and rows else []
             lines += [f"  {line}" for line in columns(rows).splitlines()]
-        return "
-".join(lines)
+        return "\n".join(lines)
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
