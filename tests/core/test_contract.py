@@ -143,7 +143,13 @@ REGISTERED_WRONG: list[tuple[dict[str, Any], str]] = [
         {"config_type": returning(config_class("shiift"))},
         f"{WHO}: Config.method is 'shiift'; it must be the method's name, 'shift'.",
     ),
-    ({"config_type": returning(config_class(""))}, "Config.method is ''; it must be"),
+    ({"config_type": returning(config_class(""))}, "Config has no `method`: write method = 'its name' in the class."),
+    (
+        {"config_type": returning(type("Config", (ShiftConfig,), {"__annotations__": {"size": int}, "size": 3}))},
+        "Config.size is not a field of the config: the class needs @dataclass(frozen=True, kw_only=True), and the",
+    ),
+    ({"config_type": returning(type("Config", (ShiftConfig,), {"r": 3}))}, "Config.r is not a field of the config"),
+    ({"targets": lambda model: []}, "targets has the name of a hook but no @ak.hookimpl, so nothing would call it."),
     ({"config_type": returning(Needy)}, "Needy() raised TypeError: "),
     ({"config_type": returning(Needy)}, "Every field of a config needs a default."),
     (
@@ -329,6 +335,8 @@ def test_a_layer_that_lacks_what_its_base_needs_is_refused_where_it_is_defined(b
     assert str(caught.value) == (
         f"Nothing is a subclass of {base.__name__}, so it must define {needs}: see adapterkit.{base.__name__}."
     )
+    with pytest.raises(ak.PluginError, match="Nothing defines __init__; write setup"):
+        type("Nothing", (base,), {"__init__": ShiftLayer.setup, needs.split(maxsplit=1)[0]: None})
 
 
 def test_a_method_may_choose_its_targets(registered: Callable[..., Any]) -> None:

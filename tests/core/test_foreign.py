@@ -168,7 +168,7 @@ def test_method_that_refuses_another_s_file_hinders_none(model: nn.Module, tmp_p
 def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path, registered: Any) -> None:
     registered(method(LoraConfig))
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
-    refuse(model, file, "its hook formats gave a ShiftFormat that read a LoraConfig; it must give a ShiftConfig.")
+    refuse(model, file, "its hook formats gave a ShiftFormat whose read gave a LoraConfig; it must give a ShiftConfig.")
 
 
 def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path, registered: Any) -> None:

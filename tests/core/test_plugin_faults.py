@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tests.core.broken_methods import MergedLayer, Outer, OuterConfig, OuterLayer
-from torch import nn
+from tests.core.test_errors import unchanged
+from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
@@ -22,34 +23,6 @@ def raises(**arguments: Any) -> Any:
     raise ZeroDivisionError("by zero")
 
 
-FAULTS: list[tuple[str, Any, str]] = [
-    ("merged", raises, "merged raised ZeroDivisionError: by zero."),
-    ("merged", lambda **_: torch.zeros(1), "merged returned a Tensor; it must return a tuple."),
-    (
-        "merged",
-        lambda **_: (torch.zeros(1), None),
-        "merged must return (weight, bias), the weight of the shape it was given.",
-    ),
-    ("merged", lambda **_: (None, None), "merged must return (weight, bias), the weight of the shape it was given."),
-    (
-        "merged",
-        lambda weight, bias, **_: (weight, torch.zeros(1) if bias is None else None),
-        "merged must return as the bias of '1' a tensor of shape (4,).",
-    ),
-]
-
-
-class Counting:
-    """Answers as the right method does, and at the second call as the faulty one: half-way through two targets."""
-
-    def __init__(self, right: Any, wrong: Any) -> None:
-        self.right, self.wrong, self.calls = right, wrong, 0
-
-    def __call__(self, **arguments: Any) -> Any:
-        self.calls += 1
-        return (self.right if self.calls == 1 else self.wrong)(**arguments)
-
-
 @contextmanager
 def registered(plugin: Outer) -> Iterator[None]:
     ak.register(plugin)
@@ -59,54 +32,125 @@ def registered(plugin: Outer) -> Iterator[None]:
         ak.default_registry.unregister(OuterConfig.method)
 
 
-def faulty(hook: str, wrong: Any) -> Outer:
-    """A plugin whose `hook` is right at first and then wrong."""
-
-    def merged(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-        return weight + layer.dense(), bias
-
-    answer = Counting(merged, wrong)
-
-    class Merges(Outer):
-        class layer(MergedLayer):
-            def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-                return answer(layer=self, weight=weight, bias=bias)
-
-    class Reads(Outer):
-        def from_file(self, config, tensors):
-            return wrong(config=config, tensors=tensors)
-
-    return Merges() if hook == "merged" else Reads()
+def with_layer(layer: type[ak.AdapterLayer]) -> Outer:
+    plugin: Outer = type("Faulty", (Outer,), {"layer": layer})()
+    return plugin
 
 
-def model_with_both() -> tuple[nn.Module, ak.Adapters]:
+def model_with_both() -> ak.Adapters:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
-    adapters = ak.attach(model)
+    adapters = ak.attach(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)))
     adapters.add("good", LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
     adapters.add("bad", OuterConfig(target_modules=["0", "1"]))
     for parameter in adapters.parameters("bad"):
         nn.init.ones_(parameter)
-    return model, adapters
+    return adapters
+
+
+FAULTS: list[tuple[Any, str]] = [
+    (raises, "raised ZeroDivisionError: by zero."),
+    (lambda **_: torch.zeros(1), "returned shape (1,); it must return (weight, bias)."),
+    (lambda **_: (torch.zeros(1), None), "gave '1' a weight of shape (1,); it must be shape (4, 5)."),
+    (lambda **_: (None, None), "returned a tuple; it must return (weight, bias)."),
+    (
+        lambda weight, **_: (weight, None),
+        "gave '1' a bias of a NoneType; it must be shape (4,).",
+    ),
+]
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
-@pytest.mark.parametrize(("hook", "wrong", "message"), FAULTS)
-def test_merge_rule_that_fails_half_way_changes_nothing(hook: str, wrong: Any, message: str, keep_base: bool) -> None:
-    with registered(faulty(hook, wrong)):
-        model, adapters = model_with_both()
-        x = torch.randn(3, 4)
-        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        out = model(x)
-        with pytest.raises(ak.PluginError) as caught:
+@pytest.mark.parametrize(("wrong", "message"), FAULTS)
+def test_merge_rule_that_fails_half_way_changes_nothing(wrong: Any, message: str, keep_base: bool) -> None:
+    """It is right at the first of two layers."""
+
+    class layer(MergedLayer):
+        def merged(self, weight: Tensor, bias: Tensor | None) -> Any:
+            if weight.is_meta or weight.shape == (5, 4):
+                return weight + self.dense(), bias
+            return wrong(weight=weight, bias=bias)
+
+    with registered(with_layer(layer)):
+        adapters = model_with_both()
+        with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
             adapters.merge("bad", keep_base=keep_base)
-        assert str(caught.value) == f"{WHO} (Merges): layer.{message}"
-        assert adapters.merged == ()
-        assert adapters.active == ("bad",)
-        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-        torch.testing.assert_close(model(x), out)
+        assert str(caught.value) == f"{WHO} (Faulty): layer.merged {message}"
         adapters.merge("good")  # the other method goes on working
         adapters.unmerge()
+
+
+def up_and_down_swapped(layer: Any) -> ak.Factors:
+    return ak.Factors(layer.outer_v[:, None], layer.outer_u[None])
+
+
+WRONG_SHAPES: list[tuple[Any, str, Any, str]] = [
+    (
+        ak.LowRankLayer,
+        "factors",
+        up_and_down_swapped,
+        "gave matrices of shapes (4, 1) and (1, 5) for '0' of (5, 4) (out, in).",
+    ),
+    (ak.LowRankLayer, "factors", lambda layer: None, "returned None; it must return a Factors."),
+    (ak.DenseLayer, "change", lambda layer: layer.outer_u[None], "gave '0' shape (1, 5); it must be shape (5, 4)."),
+    (
+        ak.AdapterLayer,
+        "merged",
+        lambda layer, weight, bias: (weight.t(), bias),
+        "gave '0' a weight of shape (4, 5); it must be shape (5, 4).",
+    ),
+    (
+        ak.AdapterLayer,
+        "merged",
+        lambda layer, weight, bias: (weight, weight),
+        "gave '0' a bias of shape (5, 4); it must be shape (5,).",
+    ),
+    (
+        ak.AdapterLayer,
+        "merged",
+        lambda layer, weight, bias: weight,
+        "returned shape (5, 4); it must return (weight, bi",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "function", "message"), WRONG_SHAPES, ids=[row[3][:30] for row in WRONG_SHAPES]
+)
+def test_shapes_are_checked_when_an_adapter_is_added(base: Any, name: str, function: Any, message: str) -> None:
+    layer = type("Layer", (base,), {"setup": OuterLayer.setup, name: function})
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    with registered(with_layer(layer)), unchanged(model), pytest.raises(ak.PluginError) as caught:
+        ak.attach(model).add("a", OuterConfig(target_modules=["0", "1"]))
+    assert f"{WHO} (Faulty): Layer.{name} {message}" in str(caught.value)
+
+
+def test_a_function_that_needs_values_is_not_checked() -> None:
+    class Values(OuterLayer):
+        def factors(self) -> ak.Factors:
+            right = super().factors()
+            return right._replace(scale=1.0 if float(self.outer_v.sum()) < 1e9 else 2.0)
+
+    with registered(with_layer(Values)):
+        model_with_both()
+
+
+def test_a_bias_where_the_layer_has_none_acts_and_is_not_merged() -> None:
+    class layer(MergedLayer):
+        forward = ak.AdapterLayer.forward
+
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return weight + self.dense(), self.outer_u if bias is None else bias + self.outer_u
+
+    with registered(with_layer(layer)):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4, bias=False))
+        adapters = ak.attach(model)
+        adapters.add("a", OuterConfig(target_modules=["0", "1"]))
+        for parameter in adapters.parameters("a"):
+            nn.init.ones_(parameter)
+        x = torch.randn(3, 5)
+        torch.testing.assert_close(model[1](x), x @ (model[1].weight + 0.5).t() + 1)
+        with unchanged(model), pytest.raises(ak.UnsupportedError, match="'1' has no bias to merge the adapter's into"):
+            adapters.merge("a", keep_base=False)
 
 
 @pytest.mark.parametrize(
@@ -117,53 +161,27 @@ def test_merge_rule_that_fails_half_way_changes_nothing(hook: str, wrong: Any, m
     ],
 )
 def test_load_that_fails_in_the_plugin_changes_nothing(wrong: Any, message: str, tmp_path: Path) -> None:
+    class Reads(Outer):
+        def from_file(self, config: Any, tensors: Any) -> Any:
+            return wrong(config=config, tensors=tensors)
+
     with registered(Outer()):
-        model, adapters = model_with_both()
-        adapters.save("bad", tmp_path / "bad")
-        adapters.save("good", tmp_path / "good")
+        adapters = model_with_both()
+        folders = {name: adapters.save(name, tmp_path / name) for name in ("bad", "good")}
         adapters.remove("bad")
-    with registered(faulty("from_file", wrong)):
-        keys = set(model.state_dict())
-        with pytest.raises(ak.PluginError) as caught:
-            adapters.load(tmp_path / "bad", name="again")
+    with registered(Reads()):
+        with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
+            adapters.load(folders["bad"], name="again")
         assert str(caught.value) == f"{WHO} (Reads): its hook {message}"
-        assert adapters.names == ("good",)
-        assert set(model.state_dict()) == keys
-        adapters.load(tmp_path / "good", name="again")
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (raises, "layer.factors raised ZeroDivisionError: by zero."),
-        (lambda *_: 3, "layer.factors returned a int; it must return a Factors."),
-    ],
-)
-def test_factors_that_are_wrong_are_named(answer: Any, message: str) -> None:
-    class layer(OuterLayer):
-        def factors(self) -> Any:
-            return answer()
-
-        def forward(self, base: ak.Base, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = base(x)
-            return out
-
-    with registered(type("Plugin", (Outer,), {"layer": layer})()):
-        _, adapters = model_with_both()
-        with pytest.raises(ak.PluginError) as caught:
-            adapters.merge("bad")
-        assert str(caught.value) == f"{WHO} (Plugin): {message}"
+        adapters.load(folders["good"], name="again")
 
 
 def test_merge_with_a_method_that_has_no_merge_rule() -> None:
     class layer(ak.AdapterLayer):
         setup, forward = OuterLayer.setup, MergedLayer.forward
 
-    with registered(type("Plugin", (Outer,), {"layer": layer})()):
-        model, adapters = model_with_both()
-        with pytest.raises(
-            ak.UnsupportedError, match=r"Adapter 'bad' cannot be merged: its layer at '0' has no change"
-        ):
+    with registered(with_layer(layer)):
+        adapters = model_with_both()
+        message = "Adapter 'bad' cannot be merged: its layer at '0' has no change"
+        with unchanged(adapters.model), pytest.raises(ak.UnsupportedError, match=message):
             adapters.merge("bad")
-        assert adapters.active == ("bad",)
-        assert model(torch.randn(2, 4)).shape == (2, 4)

@@ -85,9 +85,15 @@ class AdapterConfig:
         """Refuse unknown fields in our words, before `__init__` would in Python's."""
         if args:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
-        for name, value in fields.items():
-            if name not in _field_names(cls):
-                cls._refuse_field(name, value)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields.keys() - set(known):
+            if name in cls.not_implemented:
+                raise UnsupportedError(
+                    f"{cls.__name__}: {name} = {fields[name]!r} is an option of PEFT that adapterkit does not "
+                    "implement. Leave it out."
+                )
+            hint = "".join(f" Did you mean {close!r}?" for close in nearest(name, known, 1))
+            raise UnknownNameError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -113,7 +119,7 @@ class AdapterConfig:
         for pattern, own in self.patterns.items():
             for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
                 try:
-                    self._with({own: value})
+                    self.replace(**{own: value}, **{pattern: {} for pattern in self.patterns})
                 except ConfigError as error:
                     raise ConfigError(f"{pattern}: {error}") from error
 
@@ -129,19 +135,20 @@ class AdapterConfig:
 
     def at(self, path: str) -> Self:
         """The config of the layer at `path`: the fields that a pattern overrides there have the pattern's values."""
-        tables = self.__dict__.get("_tables")
-        if tables is None:
-            given = {name: getattr(self, name) for name in self.patterns}
-            tables = {self.patterns[name]: PatternTable(table, name) for name, table in given.items() if table}
-            self.__dict__.update(_tables=tables, _at={})
-        if not tables:
+        if not any(getattr(self, pattern) for pattern in self.patterns):
             return self
+        tables, made = self._at
         changes = {own: table.get(path, getattr(self, own)) for own, table in tables.items()}
-        made: dict[tuple[Any, ...], Self] = self.__dict__["_at"]  # many layers have the same values
-        return made.setdefault(tuple(changes.values()), self._with(changes)) if changes else self
+        key = tuple(changes.values())
+        if key not in made:
+            made[key] = self.replace(**changes, **{pattern: {} for pattern in self.patterns})
+        return made[key]
 
-    def _with(self, changes: Mapping[str, Any]) -> Self:
-        return self.replace(**changes, **{pattern: {} for pattern in self.patterns})
+    @functools.cached_property
+    def _at(self) -> tuple[dict[str, PatternTable], dict[tuple[Any, ...], Self]]:
+        """The patterns of each field that they override, and the configs of layers: many have the same values."""
+        given = {own: (getattr(self, pattern), pattern) for pattern, own in self.patterns.items()}
+        return {own: PatternTable(table, pattern) for own, (table, pattern) in given.items() if table}, {}
 
     @property
     def starts_as_identity(self) -> bool:
@@ -150,20 +157,6 @@ class AdapterConfig:
 
     def check(self) -> None:
         """A subclass checks its own fields here and raises `ConfigError`."""
-
-    @classmethod
-    def _refuse_field(cls, name: str, value: object) -> typing.NoReturn:
-        if name in cls.not_implemented:
-            raise UnsupportedError(
-                f"{cls.__name__}: {name} = {value!r} is an option of PEFT that adapterkit does not implement. "
-                "Leave it out."
-            )
-        close = nearest(name, _field_names(cls), 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownNameError(
-            f"{cls.__name__} has no field {name!r}.{hint} "
-            f"Its fields: {', '.join(f.name for f in dataclasses.fields(cls))}."
-        )
 
     @classmethod
     def with_values(cls, values: Mapping[str, Mapping[str, Any]], **fields: Any) -> Self:
@@ -196,7 +189,7 @@ class AdapterConfig:
     @classmethod
     def unknown(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of an `adapter_config.json` that this method does not know, at values that may change numbers."""
-        known = {*_field_names(cls) - {"extra"}, *_BOOKKEEPING, *cls.marks}
+        known = {*(f.name for f in dataclasses.fields(cls)), *_BOOKKEEPING, *cls.marks} - {"extra"}
         return [
             name
             for name, value in values.items()
@@ -222,7 +215,7 @@ class AdapterConfig:
                 f"adapter_config.json: {name} = {reprlib.repr(values[name])} is not implemented by the method "
                 f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
             )
-        known = _field_names(cls) - {"extra"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
         extra = {name: value for name, value in values.items() if name not in known | fixed}
         try:
@@ -235,11 +228,6 @@ class AdapterConfig:
 def _hints(cls: Any) -> Mapping[str, Any]:
     """The types of a config's fields; to resolve them takes as long as all the rest of making one."""
     return typing.get_type_hints(cls)
-
-
-def _field_names(cls: type[AdapterConfig]) -> set[str]:
-    """What a user may write; `__dataclass_fields__` has class variables too."""
-    return {f.name for f in dataclasses.fields(cls)}
 
 
 def _plain(value: Any) -> Any:
@@ -271,29 +259,20 @@ def conforms(value: object, hint: Any) -> bool:
     A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, a) for a in args)
     if origin is typing.Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin is not None and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(
-            conforms(k, args[0]) and conforms(v, args[1]) for k, v in value.items()
-        )
+        pairs = value.items() if isinstance(value, Mapping) else ()
+        return isinstance(value, Mapping) and all(conforms(k, args[0]) and conforms(v, args[1]) for k, v in pairs)
     if origin is not None and issubclass(origin, Sequence):
         return isinstance(value, tuple | list) and all(conforms(v, args[0]) for v in value)
-    return _is_plain(value, hint)
-
-
-def _is_plain(value: object, hint: Any) -> bool:
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    if hint is float:
-        return isinstance(value, int | float) and abs(value) <= _LARGEST_FLOAT32
-    if hint is None:
-        return value is None
-    return not isinstance(hint, type) or isinstance(value, hint)  # the author checks hints that are not classes
+    if hint in (int, float):
+        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        return is_number and (hint is int or abs(value) <= _LARGEST_FLOAT32)  # type: ignore[arg-type]
+    # The author checks hints that are not classes.
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def readable(hint: Any) -> str:

@@ -52,9 +52,10 @@ class KeyRule:
         i = next((i for i in starts if ".".join(parts[:i]) in layers), starts[0] if starts else 0)
         return (".".join(parts[:i]), ".".join(parts[i:])) if i else None
 
-    def is_shared(self, key: str) -> bool:
-        """Whether a key is a shared tensor's: `vera_A`."""
-        return self.owns(key) and self.split(key) is None
+    def is_shared(self, key: str, layers: Collection[str] = ()) -> bool:
+        """Whether a key is a shared tensor's, `vera_A`: it begins with the prefix, and not with the path of a layer."""
+        split = self.split(key, layers)
+        return self.owns(key) and (split is None or split[0] not in layers)
 
     def may_lack(self, key: str) -> bool:
         """Whether a file may lack this key, `<name>` or `<path>.<local>`."""
@@ -91,21 +92,16 @@ def strip_file_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a tensor is there with the prefix and without.
     """
+    prefixed = any(key.startswith(FILE_PREFIX) for key in tensors)
     stripped: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        short = _stripped(key)
+        short = key.removeprefix(FILE_PREFIX)
+        if short == key and (prefixed or key.count(".") == 1):  # a module of the model may be called `base_model`
+            short = key.removeprefix(FILE_SHARED_PREFIX)
         if short in stripped:
             raise CheckpointError(f"There are two tensors for {short!r}: with and without PEFT's prefix.")
         stripped[short] = tensor
     return stripped
-
-
-def _stripped(key: str) -> str:
-    if key.startswith(FILE_PREFIX):
-        return key.removeprefix(FILE_PREFIX)
-    # A module of the model may be called `base_model`; shared tensors have no path.
-    shared = key.removeprefix(FILE_SHARED_PREFIX)
-    return key if "." in shared else shared
 
 
 # Names that wrappers put into the paths of the modules they wrap.

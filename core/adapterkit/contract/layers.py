@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -69,13 +68,13 @@ class Target:
 
     def bias(self) -> Tensor | None:
         """The layer's bias as a float32 (or float64) copy of shape `(out,)`; `None` if it has none."""
-        if self.module is None:
+        if not isinstance(getattr(self.module, "bias", None), Tensor):
             return None
+        assert self.module is not None
         with gathered(self.module, self.module.modules()):
-            bias = getattr(self.module, "bias", None)
-            if not isinstance(bias, Tensor):
-                return None
-            return bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+            bias: Any = self.module.bias
+            found: Tensor = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+            return found
 
     def new(self, *shape: int, init: float | Callable[[Tensor], object] = 0.0) -> nn.Parameter:
         """A new parameter of this shape, with the adapter's dtype and device.
@@ -85,18 +84,12 @@ class Target:
                 Where a file's values are about to come, and on the meta device, nothing is filled.
         """
         if self.file is not None:
-            return nn.Parameter(_placeholder(shape, self.dtype))
+            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
         parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
         if not parameter.is_meta:
             with torch.no_grad():
                 init(parameter) if callable(init) else parameter.fill_(init)
         return parameter
-
-
-@lru_cache(maxsize=256)
-def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What stands for a file's tensor until that is assigned: it has no values, so one serves all of its shape."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Holder(nn.Module):
@@ -160,7 +153,11 @@ class AdapterLayer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base = next(c for c in cls.__mro__ if c.__module__ == __name__)
-        if cls is not base and all(getattr(cls, name) is getattr(base, name) for name in cls._needs):
+        if cls is base:
+            return
+        if "__init__" in vars(cls):
+            raise PluginError(f"{cls.__name__} defines __init__; write setup(self, target, config) in its place.")
+        if all(getattr(cls, name) is getattr(base, name) for name in cls._needs):
             raise PluginError(
                 f"{cls.__name__} is a subclass of {base.__name__}, so it must define {' or '.join(cls._needs)}: see "
                 f"adapterkit.{base.__name__}."
@@ -281,9 +278,17 @@ def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
     def narrow(tensor: Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
 
-    if not any(map(narrow, layer.parameters())) and not any(map(narrow, layer.buffers())):
+    if not any(narrow(tensor) for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors):
         return layer
     return twin(layer, lambda tensor: tensor.to(dtype) if narrow(tensor) else tensor)
+
+
+def without_values(layer: AdapterLayer) -> Any:
+    """The layer on the meta device, with what it shares: its functions give shapes and compute nothing."""
+    light = twin(layer, lambda tensor: tensor.to("meta"))
+    if isinstance(layer.shared, nn.Module):
+        light.__dict__["shared"] = twin(layer.shared, lambda tensor: tensor.to("meta"))
+    return light
 
 
 class Shared(nn.Module):
@@ -334,15 +339,11 @@ class Shared(nn.Module):
         if type(self) is not type(other) or any(True for part in (self, other) for _ in part.parameters()):
             return False
         ours, theirs = dict(self.named_buffers()), dict(other.named_buffers())
-        return ours.keys() == theirs.keys() and all(_same(tensor, theirs[name]) for name, tensor in ours.items())
+        pairs = [(own, theirs[name]) for name, own in ours.items() if name in theirs]
+        alike = all(not a.is_meta and a.device == b.device and a.dtype == b.dtype for a, b in pairs)
+        return ours.keys() == theirs.keys() and alike and all(torch.equal(a, b) for a, b in pairs)
 
 
 def shared_tensors(shared: Shared | None) -> dict[str, Tensor]:
     """What a file holds of it: parameters and persistent buffers, by name."""
     return {} if shared is None else shared.state_dict(keep_vars=True)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.is_meta or one.device != other.device or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other)

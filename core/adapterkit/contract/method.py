@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.formats import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
-from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened
+from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened, without_values
 from adapterkit.contract.plugins import manager_of
 from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
@@ -133,7 +133,7 @@ class Method:
     # The mathematics of layers
 
     def factors(
-        self, layer: AdapterLayer, dtype: torch.dtype = torch.float32, *, scaled: bool = True
+        self, layer: AdapterLayer, dtype: torch.dtype = torch.float32, *, scaled: bool = True, where: str = "a layer"
     ) -> Factors | None:
         """The exact change of an additive layer as two matrices, `dW = up @ down` with every scaling in `up`.
 
@@ -153,8 +153,10 @@ class Method:
             return None
         sizes = (layer.kind.out_features, layer.kind.in_features)
         if (found.up.shape[0], found.down.shape[1]) != sizes or found.up.shape[1] != found.down.shape[0]:
-            shapes = f"{tuple(found.up.shape)} and {tuple(found.down.shape)}"
-            raise self.fault(f"{what} gave matrices of shapes {shapes} for a layer of {sizes} (out, in)")
+            raise self.fault(
+                f"{what} gave matrices of shapes {tuple(found.up.shape)} and {tuple(found.down.shape)} for {where} of "
+                f"{sizes} (out, in)"
+            )
         return found.folded(torch.promote_types(found.up.dtype, dtype), scaled=scaled)
 
     def merge(
@@ -167,15 +169,41 @@ class Method:
             PluginError: its `merged` failed, or gave a weight or a bias of another shape.
         """
         what, wide = f"{type(layer).__name__}.merged", widened(layer, weight.dtype)
-        found: tuple[Any, Any] = self.ask(what, (tuple,), wide.merged, weight, bias)
-        if len(found) != 2 or not isinstance(found[0], Tensor) or found[0].shape != weight.shape:
-            raise self.fault(f"{what} must return (weight, bias), the weight of the shape it was given")
+        found: Any = self.ask(what, (object,), wide.merged, weight, bias)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
+            raise self.fault(f"{what} returned {_shown(found)}; it must return (weight, bias)")
+        if found[0].shape != weight.shape:
+            raise self.fault(f"{what} gave {where} a weight of {_shown(found[0])}; it must be {_shown(weight)}")
         if bias is None and found[1] is not None:
             raise UnsupportedError(f"{where} has no bias to merge the adapter's into. Leave the adapter active.")
         if getattr(found[1], "shape", None) != getattr(bias, "shape", None):
-            given = "None" if bias is None else f"a tensor of shape {tuple(bias.shape)}"
-            raise self.fault(f"{what} must return as the bias of {where} {given}")
-        return found
+            raise self.fault(f"{what} gave {where} a bias of {_shown(found[1])}; it must be {_shown(bias)}")
+        return found[0], found[1]
+
+    @torch.no_grad()
+    def check_shapes(self, layer: AdapterLayer, path: str, *, has_bias: bool) -> None:
+        """Check the shapes of what the layer's mathematics gives. No values are computed, on the meta device.
+
+        Raises:
+            PluginError: names the function, the layer, and what it must give.
+            UnsupportedError: `merged` gives a bias, and the layer has none.
+        """
+        kind, light = layer.kind, without_values(layer)
+        weight = torch.empty(kind.out_features, kind.in_features, device="meta")
+        bias = torch.empty(kind.out_features, device="meta") if has_bias else None
+        try:
+            if isinstance(light, DenseLayer):
+                change = self.ask(f"{type(layer).__name__}.change", (object,), light.change)
+                if getattr(change, "shape", None) != weight.shape:
+                    what = f"{type(layer).__name__}.change"
+                    raise self.fault(f"{what} gave {path!r} {_shown(change)}; it must be {_shown(weight)}")
+            if layer.additive:
+                self.factors(light, where=repr(path))
+            elif self.merges(layer):
+                self.merge(light, weight, bias, where=repr(path))
+        except PluginError as error:
+            if error.__cause__ is None:  # else the function may need values, which the forward shows
+                raise
 
     def merges(self, layer: AdapterLayer) -> bool:
         """Whether the layer can be merged, as far as its class tells."""
@@ -241,3 +269,7 @@ class Method:
             if size is not None and all(path.split(".")):
                 found[path] = empty_layer(*size) if isinstance(size, tuple) else size
         return found
+
+
+def _shown(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

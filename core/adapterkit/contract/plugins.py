@@ -116,6 +116,10 @@ def manager_of(plugin: object, who: str) -> pluggy.PluginManager:
 
 def check_hooks(plugin: object, who: str) -> None:
     """Raise `PluginError` for a hook that does not exist, or whose arguments or annotations contradict its spec's."""
+    marked = {name for name, *_ in implementations(plugin)}
+    for name in hookspecs.names():
+        if name not in marked and inspect.isroutine(getattr(plugin, name, None)):
+            raise PluginError(f"{who}: {name} has the name of a hook but no @ak.hookimpl, so nothing would call it.")
     for name, hook, function, wraps in implementations(plugin):
         if hook not in hookspecs.names():
             known = ", ".join(sorted(hookspecs.names()))

@@ -363,12 +363,19 @@ class Registry:
 def _check_method(method: Method) -> None:
     """Raise `PluginError` for a config or a key prefix with which the method could not work."""
     config_type, shared = method.config_type(), method.shared
-    if config_type.method != method.name or not method.name:
+    if not config_type.method:
+        raise method.fault(f"{config_type.__name__} has no `method`: write method = 'its name' in the class")
+    if config_type.method != method.name:
         raise method.fault(
             f"{config_type.__name__}.method is {config_type.method!r}; it must be the method's name, {method.name!r}"
         )
     if shared is not None and not (isinstance(shared, type) and issubclass(shared, Shared)):
         raise method.fault(f"its shared = {shared!r} must be a subclass of Shared")
+    for name in _not_fields(config_type):
+        raise method.fault(
+            f"{config_type.__name__}.{name} is not a field of the config: the class needs @dataclass(frozen=True, "
+            "kw_only=True), and the field an annotation"
+        )
     _check_patterns(method, config_type)
     try:
         config = config_type()
@@ -387,6 +394,16 @@ def _check_method(method: Method) -> None:
     prefix = method.key_rule(config).prefix
     if not prefix or any(not part or "." in part for part in ([prefix] if isinstance(prefix, str) else prefix)):
         raise method.fault(f"its key prefix {prefix!r} must be a name without dots, such as 'lora_'")
+
+
+def _not_fields(config_type: type[AdapterConfig]) -> list[str]:
+    """Public values and annotations of a config's class that are neither fields nor what the base class declares."""
+    known = {*config_type.__dataclass_fields__, *dir(AdapterConfig)}
+    found: dict[str, object] = {}
+    for cls in config_type.__mro__[: config_type.__mro__.index(AdapterConfig)]:
+        found |= vars(cls).get("__annotations__", {})
+        found |= {n: value for n, value in vars(cls).items() if isinstance(value, bool | int | float | str | tuple)}
+    return [name for name in found if name not in known and not name.startswith("_")]
 
 
 def _check_patterns(method: Method, config_type: type[AdapterConfig]) -> None:

@@ -149,6 +149,9 @@ def _shifts_bias(adapter: Adapter, path: str, layer: AdapterLayer) -> bool:
             f"Adapter {adapter.name!r} cannot be merged: its layer at {path!r} has no change of the layer's own shape. "
             "Leave it active instead."
         )
+    if factors is None:
+        has_bias = isinstance(getattr(adapter.hosts[path], "bias", None), Tensor)
+        method.check_shapes(layer, path, has_bias=has_bias)
     return factors is not None and factors.bias is not None
 
 

@@ -7,7 +7,8 @@ so that files are read without a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Shared, Target, beside, default_registry
-from adapterkit.errors import CheckpointError, PluginError, SelectionError
+from adapterkit.errors import CheckpointError, PluginError, SelectionError, UnsupportedError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -162,6 +163,7 @@ class LayerBuilder:
         self.method, self.config, self.cast = method, config, cast
         self.rule = method.key_rule(config)
         self.fit = fit or Fit(self.rule)
+        self._checked: set[Hashable] = set()
 
     def layer(self, target: Target, shared: Shared | None = None) -> AdapterLayer:
         """The method's layer for one target, with the tensors of `target.file`, or with initial values.
@@ -208,6 +210,12 @@ class LayerBuilder:
             )
         self._check_names(layer, "hook inject", "parameter and buffer", f" for {target.path!r}")
         layer.__dict__["method"] = self.method.name
+        alike = (type(layer), target.kind, id(layer.config))
+        if alike not in self._checked:
+            self._checked.add(alike)
+            has_bias = target.module is None or isinstance(getattr(target.module, "bias", None), Tensor)
+            with suppress(UnsupportedError):  # it acts all the same
+                self.method.check_shapes(layer, target.path, has_bias=has_bias)
         return layer
 
     def _check_names(self, module: nn.Module, maker: str, what: str, where: str = "") -> None:
