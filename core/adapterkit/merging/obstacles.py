@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from adapterkit.contract import CONTAINERS
+from adapterkit.contract import CONTAINERS, twin
 from adapterkit.forward import ACTIVE, own_forward
 from adapterkit.kinds import LayerKind, is_special
 from adapterkit.merging.places import own, put
@@ -101,7 +101,7 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
     """
     if kind.sample_dims > 1:
         return False
-    layer = _copy(module)
+    layer = _plain_copy(module)
     weight, bias = own(layer, "weight"), own(layer, "bias")
     assert weight is not None
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -114,7 +114,7 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
 
     rows = 4 if kind.lookup else weight.shape[0]
     if kind.lookup:
-        layer.num_embeddings, layer.padding_idx = rows, None  # type: ignore[assignment]
+        layer.num_embeddings, layer.padding_idx = rows, None
     x = torch.arange(rows, device=device) if kind.lookup else numbers(3, kind.in_features, digits=1)
     put(layer, "weight", nn.Parameter(numbers(rows, *weight.shape[1:], digits=3), requires_grad=False))
     if bias is not None:
@@ -137,18 +137,18 @@ def _is_proven(module: nn.Module, kind: LayerKind, forward: Callable[..., Any]) 
         return False
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A copy of the module and those below it for one run: without adapters, with the same parameters."""
-    made: nn.Module = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__.pop(ACTIVE, None)
-    made.__dict__["_parameters"] = dict(module._parameters)
-    buffers = made.__dict__["_buffers"] = dict(module._buffers)
-    for name, buffer in buffers.items():
-        if buffer is not None:  # a single number on the meta device, as in a model without values, becomes 1
-            as_one = buffer.is_meta and buffer.numel() == 1
-            buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype) if as_one else buffer.clone()
-    children = {n: m for n, m in module._modules.items() if n not in CONTAINERS}
-    made.__dict__["_modules"] = {n: None if m is None else _copy(m) for n, m in children.items()}
-    made.__dict__["training"] = False
-    return made
+def _plain_copy(module: nn.Module) -> Any:
+    """A copy of the module for one run: without adapters, with the same parameters."""
+
+    def value(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        # In a model without values a single number, such as a scale, becomes 1.
+        return torch.ones_like(tensor, device="cpu") if tensor.is_meta and tensor.numel() == 1 else tensor.clone()
+
+    layer = twin(module, value).eval()
+    for part in layer.modules():
+        part.__dict__.pop(ACTIVE, None)
+        for name in CONTAINERS:
+            part._modules.pop(name, None)
+    return layer
