@@ -80,6 +80,25 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance:
         assert float((found[path] - delta).norm()) <= tolerance * size, path
 
 
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def has_bits(model: nn.Module, before: Mapping[str, Tensor]) -> bool:
+    """Whether the model has these tensors, every bit."""
+    after = model.state_dict()
+    return all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@contextmanager
+def registered(plugin: Any) -> Iterator[Any]:
+    ak.register(plugin)
+    try:
+        yield plugin
+    finally:
+        ak.default_registry.unregister(plugin.config.method)
+
+
 @contextmanager
 def nothing_changes(adapters: ak.Adapters) -> Iterator[None]:
     """Checks that neither the model nor its adapters are other than before, whatever is raised inside."""
@@ -127,7 +146,7 @@ def scaling_method(mergeable: bool) -> ak.Plugin:
 
     class ScaleLayer(ak.AdapterLayer):
         def setup(self, target: ak.Target, config: Any) -> None:
-            self.scale_out = nn.Parameter(torch.ones(target.out_features))
+            self.scale_out = target.new(target.out_features, init=1.0)
 
         def forward(self, base: ak.Base, x: Tensor) -> Tensor:
             return base(x) * self.kind.spread(self.scale_out)

@@ -22,18 +22,13 @@ FOLDER = Path(__file__).parents[1] / "examples" / "thirdparty" / "adapterkit_sle
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def slerp(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module("adapterkit_slerp")
-    yield module
-    sys.modules.pop("adapterkit_slerp")
-
-
-@pytest.fixture
-def slerp(plugin: ModuleType) -> Iterator[ModuleType]:
+    plugin = importlib.import_module("adapterkit_slerp")
     ak.default_registry.extend(plugin)
     yield plugin
     ak.default_registry.retract(plugin)
+    sys.modules.pop("adapterkit_slerp")
 
 
 def arc(x: Tensor, y: Tensor, share: float) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import peft
@@ -18,34 +18,25 @@ from tests.models import assert_same_outputs, build, run
 from torch import nn
 
 import adapterkit as ak
-from adapterkit_lora import LoraConfig
 
-KINDS = ("gpt2", "bert", "convnet", "embednet", "bart")
+KINDS = {
+    "gpt2": None,
+    "bert": None,
+    "embednet": None,
+    "bart": None,
+    "convnet": ["grouped", "dilated", "circular", "fc"],
+}
 TWO: dict[str, dict[str, Any]] = {"a": {}, "b": {"r": 2}}
-
-
-@pytest.fixture
-def outer() -> Iterator[ModuleType]:
-    plugin = combining.outer_method()
-    ak.register(plugin)
-    yield plugin
-    ak.default_registry.unregister("outer")
-
-
-@pytest.fixture
-def scale(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    plugin = combining.scaling_method(mergeable=request.param)
-    ak.register(plugin)
-    yield plugin
-    ak.default_registry.unregister("scale")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_linear_is_the_sum_of_the_changes_on_every_kind_of_layer(name: str) -> None:
-    adapters = tiny(name, TWO)
+    targets = KINDS[name]
+    adapters = tiny(name, TWO) if targets is None else adapted(build(name).double(), TWO, targets)
     weights = {"a": 0.7, "b": -1.3}
     report = adapters.combine("c", weights)
     assert adapters.active == ("b",)
+    assert not any(p.requires_grad for p in adapters.parameters("c"))
     same(deltas(adapters, "c"), sums(adapters, weights))
     adapters.activate("c", trainable=False)
     expected = run(with_changes(adapters.model, sums(adapters, weights)), name)
@@ -77,17 +68,6 @@ def test_adapters_of_every_dtype_are_combined_in_float32_at_least(dtype: torch.d
     same(found, sums(adapters, {"a-file": 0.7, "b-file": 0.3}), 1e-6)
     exact = sums(adapters, {"a": 0.7, "b": 0.3})
     assert all(float((found[p] - d).norm() / d.norm()) < 2e-2 for p, d in exact.items())
-
-
-def test_twelve_sources() -> None:
-    adapters = tiny("bert", {f"s{i}": {"r": 1 + i % 3} for i in range(12)})
-    weights = {f"s{i}": (-1) ** i / (i + 1) for i in range(12)}
-    adapters.combine("c", weights)
-    same(deltas(adapters, "c"), sums(adapters, weights))
-    for method in ("ties", "tsv"):
-        density = {"density": 0.3} if method == "ties" else {}
-        report = adapters.combine(method, weights, method=method, space="core", **density)
-        assert set(report.ranks) == set(deltas(adapters, "c"))
 
 
 def test_a_target_that_only_some_have_is_combined_from_those() -> None:
@@ -187,40 +167,32 @@ def test_rank_and_energy_truncate_optimally_and_say_what_it_cost() -> None:
     assert "of rank" in str(report)
 
 
-def test_a_third_partys_method_is_combined_with_lora_and_converted_exactly(outer: ModuleType, tmp_path: Path) -> None:
-    adapters = tiny("gpt2", {"a": {}})
-    adapters.add("o", outer.config(target_modules=["c_attn", "wte"], modules_to_save=None))
-    combining.randomise(adapters, "o", 3)
-    weights = {"a": 0.5, "o": 2.0}
-    for space in ("delta", "core"):
-        adapters.combine(space, weights, space=space)
-        same(deltas(adapters, space), sums(adapters, weights))
-    report = adapters.convert("o", to="lora", name="served")
-    assert set(report.ranks.values()) == {1}
-    same(deltas(adapters, "served"), deltas(adapters, "o"), 1e-15)
-    adapters.save("served", tmp_path)
-    with nothing_changes(adapters), pytest.raises(ak.UnsupportedError) as caught:
-        adapters.convert("a", to="outer", name="no")
-    assert str(caught.value) == (
-        "The method 'outer' cannot be a result: it has no hook from_factors, so no change can be "
-        "converted to it. Use to='lora', which can express every low-rank change."
-    )
+def test_a_third_partys_method_is_combined_with_lora_and_converted_exactly() -> None:
+    adapters, weights = tiny("gpt2", {"a": {}}), {"a": 0.5, "o": 2.0}
+    with combining.registered(combining.outer_method()) as outer:
+        adapters.add("o", outer.config(target_modules=["c_attn", "wte"], modules_to_save=None))
+        combining.randomise(adapters, "o", 3)
+        for space in ("delta", "core"):
+            adapters.combine(space, weights, space=space)
+            same(deltas(adapters, space), sums(adapters, weights))
+        report = adapters.convert("o", to="lora", name="served")
+        assert set(report.ranks.values()) == {1}
+        same(deltas(adapters, "served"), deltas(adapters, "o"), 1e-15)
 
 
 @pytest.mark.parametrize(
-    ("scale", "advice"),
+    ("mergeable", "advice"),
     [(True, r"Merge it \(adapters\.merge\), or activate it beside"), (False, r"Activate it beside the others instead")],
-    indirect=["scale"],
-    ids=["mergeable", "not"],
 )
-def test_what_is_not_additive_says_what_can_be_done_instead(scale: ModuleType, advice: str) -> None:
+def test_what_is_not_additive_says_what_can_be_done_instead(mergeable: bool, advice: str) -> None:
     adapters = tiny("bert", {"a": {"target_modules": ["query"]}})
-    adapters.add("s", scale.config(target_modules=["query"], modules_to_save=None))
     message = r"Adapter 's' \(scale\) has no low-rank change of the weight at 'bert\.encoder\.layer\.0.*" + advice
-    with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
-        adapters.combine("c", {"a": 1.0, "s": 1.0})
-    with pytest.raises(ak.UnsupportedError, match=message):
-        adapters.convert("s", to="lora", name="c")
+    with combining.registered(combining.scaling_method(mergeable)) as scale:
+        adapters.add("s", scale.config(target_modules=["query"], modules_to_save=None))
+        with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
+            adapters.combine("c", {"a": 1.0, "s": 1.0})
+        with pytest.raises(ak.UnsupportedError, match=message):
+            adapters.convert("s", to="lora", name="c")
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
@@ -231,14 +203,6 @@ def test_factors_of_peft_that_cross_groups_cannot_be_combined(tmp_path: Path) ->
     adapters.load(tmp_path, "a")
     with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=r"no low-rank change .* at 'grouped'"):
         adapters.combine("c", {"a": 1.0})
-
-
-def test_grouped_convolutions_in_our_own_form_are_combined() -> None:
-    adapters = adapted(build("convnet").double(), TWO, ["grouped", "dilated", "circular"])
-    adapters.combine("c", {"a": 0.5, "b": 1.5})
-    adapters.activate("c")
-    expected = run(with_changes(adapters.model, sums(adapters, {"a": 0.5, "b": 1.5})), "convnet")
-    torch.testing.assert_close(run(adapters.model, "convnet"), expected)
 
 
 def test_a_seed_gives_the_same_masks_whatever_else_is_drawn() -> None:
@@ -253,24 +217,9 @@ def test_a_seed_gives_the_same_masks_whatever_else_is_drawn() -> None:
     same(combined("again", seed=7), first, 1e-12)
     other = combined("other", seed=8)
     assert any(not torch.allclose(other[p], d) for p, d in first.items())
-    paths = sorted(first)
-    assert not torch.equal(first[paths[0]] == 0, first[paths[1]] == 0)  # each target has masks of its own
-
-
-def test_a_combination_of_merged_adapters_is_of_the_adapters_alone() -> None:
-    adapters = tiny("bert", TWO)
-    adapters.merge("a")
-    adapters.combine("c", {"a": 1.0, "b": 1.0})
-    same(deltas(adapters, "c"), sums(adapters, {"a": 1.0, "b": 1.0}))
-    adapters.unmerge()
-
-
-def test_the_result_is_frozen_until_it_is_activated() -> None:
-    adapters = tiny("bert", TWO)
-    adapters.combine("c", {"a": 1.0})
-    assert not any(p.requires_grad for p in adapters.parameters("c"))
-    adapters.activate("c")
-    assert all(p.requires_grad for p in adapters.parameters("c"))
+    masks = [delta == 0 for delta in first.values() if delta.shape == (16, 16)]
+    assert len(masks) > 1
+    assert not any(torch.equal(masks[0], mask) for mask in masks[1:])  # each target has masks of its own
 
 
 def test_the_config_keeps_where_the_sources_are_from() -> None:
@@ -280,11 +229,6 @@ def test_the_config_keeps_where_the_sources_are_from() -> None:
     assert adapters.config("c").base_model_name_or_path == "org/base"
     assert adapters.config("c").revision == "v1"
     assert adapters.config("c").task_type is None  # its head is not here
-
-
-def nan_in_a(adapters: ak.Adapters) -> None:
-    with torch.no_grad():
-        next(adapters.parameters("a")).fill_(float("nan"))
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -333,36 +277,43 @@ def test_errors_name_what_is_wrong_and_change_nothing(case: str) -> None:
         adapters.combine(**{"name": "c", "sources": {"a": 0.5, "b": 0.5}, **fields})
 
 
-def test_adapters_that_are_not_finite_are_named() -> None:
+def not_finite() -> ak.Adapters:
     adapters = tiny("bert", TWO)
-    nan_in_a(adapters)
-    with nothing_changes(adapters), pytest.raises(ak.StateError, match=r"Adapter 'a' has values at '.*' that are not"):
-        adapters.combine("c", {"b": 1.0, "a": 1.0}, method="tsv")
+    with torch.no_grad():
+        next(adapters.parameters("a")).fill_(float("nan"))
+    return adapters
 
 
-def test_adapters_of_different_bases_are_refused_with_the_reason() -> None:
-    bases = {n: {"base_model_name_or_path": f"org/{n}"} for n in "ab"}
-    adapters = tiny("bert", bases)
-    message = (
+def bias_beside_an_embedding() -> ak.Adapters:
+    fields = {"a": {"lora_bias": True, "target_modules": ["layers.0"]}, "b": {"target_modules": ["embed"]}}
+    return adapted(build("embednet"), fields)
+
+
+def without_values() -> ak.Adapters:
+    adapters = tiny("bert", TWO)
+    adapters.model.to("meta")
+    return adapters
+
+
+ADAPTERS: dict[str, tuple[Callable[[], ak.Adapters], type[Exception], str]] = {
+    "nan": (not_finite, ak.StateError, r"Adapter 'a' has values at '.*' that are not finite"),
+    "meta": (without_values, ak.StateError, r"Adapter 'a' has no values at '.*': it is on the meta device"),
+    "bias": (bias_beside_an_embedding, ak.ConfigError, "lora_bias has no meaning at 'embed'"),
+    "bases": (
+        lambda: tiny("bert", {n: {"base_model_name_or_path": f"org/{n}"} for n in "ab"}),
+        ak.ConfigError,
         r"The adapters were trained on different bases: 'a' of 'org/a', 'b' of 'org/b'\. If these are names of one "
-        r"model, pass same_base=True\."
-    )
-    with nothing_changes(adapters), pytest.raises(ak.ConfigError, match=message):
-        adapters.combine("c", {"a": 1.0, "b": 1.0})
-    adapters.combine("c", {"a": 1.0, "b": 1.0}, same_base=True)
+        r"model, pass same_base=True\.",
+    ),
+}
 
 
-def test_a_bias_beside_an_embedding_cannot_be_told_in_one_lora_config() -> None:
-    adapters = adapted(
-        build("embednet"),
-        {"a": {"lora_bias": True, "target_modules": ["layers.0"]}, "b": {"target_modules": ["embed"]}},
-    )
-    with nothing_changes(adapters), pytest.raises(ak.ConfigError, match="lora_bias has no meaning at 'embed'"):
-        adapters.combine("c", {"a": 1.0, "b": 1.0})
-
-
-def test_a_meta_model_says_that_there_is_nothing_to_combine() -> None:
-    adapters = ak.attach(build("bert").to("meta"))
-    adapters.add("a", LoraConfig(target_modules=["query"]))
-    with pytest.raises(ak.StateError, match=r"Adapter 'a' has no values at '.*': it is on the meta device"):
-        adapters.combine("c", {"a": 1.0}, heads="drop")
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_that_cannot_be_combined_are_refused_with_the_reason(case: str) -> None:
+    make, kind, message = ADAPTERS[case]
+    adapters = make()
+    picture = nothing_changes(adapters) if case != "meta" else nullcontext()
+    with picture, pytest.raises(kind, match=message):
+        adapters.combine("c", {"b": 1.0, "a": 1.0} if case == "nan" else {"a": 1.0, "b": 1.0})
+    if case == "bases":
+        adapters.combine("c", {"a": 1.0, "b": 1.0}, same_base=True)

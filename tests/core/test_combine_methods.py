@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.combining import deltas, nothing_changes, outer_method, randomise, same, sums
+from tests.combining import deltas, nothing_changes, outer_method, randomise, registered, same, sums
 from tests.models import MODELS, build, run
 
 import adapterkit as ak
@@ -60,16 +60,6 @@ def test_every_method_becomes_lora_exactly_and_is_served_by_peft(method: str, mo
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "lora"])
-def test_a_method_that_cannot_be_a_result_says_so(method: str) -> None:
-    adapters = with_adapters("bert", "lora")
-    if "from_factors" in ak.method(method).hooks:
-        pytest.skip(f"{method} can be a result")
-    message = rf"The method '{method}' cannot be a result: it has no hook .*\. Use to='lora', which can express every"
-    with nothing_changes(adapters), pytest.raises(ak.UnsupportedError, match=message):
-        adapters.convert("lora0", to=method, name="no")
-
-
 @pytest.mark.parametrize(
     ("answer", "kind", "message"),
     [
@@ -91,12 +81,8 @@ def test_what_a_method_cannot_express_is_named(answer: Any, kind: type[Exception
 
     plugin.from_factors = from_factors  # type: ignore[attr-defined]
     adapters = with_adapters("bert", "lora")
-    ak.register(plugin)
-    try:
-        with nothing_changes(adapters), pytest.raises(kind, match=message):
-            adapters.convert("lora0", to="outer", name="no")
-    finally:
-        ak.default_registry.unregister("outer")
+    with registered(plugin), nothing_changes(adapters), pytest.raises(kind, match=message):
+        adapters.convert("lora0", to="outer", name="no")
 
 
 def test_a_method_of_ones_own_can_be_the_result_with_trained_biases() -> None:
@@ -112,11 +98,8 @@ def test_a_method_of_ones_own_can_be_the_result_with_trained_biases() -> None:
     adapters.add("b", ak.config("lora", target_modules=["query"], modules_to_save=None, bias="all", r=1))
     adapters.add("plain", ak.config("lora", target_modules=["query"], modules_to_save=None, r=1))
     randomise(adapters, "plain", 1)
-    ak.register(plugin)
-    try:
+    with registered(plugin):
         adapters.convert("b", to="outer", name="with_biases")
         assert adapters.config("with_biases").bias == "all"
         adapters.convert("plain", to="outer", name="yes")
         same(deltas(adapters, "yes"), deltas(adapters, "plain"), 1e-6)
-    finally:
-        ak.default_registry.unregister("outer")

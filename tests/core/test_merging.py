@@ -4,7 +4,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.combining import scaling_method
+from tests import combining
+from tests.combining import bits, has_bits, registered, scaling_method
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -24,6 +24,10 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+TARGETS = ["embed", "linear", "conv"]
+IDS = torch.arange(14).view(2, 7) % 7
 
 
 class Net(nn.Module):
@@ -39,33 +43,19 @@ class Net(nn.Module):
         return self.conv(self.linear(self.embed(ids)).transpose(1, 2))
 
 
-TARGETS = ["embed", "linear", "conv"]
-IDS = torch.arange(14).view(2, 7) % 7
-
-
 def network(dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int) -> Net:
     torch.manual_seed(seed)
     return Net(**sizes).to(dtype).eval()
 
 
-def adapted(model: nn.Module, *names: str, **fields: object) -> ak.Adapters:
-    adapters = ak.attach(model)
-    for name in names:
-        config = LoraConfig(**{"target_modules": TARGETS, "r": 3, "modules_to_save": None, **fields})
-        adapters.add(name, config)
-        for parameter in adapters.parameters(name):
-            nn.init.normal_(parameter, std=0.2)
-    return adapters
+def adapted(model: nn.Module, *names: str, targets: Any = TARGETS, **fields: Any) -> ak.Adapters:
+    return combining.adapted(model, {name: {"lora_alpha": 8, **fields} for name in names}, targets)
 
 
 def classifier() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     return BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes)).eval()
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -90,13 +80,13 @@ def test_merged_output_is_the_adapted_output(
 def test_unmerge_restores_every_bit(dtype: torch.dtype) -> None:
     model = network(dtype)
     adapters = adapted(model, "a", "b", bias="all")
-    before = snapshot(model)
+    before, weight, place = bits(model), model.linear.weight, model.linear.weight.data_ptr()
     for _ in range(3):
         adapters.merge("a")
         adapters.merge("b")
+        assert (model.linear.weight, model.linear.weight.data_ptr()) == (weight, place)
         adapters.unmerge()
-    after = model.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert has_bits(model, before)
 
 
 @given(scale=st.floats(-1e3, 1e3), rank=st.integers(1, 12))
@@ -121,16 +111,6 @@ def test_half_precision_is_the_float32_result_rounded_once(dtype: torch.dtype) -
     expected = torch.addmm(torch.addmm(base, deltas[0].up, deltas[0].down), deltas[1].up, deltas[1].down)
     adapters.merge("a", "b")
     assert torch.equal(model.linear.weight, expected.to(dtype))
-
-
-def test_merge_changes_parameters_in_place() -> None:
-    model = network()
-    adapters = adapted(model, "a")
-    weight = model.linear.weight
-    place = weight.data_ptr()
-    adapters.merge("a")
-    assert model.linear.weight is weight
-    assert weight.data_ptr() == place
 
 
 class Allocated(TorchDispatchMode):
@@ -206,7 +186,7 @@ def test_tiles_of_any_size_give_the_same_merge(
 
 def test_the_factors_of_all_layers_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
-    adapters = adapted(model, "a", target_modules="all-linear")
+    adapters = adapted(model, "a", targets="all-linear")
     alive: list[Any] = []
     most = [0]
     original = Method.factors
@@ -246,25 +226,6 @@ def test_channels_last_weights_are_merged() -> None:
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_merged_adapters_and_active_ones_act_together() -> None:
-    model = network()
-    adapters = adapted(model, "a", "b")
-    adapters.activate("a", "b")
-    expected = model(IDS)
-    adapters.merge("a")
-    assert adapters.merged == ("a",)
-    assert adapters.active == ("b",)
-    torch.testing.assert_close(model(IDS), expected)
-
-
-def test_unmerge_activates_again_what_was_active() -> None:
-    adapters = adapted(network(), "a", "b")
-    adapters.activate("a", "b", trainable=False)
-    adapters.merge("a")
-    adapters.unmerge()
-    assert adapters.active == ("a", "b")
-
-
 def test_a_merged_adapter_keeps_its_head() -> None:
     model = classifier()
     adapters = ak.attach(model)
@@ -298,15 +259,6 @@ def test_merge_and_detach_gives_a_plain_model_with_the_adapter_in_it(names: tupl
     assert list(again.config.id2label.values()) == list("vwxyz")
 
 
-def test_detach_unmerges_first() -> None:
-    model = network()
-    before = snapshot(model)
-    adapters = adapted(model, "a")
-    adapters.merge("a")
-    adapters.detach()
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-
-
 def load_again(model: nn.Module) -> None:
     model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
 
@@ -320,7 +272,7 @@ def step(model: nn.Module) -> None:
 @pytest.mark.parametrize("edit", [load_again, step])
 def test_what_is_written_to_merged_weights_is_never_thrown_away_in_silence(edit: Callable[[Net], None]) -> None:
     model = network()
-    before = snapshot(model)
+    before = bits(model)
     adapters = adapted(model, "a", "b")
     adapters.merge("a")
     edit(model)
@@ -345,10 +297,12 @@ def test_merged_weights_may_move_to_another_dtype_and_back_to_the_base() -> None
         torch.testing.assert_close(model(IDS), expected, rtol=0.04, atol=0.04)
 
 
-def test_a_copy_of_a_merged_model_is_unmerged_by_itself() -> None:
+def test_a_copy_is_merged_and_unmerged_by_itself() -> None:
     model = network()
     adapters = adapted(model, "a")
-    expected = model(IDS)
+    expected, before = model(IDS), bits(model)
+    ak.attach(copy.deepcopy(model)).merge("a")
+    assert has_bits(model, before)
     adapters.merge("a")
     twin = copy.deepcopy(model)
     ak.attach(twin).unmerge()
@@ -360,14 +314,14 @@ def test_a_copy_of_a_merged_model_is_unmerged_by_itself() -> None:
 def test_safe_finds_values_that_are_not_finite_and_changes_nothing(keep_base: bool) -> None:
     model = network()
     adapters = adapted(model, "a")
-    before = snapshot(model)
+    before = bits(model)
     with torch.no_grad():
         model.conv.adapters["a"].lora_B.weight.fill_(float("inf"))
         before["conv.adapters.a.lora_B.weight"].fill_(float("inf"))
     with pytest.raises(ak.StateError, match="Merging 'a' into 'conv' gives values that are not finite"):
         adapters.merge("a", safe=True, keep_base=keep_base)
     assert adapters.merged == ()
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert has_bits(model, before)
 
 
 def tied() -> GPT2LMHeadModel:
@@ -376,17 +330,12 @@ def tied() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, **ids)).eval()
 
 
-def test_tied_weights_are_not_merged_in_silence() -> None:
-    model = tied()
-    adapters = adapted(model, "a", target_modules=["wte"])
-    with pytest.raises(ak.StateError, match=r"'transformer\.wte\.weight' is tied to another module"):
-        adapters.merge("a")
-
-
 def test_untie_gives_the_target_a_weight_of_its_own_until_unmerge(tmp_path: Path) -> None:
     model = tied()
-    adapters = adapted(model, "a", target_modules=["wte"])
+    adapters = adapted(model, "a", targets=["wte"])
     head, expected = model.lm_head.weight.detach().clone(), model(IDS).logits
+    with pytest.raises(ak.StateError, match=r"'transformer\.wte\.weight' is tied to another module"):
+        adapters.merge("a")
     adapters.merge("a", untie=True)
     torch.testing.assert_close(model(IDS).logits, expected)
     assert torch.equal(model.lm_head.weight, head)
@@ -398,15 +347,13 @@ def test_untie_gives_the_target_a_weight_of_its_own_until_unmerge(tmp_path: Path
 
 
 @pytest.fixture
-def scale() -> Iterator[ModuleType]:
-    plugin = scaling_method(mergeable=True)
-    ak.register(plugin)
-    yield plugin
-    ak.default_registry.unregister("scale")
+def scale() -> Iterator[Any]:
+    with registered(scaling_method(mergeable=True)) as plugin:
+        yield plugin
 
 
 @pytest.mark.parametrize("order", [("a", "s"), ("s", "a")], ids="-".join)
-def test_other_methods_merge_by_their_own_rule_in_the_order_given(scale: ModuleType, order: tuple[str, str]) -> None:
+def test_other_methods_merge_by_their_own_rule_in_the_order_given(scale: Any, order: tuple[str, str]) -> None:
     model = network()
     adapters = adapted(model, "a")
     adapters.add("s", scale.config(target_modules=TARGETS, modules_to_save=None))
@@ -414,19 +361,11 @@ def test_other_methods_merge_by_their_own_rule_in_the_order_given(scale: ModuleT
         nn.init.uniform_(parameter, 0.5, 2.0)
     adapters.activate(*order)
     expected = model(IDS)
-    before = snapshot(model)
+    before = bits(model)
     adapters.merge(*order)
     torch.testing.assert_close(model(IDS), expected)
     adapters.unmerge()
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-
-
-def test_adapters_are_merged_into_a_deep_copy_alone() -> None:
-    model = network()
-    adapted(model, "a")
-    before = snapshot(model)
-    ak.attach(copy.deepcopy(model)).merge("a")
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert has_bits(model, before)
 
 
 MISUSES = {
@@ -443,6 +382,11 @@ MISUSES = {
     "base gone": (lambda a: (a.merge("a", keep_base=False), a.unmerge()), r"'a' cannot be unmerged: with keep_base"),
     "no name": (lambda a: a.merge(), r"merge\(\) must name adapters, each once\. There is \('a', 'b'\)"),
     "unknown": (lambda a: a.merge("x"), r"Unknown adapter 'x'\. Available: 'a', 'b'"),
+    "trained biases": (
+        lambda a: (a.merge("a"), a.add("c", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))),
+        r"'c' trains biases, .* other adapters are merged into those now",
+    ),
+    "meta": (lambda a: (a.model.to("meta"), a.merge("a")), r"'embed\.weight' is not in memory"),
     "nothing active": (lambda a: (a.activate(), a.merge_and_detach()), r"nothing to merge: no adapter is active"),
 }
 
@@ -455,26 +399,9 @@ def test_misuse_says_what_to_do(misuse: str) -> None:
 
 
 def test_a_bias_of_the_adapter_needs_one_of_the_layer() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    adapters = adapted(model, "a", target_modules=["0"], lora_bias=True)
+    adapters = adapted(nn.Sequential(nn.Linear(4, 4, bias=False)), "a", targets=["0"], lora_bias=True)
     with pytest.raises(ak.StateError, match="'0' has no bias to merge the adapter's into"):
         adapters.merge("a")
-
-
-def test_meta_weights_cannot_be_merged() -> None:
-    model = network().to("meta")
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["linear"]))
-    with pytest.raises(ak.StateError, match=r"'linear\.weight' is not in memory"):
-        adapters.merge("a")
-
-
-def test_trained_biases_are_not_added_onto_merged_ones() -> None:
-    adapters = adapted(network(), "a")
-    adapters.merge("a")
-    with pytest.raises(ak.StateError, match=r"'b' trains biases, .* other adapters are merged into those now"):
-        adapters.add("b", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))
-    assert adapters.names == ("a",)
 
 
 def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
@@ -489,20 +416,13 @@ def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
     adapters.merge("a", "b")
     torch.testing.assert_close(model(IDS).logits, expected)
     assert model.config.num_labels == 4
-
-
-def test_merge_and_detach_keeps_the_head_that_was_chosen() -> None:
-    model = classifier()
-    adapters = ak.attach(model)
-    for name, count in (("a", 4), ("b", 5)):
-        adapters.add(name, LoraConfig(target_modules=["query"]), num_labels=count)
-    adapters.activate("a", "b", trainable=False, heads="b")
-    assert adapters.merge_and_detach("a", "b", heads="a")(IDS).logits.shape == (2, 4)
+    adapters.unmerge()
+    assert adapters.merge_and_detach("a", "b", heads="b")(IDS).logits.shape == (2, 5)
 
 
 def test_a_resized_embedding_takes_its_own_change_in_and_gives_it_back(tmp_path: Path) -> None:
     """PEFT writes an embedding that it adapts in full beside the change; both act, so both are merged."""
-    adapters = adapted(network(torch.float32), "a", target_modules=["embed", "linear"])
+    adapters = adapted(network(torch.float32), "a", targets=["embed", "linear"])
     adapters.save("a", tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors["base_model.model.embed.base_layer.weight"] = torch.randn(7, 6)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.combining import nothing_changes, scaling_method
+from tests.combining import bits, has_bits, nothing_changes, randomise, registered, scaling_method
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.merging import weights as merging
 from adapterkit.merging.changes import Part
+from adapterkit.merging.weights import Kept
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
@@ -28,8 +28,7 @@ def adapted(config: type[ak.AdapterConfig] = LoraConfig, dtype: torch.dtype = to
     torch.manual_seed(0)
     adapters = ak.attach(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).to(dtype).eval())
     adapters.add("a", config(target_modules=["0", "1", "2", "3"]))
-    for parameter in adapters.parameters("a"):
-        nn.init.normal_(parameter, std=0.3)
+    randomise(adapters, "a", 0)
     return adapters
 
 
@@ -38,17 +37,17 @@ def output(adapters: ak.Adapters) -> Tensor:
     return adapters.model(X.to(weight.dtype)).detach()
 
 
-def third(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """`act` is called when the third layer is about to be merged."""
-    original, calls = Part.adder, []
+def third(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], cls: type = Part, name: str = "adder") -> None:
+    """`act` is called when the third layer is about to be merged, or given back."""
+    original, calls = getattr(cls, name), []
 
-    def adder(self: Part, dtype: torch.dtype) -> Any:
+    def replaced(self: Any, *args: Any) -> Any:
         calls.append(self)
         if len(calls) == 3:
             act()
-        return original(self, dtype)
+        return original(self, *args)
 
-    monkeypatch.setattr(Part, "adder", adder)
+    monkeypatch.setattr(cls, name, replaced)
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -56,6 +55,10 @@ def raising(error: BaseException) -> Callable[[], None]:
         raise error
 
     return act
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 ERRORS: dict[str, tuple[Callable[[], BaseException], type[BaseException]]] = {
@@ -69,13 +72,13 @@ ERRORS: dict[str, tuple[Callable[[], BaseException], type[BaseException]]] = {
 def test_after_a_second_merge_broke_off_the_first_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = adapted()
     adapters.copy("a", "b")
-    base = {key: value.clone() for key, value in adapters.model.state_dict().items()}
+    base = bits(adapters.model)
     adapters.merge("a")
     third(monkeypatch, raising(RuntimeError("no such kernel")))
     with pytest.raises(ak.StateError, match="no such kernel"):
         adapters.merge("b")
     adapters.unmerge()
-    assert all(torch.equal(value, base[key]) for key, value in adapters.model.state_dict().items())
+    assert has_bits(adapters.model, base)
 
 
 @KEPT
@@ -88,7 +91,7 @@ def test_an_error_in_the_middle_takes_the_layers_before_it_back(
     error, expected_type = ERRORS[case]
     adapters = adapted(config, dtype)
     expected, flags = output(adapters), [p.requires_grad for p in adapters.model.parameters()]
-    before = {key: value.clone() for key, value in adapters.model.state_dict().items()}
+    before = bits(adapters.model)
     third(monkeypatch, raising(error()))
     with pytest.raises(expected_type) as caught:
         adapters.merge("a", keep_base=keep_base)
@@ -96,8 +99,7 @@ def test_an_error_in_the_middle_takes_the_layers_before_it_back(
     assert ("the changes of 2 layers were subtracted again" in said) == (not keep_base)
     assert (adapters.active, adapters.merged) == (("a",), ())
     assert [p.requires_grad for p in adapters.model.parameters()] == flags
-    if keep_base:
-        assert all(torch.equal(value, before[key]) for key, value in adapters.model.state_dict().items())
+    assert not keep_base or has_bits(adapters.model, before)
     tolerance = {"rtol": 4e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(output(adapters), expected, **tolerance)
     monkeypatch.undo()
@@ -108,25 +110,20 @@ def test_an_error_in_the_middle_takes_the_layers_before_it_back(
 def test_methods_that_are_no_sums_are_given_back_bit_for_bit_even_if_the_base_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plugin = scaling_method(mergeable=True)
-    ak.register(plugin)
-    try:
+    with registered(scaling_method(mergeable=True)) as plugin:
         adapters = adapted()
         adapters.add("s", plugin.config(target_modules=["0", "1", "2", "3"], modules_to_save=None))
-        for parameter in adapters.parameters("s"):
-            nn.init.uniform_(parameter, 0.5, 2.0)
+        randomise(adapters, "s", 1)
         third(monkeypatch, raising(RuntimeError("no")))
         with nothing_changes(adapters), pytest.raises(ak.StateError, match="Nothing was changed"):
             adapters.merge("a", "s", keep_base=False)
-    finally:
-        ak.default_registry.unregister("scale")
 
 
 @KEPT
 def test_ctrl_c_in_a_merge_leaves_all_or_nothing(keep_base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = adapted()
     expected = output(adapters)
-    third(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    third(monkeypatch, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         adapters.merge("a", keep_base=keep_base)
     assert (adapters.active, adapters.merged) == ((("a",), ()) if keep_base else ((), ("a",)))
@@ -137,50 +134,31 @@ def test_ctrl_c_in_a_merge_leaves_all_or_nothing(keep_base: bool, monkeypatch: p
 def test_ctrl_c_in_merge_and_detach_waits_for_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = adapted()
     model, expected = adapters.model, output(adapters)
-    third(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    third(monkeypatch, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         adapters.merge_and_detach("a")
     assert not any(hasattr(type(module), "_adapted_from") for module in model.modules())
     torch.testing.assert_close(model(X), expected)
 
 
-def test_ctrl_c_in_unmerge_waits_until_all_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("no memory")], ids=["Ctrl-C", "error"])
+def test_unmerge_is_whole_or_may_be_called_again(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = adapted()
-    base = {key: value.clone() for key, value in adapters.model.state_dict().items()}
+    base = bits(adapters.model)
     adapters.merge("a")
-    third_kept(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+    third(monkeypatch, raising(error) if error else ctrl_c, Kept, "give_back")
+    expected = (ak.StateError, r"no memory\)\. Call unmerge\(\) again") if error else (KeyboardInterrupt, None)
+    with pytest.raises(expected[0], match=expected[1]):
         adapters.unmerge()
-    assert (adapters.active, adapters.merged) == (("a",), ())
-    assert all(torch.equal(value, base[key]) for key, value in adapters.model.state_dict().items())
-
-
-def test_unmerge_may_be_called_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = adapted()
-    base = {key: value.clone() for key, value in adapters.model.state_dict().items()}
-    adapters.merge("a")
-    third_kept(monkeypatch, raising(torch.OutOfMemoryError("no memory")))
-    with pytest.raises(ak.StateError, match=r"no memory\)\. Call unmerge\(\) again"):
-        adapters.unmerge()
-    assert adapters.merged == ("a",)
+    assert adapters.merged == (("a",) if error else ())
     monkeypatch.undo()
-    adapters.unmerge()
-    assert all(torch.equal(value, base[key]) for key, value in adapters.model.state_dict().items())
+    if error:
+        adapters.unmerge()
+    assert adapters.active == ("a",)
+    assert has_bits(adapters.model, base)
 
 
-def third_kept(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    original, calls = merging.Kept.give_back, []
-
-    def give_back(self: merging.Kept) -> None:
-        calls.append(self)
-        if len(calls) == 3:
-            act()
-        original(self)
-
-    monkeypatch.setattr(merging.Kept, "give_back", give_back)
-
-
-HERE = Path(merging.__file__).parent
+HERE = Path(ak.__file__).parent / "merging"
 
 
 class InLine:
@@ -199,45 +177,27 @@ class InLine:
         return self
 
 
-def interrupted(adapters: ak.Adapters, number: int, call: Callable[[], None]) -> str | None:
-    """What the interrupt in a line of a call says, or `None` if there are not so many lines."""
-    before = sys.gettrace()
-    sys.settrace(InLine(number))
-    try:
-        call()
-    except KeyboardInterrupt as error:
-        return " ".join(getattr(error, "__notes__", ()))
-    finally:
-        sys.settrace(before)
-    return None
-
-
-def test_an_interrupt_in_any_line_of_a_merge_leaves_all_or_nothing_bit_for_bit() -> None:
-    adapters = adapted()
-    expected = output(adapters)
-    base = {key: value.clone() for key, value in adapters.model.state_dict().items()}
-    flags = [p.requires_grad for p in adapters.model.parameters()]
+@KEPT
+def test_an_interrupt_in_any_line_of_a_merge_leaves_all_or_nothing_or_says_so(keep_base: bool) -> None:
     for number in range(1, 5000, 23):
-        said = interrupted(adapters, number, lambda: adapters.merge("a"))
-        assert (adapters.active, adapters.merged) in ((("a",), ()), ((), ("a",)))
-        torch.testing.assert_close(output(adapters), expected)
-        if adapters.merged:
-            adapters.unmerge()
-        assert all(torch.equal(value, base[key]) for key, value in adapters.model.state_dict().items())
-        assert [p.requires_grad for p in adapters.model.parameters()] == flags
-        if said is None:
-            break
-    assert number > 200
-
-
-def test_an_interrupt_in_any_line_where_the_base_is_not_kept_says_so_if_a_layer_is_lost() -> None:
-    for number in range(1, 5000, 41):
         adapters = adapted()
-        expected = output(adapters)
-        said = interrupted(adapters, number, lambda: adapters.merge("a", keep_base=False))  # noqa: B023
+        expected, base, before, said = output(adapters), bits(adapters.model), sys.gettrace(), None
+        flags = [p.requires_grad for p in adapters.model.parameters()]
+        sys.settrace(InLine(number))
+        try:
+            adapters.merge("a", keep_base=keep_base)
+        except KeyboardInterrupt as error:
+            said = " ".join(getattr(error, "__notes__", ()))
+        finally:
+            sys.settrace(before)
         assert (adapters.active, adapters.merged) in ((("a",), ()), ((), ("a",)))
-        if said is None or "is partly merged" not in said:
+        if keep_base or "is partly merged" not in (said or ""):
             torch.testing.assert_close(output(adapters), expected, rtol=1e-5, atol=1e-5)
+        if keep_base:
+            if adapters.merged:
+                adapters.unmerge()
+            assert has_bits(adapters.model, base)
+            assert [p.requires_grad for p in adapters.model.parameters()] == flags
         if said is None:
             break
     assert number > 200
