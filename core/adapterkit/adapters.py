@@ -143,7 +143,7 @@ class Adapters:
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters that act now; the first is the innermost."""
-        return self._active.names
+        return self._active.state.names
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -379,7 +379,7 @@ class Adapters:
         if not (batch_first or rows.uniform):
             entries.check({name: self._adapters[name].layers for name in rows.adapters})
         self._model.check_unchanged("per_sample", rows.adapters)
-        merged = tuple(n for n in self._active.heads if n in self.merged)
+        merged = tuple(n for n in self._active.state.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
         state = RowState(rows, Batch(entries), heads, merged, trainable=trainable, constant=not trainable)
         with self._model.block(state, trainable=trainable):
@@ -600,8 +600,8 @@ class Adapters:
         if keep_base:
             self._check_not_edited("merge")
         rest = [self._adapters[n] for n in self.active if n not in names]
-        if heads is None and set(names) <= set(self.active) and self._active.heads:
-            heads = self._active.heads[-1]  # chosen when they were activated
+        if heads is None and set(names) <= set(self.active) and self._active.state.heads:
+            heads = self._active.state.heads[-1]  # chosen when they were activated
         acting = acting_heads([*map(self._adapter, self.merged), *adapters, *rest], heads)
         refuse_fsdp1(self.model)
         reshard(self.model)  # FSDP2 leaves copies in place, and a merge into these would be lost
@@ -657,7 +657,7 @@ class Adapters:
             try:
                 if names:
                     kept = [n for n in self.active if n in names]
-                    chosen = heads or next(reversed(self._active.heads), None)
+                    chosen = heads or next(reversed(self._active.state.heads), None)
                     self.activate(*kept, trainable=False, heads=chosen if chosen in kept else None)
                 if wanted:
                     self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
@@ -665,7 +665,7 @@ class Adapters:
                 if self.merged == merged:
                     go_back()
                 raise
-            acting = [self._adapters[name] for name in self._active.heads]
+            acting = [self._adapters[name] for name in self._active.state.heads]
             parting = Parting.of(self.model, heads=acting)
             self._model.labels_of = None  # the label set that the config has now becomes its own
             self._merged, self._active.merged = Merged(), ()

@@ -6,7 +6,7 @@ Uses: errors, tensors, kinds, contract.
 
 from adapterkit.forward.arithmetic import delta, drops
 from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
-from adapterkit.forward.plan import Base, Plan, checks, input_name, of_input, run, run_layers, summable
+from adapterkit.forward.plan import Base, Plan, input_name, is_checked, of_input, run, run_layers, summable
 from adapterkit.forward.readers import ACTIVE, Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, State, lock
 from adapterkit.forward.surgery import (
@@ -37,7 +37,6 @@ __all__ = [
     "calls_adapters",
     "check_free",
     "check_free_root",
-    "checks",
     "declare_reader",
     "delta",
     "drops",
@@ -45,6 +44,7 @@ __all__ = [
     "give_dtypes_back",
     "input_name",
     "install",
+    "is_checked",
     "let_read",
     "lock",
     "of_input",

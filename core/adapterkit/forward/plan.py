@@ -37,10 +37,10 @@ class Plan:
         turn: how many of them come before those that are only summed.
         biases: the trained biases that act.
         changer: the one layer that acts, if it may take the module's weight and change it.
-        check: called before each forward; see `checks`.
+        checked: whether the module is checked before each forward; see `is_checked`.
     """
 
-    __slots__ = ("biases", "called", "changer", "check", "head", "layers", "module", "turn")
+    __slots__ = ("biases", "called", "changer", "checked", "head", "layers", "module", "turn")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -51,7 +51,7 @@ class Plan:
             self.called = callable_head(head, module)
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
-        self.check = checks(module, self.layers)
+        self.checked = is_checked(module, self.layers)
         self.turn = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
         # Compiled, the compiler decides what is made of it.
         alone = len(self.layers) == 1 and not self.turn and not torch.compiler.is_compiling()
@@ -201,8 +201,8 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
     if state.idle:
         return original(*args, **kwargs)
     plan = state.plan(module)
-    if plan.check is not None:
-        plan.check(module, state)
+    if plan.checked:
+        check_unchanged(module, state)
     try:
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError):
@@ -210,13 +210,12 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         raise
 
 
-def checks(module: nn.Module, layers: Iterable[Any]) -> Callable[[nn.Module, State], None] | None:
-    """`check_unchanged` before each forward that would otherwise go wrong silently; `None`: torch raises an error.
+def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
+    """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
     An embedding that is asked for a missing row stops a GPU, and a convolution may have another stride since `add`.
     """
-    silent = isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
-    return check_unchanged if silent else None
+    return isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
 
 
 def check_unchanged(module: nn.Module, state: State) -> None:

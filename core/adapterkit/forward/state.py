@@ -181,16 +181,6 @@ class Active:
         """Whether this thread is in a block."""
         return bool(self.here.thread.blocks)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """`State.names` of this thread."""
-        return self.state.names
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """`State.heads` of this thread."""
-        return self.state.heads
-
     def become(self, state: State) -> None:
         """Let `state` act until the end of this thread's block, or everywhere if the thread is in no block.
 

@@ -124,7 +124,7 @@ class Saver:
         if ATTRIBUTE not in self.root.__dict__:
             return own(*call.args, **call.kwargs)
         active, inside = self.adapters._active, self._adapters_inside()
-        acting = [name for name in active.names if name in inside]
+        acting = [name for name in active.state.names if name in inside]
         merged = [name for name in self.adapters.merged if name in inside]
         if merged and acting:
             raise StateError(
@@ -134,7 +134,7 @@ class Saver:
             )
         if self.name != _SAVE:
             here = f"{self.path}." if self.path else ""
-            heads = {name: self.adapters._adapters[name].heads for name in active.heads}
+            heads = {name: self.adapters._adapters[name].heads for name in active.state.heads}
             for name in (*acting, *(n for n, paths in heads.items() if any(f"{p}.".startswith(here) for p in paths))):
                 raise StateError(
                     f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
@@ -188,7 +188,7 @@ class Saver:
             merged: write the label set of the acting head instead of the model's own.
         """
         adapted = self.adapters._model
-        heads = [adapted.adapters[name] for name in adapted.active.heads]
+        heads = [adapted.adapters[name] for name in adapted.active.state.heads]
 
         def make_plain(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
             self._make_plain(heads, state, prefix)

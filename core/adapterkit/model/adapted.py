@@ -289,7 +289,7 @@ class AdaptedModel:
 
     def follow_labels(self) -> None:
         """Give the model's config the label set of the head that acts."""
-        owner = self._labels_owner(self.active.heads)
+        owner = self._labels_owner(self.active.state.heads)
         base = self.labels if owner != self.labels_of else None
         if base is None:
             return

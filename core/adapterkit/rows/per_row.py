@@ -24,9 +24,9 @@ from adapterkit.forward import (
     Plan,
     State,
     callable_head,
-    checks,
     delta,
     drops,
+    is_checked,
     of_input,
     run,
     run_layers,
@@ -123,10 +123,10 @@ class RowPlan(Plan):
         heads = state.parts(module, HEADS, names)
         self.heads: dict[str, Any] = {name: callable_head(head, module) for head, name in heads}
         self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in state.parts(module, LAYERS, names)}
-        self.shifts: dict[str, BiasLayer] = {name: bias for bias, name in state.parts(module, BIASES, names)}
+        self.shifts: dict[str, Any] = {name: bias for bias, name in state.parts(module, BIASES, names)}
         defaults = state.parts(module, HEADS, state.defaults[::-1])
         self.default = callable_head(defaults[0][0], module) if defaults else None
-        self.check = checks(module, self.parts.values())
+        self.checked = is_checked(module, self.parts.values())
         self.additive = all(layer.summed for layer in self.parts.values())
         self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         self.groups: list[tuple[dict[str, AdapterLayer], bool]] = []
@@ -202,7 +202,7 @@ class RowPlan(Plan):
         """`base(x)` with the parts of one adapter."""
         layer, bias = self.parts.get(name), self.shifts.get(name)
         out: Tensor = run_layers(self.module, [] if layer is None else [layer], base, x)
-        return out if bias is None else (out + bias.change(self._bias(), out)).to(out.dtype)
+        return out if bias is None else (out + bias.change(self.module.bias, out)).to(out.dtype)
 
     def _changed_rows(self, base: Call, x: Tensor) -> Tensor:
         """`base(x)`, each row with the layer and the bias of its adapter."""
@@ -226,14 +226,10 @@ class RowPlan(Plan):
         if self.shifts:
             length, shifts = out.shape[0] // rows.count, []
             for name, bias in self.shifts.items():
-                own, shift = rows.having(name), bias.change(self._bias(), out)
+                own, shift = rows.having(name), bias.change(self.module.bias, out)
                 shifts.append((own, shift.expand(len(own) * length, *out.shape[1:])))
             out = rows.add(out, shifts)
         return out.to(dtype)
-
-    def _bias(self) -> Tensor:
-        bias: Any = self.module.bias
-        return bias  # type: ignore[no-any-return]
 
 
 def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor) -> Tensor | None:

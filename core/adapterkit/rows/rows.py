@@ -75,7 +75,7 @@ class Rows:
 
     def pick(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """The entries of some rows of `x`."""
-        return self.each(x).index_select(0, self._tensor(rows, x.device)).flatten(0, 1)
+        return x.view(self.count, -1, *x.shape[1:]).index_select(0, self._tensor(rows, x.device)).flatten(0, 1)
 
     def join(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
         """The reverse: one tensor from the entries of disjoint rows, which together are all."""
@@ -89,11 +89,7 @@ class Rows:
         rows = self._tensor([row for rows, _ in parts for row in rows], out.device)
         change = torch.cat([part.unflatten(0, (len(rows), -1)) for rows, part in parts])
         dtype = torch.promote_types(out.dtype, change.dtype)
-        return self.each(out).to(dtype).index_add(0, rows, change.to(dtype)).flatten(0, 1)
-
-    def each(self, x: Tensor) -> Tensor:
-        """`x` as `(n, k, ...)`."""
-        return x.view(self.count, -1, *x.shape[1:])
+        return out.view(self.count, -1, *out.shape[1:]).to(dtype).index_add(0, rows, change.to(dtype)).flatten(0, 1)
 
     def _tensor(self, values: Sequence[int], device: torch.device) -> Tensor:
         """These numbers on a device. Kept; compiled, they are a part of what is compiled."""
