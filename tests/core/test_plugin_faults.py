@@ -66,7 +66,7 @@ def test_merge_rule_that_fails_half_way_changes_nothing(wrong: Any, message: str
 
     class layer(MergedLayer):
         def merged(self, weight: Tensor, bias: Tensor | None) -> Any:
-            if weight.is_meta or weight.shape == (5, 4):
+            if not weight.any() or weight.shape == (5, 4):  # it is asked with zeros before
                 return weight + self.dense(), bias
             return wrong(weight=weight, bias=bias)
 
@@ -124,7 +124,9 @@ def test_shapes_are_checked_when_an_adapter_is_added(base: Any, name: str, funct
     assert f"{WHO} (Faulty): Layer.{name} {message}" in str(caught.value)
 
 
-def test_a_function_that_needs_values_is_not_checked() -> None:
+def test_a_function_that_needs_values_is_not_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterkit.contract.method._LARGE", 0)
+
     class Values(OuterLayer):
         def factors(self) -> ak.Factors:
             right = super().factors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any
@@ -18,6 +19,9 @@ from adapterkit.errors import AdapterError, PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
 
 Tensors = Mapping[str, Tensor]
+
+# Entries of a weight from which a shape is asked for on the meta device, whose first use takes about a second.
+_LARGE = 2**22
 
 
 class Method:
@@ -182,25 +186,30 @@ class Method:
 
     @torch.no_grad()
     def check_shapes(self, layer: AdapterLayer, path: str, *, has_bias: bool) -> None:
-        """Check the shapes of what the layer's mathematics gives. No values are computed, on the meta device.
+        """Check the shapes of what the layer's mathematics gives; that of a large layer without values.
 
         Raises:
             PluginError: names the function, the layer, and what it must give.
             UnsupportedError: `merged` gives a bias, and the layer has none.
         """
-        kind, light = layer.kind, without_values(layer)
-        weight = torch.empty(kind.out_features, kind.in_features, device="meta")
-        bias = torch.empty(kind.out_features, device="meta") if has_bias else None
+        sizes = (layer.kind.out_features, layer.kind.in_features)
+        devices = [tensor.device for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors]
+        device = devices[0] if devices else torch.device("cpu")
+        if device.type == "meta":
+            return
+        if math.prod(sizes) > _LARGE:
+            layer, device = without_values(layer), torch.device("meta")
+        weight, bias = torch.zeros(sizes, device=device), torch.zeros(sizes[0], device=device) if has_bias else None
         try:
-            if isinstance(light, DenseLayer):
-                change = self.ask(f"{type(layer).__name__}.change", (object,), light.change)
+            if isinstance(layer, DenseLayer):
+                change = self.ask(f"{type(layer).__name__}.change", (object,), layer.change)
                 if getattr(change, "shape", None) != weight.shape:
                     what = f"{type(layer).__name__}.change"
                     raise self.fault(f"{what} gave {path!r} {_shown(change)}; it must be {_shown(weight)}")
             if layer.additive:
-                self.factors(light, where=repr(path))
+                self.factors(layer, where=repr(path))
             elif self.merges(layer):
-                self.merge(light, weight, bias, where=repr(path))
+                self.merge(layer, weight, bias, where=repr(path))
         except PluginError as error:
             if error.__cause__ is None:  # else the function may need values, which the forward shows
                 raise
