@@ -67,7 +67,6 @@ from adapterkit.rows import Batch, Rows, RowState
 from adapterkit.tensors import (
     check_averaged,
     check_can_grow,
-    check_can_replace,
     gathered,
     has_fsdp1,
     put,
@@ -423,9 +422,6 @@ class Adapters:
                 if strict:
                     refuse(report, name, "The state dict")
                 warnings.warn(str(report), AdapterWarning, stacklevel=3)
-            for slot, tensor in values:
-                if slot.tensor.shape != tensor.shape:
-                    check_can_replace(self.model, slot.key)
             put(values)
         return report
 

@@ -1,42 +1,59 @@
-"""Tests on two processes. A file starts them once, for one scenario, and its tests look at what that gave."""
+"""Tests on two processes: each runs one function with its assertions in both of them."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 import adapterkit as ak
 
-Found = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+# Both processes are forks of a server that imports this once.
+multiprocessing.set_forkserver_preload(["tests.core.test_trainer", "torch.distributed.fsdp"])
 
 
-def on_two_processes(scenario: Callable[[Path], Found], folder: Path) -> tuple[Found, Found]:
-    """What the scenario returns in each of two processes of one group."""
-    mp.spawn(_process, (scenario, folder), nprocs=2)
-    one, other = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
-    return one, other
+def on_two_processes(scenario: Callable[[Path], None], folder: Path) -> None:
+    """Run the scenario in each of two processes of one group. What one of them raises is raised here."""
+    mp.start_processes(_process, (scenario, folder), nprocs=2, start_method="forkserver")
 
 
-def _process(rank: int, scenario: Callable[[Path], Found], folder: Path) -> None:
+def _process(rank: int, scenario: Callable[[Path], None], folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     try:
-        torch.save(scenario(folder), folder / f"{rank}.pt")
+        scenario(folder)
     finally:
         dist.destroy_process_group()
 
 
-def attempt(call: Callable[[], object]) -> str:
-    """The error that the call raises, as text, or `""`."""
-    try:
+def refused(call: Callable[[], object], *words: str, error: type[ak.AdapterError] = ak.StateError) -> None:
+    """The call raises this error, with these words."""
+    with pytest.raises(error) as raised:
         call()
-    except ak.AdapterError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def copies(tensors: Tensors) -> Tensors:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def assert_same(given: Tensors, expected: Tensors) -> None:
+    assert given.keys() == expected.keys()
+    assert all(type(tensor) is Tensor and torch.equal(tensor, expected[key]) for key, tensor in given.items())
+
+
+def assert_alike(tensors: Tensors) -> None:
+    """Both processes have the same tensors."""
+    found: list[Tensors] = [{}, {}]
+    dist.all_gather_object(found, tensors)
+    assert_same(*found)

@@ -8,7 +8,6 @@ from adapterkit.tensors.assign import Slot, apart, module_slots, put
 from adapterkit.tensors.distributed import (
     check_averaged,
     check_can_grow,
-    check_can_replace,
     gathered,
     has_fsdp1,
     in_first_process,
@@ -30,7 +29,6 @@ __all__ = [
     "apart",
     "check_averaged",
     "check_can_grow",
-    "check_can_replace",
     "execution_device",
     "gathered",
     "has_fsdp1",

@@ -1,4 +1,4 @@
-"""Giving modules other tensors, also into parameters that are in use, all or none."""
+"""The places of tensors in modules, and giving them other tensors."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def apart(value: Tensor, taken: set[int]) -> Tensor:
 
 
 def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
-    """Copy tensors into parameters and buffers that are in use, all or none; one of another shape is replaced.
+    """Copy tensors into parameters and buffers of their shapes that are in use.
 
     Raises:
-        StateError: one of them is offloaded by accelerate.
+        StateError: one of them is offloaded by accelerate. Nothing is written then.
     """
     slots, given = [slot for slot, _ in values], whole([tensor for _, tensor in values])
     for slot in slots:
@@ -77,15 +77,9 @@ def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
                 "offload the model then, or load it under another name."
             )
     taken: set[int] = set()
-    ready: list[tuple[Slot, Tensor, bool]] = []
-    for slot, tensor in zip(slots, given, strict=True):  # whatever may fail, such as full memory, fails here
-        own = slot.tensor
-        moved = tensor.to(tensor.device if own.is_meta else own.device, own.dtype).contiguous()
-        replaces = own.shape != tensor.shape or own.is_meta
-        ready.append((slot, apart(moved, taken) if replaces else moved, replaces))
     with torch.no_grad(), uninterrupted():
-        for slot, tensor, replaces in ready:
-            if replaces:
-                slot.assign(tensor)
+        for slot, tensor in zip(slots, given, strict=True):
+            if slot.tensor.is_meta:
+                slot.assign(apart(tensor.to(slot.tensor.dtype).contiguous(), taken))
             else:
                 slot.tensor.copy_(tensor)

@@ -252,15 +252,6 @@ def check_can_grow(model: nn.Module, name: str) -> None:
         )
 
 
-def check_can_replace(model: nn.Module, key: str) -> None:
-    """Raise `StateError` if no parameter of the model may be replaced by a new one."""
-    for setup in _averaging(model):
-        raise StateError(
-            f"{key!r} is loaded in another shape, which needs a new parameter, but {setup} averages only the "
-            "parameters that it was given. Load it before that."
-        )
-
-
 def check_averaged(model: nn.Module, adapter: Adapter) -> None:
     """Raise `StateError` if each process would train this adapter alone."""
     for setup, known in _averaging(model).items():
