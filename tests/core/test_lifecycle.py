@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
 from tests.models import assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import adapterkit as ak
@@ -74,7 +72,7 @@ def alone(adapters: ak.Adapters, name: str, model: str = "bert") -> Tensor:
         return run(adapters.model, model)
 
 
-# Several adapters
+# Several adapters, and switching
 
 
 @pytest.mark.parametrize(
@@ -100,32 +98,6 @@ def test_active_adapters_of_one_layer_add_up_in_any_order(
     assert different(outputs["a",], outputs[()])
     for both in (("a", "b"), ("b", "a")):
         torch.testing.assert_close(outputs[both] - outputs[()], change, atol=1e-5, rtol=1e-5)
-
-
-def test_trained_biases_of_several_adapters_add_up(trained: Trained) -> None:
-    model = seeded(ByKeyword)
-    adapters = trained(model, "a", "b", target_modules=["layer"], bias="lora_only")
-    own = [dict(adapters.named_parameters(name))["layer.bias"].detach() for name in ("a", "b")]
-    with torch.no_grad():
-        for name in ("a", "b"):
-            dict(adapters.named_parameters(name))["layer.lora_B.weight"].zero_()
-    adapters.activate("a", "b", trainable=False)
-    zero = torch.zeros(1, 4)
-    torch.testing.assert_close(model(zero)[0], own[0] + own[1] - model.layer.bias)
-
-
-def test_activating_nothing_gives_the_base(trained: Trained) -> None:
-    model = build("bert")
-    base = run(model, "bert")
-    adapters = trained(model, "a", target_modules=["query"])
-    adapters.activate("a")
-    assert different(run(model, "bert"), base)
-    adapters.activate()
-    assert torch.equal(run(model, "bert"), base)
-    assert adapters.active == ()
-
-
-# Switching
 
 
 @pytest.fixture
@@ -163,29 +135,6 @@ def test_activating_what_is_trainable_already_sets_nothing(no_walks: Callable[[]
     adapters.activate("a")
     no_walks()
     adapters.activate("a", trainable=True)
-
-
-def test_only_active_trainable_adapters_require_gradients(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", target_modules=["query"], bias="all")
-    adapters.activate("a", trainable=True)
-    assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, adapters.parameters("a")))
-    adapters.activate("a", trainable=False)
-    with adapters.disabled():
-        assert not any(p.requires_grad for p in model.parameters())
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_activated_gives_back_what_was_active_and_trainable(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", "c", target_modules=["query"])
-    adapters.activate("a", "b", heads="a")
-    before = run(model, "bert")
-    with adapters.activated("c"):
-        assert different(run(model, "bert"), before)
-    assert adapters.active == ("a", "b")
-    assert [r.trainable for r in adapters.status().rows] == [True, True, False]
-    assert torch.equal(run(model, "bert"), before)
 
 
 @pytest.mark.parametrize("context", ["activated", "disabled"])
@@ -238,84 +187,45 @@ def test_no_adapter_name_loses_anything_in_a_file_or_a_full_state_dict(
     assert_same_outputs(run(fresh.model, "bert"), expected)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_an_adapter_is_taken_from_a_wrapped_models_state_dict(prefix: str, trained: Trained) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_full_state_dict_gives_and_takes_an_adapter_whatever_is_around_the_model(
+    prefix: str, trained: Trained
+) -> None:
+    fields = {"target_modules": ["query", "classifier"], "modules_to_save": ["pooler"], "bias": "lora_only"}
     model = build("bert")
-    adapters = trained(model, "a", target_modules=["query", "classifier"], modules_to_save=["pooler"], bias="lora_only")
+    adapters = trained(model, "a", "b", **fields)
     full = {prefix + key: value + 1 for key, value in model.state_dict().items()}
     taken, own = adapters.state_dict("a", source=full), adapters.state_dict("a")
     assert taken.keys() == own.keys()
     assert all(torch.equal(taken[key], own[key] + 1) for key in own)
     with pytest.raises(ak.CheckpointError, match=r"lacks 3 of adapter 'a'.*lora_B"):
         adapters.state_dict("a", source={k: v for k, v in full.items() if not k.endswith("lora_B.weight")})
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_load_state_dict_takes_a_full_state_dict_and_ignores_the_base(prefix: str, trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", "b", target_modules=["query"], bias="lora_only")
-    expected = alone(adapters, "a")
-    full = {prefix + key: value.clone() for key, value in model.state_dict().items()}
-    other = trained(build("bert"), "a", target_modules=["query"], bias="lora_only")
-    set_parameters(other, "a", seed=9)
-    base = run(build("bert"), "bert")
+    other = trained(build("bert"), "a", **fields)
     report = other.load_state_dict("a", full)
     assert report.ok
     assert set(report.ignored) == {prefix + key for key in model.state_dict() if ".a." not in key}
-    assert_same_outputs(alone(other, "a"), expected)
-    with other.disabled():
-        assert_same_outputs(run(other.model, "bert"), base)
+    assert all(torch.equal(value, taken[key]) for key, value in other.state_dict("a").items())
+    with other.disabled(), adapters.disabled():
+        assert torch.equal(run(other.model, "bert"), run(model, "bert"))
 
 
-def test_state_dict_and_load_state_dict_are_each_others_reverse(trained: Trained) -> None:
-    adapters = trained(build("gpt2"), "a", target_modules=["c_attn", "wte"], modules_to_save=["ln_f"])
-    expected, tensors = alone(adapters, "a", "gpt2"), {k: v.clone() for k, v in adapters.state_dict("a").items()}
-    set_parameters(adapters, "a", seed=5)
-    assert different(alone(adapters, "a", "gpt2"), expected)
-    assert adapters.load_state_dict("a", tensors).ok
-    assert torch.equal(alone(adapters, "a", "gpt2"), expected)
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit"])
-def test_disabled_save_pretrained_writes_the_base_models_keys_only(name: str, tmp_path: Path, trained: Trained) -> None:
-    model = build(name)
-    model.save_pretrained(tmp_path / "base")
-    trained(model, "a", "b", target_modules="all-linear", bias="all", modules_to_save=None).activate("a")
-    with ak.attach(model).disabled():
-        model.save_pretrained(tmp_path / "adapted")
-    base, adapted = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("base", "adapted"))
-    assert base.keys() == adapted.keys()
-    assert all(torch.equal(base[key], adapted[key]) for key in base)
-
-
-def test_disabled_save_pretrained_writes_the_base_models_keys_only_with_a_shared_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_disabled_save_pretrained_writes_the_base_models_keys_only(shared: bool, tmp_path: Path) -> None:
     model = build("bert")
     layers = model.bert.encoder.layer
-    layers[1] = layers[0]
-    names = [name for name, _ in layers[0].named_parameters()]
-    model._tied_weights_keys = {f"bert.encoder.layer.1.{n}": f"bert.encoder.layer.0.{n}" for n in names}
+    if shared:
+        layers[1] = layers[0]
+        names = [name for name, _ in layers[0].named_parameters()]
+        model._tied_weights_keys = {f"bert.encoder.layer.1.{n}": f"bert.encoder.layer.0.{n}" for n in names}
     model.save_pretrained(tmp_path / "base")
     adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query"], bias="lora_only"))
+    adapters.add("a", LoraConfig(target_modules="all-linear", bias="lora_only"))
     adapters.rename("a", "b")
     with adapters.disabled():
         model.save_pretrained(tmp_path / "adapted")
     base, adapted = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("base", "adapted"))
     assert base.keys() == adapted.keys()
-
-
-def test_the_bare_base_that_is_saved_has_its_own_labels(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    model = build("bert")
-    base = run(model, "bert")
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query"]), num_labels=5)
-    with adapters.disabled():
-        model.save_pretrained(tmp_path)
-    assert model.config.num_labels == model.num_labels == 5
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert_same_outputs(run(again, "bert"), base)
+    assert all(torch.equal(base[key], adapted[key]) for key in base)
 
 
 # Modules
@@ -421,40 +331,6 @@ def test_detach_gives_back_what_required_gradients_and_the_label_names() -> None
     assert_as_before(adapters.detach(), before)
 
 
-def test_detach_gives_a_plain_module_back_as_it_was() -> None:
-    model = build("convnet")
-    before = snapshot(model)
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules="all-linear", modules_to_save=["head"], bias="all"))
-    assert_as_before(adapters.detach(), before)
-
-
-def test_attach_gives_the_same_object_twice_and_changes_nothing_but_its_own_attribute() -> None:
-    model = build("bert")
-    before = snapshot(model)
-    adapters = ak.attach(model)
-    assert ak.attach(model) is adapters
-    del model.__dict__["_adapterkit"]
-    assert_as_before(model, before)
-    adapters = ak.attach(model)
-    adapters.detach()
-    assert ak.attach(model) is not adapters
-
-
-def test_adding_and_removing_an_adapter_leaves_the_others_alone(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "b", target_modules=["query"], bias="all")
-    expected = alone(adapters, "b")
-    trained(model, "a", target_modules=["query"], bias="all")
-    assert torch.equal(alone(adapters, "b"), expected)
-    adapters.activate("a", "b", heads="a")
-    adapters.remove("a")
-    assert adapters.active == ("b",)
-    assert adapters.names == ("b",)
-    assert torch.equal(run(model, "bert"), expected)
-    assert not any(".a." in key for key in model.state_dict())
-
-
 def test_rename_keeps_outputs_place_and_parameters(trained: Trained, tmp_path: Path) -> None:
     model = build("bert")
     adapters = trained(model, "a", "b", "c", target_modules=["query"], bias="lora_only")
@@ -484,13 +360,6 @@ def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
     set_parameters(adapters, "b", seed=3)
     assert torch.equal(alone(adapters, "a"), expected)
     assert different(alone(adapters, "b"), expected)
-
-
-def test_a_new_adapter_is_the_identity_until_it_is_trained() -> None:
-    model = build("bert")
-    base = run(model, "bert")
-    ak.attach(model).add("a", LoraConfig(target_modules="all-linear", bias="all"))
-    assert torch.equal(run(model, "bert"), base)
 
 
 def test_adapters_follow_the_models_training_mode() -> None:
@@ -528,30 +397,24 @@ def test_status_and_the_container_protocol_tell_what_there_is(trained: Trained) 
 # Wrapped models, and models inside models
 
 
-def test_a_compiled_models_adapters_are_those_of_the_model_inside() -> None:
-    model = build("bert")
-    assert ak.attach(torch.compile(model)) is ak.attach(model)
-
-
-@pytest.fixture
-def gloo(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("gloo")
-def test_adapters_train_through_ddp_and_are_those_of_the_model_inside(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", target_modules=["query"])
-    adapters.activate("a")
-    wrapped = DistributedDataParallel(model)
-    assert ak.attach(wrapped) is adapters
-    wrapped(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
-    assert all(p.grad is not None for p in adapters.parameters("a"))
-    taken, own = adapters.state_dict("a", source=wrapped.state_dict()), adapters.state_dict("a")
-    assert taken.keys() == own.keys()
+def test_attach_gives_one_object_for_a_model_and_its_wrappers_and_leaves_one_attribute() -> None:
+    model = mlp()
+    before = snapshot(model)
+    assert ak.attach(model) is ak.attach(model)
+    del model.__dict__["_adapterkit"]
+    assert_as_before(model, before)
+    adapters = ak.attach(model)
+    assert ak.attach(torch.compile(model)) is ak.attach(nn.DataParallel(model)) is adapters
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    averaged = AveragedModel(model)
+    set_parameters(adapters, "a")
+    averaged.update_parameters(model)
+    found = ak.attach(averaged)
+    assert (found.model, found.names) == (averaged.module, ("a",))
+    with torch.no_grad():
+        torch.testing.assert_close(averaged(torch.ones(2, 6)), model(torch.ones(2, 6)))
+    adapters.detach()
+    assert ak.attach(model) is not adapters
 
 
 def test_a_layer_is_not_adapted_through_two_models() -> None:
@@ -626,18 +489,3 @@ def test_weight_merged_in_inference_mode_can_be_trained_beside() -> None:
     adapters.activate("b")
     model[:2](x).sum().backward()
     assert model[0].adapters["b"].lora_B.weight.grad is not None
-
-
-def test_averaged_model_has_the_adapters_of_its_copy() -> None:
-    model = mlp()
-    adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
-    averaged = AveragedModel(model)
-    set_parameters(adapters, "a")
-    averaged.update_parameters(model)
-    found = ak.attach(averaged)
-    assert found is not adapters
-    assert found.model is averaged.module
-    assert found.names == ("a",)
-    with torch.no_grad():
-        torch.testing.assert_close(averaged(torch.ones(2, 6)), model(torch.ones(2, 6)))
