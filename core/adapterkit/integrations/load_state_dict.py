@@ -44,26 +44,26 @@ class LoadHooks:
             CheckpointError: the state dict belongs to other adapters, lacks some that train, or has other shapes.
         """
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        known = {key for adapter in adapters._adapters.values() for key in adapter.state_dict_keys()}
+        keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
+        known: set[str] = set().union(*keys.values())
         own = self.root.state_dict(keep_vars=True)
-        base = {key: value for key, value in own.items() if key not in known}
+        base = own.keys() - known
         _from_peft(adapters, own, base, state, prefix)
         given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
-        foreign = sorted(key for key in given - known - base.keys() if {*CONTAINERS, SHARED} & set(key.split(".")))
+        foreign = sorted(key for key in given - known - base if {*CONTAINERS, SHARED} & set(key.split(".")))
         # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
         tables = resized_keys(BaseModules(self.root))
         self._partial = not given <= tables and given <= known | set(foreign) | tables
         lacking = [
             name
             for name, adapter in adapters._adapters.items()
-            if not given.intersection(adapter.state_dict_keys())
-            and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
+            if not given & keys[name] and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
         ]
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
             here = ", ".join(map(repr, adapters.names))
-            what = "lacks them"
-            if foreign:
-                what = f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}"
+            what = (
+                f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}" if foreign else "lacks them"
+            )
             raise CheckpointError(
                 f"The model trains {', '.join(map(repr, lacking)) or 'none of these'}, and the state dict {what}. The "
                 f"model has {here}. Before you resume, add the saved adapters under the same names and with the same "
@@ -71,12 +71,13 @@ class LoadHooks:
             )
         for name, adapter in adapters._adapters.items():
             for key in adapter.state_dict_keys():
-                mine, theirs = _shape(own.get(key)), _shape(state.get(prefix + key))
-                if mine and theirs and mine != theirs:
+                mine, theirs = own.get(key), state.get(prefix + key)
+                if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and shape_of(mine) != shape_of(theirs):
                     raise CheckpointError(
-                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is {theirs} in "
-                        f"the state dict, and {mine} here (such as another rank). Add it with the config that was "
-                        f"saved, or load it from its folder: adapters.load(folder, {name!r}, trainable=True)."
+                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is "
+                        f"{tuple(shape_of(theirs))} in the state dict, and {tuple(shape_of(mine))} here (such as "
+                        "another rank). Add it with the config that was saved, or load it from its folder: "
+                        f"adapters.load(folder, {name!r}, trainable=True)."
                     )
         if lacking and given and not given & known:
             warnings.warn(
@@ -89,14 +90,9 @@ class LoadHooks:
     def _after(self, module: nn.Module, result: Any) -> None:
         """If only adapters were given, the base's keys are not missing: its tensors stay as they are."""
         if self._partial:
-            ours = {
-                key for adapter in self.root.__dict__[ATTRIBUTE]._adapters.values() for key in adapter.state_dict_keys()
-            }
+            adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+            ours = {key for adapter in adapters._adapters.values() for key in adapter.state_dict_keys()}
             result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(shape_of(value)) if isinstance(value, Tensor) else None
 
 
 def _from_peft(

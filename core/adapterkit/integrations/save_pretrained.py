@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from adapterkit.tensors import gathered, in_first_process, process_groups, real_
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
-_SAVE = "save_pretrained"
+_SAVE, _SAVE_PART = "save_pretrained", "save"
 # `Trainer` passes this file to `load_state_dict` when it resumes, and for the best model. Nothing else reads it.
 _TRAINING_FILE = "model.safetensors"
 _MODEL_CONFIG = "config.json"
@@ -52,29 +52,30 @@ _REFUSED = {
 def install(root: nn.Module) -> LoadHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
-    writers = {path: (module, name) for path, module in named_modules(root) for name in _writer(module)}
-    for path, (module, name) in writers.items():
-        inside = f"{path}." if path else ""
-        by_parts = name != _SAVE and any(other.startswith(inside) and other != path for other in writers)
+    writers = {path: (module, _writer(module)) for path, module in named_modules(root)}
+    found = [path for path, (_, name) in writers.items() if name]
+    for path in found:
+        module, name = writers[path]
+        by_parts = name == _SAVE_PART and any(p != path and p.startswith(f"{path}." if path else "") for p in found)
         if not by_parts and name not in module.__dict__:
             module.__dict__[name] = Saver(root, module, path, name)
     return LoadHooks(root)
 
 
-def _writer(module: nn.Module) -> Iterator[str]:
+def _writer(module: nn.Module) -> str:
     """The name of the function that writes a model, or a module of sentence-transformers."""
-    for name, argument in ((_SAVE, "save_directory"), ("save", "safe_serialization")):
+    for name, argument in ((_SAVE, "save_directory"), (_SAVE_PART, "safe_serialization")):
         own = getattr(type(module), name, None)
         if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
-            yield name
-            return
+            return name
+    return ""
 
 
 def uninstall(root: nn.Module, hooks: LoadHooks) -> None:
     """Undo `install`."""
     hooks.remove()
     for _, module in named_modules(root):
-        for name in (_SAVE, "save"):
+        for name in (_SAVE, _SAVE_PART):
             saver = module.__dict__.get(name)
             if isinstance(saver, Saver) and saver.root is root:
                 del module.__dict__[name]
@@ -98,6 +99,7 @@ class Saver:
 
     def __init__(self, root: nn.Module, module: nn.Module, path: str, name: str) -> None:
         self.root, self.module, self.path, self.name = root, module, path, name
+        self.prefix = f"{path}." if path else ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saver:
         # A copy of a part of the model has no managed adapters. It must not copy the whole model either.
@@ -132,10 +134,10 @@ class Saver:
                 f"{acting[0]!r} too, or call activate() without names, to write the whole merged model; call unmerge() "
                 "to write the adapters."
             )
-        if self.name != _SAVE:
-            here = f"{self.path}." if self.path else ""
+        if self.name == _SAVE_PART:
             heads = {name: self.adapters._adapters[name].heads for name in active.state.heads}
-            for name in (*acting, *(n for n, paths in heads.items() if any(f"{p}.".startswith(here) for p in paths))):
+            inside_here = [name for name, paths in heads.items() if any(f"{p}.".startswith(self.prefix) for p in paths)]
+            for name in (*acting, *inside_here):
                 raise StateError(
                     f"Adapter {name!r} acts in a {type(self.module).__name__}, whose function {self.name!r} writes no "
                     f"adapters and no heads. Call merge({name!r}) first, with a head merge_and_detach({name!r}); or "
@@ -167,7 +169,7 @@ class Saver:
             return self.adapters._adapters
         found = {}
         for name, adapter in self.adapters._adapters.items():
-            inside = [path for path in adapter.hosts if f"{path}.".startswith(f"{self.path}.")]
+            inside = [path for path in adapter.hosts if f"{path}.".startswith(self.prefix)]
             complete = len(inside) == len(adapter.hosts)
             if inside and not complete and name in self.adapters.active:
                 other = next(path for path in adapter.hosts if path not in inside)
@@ -190,19 +192,16 @@ class Saver:
         adapted = self.adapters._model
         heads = [adapted.adapters[name] for name in adapted.active.state.heads]
 
-        def make_plain(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: object) -> None:
-            self._make_plain(heads, state, prefix)
-
         parting = Parting.of(self.root, heads=heads)
         given = call.arguments.get("state_dict")
         if given is not None:
             call.arguments["state_dict"] = given = dict(given)
-            for key in (self._inside(tie.target) for tie in parting.freed):
+            for key in (tie.target.removeprefix(self.prefix) for tie in parting.freed):
                 given |= {key: given[key].clone()} if key in given else {}
-            self._make_plain(heads, given, "")
+            self._make_plain(heads, self.module, given, "")
         labels_now = LabelSet.of(self.root)
         own = None if merged or labels_now is None or adapted.labels_of is None else adapted.labels
-        handle = self.module.register_state_dict_post_hook(make_plain)
+        handle = self.module.register_state_dict_post_hook(functools.partial(self._make_plain, heads))
         if own is not None:
             own.apply(self.root)
         try:
@@ -214,10 +213,12 @@ class Saver:
             if own is not None and labels_now is not None:
                 labels_now.apply(self.root)
 
-    def _make_plain(self, heads: list[Adapter], state: MutableMapping[str, Any], prefix: str) -> None:
+    def _make_plain(
+        self, heads: list[Adapter], module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object
+    ) -> None:
         """Remove the adapters from a state dict, and put the tensors of these heads in the place of the model's."""
         owners = {key: adapter for adapter in self.adapters._adapters.values() for key in self._keys(adapter)}
-        replaced = tuple(self._inside(path) + "." for adapter in heads for path in adapter.heads)
+        replaced = tuple(path.removeprefix(self.prefix) + "." for adapter in heads for path in adapter.heads)
         from_heads = {}
         for key in [key for key in state if key.startswith(prefix)]:
             short = unwrapped_key(key.removeprefix(prefix))
@@ -231,15 +232,10 @@ class Saver:
                 del state[key]
         state.update(from_heads)
 
-    def _keys(self, adapter: Adapter) -> Iterator[str]:
+    def _keys(self, adapter: Adapter) -> set[str]:
         """An adapter's keys in the state dict of this module."""
-        prefix = f"{self.path}." if self.path else ""
-        for key in adapter.state_dict_keys():
-            if key.startswith((prefix, f"{SHARED}.")):
-                yield key.removeprefix(prefix)
-
-    def _inside(self, path: str) -> str:
-        return path.removeprefix(f"{self.path}.") if self.path else path
+        inside = (self.prefix, f"{SHARED}.")
+        return {key.removeprefix(self.prefix) for key in adapter.state_dict_keys() if key.startswith(inside)}
 
     # Adapters
 
@@ -249,7 +245,7 @@ class Saver:
         training = "state_dict" in given
         if not self._holds_base(folder, training=training):
             training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
-        places = {name: folder if [name] == acting else folder / _file_name(name) for name in inside}
+        places = {name: folder if [name] == acting else _subfolder(folder, name) for name in inside}
         for name in places:
             self.adapters._warn_if_changed(name)
         files = {name: to_files(inside[name], self.module, source, self.path) for name in places}
@@ -266,18 +262,16 @@ class Saver:
                 with appearing(folder / _TRAINING_FILE) as fresh:
                     write_tensors(state, fresh, {"format": "pt"})
             if given.get("push_to_hub"):
-                parts = [f"{name}/*" for name, place in places.items() if place != folder]
-                _push(folder, [CONFIG_FILE, WEIGHTS_FILE, *parts], given)
+                _push(folder, places.values(), given)
 
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
-            _warn_of_others(folder, places.values())
         never_ran = self.adapters._model.never_ran
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in never_ran(inside[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        ours = {key for adapter in inside for key in self._keys(adapter)} | resized_keys(BaseModules(self.module))
+        ours = resized_keys(BaseModules(self.module)).union(*map(self._keys, inside))
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return dict(zip(found, whole(list(found.values())), strict=True))
@@ -325,14 +319,14 @@ def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
     return given
 
 
-def _file_name(name: str) -> str:
+def _subfolder(folder: Path, name: str) -> Path:
     if Path(name).name != name or "\0" in name:
         raise SaveError(f"Adapter {name!r} cannot have a subfolder of that name. Rename it: adapters.rename.")
-    return name
+    return folder / name
 
 
-def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
-    """Upload these files of the folder, as the model's own function does after saving."""
+def _push(folder: Path, places: Collection[Path], given: Mapping[str, Any]) -> None:
+    """Upload the adapters at these places in the folder, as the model's own function does after saving."""
     from huggingface_hub import HfApi
 
     hub = HfApi(token=given.get("token"))
@@ -340,34 +334,20 @@ def _push(folder: Path, files: list[str], given: Mapping[str, Any]) -> None:
     hub.upload_folder(
         repo_id=repo,
         folder_path=os.fspath(folder),
-        allow_patterns=files,
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, *(f"{place.name}/*" for place in places if place != folder)],
         commit_message=given.get("commit_message") or "Upload adapter",
         revision=given.get("revision"),
         create_pr=given.get("create_pr", False),
     )
 
 
-def _warn_of_others(folder: Path, written: Collection[Path]) -> None:
-    """Warn of adapters in subfolders that are from an earlier save, or somebody else's. They stay."""
-    found = {path.parent for path in folder.glob(f"*/{CONFIG_FILE}")} - {*written}
-    others = sorted(place.name for place in found if not place.name.startswith("checkpoint-"))  # those are `Trainer`'s
-    if others:
-        warnings.warn(
-            f"{folder} also holds adapters from before, in the subfolders {', '.join(map(repr, others))}. Delete them "
-            "if they are from an earlier save.",
-            AdapterWarning,
-            stacklevel=4,
-        )
-
-
 def _let_outer_models_warn() -> None:
     """Let transformers' models warn when they are saved and only a model inside them has adapters. Wraps once."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and not hasattr(transformers.PreTrainedModel.save_pretrained, "_warns_of_adapters"):
-        transformers.PreTrainedModel.save_pretrained = _warning(transformers.PreTrainedModel.save_pretrained)
+    original = transformers and transformers.PreTrainedModel.save_pretrained
+    if original is None or hasattr(original, "_warns_of_adapters"):
+        return
 
-
-def _warning(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inside = () if _SAVE in self.__dict__ else named_modules(self)
@@ -383,4 +363,4 @@ def _warning(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     save_pretrained.__dict__["_warns_of_adapters"] = True
-    return save_pretrained
+    transformers.PreTrainedModel.save_pretrained = save_pretrained
