@@ -19,7 +19,7 @@ def output(script: str, *options: str) -> str:
 
 
 def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
-    text = output("quickstart.py", "--rows", "160", "--test-rows", "64")
+    text = output("quickstart.py", "--rows", "160", "--test-rows", "48")
     differences = re.findall(r"by at most (\S+)", text)
     assert len(differences) == 2
     assert all(float(d) < 1e-5 for d in differences)
@@ -31,7 +31,7 @@ def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
 
 def test_multitask_prints_every_choice_and_probes() -> None:
     layers = r".*\.5\..*\.(query|value)"
-    text = output("multitask.py", "--rows", "48", "--test-rows", "16", "--layers", layers)
+    text = output("multitask.py", "--rows", "24", "--test-rows", "8", "--layers", layers)
     assert "labels of the model now: negative, positive, tweet, amazon, movie, nyt" in text
     rows = re.findall(r"^(\w+), (delta|core)(, iso)? +([\d.]+)% .*?([\d.]+)% \(", text, re.MULTILINE)
     assert len(rows) == 16
@@ -44,7 +44,7 @@ def test_multitask_prints_every_choice_and_probes() -> None:
 
 
 def test_disturbance_prints_what_every_sum_keeps() -> None:
-    text = output("disturbance.py", "--rows", "16", "--test-rows", "8", "--weights", "1")
+    text = output("disturbance.py", "--rows", "8", "--test-rows", "4", "--weights", "1")
     rows = re.findall(r"^(\S+) +(\S+) +1 +([\d.]+)% +([\d.]+)%$", text, re.MULTILINE)
     assert len(rows) == 3 * 3
     share = {(one, other): float(disturbance) for one, other, disturbance, _ in rows}

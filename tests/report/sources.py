@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.report.sources import Source
+from adapterkit.report.measuring import AdapterFinding
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -24,21 +25,18 @@ def source(
     factors: Mapping[str, ak.Factors | None],
     base: Mapping[str, float] | None = None,
     config: ak.AdapterConfig | None = None,
-    heads: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
-    labels: tuple[str, ...] = (),
-) -> Source:
-    norms = base or {}
-    parameters = {f"{path}.{i}": t for path, f in factors.items() if f for i, t in enumerate(f[:2])}
-    return Source(
+    **fields: Any,
+) -> AdapterFinding:
+    numbers = sum(t.numel() for f in factors.values() if f for t in f[:2])
+    return AdapterFinding(
         name=name,
         config=config or ak.config("lora", target_modules=["x"]),
         kinds=dict.fromkeys(factors, "Linear"),
         factors=factors.__getitem__,
-        base_norm=norms.get,
-        parameters=parameters,
-        in_layers=sum(t.numel() for t in parameters.values()),
-        heads=heads or {},
-        labels=labels,
+        base_norm=(base or {}).get,
+        parameters=numbers,
+        in_layers=numbers,
+        **fields,
     )
 
 

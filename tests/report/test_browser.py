@@ -44,7 +44,7 @@ def report(name: str = "first") -> Report:
     labels = ("x" * 90, "y")
     return Report.of(
         [
-            source(name, a, heads={"classifier": {"weight": (3, 6)}}, labels=labels),
+            source(name, a, heads=("classifier",), labels=labels),
             source("second", a),
             source("third", b),
         ]

@@ -51,9 +51,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    heads = {"classifier": {"weight": (3, 6), "bias": (3,)}}, {"classifier": {"weight": (5, 6)}}
-    a = source("first", stack(4), dict.fromkeys(stack(4), 3.0), heads=heads[0], labels=("x", "y", "z"))
-    b = source("second", stack(5, seed=9), heads=heads[1])
+    a = source("first", stack(4), dict.fromkeys(stack(4), 3.0), heads=("classifier",), labels=("x", "y", "z"))
+    b = source("second", stack(5, seed=9), heads=("other",))
     return Report.of([a, b])
 
 
@@ -80,12 +79,11 @@ def test_the_page_says_what_sizes_are_relative_to() -> None:
     assert "in percent of the adapter&#39;s largest, because the base&#39;s weights are not available" in without
 
 
-def test_heads_of_two_sizes_are_compared(report: Report) -> None:
-    page = Page(report.html)
-    assert "Their heads have different sizes: choose one" in page.text
-    assert "3×6" in page.text
-    assert "5×6" in page.text
-    assert "3: x, y, z" in page.text
+def test_the_facts_of_each_adapter_are_there(report: Report) -> None:
+    text = Page(report.html).text
+    assert "3: x, y, z" in text
+    assert "8 Linear" in text
+    assert "parameters336" in text
 
 
 def test_the_page_is_well_formed_has_no_script_and_loads_nothing(report: Report) -> None:
@@ -108,10 +106,7 @@ def test_names_from_files_are_escaped() -> None:
     """Module names, an adapter's, labels, the base's name, settings, heads: all of them come from files."""
     changes = {f"layers.{i}.{EVIL}": low_rank(4, 3, 2, seed=i) for i in range(2)}
     config = ak.config("lora", target_modules=[EVIL], base_model_name_or_path=EVIL, task_type=EVIL)
-    sources = [
-        source(name, changes, config=config, heads={EVIL: {"weight": (2, 4)}}, labels=(EVIL,))
-        for name in (EVIL, EVIL + "b")
-    ]
+    sources = [source(name, changes, config=config, heads=(EVIL,), labels=(EVIL,)) for name in (EVIL, EVIL + "b")]
     text = Report.of(sources, title=EVIL).html
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "img"}
@@ -134,15 +129,15 @@ def test_the_same_adapters_give_the_same_page(report: Report) -> None:
 
 
 def test_hundreds_of_layers_of_three_adapters_make_a_small_page() -> None:
-    """The page of 200 layers with 7 modules has less than 2 MB: as many bytes a layer as those of 20 and of 60."""
-    modules = tuple(f"self_attn.m{i}_proj" for i in range(7))
-    pages = {n: Report.of([source(x, stack(n, modules, seed=i)) for i, x in enumerate("abc")]).html for n in (20, 60)}
+    """The page of 200 layers with 3 modules has less than 1 MB: as many bytes a layer as those of 9 and of 41."""
+    modules = tuple(f"self_attn.m{i}_proj" for i in range(3))
+    pages = {n: Report.of([source(x, stack(n, modules, seed=i)) for i, x in enumerate("abc")]).html for n in (9, 41)}
     few, many = (len(page.encode()) for page in pages.values())
-    assert many + (200 - 60) * (many - few) / 40 < 2_000_000
-    assert (pages[20].count('class="box tall"'), pages[60].count('class="box tall"')) == (0, 3 * (2 + 4))
+    assert many + (200 - 41) * (many - few) / 32 < 1_000_000
+    assert (pages[9].count('class="box tall"'), pages[41].count('class="box tall"')) == (0, 3 * (2 + 3))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", "t5", "convnet", "embednet"])
 def test_every_sort_of_model_has_a_report(name: str) -> None:
     adapters = adapted(build(name), {"a": {}}, list(MODELS[name].targets))
     report = adapters.report()

@@ -49,8 +49,8 @@ def same(found: AdapterFinding, expected: AdapterFinding) -> None:
         assert (other.rank90, other.rank99) == (layer.rank90, layer.rank99)
         assert other.norm == pytest.approx(layer.norm, rel=1e-5)
         assert other.relative == pytest.approx(layer.relative, rel=1e-5)
-    for field in ("kinds", "heads", "labels", "in_layers"):
-        assert getattr(found.source, field) == getattr(expected.source, field)
+    for field in ("kinds", "heads", "labels", "in_layers", "parameters", "dtypes"):
+        assert getattr(found, field) == getattr(expected, field)
 
 
 def test_files_and_their_base_give_what_the_model_gives(folder: Path, tmp_path: Path) -> None:

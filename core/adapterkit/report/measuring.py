@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from adapterkit.combining import measures, rank_for_energy, svd, working
+from adapterkit.contract import AdapterConfig
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, numerical_rank
-from adapterkit.report.sources import Source
 
 # Subspaces are compared by the leading directions with this share of the energy. The other directions, without which
 # a change would lose 32 % of its norm, are often a remainder of the random initial values.
@@ -23,9 +23,6 @@ SUBSPACE_ENERGY = 0.9
 # Sign conflicts are counted in up to this many entries of a layer; a larger layer is sampled in whole rows. The
 # standard error of a share is then 0.1 % if the entries are independent.
 MOST_ENTRIES = 1 << 18
-# Entries of each change that are in memory at once.
-_BLOCK = 1 << 20
-_NO_OVERLAP = measures.Overlap(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,38 @@ class LayerFinding:
 
 @dataclass(frozen=True)
 class AdapterFinding:
-    """One adapter: its source and, by path, what was measured at the targets that have factors."""
+    """One adapter, on a model or in files, and what was measured.
 
-    source: Source
-    layers: Mapping[str, LayerFinding]
+    Attributes:
+        kinds: the layer kind of each target, such as `"Linear"`, by path in the order of the model.
+        factors: returns the change at a path, or `None` if the method has no low-rank form there.
+        base_norm: returns the Frobenius norm of the base's weight at a path, or `None` if it is not available.
+        parameters: how many numbers it trains; `in_layers` of them change the layers, the others are heads and biases.
+        dtypes: of its parameters.
+        heads: the paths of its heads; `labels`: the classes that they tell apart.
+        place: where it was read from.
+        layers: what was measured, at the targets that have factors; `measure` fills it.
+    """
 
-    @property
-    def name(self) -> str:
-        """Its name in the report."""
-        return self.source.name
+    name: str
+    config: AdapterConfig
+    kinds: Mapping[str, str]
+    factors: Callable[[str], Factors | None]
+    base_norm: Callable[[str], float | None]
+    parameters: int
+    in_layers: int
+    dtypes: Sequence[str] = ()
+    heads: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    place: str = ""
+    layers: dict[str, LayerFinding] = field(default_factory=dict)
 
     @property
     def without_factors(self) -> tuple[str, ...]:
-        """Targets that cannot be measured, because the method has no low-rank form of its change there."""
-        return tuple(path for path in self.source.kinds if path not in self.layers)
+        """Targets that cannot be measured."""
+        return tuple(path for path in self.kinds if path not in self.layers)
 
-    @cached_property
+    @property
     def norm(self) -> float:
         """The Frobenius norm of all its changes together."""
         return math.hypot(*(layer.norm for layer in self.layers.values()))
@@ -90,54 +103,26 @@ class AdapterFinding:
 
 
 @dataclass(frozen=True)
-class Conflict:
-    """How two changes of one shape disagree in sign, entry by entry.
-
-    Attributes:
-        entries: entries of the layer.
-        opposed: how many entries have opposite signs.
-        total: `sum of |a| + |b|` over the layer.
-        lost: `sum of min(|a|, |b|)` over the opposed entries: what TIES drops, and what the two cancel in a sum.
-    """
-
-    entries: int = 0
-    opposed: float = 0.0
-    total: float = 0.0
-    lost: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """The share of the entries with opposite signs; 1/2 for independent changes."""
-        return self.opposed / self.entries if self.entries else 0.0
-
-    @property
-    def weighted(self) -> float:
-        """`lost / total`, 0 to 1/2; about 0.15 for independent Gaussian entries of one size."""
-        return self.lost / self.total if self.total else 0.0
-
-    def __add__(self, other: Conflict) -> Conflict:
-        return Conflict(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True)
-class PairLayer:
-    """Two changes, `f` and `g`, at one target.
+class Pair:
+    """Two changes `f` and `g` of one shape.
 
     Attributes:
         inner: `sum of dW_f * dW_g`.
         norms: `|dW_f|` and `|dW_g|`.
-        columns, rows: the overlap of their column spaces (outputs) and row spaces (inputs).
-        inside: the part of `g` that lies in the directions of `f`, `|P dW_g Q|` with P and Q the projections on f's
+        parts: the part of `g` that lies in the directions of `f`, `|P dW_g Q|` with P and Q the projections on f's
             column and row space; and the part of `f` in the directions of `g`.
-        signs: see `Conflict`.
+        columns, rows: the overlap of their column spaces (outputs) and row spaces (inputs).
+        opposed: the share of the entries with opposite signs; 1/2 for independent changes.
+        entries: how many entries the changes have.
     """
 
     inner: float
     norms: tuple[float, float]
+    parts: tuple[float, float]
     columns: measures.Overlap
     rows: measures.Overlap
-    inside: tuple[float, float]
-    signs: Conflict
+    opposed: float
+    entries: int
 
     @property
     def cosine(self) -> float:
@@ -145,55 +130,22 @@ class PairLayer:
         return _ratio(self.inner, self.norms[0] * self.norms[1])
 
     @property
-    def disturbance(self) -> float:
-        """What one adds in the directions of the other, relative to the other's size; the larger of the two."""
-        return max(_ratio(part, norm) for part, norm in zip(self.inside, self.norms, strict=True))
+    def inside(self) -> tuple[float, float]:
+        """What the other adds in the directions of each, relative to its size: `|P dW_g Q| / |dW_f|`, and back."""
+        return _ratio(self.parts[0], self.norms[0]), _ratio(self.parts[1], self.norms[1])
 
 
 @dataclass(frozen=True)
-class PairFinding:
-    """Two adapters, at the targets that both change and that have one shape in both.
+class PairFinding(Pair):
+    """Two adapters as vectors of all their changes; a target that one of them lacks counts as zero there.
 
     Attributes:
-        norms: `|dW|` of each over all of its targets, shared or not.
+        layers: the pair of changes at each target that both adapters change.
         other_shape: shared targets with weights of different shapes: the adapters have different base models.
     """
 
-    layers: Mapping[str, PairLayer]
-    norms: tuple[float, float]
-    other_shape: tuple[str, ...]
-
-    @cached_property
-    def inner(self) -> float:
-        """The inner product of all their changes."""
-        return sum(layer.inner for layer in self.layers.values())
-
-    @property
-    def cosine(self) -> float:
-        """The cosine of the adapters as vectors of all their changes; a target that one lacks counts as zero there."""
-        return _ratio(self.inner, self.norms[0] * self.norms[1])
-
-    @cached_property
-    def columns(self) -> measures.Overlap:
-        """The mean overlap of the column spaces (outputs)."""
-        return _mean(layer.columns for layer in self.layers.values())
-
-    @cached_property
-    def rows(self) -> measures.Overlap:
-        """The mean overlap of the row spaces (inputs)."""
-        return _mean(layer.rows for layer in self.layers.values())
-
-    @cached_property
-    def inside(self) -> tuple[float, float]:
-        """What the other adds in the directions of each, relative to its size: `|P dW_g Q| / |dW_f|`, and back."""
-        parts = (math.hypot(*(layer.inside[i] for layer in self.layers.values())) for i in (0, 1))
-        first, second = (_ratio(part, norm) for part, norm in zip(parts, self.norms, strict=True))
-        return first, second
-
-    @cached_property
-    def signs(self) -> Conflict:
-        """The sign conflicts over all shared targets."""
-        return sum((layer.signs for layer in self.layers.values()), Conflict())
+    layers: Mapping[str, Pair]
+    other_shape: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -203,40 +155,8 @@ class Findings:
     adapters: tuple[AdapterFinding, ...]
     pairs: Mapping[tuple[int, int], PairFinding]
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Every measured target of any adapter, those of the first adapter first."""
-        return tuple(dict.fromkeys(path for adapter in self.adapters for path in adapter.layers))
 
-
-@torch.no_grad()
-def measure(sources: Sequence[Source]) -> Findings:
-    """Measure every adapter, and every pair if there are several. One layer of all adapters is in memory at a time.
-
-    Raises:
-        StateError: a change has values that are not finite, or has no values.
-    """
-    layers: list[dict[str, LayerFinding]] = [{} for _ in sources]
-    pairs: dict[tuple[int, int], dict[str, PairLayer]] = {p: {} for p in combinations(range(len(sources)), 2)}
-    other_shape: dict[tuple[int, int], list[str]] = {pair: [] for pair in pairs}
-    for path in dict.fromkeys(path for source in sources for path in source.kinds):
-        changes: dict[int, _Decomposed] = {}
-        for i, source in enumerate(sources):
-            factors = source.factors(path) if path in source.kinds else None
-            if factors is not None:
-                changes[i], layers[i][path] = _measure_layer(source, path, factors)
-        for pair, found in _measure_pairs(changes).items():
-            if found is None:
-                other_shape[pair].append(path)
-            else:
-                pairs[pair][path] = found
-    adapters = tuple(AdapterFinding(source, found) for source, found in zip(sources, layers, strict=True))
-    norms = [adapter.norm for adapter in adapters]
-    met = {(i, j): PairFinding(pairs[i, j], (norms[i], norms[j]), tuple(other_shape[i, j])) for i, j in pairs}
-    return Findings(adapters, met)
-
-
-class _Decomposed(NamedTuple):
+class _Change(NamedTuple):
     """A change at one target by its thin singular value decomposition; its `leading` directions are compared."""
 
     u: Tensor
@@ -245,87 +165,109 @@ class _Decomposed(NamedTuple):
     leading: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
-        return self.u.shape[0], self.vh.shape[1]
-
-    @property
     def factors(self) -> Factors:
         """The change as factors again."""
         return Factors(self.u * self.s, self.vh)
 
-    def part_inside(self, other: _Decomposed) -> float:
+    def inside(self, other: _Change) -> float:
         """`|u u^T dW v v^T|`: how much of this change lies in the other's leading directions."""
         u, v = other.u[:, : other.leading], other.vh[: other.leading].t()
         left = u.t() @ (self.u * self.s).to(u.dtype)
         return float(torch.linalg.vector_norm(left @ (self.vh.to(v.dtype) @ v)))
 
 
-def _measure_layer(source: Source, path: str, factors: Factors) -> tuple[_Decomposed, LayerFinding]:
+@torch.no_grad()
+def measure(adapters: Sequence[AdapterFinding]) -> Findings:
+    """Measure every adapter and every pair of them. One layer of all adapters is in memory at a time.
+
+    Raises:
+        StateError: a change has values that are not finite, or has no values.
+    """
+    pairs: dict[tuple[int, int], dict[str, Pair]] = {pair: {} for pair in combinations(range(len(adapters)), 2)}
+    other_shape: dict[tuple[int, int], list[str]] = {pair: [] for pair in pairs}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.kinds):
+        changes: dict[int, _Change] = {}
+        for i, adapter in enumerate(adapters):
+            factors = adapter.factors(path) if path in adapter.kinds else None
+            if factors is not None:
+                changes[i], adapter.layers[path] = _measure_layer(adapter, path, factors)
+        for i, j in combinations(changes, 2):
+            if adapters[i].layers[path].shape != adapters[j].layers[path].shape:
+                other_shape[i, j].append(path)
+            else:
+                pairs[i, j][path] = _measure_pair(changes[i], changes[j])
+    norms = [adapter.norm for adapter in adapters]
+    whole = {(i, j): _whole(pairs[i, j], (norms[i], norms[j]), other_shape[i, j]) for i, j in pairs}
+    return Findings(tuple(adapters), whole)
+
+
+def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tuple[_Change, LayerFinding]:
+    if factors.down.is_meta:
+        raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
+    if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
+        raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
     u, s, vh = svd(factors)
     if not bool(torch.isfinite(s).all()):
-        raise StateError(f"Adapter {source.name!r} has a change at {path!r} that is too large for {s.dtype}.")
+        raise StateError(f"Adapter {adapter.name!r} has a change at {path!r} that is too large for {s.dtype}.")
     shape = u.shape[0], vh.shape[1]
     values = s[: numerical_rank(s, max(shape))]
     finding = LayerFinding(
         shape=shape,
         rank=factors.rank,
         norm=measures.size(values),
-        base_norm=source.base_norm(path),
+        base_norm=adapter.base_norm(path),
         spectrum=values.cpu(),
         effective_rank=measures.effective_rank(values),
         rank90=rank_for_energy(values, 0.9),
         rank99=rank_for_energy(values, 0.99),
     )
-    return _Decomposed(u, s, vh, rank_for_energy(values, SUBSPACE_ENERGY)), finding
+    return _Change(u, s, vh, rank_for_energy(values, SUBSPACE_ENERGY)), finding
 
 
-def _measure_pairs(changes: Mapping[int, _Decomposed]) -> dict[tuple[int, int], PairLayer | None]:
-    """Every pair of these changes at one target; `None` for two changes of different shapes."""
-    pairs: dict[tuple[int, int], PairLayer | None] = dict.fromkeys(combinations(changes, 2))
-    for shape in dict.fromkeys(change.shape for change in changes.values()):
-        alike = {i: change for i, change in changes.items() if change.shape == shape}
-        signs = sign_conflicts([change.factors for change in alike.values()]) if len(alike) > 1 else {}
-        for (i, j), conflict in zip(combinations(alike, 2), signs.values(), strict=True):
-            f, g = alike[i], alike[j]
-            pairs[i, j] = PairLayer(
-                inner=measures.inner(f.factors, g.factors),
-                norms=(measures.size(f.s), measures.size(g.s)),
-                columns=measures.overlap(f.u[:, : f.leading], g.u[:, : g.leading]),
-                rows=measures.overlap(f.vh[: f.leading].t(), g.vh[: g.leading].t()),
-                inside=(g.part_inside(f), f.part_inside(g)),
-                signs=conflict,
-            )
-    return pairs
+def _measure_pair(f: _Change, g: _Change) -> Pair:
+    return Pair(
+        inner=measures.inner(f.factors, g.factors),
+        norms=(measures.size(f.s), measures.size(g.s)),
+        parts=(g.inside(f), f.inside(g)),
+        columns=measures.overlap(f.u[:, : f.leading], g.u[:, : g.leading]),
+        rows=measures.overlap(f.vh[: f.leading].t(), g.vh[: g.leading].t()),
+        opposed=opposed_signs(f.factors, g.factors),
+        entries=f.u.shape[0] * f.vh.shape[1],
+    )
 
 
-def sign_conflicts(sources: Sequence[Factors], most: int = MOST_ENTRIES) -> dict[tuple[int, int], Conflict]:
-    """The sign conflicts of every pair of these changes of one shape, in the order of `combinations`.
+def _whole(layers: Mapping[str, Pair], norms: tuple[float, float], other_shape: Sequence[str]) -> PairFinding:
+    """The pair of all changes, from the pairs at each target: overlaps are means over the targets."""
+    found = list(layers.values())
+    entries = sum(pair.entries for pair in found)
 
-    For `a` and `b` these are the entries with `a b < 0`: their number, and `sum of min(|a|, |b|)` over them. Rows are
-    made from the factors, a block at a time. If the layer has more than `most` entries, `most // in` rows are drawn
-    without replacement by a fixed seed, and the sums are scaled up.
+    def mean(overlaps: list[measures.Overlap]) -> measures.Overlap:
+        similarity, chance = (_ratio(sum(values), len(found)) for values in zip(*overlaps, strict=True))
+        return measures.Overlap(similarity, chance)
+
+    return PairFinding(
+        inner=sum(pair.inner for pair in found),
+        norms=norms,
+        parts=(math.hypot(*(pair.parts[0] for pair in found)), math.hypot(*(pair.parts[1] for pair in found))),
+        columns=mean([pair.columns for pair in found] or [measures.Overlap(0.0, 0.0)]),
+        rows=mean([pair.rows for pair in found] or [measures.Overlap(0.0, 0.0)]),
+        opposed=_ratio(sum(pair.opposed * pair.entries for pair in found), entries),
+        entries=entries,
+        layers=layers,
+        other_shape=other_shape,
+    )
+
+
+def opposed_signs(f: Factors, g: Factors, most: int = MOST_ENTRIES) -> float:
+    """The share of the entries in which two changes of one shape have opposite signs.
+
+    If the layer has more than `most` entries, `most // in` of its rows are drawn by a fixed seed.
     """
-    out, inside = sources[0].up.shape[0], sources[0].down.shape[1]
-    rows = torch.arange(out)
-    if (count := max(1, most // inside)) < out:
-        rows = torch.randperm(out, generator=torch.Generator().manual_seed(0))[:count].sort().values
-    sums = {pair: torch.zeros(3, dtype=torch.float64) for pair in combinations(range(len(sources)), 2)}
-    for chunk in rows.split(max(1, _BLOCK // inside)):
-        block = [working(f.up)[chunk.to(f.up.device)] @ working(f.down) for f in sources]
-        for i, j in sums:
-            a, b = block[i], block[j].to(block[i])
-            opposed = (a * b.sign()) < 0  # the product of two small numbers may be zero
-            lost = torch.minimum(a.abs(), b.abs())[opposed]
-            found = [n.sum().to(a.dtype) for n in (opposed, a.abs() + b.abs(), lost)]
-            sums[i, j] += torch.stack(found).cpu().double()
-    return {pair: Conflict(out * inside, *(values * (out / len(rows))).tolist()) for pair, values in sums.items()}
+    out, inside = f.up.shape[0], f.down.shape[1]
+    rows = torch.randperm(out, generator=torch.Generator().manual_seed(0))[: max(1, most // inside)]
+    a, b = (working(change.up)[rows.to(change.up.device)] @ working(change.down) for change in (f, g))
+    return float((a * b.to(a).sign() < 0).double().mean())  # a product of two small numbers may be zero
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _mean(overlaps: Iterable[measures.Overlap]) -> measures.Overlap:
-    listed = list(overlaps)
-    return measures.Overlap(*(sum(part) / len(listed) for part in zip(*listed, strict=True))) if listed else _NO_OVERLAP

@@ -18,12 +18,10 @@ if TYPE_CHECKING:
 # matplotlib writes colours as numbers. These numbers stand for the page's colours, which follow its light or dark mode.
 _INK, _QUIET, _LINE, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _ON_PAGE = {_INK: "var(--ink)", _QUIET: "var(--quiet)", _LINE: "var(--line)", _SECOND: "var(--second)"}
-# More layers than these are drawn as bands of quantiles.
-_THIN_LINES = 12
 
 
 def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:
-    """Normalised singular values `s_i / s_1` over `i`: a line for each layer, or bands for many layers.
+    """Normalised singular values `s_i / s_1` over `i`: the range of all layers, the middle half, and the median.
 
     Args:
         name: the adapter and the module, for screen readers.
@@ -31,20 +29,15 @@ def spectra(name: str, values: Sequence[Tensor], ranks: tuple[int, int]) -> str:
         ranks: where the median layer reaches 90 % and 99 % of the energy; marked by vertical lines.
     """
     figure, axes = _figure(2.5, 1.7)
-    curves = [v / v[0] for v in values if len(v)]
-    longest = max((len(c) for c in curves), default=1)
-    if len(curves) <= _THIN_LINES:
-        for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve.tolist(), color=_LINE, lw=0.9, alpha=0.75)
-    else:
-        # The range of all layers, the middle half, and the median.
-        padded = torch.stack([torch.nn.functional.pad(c.double(), (0, longest - len(c))) for c in curves])
-        quantiles = (padded.quantile(q, dim=0).tolist() for q in (0.0, 0.25, 0.5, 0.75, 1.0))
-        low, quarter, median, three_quarters, high = quantiles
-        x = range(1, longest + 1)
-        axes.fill_between(x, low, high, color=_LINE, alpha=0.18, lw=0)
-        axes.fill_between(x, quarter, three_quarters, color=_LINE, alpha=0.35, lw=0)
-        axes.plot(x, median, color=_LINE, lw=1.4)
+    longest = max(map(len, values))
+    curves = torch.stack([torch.nn.functional.pad(v.double() / v[0], (0, longest - len(v))) for v in values])
+    low, quarter, median, three_quarters, high = (
+        curves.quantile(q, dim=0).tolist() for q in (0.0, 0.25, 0.5, 0.75, 1.0)
+    )
+    x = range(1, longest + 1)
+    axes.fill_between(x, low, high, color=_LINE, alpha=0.18, lw=0)
+    axes.fill_between(x, quarter, three_quarters, color=_LINE, alpha=0.35, lw=0)
+    axes.plot(x, median, color=_LINE, lw=1.4)
     for rank, style in zip(ranks, (":", "--"), strict=True):
         axes.axvline(rank, color=_SECOND, lw=1, ls=style)
     axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))

@@ -14,10 +14,10 @@ from torch import nn
 from adapterkit.disk import names_of
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError
 from adapterkit.files import appearing, local_path
-from adapterkit.report.heatmaps import Grid
-from adapterkit.report.measuring import Findings, measure
+from adapterkit.report.heatmaps import Places, places_of
+from adapterkit.report.measuring import AdapterFinding, Findings, measure
 from adapterkit.report.page import render
-from adapterkit.report.sources import Source, stored_sources
+from adapterkit.report.sources import stored_sources
 from adapterkit.report.verdicts import Verdict, verdicts
 
 
@@ -34,10 +34,10 @@ class Report:
     title: str
     verdicts: tuple[Verdict, ...]
     findings: Findings
-    _grid: Grid
+    _places: Places
 
     @classmethod
-    def of(cls, sources: Sequence[Source], title: str | None = None) -> Report:
+    def of(cls, sources: Sequence[AdapterFinding], title: str | None = None) -> Report:
         """Measure the sources. The page is drawn when it is first asked for.
 
         Raises:
@@ -57,13 +57,13 @@ class Report:
         if title is None:
             title = f"Adapter {names[0]}" if len(names) == 1 else f"Adapters {', '.join(names[:-1])} and {names[-1]}"
         findings = measure(sources)
-        grid = Grid.of(findings.paths)
-        return cls(title, tuple(verdicts(findings, grid)), findings, grid)
+        places = places_of(path for adapter in findings.adapters for path in adapter.layers)
+        return cls(title, tuple(verdicts(findings, places)), findings, places)
 
     @cached_property
     def html(self) -> str:
         """The whole page. It has no script and loads nothing from elsewhere."""
-        return render(self.findings, self.verdicts, self._grid, self.title)
+        return render(self.findings, self.verdicts, self._places, self.title)
 
     def save(self, out: str | Path) -> Path:
         """Write the page to a file. An existing file is replaced in one step.
