@@ -43,7 +43,7 @@ def test_first_screens_reach_a_packaged_and_checked_method() -> None:
 
 
 def test_console_commands_are_those_that_the_suite_runs() -> None:
-    assert blocks(TUTORIAL, "console") == ["$ pip install -e . pytest hypothesis\n$ pytest\n"]
+    assert blocks(TUTORIAL, "console") == ["$ pip install -e . pytest\n$ pytest\n"]
 
 
 def test_the_tutorials_test_passes(project: tuple[Environment, Path], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ enable_error_code = ignore-without-code, truthy-bool
 mypy_path = {core}:{package}
 [mypy-adapterkit.*]
 follow_imports = silent
-[mypy-transformers.*,huggingface_hub.*,hypothesis.*]
+[mypy-transformers.*,huggingface_hub.*]
 follow_imports = skip
 """
 

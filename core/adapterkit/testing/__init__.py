@@ -7,21 +7,22 @@ from adapterkit.testing import parametrize_with_checks
 def test_contract(check, config):
     check(config)
 ```
+
+In: configs of a method. Out: a test of each check for each config.
+Each check puts a config on small models of every layer kind (`case`). `kit` runs the checks in their order.
+Uses: errors, contract, files, disk, and the public names of `adapterkit`.
 """
 
 try:
-    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"adapterkit.testing needs pytest and hypothesis, and {error.name} is not installed: "
-        "pip install pytest hypothesis."
+        "adapterkit.testing needs pytest, which is not installed: pip install 'adapterkit[testing]'."
     ) from error
 
 from adapterkit.testing.case import TOLERANCES
-from adapterkit.testing.decorator import parametrize_with_checks
+from adapterkit.testing.kit import CheckFailure, all_checks, parametrize_with_checks, run_check, run_checks
 from adapterkit.testing.peft import check_peft
-from adapterkit.testing.running import CheckFailure, all_checks, run_check, run_checks
 
 __all__ = [
     "TOLERANCES",

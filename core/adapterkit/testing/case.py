@@ -1,11 +1,10 @@
-"""What checks work with: a config under test, and models that it has been put on."""
+"""What checks work with: small models of every layer kind, and a config under test on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
 from adapterkit.errors import AdapterError, PluginError
-from adapterkit.testing.probes import PROBES, TARGETS, Probe
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """How far two ways to compute one output may be apart, as a share of its largest entry."""
+
+TARGETS = ("up", "down")
+ROWS, PLACES, WIDTH, HIDDEN = 3, 5, 16, 24
 
 
 class Broken(Exception):
@@ -36,20 +37,20 @@ def expect(holds: bool, sentence: str) -> None:
 def expect_equal(found: Tensor, expected: Tensor, what: str) -> None:
     """Raise `Broken` unless both have the same dtype, shape and bits."""
     expect(found.dtype == expected.dtype, f"{what}: expected dtype {expected.dtype}, found {found.dtype}.")
-    expect(found.shape == expected.shape, f"{what}: expected shape {_size(expected)}, found {_size(found)}.")
+    _expect_shape(found, expected, what)
     same = torch.equal(found.nan_to_num(), expected.nan_to_num())
-    expect(same, f"{what}: expected the same bits; {_apart(found, expected)}.")
+    expect(same, f"{what}: expected the same bits; they differ by up to {_distance(found, expected):.3g}.")
 
 
 def expect_close(found: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
     """Raise `Broken` unless both have one shape and differ by no more than the dtype's tolerance."""
     tolerance = TOLERANCES[dtype or expected.dtype]
-    expect(found.shape == expected.shape, f"{what}: expected shape {_size(expected)}, found {_size(found)}.")
-    finite = bool(torch.isfinite(found).all())
-    expect(finite, f"{what}: expected finite values, found {(~torch.isfinite(found)).sum().item()} that are not.")
-    largest = expected.abs().max().item()
-    near = _distance(found, expected) <= tolerance * max(largest, 1e-6)
-    expect(near, f"{what}: expected equality within {tolerance:g} of {largest:.3g}; {_apart(found, expected)}.")
+    _expect_shape(found, expected, what)
+    odd = int((~torch.isfinite(found)).sum())
+    expect(not odd, f"{what}: expected finite values, found {odd} that are not.")
+    largest, apart = expected.abs().max().item(), _distance(found, expected)
+    near = apart <= tolerance * max(largest, 1e-6)
+    expect(near, f"{what}: expected equality within {tolerance:g} of {largest:.3g}; they differ by up to {apart:.3g}.")
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
@@ -57,16 +58,118 @@ def differ(one: Tensor, other: Tensor) -> bool:
     return _distance(one, other) > 10 * TOLERANCES[one.dtype] * max(one.abs().max().item(), 1e-6)
 
 
+def _expect_shape(found: Tensor, expected: Tensor, what: str) -> None:
+    shapes = tuple(found.shape), tuple(expected.shape)
+    expect(shapes[0] == shapes[1], f"{what}: expected shape {shapes[1]}, found {shapes[0]}.")
+
+
 def _distance(one: Tensor, other: Tensor) -> float:
     return (one.double() - other.double()).abs().max().item()
 
 
-def _apart(one: Tensor, other: Tensor) -> str:
-    return f"they differ by up to {_distance(one, other):.3g}"
+class ProbeModel(nn.Module):
+    """`rest(down(tanh(up(x))))`; for embeddings, which read row numbers, `rest(up(x) + down(x))`."""
+
+    def __init__(self, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+        self.reads_rows = isinstance(up, nn.Embedding)
+        self.rest = nn.Linear(HIDDEN if self.reads_rows else WIDTH, 4)
+        self.rest.bias.requires_grad_(False)
+        self.channels_first = isinstance(up, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(rows, ..., 4)`."""
+        hidden = self.up(x) + self.down(x) if self.reads_rows else self.down(torch.tanh(self.up(x)))
+        out: Tensor = self.rest(hidden.movedim(1, -1) if self.channels_first else hidden)
+        return out
 
 
-def _size(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+@dataclass(frozen=True)
+class Probe:
+    """One layer kind to try: a name for messages, what makes the two layers, and the shape of the input."""
+
+    name: str
+    up: Callable[[], nn.Module]
+    down: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def build(self, dtype: torch.dtype = torch.float32) -> ProbeModel:
+        """The model in eval mode, with the same weights at each call, whatever the global random state."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return ProbeModel(self.up(), self.down()).to(dtype).eval()
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same input at each call; row numbers for embeddings."""
+        generator = torch.Generator().manual_seed(1)
+        if self.name == "Embedding":
+            return torch.randint(WIDTH, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator).to(dtype)
+
+
+def linear(out_features: int, in_features: int, *shape: int, bias: bool = True, name: str = "Linear") -> Probe:
+    """Linear layers of these sizes, with inputs of shape `(rows, *shape, in)`."""
+    return Probe(
+        name,
+        lambda: nn.Linear(in_features, out_features, bias=bias),
+        lambda: nn.Linear(out_features, WIDTH, bias=bias),
+        (ROWS, *shape, in_features),
+    )
+
+
+def _transposed(out_features: int, in_features: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer: nn.Module = Conv1D(out_features, in_features)
+    with torch.no_grad():
+        layer.get_parameter("weight").normal_(std=in_features**-0.5)
+        layer.get_parameter("bias").normal_(std=0.1)
+    return layer
+
+
+PROBES: tuple[Probe, ...] = (
+    linear(HIDDEN, WIDTH),
+    linear(HIDDEN, WIDTH, PLACES, bias=False, name="Linear without bias"),
+    Probe(
+        "Conv1D (transformers)",
+        lambda: _transposed(HIDDEN, WIDTH),
+        lambda: _transposed(WIDTH, HIDDEN),
+        (ROWS, PLACES, WIDTH),
+    ),
+    Probe(
+        "Conv1d",
+        lambda: nn.Conv1d(WIDTH, HIDDEN, 3, padding=1),
+        lambda: nn.Conv1d(HIDDEN, WIDTH, 1, bias=False),
+        (ROWS, WIDTH, PLACES),
+    ),
+    Probe(
+        "Conv2d",
+        lambda: nn.Conv2d(WIDTH, HIDDEN, (3, 2), stride=(1, 2), padding=1, padding_mode="circular"),
+        lambda: nn.Conv2d(HIDDEN, WIDTH, 3, padding=2, dilation=2),
+        (ROWS, WIDTH, 4, 4),
+    ),
+    Probe(
+        "Conv2d with groups",
+        lambda: nn.Conv2d(WIDTH, HIDDEN, 3, padding=1, groups=2),
+        lambda: nn.Conv2d(HIDDEN, WIDTH, 1, groups=4),
+        (ROWS, WIDTH, 4, 4),
+    ),
+    Probe(
+        "Conv3d",
+        lambda: nn.Conv3d(WIDTH, HIDDEN, (1, 2, 2)),
+        lambda: nn.Conv3d(HIDDEN, WIDTH, 1),
+        (ROWS, WIDTH, 2, 3, 3),
+    ),
+    Probe(
+        "Embedding",
+        lambda: nn.Embedding(WIDTH, HIDDEN, padding_idx=0),
+        lambda: nn.Embedding(WIDTH, HIDDEN),
+        (ROWS, PLACES),
+    ),
+)
+# What people do to whole models is tried on these: a line, a window and a table.
+FEW = ("Linear", "Conv2d", "Embedding")
 
 
 class Subject:
@@ -77,7 +180,7 @@ class Subject:
         before: the bare model's tensors, copied.
     """
 
-    def __init__(self, config: AdapterConfig, probe: Probe, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    def __init__(self, config: AdapterConfig, probe: Probe, dtype: torch.dtype, *names: str) -> None:
         self.config, self.probe, self.dtype, self.names = config, probe, dtype, names
         self.model: nn.Module = probe.build(dtype)
         self.inputs = probe.inputs(dtype)
@@ -114,11 +217,17 @@ class Subject:
         optimizer.zero_grad()
         return self
 
-    def layer(self, path: str, name: str | None = None) -> AdapterLayer:
+    @torch.no_grad()
+    def shake(self) -> Subject:
+        """Add random numbers to every parameter of the first adapter, which takes no forward."""
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.adapters.parameters(self.names[0]):
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.2)
+        return self
+
+    def layer(self, path: str, name: str | None = None) -> Any:
         """The adapter layer at a target."""
-        found = self.model.get_submodule(f"{path}.adapters.{name or self.names[0]}")
-        assert isinstance(found, AdapterLayer)
-        return found
+        return self.model.get_submodule(f"{path}.adapters.{name or self.names[0]}")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """A copy of an adapter's tensors under the keys of its file."""
@@ -134,88 +243,76 @@ class Case:
     """A config under test.
 
     Attributes:
-        config: as its author gave it, but for the targets, which are the probes' `up` and `down`.
+        given: the config as its author gave it.
+        config: the same, with the probes' `up` and `down` as targets.
         now: the subject that is at work, for messages.
+        results: what each check that was run raised.
+        known: names of checks that are known to fail.
     """
 
-    def __init__(self, config: AdapterConfig) -> None:
-        self.given = config
-        self.config = self._on(TARGETS)
+    def __init__(self, given: AdapterConfig, known: frozenset[str] = frozenset()) -> None:
+        self.given, self.known = given, known
         self.now: Subject | None = None
-
-    @property
-    def method(self) -> Method:
-        """The method under test."""
-        return default_registry.method_of(self.config)
-
-    def subject(self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("a",)) -> Subject:
-        """The config on the first layer kind that it takes: linear layers, for most methods."""
-        return next(self.subjects(dtype, names))
-
-    def subjects(
-        self,
-        dtype: torch.dtype = torch.float32,
-        names: tuple[str, ...] = ("a",),
-        *,
-        where: Callable[[Subject], bool] = lambda subject: True,
-        faults: bool = False,
-    ) -> Iterator[Subject]:
-        """The config on every layer kind that it takes.
-
-        Args:
-            where: which of them, by their first layers.
-            faults: raise if the plugin fails at one of them; else that kind is left out, since the check for
-                layer kinds says so.
-
-        Raises:
-            AdapterError: it takes none.
-            NotApplicable: none is as `where` says.
-        """
-        refusal: AdapterError | None = None
-        taken = yielded = False
-        for probe in PROBES:
-            try:
-                subject = Subject(self.config, probe, dtype, names)
-            except AdapterError as error:
-                if faults and isinstance(error, PluginError):
-                    raise Broken(f"On {probe.name} layers: {error}") from error
-                refusal = refusal or error
-                continue
-            taken = True
-            if where(subject):
-                yielded = True
-                self.now = subject
-                yield subject
-                self.now = None
-        if not taken and refusal is not None:
-            raise refusal
-        if not yielded:
-            raise NotApplicable(
-                "the method takes no layer that this check is about (it may be for additive methods only)"
-            )
-
-    def additive(self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("a",)) -> Iterator[Subject]:
-        """`subjects` where the adapter layers are additive."""
-        return self.subjects(dtype, names, where=lambda s: all(s.layer(path).additive for path in TARGETS))
-
-    def _on(self, targets: tuple[str, ...]) -> AdapterConfig:
-        return self.given.replace(
-            target_modules=targets,
+        self.results: dict[Callable[[Case], None], Exception | None] = {}
+        self.config = given.replace(
+            target_modules=TARGETS,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
             modules_to_save=None,
         )
 
-    def at(self, path: str, dtype: torch.dtype = torch.float32) -> Subject:
-        """As `subject`, with one of the two targets alone."""
-        probe = self.subject(dtype).probe
-        subject = Subject(self._on((path,)), probe, dtype, ("a",))
-        self.now = subject
-        return subject
+    @property
+    def method(self) -> Method:
+        """The method under test."""
+        return default_registry.method_of(self.given)
 
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A folder that is gone afterwards."""
-        with TemporaryDirectory(prefix="adapterkit-check-") as path:
-            yield Path(path) / "adapter"
+    def subjects(
+        self, *dtypes: torch.dtype, names: tuple[str, ...] = ("a",), few: bool = False, additive: bool = False
+    ) -> Iterator[Subject]:
+        """The config on every layer kind that it takes, in each of the dtypes, float32 by default.
+
+        Args:
+            names: of the adapters that are added.
+            few: on `FEW` of the kinds, or on the first that it takes.
+            additive: on those alone where both layers are additive.
+
+        Raises:
+            AdapterError: it takes none.
+            NotApplicable: none of the layers is additive.
+        """
+        refusal: AdapterError | None = None
+        taken = yielded = False
+        for dtype in dtypes or (torch.float32,):
+            for probe in PROBES:
+                if few and taken and probe.name not in FEW:
+                    continue
+                try:
+                    self.now = Subject(self.config, probe, dtype, *names)
+                except PluginError as error:
+                    raise Broken(f"On {probe.name} layers: {error}") from error
+                except AdapterError as error:
+                    refusal = refusal or error
+                    continue
+                taken = True
+                layers = (self.now.layer(path) for path in TARGETS)
+                if not additive or all(isinstance(x, ak.LowRankLayer | ak.DenseLayer) for x in layers):
+                    yielded = True
+                    yield self.now
+                self.now = None
+        if refusal is not None and not taken:
+            raise refusal
+        if not yielded:
+            raise NotApplicable("the method takes no layer that this check is about: it is for additive methods")
+
+
+def defined(layer: AdapterLayer) -> list[str]:
+    """Which of `factors`, `change` and `merged` a layer has."""
+    own = [name for name in ("factors", "change") if hasattr(layer, name)]
+    return own + ["merged"] * (type(layer).merged is not AdapterLayer.merged)
+
+
+def changed_fields(config: AdapterConfig) -> list[str]:
+    """The fields that are not at their defaults."""
+    plain = type(config)()
+    return [f.name for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)]

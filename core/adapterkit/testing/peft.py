@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.contract import AdapterConfig
 from adapterkit.errors import UnsupportedError
-from adapterkit.testing.case import Broken, expect
-from adapterkit.testing.probes import PROBES, TARGETS, Probe
-from adapterkit.testing.running import CheckFailure, describe
+from adapterkit.testing.case import PROBES, TARGETS, Broken, expect
+from adapterkit.testing.kit import CheckFailure, describe
 
 
 def check_peft(
@@ -47,9 +46,8 @@ def check_peft(
         CheckFailure: says what differs, and by how much.
         ImportError: PEFT is not installed.
     """
-    probe: Probe = next(probe for probe in PROBES if probe.name == "Linear")
     if model is None:
-        model, inputs = probe.build, probe.inputs()
+        model, inputs = PROBES[0].build, PROBES[0].inputs()
         config = config.replace(target_modules=TARGETS, modules_to_save=None)
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = set(TARGETS)
