@@ -93,6 +93,7 @@ def _asked(layer: Any, name: str) -> Any:
     return found
 
 
+@torch.no_grad()
 def _tensors(found: Any) -> list[Tensor]:
     """The tensors in an answer, copied."""
     return [t.clone() for t in ((found,) if isinstance(found, Tensor) else found or ()) if isinstance(t, Tensor)]
@@ -133,11 +134,16 @@ def _expect_pure(layer: Any, fresh: Any, name: str, where: str) -> None:
 
 def _expect_no_values_read(layer: Any, name: str, where: str) -> None:
     """On the meta device tensors have shapes and no values."""
-    empty = twin(layer, lambda tensor: tensor.to("meta"))
+
+    def empty(tensor: Tensor) -> Tensor:
+        found = tensor.to("meta")
+        return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
+
+    without = twin(layer, empty)
     if layer.shared is not None:
-        empty.__dict__["shared"] = twin(layer.shared, lambda tensor: tensor.to("meta"))
+        without.__dict__["shared"] = twin(layer.shared, empty)
     try:
-        _asked(empty, name)
+        _asked(without, name)
     except (RuntimeError, NotImplementedError) as error:
         raise Broken(f"{where}: expected shapes alone to be enough; it reads values: {error}") from error
 

@@ -14,7 +14,7 @@ from adapterkit_lokr.layer import apply_kron, kron_factors, split
 @parametrize_with_checks(
     [
         LoKrConfig(),
-        LoKrConfig(r=2, alpha=3, decompose_both=True, decompose_factor=2, init_weights="lycoris"),
+        LoKrConfig(r=2, alpha=3, decompose_factor=2, init_weights="lycoris"),
         LoKrConfig(r=1, decompose_both=True, use_effective_conv2d=True, init_weights=False, rank_dropout=0.2),
     ]
 )

@@ -13,7 +13,8 @@ from adapterkit_oft.layer import cayley, cayley_neumann, skew
 @parametrize_with_checks(
     [
         OFTConfig(oft_block_size=8),
-        OFTConfig(oft_block_size=4, block_share=True, module_dropout=0.5),
+        OFTConfig(oft_block_size=4, module_dropout=0.5),
+        OFTConfig(oft_block_size=4, block_share=True),
         OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, init_weights=False),
     ]
 )
