@@ -69,6 +69,6 @@ def test_the_code_of_a_page_runs(page: str) -> None:
         del sys.modules[page]
         if "fourierft" in ak.default_registry._methods:
             ak.default_registry.unregister("fourierft")
-        for name, plugin in ak.default_registry.extensions().items():
+        for name, extension in ak.default_registry.extensions().items():
             if name not in extensions:
-                ak.default_registry.retract(plugin)
+                ak.default_registry.retract(extension.plugin)
