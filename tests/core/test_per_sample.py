@@ -60,6 +60,18 @@ def adapted(name: str, methods: Sequence[str], **fields: Any) -> ak.Adapters:
     return adapters
 
 
+def two(model: nn.Module, *targets: str) -> ak.Adapters:
+    """`model` in float64 with the adapters `a` and `b`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapters = ak.attach(model.double().eval())
+        for name in ("a", "b"):
+            config = ak.config("lora", r=2, target_modules=list(targets), modules_to_save=None)
+            adapters.add(name, config, activate=False)
+            set_parameters(adapters, name, seed=ord(name))
+    return adapters
+
+
 def batch(name: str, count: int) -> dict[str, Tensor]:
     """Inputs of `count` different rows."""
     found = {}
@@ -129,22 +141,24 @@ def test_float32_differs_by_rounding_alone(method: str, rows: int) -> None:
     check(adapters, names, batch("bert", rows), rtol=1e-4, atol=1e-5)
 
 
-def test_a_half_precision_base_keeps_its_dtype() -> None:
-    adapters = adapted("bert", ["lora", "vera"], bias="all")
-    adapters.model.bfloat16()
-    found = check(adapters, ["a", "b", None], batch("bert", 3), rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_has_the_dtype_that_it_has_without_rows(autocast: bool) -> None:
+    adapters = adapted("bert", ["lora", "loha", "vera"], **({} if autocast else {"bias": "all"}))
+    adapters.model.to(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = check(adapters, ["a", "b", None, "c"], batch("bert", 4), rtol=0.1, atol=0.1)
     assert found.dtype == torch.bfloat16
 
 
 # Generation
 
 
-@pytest.mark.parametrize(("name", "length"), [("gpt2", 6), ("llama", 6), ("t5", 6), ("bart", 6)])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_beams_and_a_cache_is_that_of_each_row(name: str, length: int, beams: int) -> None:
+def test_generation_with_beams_and_a_cache_is_that_of_each_row(name: str, beams: int) -> None:
     adapters = adapted(name, ["lora", "loha", "vera"])
     names = ["c", "a", None, "b", "a"]
-    ids = batch(name, 5)["input_ids"][:, :length]
+    ids = batch(name, 5)["input_ids"]
     options: dict[str, Any] = {"num_beams": beams, "do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     options |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None, "length_penalty": 0.0}
 
@@ -181,14 +195,6 @@ def test_a_row_has_the_head_of_its_adapter(names: Names) -> None:
     check(adapters, names, batch("bert", len(names)))
 
 
-def test_a_row_without_the_head_has_what_adapters_change_inside_the_model_s_own() -> None:
-    adapters = with_heads(a=LABELS)
-    for name in ("x", "y"):
-        adapters.add(name, ak.config("lora", r=2, target_modules=["classifier"], modules_to_save=None), activate=False)
-        set_parameters(adapters, name, seed=5)
-    check(adapters, ["x", "a", "y", None, "a"], batch("bert", 5))
-
-
 def test_adapters_inside_a_module_that_is_another_s_head_act_on_their_own_rows() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -198,16 +204,11 @@ def test_adapters_inside_a_module_that_is_another_s_head_act_on_their_own_rows()
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.tanh(self.body(x)))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        adapters = ak.attach(Net().double())
-        adapters.add("h", ak.config("lora", r=2, target_modules=["body"], modules_to_save=["head"]), activate=False)
-        for name in ("i", "j"):
-            adapters.add(name, ak.config("lora", r=2, target_modules=["head.0", "head.2"]), activate=False)
-        for name in adapters.names:
-            set_parameters(adapters, name, seed=len(name))
-        x = torch.randn(7, 4).double()
-    for names in (["h", "i", "j", None, "h", "i", "j"], ["h", "i", "i", "i", "h", "i", "i"], ["h", *[None] * 6]):
+    adapters = two(Net(), "head.0", "head.2")
+    adapters.add("h", ak.config("lora", r=2, target_modules=["body"], modules_to_save=["head"]), activate=False)
+    set_parameters(adapters, "h")
+    x = torch.randn(7, 4).double()
+    for names in (["h", "a", "b", None, "h", "a", "b"], ["h", *"aaahaa"], ["h", *[None] * 6]):
         check(adapters, names, {"x": x})
 
 
@@ -442,11 +443,8 @@ def test_names_are_checked(names: Any) -> None:
 
 @pytest.mark.parametrize("names", [["a", "b", None], ["a"] * 3])
 def test_a_batch_of_another_size_is_refused(names: Names) -> None:
-    adapters = adapted("bert", ["lora", "lora"])
-    with (
-        pytest.raises(ak.ConfigError, match="per_sample names 3 rows, and the batch has 4"),
-        adapters.per_sample(names),
-    ):
+    adapters, message = adapted("bert", ["lora", "lora"]), "per_sample names 3 rows, and the batch has 4"
+    with pytest.raises(ak.ConfigError, match=message), adapters.per_sample(names):
         adapters.model(**batch("bert", 4))
     assert adapters.active == ()
 
@@ -489,12 +487,8 @@ class Odd(nn.Module):
 
 def odd(order: str, target: str = "fc") -> ak.Adapters:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        adapters = ak.attach(Odd(order).double())
-        for name in ("a", "b"):
-            adapters.add(name, ak.config("lora", r=2, target_modules=[target]), activate=False)
-            set_parameters(adapters, name, seed=ord(name))
-    return adapters
+        torch.manual_seed(1)
+        return two(Odd(order), target)
 
 
 def sequences(count: int, length: int) -> dict[str, Tensor]:
@@ -534,18 +528,15 @@ def with_images(target: str) -> tuple[ak.Adapters, dict[str, Tensor]]:
     vision = transformers.CLIPVisionConfig(**sizes, image_size=4, patch_size=2, projection_dim=8)
     text = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=30)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=29, image_seq_length=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        adapters = ak.attach(transformers.LlavaForConditionalGeneration(config).double().eval())
-        for name in ("a", "b"):
-            adapters.add(name, ak.config("lora", r=2, target_modules=target), activate=False)
-            set_parameters(adapters, name, seed=ord(name))
-        tokens, images = torch.randint(0, 29, (2, 11)), torch.randn(2, 3, 4, 4).double()
+    adapters = two(transformers.LlavaForConditionalGeneration(config), target)
+    tokens, images = torch.arange(22).view(2, 11), torch.linspace(-1, 1, 96).view(2, 3, 4, 4).double()
     tokens[0, 1:5] = tokens[0, 6:10] = 29
     return adapters, {"input_ids": tokens, "pixel_values": images}
 
 
-@pytest.mark.parametrize("target", [r".*vision_tower.*\.q_proj", "model.multi_modal_projector.linear_1"])
+@pytest.mark.parametrize(
+    "target", ["vision_tower.encoder.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"]
+)
 def test_images_are_not_taken_for_rows(target: str) -> None:
     adapters, given = with_images(target)
     message = "A Linear of the model is in or behind a CLIPVisionModel that is given something else than the batch"
@@ -554,7 +545,7 @@ def test_images_are_not_taken_for_rows(target: str) -> None:
 
 
 def test_rows_may_have_any_number_of_images() -> None:
-    adapters, given = with_images(r".*language_model.*\.q_proj")
+    adapters, given = with_images("language_model.layers.0.self_attn.q_proj")
     tokens, images = given["input_ids"], torch.cat([given["pixel_values"]] * 2)[:3]
     tokens[1, 3:7] = 29
     with torch.no_grad(), adapters.per_sample(["a", "b"]):
@@ -577,9 +568,7 @@ def test_patches_are_not_taken_for_rows() -> None:
         def forward(self, input_ids: Tensor, patches: Tensor) -> Tensor:
             return self.inside(patches)
 
-    adapters = ak.attach(Patched())
-    for name in ("a", "b"):
-        adapters.add(name, ak.config("lora", r=2, target_modules=["fc"]), activate=False)
+    adapters = two(Patched(), "fc")
     with pytest.raises(ak.StateError, match="in or behind a Odd"), adapters.per_sample(["a", "b"]):
         adapters.model(torch.ones(2, 7, dtype=torch.long), torch.randn(12, 4).double())
 
@@ -593,10 +582,8 @@ def test_the_batch_is_read_from_the_models_first_input() -> None:
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
             return self.fc(x) * scale
 
-    adapters = ak.attach(Scaled())
-    adapters.add("a", ak.config("lora", r=2, target_modules=["fc"]), activate=False)
-    set_parameters(adapters, "a")
-    x, scale = torch.randn(2, 4), torch.randn(1, 4)
+    adapters = two(Scaled(), "fc")
+    x, scale = torch.randn(2, 4).double(), torch.randn(1, 4).double()
     with adapters.per_sample(["a", None]):
         found = adapters.model(scale=scale, x=x)
     for row, name in enumerate(("a", None)):
@@ -607,10 +594,7 @@ def test_the_batch_is_read_from_the_models_first_input() -> None:
 def test_the_choices_of_a_row_are_its_own() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(**sizes, vocab_size=30, max_position_embeddings=8)
-    adapters = ak.attach(transformers.BertForMultipleChoice(config).double().eval())
-    for name in ("a", "b"):
-        adapters.add(name, ak.config("lora", r=2, target_modules=["query"], modules_to_save=None), activate=False)
-        set_parameters(adapters, name, seed=ord(name))
+    adapters = two(transformers.BertForMultipleChoice(config), "query")
     check(adapters, ["b", None, "a"], {"input_ids": torch.arange(3 * 4 * 5).view(3, 4, 5) % 30})
 
 
@@ -623,11 +607,7 @@ def test_experts_are_refused_by_their_place() -> None:
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_module_that_has_the_batch_second_is_refused(first: bool) -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=first).double().eval()
-    adapters = ak.attach(model)
-    for name in ("a", "b"):
-        adapters.add(name, ak.config("lora", r=2, target_modules=["linear1", "linear2"]), activate=False)
-        set_parameters(adapters, name, seed=ord(name))
+    adapters = two(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=first), "linear1", "linear2")
     given = {"src": torch.randn(3, 5, 8).double()}
     if first:
         check(adapters, ["b", "a", None], given)
@@ -711,10 +691,3 @@ def test_offloaded_layers_are_fetched() -> None:
         cpu_offload(adapters.model, execution_device="cpu")
         with adapters.per_sample(names):
             torch.testing.assert_close(output(adapters.model, given), expected)
-
-
-def test_autocast() -> None:
-    adapters = adapted("bert", ["lora", "loha", "vera"])
-    adapters.model.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        check(adapters, ["a", "b", "c"], batch("bert", 3), rtol=0.1, atol=0.1)
