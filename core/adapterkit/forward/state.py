@@ -66,7 +66,7 @@ class State:
         refuses: str = "",
     ) -> None:
         self.asked, self.trains, self.constant, self.refuses = (names, heads), trains, constant, refuses
-        self.names, self.heads = tuple(name for name in names if name not in merged), heads
+        self.names, self.heads = tuple(name for name in names if name not in merged) if merged else names, heads
         self.idle = not (self.names or heads or refuses)
         self.lost: tuple[str, ...] = ()
         self.plans: dict[int, Plan] = {}

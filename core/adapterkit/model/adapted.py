@@ -154,8 +154,10 @@ class AdaptedModel:
         if trains:
             self.check_unchanged(call, names)
         before, merged = self.active.state, self.active.merged
-        hidden = tuple(name for name in before.asked[0] if name in merged)  # active again after `unmerge`
-        trained = tuple(name for name in hidden if name in before.trains) + (names if trains else ())
+        hidden, trained = (), names if trains else ()
+        if merged:  # these are active again after `unmerge`
+            hidden = tuple(name for name in before.asked[0] if name in merged)
+            trained = tuple(name for name in hidden if name in before.trains) + trained
         state = State(hidden + names, acting, trained, constant=block and not trains, merged=merged)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
