@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -367,16 +366,15 @@ def test_a_fused_target_is_refused_by_its_name(tmp_path: Path, monkeypatch: pyte
     assert ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "fine").merged
     monkeypatch.setattr(
         "adapterkit.disk.model.match_names",
-        lambda *a: _fused(match_names(*a)),
+        lambda *a: _fused(*match_names(*a)),
     )
     text = r"'model.layers.0.self_attn.q_proj.weight' is not a tensor of .*: transformers makes it from 1 others"
     refused(ak.UnsupportedError, text, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
 
 
-def _fused(names: Any) -> Any:
+def _fused(in_file: dict[str, str], fused: Any) -> Any:
     key = "model.layers.0.self_attn.q_proj.weight"
-    rest = {k: v for k, v in names.in_file.items() if k != key}
-    return dataclasses.replace(names, in_file=rest, fused={key: ("qkv.weight",)})
+    return {k: v for k, v in in_file.items() if k != key}, {key: ("qkv.weight",)}
 
 
 def test_a_target_that_the_files_lack_is_refused(tmp_path: Path) -> None:

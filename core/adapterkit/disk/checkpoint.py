@@ -132,29 +132,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names of a checkpoint's tensors, beside those of the model that it is loaded into.
-
-    Attributes:
-        of_model: for each name in the checkpoint the name in the model's state dict, where it is one tensor there.
-        in_file: the reverse.
-        fused: tensors of the model that are made at loading from others, such as experts that are stacked, with the
-            names of those in the checkpoint.
-        ignored: names in the checkpoint that belong to nothing in the model.
-    """
-
-    of_model: Mapping[str, str]
-    in_file: Mapping[str, str]
-    fused: Mapping[str, tuple[str, ...]]
-    ignored: tuple[str, ...]
-
-
-def match_names(model: nn.Module, names: Iterable[str]) -> Names:
+def match_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Match a checkpoint's names with a model's as transformers does when it loads.
 
     Names may have been changed since (`gamma` for `weight`), may lack the base model's prefix (`"bert."`) or have it
     where the model does not, and several tensors may become one or one several.
+
+    Returns:
+        For each name in the model's state dict the name in the checkpoint, where it is one tensor there. For each
+        tensor of the model that is made at loading from others, such as experts that are stacked, the names of those.
     """
     known = set(model.state_dict(keep_vars=True))
     rename = _renaming(model, known)
@@ -162,19 +148,14 @@ def match_names(model: nn.Module, names: Iterable[str]) -> Names:
         names = sorted(names, key=importlib.import_module("transformers.core_model_loading").dot_natural_key)
     except (ModuleNotFoundError, AttributeError):
         names = sorted(names)
-    of_model: dict[str, str] = {}
     in_file: dict[str, str] = {}
     fused: dict[str, tuple[str, ...]] = {}
-    ignored = []
     for name in names:
         found, made = rename(name)
-        if made:
-            fused |= {key: (*fused.get(key, ()), name) for key in made if key in known}
-        elif found not in known or found in in_file:
-            ignored.append(name)
-        else:
-            of_model[name], in_file[found] = found, name
-    return Names(of_model, in_file, fused, tuple(ignored))
+        fused |= {key: (*fused.get(key, ()), name) for key in made if key in known}
+        if not made and found in known:
+            in_file.setdefault(found, name)
+    return in_file, fused
 
 
 def _renaming(model: nn.Module, known: set[str]) -> Callable[[str], tuple[str, list[str]]]:

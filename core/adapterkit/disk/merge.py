@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
-from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, other_files
+from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index
 from adapterkit.disk.model import CONFIG, MappedModel, skeleton_for
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
@@ -133,12 +133,11 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     small = _new_config(folder / CONFIG, built, named, acting, parting)
     if checkpoint.index_file is not None:
         small[checkpoint.index_file.name] = new_index(checkpoint, shards)
-    copied, left = other_files(folder, checkpoint)
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
     inputs = _inputs(checkpoint, sources, arguments)
     mapped.release()
-    output = Output(target, folder, {**checkpoint.entries, **origins}, shards, small, copied, inputs)
-    resumed = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
+    output = Output(target, folder, {**checkpoint.entries, **origins}, shards, small, inputs)
+    resumed, not_copied = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
     merged = {name for name, origin in origins.items() if isinstance(origin, Merge)}
     return MergeReport(
         target,
@@ -147,7 +146,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         tuple(dict.fromkeys(path for adapter in acting for path in adapter.heads)),
         tuple(name for name in origins if name not in checkpoint.entries),
         absent,
-        tuple(left),
+        not_copied,
         sum(shard.size for shard in shards.values()),
         resumed,
     )
@@ -323,7 +322,7 @@ def _origins(
     Raises:
         UnsupportedError: transformers would not find a tensor that is added.
     """
-    entries, in_file = base.checkpoint.entries, base.names.in_file
+    entries, in_file = base.checkpoint.entries, base.in_file
     apart = {key for tie in freed for key in (tie.target, tie.source)}
     buffers = {key: value for key, value in values.items() if key not in base.parameters}
     origins: dict[str, Origin] = {in_file.get(key, key): value for key, value in buffers.items()}
@@ -337,10 +336,10 @@ def _origins(
                 if value is not None and (key in values or key not in in_file):
                     origins[in_file.get(key, key)] = value
                 written.append(value)
-        if written == [None] and base.names.fused.keys().isdisjoint(keys):
+        if written == [None] and base.fused.keys().isdisjoint(keys):
             absent.append(keys[0])
     added = [name for name in origins if name not in entries]
-    found = match_names(base.model, [*entries, *added]).of_model if added else {}
+    found, _ = match_names(base.model, [*entries, *added]) if added else ({}, {})
     wrong = next((name for name in added if found.get(name) != name), None)
     if wrong is not None:
         raise UnsupportedError(

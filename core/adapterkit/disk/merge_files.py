@@ -137,7 +137,6 @@ class Output:
         origins: where every tensor comes from.
         shards: the files of weights.
         small: the content of other files by name.
-        copied: names of files that are the base's.
         inputs: all that the bytes of the output follow from.
     """
 
@@ -146,11 +145,12 @@ class Output:
     origins: Mapping[str, Origin]
     shards: Mapping[str, Shard]
     small: Mapping[str, bytes]
-    copied: Sequence[str]
     inputs: Mapping[str, Any]
 
-    def write(self, *, safe: bool, resume: bool, overwrite: bool, progress: Progress | None) -> tuple[str, ...]:
-        """Write it; what an earlier run had finished.
+    def write(
+        self, *, safe: bool, resume: bool, overwrite: bool, progress: Progress | None
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Write it; the files that an earlier run had finished, and files of the base that are not copied.
 
         Raises:
             SaveError: it cannot be written, or there is no room for it.
@@ -162,7 +162,7 @@ class Output:
                 resumed = begin(partial, self, resume=resume)
                 kept = f" What is finished is in {partial}: resume=True goes on from there, or delete it."
                 try:
-                    self._write_to(partial, resumed, safe=safe, progress=progress)
+                    left = self._write_to(partial, resumed, safe=safe, progress=progress)
                 except (PluginError, StateError, UnsupportedError):  # they come again: nothing to go on from
                     shutil.rmtree(partial)
                     raise
@@ -174,12 +174,14 @@ class Output:
                 f"The merged model cannot be written to {self.out}: {error}. The base, and what was at {self.out}, are "
                 f"as they were.{kept}"
             ) from error
-        return resumed
+        return resumed, left
 
-    def _write_to(self, folder: Path, resumed: Sequence[str], *, safe: bool, progress: Progress | None) -> None:
+    def _write_to(
+        self, folder: Path, resumed: Sequence[str], *, safe: bool, progress: Progress | None
+    ) -> tuple[str, ...]:
         total = sum(shard.size for shard in self.shards.values())
         done = sum(self.shards[name].size for name in resumed)
-        needed = total - done + sum((self.base / name).stat().st_size for name in self.copied)
+        needed = total - done
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise SaveError(f"The output needs {needed:,} more bytes, and {folder.parent} has {free:,} free.")
@@ -194,14 +196,10 @@ class Output:
         for name, shard in self.shards.items():
             if name not in resumed:
                 write_shard(folder / name, shard, self.origins, safe=safe, wrote=wrote)
-        for name in self.copied:
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.base / name, place)  # the content behind a link, not the link
-            with place.open("rb") as file:
-                os.fsync(file.fileno())
+        left = _copy_others(self.base, folder, {MANIFEST, *self.shards, *self.small})
         for name, content in self.small.items():
-            write_durably(folder / name, content)
+            _write_durably(folder / name, content)
+        return left
 
 
 def write_shard(
@@ -257,7 +255,30 @@ def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Ite
                     left -= count
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
+    """Copy the files of the base beside its weights, the content behind links; the files that are left out.
+
+    Those are weights, of this and of other formats, adapters, hidden files, and folders behind links.
+    """
+    left: list[str] = []
+
+    def leave_out(place: str, names: list[str]) -> set[str]:
+        paths = [Path(place) / name for name in names if Path(place) != base or name not in made]
+        found = [p for p in paths if p.name.startswith(".") or p.name.endswith(_WEIGHTS) or p.name == CONFIG_FILE]
+        found += [p for p in paths if p.is_dir() and (p.is_symlink() or (p / CONFIG_FILE).exists()) and p not in found]
+        left.extend(path.relative_to(base).as_posix() for path in found)
+        return {path.name for path in found} | (made if Path(place) == base else set())
+
+    def copy(source: str, target: str) -> None:
+        shutil.copyfile(source, target)
+        with Path(target).open("rb") as file:
+            os.fsync(file.fileno())
+
+    shutil.copytree(base, folder, ignore=leave_out, copy_function=copy, dirs_exist_ok=True)
+    return tuple(sorted(left))
+
+
+def _write_durably(path: Path, content: bytes) -> None:
     """Write a file so that it holds the old content or the new one, whatever happens."""
     fresh = path.with_name(f"{path.name}.new")
     with fresh.open("wb") as file:
@@ -272,7 +293,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[Path]:
-    """The folder in which an output grows, made if need be, for this process alone.
+    """The folder in which an output grows, made if need be, for this process alone (not on Windows).
 
     Raises:
         StateError: another process merges into the same output.
@@ -282,33 +303,16 @@ def held(out: Path) -> Iterator[Path]:
     ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not ours):
         raise SaveError(f"{folder} is in the way: it is no unfinished merge. Move it.")
-    descriptor = None
-    while descriptor is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another run has just become the output
-            descriptor = _lock(folder / LOCK, out)
-    try:
-        yield folder
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path, out: Path) -> int | None:
-    """The lock's file, opened and locked (not on Windows); `None` if it was moved away with its folder meanwhile."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
         if sys.platform != "win32":
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StateError(f"Another process is merging into {out}. Wait for it.") from error
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    os.close(descriptor)
-    return None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StateError(f"Another process is merging into {out}. Wait for it.") from error
+        yield folder
 
 
 def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
@@ -343,7 +347,7 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
     manifest = {"base": str(output.base), "inputs": inputs, "files": sizes}
-    write_durably(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    _write_durably(path, (json.dumps(manifest, indent=2) + "\n").encode())
     return tuple(done)
 
 
@@ -391,25 +395,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def other_files(base: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """The files of the base beside its weights that are copied, and those that are not, by their paths in it.
-
-    Not copied are weights, of this and of other formats, adapters, hidden files, and folders behind links.
-    """
-    own = {*checkpoint.shards, *([checkpoint.index_file.name] if checkpoint.index_file else []), MANIFEST}
-    copied: list[str] = []
-    left: list[str] = []
-    folders = [base]
-    for folder in folders:
-        for path in folder.iterdir():
-            name = path.relative_to(base).as_posix()
-            closed = path.is_symlink() or path.name.startswith(".") or (path / CONFIG_FILE).exists()
-            if path.is_dir() and not closed:
-                folders.append(path)
-            elif path.is_dir() or path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name == CONFIG_FILE:
-                left += [name] if name not in own else []
-            elif name not in own:
-                copied.append(name)
-    return sorted(copied), sorted(left)

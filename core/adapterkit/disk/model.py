@@ -182,13 +182,13 @@ class MappedModel:
     another one. Values are read when they are used; `release` frees the memory that they take.
 
     Attributes:
-        names: the names in the files.
+        in_file, fused: the names in the files; see `match_names`.
         parameters: every parameter by each of its keys, and `keys` the reverse.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
-        self.names = match_names(model, checkpoint.entries)
+        self.in_file, self.fused = match_names(model, checkpoint.entries)
         self._files = MappedFiles()
         tied: dict[nn.Parameter, list[str]] = {}
         for key, parameter in base_parameters(model):
@@ -197,7 +197,7 @@ class MappedModel:
             self._fill(parameter, keys)
         for path, module in named_modules(model):
             for name, buffer in module._buffers.items():
-                entry = checkpoint.entries.get(self.names.in_file.get(f"{path}.{name}", ""))
+                entry = checkpoint.entries.get(self.in_file.get(f"{path}.{name}", ""))
                 if buffer is not None and entry is not None and entry.shape == tuple(buffer.shape):
                     module._buffers[name] = self._files.tensor(entry)
         self.parameters = dict(base_parameters(model))
@@ -209,8 +209,8 @@ class MappedModel:
     def _fill(self, parameter: nn.Parameter, keys: Sequence[str]) -> None:
         """Put the values of a parameter in its place, and its own values in each place that has others in the files."""
         first = None
-        for key in sorted(keys, key=lambda key: key not in self.names.in_file):
-            entry = self.checkpoint.entries.get(self.names.in_file.get(key, ""))
+        for key in sorted(keys, key=lambda key: key not in self.in_file):
+            entry = self.checkpoint.entries.get(self.in_file.get(key, ""))
             held = None if entry is None or not _fits(entry, parameter) else self._files.tensor(entry)
             if held is not None and (first is None or not torch.equal(held, first)):
                 own = nn.Parameter(held, requires_grad=parameter.requires_grad)
@@ -228,9 +228,9 @@ class MappedModel:
             CheckpointError: there is none, or it is not plain floating numbers of the model's shape.
         """
         parameter, folder = self.parameters[key], self.checkpoint.folder
-        name = next((self.names.in_file[k] for k in (key, *self.keys[parameter]) if k in self.names.in_file), None)
-        if name is None and key in self.names.fused:
-            parts = self.names.fused[key]
+        name = next((self.in_file[k] for k in (key, *self.keys[parameter]) if k in self.in_file), None)
+        if name is None and key in self.fused:
+            parts = self.fused[key]
             raise UnsupportedError(
                 f"{key!r} is not a tensor of {folder}: transformers makes it from {len(parts)} others when it loads, "
                 f"such as {parts[0]!r}. Load the model, and do this in memory."
