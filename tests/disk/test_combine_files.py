@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,14 +90,11 @@ def test_every_way_to_combine_gives_the_bits_that_the_model_gives(choices: dict[
     equal(*both(adapters, tmp_path, "a", "b", **choices))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "convnet", "embednet", "bart", "vit"])
-def test_every_kind_of_layer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_kind_of_layer(name: str, tmp_path: Path) -> None:
+    dtype = torch.float64 if name in ("gpt2", "convnet") else torch.float32
     adapters = tiny(name, {"a": {"r": 3}, "b": {"r": 2}}, dtype)
     equal(*both(adapters, tmp_path, "a", "b", rank=1), config=name != "embednet")  # `layers.0` for `0`, the same layer
-
-
-HEADS = ("a", "average", "drop", "b")
 
 
 def classifiers(labels: tuple[int, int] = (3, 3)) -> ak.Adapters:
@@ -109,18 +106,17 @@ def classifiers(labels: tuple[int, int] = (3, 3)) -> ak.Adapters:
     return adapters
 
 
-@pytest.mark.parametrize("heads", HEADS)
-def test_heads_are_chosen_as_in_memory(heads: str, tmp_path: Path) -> None:
-    equal(*both(classifiers(), tmp_path, "a", "b", heads=heads), config=False)
-
-
-@pytest.mark.parametrize("heads", ["b", "concat", "drop"])
-def test_heads_of_other_sizes_and_their_labels(heads: str, tmp_path: Path) -> None:
-    files, memory = both(classifiers((2, 4)), tmp_path, "a", "b", heads=heads)
+@pytest.mark.parametrize(
+    ("labels", "heads"),
+    [((3, 3), "a"), ((3, 3), "average"), ((2, 4), "b"), ((2, 4), "concat"), ((2, 4), "drop")],
+    ids=str,
+)
+def test_heads_and_labels_are_chosen_as_in_memory(labels: tuple[int, int], heads: str, tmp_path: Path) -> None:
+    files, memory = both(classifiers(labels), tmp_path, "a", "b", heads=heads)
     equal(files, memory, config=False)
     adapters = ak.attach(build("bert"))
     adapters.load(files, "c")
-    rows = {"b": 4, "concat": 6, "drop": 3}[heads]
+    rows = {"b": 4, "concat": 6}.get(heads, 3)
     assert run(adapters.model, "bert").shape == (2, rows)
     if heads == "concat":
         assert adapters.model.config.id2label[0] == "a/none"
@@ -168,8 +164,8 @@ def test_files_of_peft_without_a_label_set(tmp_path: Path) -> None:
     equal(tmp_path / "files", adapters.save("c", tmp_path / "memory"), config=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_files_are_combined_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_files_are_combined_in_float32(tmp_path: Path) -> None:
+    dtype = torch.bfloat16
     adapters = mixed(build("bert"))
     halves = saved(adapters, tmp_path, "a", "h")
     for folder in map(Path, halves):
@@ -181,10 +177,9 @@ def test_half_precision_files_are_combined_in_float32(dtype: torch.dtype, tmp_pa
         fresh.load(folder, folder.name)
     fresh.combine("c", {Path(k).name: w for k, w in halves.items()})
     equal(tmp_path / "files", fresh.save("c", tmp_path / "memory"))
-    report = ak.combine_files(halves, tmp_path / "small", dtype=dtype)
+    ak.combine_files(halves, tmp_path / "small", dtype=dtype)
     small, big = read(tmp_path / "small")[0], read(tmp_path / "files")[0]
     assert all(torch.equal(small[key], tensor.to(dtype)) for key, tensor in big.items())
-    assert "8" not in report.name
 
 
 def mixed(model: nn.Module) -> ak.Adapters:
@@ -199,19 +194,14 @@ def mixed(model: nn.Module) -> ak.Adapters:
     return adapters
 
 
-def test_methods_are_mixed(tmp_path: Path) -> None:
-    equal(*both(mixed(build("bert")), tmp_path, "a", "h", method="tsv"))
-
-
 @pytest.mark.parametrize("stored", [True, False])
-def test_what_the_tensors_do_not_tell_the_base_does(stored: bool, tmp_path: Path) -> None:
+def test_methods_are_mixed_and_the_base_tells_what_the_tensors_do_not(stored: bool, tmp_path: Path) -> None:
     adapters = mixed(build("bert"))
     if not stored:
         adapters.add("w", VeraConfig(r=5, save_projection=False, target_modules=["query"], modules_to_save=None))
         randomise(adapters, "w", 5)
     name = "v" if stored else "w"
-    base = build("bert").to("meta")
-    equal(*both(adapters, tmp_path, "a", name, base=base))
+    equal(*both(adapters, tmp_path, "a", "h", name, base=build("bert").to("meta")))
     message = (
         r"a?: the tensors of a 'vera' adapter do not tell the sizes of the layers that it changes\. Give base=, the "
         r"folder of the model that it was trained on, of which only config\.json is read\."
@@ -241,15 +231,19 @@ def test_a_base_that_lacks_the_layers_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_need_no_base_where_the_weights_add_up_to_one(bias: str, tmp_path: Path) -> None:
+def test_trained_biases_need_the_base_unless_the_weights_add_up_to_one(bias: str, tmp_path: Path) -> None:
     adapters = tiny("bert", {"a": {"bias": bias}, "b": {"bias": bias, "r": 2}}, torch.float32)
-    sources = dict(zip(saved(adapters, tmp_path, "a", "b"), (0.75, 0.25), strict=True))
-    ak.combine_files(sources, tmp_path / "files")
-    adapters.combine("c", {"a": 0.75, "b": 0.25})
-    equal(tmp_path / "files", adapters.save("c", tmp_path / "memory"))
+    build("bert").save_pretrained(tmp_path / "base")
+    equal(*both(adapters, tmp_path, "a", "b", base=tmp_path / "base"))
+    sources = dict.fromkeys((tmp_path / "a", tmp_path / "b"), 1.0)
     message = r"Adapter 'a' trains the bias of '.*', and its files do not tell what that was before\. Give base="
     with pytest.raises(ak.StateError, match=message):
-        ak.combine_files(dict.fromkeys(sources, 1.0), tmp_path / "no")
+        ak.combine_files(sources, tmp_path / "no")
+    ak.combine_files(dict(zip(sources, (0.75, 0.25), strict=True)), tmp_path / "sum")
+    adapters.combine("c", {"a": 0.75, "b": 0.25})
+    equal(tmp_path / "sum", adapters.save("c", tmp_path / "memory sum"))
+    adapters.remove("memory")
+    equal(*both(adapters, tmp_path / "again", "a", base=build("bert")))
 
 
 @pytest.fixture
@@ -268,19 +262,17 @@ def test_a_third_partys_adapter_that_does_not_say_its_layers_needs_the_base(oute
         both(adapters, tmp_path, "a", "o")
     equal(*both(adapters, tmp_path, "a", "o", base=build("gpt2").to("meta")))
 
-
-def test_a_third_partys_adapter_that_says_its_layers_needs_none(outer: ModuleType, tmp_path: Path) -> None:
     @ak.hookimpl
     def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         return len(tensors["outer_u"]), len(tensors["outer_v"])
 
     ak.default_registry.unregister("outer")
     outer.sizes = sizes  # type: ignore[attr-defined]
-    ak.register(outer)
+    ak.register(outer)  # which says its layers
     adapters = tiny("gpt2", {"a": {"target_modules": ["c_attn"]}}, torch.float32)
     adapters.add("o", outer.config(target_modules=["c_attn"], modules_to_save=None))
     randomise(adapters, "o", 3)
-    equal(*both(adapters, tmp_path, "a", "o"))
+    equal(*both(adapters, tmp_path / "said", "a", "o"))
 
 
 def test_an_embedding_that_peft_saved_in_full_is_kept_as_a_head(tmp_path: Path) -> None:
@@ -299,23 +291,11 @@ def test_an_embedding_that_peft_saved_in_full_is_kept_as_a_head(tmp_path: Path) 
     assert ak.attach(fresh).load(tmp_path / "files", "c").ok
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_of_other_weights_are_worked_out_with_the_base(bias: str, tmp_path: Path) -> None:
-    adapters = tiny("bert", {"a": {"bias": bias}, "b": {"bias": bias, "r": 2}}, torch.float32)
-    build("bert").save_pretrained(tmp_path / "base")
-    equal(*both(adapters, tmp_path, "a", "b", base=tmp_path / "base"))
-    adapters.remove("memory")
-    equal(*both(adapters, tmp_path / "again", "a", base=build("bert")))
-
-
-def swapped(tensors: dict[str, Tensor], metadata: Any, file: Path) -> None:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
-
-
-def nan(folder: Path) -> None:
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Write other tensors to the folder's file."""
     tensors, metadata, _ = read(folder)
-    next(iter(tensors.values())).fill_(float("nan"))
-    swapped(tensors, metadata, folder / WEIGHTS)
+    save_file({k: v.contiguous().clone() for k, v in edit(tensors).items()}, folder / WEIGHTS, metadata)
+    return folder
 
 
 def fields(folder: Path, **changes: Any) -> None:
@@ -323,31 +303,23 @@ def fields(folder: Path, **changes: Any) -> None:
 
 
 def without(folder: Path, word: str) -> None:
-    tensors, metadata, _ = read(folder)
-    swapped({k: v for k, v in tensors.items() if word not in k}, metadata, folder / WEIGHTS)
+    change(folder, lambda tensors: {k: v for k, v in tensors.items() if word not in k})
 
 
-def beside(folder: Path) -> None:
-    tensors, metadata, _ = read(folder)
-    swapped(tensors | {"base_model.model.bert.pooler.lora_C.weight": torch.zeros(2)}, metadata, folder / WEIGHTS)
+def nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    next(iter(tensors.values())).fill_(float("nan"))
+    return tensors
 
 
-def cut(folder: Path) -> None:
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:-8])
-
-
-def wider(folder: Path) -> None:
-    tensors, metadata, _ = read(folder)
-    wide = {k: torch.cat([v, v], dim=1) if "query.lora_A" in k else v for k, v in tensors.items()}
-    swapped(wide, metadata, folder / WEIGHTS)
+def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: torch.cat([v, v], dim=1) if "query.lora_A" in k else v for k, v in tensors.items()}
 
 
 DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
     "gone": (lambda f: (f / WEIGHTS).unlink(), ak.CheckpointError, r"has no adapter_model\.safetensors"),
     "no config": (lambda f: (f / CONFIG).unlink(), ak.CheckpointError, r"is no adapter: it has no adapter_config"),
     "cut": (
-        cut,
+        lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 8),
         ak.CheckpointError,
         r"adapter_model\.safetensors is not a safetensors file, or it is damaged or cut off",
     ),
@@ -356,10 +328,18 @@ DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
         ak.UnknownNameError,
         r"is an adapter of type 'NOTHING', and no plugin provides .*entry-point group 'adapterkit\.methods'",
     ),
-    "nan": (nan, ak.StateError, r"Adapter 'b' has values at '.*' that are not finite"),
+    "nan": (lambda f: change(f, nan), ak.StateError, r"Adapter 'b' has values at '.*' that are not finite"),
     "missing": (lambda f: without(f, "0.attention.self.query.lora_B"), ak.CheckpointError, r"missing \(1\):"),
-    "unexpected": (beside, ak.CheckpointError, r"belong to nothing"),
-    "size": (wider, ak.CheckpointError, r"'a' and 'b' are not of one base model: at '.*query' one is for a layer of"),
+    "unexpected": (
+        lambda f: change(f, lambda t: t | {"base_model.model.bert.pooler.lora_C.weight": torch.zeros(2)}),
+        ak.CheckpointError,
+        r"belong to nothing",
+    ),
+    "size": (
+        lambda f: change(f, wider),
+        ak.CheckpointError,
+        r"'a' and 'b' are not of one base model: at '.*query' one is for a layer of",
+    ),
     "rank": (lambda f: fields(f, r=7), ak.CheckpointError, r"some have other shapes"),
     "base": (
         lambda f: fields(f, base_model_name_or_path="other"),
@@ -414,7 +394,7 @@ PEAK = """
     from pathlib import Path
     import torch, adapterkit as ak
     torch.set_num_threads(1)
-    for layers in ("4", "48"):
+    for layers in ("4", "32"):
         a, b, out = (f"{sys.argv[1]}/{name}{layers}" for name in ("a", "b", "out"))
         ak.combine_files({a: 0.5, b: 0.5}, out, method="ties", density=0.5, space="core", rank=16)
         print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
@@ -423,7 +403,7 @@ PEAK = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    for layers in (4, 48):
+    for layers in (4, 32):
         for name in "ab":
             folder = tmp_path / f"{name}{layers}"
             folder.mkdir()
@@ -439,8 +419,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
     few, many = (int(line.split()[1]) for line in out.splitlines())
-    size = (tmp_path / "out48" / WEIGHTS).stat().st_size // 1024
-    assert size > 48_000
+    size = (tmp_path / "out32" / WEIGHTS).stat().st_size // 1024
+    assert size > 32_000
     assert many - few < size / 4, (few, many)
 
 

@@ -28,7 +28,9 @@ TARGETS = [f"down_blocks.0.{n}" for n in ("attn1.to_q", "attn1.to_v", "attn1.to_
 ]
 CONFIGS: dict[str, ak.AdapterConfig] = {
     "lora": LoraConfig(r=3, lora_alpha=2, target_modules=TARGETS),
-    "rslora": LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=TARGETS),
+    "rslora": LoraConfig(
+        r=2, lora_alpha=3, use_rslora=True, target_modules=["to_q", "conv1"], alpha_pattern={"to_q": 7}
+    ),
     "patterns": LoraConfig(
         r=3, rank_pattern={"to_v": 2, "conv1": 4}, alpha_pattern={"to_q": 7}, target_modules=TARGETS
     ),
@@ -74,26 +76,20 @@ def test_there_and_back_gives_the_same_outputs_and_tensors(case: str, naming: An
     report = ak.convert_file(tmp_path / "a", there, to=method, naming=naming, base=unet())
     assert report.method == method
     torch.testing.assert_close(loaded(there), expected, rtol=0, atol=1e-6)
+    if naming == "lycoris" and case != "pissa":  # which computes the same with it
+        model = unet()
+        assert (expected - output(model)).abs().max() > 0.01
+        create_lycoris_from_weights(1.0, str(there), model)[0].apply_to()
+        torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
     ak.convert_file(there, back, to=method, base=unet().to("meta"))
     torch.testing.assert_close(loaded(back), expected, rtol=0, atol=1e-6)
     tensors, wanted = read(back)[0], read(tmp_path / "a")[0]
     assert tensors.keys() == wanted.keys()
     if case != "rslora":
         assert all(torch.equal(tensors[key], tensor) for key, tensor in wanted.items())
-
-
-@pytest.mark.parametrize("case", ["lora", "rslora", "patterns", "loha", "loha effective"])
-def test_lycoris_computes_the_same_with_what_is_written(case: str, tmp_path: Path) -> None:
-    expected = saved(CONFIGS[case], tmp_path / "a")
-    file = tmp_path / "a.safetensors"
-    ak.convert_file(tmp_path / "a", file, to=CONFIGS[case].method, naming="lycoris", base=unet())
-    model = unet()
-    base = output(model)
-    network, _ = create_lycoris_from_weights(1.0, str(file), model)
-    network.apply_to()
-    assert (expected - base).abs().max() > 0.01
-    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
-    network.restore()
+    else:  # PEFT reads what comes back
+        theirs = peft.PeftModel.from_pretrained(unet(), back).eval()
+        torch.testing.assert_close(output(theirs.base_model.model), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("algo", ["lora", "locon", "loha"])
@@ -129,16 +125,6 @@ def test_keys_are_those_of_the_other_program(naming: Any, part: str | None, key:
         assert tensors[key.replace("lora_down.weight", "alpha")] == 2.0
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
-def test_peft_reads_what_comes_back_from_other_programs(naming: Any, tmp_path: Path) -> None:
-    config = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=["to_q", "conv1"], alpha_pattern={"to_q": 7})
-    expected = saved(config, tmp_path / "a")
-    ak.convert_file(tmp_path / "a", tmp_path / "a.safetensors", naming=naming)
-    ak.convert_file(tmp_path / "a.safetensors", tmp_path / "back", base=unet())
-    theirs = peft.PeftModel.from_pretrained(unet(), tmp_path / "back").eval()
-    torch.testing.assert_close(output(theirs.base_model.model), expected, rtol=0, atol=2e-6)
-
-
 def test_diffusers_header_is_a_config_of_peft(tmp_path: Path) -> None:
     saved(CONFIGS["patterns"], tmp_path / "a")
     file = tmp_path / "a.safetensors"
@@ -172,11 +158,8 @@ def test_one_part_of_a_pipeline_is_taken(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tmp_path / "unet"), expected)
 
 
-def test_dotted_names_need_no_base_and_others_do(tmp_path: Path) -> None:
-    expected = saved(CONFIGS["lora"], tmp_path / "a")
-    ak.convert_file(tmp_path / "a", tmp_path / "d.safetensors", naming="diffusers")
-    ak.convert_file(tmp_path / "d.safetensors", tmp_path / "back")
-    torch.testing.assert_close(loaded(tmp_path / "back"), expected)
+def test_names_with_underscores_need_a_base(tmp_path: Path) -> None:
+    saved(CONFIGS["lora"], tmp_path / "a")
     ak.convert_file(tmp_path / "a", tmp_path / "k.safetensors", naming="kohya")
     message = r"k\.safetensors: its names, such as 'lora_unet_.*', have '_' for '\.', so the layers' paths cannot be"
     with pytest.raises(ak.CheckpointError, match=message):
@@ -186,19 +169,15 @@ def test_dotted_names_need_no_base_and_others_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fields", [{}, {"rank": 1}, {"energy": 0.9}], ids=str)
 @pytest.mark.parametrize("name", ["a", "h", "v"])
 def test_a_conversion_is_that_of_the_model(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    model = build("bert")
-    adapters = mixed(model)
-    source = adapters.save(name, tmp_path / name)
+    adapters = mixed(build("bert"))
+    source, files = adapters.save(name, tmp_path / name), tmp_path / "files"
+    report = ak.convert_file(source, files, base=build("bert").to("meta") if name == "v" else None, **fields)
     if name == "a" and not fields:  # the same method: nothing is made anew
-        ak.convert_file(source, tmp_path / "files")
-        equal(tmp_path / "files", source)
+        equal(files, source)
         return
-    report = ak.convert_file(
-        source, tmp_path / "files", base=build("bert").to("meta") if name == "v" else None, **fields
-    )
     memory = adapters.convert(name, to="lora", name="c", **fields)
     assert (dict(report.ranks), dict(report.errors)) == (dict(memory.ranks), dict(memory.errors))
-    equal(tmp_path / "files", adapters.save("c", tmp_path / "memory"))
+    equal(files, adapters.save("c", tmp_path / "memory"))
 
 
 def test_heads_biases_and_half_precision_are_kept(tmp_path: Path) -> None:
@@ -223,7 +202,7 @@ def test_heads_biases_and_half_precision_are_kept(tmp_path: Path) -> None:
     equal(tmp_path / "copy", tmp_path / "biased")
 
 
-def test_what_a_naming_has_no_place_for_is_refused(tmp_path: Path) -> None:
+def test_what_a_naming_has_no_place_for_is_refused_or_left_out(tmp_path: Path) -> None:
     classifiers().save("a", tmp_path / "heads")
     tiny("bert", {"a": {"bias": "all"}}, torch.float32).save("a", tmp_path / "biases")
     tiny("bert", {"a": {"lora_bias": True, "target_modules": ["query"]}}, torch.float32).save(
@@ -239,18 +218,12 @@ def test_what_a_naming_has_no_place_for_is_refused(tmp_path: Path) -> None:
     for name, message in cases.items():
         with pytest.raises(ak.UnsupportedError, match=message):
             ak.convert_file(tmp_path / name, tmp_path / "no.safetensors", naming="kohya")
-    assert not (tmp_path / "no.safetensors").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(cases)
-
-
-@pytest.mark.parametrize(("naming", "rank"), [("peft", None), ("peft", 1), ("kohya", None)])
-def test_heads_can_be_left_out(naming: Any, rank: int | None, tmp_path: Path) -> None:
-    classifiers().save("a", tmp_path / "heads")
-    out = tmp_path / ("out" if naming == "peft" else "out.safetensors")
-    assert ak.convert_file(tmp_path / "heads", out, naming=naming, rank=rank, heads="drop").heads == ()
-    found = ak.inspect_adapter(out)
-    assert found.layers
-    assert (found.heads, found.labels) == ({}, None)
+    for out, given in (("peft", {}), ("rank", {"rank": 1}), ("k.safetensors", {"naming": "kohya"})):
+        report = ak.convert_file(tmp_path / "heads", tmp_path / out, heads="drop", **given)  # type: ignore[arg-type]
+        found = ak.inspect_adapter(tmp_path / out)
+        assert found.layers
+        assert (report.heads, found.heads, found.labels) == ((), {}, None)
 
 
 def test_names_that_become_one_are_refused(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def in_memory(base: Path, other: Path, folder: Path, **fields: Any) -> tuple[Pat
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart", "vit"])
-@pytest.mark.parametrize("size", [{"rank": 2}, {"energy": 0.6}], ids=str)
-def test_the_adapter_is_that_of_the_loaded_models(name: str, size: dict[str, Any], tmp_path: Path) -> None:
+def test_the_adapter_is_that_of_the_loaded_models(name: str, tmp_path: Path) -> None:
+    size: dict[str, Any] = {"energy": 0.6} if name in ("bert", "gpt2") else {"rank": 2}
     base, other = stored(build(name), tmp_path / "base"), stored(tuned(build(name)), tmp_path / "tuned")
     report = ak.extract_files(base, other, tmp_path / "files", **size)
     memory, wanted = in_memory(base, other, tmp_path / "memory", **size)
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     sizes = []
     for layers in (1, 8):
         config = LlamaConfig(
-            vocab_size=8, hidden_size=64, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=1
+            vocab_size=8, hidden_size=64, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=1
         )
         model = LlamaForCausalLM(config)
         folder = stored(model, tmp_path / f"base{layers}")
@@ -175,5 +175,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
     few, many = (int(line.split()[1]) for line in out.splitlines())
     assert (tmp_path / "out8" / WEIGHTS).is_file()
-    assert sizes[1] - sizes[0] > 80_000
+    assert sizes[1] - sizes[0] > 40_000
     assert many - few < (sizes[1] - sizes[0]) / 4, (few, many)

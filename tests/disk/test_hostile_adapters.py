@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.combining import tiny
-from tests.disk.test_combine_files import CONFIG, WEIGHTS, classifiers, mixed, read
+from tests.disk.test_combine_files import CONFIG, WEIGHTS, change, classifiers, mixed, read
 from tests.models import build
 from torch import Tensor
 
@@ -23,49 +23,32 @@ import adapterkit as ak
 
 VALUES: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], ["x"], {}, {"x": 1}, 10**30, [[1]], ["query", 3]]
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
-KEYS = [
-    "",
-    "a",
-    ".",
-    "a..b",
-    ".lora_A.weight",
-    "lora_A.weight",
-    "x.lora_A.weight",
-    "train.lora_A.weight",
-    "classifier.x",
-]
+KEYS = [*("", "a", ".", "a..b", ".lora_A.weight", "lora_A.weight", "x.lora_A.weight", "train.lora_A.weight")]
 KEYS += [f"base_model.model.{name}" for name in ("", "classifier", "classifier.weight.x", "bert.bias", "bert.weight")]
-KEYS += [f"{QUERY}.base_layer.weight", f"{QUERY}.base_layer.bias", f"{QUERY}.lora_A.bias"]
+KEYS += [f"{QUERY}.base_layer.weight", f"{QUERY}.base_layer.bias", f"{QUERY}.lora_A.bias", "classifier.x"]
 DTYPES = [torch.int8, torch.bool, torch.float16, torch.float8_e4m3fn, torch.int64, torch.complex64]
 
 
-def rename(dice: random.Random, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key + dice.choice([".x", "x", ".weight", ".lora_A.weight"])] = tensors.pop(key)
-
-
-def recast(dice: random.Random, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key] = tensors[key].to(dice.choice(DTYPES))
-
-
-def reshape(dice: random.Random, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key] = torch.zeros([dice.choice([0, 1, 2, 16, 17]) for _ in range(dice.randint(0, 4))])
-
-
-def add(dice: random.Random, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[dice.choice(KEYS)] = torch.ones([dice.choice([1, 2, 16]) for _ in range(dice.randint(0, 2))])
-
-
-def spoil(dice: random.Random, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key] = torch.full_like(tensors[key], float("nan"))
-
-
-CHANGES: list[Callable[[random.Random, dict[str, Tensor], str], None]] = [rename, recast, reshape, add, spoil]
+def spoil(dice: random.Random, tensors: dict[str, Tensor]) -> None:
+    """Change one of the tensors, its key, or what is beside it."""
+    key = dice.choice(list(tensors))
+    match dice.randrange(5):
+        case 0:
+            tensors[key + dice.choice([".x", "x", ".weight", ".lora_A.weight"])] = tensors.pop(key)
+        case 1:
+            tensors[key] = tensors[key].to(dice.choice(DTYPES))
+        case 2:
+            tensors[key] = torch.zeros([dice.choice([0, 1, 2, 16, 17]) for _ in range(dice.randint(0, 4))])
+        case 3:
+            tensors[dice.choice(KEYS)] = torch.ones([dice.choice([1, 2, 16]) for _ in range(dice.randint(0, 2))])
+        case _:
+            tensors[key] = torch.full_like(tensors[key], float("nan"))
 
 
 def damage(dice: random.Random, folder: Path) -> None:
     tensors, metadata, config = read(folder)
     if dice.random() < 0.6:
-        dice.choice(CHANGES)(dice, tensors, dice.choice(list(tensors)))
+        spoil(dice, tensors)
     else:
         config[dice.choice([*config, "use_dora", "unknown"])] = dice.choice(VALUES)
     save_file({k: t.contiguous().clone() for k, t in tensors.items()}, folder / WEIGHTS, metadata)
@@ -108,56 +91,45 @@ def test_odd_files_are_read_or_refused(seed: int, folders: list[Path], tmp_path:
     assert read_well < 12
 
 
-def change(folder: Path, **tensors: Tensor | None) -> Path:
-    """Put other tensors into the folder's file, by the last two parts of their keys, `None`: none."""
-    held, metadata, _ = read(folder)
-    for name, tensor in tensors.items():
-        key = next(key for key in held if key.replace(".", "_").endswith(name))
-        held[key] = held[key] if tensor is None else tensor
-        if tensor is None:
-            del held[key]
-    save_file({k: t.contiguous().clone() for k, t in held.items()}, folder / WEIGHTS, metadata)
-    return folder
+def edited(folder: Path, ending: str, tensor: Tensor | None) -> Path:
+    """Put another tensor into the folder's file, by the end of its key; `None`: remove it."""
+
+    def edit(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        key = next(key for key in held if key.endswith(ending))
+        rest = {k: t for k, t in held.items() if k != key}
+        return rest if tensor is None else {**rest, key: tensor}
+
+    return change(folder, edit)
 
 
-def test_a_head_with_a_bias_of_whole_numbers_is_shown_and_not_used(tmp_path: Path) -> None:
+def test_heads_of_other_tensors_or_of_whole_numbers_are_shown_and_not_used(tmp_path: Path) -> None:
     adapters = classifiers((3, 3))
-    odd, sound = (adapters.save("b", tmp_path / name) for name in ("odd", "sound"))
-    change(odd, classifier_bias=torch.ones(3, dtype=torch.int64))
-    assert ak.inspect_adapter(odd).dtypes == {"float32": 5, "int64": 1}
-    assert str(ak.diff_adapters(odd, sound).tensors[0].a) == "('int64', (3,))"
-    for write in (
-        lambda: ak.convert_file(odd, tmp_path / "out"),
-        lambda: ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads="average"),
-    ):
-        with pytest.raises(
-            ak.CheckpointError, match=r"'classifier\.bias' holds torch\.int64, and floating numbers are"
+    lacking, bias, weight, sound = (adapters.save("b", tmp_path / n) for n in ("lacking", "bias", "weight", "sound"))
+    edited(lacking, "classifier.bias", None)
+    edited(bias, "classifier.bias", torch.ones(3, dtype=torch.int64))
+    edited(weight, "classifier.weight", torch.ones(3, 16, dtype=torch.int64))
+    assert ak.inspect_adapter(bias).dtypes == {"float32": 5, "int64": 1}
+    assert str(ak.diff_adapters(bias, sound).tensors[0].a) == "('int64', (3,))"
+    with pytest.raises(ak.CheckpointError, match=r"'classifier\.bias' holds torch\.int64, and floating numbers are"):
+        ak.convert_file(bias, tmp_path / "out")
+    for heads in ("average", "concat"):
+        for odd, message in (
+            (
+                lacking,
+                "needs heads with the same tensors, but at 'classifier' 'lacking' has weight, and",
+            ),
+            (weight, r"'classifier\.weight' holds torch\.int64, and floating numbers are needed"),
+            (bias, r"'classifier\.bias' holds torch\.int64, and floating numbers are needed"),
         ):
-            write()
+            with pytest.raises(ak.AdapterError, match=message):
+                ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads=heads)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("heads", ["average", "concat"])
-def test_heads_of_other_tensors_or_of_whole_numbers_are_not_joined(heads: str, tmp_path: Path) -> None:
-    adapters = classifiers((3, 3))
-    lacking, whole, sound = (adapters.save("b", tmp_path / name) for name in ("lacking", "whole", "sound"))
-    change(lacking, classifier_bias=None)
-    change(whole, classifier_weight=torch.ones(3, 16, dtype=torch.int64))
-    for odd, message in (
-        (
-            lacking,
-            "needs heads with the same tensors, but at 'classifier' 'lacking' has weight, and 'sound' has bias, weight",
-        ),
-        (whole, r"'classifier\.weight' holds torch\.int64, and floating numbers are needed"),
-    ):
-        with pytest.raises(ak.AdapterError, match=message):
-            ak.combine_files({odd: 0.5, sound: 0.5}, tmp_path / "out", heads=heads)
 
 
 def test_trained_biases_of_a_wrong_size_are_named(tmp_path: Path) -> None:
     adapters = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32)
     odd, sound = (adapters.save("a", tmp_path / name) for name in ("odd", "sound"))
-    change(odd, query_base_layer_bias=torch.ones(2, 16))
+    edited(odd, "query.base_layer.bias", torch.ones(2, 16))
     found = ak.inspect_adapter(odd)
     assert [
         text.endswith("base_layer.bias: (2, 16) in the file, (16,) on this model") for text in found.mismatched
@@ -170,7 +142,7 @@ def test_trained_biases_of_a_wrong_size_are_named(tmp_path: Path) -> None:
 
 def test_a_bias_that_the_base_has_and_the_file_lacks_is_missing(tmp_path: Path) -> None:
     folder = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32).save("a", tmp_path / "a")
-    change(folder, query_base_layer_bias=None)
+    edited(folder, "query.base_layer.bias", None)
     assert ak.inspect_adapter(folder).missing == ()
     (missing,) = ak.inspect_adapter(folder, base=build("bert")).missing
     assert missing.endswith("query.base_layer.bias")
@@ -179,7 +151,6 @@ def test_a_bias_that_the_base_has_and_the_file_lacks_is_missing(tmp_path: Path) 
 def test_a_layer_that_is_not_there_is_nobodys_and_differs(tmp_path: Path) -> None:
     adapters = tiny("bert", {"a": {}}, torch.float32)
     odd, sound = (adapters.save("a", tmp_path / name) for name in ("odd", "sound"))
-    held, metadata, _ = read(odd)
-    save_file({**held, "base_model.model.nowhere.lora_A": torch.ones(1)}, odd / WEIGHTS, metadata)
+    change(odd, lambda held: {**held, "base_model.model.nowhere.lora_A": torch.ones(1)})
     assert ak.inspect_adapter(odd).unknown == ("nowhere.lora_A",)
     assert [layer.path for layer in ak.diff_adapters(odd, sound).layers if not layer.same_tensors] == ["nowhere"]

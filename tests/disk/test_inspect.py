@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tests import combining
-from tests.combining import deltas, tiny
+from tests.combining import deltas, randomise, tiny
 from tests.diffusion import lycoris_file, unet
-from tests.disk.test_combine_files import WEIGHTS, classifiers, fields, mixed, peft_file, read, without
+from tests.disk.test_combine_files import WEIGHTS, change, classifiers, fields, mixed, peft_file, read, without
 from tests.models import build
 
 import adapterkit as ak
@@ -89,9 +87,8 @@ def test_what_the_tensors_do_not_tell_is_left_open(tmp_path: Path) -> None:
 def test_keys_that_are_nobodys_missing_or_do_not_fit_are_listed(tmp_path: Path) -> None:
     folder = classifiers().save("a", tmp_path / "a")
     without(folder, "layer.1.attention.self.query.lora_B")
-    tensors, metadata, _ = read(folder)
     odd = {"base_model.model.x.lora_Q.weight": torch.zeros(2), "base_model.model.y": torch.zeros(2)}
-    save_file(tensors | odd, folder / WEIGHTS, metadata)
+    change(folder, lambda held: held | odd)
     found = ak.inspect_adapter(folder)
     assert set(found.unknown) == {"x.lora_Q.weight", "y"}
     assert found.missing == ("bert.encoder.layer.1.attention.self.query.lora_B.weight",)
@@ -121,20 +118,21 @@ def test_files_of_other_programs_with_and_without_the_model(options: dict[str, o
     assert (alone.unknown, given.unknown, alone.missing, given.missing) == ((), (), (), ())
 
 
-@pytest.fixture
-def scale() -> Iterator[ModuleType]:
+def test_a_method_that_is_not_additive_has_no_norms_and_is_compared_by_its_tensors(tmp_path: Path) -> None:
     plugin = combining.scaling_method(mergeable=True)
     ak.register(plugin)
-    yield plugin
-    ak.default_registry.unregister("scale")
-
-
-def test_a_method_that_is_not_additive_has_no_norms(scale: ModuleType, tmp_path: Path) -> None:
-    adapters = ak.attach(build("bert"))
-    adapters.add("s", scale.config(target_modules=["query"], modules_to_save=None))
-    adapters.save("s", tmp_path)
-    found = ak.inspect_adapter(tmp_path, base=build("bert").to("meta"))
-    assert [(layer.kind, layer.rank, layer.norm) for layer in found.layers] == [("Linear", None, None)] * 2
+    try:
+        adapters, base = ak.attach(build("bert")), build("bert").to("meta")
+        adapters.add("s", plugin.config(target_modules=["query"], modules_to_save=None))
+        one, two = (adapters.save("s", tmp_path / name) for name in ("one", "two"))
+        found = ak.inspect_adapter(one, base=base)
+        assert [(layer.kind, layer.rank, layer.norm) for layer in found.layers] == [("Linear", None, None)] * 2
+        assert ak.diff_adapters(one, two, base=base).same_function is True
+        randomise(adapters, "s", 1)
+        adapters.save("s", two)
+        assert ak.diff_adapters(one, two, base=base).same_function is None
+    finally:
+        ak.default_registry.unregister("scale")
 
 
 def test_pissa_factors_of_peft_alone_need_the_base(tmp_path: Path) -> None:
@@ -145,20 +143,15 @@ def test_pissa_factors_of_peft_alone_need_the_base(tmp_path: Path) -> None:
     found = ak.inspect_adapter(folder)
     assert found.layers[0].norm is None
     assert "needs the weight of" in found.notes[0]
+    assert "needs the weight of" in ak.diff_adapters(folder, folder).notes[0]
 
 
-def test_trained_biases_are_listed(tmp_path: Path) -> None:
+def test_trained_biases_and_numbers_that_are_not_finite_are_told(tmp_path: Path) -> None:
     adapters = tiny("bert", {"a": {"bias": "all"}}, torch.float32)
-    adapters.save("a", tmp_path)
-    assert "bert.embeddings.LayerNorm" in ak.inspect_adapter(tmp_path).biases
-
-
-def test_numbers_that_are_not_finite_are_said(tmp_path: Path) -> None:
-    adapters = tiny("bert", {"a": {}}, torch.float32)
     with torch.no_grad():
         next(adapters.parameters("a")).fill_(float("nan"))
-    adapters.save("a", tmp_path)
-    found = ak.inspect_adapter(tmp_path)
+    found = ak.inspect_adapter(adapters.save("a", tmp_path))
+    assert "bert.embeddings.LayerNorm" in found.biases
     assert (found.layers[0].norm, found.norm) == (None, None)
     assert found.notes == (f"{found.layers[0].path} has values that are not finite",)
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "thirdparty" / "
 from adapterkit_ia3 import IA3Config
 from adapterkit_ia3 import plugin as ia3
 
-BF16 = torch.bfloat16
+BF16, WEIGHTS = torch.bfloat16, "model.safetensors"
 
 
 def base_class(model: Any) -> None:
@@ -88,35 +88,27 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_the_tensors_are_those_of_a_merge_in_memory(setting: Setting, tmp_path: Path) -> None:
+def test_the_merged_model_is_that_of_a_merge_in_memory(setting: Setting, tmp_path: Path) -> None:
     memory, out, report = both_ways(setting, tmp_path)
-    if setting.change is base_class:  # names and files stay the base's
-        cls: Any = type(models.build(setting.model))
-        loaded = [cls.from_pretrained(folder, dtype="auto") for folder in (memory, out)]
-        assert all(
-            torch.equal(one, other) for one, other in zip(*(m.state_dict().values() for m in loaded), strict=True)
-        )
-    else:
+    if setting.change is not base_class:  # names and files stay the base's
         assert_same_tensors(memory, out)
-    assert sum(report.merged.values()) > 0
-    assert not (tmp_path / ".out.partial").exists()
-
-
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_the_merged_model_loads_and_computes_the_same(setting: Setting, tmp_path: Path) -> None:
-    memory, out, _ = both_ways(setting, tmp_path)
     cls: Any = type(models.build(setting.model))
     first, second = (cls.from_pretrained(folder, dtype="auto").eval() for folder in (memory, out))
+    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
     models.assert_same_outputs(models.run(first, setting.model), models.run(second, setting.model))
     assert type(first.config)(**first.config.to_dict()).id2label == second.config.id2label
     assert second.config.architectures == first.config.architectures
     ties = [getattr(m.config, "tie_word_embeddings", None) for m in (first, second)]
     assert ties[0] == ties[1]
+    assert sum(report.merged.values()) > 0
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_files_names_order_and_metadata_are_the_bases(tmp_path: Path) -> None:
     setting = Setting("llama", [LoraConfig(target_modules=["q_proj"], layers_to_transform=[0], r=2)], BF16, "3KB")
-    _, out, report = both_ways(setting, tmp_path)
+    seen: list[tuple[int, int]] = []
+    _, out, report = both_ways(setting, tmp_path, progress=lambda *bytes_: seen.append(bytes_))
     base, merged = Checkpoint.open(tmp_path / "base"), Checkpoint.open(out)
     assert list(merged.shards) == list(base.shards)
     assert sum(report.merged.values()) == 1
@@ -126,10 +118,23 @@ def test_files_names_order_and_metadata_are_the_bases(tmp_path: Path) -> None:
         assert same == (report.merged[name] == 0)
     index = "model.safetensors.index.json"
     assert (out / index).read_bytes() == (tmp_path / "base" / index).read_bytes()
+    # The manifest tells what was merged, and progress reaches all bytes.
+    manifest = json.loads((out / "adapterkit_merge.json").read_text())
+    assert manifest["files"] == {name: {"size": (out / name).stat().st_size} for name in merged.shards}
+    (adapter,) = manifest["inputs"]["adapters"]
+    weights = (tmp_path / "a/adapter_model.safetensors").read_bytes()
+    assert adapter["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert adapter["weight"] == 1.0
+    assert (seen[0], seen[-1]) == ((0, report.nbytes), (report.nbytes, report.nbytes))
+    assert seen == sorted(seen)
+    # A second run gives the same bytes.
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "again")
+    assert_same_folder(out, tmp_path / "again")
 
 
-def test_the_index_counts_what_was_added(tmp_path: Path) -> None:
-    setting = Setting("bert", [LINEAR], shard="5KB", added={"num_labels": 30}, change=base_class)
+def test_what_is_added_is_in_the_index_and_every_tensor_can_be_mapped(tmp_path: Path) -> None:
+    """Where sizes change, wide elements go first: a float32 tensor behind three bytes of bf16 could not be mapped."""
+    setting = Setting("bert", [LINEAR], BF16, "5KB", added={"num_labels": 31}, change=base_class)
     _, out, report = both_ways(setting, tmp_path)
     assert set(report.added) == {"classifier.weight", "classifier.bias"}
     assert report.heads == ("classifier",)
@@ -137,16 +142,8 @@ def test_the_index_counts_what_was_added(tmp_path: Path) -> None:
     merged = Checkpoint.open(out)
     assert index["weight_map"] == {n: e.file.name for n, e in merged.entries.items()}
     assert index["metadata"]["total_size"] == sum(e.nbytes for e in merged.entries.values())
-
-
-def test_every_tensor_of_a_changed_layout_can_be_mapped(tmp_path: Path) -> None:
-    """Where sizes change, wide elements go first: a float32 tensor behind three bytes of bf16 could not be mapped."""
-    save_file({"a": torch.ones(3, dtype=BF16), "b": torch.ones(2)}, tmp_path / "x.safetensors")
-    setting = Setting("bert", [LINEAR], BF16, added={"num_labels": 1})
-    _, out, _ = both_ways(setting, tmp_path)
-    for entry in Checkpoint.open(out).entries.values():
-        assert entry.start % entry.torch_dtype.itemsize == 0
-    assert load_file(out / "model.safetensors")["classifier.bias"].shape == (1,)
+    assert {entry.start % entry.torch_dtype.itemsize for entry in merged.entries.values()} == {0}
+    assert load_file(merged.entries["classifier.bias"].file)["classifier.bias"].shape == (31,)
 
 
 def test_a_weight_scales_the_change(tmp_path: Path) -> None:
@@ -197,60 +194,26 @@ def test_files_beside_the_weights_are_copied_but_for_other_weights_and_adapters(
     assert "not copied: " in str(report)
 
 
-def test_the_manifest_tells_what_was_merged(tmp_path: Path) -> None:
-    _, out, _ = both_ways(Setting("llama", [LINEAR], shard="6KB"), tmp_path)
-    manifest = json.loads((out / "adapterkit_merge.json").read_text())
-    for name, recorded in manifest["files"].items():
-        assert recorded == {"size": (out / name).stat().st_size}
-    (adapter,) = manifest["inputs"]["adapters"]
-    weights = (tmp_path / "a/adapter_model.safetensors").read_bytes()
-    assert adapter["files"]["adapter_model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
-    assert adapter["weight"] == 1.0
-
-
-def test_a_base_of_another_class_takes_the_class_that_has_the_head(tmp_path: Path) -> None:
-    setting = Setting("bert", [LINEAR])
-    cls = save_base(setting, tmp_path / "base")
-    save_adapters(setting, tmp_path / "base", cls, tmp_path)
-    model: Any = models.build("bert")
-    shutil.rmtree(tmp_path / "base")
-    model.bert.save_pretrained(tmp_path / "base")
-    ak.merge_checkpoint(
-        tmp_path / "base", tmp_path / "a", tmp_path / "out", architecture="BertForSequenceClassification"
-    )
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["architectures"] == ["BertForSequenceClassification"]
-    found = cls.from_pretrained(tmp_path / "out", output_loading_info=True)[1]
-    assert not found["missing_keys"]
-    with pytest.raises(ak.CheckpointError, match="transformers has no model of the class 'BertForNothing'"):
-        ak.skeleton(tmp_path / "base", architecture="BertForNothing")
-
-
-def _bare_base(task: str | None, root: Path) -> type[Any]:
-    """A base that is stored without its head, and an adapter with one."""
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_a_bare_base_takes_the_class_of_the_adapters_task_or_the_one_that_is_given(
+    task: str | None, tmp_path: Path
+) -> None:
     setting = Setting("bert", [LINEAR.replace(task_type=task)])
-    cls = save_base(setting, root / "base")
-    save_adapters(setting, root / "base", cls, root)
-    shutil.rmtree(root / "base")
+    base, adapter, out = (tmp_path / name for name in ("base", "a", "out"))
+    cls = save_base(setting, base)
+    save_adapters(setting, base, cls, tmp_path)
+    shutil.rmtree(base)
     model: Any = models.build("bert")
-    model.bert.save_pretrained(root / "base")
-    return cls
-
-
-def test_the_adapters_task_says_the_class_of_a_bare_base(tmp_path: Path) -> None:
-    cls = _bare_base("SEQ_CLS", tmp_path)
-    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
-    assert not cls.from_pretrained(tmp_path / "out", output_loading_info=True)[1]["missing_keys"]
-
-
-def test_without_a_task_the_modules_that_the_base_lacks_are_named(tmp_path: Path) -> None:
-    _bare_base(None, tmp_path)
-    message = re.escape(
-        "names BertModel, which has no 'bert', 'classifier', as the adapters have. If they are for this model with a "
-        "task's head, say its class: architecture="
-    )
-    refused(ak.CheckpointError, message, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    model.bert.save_pretrained(base)
+    architecture = None if task else "BertForSequenceClassification"
+    if not task:
+        text = re.escape("names BertModel, which has no 'bert', 'classifier', as the adapters have. If they are for")
+        refused(ak.CheckpointError, text, base, adapter, out)
+        text = "transformers has no model of the class 'BertForNothing'"
+        refused(ak.CheckpointError, text, base, adapter, out, architecture="BertForNothing")
+    ak.merge_checkpoint(base, adapter, out, architecture=architecture)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+    assert not cls.from_pretrained(out, output_loading_info=True)[1]["missing_keys"]
 
 
 def test_a_model_that_is_not_of_transformers_is_given_on_the_meta_device(tmp_path: Path) -> None:
@@ -288,53 +251,40 @@ def test_an_embedding_that_the_adapter_holds_in_full_is_merged_with_its_change(
     assert_same_tensors(tmp_path / "memory", tmp_path / "out")
 
 
-def test_progress_reaches_all_bytes(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    _, _, report = both_ways(
-        Setting("llama", [LINEAR], shard="6KB"), tmp_path, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen[0] == (0, report.nbytes)
-    assert seen[-1] == (report.nbytes, report.nbytes)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-
-
 # Refusals
 
 
-def prepared(tmp_path: Path, *configs: ak.AdapterConfig, model: str = "bert") -> Path:
+def prepared(root: Path, *configs: ak.AdapterConfig, model: str = "bert") -> tuple[Path, Path, Path]:
+    """The base, the adapter `a`, and a place for the output."""
     setting = Setting(model, configs or [LINEAR])
-    cls = save_base(setting, tmp_path / "base")
-    save_adapters(setting, tmp_path / "base", cls, tmp_path)
-    return tmp_path / "base"
+    cls = save_base(setting, root / "base")
+    save_adapters(setting, root / "base", cls, root)
+    return root / "base", root / "a", root / "out"
 
 
-def refused(error: type[ak.AdapterError], text: str, tmp_path: Path, *arguments: Any, **options: Any) -> None:
+def refused(error: type[ak.AdapterError], text: str, base: Any, adapters: Any, out: Path, **options: Any) -> None:
     with pytest.raises(error, match=text):
-        ak.merge_checkpoint(*arguments, **options)
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.partial").exists()
+        ak.merge_checkpoint(base, adapters, out, **options)
+    assert not out.exists()
+    assert not out.with_name(f".{out.name}.partial").exists()
 
 
-def test_a_tied_target_is_refused_unless_it_is_to_be_untied(tmp_path: Path) -> None:
-    base = prepared(tmp_path, LoraConfig(target_modules=["wte"], r=2), model="gpt2")
-    refused(ak.StateError, r"'transformer.wte.weight' is tied", tmp_path, base, tmp_path / "a", tmp_path / "out")
-
-
-@pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_a_tie_that_the_files_hold_apart_is_none_if_the_values_differ(shift: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shift", [0.0, 1.0, None])
+def test_a_tied_target_is_refused_unless_the_files_hold_other_values_apart(shift: float | None, tmp_path: Path) -> None:
     setting = Setting("gpt2", [LoraConfig(target_modules=["wte"], r=2)])
-    cls = save_base(setting, tmp_path / "base")
-    tensors = load_file(tmp_path / "base/model.safetensors")
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + shift
-    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
-    adapters = save_adapters(setting, tmp_path / "base", cls, tmp_path)
-    arguments = (tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    base, adapter, out = (tmp_path / name for name in ("base", "a", "out"))
+    cls = save_base(setting, base)
+    if shift is not None:
+        tensors = load_file(base / WEIGHTS)
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + shift
+        save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    adapters = save_adapters(setting, base, cls, tmp_path)
     if not shift:
-        refused(ak.StateError, r"'transformer.wte.weight' is tied", tmp_path, *arguments)
+        refused(ak.StateError, r"'transformer.wte.weight' is tied", base, adapter, out)
         return
-    ak.merge_checkpoint(*arguments)
+    ak.merge_checkpoint(base, adapter, out)
     adapters.merge_and_detach("a").save_pretrained(tmp_path / "memory")
-    assert_same_tensors(tmp_path / "memory", tmp_path / "out")
+    assert_same_tensors(tmp_path / "memory", out)
 
 
 def test_ties_in_code_cannot_be_untied_in_files(tmp_path: Path) -> None:
@@ -346,14 +296,14 @@ def test_ties_in_code_cannot_be_untied_in_files(tmp_path: Path) -> None:
 
     model = Tied()
     (tmp_path / "base").mkdir()
-    save_file({"embed.weight": model.embed.weight.detach()}, tmp_path / "base/model.safetensors")
+    save_file({"embed.weight": model.embed.weight.detach()}, tmp_path / "base" / WEIGHTS)
     adapters = ak.attach(model)
     adapters.add("a", LoraConfig(target_modules=["embed"], r=2))
     adapters.save("a", tmp_path / "a")
     with torch.device("meta"):
         empty = Tied()
-    arguments = (tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    refused(ak.UnsupportedError, "ties weights in its code", tmp_path, *arguments, untie=True, model=empty)
+    paths = (tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    refused(ak.UnsupportedError, "ties weights in its code", *paths, untie=True, model=empty)
 
 
 def test_a_fused_target_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,97 +314,72 @@ def test_a_fused_target_is_refused_by_its_name(tmp_path: Path, monkeypatch: pyte
     adapters.add("a", LoraConfig(target_modules=["q_proj"], r=2))
     adapters.save("a", tmp_path / "a")
     assert ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "fine").merged
-    monkeypatch.setattr(
-        "adapterkit.disk.model.match_names",
-        lambda *a: _fused(*match_names(*a)),
-    )
-    text = r"'model.layers.0.self_attn.q_proj.weight' is not a tensor of .*: transformers makes it from 1 others"
-    refused(ak.UnsupportedError, text, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
-
-
-def _fused(in_file: dict[str, str], fused: Any) -> Any:
     key = "model.layers.0.self_attn.q_proj.weight"
-    return {k: v for k, v in in_file.items() if k != key}, {key: ("qkv.weight",)}
+
+    def fused(*given: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+        in_file, _ = match_names(*given)
+        return {k: v for k, v in in_file.items() if k != key}, {key: ("qkv.weight",)}
+
+    monkeypatch.setattr("adapterkit.disk.model.match_names", fused)
+    text = rf"'{key}' is not a tensor of .*: transformers makes it from 1 others"
+    refused(ak.UnsupportedError, text, tmp_path / "base", tmp_path / "a", tmp_path / "out")
 
 
-def test_a_target_that_the_files_lack_is_refused(tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    tensors = load_file(base / "model.safetensors")
-    del tensors["bert.encoder.layer.0.attention.self.query.weight"]
-    save_file(tensors, base / "model.safetensors")
-    text = "has no tensor for 'bert.encoder.layer.0.attention.self.query.weight' of a BertFor"
-    refused(ak.CheckpointError, text, tmp_path, base, tmp_path / "a", tmp_path / "out")
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+CHANGED: dict[str, tuple[Any, str]] = {
+    "gone": (lambda t: None, f"has no tensor for '{QUERY}' of a BertFor"),
+    "another shape": (lambda t: t[:-1].contiguous(), "it is quantised, or does not go with the config"),
+    "quantised": (lambda t: t.to(torch.int8), "it is quantised, or does not go with the config"),
+}
 
 
-@pytest.mark.parametrize("change", [lambda t: t[:-1].contiguous(), lambda t: t.to(torch.int8)])
-def test_a_target_of_another_shape_or_quantised_is_refused(change: Any, tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    tensors = load_file(base / "model.safetensors")
-    key = "bert.encoder.layer.0.attention.self.query.weight"
-    tensors[key] = change(tensors[key])
-    save_file(tensors, base / "model.safetensors")
-    text = "it is quantised, or does not go with the config"
-    refused(ak.CheckpointError, text, tmp_path, base, tmp_path / "a", tmp_path / "out")
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_target_that_the_files_do_not_hold_as_it_should_be_is_refused(case: str, tmp_path: Path) -> None:
+    base, adapter, out = prepared(tmp_path)
+    change, text = CHANGED[case]
+    tensors = load_file(base / WEIGHTS)
+    tensors[QUERY] = change(tensors[QUERY])
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, base / WEIGHTS)
+    refused(ak.CheckpointError, text, base, adapter, out)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    save_base(Setting("llama", [LINEAR]), tmp_path / "other")
-    text = "names LlamaForCausalLM, which has no 'bert', 'classifier', as the adapters have"
-    refused(ak.CheckpointError, text, tmp_path, tmp_path / "other", tmp_path / "a", tmp_path / "out")
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    base, adapter, out = prepared(tmp_path, LINEAR, LINEAR)
+    second, other, link = (tmp_path / name for name in ("b", "other", "link"))
+    save_base(Setting("llama", [LINEAR]), other)
+    link.symlink_to(adapter)
+    damaged = {text: shutil.copytree(base, tmp_path / f"config {i}") for i, text in enumerate(("[", "[]"))}
+    for text, folder in damaged.items():
+        (folder / "config.json").write_text(text)
+    number = "must be a finite number, not"
+    cases: list[tuple[type[ak.AdapterError], str, Any, Any]] = [
+        (ak.CheckpointError, "names LlamaForCausalLM, which has no 'bert', 'classifier', as", other, adapter),
+        (ak.ConfigError, "are one adapter; give it once", base, [adapter, link]),
+        (ak.CheckpointError, "It is an adapter; give the model", adapter, base),
+        (ak.CheckpointError, "There is no folder", tmp_path / "nowhere", adapter),
+        (ak.ConfigError, "'a' and 'b' each have their own 'classifier'", base, [adapter, second]),
+        *((ak.ConfigError, number, base, {adapter: weight}) for weight in (float("nan"), float("inf"), True, "1")),
+        *((ak.ConfigError, "needs adapters, each once", base, given) for given in ([], {}, [adapter, adapter])),
+        *((ak.CheckpointError, "There is no config of a model for", folder, adapter) for folder in damaged.values()),
+    ]
+    for error, text, given, adapters in cases:
+        refused(error, text, given, adapters, out)
+    with pytest.raises(ak.CheckpointError, match="is no valid JSON"):
+        ak.merge_checkpoint(damaged["["], adapter, out, model=ak.skeleton(base))
+    ak.merge_checkpoint(base, [adapter, second], out, heads=str(second))
+    head = load_file(second / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(load_file(out / WEIGHTS)["classifier.weight"], head)
+    # Two of one name are told apart.
+    same = shutil.copytree(second, tmp_path / "x" / "a")
+    report = ak.merge_checkpoint(base, [adapter, same], tmp_path / "two", heads="a_2")
+    assert list(report.adapters) == ["a", "a_2"]
+    assert_same_tensors(tmp_path / "two", out)
 
 
 def test_a_multiple_of_what_is_no_sum_is_refused(tmp_path: Path) -> None:
-    base = prepared(tmp_path, IA3Config(target_modules=["key"], feedforward_modules=[]))
+    base, adapter, out = prepared(tmp_path, IA3Config(target_modules=["key"], feedforward_modules=[]))
     text = "cannot be merged with the weight 0.5: the method 'ia3' is not additive"
-    refused(ak.UnsupportedError, text, tmp_path, base, {tmp_path / "a": 0.5}, tmp_path / "out")
-
-
-def test_one_adapter_by_two_names_is_refused(tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    refused(
-        ak.ConfigError,
-        "are one adapter; give it once",
-        tmp_path,
-        base,
-        [tmp_path / "a", tmp_path / "link"],
-        tmp_path / "out",
-    )
-
-
-def test_an_adapter_in_the_bases_place_is_told_so(tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    refused(ak.CheckpointError, "It is an adapter; give the model", tmp_path, tmp_path / "a", base, tmp_path / "out")
-
-
-def test_two_heads_need_a_choice(tmp_path: Path) -> None:
-    base = prepared(tmp_path, LINEAR, LINEAR)
-    both = [tmp_path / "a", tmp_path / "b"]
-    refused(ak.ConfigError, "'a' and 'b' each have their own 'classifier'", tmp_path, base, both, tmp_path / "out")
-    ak.merge_checkpoint(base, both, tmp_path / "out", heads=str(tmp_path / "b"))
-    head = load_file(tmp_path / "b/adapter_model.safetensors")["base_model.model.classifier.weight"]
-    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["classifier.weight"], head)
-
-
-@pytest.mark.parametrize("adapters", [[], {}, ["a", "a"]])
-def test_without_adapters_or_with_one_twice_there_is_nothing_to_do(adapters: Any, tmp_path: Path) -> None:
-    text = "merge_checkpoint needs adapters, each once"
-    refused(ak.ConfigError, text, tmp_path, prepared(tmp_path), adapters, tmp_path / "out")
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), True, "1"])
-def test_a_weight_that_is_no_number_is_refused(weight: Any, tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    refused(ak.ConfigError, "must be a finite number, not", tmp_path, base, {tmp_path / "a": weight}, tmp_path / "out")
-
-
-def test_two_adapters_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    (tmp_path / "x").mkdir()
-    shutil.copytree(tmp_path / "a", tmp_path / "x" / "a")
-    report = ak.merge_checkpoint(base, [tmp_path / "a", tmp_path / "x" / "a"], tmp_path / "out", heads="a_2")
-    assert list(report.adapters) == ["a", "a_2"]
+    refused(ak.UnsupportedError, text, base, {adapter: 0.5}, out)
 
 
 def test_an_added_tensor_that_would_not_be_found_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,23 +388,4 @@ def test_an_added_tensor_that_would_not_be_found_is_refused(tmp_path: Path, monk
     save_adapters(setting, tmp_path / "base", cls, tmp_path)
     monkeypatch.setattr("adapterkit.disk.merge.match_names", lambda model, names: match_names(model, []))
     text = "lacks 'classifier.weight', and beside the names that it has, such a tensor would not be found"
-    refused(ak.UnsupportedError, text, tmp_path, tmp_path / "base", tmp_path / "a", tmp_path / "out")
-
-
-def test_merging_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    for name in ("out", "again"):
-        ak.merge_checkpoint(base, tmp_path / "a", tmp_path / name)
-    assert_same_folder(tmp_path / "out", tmp_path / "again")
-
-
-@pytest.mark.parametrize("text", ["[", "[]"])
-def test_a_config_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
-    base = prepared(tmp_path)
-    (base / "config.json").write_text(text)
-    refused(ak.CheckpointError, "There is no config of a model for", tmp_path, base, tmp_path / "a", tmp_path / "out")
-
-
-def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    refused(ak.CheckpointError, "There is no folder", tmp_path, tmp_path / "nowhere", tmp_path / "a", tmp_path / "out")
+    refused(ak.UnsupportedError, text, tmp_path / "base", tmp_path / "a", tmp_path / "out")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import random
 import resource
@@ -85,34 +84,26 @@ class Counter:
 
         return counted
 
-    def watch(self, patch: pytest.MonkeyPatch) -> None:
-        for owner, name in (
-            *((os, name) for name in ("write", "fsync")),
-            *((Path, name) for name in ("rename", "replace", "unlink", "mkdir")),
-            (merge_files, "exchange"),
-            (shutil, "copyfile"),
-        ):
-            patch.setattr(owner, name, self.wrap(getattr(owner, name)))
+    def run(self, world: Path, out: Path, **options: Any) -> int:
+        """Merge; how many steps that were."""
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in (
+                *((os, name) for name in ("write", "fsync")),
+                *((Path, name) for name in ("rename", "replace", "unlink", "mkdir")),
+                (merge_files, "exchange"),
+                (shutil, "copyfile"),
+            ):
+                patch.setattr(owner, name, self.wrap(getattr(owner, name)))
+            merge(world, out, **options)
+        return self.count
 
 
 def killed(world: Path, out: Path, moment: int, **options: Any) -> int:
-    def work() -> None:
-        Counter(moment).watch(pytest.MonkeyPatch())
-        merge(world, out, **options)
-
-    return in_child(work)
-
-
-def count_steps(world: Path, out: Path, **options: Any) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        counter = Counter()
-        counter.watch(patch)
-        merge(world, out, **options)
-    return counter.count
+    return in_child(lambda: Counter(moment).run(world, out, **options))
 
 
 def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(world: Path, place: Path) -> None:
-    steps = count_steps(world, place / "count")
+    steps = Counter().run(world, place / "count")
     moments = [*random.Random(0).sample(range(1, steps + 1), 12), steps - 1, steps]
     resumed = 0
     for moment in moments:
@@ -120,6 +111,7 @@ def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(world: Path, pl
         status = killed(world, out, moment)
         assert status in (KILLED, 0)
         if not out.exists():
+            assert out.with_name(f".{out.name}.partial").is_dir()
             report = merge(world, out, resume=True)
             resumed += len(report.resumed)
         (out / LOCK).unlink(missing_ok=True)  # all that a kill after the last rename can leave
@@ -131,36 +123,35 @@ def test_killed_while_it_replaces_there_is_always_one_whole_model(world: Path, p
     old = place / "old"
     shutil.copytree(world / "base", old)
     shutil.copytree(old, place / "count")
-    steps = count_steps(world, place / "count", overwrite=True)
+    steps = Counter().run(world, place / "count", overwrite=True)
     for moment in [*random.Random(1).sample(range(1, steps - 8), 4), *range(steps - 8, steps + 1)]:
         out = place / f"out{moment}"
         shutil.copytree(old, out)
         killed(world, out, moment, overwrite=True)
         (out / LOCK).unlink(missing_ok=True)
-        new = (out / "adapterkit_merge.json").exists()
+        new = (out / MANIFEST).exists()
         assert_same_folder(world / "expected" if new else old, out)
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name(world: Path, place: Path) -> None:
-    assert killed(world, place / "out", 20) == KILLED
-    assert not (place / "out").exists()
-    assert (place / PARTIAL).is_dir()
+@pytest.fixture(scope="module")
+def broken_off(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed when a part was finished."""
+    root = tmp_path_factory.mktemp("begun")
+    assert killed(world, root / "out", Counter().run(world, root / "count") // 2) == KILLED
+    return root / PARTIAL
 
 
-def begun(world: Path, place: Path) -> Path:
-    """The folder of a run that was broken off when a part was finished."""
-    assert killed(world, place / "out", count_steps(world, place / "count") // 2) == KILLED
-    return place / PARTIAL
+@pytest.fixture
+def begun(broken_off: Path, place: Path) -> Path:
+    return shutil.copytree(broken_off, place / PARTIAL)
 
 
-def test_without_resume_it_begins_anew(world: Path, place: Path) -> None:
-    begun(world, place)
+def test_without_resume_it_begins_anew(begun: Path, world: Path, place: Path) -> None:
     assert merge(world, place / "out").resumed == ()
     assert_same_folder(world / "expected", place / "out")
 
 
-def test_a_run_with_other_inputs_is_not_resumed(world: Path, place: Path) -> None:
-    begun(world, place)
+def test_a_run_with_other_inputs_is_not_resumed(begun: Path, world: Path, place: Path) -> None:
     for options in ({"safe": True}, {"untie": True}):
         with pytest.raises(ak.StateError, match=r"was begun with other inputs or arguments \(arguments differ\)"):
             merge(world, place / "out", resume=True, **options)
@@ -170,28 +161,15 @@ def test_a_run_with_other_inputs_is_not_resumed(world: Path, place: Path) -> Non
         file.write(b"\x17")
     with pytest.raises(ak.StateError, match=r"\(base differ\)"):
         ak.merge_checkpoint(other, world / "a", place / "out", resume=True)
-
-
-TAMPERED: dict[str, Callable[[Any], Any]] = {
-    "no JSON": lambda journal: "{",
-    "a list": lambda journal: [],
-    "no inputs": lambda journal: {},
-    "inputs that are a list": lambda journal: {"inputs": []},
-}
-
-
-@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED.keys())
-def test_a_damaged_journal_is_refused(change: Callable[[Any], Any], world: Path, place: Path) -> None:
-    journal = begun(world, place) / MANIFEST
-    changed = change(json.loads(journal.read_text()))
-    journal.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    with pytest.raises(ak.StateError, match="is damaged, so it is not known what is finished"):
-        merge(world, place / "out", resume=True)
+    for damaged in ("{", "[]", "{}", '{"inputs": []}'):
+        (begun / MANIFEST).write_text(damaged)
+        with pytest.raises(ak.StateError, match="is damaged, so it is not known what is finished"):
+            merge(world, place / "out", resume=True)
 
 
 @pytest.mark.parametrize("damage", ["size", "gone", "link"])
-def test_a_finished_file_that_is_not_whole_is_written_again(damage: str, world: Path, place: Path) -> None:
-    file = min(begun(world, place).glob("*.safetensors"))
+def test_a_finished_file_that_is_not_whole_is_written_again(damage: str, begun: Path, world: Path, place: Path) -> None:
+    file = min(begun.glob("*.safetensors"))
     if damage == "size":
         file.write_bytes(file.read_bytes()[:-1])
     else:
@@ -213,55 +191,45 @@ def test_two_runs_at_once_on_one_output_are_refused(world: Path, place: Path) ->
 # The output's place
 
 
-def test_an_output_that_is_there_is_replaced_only_when_asked(world: Path, place: Path) -> None:
-    shutil.copytree(world / "base", place / "out")
-    with pytest.raises(ak.SaveError, match=r"exists already. Say overwrite=True"):
+@pytest.mark.parametrize("how", ["in one step", "where systems cannot exchange", "behind a link", "an empty folder"])
+def test_an_output_is_replaced_when_asked(how: str, world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "an empty folder":  # which nobody has to ask for
+        (place / "out").mkdir()
         merge(world, place / "out")
-    assert_same_folder(world / "base", place / "out")
-    merge(world, place / "out", overwrite=True)
-    assert_same_folder(world / "expected", place / "out")
-    assert not (place / PARTIAL).exists()
-
-
-def test_where_folders_cannot_change_places_the_output_is_replaced_all_the_same(
-    world: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(merge_files, "exchange", lambda *folders: False)
-    shutil.copytree(world / "base", place / "out")
-    merge(world, place / "out", overwrite=True)
+    else:
+        shutil.copytree(world / "base", place / "out")
+        with pytest.raises(ak.SaveError, match=r"exists already. Say overwrite=True"):
+            merge(world, place / "out")
+        assert_same_folder(world / "base", place / "out")
+        if how.startswith("where"):
+            monkeypatch.setattr(merge_files, "exchange", lambda *folders: False)
+        out = place / "out"
+        if how == "behind a link":
+            out = place.with_name(f"{place.name}.link")
+            out.symlink_to(place / "out")
+        assert merge(world, out, overwrite=True).out == place / "out"
     assert_same_folder(world / "expected", place / "out")
     assert sorted(p.name for p in place.iterdir()) == ["out"]
 
 
-def test_an_empty_folder_is_taken(world: Path, place: Path) -> None:
-    (place / "out").mkdir()
-    merge(world, place / "out")
-    assert_same_folder(world / "expected", place / "out")
-
-
-def _file(place: Path) -> Path:
-    (place / "file").touch()
-    return place / "file"
-
-
-def _others(place: Path) -> Path:
-    (place / "thesis").mkdir()
-    (place / "thesis" / "chapter1.tex").touch()
-    return place / "thesis"
-
-
-def _partial(place: Path) -> Path:
-    (place / PARTIAL).mkdir()
-    (place / PARTIAL / "mine").touch()
-    return place / "out"
+def _made(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    return path
 
 
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a file": (_file, "is a file; the output is a folder"),
-    "below a file": (lambda place: _file(place) / "out", "Not a directory.* are as they were.$"),
-    "a folder of other things": (_others, "holds chapter1.tex and no model, so it is not replaced"),
+    "a file": (lambda place: _made(place / "file"), "is a file; the output is a folder"),
+    "below a file": (lambda place: _made(place / "file") / "out", "Not a directory.* are as they were.$"),
+    "a folder of other things": (
+        lambda place: _made(place / "thesis" / "chapter1.tex").parent,
+        "holds chapter1.tex and no model, so it is not replaced",
+    ),
     "the root": (lambda place: Path("/"), "lie in each other"),
-    "something at the partial's place": (_partial, "is in the way: it is no unfinished merge"),
+    "something at the partial's place": (
+        lambda place: _made(place / PARTIAL / "mine").parent.with_name("out"),
+        "is in the way: it is no unfinished merge",
+    ),
 }
 
 
@@ -280,14 +248,6 @@ def test_an_output_that_cannot_be_one_is_refused(
 def test_an_output_that_overlaps_an_input_is_refused(inside: str, world: Path, place: Path) -> None:
     with pytest.raises(ak.SaveError, match="lie in each other; give the output a folder of its own"):
         merge(world, world / inside, overwrite=True)
-
-
-def test_the_folder_behind_a_link_is_replaced(world: Path, place: Path) -> None:
-    shutil.copytree(world / "base", place / "real")
-    (place / "out").symlink_to(place / "real")
-    assert merge(world, place / "out", overwrite=True).out == place / "real"
-    assert (place / "out").is_symlink()
-    assert_same_folder(world / "expected", place / "real")
 
 
 def test_an_output_that_was_made_meanwhile_is_left_alone(world: Path, place: Path) -> None:

@@ -23,12 +23,6 @@ logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 NAMES = [n for n in models.NAMES if n not in ("convnet", "embednet")]
 
 
-def saved(name: str, folder: Path) -> nn.Module:
-    model = models.build(name)
-    model.save_pretrained(folder)
-    return model
-
-
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """Names that are one parameter."""
     places: dict[nn.Parameter, set[str]] = {}
@@ -38,8 +32,9 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_skeleton_is_the_model_without_values(name: str, tmp_path: Path) -> None:
-    model = saved(name, tmp_path)
+def test_a_skeleton_is_the_model_without_values_and_names_are_matched(name: str, tmp_path: Path) -> None:
+    model: Any = models.build(name)
+    model.save_pretrained(tmp_path)
     found = ak.skeleton(tmp_path)
     assert type(found) is type(model)
     assert all(p.is_meta for p in found.parameters())
@@ -48,20 +43,20 @@ def test_a_skeleton_is_the_model_without_values(name: str, tmp_path: Path) -> No
         k: (t.shape, t.dtype) for k, t in model.state_dict().items()
     }
     assert ties(found) == ties(model)
+    assert_matched(model, tmp_path)
+    # Saved from the base class, the names lack the prefix.
+    getattr(model, model.base_model_prefix, model).save_pretrained(tmp_path)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    assert_matched(model, tmp_path)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("part", ["whole", "base"])
-def test_names_are_matched_as_transformers_loads_them(name: str, part: str, tmp_path: Path) -> None:
-    model: Any = saved(name, tmp_path)
-    if part == "base":  # saved from the base class: the prefix lacks
-        getattr(model, model.base_model_prefix, model).save_pretrained(tmp_path)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(tmp_path)
-    files = Checkpoint.open(tmp_path)
-    in_file, fused = match_names(ak.skeleton(tmp_path), files.entries)
+def assert_matched(model: Any, folder: Path) -> None:
+    """Names are matched as transformers loads them."""
+    files = Checkpoint.open(folder)
+    in_file, fused = match_names(ak.skeleton(folder), files.entries)
     assert fused == {}
-    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    loaded = type(model).from_pretrained(folder).state_dict()
     assert set(in_file.values()) == set(files.entries)
     assert all(torch.equal(loaded[key], files.tensor(name)) for key, name in in_file.items())
 
@@ -78,7 +73,7 @@ def test_tensors_that_are_fused_at_loading_are_told_apart(tmp_path: Path) -> Non
 
 
 def test_old_names_are_known(tmp_path: Path) -> None:
-    saved("bert", tmp_path)
+    models.build("bert").save_pretrained(tmp_path)
     key = "bert.embeddings.LayerNorm"
     in_file, _ = match_names(ak.skeleton(tmp_path), [f"{key}.gamma", f"{key}.beta", "cls.predictions.bias"])
     assert in_file == {f"{key}.weight": f"{key}.gamma", f"{key}.bias": f"{key}.beta"}
