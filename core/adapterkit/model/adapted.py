@@ -154,7 +154,8 @@ class AdaptedModel:
         if trains:
             self.check_unchanged(call, names)
         before, merged = self.active.state, self.active.merged
-        hidden, trained = (), names if trains else ()
+        hidden: tuple[str, ...] = ()
+        trained = names if trains else ()
         if merged:  # these are active again after `unmerge`
             hidden = tuple(name for name in before.asked[0] if name in merged)
             trained = tuple(name for name in hidden if name in before.trains) + trained
