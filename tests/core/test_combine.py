@@ -231,40 +231,29 @@ def test_the_config_keeps_where_the_sources_are_from() -> None:
     assert adapters.config("c").task_type is None  # its head is not here
 
 
+WEIGHTS, RANKS = (
+    "combine takes adapters and their weights",
+    r"ranks must be equal, not \[2, 3\]\. Use space='delta' or",
+)
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "list": ({"sources": ["a", "b"]}, ak.ConfigError, r"combine takes adapters and their weights, \{'a': 0\.7"),
-    "empty": ({"sources": {}}, ak.ConfigError, r"combine takes adapters and their weights"),
+    "list": ({"sources": ["a", "b"]}, ak.ConfigError, WEIGHTS),
+    "empty": ({"sources": {}}, ak.ConfigError, WEIGHTS),
     "unknown": ({"sources": {"x": 1.0}}, ak.UnknownNameError, r"Unknown adapter 'x'\. Available: 'a', 'b'"),
-    "nan": (
-        {"sources": {"a": float("nan")}},
-        ak.ConfigError,
-        r"The weight of 'a' is nan, but it must be a finite number",
-    ),
-    "inf": ({"sources": {"a": 1.0, "b": -float("inf")}}, ak.ConfigError, r"The weight of 'b' is -inf"),
-    "huge": ({"sources": {"a": 10**400}}, ak.ConfigError, r"The weight of 'a' is 1000"),
-    "bool": ({"sources": {"a": True}}, ak.ConfigError, r"The weight of 'a' is True"),
-    "text": ({"sources": {"a": "1"}}, ak.ConfigError, r"The weight of 'a' is '1'"),
-    "taken": ({"name": "b"}, ak.ConfigError, r"There is an adapter 'b' already"),
+    "nan": ({"sources": {"a": float("nan")}}, ak.ConfigError, "The weight of 'a' is nan, but it must be a finite num"),
+    "inf": ({"sources": {"a": 1.0, "b": -float("inf")}}, ak.ConfigError, "The weight of 'b' is -inf"),
+    "huge": ({"sources": {"a": 10**400}}, ak.ConfigError, "The weight of 'a' is 1000"),
+    "bool": ({"sources": {"a": True}}, ak.ConfigError, "The weight of 'a' is True"),
+    "text": ({"sources": {"a": "1"}}, ak.ConfigError, "The weight of 'a' is '1'"),
+    "taken": ({"name": "b"}, ak.ConfigError, "There is an adapter 'b' already"),
     "dot": ({"name": "a.b"}, ak.ConfigError, r"'a\.b' cannot be an adapter's name"),
-    "rank 0": ({"rank": 0}, ak.ConfigError, r"rank = 0 must be a whole number of at least 1"),
-    "rank 99": (
-        {"rank": 99},
-        ak.ConfigError,
-        r"rank = 99 is larger than any .* The largest is 16, min\(out, in\) of '",
-    ),
-    "both": ({"rank": 1, "energy": 0.5}, ak.ConfigError, r"Give rank= or energy=, not both"),
-    "to": ({"to": "nothing"}, ak.UnknownNameError, r"Unknown adapter method 'nothing'"),
-    "ranks": (
-        {"space": "factors"},
-        ak.ConfigError,
-        r"'.*': space='factors' combines the factors entry by entry, so all ranks must be equal, not \[2, 3\]\. Use "
-        r"space='delta' or space='core'\.",
-    ),
+    "rank 99": ({"rank": 99}, ak.ConfigError, r"rank = 99 is larger than any .* is 16, min\(out, in\) of '"),
+    "to": ({"to": "nothing"}, ak.UnknownNameError, "Unknown adapter method 'nothing'"),
+    "ranks": ({"space": "factors"}, ak.ConfigError, RANKS),
     "heads": ({"heads": "x"}, ak.UnknownNameError, r"Unknown choice of heads 'x'\. Available: 'a', 'average', 'b'"),
     "overflow": (
         {"sources": {"a": 1e308, "b": 1e308}},
         ak.StateError,
-        r"The change of 'c' at '.*' would have values that are not finite\. Nothing was changed",
+        "'c' at '.*' would have values that are not",
     ),
 }
 

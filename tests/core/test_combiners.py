@@ -154,11 +154,10 @@ def test_sources_of_different_dtypes_are_combined_in_the_widest() -> None:
 
 OPTIONS = {
     "density missing": ({"method": "ties"}, r"method 'ties' prunes\. Pass density=, the share of entries to keep"),
-    "density 0": ({"method": "ties", "density": 0.0}, r"density = 0\.0 must be above 0 and at most 1"),
-    "density 2": ({"method": "ties", "density": 2}, r"density = 2 must be above 0 and at most 1"),
-    "density nan": ({"method": "ties", "density": float("nan")}, r"density = nan must be above 0"),
-    "density bool": ({"method": "ties", "density": True}, r"density = True must be above 0"),
-    "density text": ({"method": "ties", "density": "half"}, r"density = 'half' must be above 0"),
+    **{
+        f"density {value}": ({"method": "ties", "density": value}, f"density = {value!r} must be above 0 and at most 1")
+        for value in (0.0, 2, float("nan"), True, "half")
+    },
     "density idle": ({"density": 0.5}, r"method 'linear' keeps every entry, so density = 0\.5 has no effect"),
     "sign": ({"majority_sign_method": "most"}, r"majority_sign_method = 'most' must be 'total' or 'frequency'"),
     "method": ({"method": "tie"}, r"Unknown method of combination 'tie'\. Available: 'dare_.*Did you mean 'ties'\?"),

@@ -131,45 +131,39 @@ def test_no_difference_gives_an_adapter_that_does_nothing() -> None:
     torch.testing.assert_close(run(base, "bert"), expected, rtol=0, atol=0)
 
 
-def other_shape() -> nn.Module:
-    model = build("bert")
+def other_shape(name: str) -> nn.Module:
+    model = build(name)
     model.bert.encoder.layer[0].attention.self.query = nn.Linear(16, 20)
     return model
 
 
-def not_finite() -> nn.Module:
-    model = build("bert")
+def not_finite(name: str) -> nn.Module:
+    model = build(name)
     model.bert.encoder.layer[1].attention.self.query.weight.data[0, 0] = float("inf")
     return model
 
 
-QUERY = {"rank": 2, "target_modules": ["query"], "modules_to_save": None}
+MERGED = r"The base's weights have 'there' merged into them\. Call unmerge\(\) first"
 ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "no size": (build, {**QUERY, "rank": None}, ak.ConfigError, r"extract needs rank= or energy=: the exact"),
-    "rank": (build, {**QUERY, "rank": 17}, ak.ConfigError, r"rank = 17 is larger .* largest is 16, min.* of '.*query'"),
-    "taken": (build, {**QUERY, "name": "there"}, ak.ConfigError, r"There is an adapter 'there' already"),
-    "shape": (other_shape, QUERY, ak.SelectionError, r"'.*layer\.0\.attention\.self\.query' is Linear.* in the base"),
-    "module": (lambda: build("gpt2"), QUERY, ak.SelectionError, r"has no module '.*so it is not a fine-tune"),
-    "inf": (not_finite, QUERY, ak.StateError, r"The difference of the models at '.*layer\.1.*' has values that"),
-    "meta": (lambda: build("bert").to("meta"), QUERY, ak.StateError, r"is on the meta device\. Both models must be"),
-    "merged": (
-        build,
-        QUERY,
-        ak.StateError,
-        r"The base's weights have 'there' merged into them\. Call unmerge\(\) first",
-    ),
-    "to": (build, {**QUERY, "to": "nothing"}, ak.UnknownNameError, r"Unknown adapter method 'nothing'"),
+    "no size": (build, {"rank": None}, ak.ConfigError, r"extract needs rank= or energy=: the exact"),
+    "rank": (build, {"rank": 17}, ak.ConfigError, r"rank = 17 is larger .* largest is 16, min.* of '.*query'"),
+    "taken": (build, {"name": "there"}, ak.ConfigError, r"There is an adapter 'there' already"),
+    "shape": (other_shape, {}, ak.SelectionError, r"'.*layer\.0\.attention\.self\.query' is Linear.* in the base"),
+    "module": (lambda _: build("gpt2"), {}, ak.SelectionError, r"has no module '.*so it is not a fine-tune"),
+    "inf": (not_finite, {}, ak.StateError, r"The difference of the models at '.*layer\.1.*' has values that"),
+    "meta": (lambda name: build(name).to("meta"), {}, ak.StateError, r"is on the meta device\. Both models must be"),
+    "merged": (build, {}, ak.StateError, MERGED),
+    "to": (build, {"to": "nothing"}, ak.UnknownNameError, r"Unknown adapter method 'nothing'"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_say_what_is_wrong_and_change_nothing(case: str) -> None:
     make, fields, kind, message = ERRORS[case]
-    base = build("bert")
+    base, other = build("bert"), make("bert")
     adapters = ak.attach(base)
     adapters.add("there", LoraConfig(target_modules=["value"]))
-    other = make("bert") if make is build else make()
     if case == "merged":
         adapters.merge("there")
     with nothing_changes(adapters), pytest.raises(kind, match=message):
-        ak.extract(base, other, **fields)
+        ak.extract(base, other, **{"rank": 2, "target_modules": ["query"], "modules_to_save": None, **fields})
