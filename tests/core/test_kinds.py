@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ pytestmark = [
     # torch's note that an even kernel with padding="same" is padded in a copy
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
 ]
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=40, deadline=None)
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -149,47 +148,31 @@ def test_expand_onto_adds_the_scaled_expansion(
 
 @few
 @given(case=st.one_of(linears(), convolutions()), rank=st.integers(1, 3))
-def test_a_bias_of_the_factors_is_added_to_every_place_of_the_output(case: tuple[nn.Module, Tensor], rank: int) -> None:
+def test_a_bias_of_the_factors_is_added_where_the_layer_puts_its_own(case: tuple[nn.Module, Tensor], rank: int) -> None:
     layer, x = case
     kind = kind_of(layer)
     factors, bias = factors_for(kind, rank), torch.randn(kind.out_features, dtype=torch.float64)
     with_bias = kind.apply(x, factors._replace(bias=bias))
     torch.testing.assert_close(with_bias, kind.apply(x, factors) + kind.spread(bias))
-
-
-@few
-@given(case=convolutions())
-def test_spread_puts_a_bias_where_the_layer_puts_its_own(case: tuple[nn.Module, Tensor]) -> None:
-    layer, x = case
-    bias = torch.randn(kind_of(layer).out_features, dtype=torch.float64)
     plain, biased = copy.deepcopy(layer), copy.deepcopy(layer)
-    plain.bias, biased.bias = None, nn.Parameter(bias)
+    plain.bias = nn.Parameter(torch.zeros_like(bias))
+    biased.bias = nn.Parameter(bias)
     with torch.no_grad():
-        torch.testing.assert_close(biased(x), plain(x) + kind_of(layer).spread(bias))
-
-
-@few
-@given(case=layers)
-def test_what_is_written_is_read_back(case: tuple[nn.Module, Tensor]) -> None:
-    layer, _ = case
-    weight = torch.randn(kind_of(layer).out_features, kind_of(layer).in_features, dtype=torch.float64)
-    kind_of(layer).write(layer, weight)
-    assert torch.equal(kind_of(layer).read(layer), weight)
-
-
-@few
-@given(case=layers)
-def test_writing_what_was_read_changes_nothing(case: tuple[nn.Module, Tensor]) -> None:
-    layer, _ = case
-    before = layer.weight.detach().clone()
-    kind_of(layer).write(layer, kind_of(layer).read(layer).clone())
-    assert torch.equal(layer.weight, before)
+        torch.testing.assert_close(biased(x), plain(x) + kind.spread(bias))
 
 
 @few
 @given(case=layers, rank=st.integers(1, 4))
-def test_factor_shapes_of_files_flatten_to_the_canonical_ones(case: tuple[nn.Module, Tensor], rank: int) -> None:
-    kind = kind_of(case[0])
+def test_what_is_written_is_read_back_and_files_shapes_flatten_to_the_canonical_ones(
+    case: tuple[nn.Module, Tensor], rank: int
+) -> None:
+    layer, kind = case[0], kind_of(case[0])
+    before = layer.weight.detach().clone()
+    kind.write(layer, kind.read(layer).clone())
+    assert torch.equal(layer.weight, before)
+    weight = torch.randn(kind.out_features, kind.in_features, dtype=torch.float64)
+    kind.write(layer, weight)
+    assert torch.equal(kind.read(layer), weight)
     assert torch.empty(kind.up_shape(rank)).flatten(1).shape == (kind.out_features, rank)
     assert torch.empty(kind.down_shape(rank)).flatten(1).shape == (rank, kind.in_features)
 
@@ -222,15 +205,10 @@ def test_channels_last_inputs_are_convolved_like_others() -> None:
     torch.testing.assert_close(kind_of(layer).apply(x, factors), change_of_output(layer, factors.delta(), x))
 
 
-def test_written_values_are_cast_to_the_layers_dtype() -> None:
+def test_written_values_are_cast_to_the_layers_dtype_and_results_have_the_factors_dtype() -> None:
     layer = nn.Linear(3, 2, dtype=torch.bfloat16)
     kind_of(layer).write(layer, torch.full((2, 3), 1.0))
-    assert layer.weight.dtype == torch.bfloat16
     assert torch.equal(layer.weight.detach(), torch.ones(2, 3, dtype=torch.bfloat16))
-
-
-def test_the_result_has_the_dtype_of_the_factors() -> None:
-    layer = nn.Linear(3, 2, dtype=torch.bfloat16)
     factors = ak.Factors(torch.ones(2, 1), torch.ones(1, 3))
     assert kind_of(layer).apply(torch.ones(4, 3, dtype=torch.bfloat16), factors).dtype == torch.float32
 
@@ -272,10 +250,8 @@ def test_the_padding_row_of_an_embedding_gets_no_gradient() -> None:
     assert down.grad.count_nonzero(0).tolist() == [2, 0, 2, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "name", ["bart.Bart", "mbart.MBart", "m2m_100.M2M100", "gemma.GemmaText", "gemma2.Gemma2Text", "gemma3.Gemma3Text"]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["bart.Bart", "m2m_100.M2M100", "gemma.GemmaText", "gemma3.Gemma3Text"])
 def test_a_change_is_multiplied_by_what_the_layer_multiplies_by(name: str, dtype: torch.dtype) -> None:
     place, prefix = name.split(".")
     module = importlib.import_module(f"transformers.models.{place}.modeling_{place}")
@@ -306,14 +282,6 @@ def test_a_change_is_multiplied_by_what_the_layer_multiplies_by(name: str, dtype
 def test_a_plain_embedding_is_not_scaled_whatever_is_noted_on_it() -> None:
     layer = nn.Embedding(5, 4).double()
     layer.embed_scale = 2.0  # type: ignore[assignment]
-    factors, x = factors_for(kind_of(layer), 2), torch.tensor([[1, 2, 4]])
-    torch.testing.assert_close(kind_of(layer).apply(x, factors), change_of_output(layer, factors.delta(), x))
-
-
-def test_gemma_embeddings_are_scaled_by_their_own_factor() -> None:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    layer = Gemma3TextScaledWordEmbedding(5, 4, 0, embed_scale=math.sqrt(4)).double()
     factors, x = factors_for(kind_of(layer), 2), torch.tensor([[1, 2, 4]])
     torch.testing.assert_close(kind_of(layer).apply(x, factors), change_of_output(layer, factors.delta(), x))
 

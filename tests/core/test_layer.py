@@ -45,15 +45,10 @@ def test_a_layer_has_its_kind_its_config_and_what_is_shared_and_registers_none_o
     assert layer.shared is shared
     assert dict(layer.named_parameters()).keys() == {"outer_u", "outer_v.weight"}
     assert list(layer.children()) == [layer.outer_v]
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again.outer_v.weight, layer.outer_v.weight)
+        assert (again.kind, again.config) == (layer.kind, layer.config)
     assert OuterLayer(at, config).shared is None
-
-
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_a_layer_is_copied_and_pickled(again: Any) -> None:
-    layer = OuterLayer(target(nn.Linear(3, 2)), OuterConfig(target_modules=["fc"]))
-    found = again(layer)
-    assert torch.equal(found.outer_v.weight, layer.outer_v.weight)
-    assert (found.kind, found.config) == (layer.kind, layer.config)
 
 
 def test_a_new_parameter_has_the_dtype_of_the_target_and_begins_as_it_is_told() -> None:

@@ -232,10 +232,10 @@ class EqualisedKind(ak.LayerKind):
         return cls(8, 8) if isinstance(module, Equalised) else None
 
     def read(self, module: nn.Module) -> Tensor:
-        return self._weight(module) * self.in_features**-0.5
+        return module.weight.detach() * self.in_features**-0.5
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
-        self._weight(module).copy_(weight / self.in_features**-0.5)
+        module.weight.detach().copy_(weight / self.in_features**-0.5)
 
 
 class TrustedKind(EqualisedKind):

@@ -31,6 +31,18 @@ class CoolConfig(ak.AdapterConfig):
     r: int = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class GeneralConfig(LoraConfig):
+    """Knows the field, and does without the mark."""
+
+    method, peft_type = "general", "LORA"
+    not_implemented = {}  # noqa: RUF012
+
+    use_dora: bool = False
+    lora_alpha: float = 8
+    new: int = 0
+
+
 def register(*configs: type[ak.AdapterConfig]) -> None:
     for config in configs:
         ak.register(type("Method", (Outer,), {"config": config, "rule": ak.KeyRule(prefix="lora_")})())
@@ -57,6 +69,16 @@ def test_a_file_is_the_methods_that_knows_all_its_fields_and_has_most_marks(
     third_parties: None, fields: dict[str, Any], method: str
 ) -> None:
     assert default_registry.claim(fields, "there").name == method
+
+
+def test_of_two_methods_that_know_a_file_the_one_with_more_marks_takes_it(third_parties: None) -> None:
+    register(GeneralConfig)
+    try:
+        fields = {"peft_type": "LORA", "r": 4, "use_dora": True}
+        assert default_registry.claim(fields, "there").name == "decomposed"
+        assert default_registry.claim({**fields, "new": 3}, "there").name == "general"
+    finally:
+        default_registry.unregister("general")
 
 
 def test_a_file_that_no_method_takes_names_the_fields_that_each_does_not_know(third_parties: None) -> None:

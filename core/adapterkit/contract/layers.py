@@ -215,7 +215,7 @@ class LowRankLayer(AdapterLayer):
             UnsupportedError: the factors act across the groups of a convolution.
         """
         factors = self.factors().flat()
-        if self.kind.is_ungrouped(factors):
+        if self.kind.is_ungrouped(factors.down):
             raise UnsupportedError(
                 "The factors act across the groups of a convolution, so no weight of the layer's shape equals them. "
                 "Leave the adapter active."

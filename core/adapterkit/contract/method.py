@@ -153,7 +153,7 @@ class Method:
         name = "change" if type(layer).factors is DenseLayer.factors else "factors"
         what, wide = f"{type(layer).__name__}.{name}", widened(layer, dtype)
         found: Factors = self.ask(what, (Factors,), wide.factors).flat()
-        if layer.kind.is_ungrouped(found):
+        if layer.kind.is_ungrouped(found.down):
             return None
         sizes = (layer.kind.out_features, layer.kind.in_features)
         if (found.up.shape[0], found.down.shape[1]) != sizes or found.up.shape[1] != found.down.shape[0]:

@@ -81,7 +81,7 @@ def with_weight(layer: DenseLayer, module: nn.Module, base: Any, x: Tensor) -> T
     """
     if (layer.training and drops(layer)) or (layer.few is not None and _is_few(layer.kind, x)):
         return None
-    if _cheapest(layer, x, weight=True) != "whole" or not layer.kind.is_plain_forward(base, module):
+    if _cheapest(layer, x, weight=True) != "whole" or not layer.kind.computes_plainly(base, module):
         return None
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if weight is None or "bias" not in module._parameters or "_hf_hook" in module.__dict__:

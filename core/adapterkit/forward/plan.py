@@ -143,12 +143,10 @@ class Base:
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The output for `x` if the layer had this weight and bias, whatever kind of layer it is."""
-        if not torch.compiler.is_compiling():  # a compiler does not follow a method to its function
-            function = getattr(self._call, "__func__", None)
-            plain = self.kind.is_plain_forward(self._call, self.module)
-            if plain or (function is not None and self.kind.computes_plainly(function, self.module)):
-                found: Tensor = self.kind.apply_weight(x, weight, bias)
-                return found
+        # A compiler does not follow a method to its function.
+        if not torch.compiler.is_compiling() and self.kind.computes_plainly(self._call, self.module):
+            found: Tensor = self.kind.apply_weight(x, weight, bias)
+            return found
         own, shift = self._weight_and_bias()
         change = bias if bias is None or shift is None else bias - shift
         added: Tensor = self(x) + self.kind.apply_weight(x, weight - own, change)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -60,8 +59,8 @@ class LayerKind(ABC):
         """Shape of a down factor as files hold it; it flattens to `(rank, in_features)`."""
         return (rank, self.in_features)
 
-    def is_ungrouped(self, factors: Factors) -> bool:
-        """Whether these factors act across groups, so that no `dW` of the layer's own shape equals them.
+    def is_ungrouped(self, down: Tensor) -> bool:
+        """Whether this down factor acts across groups, so that no `dW` of the layer's own shape equals its product.
 
         PEFT's files have such factors for convolutions with groups: they act, but cannot be merged.
         """
@@ -84,12 +83,13 @@ class LayerKind(ABC):
 
     def read(self, module: nn.Module) -> Tensor:
         """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
-        return self.canonical(self._weight(module))
+        own: Any = module.weight
+        return self.canonical(own.detach())
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Set the layer's weight from a canonical `(out, in)` tensor, cast to the layer's dtype, in place."""
-        own = self._weight(module)
-        own.copy_(self.laid_out(weight, own))
+        own: Any = module.weight
+        own.detach().copy_(self.laid_out(weight, own))
 
     def canonical(self, weight: Tensor) -> Tensor:
         """A weight in the layer's own layout as `(out, in)`, with gradients."""
@@ -98,12 +98,6 @@ class LayerKind(ABC):
     def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
         """The reverse of `canonical`: a weight `(out, in)` in the layout of the layer's `own`, with gradients."""
         return weight
-
-    @staticmethod
-    def _weight(module: nn.Module) -> Tensor:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
 
     def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
         """What the layer would add to its output if the change that `factors` stand for were added to its weight.
@@ -119,11 +113,7 @@ class LayerKind(ABC):
 
         `r` numbers at each place of the output, where the output's features stand.
         """
-        if x.dtype != down.dtype:
-            x = x.to(down.dtype)
-        if dropout > 0.0:
-            x = F.dropout(x, dropout)
-        return F.linear(x, down)
+        return F.linear(dropped(x, down.dtype, dropout), down)
 
     def expand(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """The second half of `apply`: what `project` gave through an up factor `(out, r)`."""
@@ -137,28 +127,23 @@ class LayerKind(ABC):
         Small outputs take a product and a scaled sum. Larger ones, where a further tensor of the output's size
         costs more than the views, take one `addmm`, if the dtypes are one and the features are last.
         """
-        if torch.compiler.is_compiling() or out.numel() < WIDE:  # in this order: compiled, a size would be guarded
-            return torch.add(out, self.expand(hidden, up, bias), alpha=scale)
-        if bias is not None or out.dtype != hidden.dtype or type(self).expand is not LayerKind.expand:
+        small = torch.compiler.is_compiling() or out.numel() < WIDE  # in this order: compiled, a size would be guarded
+        if small or bias is not None or out.dtype != hidden.dtype or type(self).expand is not LayerKind.expand:
             return torch.add(out, self.expand(hidden, up, bias), alpha=scale)
         rows = out.reshape(-1, out.shape[-1])
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """`apply` for a dense change `(out, in)` of the weight, where that is cheaper than its factors."""
-        x = x.to(weight.dtype)
-        return F.linear(F.dropout(x, dropout) if dropout > 0.0 else x, weight, bias)
-
-    def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
-        """Whether `forward`, the module's, computes `apply_weight(x, read(module), module.bias)` as things are now."""
-        return False
+        return F.linear(dropped(x, weight.dtype, dropout), weight, bias)
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
-        """Whether `forward`, a function of a class, computes `apply_weight(x, read(module), module.bias)`, as is known.
+        """Whether `forward`, the module's or a function of a class, is known to compute `apply_weight`.
 
-        Where it is not, a merge runs it to prove that, which costs a product with a second weight of that size.
+        That is `apply_weight(x, read(module), module.bias)`, as the module is now. Where it is not known, a merge runs
+        the forward to prove it, which costs a product with a second weight of that size.
         """
-        return self.is_plain_forward(MethodType(forward, module), module)
+        return False
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""
@@ -176,6 +161,12 @@ class LayerKind(ABC):
     def spread(self, bias: Tensor) -> Tensor:
         """A `(out,)` bias in the shape that broadcasts over the layer's output."""
         return bias
+
+
+def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    """An input in this dtype, with dropout."""
+    x = x.to(dtype)
+    return F.dropout(x, dropout) if dropout > 0.0 else x
 
 
 def is_floating_weight(module: nn.Module, dim: int) -> bool:

@@ -64,7 +64,7 @@ class Embedding(LayerKind):
 
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.project`. Dropping an entry of a one-hot input drops its whole row."""
-        hidden = self._rows(x, down)
+        hidden = F.embedding(x, down.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         if dropout > 0.0:
             hidden = hidden * F.dropout(torch.ones_like(hidden[..., :1]), dropout)
         return hidden
@@ -80,14 +80,11 @@ class Embedding(LayerKind):
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.computes_plainly`."""
-        return forward is nn.Embedding.forward
+        return getattr(forward, "__func__", forward) is nn.Embedding.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`: reading rows is none."""
         return 0 if rank is None else x.numel() * rank * self.out_features
-
-    def _rows(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(x, matrix.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
     def _scaled(self, out: Tensor) -> Tensor:
         if self.scaled_by is None:

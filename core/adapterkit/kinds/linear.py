@@ -27,9 +27,9 @@ class Linear(LayerKind):
             return cls(module.out_features, module.in_features)
         return None
 
-    def is_plain_forward(self, forward: Callable[..., Any], module: nn.Module) -> bool:
-        """See `LayerKind.is_plain_forward`."""
-        return getattr(forward, "__func__", None) is nn.Linear.forward
+    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
+        """See `LayerKind.computes_plainly`."""
+        return getattr(forward, "__func__", forward) is nn.Linear.forward
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class TransposedLinear(LayerKind):
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.computes_plainly`."""
-        return forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
+        plain = sys.modules["transformers.pytorch_utils"].Conv1D.forward
+        return getattr(forward, "__func__", forward) is plain
 
     def canonical(self, weight: Tensor) -> Tensor:
         """See `LayerKind.canonical`: a transposed view."""

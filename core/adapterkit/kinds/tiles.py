@@ -22,32 +22,24 @@ def add(weight: Tensor, changes: Sequence[tuple[AddTile, bool]], work: torch.dty
         changes: each with whether it is to be given tiles; if none is, and the weight has the dtype `work`, each gets
             the whole weight.
     """
-    if weight.dtype == work and _is_dense(weight) and not any(tiled for _, tiled in changes):
-        for change, _ in changes:
-            change(weight, _ALL, _ALL)
-        return
+    is_dense = weight.is_contiguous() or weight.t().is_contiguous()  # matrix products can write to it as it is
+    whole = weight.dtype == work and is_dense and not any(tiled for _, tiled in changes)
     buffer = None
-    for rows, columns in _tiles(weight, work):
+    for rows, columns in [(_ALL, _ALL)] if whole else _tiles(weight, work):
         block = weight[rows, columns]
         if weight.dtype != work and (buffer is None or buffer.shape != block.shape):
             buffer = torch.empty_like(block, dtype=work)  # with the same strides
         total = block if buffer is None else buffer.copy_(block)
         for change, _ in changes:
             change(total, rows, columns)
-        if total is not block:
+        if buffer is not None:
             block.copy_(total)
-
-
-def _is_dense(weight: Tensor) -> bool:
-    """Whether matrix products can write to it as it is."""
-    return weight.is_contiguous() or weight.t().is_contiguous()
 
 
 def _tiles(weight: Tensor, work: torch.dtype) -> Iterator[tuple[slice, slice]]:
     """Bands along the dimension that is contiguous in memory."""
     across = 1 if weight.stride(0) < weight.stride(1) else 0
-    width = max(1, weight.shape[1 - across] * work.itemsize)
-    step = max(1, TILE_BYTES // width)
+    step = max(1, TILE_BYTES // max(1, weight.shape[1 - across] * work.itemsize))
     for start in range(0, weight.shape[across], step):
         band = slice(start, min(start + step, weight.shape[across]))
         yield (band, _ALL) if across == 0 else (_ALL, band)

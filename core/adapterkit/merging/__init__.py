@@ -7,7 +7,7 @@ Uses: errors, tensors, kinds, contract, forward, model.
 from adapterkit.merging.changes import Change, merge_module, plan
 from adapterkit.merging.obstacles import obstacle
 from adapterkit.merging.places import Place
-from adapterkit.merging.tied_weights import FLAG, Parting, nested, tie_number
+from adapterkit.merging.tied_weights import FLAG, Parting, nested
 from adapterkit.merging.weights import Merged, merging, take_heads
 
 __all__ = [
@@ -22,5 +22,4 @@ __all__ = [
     "obstacle",
     "plan",
     "take_heads",
-    "tie_number",
 ]
