@@ -26,7 +26,6 @@ HALVES = {
     f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 24))
 }
 HALVES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "vocab_size": 32}
-WHISPER = {**HALVES, "max_source_positions": 8, "max_target_positions": 16, "num_mel_bins": 4, "pad_token_id": 0}
 DECODERS = "decoder.embed_tokens"
 ROPE = {**SIZES, "vocab_size": 32, "num_key_value_heads": 1}
 
@@ -64,7 +63,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], str, str, bo
         False,
     ),
     "bert": (of("BertForMaskedLM", "BertConfig", vocab_size=32, **SIZES), IDS, "word_embeddings", "decoder", True),
-    "gemma": (of("GemmaForCausalLM", "GemmaConfig", **ROPE, head_dim=8), IDS, "embed_tokens", "lm_head", True),
     "llama": (of("LlamaForCausalLM", "LlamaConfig", **ROPE), IDS, "embed_tokens", "lm_head", True),
     "gpt2 as a decoder": (
         vision_encoder_decoder,
@@ -74,13 +72,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], str, str, bo
         True,
     ),
     "llava": (llava, IDS, "embed_tokens", "lm_head", True),
-    "whisper": (
-        of("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
-        {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": tokens()},
-        DECODERS,
-        "proj_out",
-        True,
-    ),
 }
 CASES = ("nothing tied", "table", "output layer", "output layer in full")
 

@@ -104,7 +104,7 @@ def test_an_adapter_of_the_table_itself(tmp_path: Path) -> None:
     adapters.save("a", tmp_path / "b", embeddings=False)
 
 
-@every_model
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_the_config_of_a_base_on_this_machine_decides(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "base")
     cls = type(build(name))
@@ -129,7 +129,7 @@ def test_the_same_size_is_no_change_and_a_smaller_one_is(rows: int, tmp_path: Pa
     assert written(folder) == ([] if rows == 32 else TABLES["llama"])
 
 
-@every_model
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_models_that_were_not_resized_have_none_in_the_file(name: str, tmp_path: Path) -> None:
     adapters = adapted(build(name), name)
     assert written(adapters.save("a", tmp_path / "a")) == []
