@@ -41,12 +41,7 @@ from adapterkit.files import (
 )
 from adapterkit.forward import State
 from adapterkit.integrations import LoadHooks, install, uninstall
-from adapterkit.merging import (
-    Merged,
-    Parting,
-    merging,
-    take_heads,
-)
+from adapterkit.merging import Merged, Parting, merging, take_heads
 from adapterkit.model import (
     AdaptedModel,
     Adapter,
@@ -84,13 +79,11 @@ _REPLACED = "What is there now stays as it is."
 
 
 def attach(model: nn.Module) -> Adapters:
-    """The adapters of a model. Every call for the same model returns the same object.
+    """The adapters of a model, always the same object. The call itself changes nothing.
 
-    The call itself changes nothing. For a model that is wrapped by `torch.compile`, `DistributedDataParallel` or
-    DeepSpeed's engine, these are the adapters of the model inside; for torch's `AveragedModel`, those of its copy.
-
-    Attach to the whole model and not to a model inside it: `save_pretrained` and `from_pretrained` of the outer model
-    would not know of the adapters. A transformers model warns when it is saved like that.
+    For a model that is wrapped by `torch.compile`, `DistributedDataParallel` or DeepSpeed's engine, these are the
+    adapters of the model inside; for torch's `AveragedModel`, those of its copy. Attach to the whole model and not to a
+    model inside it: `save_pretrained` and `from_pretrained` of the outer model would not know of the adapters.
 
     Raises:
         ConfigError: not a module.
@@ -172,11 +165,7 @@ class Adapters:
         return (parameter for _, parameter in self.named_parameters(name))
 
     def layers(self, name: str) -> Mapping[str, AdapterLayer]:
-        """The adapter layers of an adapter, by the paths of their targets. To be read, not to be changed.
-
-        Raises:
-            UnknownNameError: no such adapter.
-        """
+        """The adapter layers of an adapter, by the paths of their targets. To be read, not to be changed."""
         return MappingProxyType(self._adapter(name).layers)
 
     def step(self) -> None:
@@ -199,10 +188,9 @@ class Adapters:
     def status(self) -> Status:
         """A table of the adapters; `print` shows it.
 
-        `active` is what acts in this thread. `trainable` follows `requires_grad` of the parameters; if only some of an
-        adapter's require gradients, the table says how many. Notes name modules that were replaced since, where the
-        adapter does not act any more, and layers that nothing called or read since the adapter was activated (compiled
-        forwards are not seen).
+        `active` is what acts in this thread, `trainable` how many parameters require gradients if not all do. Notes
+        name modules that were replaced since, where the adapter does not act any more, and layers that nothing called
+        or read since the adapter was activated (compiled forwards are not seen).
         """
         reshard(self.model)
         sharded = has_fsdp1(self.model)
@@ -227,9 +215,6 @@ class Adapters:
         activate: bool = True,
     ) -> AddReport:
         """Add a new adapter. The first `add` freezes the base model; `detach` restores its `requires_grad` flags.
-
-        While an adapter is on a parametrized layer, torch's `remove_parametrizations` raises `AttributeError` for the
-        layer. Call `save` and `detach`, remove the parametrization, and load the adapter again.
 
         Args:
             name: any text without a dot.
@@ -295,13 +280,10 @@ class Adapters:
     def activate(self, *names: str, trainable: bool = True, heads: str | None = None) -> None:
         """Make these the active adapters, with their heads and label sets. Without a name: none.
 
-        This holds in every thread that is not in a block (`activated`, `disabled`, `per_sample`). Inside a block it
-        holds in that block alone. A switch costs the same for any number of layers, except that `requires_grad` is set
-        where `trainable` asks for a change.
-
-        A graph keeps the adapters with which it was made: a switch takes no gradients from a loss before its
-        backward, and gradient checkpointing recomputes what was computed. So parameters that a graph holds keep
-        requiring gradients until the first switch after the graph is freed.
+        This holds in every thread that is not in a block (`activated`, `disabled`, `per_sample`); in a block it holds
+        there alone. A switch costs the same for any number of layers, unless `requires_grad` changes. A graph keeps the
+        adapters with which it was made, also where gradient checkpointing computes again. So parameters that a graph
+        holds keep requiring gradients until the first switch after the graph is freed.
 
         Args:
             trainable: whether their parameters require gradients. Those of all other adapters do not.
@@ -324,10 +306,9 @@ class Adapters:
     def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:
         """`activate` for a `with` block, in this thread. Afterwards everything is as before.
 
-        Other threads are not affected, except threads that are started in the block: they act like the block as long
-        as they live. The same holds for tasks that are given to a `ThreadPoolExecutor` in the block. Tasks of one
-        asyncio loop share a thread, and so its blocks. A `backward` may come after the block. A block never switches
-        `requires_grad` off: with `trainable=False` the adapters act as constants.
+        Threads that are started in the block, and tasks that are given to a `ThreadPoolExecutor` in it, act like the
+        block; other threads do not. Tasks of one asyncio loop share a thread, and so its blocks. A `backward` may come
+        after the block. With `trainable=False` the adapters act as constants, whatever `requires_grad` is.
         """
         adapters = [self._adapter(name) for name in names]
         state = self._attached.state("activated", adapters, heads, trains=trainable, block=True)
@@ -354,10 +335,9 @@ class Adapters:
         """A different adapter, or none, for each row of a batch, for a `with` block in this thread.
 
         Equal to running each row alone with its adapter, with its head and trained biases; rows of `None` get the bare
-        model. With adapters that have factors (`LowRankLayer`, LoHa) the cost does not depend on the number of
-        adapters; with others the adapted layers run on the rows of one adapter after another. A batch may hold each
-        row several times in a row, as `generate` does for beams. Merged adapters act on all rows. A `backward` may
-        come after the block (see `activated`).
+        model, and merged adapters act on all rows. With adapters that have factors (`LowRankLayer`, LoHa) the cost does
+        not depend on the number of adapters; with others the adapted layers run on the rows of one adapter after
+        another. A batch may hold each row several times in a row, as `generate` does for beams.
 
         Args:
             names: an adapter or `None` for each row.
@@ -390,8 +370,7 @@ class Adapters:
         """An adapter's tensors under the keys that they have in a file.
 
         Args:
-            source: take the tensors from this full state dict of the adapted model, such as FSDP or a `Trainer`
-                provides. `None`: from the model itself.
+            source: take the tensors from this full state dict of the adapted model, such as FSDP provides.
 
         Raises:
             CheckpointError: `source` lacks some of them.
@@ -440,8 +419,8 @@ class Adapters:
         Args:
             source: take the tensors from this full state dict, as in `state_dict`.
             embeddings: whether the file holds the model's input and output embeddings, for `load` and for PEFT.
-                `None`: if the vocabulary was resized (`resize_token_embeddings`), judged by the base's config if that
-                is on this machine, or else by the traces that the resizing left on the model.
+                `None`: if the vocabulary was resized, judged by the base's config if that is on this machine, or else
+                by the traces of `resize_token_embeddings` on the model.
 
         Returns:
             The folder.
@@ -491,11 +470,11 @@ class Adapters:
             name: its name here.
             activate: make it the only active adapter.
             trainable: whether its parameters require gradients, to train it further. With `activate=False` they do so
-                until other adapters are activated, and it trains where `activated` or `per_sample` let it act.
+                until other adapters are activated.
             strict: raise if a tensor is missing, unexpected or mismatched; else warn, and load what fits.
             dtype: of its layers. `None`: the model's, but float32 for a half-precision model; `"file"`: the file's.
-            component: if the file is for a whole pipeline: the part of it that this model is, as its keys begin,
-                `"unet"` or `"lora_te1"`. Needed only if several parts fit.
+            component: which part of a whole pipeline's file this model is, as its keys begin: `"unet"`, `"lora_te1"`.
+                Needed only if several parts fit.
             revision, subfolder, cache_dir, token: where to look on the hub.
 
         Raises:
@@ -527,11 +506,9 @@ class Adapters:
         """Overwrite an adapter in place with the adapter from a folder, the hub or a file.
 
         Its parameters keep their memory and their shapes, so a compiled model is not compiled again. Lower ranks are
-        padded with zeros; another scaling is folded into the up factor, exactly if the ratio is a power of two. Layers
-        that the file lacks change nothing afterwards. Heads, trained biases and the label set come from the file.
-
-        The adapter's config keeps its own sizes and describes the new content: saved and loaded again it gives the
-        outputs of the adapter that was swapped in. Padded ranks get no gradient.
+        padded with zeros, which get no gradient; another scaling is folded into the up factor, exactly if the ratio is
+        a power of two. Layers that the file lacks change nothing afterwards. Heads, trained biases and the label set
+        come from the file. The adapter's config keeps its own sizes; a file of it gives the new outputs.
 
         Args:
             source, component, revision, subfolder, cache_dir, token: as in `load`.
@@ -576,9 +553,9 @@ class Adapters:
             keep_base: keep the replaced weights, so that `unmerge`, or a merge that fails, restores every bit.
                 `False` saves that memory. Then Ctrl-C waits until the merge is complete, and after an error in the
                 middle, such as full memory, the added values are subtracted again; the message says so.
-            untie: give a target a weight of its own if its weight is tied to another module. A transformers model is
-                told: its files hold the parted weights, and the flag in its config is cleared. Models that compute
-                with that flag (T5, Switch Transformers) keep it; only transformers 5 and later read their files right.
+            untie: give a target a weight of its own if its weight is tied to another module. The files of a
+                transformers model then hold both, and the flag in its config is cleared. Models that compute with that
+                flag (T5, Switch Transformers) keep it; only transformers 5 and later read their files right.
             heads: the adapter that provides the head, if two have their own copy of one module. `None`: the head that
                 acts now, if all of these adapters are active.
 
@@ -732,13 +709,12 @@ class Adapters:
         Args:
             name: the name of the new adapter.
             sources: the adapters and their weights; negative ones subtract.
-            method: `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, `"tsv"`, or one that an
-                extension adds.
+            method: `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, `"tsv"`, or one
+                of an extension.
             space: `"delta"` combines dW itself; `"core"` its coordinates in the common subspace of the sources (small
                 matrices only); `"factors"` A and B separately, as PEFT does.
             rank, energy: truncate to this rank, or to this share of the squared singular values (best approximation). A
-                layer that is too small for the rank gets the largest rank it can have; the report lists these.
-                Neither: exact, and ranks add up.
+                layer that is too small for the rank gets its largest one. Neither: exact, and ranks add up.
             to: the method of the result. It needs the hook `from_factors`.
             heads: the head of the result: an adapter's name, `"average"`, `"concat"` or `"drop"`.
             density, majority_sign_method, seed: for the methods that prune, elect signs or draw random numbers.
@@ -796,15 +772,9 @@ class Adapters:
         """A page about adapters: which layers they change most, which rank is enough, what can be merged.
 
         A notebook shows it, `print` gives its verdicts, and `save(path)` or `out=` writes one self-contained HTML file.
-        It changes nothing and makes no dense matrix. Sizes are relative to the base's weights if these are in memory.
-
-        Args:
-            names: the adapters; without names: all.
-            out: a path for the HTML file.
-            title: the title of the page.
+        It makes no dense matrix. Sizes are relative to the base's weights if these are in memory. Without names: all.
 
         Raises:
-            UnknownNameError: no such adapter.
             ConfigError: there are no adapters, or one is named twice.
             StateError: values that are not finite, or on the meta device.
             UnsupportedError: matplotlib is not installed (the extra `report`).

@@ -45,7 +45,7 @@ class AdaptedModel:
 
     def install(self, adapter: Adapter) -> None:
         """Put an adapter on the model. The first one freezes the base."""
-        self._use_equal_shared_tensors(adapter)  # may fail, unlike what follows
+        self._share(adapter)  # may fail, unlike what follows
         if self._trained is None:
             parameters = list(base_parameters(self.model))
             self._trained = [name for name, p in parameters if p.requires_grad]
@@ -55,7 +55,7 @@ class AdaptedModel:
             checkpointing.wrap()
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
-        self._register(adapter)
+        adapter.install(self.active)
         self.adapters[adapter.name] = adapter
 
     def remove(self, adapter: Adapter) -> None:
@@ -70,17 +70,14 @@ class AdaptedModel:
         old = adapter.name
         self._unregister(adapter)
         adapter.name = name
-        self._register(adapter)
+        self._share(adapter)
+        adapter.install(self.active)
         adapters = [*self.adapters.values()]
         self.adapters.clear()
         self.adapters.update((adapter.name, adapter) for adapter in adapters)
         self.active.replace(old, name)
         if self.labels_of == old:
             self.labels_of = name
-
-    def _register(self, adapter: Adapter) -> None:
-        adapter.install(self.active)
-        self._register_shared_tensors(adapter)
 
     def _unregister(self, adapter: Adapter) -> None:
         adapter.uninstall()
@@ -119,22 +116,20 @@ class AdaptedModel:
         try:
             yield
         finally:
-            self._use_equal_shared_tensors(adapter)
-            self._register_shared_tensors(adapter)
+            self._share(adapter)
 
-    def _use_equal_shared_tensors(self, adapter: Adapter) -> None:
+    def _share(self, adapter: Adapter) -> None:
+        """Register the adapter's shared tensors at the model; if another adapter has equal ones, both use these."""
         own = adapter.shared
+        if own is None:
+            return
         others = (other.shared for other in self.adapters.values() if other is not adapter)
-        equal = next((other for other in others if own is not None and other is not None and other.equals(own)), None)
-        if equal is not None:
-            adapter.share(equal)
-
-    def _register_shared_tensors(self, adapter: Adapter) -> None:
-        if adapter.shared is not None:
-            container = self.model._modules.get(SHARED)
-            if container is None:
-                container = self.model._modules[SHARED] = PerAdapter()
-            container._modules[adapter.name] = adapter.shared
+        own = next((other for other in others if other is not None and other.equals(own)), own)
+        adapter.share(own)
+        container = self.model._modules.get(SHARED)
+        if container is None:
+            container = self.model._modules[SHARED] = PerAdapter()
+        container._modules[adapter.name] = own
 
     # What acts and what trains
 

@@ -77,14 +77,10 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
 def output_layers(model: nn.Module) -> set[nn.Module]:
     """Layers that `"all-linear"` leaves out: the output embedding and everything in the task head."""
-    layers: set[nn.Module] = set()
     get = getattr(model, "get_output_embeddings", None)
     output = get() if callable(get) else None
-    if isinstance(output, nn.Module):
-        layers.add(output)
-    for path in task_heads(model):
-        layers.update(model.get_submodule(path).modules())
-    return layers
+    heads = [model.get_submodule(path) for path in task_heads(model)]
+    return {*([output] if isinstance(output, nn.Module) else ()), *(m for head in heads for m in head.modules())}
 
 
 def copy_head(module: nn.Module, path: str) -> nn.Module:
@@ -139,31 +135,6 @@ def _untrainable(root: nn.Module) -> str | None:
     return None
 
 
-def resize_output(heads: Sequence[nn.Module], old: int, new: int, model: nn.Module) -> None:
-    """Give the heads' last linear layer with `old` rows `new` rows, initialised in the model's own way.
-
-    Raises:
-        ConfigError: no linear layer of the heads has `old` rows.
-    """
-    outputs = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
-    if not outputs:
-        names = ", ".join(type(head).__name__ for head in heads)
-        raise ConfigError(
-            f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is "
-            "unknown which one to resize. Resize the model's head before adding the adapter."
-        )
-    layer = outputs[-1]
-    set_rows(layer, new)
-    for flagged in (layer, *layer._parameters.values()):
-        if flagged is not None and hasattr(flagged, "_is_hf_initialized"):
-            del flagged._is_hf_initialized
-    initialise = getattr(model, "_init_weights", None)
-    with torch.no_grad():
-        layer.reset_parameters()
-        if callable(initialise):
-            initialise(layer)
-
-
 def set_rows(layer: nn.Linear, rows: int) -> None:
     """Replace a linear layer's parameters by ones with another number of rows, without values."""
     for name, own in layer.named_parameters():
@@ -178,21 +149,22 @@ def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     reported as mismatched.
     """
     for path, layer in head.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
         prefix = f"{path}." if path else ""
         weight, bias = tensors.get(prefix + "weight"), tensors.get(prefix + "bias")
-        if weight is None or weight.dim() != 2 or weight.shape == layer.weight.shape:
+        if not isinstance(layer, nn.Linear) or weight is None or weight.shape == layer.weight.shape:
             continue
-        fits = weight.shape[1] == layer.in_features and weight.shape[0] > 0
-        if fits and (layer.bias is None or (bias is not None and bias.shape == weight.shape[:1])):
+        rows = weight.shape[:1]
+        fits = rows.numel() > 0 and weight.shape[1:] == layer.weight.shape[1:]
+        if fits and (layer.bias is None or (bias is not None and bias.shape == rows)):
             set_rows(layer, weight.shape[0])
 
 
 def labels_of_new_head(
     heads: Sequence[nn.Module], chosen: LabelSet | None, base: LabelSet | None, model: nn.Module
 ) -> LabelSet | None:
-    """The label set of a new adapter with these heads; the output layer is resized to it.
+    """The label set of a new adapter with these heads. Their last layer of the model's size is resized to it.
+
+    The new rows are initialised in the model's own way.
 
     Args:
         chosen: what `add` was asked for; `None`: the model's own.
@@ -207,8 +179,22 @@ def labels_of_new_head(
         why = "it has no head (modules_to_save)" if base is not None else "the model's config has no labels"
         raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}.")
     old, new = len(base.id2label), len(chosen.id2label)
-    if old != new:
-        resize_output(heads, old, new, model)
+    if old == new:
+        return chosen
+    outputs = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear) and m.out_features == old]
+    if not outputs:
+        names = ", ".join(type(head).__name__ for head in heads)
+        raise ConfigError(
+            f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is "
+            "unknown which one to resize. Resize the model's head before adding the adapter."
+        )
+    layer, initialise = outputs[-1], getattr(model, "_init_weights", None)
+    set_rows(layer, new)
+    layer.__dict__.pop("_is_hf_initialized", None)
+    with torch.no_grad():
+        layer.reset_parameters()
+        if callable(initialise):
+            initialise(layer)
     return chosen
 
 
