@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from adapterkit.combining.heads import combine_heads
 from adapterkit.combining.methods import Choices, combine_factors
 from adapterkit.combining.new_adapter import Changes, check_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
-from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
+from adapterkit.errors import ConfigError, StateError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import Adapter, LabelSet
 from adapterkit.results import CombineReport
@@ -82,12 +81,6 @@ class Source:
             base_bias=base_bias,
         )
 
-    def lost(self, heads: Collection[str]) -> set[str]:
-        """The paths of its changes that are inside a head of the result which is not its own."""
-        others = [head for head in heads if head not in self.heads]
-        paths = (*self.kinds, *self.biases)
-        return {path for path in paths for head in others if f"{path}.".startswith(f"{head}.")}
-
 
 def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtype: torch.dtype) -> Factors:
     """The exact change of an adapter at one of its targets, computed in this dtype or a wider one.
@@ -142,22 +135,18 @@ def mix(
     if not choices.same_base:
         _check_same_base(sources)
     heads, labels = combine_heads(sources, choices.heads)
-    lost = [source.lost(heads) for source in sources]
-    for source, paths in zip(sources, lost, strict=True):
-        if paths:
-            first = next(path for path in (*source.kinds, *source.biases) if path in paths)
-            warnings.warn(
-                f"The chosen head replaces a layer that {source.name!r} changes, {first!r}. This change is not in the "
-                "result.",
-                AdapterWarning,
-                stacklevel=5,  # the caller of combine, behind the frames of torch.no_grad and inference_mode
+    for source in sources:
+        others = [head for head in heads if head not in source.heads]
+        replaced = [p for p in (*source.kinds, *source.biases) for h in others if f"{p}.".startswith(f"{h}.")]
+        if replaced:
+            raise ConfigError(
+                f"The chosen head replaces {replaced[0]!r}, which {source.name!r} changes, so the result cannot have "
+                "both. Choose another head, or heads='drop'."
             )
     factors: MutableMapping[str, Factors] = {} if store is None else store
     errors, ranks, most = {}, {}, {}
     for path in order:
-        having = [s for s, gone in zip(sources, lost, strict=True) if path in s.kinds and path not in gone]
-        if not having:
-            continue
+        having = [source for source in sources if path in source.kinds]
         found = [source.change(path, dtype) for source in having]
         most[path] = min(found[0].up.shape[0], found[0].down.shape[1])
         generator = None
@@ -170,13 +159,11 @@ def mix(
             raise ConfigError(f"{path!r}: {error}") from error
         check_finite(name, path, made)
         factors[path], ranks[path] = made, made.rank
-    if not ranks:
-        raise ConfigError("The chosen heads replace every layer that the adapters change. Choose other heads.")
     changes = Changes(
         factors=factors,
         kinds={path: kind for source in sources for path, kind in source.kinds.items()},
         fields=_shared_fields(sources, heads=bool(heads)),
-        biases=_biases(sources, lost),
+        biases=_biases(sources),
         heads=heads,
         tables=frozenset(path for source in sources for path in source.tables if path in heads),
         labels=labels,
@@ -194,13 +181,11 @@ def _shared_fields(sources: Sequence[Source], *, heads: bool) -> dict[str, str]:
     return found
 
 
-def _biases(sources: Sequence[Source], lost: Sequence[Collection[str]]) -> dict[str, Tensor]:
+def _biases(sources: Sequence[Source]) -> dict[str, Tensor]:
     """The trained biases `base + sum of w_i (own_i - base)`. The base is not needed if the weights add up to 1."""
     found: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for source in sources for path in source.biases):
-        having = [s for s, gone in zip(sources, lost, strict=True) if path in s.biases and path not in gone]
-        if not having:
-            continue
+        having = [source for source in sources if path in source.biases]
         found[path] = torch.stack([source.weight * source.biases[path] for source in having]).sum(0)
         rest = 1.0 - sum(source.weight for source in having)
         if rest:

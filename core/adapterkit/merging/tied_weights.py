@@ -200,7 +200,7 @@ def _configs_to_clear(outer: Any, parted: Sequence[Tie]) -> list[Any]:
     with_nested = {**declaring, **{id(c): c for config in declaring.values() for _, c in nested(config)}}
     for wanted in (declaring, with_nested):
         configs = [config for config in wanted.values() if getattr(config, FLAG, False)]
-        if len(configs) >= len(declaring) and _survives_files(outer.config, configs):
+        if len(configs) >= len(declaring) and _survive_files(outer.config, configs):
             return configs
     return []
 
@@ -213,38 +213,19 @@ def nested(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from nested(value, (*path, name))
 
 
-def _survives_files(config: Any, inner: Sequence[Any]) -> bool:
-    """Whether `config`, written and read again, differs in exactly the flags of `inner` once these are cleared."""
+def _survive_files(config: Any, inner: Sequence[Any]) -> bool:
+    """Whether the cleared flags of the configs `inner` are the same after `config` was written and read again."""
+    for other in inner:
+        setattr(other, FLAG, False)
     try:
-        before = _as_in_files(config)
-        for other in inner:
-            setattr(other, FLAG, False)
-        try:
-            after = _as_in_files(config)
-        finally:
-            for other in inner:
-                setattr(other, FLAG, True)
+        again = type(config).from_dict(json.loads(config.to_json_string()))
+        flags = [{path: getattr(part, FLAG, None) for path, part in nested(whole)} for whole in (config, again)]
     except Exception:  # noqa: BLE001 - a stranger's config may raise anything
         return False
-    written, read = (
-        {key: new.get(key) for key in old | new if old.get(key) != new.get(key)}
-        for old, new in zip(before, after, strict=True)
-    )
-    return (
-        written == read and len(written) >= len(inner) and all(k[-1] == FLAG and v is False for k, v in written.items())
-    )
-
-
-def _as_in_files(config: Any) -> list[dict[tuple[str, ...], Any]]:
-    """The fields of a config as it is written, and once more after it was read again."""
-    written = json.loads(config.to_json_string())
-    again = json.loads(type(config).from_dict(json.loads(config.to_json_string())).to_json_string())
-    return [dict(_fields(written)), dict(_fields(again))]
-
-
-def _fields(held: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in held.items():
-        yield from _fields(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    finally:
+        for other in inner:
+            setattr(other, FLAG, True)
+    return flags[0] == flags[1]
 
 
 @lru_cache(maxsize=4096)
