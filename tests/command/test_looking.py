@@ -68,26 +68,11 @@ def test_targets_of_a_config_in_a_file_and_changes_of_it(here: Path) -> None:
     assert layers[1] == 2 * layers[0]
 
 
-def test_targets_says_what_matched_nothing(here: Path) -> None:
-    done = run("targets", "base", "--target-modules", "query,qeury")
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert "matched nothing: target_modules 'qeury'" in done.stdout
-    done = run("targets", "base", "--target-modules", "qeury")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert "Nearest: 'query'." in done.stderr
-
-
 def test_inspect_in_json(here: Path) -> None:
     report = json.loads(run("inspect", "loha", "--json").stdout)
     assert report == json.loads(json.dumps(ak.inspect_adapter("loha").to_dict()))
     headers = json.loads(run("inspect", "loha", "--headers-only", "--json").stdout)
     assert {layer["norm"] for layer in headers["layers"]} == {None}
-
-
-def test_inspect_of_a_model_is_an_error(here: Path) -> None:
-    done = run("inspect", "base")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: base is no adapter: it has no adapter_config.json.")
 
 
 def test_diff_says_whether_two_do_the_same_and_exits_as_it_is_told(here: Path) -> None:

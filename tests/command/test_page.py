@@ -28,6 +28,9 @@ def test_the_page_is_what_the_help_says() -> None:
 
 def test_the_page_has_every_command_option_and_function() -> None:
     for name, command in GROUP.commands.items():
+        assert command.rich_help_panel
+        assert {"--json", "--debug"} <= {option for parameter in command.params for option in parameter.opts}
+        assert all(parameter.help for parameter in command.params if parameter.name != "help"), name
         (section,) = re.findall(rf"^### `adapterkit {name}\b.*\n([^\0]*?)(?=^##|\Z)", PAGE, re.MULTILINE)
         for parameter in command.params:
             if parameter.name not in ("help", "as_json", "debug") and parameter.param_type_name == "option":
