@@ -17,7 +17,7 @@ from adapterkit.contract import (
     switched_off,
 )
 from adapterkit.errors import AdapterError, PluginError
-from adapterkit.results import columns
+from adapterkit.results import Printed, columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MethodInfo:
         prefix: the prefix of its parameters' names.
         hooks: the hooks that it implements.
         merges: whether its adapters can be merged into weights.
-        combines: whether its adapters can be combined and converted: their change has a low-rank form.
+        combines: whether its adapters can be combined and converted, because their change has a low-rank form.
         error: why it cannot be used; apart from name, package and version the other fields are then empty.
     """
 
@@ -76,7 +76,7 @@ class ExtensionInfo:
 
 
 @dataclass(frozen=True)
-class MethodsReport:
+class MethodsReport(Printed):
     """What is installed. Prints as tables.
 
     Attributes:
@@ -100,14 +100,15 @@ class MethodsReport:
         return tuple(plugin for plugin in plugins if plugin.error)
 
     def __str__(self) -> str:
-        titles = ("method", "package", "prefix", "merges", "combines", "result", "foreign files")
-        rows = [
-            (m.name, _package(m), m.prefix, *(("no", "yes")[f] for f in (m.merges, m.combines, m.results, m.foreign)))
-            for m in self.methods
-            if not m.error
+        table: list[tuple[str, ...]] = [
+            ("method", "package", "prefix", "merges", "combines", "result", "foreign files")
         ]
-        lines = [columns([titles, *rows])] if rows else ["no methods"]
-        lines += [f"  {m.name}: {', '.join(m.hooks)}" for m in self.methods if not m.error]
+        lines = []
+        for m in self.methods:
+            if not m.error:
+                flags = (m.merges, m.combines, m.results, m.foreign)
+                table.append((m.name, _package(m), m.prefix, *("yes" if flag else "no" for flag in flags)))
+                lines.append(f"  {m.name}: {', '.join(m.hooks)}")
         lines += [f"layer kinds: {', '.join(self.kinds)}", f"combiners: {', '.join(self.combiners)}"]
         for extension in self.extensions:
             if not extension.error:
@@ -115,7 +116,7 @@ class MethodsReport:
                 lines.append(f"extension {extension.name} ({_package(extension)}): {adds}")
         lines += [f"failed: {plugin.name} ({_package(plugin)}): {plugin.error}" for plugin in self.failed]
         lines += [f"switched off: {name}" for name in self.switched_off]
-        return "\n".join(lines)
+        return "\n".join([columns(table), *lines])
 
 
 def describe_methods(registry: Registry = default_registry) -> MethodsReport:
@@ -143,18 +144,10 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
     except AdapterError as error:
         return MethodInfo(name, package, version, error=str(error))
     path, layer = f"{config.__module__}.{config.__qualname__}", getattr(method.plugin, "layer", AdapterLayer)
+    prefixes = " ".join((prefix,) if isinstance(prefix, str) else prefix)
     combines = hasattr(layer, "factors")
     merges = combines or layer.merged is not AdapterLayer.merged
-    return MethodInfo(
-        name,
-        package,
-        version,
-        path,
-        " ".join((prefix,) if isinstance(prefix, str) else prefix),
-        method.hooks,
-        merges,
-        combines,
-    )
+    return MethodInfo(name, package, version, path, prefixes, method.hooks, merges, combines)
 
 
 def _extension(name: str, found: Extension | PluginError) -> ExtensionInfo:

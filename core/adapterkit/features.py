@@ -30,6 +30,7 @@ _CAPTURING = "_output_capturing_hooks_installed"
 # JSON, so the file starts with room for it, and the header is written last.
 _HEADER_BYTES = 248
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+_NO_BATCHES = "There are no batches. A generator can be read only once."
 
 
 @overload
@@ -181,15 +182,11 @@ def _pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling | None, number: 
     return (hidden if pooling is None else hidden.sum(1) / real.sum(1, keepdim=True)).cpu()
 
 
-def _no_batches() -> ConfigError:
-    return ConfigError("There are no batches. A generator can be read only once.")
-
-
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """The rows `(rows, ..., length, hidden)` of all batches; shorter ones are padded with zeros."""
     if not parts:
-        raise _no_batches()
-    if len({part.shape[1:] for part in parts}) == 1 or parts[0].dim() < 3:
+        raise ConfigError(_NO_BATCHES)
+    if len({part.shape[1:] for part in parts}) == 1:
         return torch.cat(list(parts))
     longest = max(part.shape[-2] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[-2])) for part in parts])
@@ -213,7 +210,7 @@ def _streamed(parts: Iterable[Tensor], path: Path) -> Path:
                 file.write(as_bytes(part))
             rows += len(part)
         if first is None:
-            raise _no_batches()
+            raise ConfigError(_NO_BATCHES)
         with _saving(path):
             end = file.tell() - 8 - _HEADER_BYTES
             entry = {"dtype": _DTYPES[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [0, end]}

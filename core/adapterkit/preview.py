@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from adapterkit.files import folder as files
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
-from adapterkit.results import columns
+from adapterkit.results import Printed, columns
 
 # A number that is a whole part of a path, or a whole word.
 _NUMBER = re.compile(r"\b(\d+)\b")
@@ -46,7 +45,7 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(Printed):
     """What an adapter would change. Prints as a table.
 
     Attributes:
@@ -78,8 +77,8 @@ class Preview:
     @property
     def parameters(self) -> int:
         """The number of all trained parameters."""
-        own = self.biases + self.shared
-        return sum(g.layers * g.parameters for g in self.groups) + sum(self.heads.values()) + own
+        layers = sum(group.layers * group.parameters for group in self.groups)
+        return layers + sum(self.heads.values()) + self.biases + self.shared
 
     @property
     def share(self) -> float:
@@ -99,14 +98,11 @@ class Preview:
         lines += [f"left out: {path}: {reason}" for path, reason in self.skipped]
         lines += [f"matched nothing: {rule}" for rule in self.unmatched]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, self.summary()])
-
-    def summary(self) -> str:
-        """The totals in one sentence."""
-        return (
+        lines.append(
             f"{self.method} on {self.model}: {len(self.paths):,} layers, {self.parameters:,} parameters, "
             f"{self.share:.3%} of the base model's {self.total:,}"
         )
+        return "\n".join(lines)
 
 
 def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
@@ -163,7 +159,7 @@ def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...
     """The layers, grouped if they differ only in the numbers of their paths; in the order of the model."""
     found: dict[tuple[str, LayerKind, str, int], list[str]] = {}
     for match in targets:
-        key = (_blank(match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
+        key = (_NUMBER.sub("", match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
         found.setdefault(key, []).append(match.path)
     return tuple(
         LayerGroup(_merged(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)
@@ -172,24 +168,25 @@ def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...
 
 
 def _skipped(rows: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for path, reason in rows:
-        found.setdefault((_blank(path), _blank(reason)), []).append((path, reason))
-    merged = [[_merged(texts) for texts in zip(*group, strict=True)] for group in found.values()]
-    return tuple((path, reason) for path, reason in merged)
-
-
-def _blank(text: str) -> str:
-    return _NUMBER.sub("", text)
+    """Path and reason of the layers that are left out, grouped in the same way."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        found.setdefault(_NUMBER.sub("", " ".join(row)), []).append(row)
+    return tuple((_merged([path for path, _ in group]), _merged([why for _, why in group])) for group in found.values())
 
 
 def _merged(texts: Sequence[str]) -> str:
     """One text for texts that differ only in numbers, with the numbers in braces: `layers.{0-3,5}.query`."""
-    places = [list(dict.fromkeys(parts)) for parts in zip(*map(_NUMBER.split, texts), strict=True)]
-    return "".join(parts[0] if len(parts) == 1 else f"{{{_ranges(sorted(map(int, parts)))}}}" for parts in places)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3,5` for 0, 1, 2, 3, 5."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    merged = ""
+    for parts in zip(*map(_NUMBER.split, texts), strict=True):
+        if len(set(parts)) == 1:
+            merged += parts[0]
+            continue
+        runs: list[list[int]] = []
+        for number in sorted({*map(int, parts)}):
+            if runs and number == runs[-1][-1] + 1:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        merged += "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
+    return merged

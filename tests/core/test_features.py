@@ -192,13 +192,6 @@ def test_labels_are_left_out_and_unknown_inputs_are_not() -> None:
         ak.features(nn.Linear(2, 2), [{"nonsense": torch.zeros(1)}], progress=False)
 
 
-def test_progress_is_shown_if_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    ak.features(build("bert"), [rows()])
-    assert "features: 100%" in capsys.readouterr().err
-    ak.features(build("bert"), [rows()], progress=False)
-    assert capsys.readouterr().err == ""
-
-
 PADDING = {"input_ids": tokens(), "attention_mask": torch.tensor([[1] * LENGTH, [0] * LENGTH])}
 SQUARE = {"input_ids": tokens(), "attention_mask": torch.ones(2, 1, LENGTH, LENGTH)}
 ERRORS: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {

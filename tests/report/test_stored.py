@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from tests.combining import randomise, scaling_method
+from tests.combining import randomise
 from tests.models import build
 
 import adapterkit as ak
@@ -95,18 +93,6 @@ def test_a_folder_s_name_is_the_adapter_s_unless_one_is_given(folder: Path, tmp_
     assert [a.name for a in ak.write_report(places, tmp_path / "r.html").findings.adapters] == ["lora", "loha"]
 
 
-def test_adapters_of_two_models_are_compared_and_not_merged(folder: Path, tmp_path: Path) -> None:
-    other = ak.attach(torch.nn.ModuleDict({"bert": torch.nn.ModuleDict({"pooler": torch.nn.Linear(5, 7)})}))
-    other.add("x", ak.config("lora", target_modules=["bert.pooler"]))
-    third = ak.attach(torch.nn.ModuleDict({"bert": torch.nn.ModuleDict({"pooler": torch.nn.Linear(9, 7)})}))
-    third.add("y", ak.config("lora", target_modules=["bert.pooler"]))
-    for found, name in ((other, "x"), (third, "y")):
-        randomise(found, name, 0)
-        found.save(name, tmp_path / name)
-    report = ak.write_report([tmp_path / "x", tmp_path / "y"], tmp_path / "r.html")
-    assert report.verdicts[-1].headline == "No: they are adapters of models of different sizes."
-
-
 def test_what_makes_no_report(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ak.ConfigError, match=r"write_report takes a list of adapters, such as \['lora'\], not a single one"
@@ -119,35 +105,3 @@ def test_what_makes_no_report(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ak.ConfigError, match="is no folder"):
         ak.write_report([folder / "lora"], "")
     assert not (tmp_path / "r.html").exists()
-
-
-@pytest.fixture
-def renamed() -> Iterator[ModuleType]:
-    """A method without a low-rank form that calls its tensors otherwise in files than in memory."""
-    plugin = scaling_method(mergeable=True)
-
-    @ak.hookimpl
-    def to_file(config: ak.AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
-        return config, {key.replace(".scale_out", ".gain"): tensor for key, tensor in tensors.items()}
-
-    @ak.hookimpl
-    def from_file(config: ak.AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
-        return config, {key.replace(".gain", ".scale_out"): tensor for key, tensor in tensors.items()}
-
-    vars(plugin).update(to_file=to_file, from_file=from_file)
-    ak.register(plugin)
-    yield plugin
-    ak.default_registry.unregister("scale")
-
-
-def test_a_base_tells_the_layers_of_a_method_with_other_names_in_files(
-    renamed: ModuleType, folder: Path, tmp_path: Path
-) -> None:
-    adapters = ak.attach(build("bert"))
-    adapters.add("s", renamed.config(target_modules=["query"], modules_to_save=None))
-    adapters.save("s", tmp_path / "s")
-    with pytest.raises(ak.CheckpointError, match="Give base="):
-        ak.write_report([tmp_path / "s"], tmp_path / "r.html")
-    report = ak.write_report([tmp_path / "s"], tmp_path / "r.html", base=folder / "base")
-    (found,) = report.findings.adapters
-    assert [path.endswith("query") for path in found.without_factors] == [True, True]
