@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +282,10 @@ def text(data: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / CONFIG_FILE).write_bytes(data)
 
 
-def bin_file(content: object) -> Callable[[Path], object]:
+def bin_file(content: object, zip_format: bool = True) -> Callable[[Path], object]:
     """The old format in place of the new one."""
-    return lambda f: ((f / WEIGHTS_FILE).unlink(), torch.save(content, f / PICKLE_FILE))
+    save = partial(torch.save, content, _use_new_zipfile_serialization=zip_format)
+    return lambda f: ((f / WEIGHTS_FILE).unlink(), save(f / PICKLE_FILE))
 
 
 NO_SAFETENSORS = "is not a safetensors file, or it is damaged or cut off"
@@ -291,13 +293,9 @@ NO_JSON = "adapter_config.json is no valid JSON"
 NO_TENSORS = "adapter_model.bin holds no mapping from names to tensors."
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (overwrite(b""), NO_SAFETENSORS),
-    "short": (overwrite(b"abc"), NO_SAFETENSORS),
     "half": (lambda f: overwrite((f / WEIGHTS_FILE).read_bytes()[:-100])(f), NO_SAFETENSORS),
     "header of 2**63 bytes": (overwrite(struct.pack("<Q", 2**63) + b"{}"), "Fetch or save it again."),
-    "header longer than the file": (overwrite(struct.pack("<Q", 10**6) + b"{}"), NO_SAFETENSORS),
-    "header that is no JSON": (overwrite(struct.pack("<Q", 2) + b"[["), NO_SAFETENSORS),
     "a web page": (overwrite(b"<!DOCTYPE html><html>Access denied</html>"), NO_SAFETENSORS),
-    "a pointer of git lfs": (overwrite(b"version https://git-lfs.github.com/spec/v1\noid"), NO_SAFETENSORS),
     "an unknown dtype": (
         lambda f: overwrite((f / WEIGHTS_FILE).read_bytes().replace(b'"F32"', b'"F99"'))(f),
         "unknown variant `F99`",
@@ -347,20 +345,12 @@ def test_config_that_may_not_be_read(model: nn.Module, folder: Path, monkeypatch
     refuse(model, folder, "adapter_config.json cannot be read: [Errno 13] Permission denied")
 
 
-NOT_HERE = "is not implemented"
 WRONG_FIELDS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank as text": ({"r": "8"}, ak.ConfigError, "LoraConfig: r = '8' is a str; it must be int."),
-    "rank nan": ({"r": float("nan")}, ak.ConfigError, "r = nan is a float; it must be int."),
-    "rank zero": ({"r": 0}, ak.ConfigError, "r = 0: a rank must be at least 1."),
-    "alpha infinite": ({"lora_alpha": float("inf")}, ak.ConfigError, "it must be a finite float32."),
-    "targets an object": ({"target_modules": {"q": 1}}, ak.ConfigError, "must be str or a list of str or None"),
     "targets missing here": ({"target_modules": ["q_proj"]}, ak.SelectionError, "['q_proj'] matched none"),
-    "pattern that is none": ({"target_modules": "(("}, ak.ConfigError, "is no valid regular expression"),
     "nested": ({"target_modules": json.loads("[" * 400 + "]" * 400)}, ak.ConfigError, ""),
-    "DoRA": ({"use_dora": True}, ak.UnsupportedError, f"use_dora = True {NOT_HERE} by the method 'lora' here"),
-    "parameters": ({"target_parameters": ["w"]}, ak.UnsupportedError, f"target_parameters = ['w'] {NOT_HERE}"),
-    "a start": ({"init_lora_weights": "eva"}, ak.UnsupportedError, "init_lora_weights = 'eva' is an option of PEFT"),
-    "a field of next year": ({"use_magic": 7}, ak.UnsupportedError, f"use_magic = 7 {NOT_HERE}"),
+    "DoRA": ({"use_dora": True}, ak.UnsupportedError, "use_dora = True is not implemented by the method 'lora' here"),
+    "a field of next year": ({"use_magic": 7}, ak.UnsupportedError, "use_magic = 7 is not implemented"),
     "pissa of a random start": (
         {"init_lora_weights": "pissa_niter_4"},
         ak.CheckpointError,
@@ -430,22 +420,12 @@ def only_adapter_errors(model: nn.Module, folder: Path) -> None:
 
 @st.composite
 def damage(draw: st.DrawFn, data: bytes) -> bytes:
-    """`data` with bytes changed, cut out, put in, or its end missing; most often in its first part."""
-    result = bytearray(data)
+    """`data` with a few pieces of it replaced, cut out or put in, or its end missing; most often in its first part."""
     places = st.integers(0, len(data) - 1) | st.integers(0, min(600, len(data) - 1))
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(places)
-        match draw(st.sampled_from(["change", "cut", "insert", "end", "digit"])):
-            case "change":
-                result[place : place + 1] = draw(st.binary(min_size=1, max_size=1))
-            case "cut":
-                del result[place : place + draw(st.integers(1, 40))]
-            case "insert":
-                result[place:place] = draw(st.binary(max_size=20))
-            case "end":
-                del result[place:]
-            case _:
-                result[place : place + 1] = draw(st.sampled_from([b"0", b"9", b"F", b"I", b'"', b"["]))
+    new = st.binary(max_size=20) | st.sampled_from([b"0", b"9", b"F", b"I", b'"', b"["])
+    result = bytearray(data)
+    for place, size, piece in draw(st.lists(st.tuples(places, st.sampled_from([0, 1, 1, 20, 10**9]), new), min_size=1)):
+        result[place : place + size] = piece
     return bytes(result)
 
 
@@ -455,12 +435,9 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
 def test_any_bytes_load_or_raise_an_adapter_error(form: str, folder: Path, draw: st.DataObject) -> None:
     sound = folder.parent / "sound"
     if not sound.exists():  # the first example
-        sound.mkdir()
         if form != "safetensors":
-            bin_file_of = tensors_of(folder)
-            (folder / WEIGHTS_FILE).unlink()
-            torch.save(bin_file_of, folder / PICKLE_FILE, _use_new_zipfile_serialization=form == "zip")
-        shutil.copytree(folder, sound, dirs_exist_ok=True)
+            bin_file(tensors_of(folder), form == "zip")(folder)
+        shutil.copytree(folder, sound)
     (weights,) = (path for path in sound.iterdir() if path.name != CONFIG_FILE)
     (folder / weights.name).write_bytes(draw.draw(damage(weights.read_bytes())))
     only_adapter_errors(new(), folder)
@@ -575,32 +552,24 @@ def test_hub_id_in_the_cache_loads(cache: Path) -> None:
         assert load(new(), "someone/adapter", cache_dir=cache, **options) == ak.LoadReport()
 
 
-NOT_CACHED = "is no folder here"
-
-
 @pytest.mark.parametrize(
-    ("source", "options", "text"),
-    [
-        ("someone/other", {}, NOT_CACHED),
-        ("someone/adapter", {"revision": "v2"}, NOT_CACHED),
-        ("nowhere", {}, NOT_CACHED),
-        ("someone/adapter", {"subfolder": "french"}, "There is no such folder"),
-    ],
-    ids=["repository", "revision", "name", "subfolder"],
+    ("source", "options"),
+    [("someone/other", {}), ("someone/adapter", {"revision": "v2"}), ("nowhere", {})],
+    ids=["repository", "revision", "name"],
 )
 def test_hub_id_that_is_not_there_is_refused_in_one_line(
-    model: nn.Module, cache: Path, source: str, options: dict[str, str], text: str
+    model: nn.Module, cache: Path, source: str, options: dict[str, str]
 ) -> None:
-    with unchanged(model), pytest.raises(ak.CheckpointError, match=text) as caught:
+    with unchanged(model), pytest.raises(ak.CheckpointError, match=f"{source!r} is no folder here") as caught:
         load(model, source, cache_dir=cache, **options)
-    if text == NOT_CACHED:
-        assert "and could not be had from the hub or its cache: it is not in the cache, and HF_HUB" in str(caught.value)
+    assert "and could not be had from the hub or its cache: it is not in the cache, and HF_HUB" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_hub_repository_that_is_no_adapter(model: nn.Module, cache: Path) -> None:
     (cache / "models--someone--adapter" / "snapshots" / SHA / CONFIG_FILE).unlink()
     refuse(model, "someone/adapter", "it has no adapter_config.json", cache_dir=cache)
+    refuse(model, "someone/adapter", "There is no such folder", cache_dir=cache, subfolder="french")
 
 
 # Saving
@@ -855,19 +824,17 @@ def test_a_cut_save_is_the_new_version_and_a_save_after_it_is_whole(cut: Path, a
     assert json.loads((cut / CONFIG_FILE).read_text()) == again
 
 
-def test_a_cut_save_to_a_folder_without_a_config_is_the_new_version(tmp_path: Path) -> None:
-    (tmp_path / "mine").touch()
-    files.write_folder(tmp_path, NEW, {"a": torch.ones(2)}, {})
-    (tmp_path / CONFIG_FILE).unlink()
-    assert files.read(tmp_path).config == NEW
-
-
-def test_a_config_that_was_edited_by_hand_counts(cut: Path) -> None:
+def test_a_config_that_was_edited_by_hand_counts_and_one_that_never_came_does_not(cut: Path) -> None:
     (cut / CONFIG_FILE).write_text(json.dumps(OLD | {"of": "hand"}))
     assert files.read(cut).config == OLD | {"of": "hand"}
     files.write_folder(cut, NEW, {"a": torch.ones(2)}, {})
     (cut / CONFIG_FILE).write_text(json.dumps(NEW | {"of": "hand"}))
     assert files.read(cut).config == files.read_config(cut) == NEW | {"of": "hand"}
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (cut / name).unlink()
+    files.write_folder(cut, NEW, {"a": torch.ones(2)}, {})
+    (cut / CONFIG_FILE).unlink()
+    assert files.read(cut).config == NEW
 
 
 def test_only_weights_that_replace_another_config_hold_theirs(tmp_path: Path) -> None:

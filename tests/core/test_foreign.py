@@ -288,7 +288,7 @@ SHAPES = st.sampled_from([(), (1,), (2, 8), (8, 2), (2, 2), (2, 2, 1), (0, 8), (
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.float8_e4m3fn, torch.int8, torch.complex64, torch.bool])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.dictionaries(
         st.tuples(st.sampled_from(MODULES), st.sampled_from(LOCALS)), st.tuples(SHAPES, DTYPES), max_size=8
