@@ -49,13 +49,9 @@ class Combiner:
     rotates: bool = False
 
 
-def _weighted(stack: Tensor, weights: Tensor) -> Tensor:
-    return stack * weights.to(stack).view(-1, *(1,) * (stack.dim() - 1))
-
-
 def linear(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     """`sum of w_t X_t`: task arithmetic (Ilharco et al. 2022, arXiv 2212.04089)."""
-    return _weighted(stack, weights).sum(0)
+    return (stack * weights.to(stack).view(-1, *(1,) * (stack.dim() - 1))).sum(0)
 
 
 def magnitude_prune(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
@@ -96,15 +92,15 @@ def tsv(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     left = torch.cat([u[t, :, :k] for t, k in enumerate(ranks)], dim=1)
     right = torch.cat([vh[t, :k] for t, k in enumerate(ranks)])
     values = torch.cat([weights[t].to(s) * s[t, :k] for t, k in enumerate(ranks)])
-    result: Tensor = (_orthonormal(left) * values) @ _orthonormal(right)
-    return result
+    left, right = map(_orthonormal, (left, right))
+    return (left * values) @ right
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns (orthogonal Procrustes)."""
     p, _, qh = torch.linalg.svd(matrix, full_matrices=False)
-    result: Tensor = p @ qh
-    return result
+    nearest: Tensor = p @ qh
+    return nearest
 
 
 def _keep_largest(stack: Tensor, density: float) -> Tensor:
@@ -131,9 +127,8 @@ def _elect(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
     majority = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(stack.dtype)
     agreeing = (stack * majority).clamp_(min=0)  # zero where a source has no value, or the other sign
     count = (agreeing > 0).sum(0, dtype=stack.dtype).clamp_(min=1)
-    total = torch.tensordot(weights.to(stack), agreeing, dims=1)
-    result: Tensor = total.mul_(majority).div_(count)
-    return result
+    total: Tensor = torch.tensordot(weights.to(stack), agreeing, dims=1)
+    return total.mul_(majority).div_(count)
 
 
 BUILTIN: Mapping[str, Combiner] = {
@@ -152,8 +147,7 @@ def check_options(name: str, combiner: Combiner, density: float | None, majority
         raise ConfigError(f"method {name!r} prunes. Pass density=, the share of entries to keep (0.2 is common).")
     if density is not None and not combiner.prunes:
         raise ConfigError(f"method {name!r} keeps every entry, so density = {density!r} has no effect. Leave it out.")
-    is_number = isinstance(density, int | float) and not isinstance(density, bool)
-    if density is not None and not (is_number and 0.0 < density <= 1.0):
+    if density is not None and (not isinstance(density, int | float) or not 0.0 < density <= 1.0 or density is True):
         raise ConfigError(f"density = {density!r} must be above 0 and at most 1.")
     if majority_sign_method not in ("total", "frequency"):
         raise ConfigError(f"majority_sign_method = {majority_sign_method!r} must be 'total' or 'frequency'.")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any
 
 from adapterkit.errors import ConfigError
-
-T = TypeVar("T")
 
 # A pattern may come from a downloaded file. All its matches together get this long.
 TIME_LIMIT_SECONDS = 2.0
@@ -62,13 +60,10 @@ class Names:
 
     def match(self, path: str) -> str | None:
         """The longest entry that is `path` or ends it at a dot."""
-        found, tail = None, path
-        while tail:
-            if tail in self._known:
-                self.used.add(tail)
-                found = found or tail
-            tail = tail.partition(".")[2]
-        return found
+        parts = path.split(".")
+        found = [tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in self._known]
+        self.used.update(found)
+        return found[0] if found else None
 
 
 class Rule:
@@ -98,17 +93,17 @@ class PatternTable:
     A key is a regular expression for the end of the path at a dot; `^` ties it to the beginning.
     """
 
-    def __init__(self, table: Mapping[str, T], field: str) -> None:
+    def __init__(self, table: Mapping[str, Any], field: str) -> None:
         self._rows = [(key, Pattern(rf"(?:.*\.)?(?:{key})$", field), value) for key, value in table.items()]
         self.field = field
         self.used: set[str] = set()
 
-    def get(self, path: str, default: T) -> T:
+    def get(self, path: str, default: Any) -> Any:
         """The value for `path`, or `default`."""
         for key, pattern, value in self._rows:
             if pattern.matches(path):
                 self.used.add(key)
-                return value  # type: ignore[return-value]
+                return value
         return default
 
     @property
