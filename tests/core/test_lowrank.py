@@ -50,19 +50,6 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_svd_is_that_of_the_product(dtype: torch.dtype, data: st.DataObject) -> None:
-    factors = data.draw(factored(dtype))
-    u, s, vh = lowrank.svd(factors)
-    matrix = dense(factors)
-    close(u.double() @ torch.diag(s.double()) @ vh.double(), matrix, DTYPES[dtype])
-    expected = torch.linalg.svdvals(matrix)[: len(s)]
-    assert torch.allclose(s.double(), expected, atol=DTYPES[dtype] * float(expected.max()) + 1e-12)
-    assert u.dtype == torch.promote_types(dtype, torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data(), rank=st.integers(1, 8))
 @settings(max_examples=25, deadline=None)
 def test_truncation_is_the_best_of_its_rank_and_states_its_error(
