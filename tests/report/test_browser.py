@@ -74,7 +74,7 @@ def test_the_page_fits_its_window_and_draws_everything(tmp_path: Path, width: in
     assert seen["requests"] == []
     assert seen["width"] <= width
     assert seen["wide"] == []
-    assert len(seen["drawn"]) == 3 * (1 + 2) + 1
+    assert len(seen["drawn"]) == 3 * 2 + 1
     assert all(seen["drawn"])
     brightness = [sum(map(int, re.findall(r"\d+", seen[part])[:3])) for part in ("background", "ink")]
     assert (brightness[0] < brightness[1]) == dark

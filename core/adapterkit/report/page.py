@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 # values of a list.
 _PAIRS_ON_TOP, _PAIRS_BY_LAYER, _MOST_SPECTRA, _MOST_VALUES = 6, 6, 16, 12
 
-_RELATIVE = "|dW| / |W| in percent: how far training moved the weight of the layer"
-_OWN = "|dW| in percent of the adapter's largest, because the base's weights are not available"
 # How to read each kind of figure.
 _HOW = {
-    "layers": "How to read: rows are the layers of the model, columns their modules; a cell is {size}. Strong colour "
-    "shows where the adapter works. You can try to leave out faint rows and columns.",
-    "enough": "How to read: the solid curve gives, for each rank, the percentage of targets in which that rank keeps "
-    "99 % of the change. To the right of the point where it crosses the line at 95 %, a larger rank adds little.",
+    "layers": "How to read: rows are the layers of the model, columns their modules; a cell is the size of "
+    "its change. Strong colour shows where the adapter works. You can try to leave out faint rows and columns.",
     "spectra": "How to read: each plot has the layers of one module name: all layers (light), the middle half (dark), "
     "and the median layer (line). The faster a curve falls, the fewer directions its layer uses. Vertical lines show "
     "where the median layer has 90 % (dotted) and 99 % (dashed) of its energy. A curve that stays high to the right "
@@ -58,8 +54,6 @@ def render(findings: Findings, verdicts: Sequence[Verdict], places: Places, titl
     about = dict.fromkeys(verdict.about for verdict in verdicts)
     groups = [(" and ".join(names), [v for v in verdicts if v.about == names]) for names in about]
     on_top = len(findings.adapters) + _PAIRS_ON_TOP
-    based = {adapter.has_base for adapter in findings.adapters if adapter.layers}
-    size = _RELATIVE if based == {True} else _OWN if True not in based else f"{_RELATIVE}; or else {_OWN}"
     return template.render(
         title=title,
         subtitle=f"{count(len(findings.adapters), 'adapter')}, {count(len(places), 'target')}",
@@ -69,7 +63,7 @@ def render(findings: Findings, verdicts: Sequence[Verdict], places: Places, titl
         rules=list(dict.fromkeys(verdict.rule for verdict in verdicts)),
         adapters=[_adapter(adapter, places) for adapter in findings.adapters],
         comparison=_comparison(findings, places) if findings.pairs else None,
-        how={**_HOW, "layers": _HOW["layers"].format(size=size)},
+        how=_HOW,
         version=version("adapterkit"),
         sampled=f"{MOST_ENTRIES:,}",
     )
@@ -84,8 +78,6 @@ def _broken(text: str) -> Markup:
 
 def _adapter(adapter: AdapterFinding, places: Places) -> dict[str, Any]:
     """What the page shows of one adapter."""
-    from markupsafe import Markup
-
     lacking = adapter.without_factors
     shown: dict[str, Any] = {"name": adapter.name, "facts": _facts(adapter), "sizes": None, "without": ""}
     if lacking:
@@ -100,19 +92,22 @@ def _adapter(adapter: AdapterFinding, places: Places) -> dict[str, Any]:
     for path, layer in moved.items():
         modules.setdefault(places[path][1] or "single layers", []).append(layer)
     largest = sorted(modules, key=lambda name: -len(modules[name]))[:_MOST_SPECTRA]
-    ranks = [layer.rank90 for layer in moved.values()], [layer.rank99 for layer in moved.values()]
-    most = max(ranks[1])
+    most = max(layer.rank99 for layer in moved.values())
     cells = {
         path: Cell(str(layer.rank99), shade(layer.rank99, most), f"90 %: {layer.rank90}")
         for path, layer in adapter.layers.items()
     }
-    title = f"{adapter.name}: rank that keeps 99 % of the energy"
     return shown | {
         "sizes": _size_map(adapter, places),
-        "enough": Markup(plots.enough(adapter.name, *ranks, max(layer.rank for layer in adapter.layers.values()))),
         "spectra": [_spectra(adapter.name, name, modules[name]) for name in modules if name in largest],
         "modules": len(modules),
-        "ranks": layer_map(title, places, cells, low="1", high=str(most)),
+        "ranks": layer_map(
+            "The rank that keeps 99 % of the energy, for each target (point at a cell for 90 %)",
+            places,
+            cells,
+            low="1",
+            high=str(most),
+        ),
     }
 
 
@@ -161,9 +156,11 @@ def _size_map(adapter: AdapterFinding, places: Places) -> HeatMap:
         ranks = f"rank for 90 % {layer.rank90}, 99 % {layer.rank99} of {layer.rank}"
         text = percent(sizes[path] if adapter.has_base else sizes[path] / most)
         cells[path] = Cell(text, shade(sizes[path], most), f"|dW| {layer.norm:.3g}{relative}, {ranks}")
-    unit = "relative size in percent" if adapter.has_base else "size as a share of the largest in percent"
+    unit = "|dW| in percent of the largest, because the base's weights are not available"
+    if adapter.has_base:
+        unit = "|dW| / |W| in percent: how far training moved the weight of the layer"
     high = f"{percent(most)} %" if adapter.has_base else f"100 % = {most:.3g}"
-    return layer_map(f"{adapter.name}: {unit}", places, cells, high=high)
+    return layer_map(unit, places, cells, high=high)
 
 
 def _spectra(adapter: str, module: str, layers: Sequence[LayerFinding]) -> dict[str, Any]:
