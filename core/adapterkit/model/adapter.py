@@ -70,8 +70,8 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter, once."""
-        held = [p for module in self.modules() for p in module._parameters.values() if p is not None]
-        return list(dict.fromkeys(held))
+        held = (p for module in self.modules() for p in module._parameters.values() if p is not None)
+        return list({id(p): p for p in held}.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
@@ -146,10 +146,9 @@ class Adapter:
         """
         found = {}
         for path, host in self.hosts.items():
-            before, size, now = self.sizes[path], _size(host), paths_now.get(host, ())
-            places = self.places(path)
-            kept = [any(unwrapped_key(p) == place or inside(p, [place]) for p in now) for place in places]
-            if not now or any(kept) != all(kept):  # if it was moved, none of its paths is kept
+            before, now, weight = self.sizes[path], paths_now.get(host, ()), host._parameters.get("weight")
+            size = before if weight is None or weight.shape == before else _size(host)
+            if now != self.places(path) and not _is_still_there(now, self.places(path)):
                 found[path] = "was replaced"
             elif not calls_adapters(host):
                 found[path] = f"was given another class ({type(host).__name__})"
@@ -196,6 +195,12 @@ class Adapter:
         """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
         frozen, self.trains_for_now = gradients.disable(parameters)
         self.trained_before = [*self.trained_before, *frozen]
+
+
+def _is_still_there(now: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether a module is at all of its paths, perhaps wrapped, or at new paths alone, because it was moved."""
+    kept = [any(unwrapped_key(p) == path or inside(p, [path]) for p in now) for path in before]
+    return bool(now) and any(kept) == all(kept)
 
 
 def _size(module: nn.Module) -> tuple[int, ...] | None:

@@ -67,8 +67,10 @@ def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
     while left:  # no recursion, which models of hundreds of levels would not survive
         path, module = left.pop()
         yield path, module
-        children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items()]
-        left += [(name, child) for name, child in reversed(children) if not isinstance(child, PerAdapter | None)]
+        prefix = f"{path}." if path else ""
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, PerAdapter):
+                left.append((prefix + name, child))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
