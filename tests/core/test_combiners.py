@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import oracles
+from tests.combining import adapted
 from tests.core.test_lowrank import close, dense, factored, normal
 from torch import Tensor
 
@@ -102,10 +103,11 @@ def test_isotropising_does_not_raise_rounding_to_a_change() -> None:
 
 
 def test_dare_drops_with_the_chance_asked_for_and_keeps_the_mean() -> None:
-    ones = torch.ones(1, 400, 500, dtype=torch.float64)
-    kept = BUILTIN["dare_linear"].function(
-        ones, torch.ones(1), Options(0.2, generator=torch.Generator().manual_seed(0))
+    ones, options = (
+        torch.ones(1, 400, 500, dtype=torch.float64),
+        Options(0.2, generator=torch.Generator().manual_seed(0)),
     )
+    kept = BUILTIN["dare_linear"].function(ones, torch.ones(1), options)
     assert set(kept.unique().tolist()) == {0.0, 5.0}
     assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
 
@@ -158,6 +160,12 @@ OPTIONS = {
         f"density {value}": ({"method": "ties", "density": value}, f"density = {value!r} must be above 0 and at most 1")
         for value in (0.0, 2, float("nan"), True, "half")
     },
+    **{f"rank {value}": ({"rank": value}, f"rank = {value} must be a whole number of at") for value in (0, True, 2.0)},
+    **{
+        f"energy {value}": ({"energy": value}, f"energy = {value!r} must be a share of the squared singular values")
+        for value in (0.0, 1.5, float("nan"), True, "all")
+    },
+    "both": ({"rank": 2, "energy": 0.5}, "Give rank= or energy=, not both"),
     "density idle": ({"density": 0.5}, r"method 'linear' keeps every entry, so density = 0\.5 has no effect"),
     "sign": ({"majority_sign_method": "most"}, r"majority_sign_method = 'most' must be 'total' or 'frequency'"),
     "method": ({"method": "tie"}, r"Unknown method of combination 'tie'\. Available: 'dare_.*Did you mean 'ties'\?"),
@@ -170,9 +178,7 @@ OPTIONS = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_that_make_no_sense_are_named(case: str) -> None:
     fields, message = OPTIONS[case]
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    adapters = ak.attach(model)
-    adapters.add("a", ak.config("lora", r=2, target_modules=["0"], modules_to_save=None))
+    adapters = adapted(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"a": {}}, ["0"])
     with pytest.raises(ak.AdapterError, match=message):
         adapters.combine("c", {"a": 1.0}, **fields)
     assert adapters.names == ("a",)

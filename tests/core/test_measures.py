@@ -8,35 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import oracles
 from tests.core.test_lowrank import dense, factored, normal
-from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.combining import lowrank, measures
-
-ENERGIES = st.sampled_from([0.5, 0.9, 0.99])
+from adapterkit.combining import measures
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[ak.Factors, ak.Factors]:
     out, inside = draw(st.integers(1, 7)), draw(st.integers(1, 7))
     return draw(factored(out=out, inside=inside)), draw(factored(out=out, inside=inside))
-
-
-def leading(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor]:
-    """Left and right singular vectors of the dense matrix, as many as hold this share."""
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    count = oracles.rank_for(matrix, energy) if bool(matrix.any()) else 0
-    return u[:, :count], vh[:count].t()
-
-
-def angles(u: Tensor, v: Tensor) -> float:
-    """The mean squared cosine of the principal angles between two column spaces, one angle at a time."""
-    if not u.shape[1] or not v.shape[1]:
-        return 0.0
-    cosines = torch.linalg.svdvals(u.t() @ v)
-    return sum(float(c) ** 2 for c in cosines) / len(cosines)
 
 
 @given(factors=factored())
@@ -73,14 +54,6 @@ def test_effective_rank_is_the_exponential_of_the_entropy(values: list[float]) -
     found = measures.effective_rank(torch.tensor(values, dtype=torch.float64))
     assert found == pytest.approx(math.exp(entropy), rel=1e-9)
     assert 1 - 1e-9 <= found <= len(values) + 1e-9
-
-
-@given(factors=factored(), energy=ENERGIES)
-@settings(max_examples=60, deadline=None)
-def test_rank_for_energy_is_the_fewest_values_that_hold_it(factors: ak.Factors, energy: float) -> None:
-    matrix = dense(factors)
-    expected = oracles.rank_for(matrix, energy) if bool(matrix.any()) else 0
-    assert lowrank.rank_for_energy(measures.spectrum(factors), energy) == expected
 
 
 @pytest.mark.parametrize(("n", "k", "l"), [(20, 3, 3), (12, 2, 6), (30, 1, 10)])

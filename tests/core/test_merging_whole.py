@@ -27,7 +27,7 @@ KEPT = pytest.mark.parametrize("keep_base", [True, False], ids=["base kept", "ba
 def adapted(config: type[ak.AdapterConfig] = LoraConfig, dtype: torch.dtype = torch.float32) -> ak.Adapters:
     torch.manual_seed(0)
     adapters = ak.attach(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).to(dtype).eval())
-    adapters.add("a", config(target_modules=["0", "1", "2", "3"]))
+    adapters.add("a", config(target_modules=["0", "1", "2", "3"], bias="all"))
     randomise(adapters, "a", 0)
     return adapters
 
