@@ -190,7 +190,7 @@ REFUSED_TENSORS = {
     ),
     "embeddings that are no table": (
         put(PREFIX + "embed.weight", torch.tensor(1.0)),
-        "The file holds 'embed.weight' of shape (); a table of embeddings has two dimensions.",
+        "embed.weight: () in the file, (32, 8) on this model",
     ),
     **{
         str(dtype): (

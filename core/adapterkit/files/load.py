@@ -74,20 +74,21 @@ def load_adapter(
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     selection = select_on(modules, config)
-    tables, tied = _tables_in_file(modules, selection.heads, tensors)
-    fit = Fit(method.key_rule(config), {*(f"{path}.bias" for path in (*tables, *tied)), *(f"{p}.weight" for p in tied)})
+    tables = _tables_in_file(modules, selection.heads, tensors)
+    optional = {*(f"{path}.bias" for path in tables), *(f"{p}.weight" for p, first in tables.items() if p != first)}
+    fit = Fit(method.key_rule(config), optional)
     adapter, _ = build_adapter(
         modules,
         name,
         LayerBuilder(method, config, fit, cast=dtype != "file"),
-        dataclasses.replace(selection, heads=(*selection.heads, *tables, *tied)),
+        dataclasses.replace(selection, heads=(*selection.heads, *tables)),
         active,
         tensors,
         dtype=dtype if isinstance(dtype, torch.dtype) else None,
         device=device,
     )
-    adapter.tables = frozenset((*tables, *tied))
-    for path, first in tied.items():
+    adapter.tables = frozenset(tables)
+    for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
     pass_over(fit, adapter, model, tensors, passed)
     report = fit.report(tensors)
@@ -135,21 +136,15 @@ def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection
     return tuple(kept) or None
 
 
-def _tables_in_file(
-    modules: BaseModules, heads: Collection[str], tensors: Mapping[str, Tensor]
-) -> tuple[list[str], dict[str, str]]:
-    """Embeddings that the file holds in full: PEFT writes them when the vocabulary was resized.
+def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Embeddings that the file holds in full, as PEFT writes them when the vocabulary was resized.
 
-    Returns:
-        Their paths; and those that share the parameter of one of them on the model and have no tensor in the file, each
-        with that one.
-
-    Raises:
-        CheckpointError: their rows are not the model's.
+    Their paths, and the paths of others that share the parameter of one of them on the model and have no tensor in the
+    file; each with the path whose tensor it gets.
     """
     get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None
-    found: list[str] = []
+    found: dict[str, str] = {}
     for module, paths in modules.paths_of.items():
         inside = any(path == head or path.startswith(f"{head}.") for head in heads for path in paths)
         if inside or not (isinstance(module, nn.Embedding) or module is output):
@@ -158,32 +153,23 @@ def _tables_in_file(
         key = next((key for key in keys if not equals_base(modules.model, key, tensors[key])), None)
         if key is None:
             continue
-        shape, own = tensors[key].shape, module.weight
-        assert isinstance(own, Tensor)
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"The file holds {key!r} of shape {tuple(shape)}; a table of embeddings has two dimensions."
-            )
-        if shape[0] != shape_of(own)[0]:
+        assert isinstance(module.weight, Tensor)
+        own, shape = shape_of(module.weight)[0], tensors[key].shape
+        if len(shape) == 2 and shape[0] != own:
             path = key.removesuffix(".weight").removesuffix(".base_layer")
             raise CheckpointError(
-                f"The file holds its own {path!r} with {shape[0]:,} rows; the model's has {shape_of(own)[0]:,}. It was "
-                f"trained with a resized vocabulary: call model.resize_token_embeddings({shape[0]}) first."
+                f"The file holds its own {path!r} with {shape[0]:,} rows; the model's has {own:,}. It was trained with "
+                f"a resized vocabulary: call model.resize_token_embeddings({shape[0]}) first."
             )
-        found.append(paths[0])
-    tied: dict[str, str] = {}
-    for table in found:
+        found[paths[0]] = paths[0]
+    for table in [*found]:
         others = tied_to(modules, modules.model.get_submodule(table))[1:]
-        tied |= {p: table for p in others if f"{p}.weight" not in tensors and p not in (*heads, *found)}
-    return found, tied
+        found |= {p: table for p in others if f"{p}.weight" not in tensors and p not in heads and p not in found}
+    return found
 
 
 def _labels(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
-    """The label set that the file holds; else numbered classes, if the head has other rows than the model's labels.
-
-    Raises:
-        CheckpointError: it has another size than the model's, and no layer of the adapter's heads has that many rows.
-    """
+    """The label set that the file holds; else numbered classes, if the head has other rows than the model's labels."""
     labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
     if labels is not None:
         size = len(labels.id2label)

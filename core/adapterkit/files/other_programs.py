@@ -21,7 +21,7 @@ from adapterkit.contract import (
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.files.folder import CONFIG_FILE
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules
+from adapterkit.model import BaseModules, by_layer
 
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
@@ -31,11 +31,8 @@ def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same shapes and dtypes on the meta device, of those keys that can be a tensor's of some module."""
-
-    def may_be(key: str) -> bool:
-        return all(part and not hasattr(nn.Module, part) for part in key.split("."))
-
-    return {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items() if may_be(key)}
+    may_be = [key for key in tensors if all(part and not hasattr(nn.Module, part) for part in key.split("."))]
+    return {key: torch.empty_like(tensors[key], device="meta") for key in may_be}
 
 
 def kinds_of(modules: Mapping[str, nn.Module] | None) -> dict[str, LayerKind]:
@@ -128,8 +125,8 @@ def recognise(
         else:
             asked.append(name)
             found += [] if read is None else [(method, *read)]
-    if len(found) + len(refused) > 1:
-        found = [claim for claim in found if _finds_layers(*claim, layers)]
+    if len(found) + len(refused) > 1:  # some may merely say that the file is theirs
+        found = [(m, c, own) for m, c, own in found if by_layer(own, m.key_rule(c), {p: p for p in layers})[0]]
     if refused and not found:
         raise refused[0][1]
     broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
@@ -152,12 +149,3 @@ def recognise(
         *(f"Not asked: {fault}" for fault in broken),
     ]
     raise CheckpointError(" ".join(lines))
-
-
-def _finds_layers(
-    method: Method, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
-) -> bool:
-    """Whether a method finds tensors of its own in the file, and does not merely say that the file is its own."""
-    rule = method.key_rule(config)
-    splits = (rule.split(key, layers) for key in tensors)
-    return any(split is not None and split[0] in layers for split in splits)

@@ -93,7 +93,9 @@ def to_files(
     metadata |= {EVERYWHERE: "true"} if adapter.aliases else {}
     heads = [path for path in adapter.heads if path not in adapter.tables]
     paths = BaseModules(model).all_paths
-    config = file_config(config, adapter.layers, heads, paths, _name_of(model), prefix)
+    base = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    base = base if isinstance(base, str) and base else None
+    config = file_config(config, adapter.layers, heads, paths, base, prefix)
     return config.to_dict(), tensors, metadata
 
 
@@ -218,8 +220,3 @@ def short_names(targets: Collection[str], paths: Iterable[str]) -> tuple[str, ..
     tails = {path.rpartition(".")[2] for path in targets}
     others = any(path.rpartition(".")[2] in tails and path not in targets for path in paths)
     return tuple(sorted(targets if others else tails))
-
-
-def _name_of(model: nn.Module) -> str | None:
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
