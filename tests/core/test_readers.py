@@ -240,36 +240,16 @@ def test_layer_inside_a_trained_copy_is_read_in_the_copy() -> None:
     assert_as_before(ak.attach(copied).detach(), before)
 
 
-def test_several_adapters_are_read_each_and_together_while_they_are_active(net: Outer, trained: Trained) -> None:
-    base = net(X)
-    adapters = trained(net, "a", "b", target_modules=TARGETS)
-    outputs = {}
-    for names in (("a",), ("b",), ("a", "b")):
-        adapters.activate(*names)
-        outputs[names] = net(X)
-    adapters.activate("a")
-    torch.testing.assert_close(net(X), outputs["a",], **CLOSE)
-    assert different(outputs["a",], outputs["b",])
-    with adapters.disabled():
-        torch.testing.assert_close(net(X), base, **CLOSE)
-    adapters.merge("a", "b")
-    torch.testing.assert_close(net(X), outputs["a", "b"], **CLOSE)
-
-
-def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer, trained: Trained) -> None:
-    adapters = trained(net, "a", target_modules=["read"])
-    adapters.activate("a")
-    plain = ak.effective_weight(net.reader.read)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # does not round it
-        torch.testing.assert_close(ak.effective_weight(net.reader.read), plain)
-    adapters.detach()
+def test_half_precision_weight_is_changed_in_float32_and_rounded_once(net: Outer) -> None:
     add(net.bfloat16(), target_modules=["read"])
     (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
     exact = net.reader.read.weight.float() + layer.factors().delta()
-    found = ak.effective_weight(net.reader.read)
-    assert found is not None
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, exact.bfloat16(), atol=0, rtol=2**-7)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):  # does not round it
+            found = ak.effective_weight(net.reader.read)
+        assert found is not None
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, exact.bfloat16(), atol=0, rtol=2**-7)
 
 
 # Architectures
@@ -338,13 +318,12 @@ def test_all_layers_of_an_architecture_act_merged_as_adapted(name: str) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_attention_of_torch_reads_its_output_projection_on_the_fast_path_too(trained: Trained, grad: bool) -> None:
+def test_attention_of_torch_reads_its_output_projection_on_the_fast_path_too(grad: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        model, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 5, 8)
     base = model(x, x, x, need_weights=False)[0]
-    adapters = trained(model, "a", target_modules=["out_proj"], bias="all")
+    adapters = add(model, target_modules=["out_proj"], bias="all")
     adapters.activate("a", trainable=False)
     with torch.set_grad_enabled(grad):
         adapted = model(x, x, x, need_weights=False)[0]
@@ -639,19 +618,13 @@ def test_hooks_of_accelerate_at_a_read_layer_and_at_its_reader(
     assert_as_before(net, before)
 
 
-def test_parametrization_below_the_adapter_is_read_with_it(net: Outer) -> None:
+def test_parametrization_below_the_adapter_is_read_with_it_and_one_put_on_later_is_refused(net: Outer) -> None:
     parametrizations.weight_norm(net.reader.read)
-    adapters = ak.attach(net)
-    adapters.add("a", LoraConfig(r=2, target_modules=["read"], init_lora_weights=False))
     plain = net.reader.read.weight.detach().clone()
-    found = ak.effective_weight(net.reader.read)
+    add(net, target_modules=["read", "out"])
     (layer,) = (m for n, m in net.named_modules() if n.endswith("read.adapters.a"))
-    torch.testing.assert_close(found, plain + layer.factors().delta(), **CLOSE)
-
-
-def test_parametrization_put_on_later_is_refused(net: Outer, trained: Trained) -> None:
-    trained(net, "a", target_modules=["read"]).activate("a")
-    parametrizations.weight_norm(net.reader.read)
+    torch.testing.assert_close(ak.effective_weight(net.reader.read), plain + layer.factors().delta(), **CLOSE)
+    parametrizations.weight_norm(net.out)
     with pytest.raises(ak.UnsupportedError, match=r"parametrization .* was put on it after the adapter"):
         net(X)
 
