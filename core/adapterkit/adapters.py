@@ -360,7 +360,7 @@ class Adapters:
         self._model.check_unchanged("per_sample", rows.adapters)
         merged = tuple(n for n in self._active.state.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
-        state = RowState(rows, Batch(entries), heads, merged, trainable=trainable, constant=not trainable)
+        state = RowState(rows, Batch(entries), heads, merged, trainable=trainable)
         with self._model.block(state, trainable=trainable):
             yield
 

@@ -578,9 +578,8 @@ def test_compiled_and_exported_reader_reads_without_a_break(net: Outer, acting: 
     with acting.disabled():
         torch.testing.assert_close(compiled(X), net(X), **CLOSE)
     acting.activate("a", trainable=False)
-    for strict in (False, True):
-        program = torch.export.export(net, (X,), strict=strict)
-        torch.testing.assert_close(program.module()(X), adapted, **CLOSE)
+    program = torch.export.export(net, (X,), strict=False)
+    torch.testing.assert_close(program.module()(X), adapted, **CLOSE)
 
 
 def replica_of(module: nn.Module) -> nn.Module:

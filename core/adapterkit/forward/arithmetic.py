@@ -124,16 +124,16 @@ def _is_few(kind: LayerKind, x: Tensor) -> bool:
 def _cheapest(layer: DenseLayer, x: Tensor, *, weight: bool) -> Form:
     """The cost rule: which form takes the least time at this input, by counting.
 
-    In multiplications, beside what the layer does without an adapter, with `T` the places of the output, `R` the rank
-    of the exact factors and each pass over an element at `PASS`:
+    In multiplications beside the layer's own, with `T` places of the output, exact factors of rank `R`, and `PASS` for
+    each pass over an element:
 
     - factored: `R (in + out)` elements are built and read, and each is multiplied `T` times;
     - dense: `in out` elements are built, in three passes and two thin products, and each is multiplied `T` times;
     - whole (`weight`: the layer's own weight can be used): the same building, but no product of its own;
     - what factored and dense give is added to the output, in a pass of `T out` elements.
 
-    Training takes three times as much of each: two more products, for the gradients of the input and of the change,
-    and the building again. Of the products, `whole` has the last only, so a third.
+    Training takes three times as much: products for the gradients of the input and of the change, and the building
+    again. Of these products `whole` has the last only, so a third.
     """
     kind, rank = layer.kind, layer.rank
     if rank is None:

@@ -244,10 +244,10 @@ def changed(module: nn.Module, plan: Plan, name: str) -> Tensor | None:
             out = layers[0].kind.canonical(weight).to(work)
             for layer in layers:
                 out, added = _merged(layer, out, added)
-        else:
+        else:  # no matrix is made
             shifts = [layer.factors().folded(work).bias for layer in layers if isinstance(layer, LowRankLayer)]
-            for shift in shifts:
-                added = added if shift is None else shift if added is None else added + shift
+            for shift in (s for s in shifts if s is not None):
+                added = shift if added is None else added + shift
         if name == "weight":
             laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(outer.dtype)
             return laid_out

@@ -97,21 +97,18 @@ class State:
         self.plans.clear()
 
     def plan(self, module: nn.Module) -> Plan:
-        """What acts at `module`.
-
-        Under `torch.compile` no plan is kept: the compiler would guard it, and compile again in each state. Replicas
-        of `DataParallel` live for one forward, so their plans are not kept either.
-        """
-        if torch.compiler.is_compiling():
+        """What acts at `module`."""
+        if torch.compiler.is_compiling():  # the compiler would guard a plan that is kept, and compile in each state
             return self.make_plan(module)
-        once = self.constant and torch.is_grad_enabled()  # such a plan holds constants, which are of this moment
+        # Constants are of this moment, and replicas of `DataParallel` live for one forward.
+        once = (self.constant and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
         found = None if once else self.plans.get(id(module))
         if found is None:
             if self.before_first is not None:
                 self.before_first()
                 self.before_first = None
             found = self.make_plan(module)
-            if "_is_replica" not in module.__dict__ and not once:
+            if not once:
                 self.plans[id(module)] = found
         return found
 

@@ -93,16 +93,12 @@ class Entries:
 class Batch:
     """What is known of the batches that run in one block of `per_sample`.
 
-    It splits a layer's input along its first dimension. That this is the batch is proven for each layer:
+    `per_sample` splits a layer's input along its first dimension. For each layer it proves that this is the batch:
 
-    - its size is the batch's, which was read where the model was entered, or batch times length (tokens that
-      were flattened, row by row);
-    - if the batch is as long as the sequences, sizes say nothing, and the layer must have been seen before in a
-      batch that was not;
-    - no module of the model has `batch_first=False`, and the layer is none of a mixture of experts, which are
-      given the tokens in another order;
-    - it is not in a model inside that is given something else than the batch: patches, or images, of which a row
-      may have any number.
+    - The size is the batch's, read where the model was entered, or batch times length (tokens flattened row by row).
+    - If the batch is as long as the sequences, sizes say nothing: the layer must be known from another batch.
+    - No module has `batch_first=False`, and the layer is not an expert's, which gets tokens in another order.
+    - The layer is not in a model inside that is given something else, such as images, any number for each row.
 
     What gradient checkpointing repeats in a backward was proven when it ran first.
 

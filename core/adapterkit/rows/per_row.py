@@ -32,7 +32,6 @@ from adapterkit.forward import (
     run_layers,
     summable,
 )
-from adapterkit.kinds import Factors
 from adapterkit.rows.batch import Batch
 from adapterkit.rows.rows import Rows
 from adapterkit.tensors import offload
@@ -47,9 +46,8 @@ class RowState(State):
     """The state in which each row of the batch has an adapter of its own.
 
     Attributes:
-        given: the adapter of each row, as it was asked for.
-        rows: the same without those that are merged or gone.
-        defaults: whose heads act on rows that have none by their adapter: those of merged adapters.
+        given: the adapter of each row; `rows` leaves out those that are merged.
+        defaults: the merged adapters whose heads act on rows that have no other.
         batch: what is known of the batch that runs in this state.
     """
 
@@ -62,10 +60,9 @@ class RowState(State):
         heads: tuple[str, ...],
         defaults: tuple[str, ...],
         *,
-        trainable: bool = False,
-        constant: bool = False,
+        trainable: bool,
     ) -> None:
-        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=constant)
+        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=not trainable)
         self.given, self.rows, self.batch, self.defaults = rows.names, rows, batch, defaults
 
     def replace(self, old: str, *new: str) -> None:
@@ -93,7 +90,7 @@ class RowState(State):
         """While `module` runs on the rows that have none of these adapters, in the state `rest`, made if need be."""
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
-            rest = RowState(rows, self.batch, self.defaults, self.defaults, constant=self.constant)
+            rest = RowState(rows, self.batch, self.defaults, self.defaults, trainable=not self.constant)
         thread, size = module.__dict__[ACTIVE].here.thread, self.batch.size
         thread.state = rest
         if size is not None:
@@ -281,7 +278,13 @@ def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
         return F.pad(matrix.to(dtype), (0, 0, 0, missing)) if missing else matrix.to(dtype)
 
     factors = [layer.factors().flat() for layer in layers]
-    if _have_one_pair(factors):
+    pairs: set[Any] = set()
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        pairs = {
+            (f.up.data_ptr(), f.up.shape, f.down.data_ptr(), f.down.shape, f.mid is None, type(f.scale))
+            for f in factors
+        }
+    if len(pairs) == 1 and all(f.bias is None for f in factors):
         up, down, _, _, mid = factors[0]
         hidden = x.to(down.dtype) @ down.t()
         if mid is not None:
@@ -299,18 +302,3 @@ def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
     none = ups.new_zeros(ups.shape[2])
     biases = stack([none if f.bias is None else f.bias.to(dtype) for f in factors])
     return torch.baddbmm(biases[:, None], hidden, ups)
-
-
-def _have_one_pair(found: Sequence[Factors]) -> bool:
-    """Whether all have the same two matrices in memory, and differ in vectors alone; compiled, that is not asked."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    first = found[0]
-    return all(
-        f.bias is None
-        and (f.mid is None) == (first.mid is None)
-        and isinstance(f.scale, Tensor) == isinstance(first.scale, Tensor)
-        and (f.up.data_ptr(), f.down.data_ptr()) == (first.up.data_ptr(), first.down.data_ptr())
-        and (f.up.shape, f.down.shape) == (first.up.shape, first.down.shape)
-        for f in found
-    )
