@@ -192,6 +192,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: save_file({"c": torch.ones(1)}, f / "two.safetensors"),
         "places 'b' in 'two.safetensors', which does not hold it",
     ),
+    "the index is wrong": (
+        lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"a": "one', '"a": "two')),
+        "places 'a' in 'two.safetensors', which does not hold it",
+    ),
     "a tensor is in two": (
         lambda f: save_file({"a": torch.ones(2), "b": torch.zeros(2)}, f / "two.safetensors"),
         "so its values are not known",

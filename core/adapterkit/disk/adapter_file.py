@@ -25,7 +25,7 @@ from adapterkit.contract import (
     shared_tensors,
     strip_file_prefix,
 )
-from adapterkit.disk.model import Base
+from adapterkit.disk.model import CONFIG, Base
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError
 from adapterkit.files import (
     CONFIG_FILE,
@@ -210,9 +210,12 @@ class AdapterFile(AdapterContent):
             config = method.config_type().from_dict({"modules_to_save": None, **files.config})
             tensors = strip_file_prefix(files.tensors)
             kinds = {} if base is not None else kinds_of(method.layers_in_file(shapes_of(tensors), config))
+            recorded = config.base_model_name_or_path
+            if not kinds and base is None and recorded and (Path(recorded) / CONFIG).is_file():
+                base = Base.of(recorded)
             if kinds:
                 config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
-            elif base := base or Base.recorded(config):
+            elif base is not None:
                 config, tensors, kinds = _of_base(tensors, method, config, base)
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         name = name or files.folder.name
@@ -291,8 +294,9 @@ class AdapterFile(AdapterContent):
             if tuple(bias.shape) != size:
                 fit.mismatched.append(Mismatch(f"{beside(path, self.kinds)}.bias", tuple(bias.shape), size))
         if self.base is not None and self.config.trained_biases != "none":
-            lacking = [path for path in self.kinds if path not in self.biases and self.base.has_bias(path)]
-            fit.missing += [f"{path}.base_layer.bias" for path in lacking]
+            for path in (path for path in self.kinds if path not in self.biases):
+                if any(module._parameters.get("bias") is not None for module in self.base.modules(path)):
+                    fit.missing.append(f"{path}.base_layer.bias")
         fit.unexpected += self.unknown
         fit.ignored += self.ignored
         self.report = fit.report(strip_file_prefix(self.files.tensors))

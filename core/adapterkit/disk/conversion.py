@@ -14,8 +14,6 @@ from adapterkit.contract import (
     DOTTED,
     FLAT,
     OPTIONAL,
-    AdapterLayer,
-    Method,
     default_registry,
     strip_file_prefix,
     twin,
@@ -96,10 +94,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     result: AdapterContent = opened
     with FactorSpool(place.parent, opened.release) as spool:
         if opened.method.name == to and rank is None and energy is None:
-            opened.check_fits()
-            opened.heads = opened.heads if heads == "keep" else {}
-            ranks = {path: rank for path, layer in opened.built.items() if (rank := _rank(opened.method, layer))}
-            report = CombineReport(place.name, to, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
+            report = _as_it_is(opened, place.name, heads)
         else:
             choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
             result, report = combined([opened], [1.0], choices, place.name, spool, given)
@@ -112,9 +107,14 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     return report
 
 
-def _rank(method: Method, layer: AdapterLayer) -> int | None:
-    factors = method.factors(twin(layer, lambda tensor: tensor.to("meta")))
-    return None if factors is None else factors.rank
+def _as_it_is(opened: AdapterFile, name: str, heads: str) -> CombineReport:
+    """Leave the adapter as its files have it; `heads="drop"` leaves out the heads."""
+    opened.check_fits()
+    opened.heads = opened.heads if heads == "keep" else {}
+    on_meta = {path: twin(layer, lambda tensor: tensor.to("meta")) for path, layer in opened.built.items()}
+    found = {path: opened.method.factors(layer) for path, layer in on_meta.items()}
+    ranks = {path: factors.rank for path, factors in found.items() if factors is not None}
+    return CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
 
 
 def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
+from adapterkit.contract import FILE_PREFIX, default_registry
 from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import (
@@ -39,14 +40,7 @@ _TASKS = {
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
-def skeleton(
-    model: str | Path,
-    *,
-    architecture: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-) -> nn.Module:
+def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module:
     """The model of a folder or of a hub id, on the meta device: every module, shape and tie, and no values.
 
     It is built by transformers from `config.json` alone, as the class that its `architectures` name (or by
@@ -55,7 +49,6 @@ def skeleton(
 
     Args:
         architecture: the class to build, in place of the config's.
-        revision, cache_dir, token: where to look on the hub.
 
     Raises:
         CheckpointError: there is no config, or none that transformers can make a model of.
@@ -68,7 +61,7 @@ def skeleton(
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} is no model: it has no {CONFIG}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
-    config = _config(where, {"revision": revision, "cache_dir": cache_dir, "token": token})
+    config = _config(where)
     if architecture is not None:
         config.architectures = [architecture]
     cls = _class(config)
@@ -93,12 +86,12 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _config(where: str, hub: Mapping[str, Any]) -> Any:
+def _config(where: str) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     with _as_checkpoint_error(f"There is no config of a model for {where!r}"):
         try:
-            raw, _ = PretrainedConfig.get_config_dict(where, **hub)
+            raw, _ = PretrainedConfig.get_config_dict(where)
         except OSError as error:
             if Path(where).is_dir():
                 raise
@@ -108,7 +101,7 @@ def _config(where: str, hub: Mapping[str, Any]) -> Any:
                 f"{where}: the model is code beside its weights ({raw['auto_map']}), which is not run here. Build it "
                 'yourself under torch.device("meta").'
             )
-        return AutoConfig.from_pretrained(where, trust_remote_code=False, **hub)
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
 
 
 def _class(config: Any) -> Any:
@@ -267,16 +260,17 @@ def _fits(entry: Entry, parameter: Tensor) -> bool:
     return entry.dtype in _FLOATING and entry.shape == tuple(parameter.shape)
 
 
+@dataclass
 class Base:
     """A base model.
 
     Attributes:
         model: its modules, on the meta device or not. It may be the model without its task's head, or with another.
+        folder: where its weights are that are not read yet.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
-        self.model = model
-        self._folder = folder
+    model: nn.Module
+    folder: Path | None = None
 
     @classmethod
     def of(cls, given: str | Path | nn.Module | None) -> Base | None:
@@ -285,11 +279,12 @@ class Base:
             return None if given is None else cls(given)
         return cls(skeleton(given), local_path(given))
 
-    @classmethod
-    def recorded(cls, config: AdapterConfig) -> Base | None:
-        """The base that an adapter's config names, if it is a folder here."""
-        place = config.base_model_name_or_path
-        return cls.of(place) if place and (Path(place) / CONFIG).is_file() else None
+    def modules(self, path: str) -> Iterator[nn.Module]:
+        """The modules of this path, with and without the base model's prefix."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            with suppress(AttributeError):
+                yield self.model.get_submodule(candidate)
 
     def kind(self, path: str) -> LayerKind:
         """What a layer is.
@@ -297,16 +292,12 @@ class Base:
         Raises:
             CheckpointError: there is none of that path that can hold an adapter.
         """
-        found = next(filter(None, map(default_registry.kind_of, self._modules(path))), None)
+        found = next(filter(None, map(default_registry.kind_of, self.modules(path))), None)
         if found is None:
             raise CheckpointError(
                 f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
             )
         return found
-
-    def has_bias(self, path: str) -> bool:
-        """Whether a module has a bias of its own."""
-        return any(module._parameters.get("bias") is not None for module in self._modules(path))
 
     def parameter(self, path: str, name: str) -> Tensor | None:
         """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights.
@@ -314,16 +305,9 @@ class Base:
         Raises:
             CheckpointError: the folder's weights are damaged.
         """
-        if self._folder is not None and weights_in(self._folder) is not None:
-            MappedModel(self.model, Checkpoint.open(self._folder))
-            self._folder = None
-        found = (module._parameters.get(name) for module in self._modules(path))
+        if self.folder is not None and weights_in(self.folder) is not None:
+            MappedModel(self.model, Checkpoint.open(self.folder))
+            self.folder = None
+        found = (module._parameters.get(name) for module in self.modules(path))
         own = next((parameter for parameter in found if parameter is not None), None)
         return None if own is None or own.is_meta else own.detach()
-
-    def _modules(self, path: str) -> Iterator[nn.Module]:
-        """The modules of this path, with and without the base model's prefix."""
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        for candidate in (path, path.removeprefix(prefix), prefix + path):
-            with suppress(AttributeError):
-                yield self.model.get_submodule(candidate)
