@@ -70,6 +70,9 @@ SETTINGS = {
         "vit", [LoraConfig(target_modules=["projection", "q_proj"], r=3)], torch.float16, added={"num_labels": 7}
     ),
     "bart": Setting("bart", [LoraConfig(target_modules=["q_proj", "fc2"], r=3, bias="lora_only")]),
+    "bart, one of four tied tables": Setting(
+        "bart", [LoraConfig(target_modules=["lm_head"], r=3)], merged={"untie": True}
+    ),
     "gemma3, tied, untouched there": Setting("gemma3", [LINEAR], BF16, "4KB"),
     "(IA)3, no sum, in shards": Setting(
         "bert", [IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])], BF16, "1KB"

@@ -110,8 +110,8 @@ def draw(dice: random.Random) -> list[str]:
     return [command, *words]
 
 
-def check(words: list[str], folder: Path) -> None:
-    """Run a command line in a folder made by `world`.
+def check(words: list[str], folder: Path) -> bool:
+    """Run a command line in a folder made by `world`; whether it did what it was asked.
 
     Raises:
         Finding: it ends by an exception, by the exit status of an internal fault, or not in time; or it changed one of
@@ -136,6 +136,7 @@ def check(words: list[str], folder: Path) -> None:
         if after.get(path) != state and not replaced:
             raise Finding(f"{path} was changed")
     _clean(folder, before)
+    return done.exit_code == Exit.OK
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, int]]:

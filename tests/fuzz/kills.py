@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
 
 from tests.fuzz.oracle import Finding
 
@@ -84,10 +83,8 @@ class Writer:
         assert all(len(found) == VERSIONS for found in self.versions.values())
         self.longest, self.last = dict.fromkeys(WORKS, 0.05), dict.fromkeys(WORKS, "")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
