@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import all_finite, measures
+from adapterkit.combining import measures
 from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.adapter_file import AdapterFile
+from adapterkit.disk.inspection import LayerInspection, inspect_layer
 from adapterkit.disk.model import Base
 from adapterkit.errors import ConfigError
 from adapterkit.files import adapter_folder
@@ -26,25 +27,35 @@ _SETS = ("target_modules", "exclude_modules", "modules_to_save")
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """The changes of two adapters at one layer; pairs are of the first and the second.
+    """The changes of two adapters at one layer.
 
     Attributes:
-        held: whether each has tensors for it.
-        shapes, ranks, norms: of the changes `(out, in)`; `None` where there is none, or none that files tell.
+        a, b: what each has there; `None`: nothing.
         same_tensors: whether the files hold the same bits.
         same: whether both do the same here; `None`: that cannot be told.
         distance: `|dW_a - dW_b|` by the larger norm; `cosine`: of the two as vectors.
     """
 
     path: str
-    held: tuple[bool, bool]
-    shapes: tuple[tuple[int, int] | None, tuple[int, int] | None]
-    ranks: tuple[int | None, int | None]
-    norms: tuple[float | None, float | None]
+    a: LayerInspection | None
+    b: LayerInspection | None
     same_tensors: bool
     same: bool | None
     distance: float | None
     cosine: float | None
+
+    def __str__(self) -> str:
+        one, other = self.a, self.b
+        if one is None or other is None:
+            return f"only in the {'second' if one is None else 'first'}"
+        if self.distance is not None:
+            return (
+                f"distance {self.distance:.2%}, cosine {self.cosine:.3f}, norm {one.norm:.4g} | {other.norm:.4g}, rank "
+                f"{one.rank} | {other.rank}"
+            )
+        if one.shape is None or other.shape is None or one.shape == other.shape:
+            return "other tensors; how far apart cannot be told"
+        return " | ".join(f"{shape[0]} x {shape[1]}" for shape in (one.shape, other.shape))
 
 
 @dataclass(frozen=True)
@@ -126,17 +137,7 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
         yield from (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
     differing = [layer for layer in diff.layers if not layer.same]
     yield f"  {len(diff.layers) - len(differing)} of {len(diff.layers)} layers have the same change"
-    for layer in differing:
-        if not all(layer.held):
-            what = f"only in {diff.a if layer.held[0] else diff.b}"
-        elif layer.distance is not None:
-            norms, ranks = (f"{one:.4g} | {other:.4g}" for one, other in (layer.norms, layer.ranks))
-            what = f"distance {layer.distance:.2%}, cosine {layer.cosine:.3f}, norm {norms}, rank {ranks}"
-        elif None in layer.shapes:
-            what = "other tensors; how far apart cannot be told"
-        else:
-            what = " | ".join(f"{shape[0]} x {shape[1]}" for shape in layer.shapes if shape is not None)
-        yield f"  layer {layer.path}: {what}"
+    yield from (f"  layer {layer.path}: {layer}" for layer in differing)
     for tensor in diff.tensors:
         one, other = ("-" if t is None else f"{t[0]} {t[1]}" for t in (tensor.a, tensor.b))
         apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
@@ -190,32 +191,28 @@ def diff_adapters(
 
 def _layer(path: str, a: AdapterFile, b: AdapterFile, tolerance: float) -> LayerDifference:
     ours, theirs = a.layers.get(path, {}), b.layers.get(path, {})
-    held = bool(ours), bool(theirs)
     same_tensors = ours.keys() == theirs.keys() and all(_same(t, theirs[name]) for name, t in ours.items())
-    f, g = _finite_factors(a, path), _finite_factors(b, path)
-    one, other = (None if c is None else (c.up.shape[0], c.down.shape[1]) for c in (f, g))
-    ranks = (None if f is None else f.rank, None if g is None else g.rank)
-    norms = (None if f is None else measures.norm(f), None if g is None else measures.norm(g))
+    one = inspect_layer(a, path) if ours else None
+    other = inspect_layer(b, path) if theirs else None
+    known = (one is None or one.norm is not None) and (other is None or other.norm is not None)
     apart = cosine = None
-    if f is not None and g is not None and one == other:
+    if known and one is not None and other is not None and one.shape == other.shape:
+        f, g = a.factors(path), b.factors(path)
+        assert f is not None
+        assert g is not None
         apart, cosine = distance(f, g), measures.cosine(f, g)
+    same: bool | None = False
     if same_tensors and a.config == b.config:
-        same: bool | None = True
+        same = True
     elif apart is not None:
         same = apart <= tolerance
-    elif all(held) or None in (norms[0] if held[0] else 0.0, norms[1] if held[1] else 0.0):
-        same = None if one is None or other is None else False
-    else:
-        same = not any(norms)  # one has no such layer: the same as a change of zero
+    elif not known:
+        same = None
+    elif one is None or other is None:
+        same = not any(side.norm for side in (one, other) if side is not None)  # a change of zero is none
     a.release()
     b.release()
-    return LayerDifference(path, held, (one, other), ranks, norms, same_tensors, same, apart, cosine)
-
-
-def _finite_factors(adapter: AdapterFile, path: str) -> Factors | None:
-    """The change at a layer; `None` if it has none, or none that the files tell."""
-    found = None if path in adapter.broken or path not in adapter.built else adapter.factors(path)
-    return found if found is not None and all_finite(*found[:3]) else None
+    return LayerDifference(path, one, other, same_tensors, same, apart, cosine)
 
 
 def distance(f: Factors, g: Factors) -> float:

@@ -129,10 +129,10 @@ def inspect_adapter(
         UnknownNameError: no plugin provides its method.
     """
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
-    files, broken = opened.files, opened.broken
+    files = opened.files
     paths = opened.kinds or sorted(opened.layers, key=natural)
-    layers = tuple(_layer(opened, path, values and path not in broken) for path in paths)
-    odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in broken]
+    layers = tuple(inspect_layer(opened, path, values=values) for path in paths)
+    odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in opened.broken]
     norms = [row.norm for row in layers if row.rank is not None or row.norm is not None]
     place = files.folder
     if place.is_dir():
@@ -171,12 +171,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
+def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> LayerInspection:
+    """What an adapter has at a layer; no numbers that follow from values that are broken or not wanted."""
     shapes = _shapes(opened.layers.get(path, {}))
     size = sum(math.prod(shape) for shape in shapes.values())
     if path not in opened.built:
         return LayerInspection(path, None, None, None, None, shapes, size)
-    kind, layer = opened.kinds[path], opened.built[path]
+    kind, layer, values = opened.kinds[path], opened.built[path], values and path not in opened.broken
     asked: Any = layer if values else twin(layer, lambda tensor: tensor.to("meta"))
     factors = opened.method.factors(asked)
     scaling = getattr(layer, "scaling", asked.factors().scale if isinstance(layer, LowRankLayer) else 1.0)
@@ -189,7 +190,7 @@ def _layer(opened: AdapterFile, path: str, values: bool) -> LayerInspection:
         shapes,
         size,
     )
-    if values and factors is not None and all_finite(*factors[:2]):
+    if values and factors is not None and all_finite(*factors[:3]):
         s = measures.spectrum(factors)
         found = dataclasses.replace(
             found,
