@@ -33,17 +33,19 @@ IDS = torch.arange(14).view(2, 7) % 7
 class Net(nn.Module):
     def __init__(self, size: int = 6, out: int = 5) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, size)
-        self.linear = nn.Linear(size, out)
-        self.conv = nn.Conv1d(out, 4, 3, padding=1, groups=1)
+        self.embed, self.linear, self.conv = (
+            nn.Embedding(7, size),
+            nn.Linear(size, out),
+            nn.Conv1d(out, 4, 3, padding=1),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.conv(self.linear(self.embed(ids)).transpose(1, 2))
 
 
-def network(dtype: torch.dtype = torch.float64, seed: int = 0, **sizes: int) -> Net:
-    torch.manual_seed(seed)
-    return Net(**sizes).to(dtype).eval()
+def network(dtype: torch.dtype = torch.float64, sizes: tuple[int, int] = (6, 5)) -> Net:
+    torch.manual_seed(0)
+    return Net(*sizes).to(dtype).eval()
 
 
 def adapted(model: nn.Module, *names: str, targets: Any = TARGETS, **fields: Any) -> ak.Adapters:
@@ -57,21 +59,18 @@ def classifier() -> BertForSequenceClassification:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@given(
-    names=st.permutations("abc"), size=st.integers(1, 9), out=st.integers(1, 9), bias=st.sampled_from(["none", "all"])
-)
+@given(names=st.permutations("abc"), sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)), bias=st.booleans())
 @settings(deadline=None, max_examples=10)
 def test_merged_output_is_the_adapted_output(
-    dtype: torch.dtype, names: list[str], size: int, out: int, bias: str
+    dtype: torch.dtype, names: list[str], sizes: tuple[int, int], bias: bool
 ) -> None:
-    model = network(dtype, size=size, out=out)
-    adapters = adapted(model, *names, bias=bias)
+    model = network(dtype, sizes=sizes)
+    adapters = adapted(model, *names, bias="all" if bias else "none")
     adapters.activate(*names, trainable=False)
     expected = model(IDS)
-    adapters.merge(*names[:2])
-    torch.testing.assert_close(model(IDS), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    adapters.merge(names[2])
-    torch.testing.assert_close(model(IDS), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for merged in (names[:2], names[2:]):
+        adapters.merge(*merged)
+        torch.testing.assert_close(model(IDS), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

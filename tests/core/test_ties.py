@@ -159,6 +159,9 @@ def test_unmerge_gives_every_tie_and_flag_back(name: str) -> None:
     adapters = adapted(name, "table")
     before = picture(adapters.model)
     adapters.merge("a", untie=True)
+    twin = copy.deepcopy(adapters.model)
+    ak.attach(twin).unmerge()
+    assert picture(twin) | {"objects": None} == before | {"objects": None}
     assert picture(adapters.model)["ties"] != before["ties"]
     adapters.unmerge()
     assert picture(adapters.model) == before
