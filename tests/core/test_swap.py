@@ -234,6 +234,7 @@ def test_a_method_that_says_nothing_takes_the_same_sizes_of_the_same_config(tmp_
     folder, expected = saved(tmp_path, "bert", "outer", target_modules=["query"])
     adapters = adapter("bert", "a", "outer", target_modules=["query"], task_type="SEQ_CLS")
     adapters.swap("a", folder)
+    assert adapters.config("a").task_type is None  # the file's
     torch.testing.assert_close(run(adapters.model, "bert"), expected)
     wider = adapter("bert", "a", "outer", target_modules=["query", "key"])
     why = (

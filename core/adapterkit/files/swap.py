@@ -44,19 +44,21 @@ def swap_in(adapter: Adapter, other: Adapter, folder: Path, model: nn.Module) ->
 
 
 def _values(adapter: Adapter, other: Adapter) -> Values:
-    """What to write into `adapter`. Nothing is written yet.
-
-    Raises:
-        CheckpointError: `other` does not fit; the message goes on from "cannot be swapped into adapter: ".
-    """
+    """What to write into `adapter`. An error's message goes on from "cannot be swapped into adapter: "."""
     if other.config.method != adapter.config.method:
         raise CheckpointError(f"it is of the method {other.config.method!r}, not {adapter.config.method!r}")
-    _check_inside("it changes", other.layers, "the adapter does not", adapter.layers)
-    _check_inside("it has a head at", other.heads, "the adapter has none there", adapter.heads)
-    _check_inside("the adapter has a head at", adapter.heads, "the file has none there", other.heads)
-    _check_inside("it trains the bias of", other.biases, "the adapter does not", adapter.biases)
-    values = _of_shared(adapter, other)
-    values += _of_layers(adapter, other)
+    parts: list[tuple[str, Collection[str], str, Collection[str]]] = [
+        ("it changes", other.layers, "the adapter does not", adapter.layers),
+        ("it has a head at", other.heads, "the adapter has none there", adapter.heads),
+        ("the adapter has a head at", adapter.heads, "the file has none there", other.heads),
+        ("it trains the bias of", other.biases, "the adapter does not", adapter.biases),
+    ]
+    for what, paths, but, known in parts:
+        outside = [path for path in paths if path not in known]
+        if outside:
+            more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+            raise CheckpointError(f"{what} {outside[0]!r}{more}, and {but}")
+    values = _of_shared(adapter, other) + _of_layers(adapter, other)
     for path, head in adapter.heads.items():
         given = {name: slot.tensor for name, slot in module_slots(other.heads[path])}
         values += _fitting(path, head, given)
@@ -69,26 +71,17 @@ def _values(adapter: Adapter, other: Adapter) -> Values:
     return values
 
 
-def _check_inside(what: str, paths: Collection[str], but: str, known: Collection[str]) -> None:
-    outside = [path for path in paths if path not in known]
-    if outside:
-        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
-        raise CheckpointError(f"{what} {outside[0]!r}{more}, and {but}")
-
-
 def _of_shared(adapter: Adapter, other: Adapter) -> Values:
     """What all layers share: what trains is taken over; what is fixed must be equal, for other adapters may use it."""
-    theirs, ours = (
-        {} if shared is None else {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
-        for shared in (other.shared, adapter.shared)
+    if adapter.shared is None:
+        return []
+    theirs = (
+        {} if other.shared is None else {**dict(other.shared.named_parameters()), **dict(other.shared.named_buffers())}
     )
-    places = {} if adapter.shared is None else dict(module_slots(adapter.shared))
-    values: Values = []
-    for name, own in ours.items():
-        found = theirs.get(name)
-        fits = found is not None and found.shape == own.shape
-        trains = isinstance(own, nn.Parameter)
-        if found is None or not fits or not (trains or torch.equal(found.to(own), own)):
+    places, values = dict(module_slots(adapter.shared)), []
+    for name, own in (*adapter.shared.named_parameters(), *adapter.shared.named_buffers()):
+        found, trains = theirs.get(name), isinstance(own, nn.Parameter)
+        if found is None or found.shape != own.shape or not (trains or torch.equal(found.to(own), own)):
             raise CheckpointError(f"its {name!r}, which all layers share, is another (another key, rank or size)")
         if trains:
             values.append((places[name], found.detach()))

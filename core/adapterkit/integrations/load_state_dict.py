@@ -38,11 +38,7 @@ class LoadHooks:
             handle.remove()
 
     def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
-        """Check that every adapter that trains is restored. A state dict of the base alone only gives a warning.
-
-        Raises:
-            CheckpointError: the state dict belongs to other adapters, lacks some that train, or has other shapes.
-        """
+        """Refuse a state dict that does not restore every adapter that trains; one of the base alone only warns."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
@@ -102,14 +98,10 @@ def _from_peft(
     state: MutableMapping[str, Any],
     prefix: str,
 ) -> None:
-    """If a state dict is from a model that PEFT adapted, give it this model's keys.
+    """If a state dict is from a model that PEFT adapted, give it this model's keys. `base` has those of the base.
 
     sentence-transformers restores a checkpoint like that: it builds the model from the folder, to which PEFT adds the
     adapter, and passes its state dict on.
-
-    Args:
-        mine: this model's state dict, for the base's biases.
-        base: its keys without those of adapters.
     """
     given = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
     if not any(name in key.split(".") and key not in base for key in given for name in _PEFT_BASE):

@@ -160,11 +160,7 @@ class Saver:
         return self._write_model(call, merged=bool(merged))
 
     def _adapters_inside(self) -> Mapping[str, Adapter]:
-        """The adapters that have a part in this module.
-
-        Raises:
-            StateError: an acting adapter has another part outside of it.
-        """
+        """The adapters that have a part in this module. An acting one with another part outside is refused."""
         if not self.path:
             return self.adapters._adapters
         found = {}
@@ -284,11 +280,7 @@ class Saver:
         return found
 
     def _holds_base(self, folder: Path, *, training: bool) -> bool:
-        """Whether the folder holds the base model. Its adapter may lie beside it, but not a checkpoint of a training.
-
-        Raises:
-            SaveError: the folder holds another model.
-        """
+        """Whether the folder holds the base model. Its adapter may lie there, but not a checkpoint of a training."""
         if not (folder / _MODEL_CONFIG).is_file() or not any(any(folder.glob(pattern)) for pattern in _MODEL_WEIGHTS):
             return False
         name = getattr(self.module, "name_or_path", None)
@@ -302,11 +294,7 @@ class Saver:
 
 
 def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of a call of `save_pretrained`, by name.
-
-    Raises:
-        UnsupportedError: one of them asks for another format.
-    """
+    """The arguments of a call of `save_pretrained`, by name. One that asks for another format is refused."""
     given = dict(call.arguments)
     for parameter in call.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
