@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,106 +86,26 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1
-        )
-    )
-
-
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDS = {**SIZES, "vocab_size": VOCABULARY}
+IMAGES = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": LABELS}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+BART = {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in (("layers", 2), ("attention_heads", 2))}
+BART |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "max_position_embeddings": 16}
 
 
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
+def _of(name: str, **fields: Any) -> Callable[[], nn.Module]:
+    """Makes a model of this class of transformers; the fields are its config's."""
 
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=LABELS,
-        )
-    )
+    def make() -> nn.Module:
+        import transformers
 
+        model: Any = getattr(transformers, name)
+        made: nn.Module = model(model.config_class(**fields))
+        return made
 
-def _t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-        )
-    )
-
-
-def _vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            num_labels=LABELS,
-        )
-    )
-
-
-def _gemma3() -> nn.Module:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
-    )
-
-
-def _bart() -> nn.Module:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    return BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=16,
-            scale_embedding=True,
-        )
-    )
+    return make
 
 
 def _ids() -> dict[str, Tensor]:
@@ -196,13 +117,49 @@ def _seq2seq() -> dict[str, Tensor]:
 
 
 MODELS: dict[str, Tiny] = {
-    "gpt2": Tiny(_gpt2, _ids, ("c_attn", "mlp.c_proj"), "wte", "ln_f"),
-    "llama": Tiny(_llama, _ids, ("q_proj", "v_proj", "down_proj"), "embed_tokens", "lm_head"),
-    "bert": Tiny(_bert, _ids, ("query", "value", "intermediate.dense"), "word_embeddings", "classifier"),
-    "t5": Tiny(_t5, _seq2seq, ("q", "v", "wo"), None, "final_layer_norm"),
-    "vit": Tiny(_vit, lambda: {"pixel_values": _normal(BATCH, 3, 8, 8)}, ("q_proj", "projection"), None, "classifier"),
-    "gemma3": Tiny(_gemma3, _ids, ("q_proj", "v_proj"), "embed_tokens", "norm"),
-    "bart": Tiny(_bart, _seq2seq, ("q_proj", "fc2"), "encoder.embed_tokens", "layernorm_embedding"),
+    "gpt2": Tiny(_of("GPT2LMHeadModel", vocab_size=VOCABULARY, **GPT2), _ids, ("c_attn", "mlp.c_proj"), "wte", "ln_f"),
+    "llama": Tiny(
+        _of("LlamaForCausalLM", num_key_value_heads=1, **WORDS),
+        _ids,
+        ("q_proj", "v_proj", "down_proj"),
+        "embed_tokens",
+        "lm_head",
+    ),
+    "bert": Tiny(
+        _of("BertForSequenceClassification", max_position_embeddings=16, num_labels=LABELS, **WORDS),
+        _ids,
+        ("query", "value", "intermediate.dense"),
+        "word_embeddings",
+        "classifier",
+    ),
+    "t5": Tiny(
+        _of("T5ForConditionalGeneration", vocab_size=VOCABULARY, **T5),
+        _seq2seq,
+        ("q", "v", "wo"),
+        None,
+        "final_layer_norm",
+    ),
+    "vit": Tiny(
+        _of("ViTForImageClassification", **IMAGES),
+        lambda: {"pixel_values": _normal(BATCH, 3, 8, 8)},
+        ("q_proj", "projection"),
+        None,
+        "classifier",
+    ),
+    "gemma3": Tiny(
+        _of("Gemma3ForCausalLM", num_key_value_heads=1, head_dim=8, **WORDS),
+        _ids,
+        ("q_proj", "v_proj"),
+        "embed_tokens",
+        "norm",
+    ),
+    "bart": Tiny(
+        _of("BartForConditionalGeneration", vocab_size=VOCABULARY, scale_embedding=True, **BART),
+        _seq2seq,
+        ("q_proj", "fc2"),
+        "encoder.embed_tokens",
+        "layernorm_embedding",
+    ),
     "convnet": Tiny(ConvNet, lambda: {"x": _normal(BATCH, 4, 12)}, ("conv1d", "conv2d", "conv3d", "fc"), None, "head"),
     "embednet": Tiny(EmbeddingNet, lambda: {"x": tokens()}, ("layers.0", "layers.1", "overhead"), "embed", "head"),
 }
