@@ -1,7 +1,7 @@
-"""Benchmarks beside the peers: `python -m benchmarks [NAME ...]`; each module here with `cases` answers one question.
+"""Benchmarks against other libraries: `python -m benchmarks [NAME ...]`. Each module with `cases` answers one question.
 
-A module says what is compared (`runner.Case`), `runner` measures it, `results` keeps it as JSON, and `table`, `page`
-and `plot` show it: in the terminal, in `docs/performance.md` and as the picture there.
+A module says what is compared (`runner.Case`), `runner` measures it, and `results` keeps it as JSON. `table` shows it
+in the terminal, `page` in `docs/performance.md`, and `plot` draws the picture there.
 """
 
 # In the order in which they run and stand in tables.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run all benchmarks, or those named, show them and keep them as JSON."""
+"""`python -m benchmarks [NAME ...]`: run all benchmarks, or the named ones, print the results and write JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """A benchmark: it has a docstring that asks, and `cases(tiny)`, the rows that answer."""
+    """The module of a benchmark: its docstring asks the question, and the rows of `cases(tiny)` answer it."""
     return importlib.import_module(f"benchmarks.{name}")
 
 

@@ -1,4 +1,4 @@
-"""Are two ways' results the same? Nothing is timed before they are."""
+"""Check that all ways give the same result. Nothing is timed before that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 
 class Unequal(AssertionError):
-    """Two ways do not do the same work, so their times are not to be compared."""
+    """Two ways do not do the same work, so their times cannot be compared."""
 
 
 def same(results: Mapping[str, Any], relative: float = RELATIVE, absolute: float = ABSOLUTE) -> None:
@@ -38,7 +38,7 @@ def within(relative: float, absolute: float) -> Callable[[Mapping[str, Any]], No
 
 
 def unchecked(reason: str) -> Callable[[Mapping[str, Any]], None]:
-    """For what leaves nothing to compare; the reason is for whoever reads the benchmark."""
+    """No check, where there is nothing to compare; the reason is for the reader of the benchmark."""
     assert reason
 
     def nothing(results: Mapping[str, Any]) -> None:

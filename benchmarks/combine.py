@@ -1,7 +1,7 @@
 """What does it cost to combine two adapters into a new one, exactly, truncated, and by TIES?
 
 `hand` makes each layer's tensors and nothing else; adapterkit and PEFT also make the adapter that holds them. PEFT's
-`linear` and `ties` work on the factors (`space="factors"` here), which is another result than that of the weights.
+`linear` and `ties` work on the factors (`space="factors"` here), which gives another result than combining the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How does each operation grow, and why can it not grow slower?
 
-A slope of 0 is flat, 1 is linear, 2 is quadratic: it is that of the line through the logarithms of size and cost.
-Small sizes have a part that does not grow, so that slopes are below what they tend to.
+The slope is that of the line through the logarithms of size and cost: 0 is flat, 1 is linear, 2 is quadratic. Small
+sizes have a part that does not grow, so the measured slopes are below those of large sizes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters by hand: the least raw torch that does the work, without checks, reports or a way back.
+"""Adapters by hand: the least plain torch that does the work, without checks, reports or a way back.
 
-Two parameters a layer, registered at the layer itself (so they move, train and are listed with the model), and one
-pointer that all layers read. No module is made; what a library makes beyond that is its own choice, and is counted.
+Each layer has two parameters, registered at the layer itself, so they move, train and are listed with the model. All
+layers read one pointer to the active adapter. No module is made: all that a library makes beyond this is its own cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.models import linears
 
 @dataclass
 class Pointer:
-    """Which adapter acts."""
+    """Which adapter is active."""
 
     name: str | None = None
 
@@ -46,7 +46,7 @@ class HandModel:
         self.layers: list[tuple[str, nn.Linear]] = []
 
     def inject(self, name: str, train: bool = True) -> None:
-        """A new adapter, the acting one if it is to train: A uniform (Kaiming), B zero. The first freezes the model."""
+        """Add an adapter, active if it will train: A uniform (Kaiming), B zero. The first one freezes the model."""
         if not self.layers:
             self.model.requires_grad_(False)
             self.layers = linears(self.model)
@@ -80,7 +80,7 @@ class HandModel:
         return found
 
     def train(self, name: str) -> None:
-        """Let an adapter act and train, and no other."""
+        """Make one adapter active and trainable, and no other."""
         for _, layer in self.layers:
             for part in "AB":
                 for other, on in ((self.trained, False), (name, True)):

@@ -1,6 +1,6 @@
 """What does `import` cost?
 
-In a new process each time, which says itself how long its import took. `hand` is `import torch`, which all need.
+Each import runs in a new process, which measures it. `hand` is `import torch`, which every library needs.
 """
 
 from __future__ import annotations

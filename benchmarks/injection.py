@@ -1,7 +1,7 @@
 """What does it cost to add an adapter?
 
-`hand` registers two parameters at each layer and nothing else: that is the floor. `hand: modules` makes what
-textbooks make, a module around each layer with a linear layer for each factor.
+`hand` registers two parameters at each layer and does nothing else: this is the lower bound. `hand: modules` puts a
+module around each layer, with a linear layer for each factor, as textbooks do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The libraries' adapters, made alike: LoRA of rank 16 on every layer of a `models.Stack`."""
+"""The same adapters in each library: LoRA of rank 16 on every layer of a `models.Stack`."""
 
 from __future__ import annotations
 

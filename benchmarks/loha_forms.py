@@ -1,4 +1,4 @@
-"""LoHa's forms side by side: which is the cheapest where, and what the cost rule chooses.
+"""Compare the forms of LoHa: which is the cheapest at which size, and which one the cost rule chooses.
 
     python benchmarks/loha_forms.py [--train | --infer] [--hidden 256 768] [--rank 4 8] [--tokens 8 128]
 

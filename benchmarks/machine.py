@@ -1,4 +1,4 @@
-"""On what was it measured: nothing that says whose machine it is."""
+"""The machine that measured, without anything that identifies its owner."""
 
 from __future__ import annotations
 

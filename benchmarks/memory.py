@@ -1,4 +1,4 @@
-"""Memory by the allocator's own accounting: what autograd keeps, and how far a run rises above where it began."""
+"""Memory as the allocator counts it: what autograd keeps, and how far memory rises during a run."""
 
 from __future__ import annotations
 

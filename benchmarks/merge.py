@@ -1,7 +1,7 @@
 """What does it cost to merge an adapter into the weights in memory, and how much memory beside them?
 
 `hand` adds the product to each weight in place and keeps nothing, as adapterkit's `merge_and_detach` does. `merge`
-keeps the base, for `unmerge` to give it back bit for bit; PEFT subtracts the product again, which is not exact.
+keeps the base, so that `unmerge` restores it bit for bit; PEFT subtracts the product again, which is not exact.
 """
 
 from __future__ import annotations

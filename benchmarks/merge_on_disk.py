@@ -1,10 +1,10 @@
 """What does it cost to merge an adapter into a checkpoint on disk, and how much memory?
 
-Each way in a new process, timed after its imports until the output is on the disk (fsync), the input in the page
-cache. `copy` copies the folder. `hand` maps each tensor, adds the product and writes: no model, no checks.
-PEFT loads the model and the adapter, merges and saves.
-`processor` is the time on all cores together, which other programs on the machine change less. Memory is the process's
-highest resident size, with the libraries in it.
+Each way runs in a new process. Time begins after its imports and ends when the output is on the disk (fsync); the
+input is in the page cache. `copy` copies the folder. `hand` maps each tensor, adds the product and writes, without a
+model and without checks. PEFT loads the model and the adapter, merges and saves.
+`processor` is the time on all cores together, on which other programs have less influence. Memory is the highest
+resident size of the process, libraries included.
 """
 
 from __future__ import annotations

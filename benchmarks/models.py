@@ -1,4 +1,4 @@
-"""The models that benchmarks adapt: stacks of linear layers, without what else a transformer has."""
+"""The models that benchmarks adapt: stacks of linear layers, without the other parts of a transformer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.page`: write the results into `docs/performance.md`, between the marks that are there.
 
-`<!-- results: load -->` begins the table of the benchmark `load` and `<!-- end -->` ends it; what is between is
+`<!-- results: load -->` begins the table of the benchmark `load`, and `<!-- end -->` ends it. The text between them is
 made from `benchmarks/results/load.json` alone.
 """
 

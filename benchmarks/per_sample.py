@@ -1,6 +1,6 @@
 """What does it cost to have a different adapter for each row of a batch, as the number of adapters grows?
 
-One decoding step: a token for each row. `hand: gathered` has each row's factors side by side and takes two batched
+One decoding step, with one token for each row. `hand: gathered` stacks the factors of all rows and computes two batched
 products; `hand: one by one` picks the rows of each adapter. `base` is the model without adapters.
 """
 

@@ -1,4 +1,4 @@
-"""Measuring several ways to do one thing: checked equal first, then in turns, in one process."""
+"""Measure several ways to do one thing, in one process: check that their results are equal, then time them in turns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def repeated(run: Run, result: Callable[[Any], Any] = lambda returned: returned)
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of a run: `of(run, calls)` gives a number in `unit`."""
+    """What is measured in a run: `of(run, calls)` gives a number in `unit`."""
 
     unit: str
     of: Callable[[Run, int], float]
@@ -146,7 +146,7 @@ class Row:
         return self.ways[way].median if way in self.ways else None
 
     def ratio(self, way: str, beside: str) -> float | None:
-        """How many times as much `way` takes as `beside`."""
+        """The cost of `way` as a multiple of the cost of `beside`."""
         one, other = self.median(way), self.median(beside)
         return None if one is None or not other else one / other
 

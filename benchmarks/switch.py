@@ -1,6 +1,6 @@
 """What does it cost to switch adapters, to disable them, and to delete one?
 
-`hand` is one pointer that all layers read, and a loop over parameters where `requires_grad` is to follow.
+`hand` is one pointer that all layers read, and a loop over the parameters where `requires_grad` must follow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows as tables: cells that the terminal and the page share."""
+"""Results as tables, with the same cells in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def spread(row: Row) -> str:
-    """The widest range between quartiles, as a share of its median: what noise there was."""
+    """The widest range between quartiles, as a share of its median: the noise of the measurement."""
     widest = max((s.high - s.low) / s.median for s in row.ways.values() if s.median)
     return f"± {50 * widest:.0f} %"
 

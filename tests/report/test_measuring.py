@@ -36,6 +36,7 @@ def test_opposite_changes_conflict_everywhere_equal_ones_nowhere_and_independent
     change = low_rank(5, 4, 2)
     assert opposed_signs(change, change._replace(up=-change.up)) == 1.0
     assert opposed_signs(change, change) == 0.0
+    assert opposed_signs(change, change._replace(up=torch.zeros_like(change.up))) == 0.0  # zero has no sign
     assert opposed_signs(low_rank(300, 300, 60), low_rank(300, 300, 60, seed=9)) == pytest.approx(0.5, abs=0.02)
 
 
