@@ -308,6 +308,23 @@ def test_a_disk_that_fills_up_leaves_the_old_output_and_can_be_resumed(small_dis
     assert_same_folder(world / "expected", small_disk / "out")
 
 
+def test_a_file_gets_its_name_when_it_is_on_the_disk(world: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    fsync, replace = os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in synced
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", rename)
+    merge(world, place / "out")
+
+
 def test_an_error_while_a_file_is_flushed_is_reported(
     world: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

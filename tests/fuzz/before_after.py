@@ -1,6 +1,6 @@
 """What two versions of the library say of the same damaged adapters: `python -m tests.fuzz.before_after`.
 
-    make FOLDER COUNT        damaged adapters, each with the place of the sound one in `from.txt`
+    make FOLDER COUNT        damaged adapters, as the fuzz draws them
     run FOLDER RESULTS       with each version: what every call returns, warns of and writes, as JSON
     compare BEFORE AFTER     the calls that differ
 
@@ -19,74 +19,62 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tests.combining import tiny
-from tests.disk.test_combine_files import WEIGHTS, classifiers, mixed
-from tests.disk.test_hostile_adapters import damage
-from tests.models import build
+from tests.fuzz import folders
+from torch import Tensor
 
 import adapterkit as ak
+from adapterkit.files import WEIGHTS_FILE
 
 # Tensors are equal if their bytes are; the paths of temporary folders differ at every run.
 OUT = "/<out>/"
 
 
 def make(folder: Path, count: int) -> None:
-    """Write `count` adapters, most of them damaged once, some twice or not at all."""
-    sound = folder / "sound"
-    model = mixed(build("bert"))
-    places = [model.save(name, sound / name) for name in "ahv"]
-    places += [classifiers((2, 4)).save("b", sound / "heads")]
-    for bias in ("all", "lora_only"):
-        config = {"bias": bias, "modules_to_save": None if bias == "all" else ["classifier"]}
-        places += [tiny("bert", {"a": config}, torch.float32).save("a", sound / bias)]
+    """Write the sound adapters, and `count` damaged ones."""
+    known = folders.seeds(folder / "sound")
     for number in range(count):
-        dice = random.Random(number)
-        source, place = dice.choice(places), folder / "odd" / f"{number:04d}"
-        shutil.copytree(source, place)
-        with suppress(Exception):  # what is damaged already may not be read to be damaged again
-            for _ in range(dice.choice([0, 1, 1, 1, 2])):
-                damage(dice, place)
-        (place / "from.txt").write_text(str(source), encoding="utf-8")
+        place = folder / "odd" / f"{number:04d}"
+        place.mkdir(parents=True)
+        for name, data in folders.draw(random.Random(number), known).files().items():
+            (place / name).write_bytes(data)
 
 
 def run(folder: Path) -> dict[str, Any]:
     """For each adapter and call: what it returned or raised, its warnings, and the files that it wrote."""
-    base, results = build("bert").to("meta"), {}
+    base, results = folders.net().to("meta"), {}
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out"
         for number, odd in enumerate(sorted((folder / "odd").iterdir())):
-            source = Path((odd / "from.txt").read_text(encoding="utf-8"))
-            for name, call in _calls(odd, source, out, base if number % 2 else None).items():
+            given = odd / "a.safetensors" if (odd / "a.safetensors").exists() else odd
+            for name, call in _calls(given, folder / "sound" / "lora", out, base if number % 2 else None).items():
                 results[f"{odd.name} {name}"] = _outcome(call, out)
     return results
 
 
-def _calls(odd: Path, source: Path, out: Path, base: Any) -> dict[str, Callable[[], object]]:
+def _calls(odd: Path, sound: Path, out: Path, base: Any) -> dict[str, Callable[[], object]]:
     def on_model(call: Callable[[ak.Adapters], object]) -> list[str]:
-        adapters = ak.attach(build("bert"))
-        report = call(adapters)
-        return [str(report), _digest(adapters.state_dict("x")), str(adapters.model.config.id2label)]  # type: ignore[attr-defined]
+        adapters = ak.attach(folders.net())
+        return [str(call(adapters)), _digest(adapters.state_dict("x"))]
 
     def swap(adapters: ak.Adapters) -> object:
-        adapters.load(source, "x")
+        adapters.load(sound, "x")
         return adapters.swap("x", odd)
 
     def give(adapters: ak.Adapters) -> object:
-        adapters.load(source, "x")
-        return adapters.load_state_dict("x", load_file(odd / WEIGHTS), strict=False)
+        adapters.load(sound, "x")
+        return adapters.load_state_dict("x", load_file(odd / WEIGHTS_FILE), strict=False)
 
     given: dict[str, Any] = {"base": base, "overwrite": True}
     return {
         "inspect": lambda: str(ak.inspect_adapter(odd, base=base)),
-        "diff": lambda: str(ak.diff_adapters(odd, source, base=base)),
-        "concat": lambda: str(ak.combine_files({odd: 0.5, source: 0.5}, out, heads="concat", **given)),
-        "average": lambda: str(ak.combine_files({source: 0.5, odd: 0.75}, out, heads="average", rank=2, **given)),
+        "diff": lambda: str(ak.diff_adapters(odd, sound, base=base)),
+        "concat": lambda: str(ak.combine_files({odd: 0.5, sound: 0.5}, out, heads="concat", **given)),
+        "average": lambda: str(ak.combine_files({sound: 0.5, odd: 0.75}, out, heads="average", rank=2, **given)),
         "truncate": lambda: str(ak.convert_file(odd, out, rank=1, **given)),
         "as it is": lambda: str(ak.convert_file(odd, out, **given)),
         "kohya": lambda: str(ak.convert_file(odd, out / "a.safetensors", naming="kohya", heads="drop", **given)),
@@ -115,7 +103,7 @@ def _outcome(call: Callable[[], object], out: Path) -> list[Any]:
     return json.loads(json.dumps([found, said, written]).replace(f"{out.parent}/", OUT))  # type: ignore[no-any-return]
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for key in sorted(tensors):
         raw = tensors[key].detach().contiguous().reshape(-1).view(torch.uint8)
