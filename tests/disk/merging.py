@@ -1,12 +1,16 @@
-"""What the tests of merging on disk share: a base and adapters in folders, and the same merge in memory."""
+"""What the tests on disk share: a base and adapters in folders, the same merge in memory, and the memory of a call."""
 
 from __future__ import annotations
 
+import os
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests import models
 from torch import nn
@@ -85,3 +89,42 @@ def assert_same_folder(one: Path, other: Path) -> None:
     """The same files, byte for byte."""
     files = {p.relative_to(one): p.read_bytes() for p in one.rglob("*") if p.is_file()}
     assert files == {p.relative_to(other): p.read_bytes() for p in other.rglob("*") if p.is_file()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process; its exit status, or the negative of the signal that ended it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads, which the child does not use
+        child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - pytest shows it where the status is not what was wanted
+            os.write(2, traceback.format_exc().encode())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def peak(work: Callable[[], object], note: Path) -> int:
+    """By how many bytes the memory of a forked process grows at most in `work`; `note` is a file for the number.
+
+    Skips the test where the system does not tell.
+    """
+    status = Path("/proc/self/status")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+
+    def told(field: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) << 10
+
+    def measured() -> None:
+        work()  # once before: what imports and pools keep does not matter
+        Path("/proc/self/clear_refs").write_text("5")
+        before = told("VmRSS")
+        work()
+        note.write_text(str(told("VmHWM") - before))
+
+    assert in_child(measured) == 0
+    return int(note.read_text())

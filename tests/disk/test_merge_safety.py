@@ -10,8 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.disk.merging import Setting, assert_same_folder, save_adapters, save_base
+from tests.disk.merging import Setting, assert_same_folder, in_child, peak, save_adapters, save_base
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
@@ -52,21 +50,6 @@ def place(world: Path, tmp_path: Path) -> Iterator[Path]:
 
 def merge(world: Path, out: Path, **options: Any) -> ak.MergeReport:
     return ak.merge_checkpoint(world / "base", world / "a", out, **options)
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked process; its exit status, or the negative of the signal that ended it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads, which the child does not use
-        child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - pytest shows it where the status is not what was wanted
-            os.write(2, traceback.format_exc().encode())
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Counter:
@@ -360,23 +343,6 @@ def test_safe_finds_values_that_are_not_finite_and_leaves_nothing(world: Path, p
         assert file.read_bytes() == (place / "fine" / file.name).read_bytes()
 
 
-# Memory
-
-
-def grown(work: Callable[[], object]) -> int:
-    """By how many bytes the most memory that this process has had in `work` is above what it had before."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(n for n in Path("/proc/self/status").read_text().splitlines() if n.startswith(field))
-    return int(line.split()[1]) << 10
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     found = {}
     for layers in (4, 40):
@@ -391,13 +357,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         del model, adapters
 
         def work(root: Path = root) -> None:
-            # Once before: what imports and pools keep is no question of the model.
-            ak.merge_checkpoint(root / "base", root / "a", root / "warm")
-            peak = grown(lambda: ak.merge_checkpoint(root / "base", root / "a", root / "out"))
-            (root / "peak").write_text(str(peak))
+            ak.merge_checkpoint(root / "base", root / "a", root / "out", overwrite=True)
 
-        assert in_child(work) == 0
-        found[layers] = (int((root / "peak").read_text()), (root / "base/model.safetensors").stat().st_size)
+        found[layers] = peak(work, root / "peak"), (root / "base/model.safetensors").stat().st_size
     (small, few), (large, many) = found[4], found[40]
     assert many - few > 40 << 20
     assert large - small < (many - few) // 5, found
