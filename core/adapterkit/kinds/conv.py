@@ -70,6 +70,10 @@ class Conv(LayerKind):
 
     def changed(self, module: nn.Module) -> str | None:
         """See `LayerKind.changed`: another stride, padding, dilation or number of groups."""
+        m: Any = module
+        known = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        if not self.pad and (m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == known:
+            return None
         now = self.of(module)
         for name, what in _GEOMETRY.items() if now is not None and now != self else ():
             before, after = getattr(self, name), getattr(now, name)

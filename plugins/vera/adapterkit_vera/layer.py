@@ -61,8 +61,11 @@ class VeraLayer(LowRankLayer):
 
     def factors(self) -> Factors:
         """See `LowRankLayer.factors`: this layer's part of A and B, between its vectors."""
-        b, d = self.vera_lambda_b, self.vera_lambda_d
-        down = self.shared.vera_A[:, : self.kind.in_features]
-        up = self.shared.vera_B[: self.kind.out_features]
+        b, d, kind = self.vera_lambda_b, self.vera_lambda_d, self.kind
+        down, up = self.shared.vera_A, self.shared.vera_B
+        if down.shape[1] != kind.in_features:
+            down = down[:, : kind.in_features]
+        if up.shape[0] != kind.out_features:
+            up = up[: kind.out_features]
         # The layer may be on another device than the model's root.
         return Factors(up.to(b.device, b.dtype), down.to(b.device, b.dtype), None, b, d)
