@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.core.conftest import set_parameters
 from tests.core.test_files import only_adapter_errors, refuse
 from tests.diffusion import read, write
 from tests.models import EmbeddingNet, build
@@ -103,27 +101,32 @@ def test_method_that_answers_is_the_one(model: nn.Module, tmp_path: Path) -> Non
     assert adapters.config("y").method == "loha"
 
 
-def test_file_of_no_method(model: nn.Module, tmp_path: Path) -> None:
-    refuse(
-        model,
-        write(tmp_path / "a.safetensors", {"lora_unet_layers_0.lokr_w1": DOWN}),
-        "a.safetensors has no adapter_config.json, and no method finds layers of its own in it that this model has. ",
-        "Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.lokr_w1'. "
+NOBODYS = "a.safetensors has no adapter_config.json, and no method finds layers of its own in it that this model has. "
+REFUSED: dict[str, tuple[Any, dict[str, Tensor], str]] = {
+    "of no method": (
+        EmbeddingNet,
+        {"lora_unet_layers_0.lokr_w1": DOWN},
+        f"{NOBODYS}Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.lokr_w1'. "
         "Layers of the model: 'embed', 'layers.0', 'layers.1'.",
-    )
+    ),
+    "without tensors": (EmbeddingNet, {}, "Keys in the file: none."),
+    "for another model": (lambda: build("bert"), LORA, NOBODYS),
+    "of two methods": (
+        EmbeddingNet,
+        LORA | LOHA,
+        "holds layers of several methods: loha, lora. Split it",
+    ),
+    "with keys of PEFT": (
+        EmbeddingNet,
+        {"base_model.model.layers.0.lora_A.weight": DOWN},
+        "has PEFT's keys; the scaling that goes with them is in its adapter_config.json. Give the folder that holds",
+    ),
+}
 
 
-def test_file_without_tensors(model: nn.Module, tmp_path: Path) -> None:
-    refuse(model, write(tmp_path / "a.safetensors", {}, format="pt"), "Keys in the file: none.")
-
-
-def test_file_for_another_model(tmp_path: Path) -> None:
-    refuse(build("bert"), write(tmp_path / "a.safetensors", LORA), "no method finds layers of its own in it")
-
-
-def test_file_of_two_methods(model: nn.Module, tmp_path: Path) -> None:
-    text = "a.safetensors holds layers of several methods: loha, lora. Split it into one file for each."
-    refuse(model, write(tmp_path / "a.safetensors", LORA | LOHA), text)
+@pytest.mark.parametrize(("make", "tensors", "text"), REFUSED.values(), ids=REFUSED.keys())
+def test_file_that_is_refused(make: Any, tensors: dict[str, Tensor], text: str, tmp_path: Path) -> None:
+    refuse(make(), write(tmp_path / "a.safetensors", tensors, format="pt"), text)
 
 
 def test_method_from_outside_is_asked_too(model: nn.Module, tmp_path: Path, registered: Any) -> None:
@@ -180,88 +183,44 @@ def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path, registered:
     assert not ak.attach(model).status().rows[0].heads
 
 
-# What is no such file
-
-
-@pytest.fixture
-def folder(model: nn.Module, tmp_path: Path) -> Path:
-    """An adapter of PEFT's form."""
-    other = EmbeddingNet()
-    ak.attach(other).add("a", LoraConfig(r=2, target_modules=["layers.0"]))
-    set_parameters(ak.attach(other), "a")
-    return ak.attach(other).save("a", tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_file_of_an_adapter_folder(model: nn.Module, folder: Path, name: str) -> None:
-    text = "is a file; give the folder that holds adapter_config.json and adapter_model.safetensors."
-    refuse(model, folder / name, text)
-
-
-def test_file_with_keys_of_peft(model: nn.Module, folder: Path, tmp_path: Path) -> None:
-    shutil.copy(folder / "adapter_model.safetensors", tmp_path / "other.safetensors")
-    text = "has PEFT's keys; the scaling that goes with them is in its adapter_config.json. Give the folder that holds"
-    refuse(model, tmp_path / "other.safetensors", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("a.txt", "is not a safetensors file"), ("a.pt", "cannot be read as a file of tensors only")],
-)
-def test_file_of_another_format(model: nn.Module, tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text("What is this?")
-    refuse(model, tmp_path / name, text)
-
-
-def test_file_with_a_subfolder(model: nn.Module, tmp_path: Path) -> None:
+def test_what_is_no_such_file(model: nn.Module, tmp_path: Path) -> None:
+    other = ak.attach(EmbeddingNet())
+    other.add("a", LoraConfig(r=2, target_modules=["layers.0"]))
+    folder = other.save("a", tmp_path / "adapter")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        text = "is a file; give the folder that holds adapter_config.json and adapter_model.safetensors."
+        refuse(model, folder / name, text)
+    for name, text in (("a.txt", "is not a safetensors file"), ("a.pt", "cannot be read as a file of tensors only")):
+        (tmp_path / name).write_text("What is this?")
+        refuse(model, tmp_path / name, text)
     file = write(tmp_path / "a.safetensors", LORA)
-    with pytest.raises(ak.CheckpointError, match="is a file, so it has no subfolder 'inner'"):
-        ak.attach(model).load(file, "x", subfolder="inner")
-
-
-def test_component_of_a_folder_of_peft(model: nn.Module, folder: Path) -> None:
-    with pytest.raises(ak.CheckpointError, match="nothing of component 'unet'"):
-        ak.attach(model).load(folder, "x", component="unet")
+    refuse(model, file, "is a file, so it has no subfolder 'inner'", subfolder="inner")
+    refuse(model, folder, "nothing of component 'unet'", component="unet")
 
 
 # Names
 
 
-NAMES = {
-    "lora_unet_a_b": "lora_unet",
-    "lora_te_a.alpha": "lora_te",
-    "lora_te2_a.alpha": "lora_te2",
-    "lycoris_a": "lycoris",
-    "text_encoder_2.a": "text_encoder_2",
-    "unet.a.b": "unet",
-    "unet_a.b": "",
-    "lora_A.weight": "",
-    "": "",
-}
-
-
-@pytest.mark.parametrize(("name", "part"), NAMES.items())
-def test_component(name: str, part: str) -> None:
-    assert component(name) == part
-
-
 @pytest.mark.parametrize(
-    ("name", "path"),
+    ("name", "part", "path"),
     [
-        ("transformer.h.0", "transformer.h.0"),
-        ("transformer.text_model.b", "text_model.b"),
-        ("text_encoder.b", "text_model.b"),
-        ("text_encoder.text_model.x.c", "x.c"),
-        ("lora_te_text_model_x_c", "x.c"),
-        ("lora_te_b", "text_model.b"),
-        ("lora_unet_h_0", None),
-        ("x_c", None),
-        ("other.x.c", None),
-        ("unet.", None),
-        ("", None),
+        ("transformer.h.0", "transformer", "transformer.h.0"),
+        ("transformer.text_model.b", "transformer", "text_model.b"),
+        ("text_encoder.b", "text_encoder", "text_model.b"),
+        ("text_encoder_2.text_model.x.c", "text_encoder_2", "x.c"),
+        ("lora_te_text_model_x_c", "lora_te", "x.c"),
+        ("lora_te2_b", "lora_te2", "text_model.b"),
+        ("lora_unet_h_0", "lora_unet", None),
+        ("lycoris_a", "lycoris", None),
+        ("unet.", "unet", None),
+        ("unet_a.b", "", None),
+        ("x_c", "", None),
+        ("other.x.c", "", None),
+        ("", "", None),
     ],
 )
-def test_layer_that_a_name_stands_for(name: str, path: str | None) -> None:
+def test_part_and_layer_that_a_name_stands_for(name: str, part: str, path: str | None) -> None:
+    assert component(name) == part
     assert LayerNames(["transformer.h.0", "text_model.b", "x.c"]).find(name) == path
 
 

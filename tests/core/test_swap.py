@@ -102,16 +102,6 @@ def test_values_that_are_not_finite_are_taken_over(value: float, tmp_path: Path)
     assert all(torch.equal(t.nan_to_num(7.0), tensors[k].nan_to_num(7.0)) for k, t in adapters.state_dict("a").items())
 
 
-def test_layers_that_the_file_has_not_change_nothing(tmp_path: Path) -> None:
-    own, theirs = SIZES["lora"]
-    folder, expected = saved(tmp_path, "bert", "lora", target_modules=["query"], **theirs)
-    adapters = adapter("bert", "a", "lora", target_modules=["query", "value"], **own)
-    report = adapters.swap("a", folder)
-    torch.testing.assert_close(run(adapters.model, "bert"), expected)
-    assert len(report.cleared) == 2
-    assert "changes nothing now: bert.encoder.layer.0" in str(report)
-
-
 def test_heads_biases_and_labels_are_the_file_s(tmp_path: Path) -> None:
     given: dict[str, Any] = {"target_modules": ["query"], "modules_to_save": "auto", "bias": "all"}
     other = ak.attach(build("bert").double())
@@ -134,22 +124,23 @@ def test_heads_biases_and_labels_are_the_file_s(tmp_path: Path) -> None:
     refused(adapters, plain, "the adapter has a head at 'classifier', and the file has none there")
 
 
-def test_biases_that_the_file_does_not_train_are_the_base_s(tmp_path: Path) -> None:
-    folder, expected = saved(tmp_path, "bert", "lora", target_modules=["query"], r=2)
-    adapters = adapter("bert", "a", "lora", target_modules=["query"], r=2, bias="all")
-    adapters.swap("a", folder)
+def test_layers_and_biases_that_the_file_has_not_are_the_base_s(tmp_path: Path) -> None:
+    folder, expected = saved(tmp_path, "bert", "lora", target_modules=["query"], r=2, lora_alpha=3)
+    adapters = adapter("bert", "a", "lora", target_modules=["query", "value"], r=4, lora_alpha=8, bias="all")
+    report = adapters.swap("a", folder)
     torch.testing.assert_close(run(adapters.model, "bert"), expected)
+    assert len(report.cleared) == 2
+    assert "changes nothing now: bert.encoder.layer.0" in str(report)
 
 
-@pytest.mark.parametrize("backend", ["eager"])
-def test_nothing_is_compiled_again(backend: str, tmp_path: Path) -> None:
+def test_nothing_is_compiled_again(tmp_path: Path) -> None:
     fields = {"target_modules": ["query", "value"]}
     folder, expected = saved(tmp_path, "bert", "lora", r=2, lora_alpha=3, **fields)
     adapters = adapter("bert", "a", "lora", r=4, lora_alpha=8, **fields)
     adapters.activate("a", trainable=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model: Any = torch.compile(adapters.model, fullgraph=True, backend=backend)
+    model: Any = torch.compile(adapters.model, fullgraph=True, backend="eager")
     with torch.no_grad():
         first = model(**inputs("bert")).logits
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
