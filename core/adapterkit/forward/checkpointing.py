@@ -70,7 +70,7 @@ class InSameState:
                     reason = f"This backward recomputes a forward (gradient checkpointing), and since then {why}. "
                     state = State(refuses=reason + "Call backward() before that.")  # noqa: PLW2901
                 if state is not active.state:
-                    stack.enter_context(active.acting(state))
+                    stack.callback(active.leave, active.enter(state))
             stack.callback(setattr, running, "stack", running.stack)
             running.stack = list(self.readers)
             for adapter in self.trained:

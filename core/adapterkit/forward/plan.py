@@ -167,27 +167,23 @@ class Base:
         return out if dtype is None else out.to(dtype)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._own("weight"), self._own("bias")
-        assert weight is not None
-        weight = self.entered(self.kind.canonical(weight))
+        found: list[Any] = []
+        for name in ("weight", "bias"):
+            value = readers.own(self.module, name)
+            if value is not None and value.is_meta and offload.is_hooked(self.module):
+                value = offload.real_value(self.module, name)
+            numbers = None if value is None else dense(value)
+            if value is not None and numbers is None:
+                raise UnsupportedError(
+                    f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give "
+                    "the numbers that it stands for, and an adapter there works on them. Leave this layer out with "
+                    "exclude_modules."
+                )
+            found.append(self.entered(numbers))  # type: ignore[arg-type]
+        weight, bias = self.kind.canonical(found[0]), found[1]
         for layer in self._inner:
             weight, bias = widened(layer, weight.dtype).merged(weight, bias)
         return weight, bias
-
-    def _own(self, name: str) -> Tensor | None:
-        value = readers.own(self.module, name)
-        if value is None:
-            return None
-        if value.is_meta and offload.is_hooked(self.module):
-            value = offload.real_value(self.module, name)
-        numbers = dense(value)
-        if numbers is None:
-            raise UnsupportedError(
-                f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give the "
-                "numbers that it stands for, and an adapter there works on them. Leave this layer out with "
-                "exclude_modules."
-            )
-        return self.entered(numbers)
 
 
 def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,9 +13,9 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -224,15 +224,6 @@ class Active:
                 thread.blocks = [each for each in thread.blocks if block not in (each, each.starter)]
                 self.refresh(thread)
 
-    @contextmanager
-    def acting(self, state: State) -> Iterator[None]:
-        """A block as a context manager."""
-        block = self.enter(state)
-        try:
-            yield
-        finally:
-            self.leave(block)
-
     def refresh(self, thread: Thread) -> None:
         """Set a thread's state after its blocks or the default have changed."""
         if thread.blocks:
@@ -352,7 +343,7 @@ def _wrap_threads() -> None:
         def in_states(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 for active, state in states:
-                    stack.enter_context(active.acting(state))
+                    stack.callback(active.leave, active.enter(state))
                 return fn(*args, **kwargs)
 
         return original_submit(self, in_states if states else fn, *args, **kwargs)
