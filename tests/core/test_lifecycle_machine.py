@@ -164,10 +164,10 @@ class Lifecycle(RuleBasedStateMachine):
     def rename(self, data: st.DataObject) -> None:
         old, new = data.draw(st.sampled_from(sorted(self.records))), data.draw(st.sampled_from(self.free()))
         self.adapters.rename(old, new)
-        self.records = {new if n == old else n: r for n, r in self.records.items()}
-        self.configs = {new if n == old else n: c for n, c in self.configs.items()}
-        self.active = tuple(new if n == old else n for n in self.active)
-        self.trained = tuple(new if n == old else n for n in self.trained)
+        names = {name: new if name == old else name for name in self.records}
+        self.records = {names[n]: record for n, record in self.records.items()}
+        self.configs = {names[n]: config for n, config in self.configs.items()}
+        self.active, self.trained = (tuple(map(names.__getitem__, group)) for group in (self.active, self.trained))
 
     @rule(data=st.data())
     @precondition(lambda self: 0 < len(self.records) < 4)
