@@ -184,70 +184,44 @@ def test_a_merged_model_with_a_head_at_a_tied_layer_is_the_same_from_its_files(t
 # By memory
 
 
-class Tied(nn.Module):
-    """A head whose weight is the table's memory, by another parameter."""
+class Pair(nn.Module):
+    """Two layers on one input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
-        self.head.weight.data = self.table.weight.data
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.table(ids))
-
-
-class Fused(nn.Module):
-    """Two layers whose weights are parts of one tensor, which is a buffer too if it is `kept`."""
-
-    def __init__(self, *, columns: bool, kept: bool, shift: int = 8) -> None:
-        super().__init__()
         self.left, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
-        fused = torch.randn(8, 16) if columns else torch.randn(16, 8)
-        self.left.weight.data = fused[:, :8] if columns else fused[:8]
-        self.head.weight.data = fused[:, shift : shift + 8] if columns else fused[shift : shift + 8]
-        if kept:
-            self.register_buffer("fused", fused)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(x) + 2 * self.head(x)
 
 
-class OneBias(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.left.bias = self.head.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.left(x) + 2 * self.head(x)
-
-
-class Expanded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 8)
-        self.head.weight = nn.Parameter(torch.randn(8, 1).expand(8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x)
+def fuse(model: Any, *, columns: bool, kept: bool = False, shift: int = 8) -> None:
+    """Make the weights parts of one tensor, which is a buffer too if it is `kept`."""
+    fused = torch.randn(8, 16) if columns else torch.randn(16, 8)
+    model.left.weight.data = fused[:, :8] if columns else fused[:8]
+    model.head.weight.data = fused[:, shift : shift + 8] if columns else fused[shift : shift + 8]
+    if kept:
+        model.register_buffer("fused", fused)
 
 
-SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "data": (Tied, torch.arange(6)[None], "table.weight"),
-    "rows of a buffer": (lambda: Fused(columns=False, kept=True), torch.randn(3, 8), "fused"),
-    "columns of a buffer": (lambda: Fused(columns=True, kept=True), torch.randn(3, 8), "fused"),
-    "a part": (lambda: Fused(columns=False, kept=False, shift=7), torch.randn(3, 8), "left.weight"),
-    "some columns": (lambda: Fused(columns=True, kept=False, shift=7), torch.randn(3, 8), "left.weight"),
-    "bias": (OneBias, torch.randn(3, 8), "left.bias"),
-    "itself": (Expanded, torch.randn(3, 8), ""),
+# What makes two parameters share memory, and the tensor that the head's then shares it with.
+SHARED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "data": (lambda m: setattr(m.left.weight, "data", m.head.weight.data), "left.weight"),
+    "rows of a buffer": (lambda m: fuse(m, columns=False, kept=True), "fused"),
+    "columns of a buffer": (lambda m: fuse(m, columns=True, kept=True), "fused"),
+    "a part": (lambda m: fuse(m, columns=False, shift=7), "left.weight"),
+    "some columns": (lambda m: fuse(m, columns=True, shift=7), "left.weight"),
+    "bias": (lambda m: setattr(m.left, "bias", m.head.bias), "left.bias"),
+    "itself": (lambda m: setattr(m.head, "weight", nn.Parameter(torch.randn(8, 1).expand(8, 8))), ""),
 }
 
 
 @pytest.mark.parametrize("case", SHARED)
 def test_weights_that_share_memory_are_tied_whichever_objects_they_are(case: str) -> None:
-    make, x, other = SHARED[case]
+    tie, other = SHARED[case]
     torch.manual_seed(0)
-    model = make().eval()
+    model, x = Pair(), torch.randn(3, 8)
+    tie(model)
     base, before = model(x), {key: value.clone() for key, value in model.state_dict().items()}
     adapters = ak.attach(model)
     config = LoraConfig(
@@ -270,15 +244,17 @@ def test_weights_that_share_memory_are_tied_whichever_objects_they_are(case: str
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_parts_of_one_tensor_that_do_not_overlap_are_not_tied(columns: bool) -> None:
-    model = Fused(columns=columns, kept=False).eval()
+    model, x = Pair(), torch.randn(3, 8)
+    fuse(model, columns=columns)
     adapters = ak.attach(model)
     adapters.add("a", LoraConfig(target_modules=["head"], init_lora_weights=False))
-    x = torch.randn(3, 8)
     expected = model(x)
     adapters.merge("a")
     torch.testing.assert_close(model(x), expected)
 
 
 def test_a_bias_that_two_layers_share_is_said_to_be_trained_at_one_alone() -> None:
-    report = ak.attach(OneBias()).add("a", LoraConfig(target_modules=["left", "head"], bias="all"))
+    model = Pair()
+    model.left.bias = model.head.bias
+    report = ak.attach(model).add("a", LoraConfig(target_modules=["left", "head"], bias="all"))
     assert any("biases not trained" in note and note.endswith(": head") for note in report.notes)
