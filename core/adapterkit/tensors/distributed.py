@@ -83,10 +83,10 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
 
     Args:
         model: the model that contains the modules.
-        writing: write what the block changed back to the shards. If the block raises, nothing is written.
+        writing: write what the block wrote into the parameters back to the shards, unless it raises.
 
     Raises:
-        StateError: torch's older FSDP holds the parameters, or a new value has another shape.
+        StateError: torch's older FSDP holds the parameters.
     """
     modules = list(modules)
     if modules:
@@ -97,25 +97,17 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
     ]
     sharded = list({id(p): p for _, _, p in places}.values())
     plain = {id(p): nn.Parameter(value, p.requires_grad) for p, value in zip(sharded, whole(sharded), strict=True)}
-    written: list[tuple[Any, Tensor]] = []
     try:
         for module, name, p in places:
             module._parameters[name] = plain[id(p)]
         yield
-        for module, name, p in places if writing else ():
-            value = module._parameters[name]
-            assert value is not None
-            if value.shape != shape_of(p):
-                raise StateError(
-                    f"A sharded parameter of shape {tuple(shape_of(p))} cannot take a value of shape "
-                    f"{tuple(value.shape)}. Load it under another name before the model is sharded."
-                )
-            written.append((p, value.detach()))
     finally:
         for module, name, p in places:
             module._parameters[name] = p
-    _write(written)
-    optimizer: Any = getattr(_engine_of(model), "optimizer", None) if writing else None
+    if not writing:
+        return
+    _write([(p, plain[id(p)]) for p in sharded])
+    optimizer: Any = getattr(_engine_of(model), "optimizer", None)
     if hasattr(optimizer, "refresh_fp32_params"):
         optimizer.refresh_fp32_params()  # the optimizer's own copies would undo the change at its next step
 
@@ -141,12 +133,12 @@ def _write(values: Sequence[tuple[Any, Tensor]]) -> None:
 
 def process_groups(tensors: Iterable[Tensor]) -> list[Any]:
     """The process groups over which these tensors are sharded."""
-    found: dict[int, Any] = {}
+    found: list[Any] = []
     for tensor in tensors:
         mesh, group = getattr(tensor, "device_mesh", None), getattr(tensor, "ds_process_group", None)
-        for each in (*(mesh.get_all_groups() if mesh is not None else ()), *((group,) if group is not None else ())):
-            found[id(each)] = each
-    return list(found.values())
+        found += [] if mesh is None else mesh.get_all_groups()
+        found += [] if group is None else [group]
+    return list({id(group): group for group in found}.values())
 
 
 def in_first_process(groups: Sequence[Any], action: Callable[[], None]) -> None:
