@@ -96,3 +96,21 @@ def test_an_input_that_cannot_be_found_among_keywords_is_refused() -> None:
     layer(x=x)
     with pytest.raises(ak.UnsupportedError, match=r"several tensors by keyword \(scale, x\)"):
         layer(scale=x, x=x)
+
+
+def test_a_head_acts_beside_merged_adapters_and_again_after_unmerge() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    adapters = ak.attach(model)
+    for name, heads in (("a", ["1"]), ("b", None)):
+        adapters.add(name, LoraConfig(r=2, target_modules=["0"], modules_to_save=heads))
+        set_parameters(adapters, name)
+    x, outputs = torch.randn(2, 4), {}
+    for names in (("b", "a"), ("a",)):
+        adapters.activate(*names)
+        outputs[names] = model(x)
+    for merged in ("b", "a"):
+        adapters.merge(merged)
+        torch.testing.assert_close(model(x), outputs["b", "a"])
+    adapters.unmerge()
+    assert adapters.active == ("a",)
+    torch.testing.assert_close(model(x), outputs["a",])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -406,6 +408,29 @@ def test_merged_adapters_act_on_every_row() -> None:
     assert adapters.merged == ("h",)
     with pytest.raises(ak.StateError, match="Adapter 'h' is merged into the weights"), adapters.per_sample(["h", "a"]):
         pass
+
+
+def test_what_another_thread_merges_acts_on_all_rows_until_it_is_unmerged() -> None:
+    adapters, x = odd("rows"), sequences(3, 5)["x"]
+    outputs = {}
+    for names in (("a",), ("b",), ("a", "b"), ()):
+        with adapters.activated(*names, trainable=False):
+            outputs[names] = adapters.model(x)
+    calls, done = queue.Queue[Any](), queue.Queue[object]()
+    other = threading.Thread(target=lambda: [done.put(call()) for call in iter(calls.get, None)])
+    other.start()  # outside of the block, so it is not in it
+    with adapters.per_sample(["a", None, "b"]):
+        adapters.model(x)
+        for call, expected in (
+            (lambda: adapters.merge("a"), [("a",), ("a",), ("a", "b")]),
+            (adapters.unmerge, [("a",), (), ("b",)]),
+        ):
+            calls.put(call)
+            done.get(timeout=60)
+            for row, names in enumerate(expected):
+                torch.testing.assert_close(adapters.model(x)[row], outputs[names][row])
+    calls.put(None)
+    other.join()
 
 
 @pytest.mark.parametrize("call", ["merge", "remove", "rename", "unmerge"])
