@@ -74,6 +74,9 @@ def test_the_rank_that_is_enough_serves_95_percent_of_the_targets() -> None:
     numbers = 22 * (19 * 2 + 6)
     assert any(f"{numbers:,} parameters instead of {22 * 120:,}" in r for r in rank.reasons)
     assert "energy=0.99" in rank.call
+    whole = found(source("a", {"layers.0.q": of_spectrum([1.0] * 4), "layers.1.q": of_spectrum([1.0] * 4)}))[1]
+    assert "Some targets use all of their rank" in whole.reasons[-1]
+    assert not whole.call
 
 
 @pytest.mark.parametrize(
@@ -118,12 +121,6 @@ def test_a_method_without_a_low_rank_form_is_named() -> None:
         "p: Its changes cannot be measured.\n  The method 'scale' has no low-rank form of its change at 2 targets."
     )
     assert (both.headline, both.call) == ("Yes, without loss: they change different layers.", "")
-
-
-def test_an_adapter_that_uses_all_its_rank_is_told_so() -> None:
-    rank = found(source("a", {"layers.0.q": of_spectrum([1.0] * 4), "layers.1.q": of_spectrum([1.0] * 4)}))[1]
-    assert "Some targets use all of their rank" in rank.reasons[-1]
-    assert not rank.call
 
 
 def test_an_adapter_that_was_not_trained_changes_nothing() -> None:
@@ -200,15 +197,12 @@ def test_whether_two_adapters_can_be_merged(
     assert (verdict.headline, verdict.call) == (headline, call)
 
 
-def test_a_much_larger_adapter_is_named() -> None:
+def test_a_much_larger_adapter_and_another_base_are_named() -> None:
     small = low_rank(8, 6, 2)
     verdict = merging(small, low_rank(8, 6, 2, seed=3)._replace(up=-10 * small.up))
     assert any(r.startswith("b is ") and "times as large as a: test a first." in r for r in verdict.reasons)
-
-
-def test_bases_of_two_names_are_told() -> None:
     configs = [ak.config("lora", target_modules=["p"], base_model_name_or_path=n) for n in ("org/one", "org/two")]
-    sources = [source(n, {"p": low_rank(4, 3, 2)}, config=c) for n, c in zip("ab", configs, strict=True)]
+    sources = [source(n, {"p": small}, config=c) for n, c in zip("ab", configs, strict=True)]
     assert "Their configs name different bases: org/one and org/two." in found(*sources)[-1].reasons
 
 
