@@ -87,7 +87,7 @@ def killed(world: Path, out: Path, moment: int, **options: Any) -> int:
 
 def test_killed_at_any_moment_and_resumed_the_bytes_are_the_same(world: Path, place: Path) -> None:
     steps = Counter().run(world, place / "count")
-    moments = [*random.Random(0).sample(range(1, steps + 1), 12), steps - 1, steps]
+    moments = {*random.Random(0).sample(range(1, steps + 1), 12), steps - 1, steps}
     resumed = 0
     for moment in moments:
         out = place / f"out{moment}"

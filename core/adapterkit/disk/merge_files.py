@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.errors import PluginError, SaveError, StateError, UnsupportedError
-from adapterkit.files import CONFIG_FILE, Entry, Shard, as_bytes, dtype_name, read_entry, write_header
+from adapterkit.files import CONFIG_FILE, Entry, Shard, appearing, as_bytes, dtype_name, read_entry, write_header
 from adapterkit.merging import Change, merge_module
 
 MANIFEST = "adapterkit_merge.json"
@@ -198,7 +198,8 @@ class Output:
                 write_shard(folder / name, shard, self.origins, safe=safe, wrote=wrote)
         left = _copy_others(self.base, folder, {MANIFEST, *self.shards, *self.small})
         for name, content in self.small.items():
-            _write_durably(folder / name, content)
+            with appearing(folder / name) as fresh:
+                fresh.write_bytes(content)
         return left
 
 
@@ -211,8 +212,7 @@ def write_shard(
         origins: of all tensors.
         wrote: called with the bytes that were written.
     """
-    fresh = place.with_name(f"{place.name}.new")
-    with fresh.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
+    with appearing(place) as fresh, fresh.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
         unsynced, syncing = 0, helper.submit(lambda: None)
         for content in _contents(shard, origins, safe=safe):
             left = content
@@ -224,8 +224,6 @@ def write_shard(
                 syncing.result()
                 syncing, unsynced = helper.submit(os.fsync, file.fileno()), 0
         syncing.result()
-        os.fsync(file.fileno())
-    fresh.replace(place)
 
 
 def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Iterator[memoryview]:
@@ -276,16 +274,6 @@ def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
 
     shutil.copytree(base, folder, ignore=leave_out, copy_function=copy, dirs_exist_ok=True)
     return tuple(sorted(left))
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it holds the old content or the new one, whatever happens."""
-    fresh = path.with_name(f"{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 # The folder in which the output grows
@@ -347,7 +335,8 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
     manifest = {"base": str(output.base), "inputs": inputs, "files": sizes}
-    _write_durably(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    with appearing(path) as fresh:
+        fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return tuple(done)
 
 
@@ -357,7 +346,6 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     Raises:
         SaveError: there is something of that name now.
     """
-    _sync_folder(folder)
     if out.exists() and overwrite:
         if not exchange(folder, out):  # where folders cannot change places there is a moment with neither
             old = out.with_name(f".{out.name}.old")
@@ -373,7 +361,6 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
             raise SaveError(f"{out} has been made meanwhile. The merged model is in {folder}.") from error
     (out / LOCK).unlink()  # not before: another run would find the folder free
     shutil.rmtree(folder, ignore_errors=True)  # where it changed places: the old output
-    _sync_folder(out.parent)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -385,13 +372,3 @@ def exchange(a: Path, b: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
         return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0)
     return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a folder's list of names on the disk."""
-    with contextlib.suppress(OSError):  # not every system can open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
