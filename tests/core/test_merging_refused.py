@@ -92,6 +92,7 @@ def linear(x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor:
 OTHERS: dict[str, Make] = {
     "Equalised": lambda _: Equalised(8, 8),
     "Masked": computing("Masked", lambda m, x: linear(x, m.weight * MASK, m)),
+    "Scaled": computing("Scaled", lambda m, x: linear(x, m.weight * (1 + (1 - MASK) * 1e-4), m)),
     "Thresholded": computing("Thresholded", lambda m, x: linear(x, m.weight * (m.weight.abs() > 0.1), m)),
     "Rounded": computing("Rounded", lambda m, x: linear(x, (m.weight * 16).round() / 16, m)),
     "OfMagnitudes": computing("OfMagnitudes", lambda m, x: linear(x.abs(), m.weight, m)),
