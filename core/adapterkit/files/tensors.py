@@ -35,8 +35,8 @@ _ALIGNMENT = 64
 _WRITTEN_BYTES = 1 << 20
 # Linux's MAP_NORESERVE, which Python knows from 3.12 on.
 _NO_RESERVE = 0x4000
-# The format's names of dtypes, and torch's, which are not in every version.
-_DTYPES = {
+# The format's names of dtypes, and torch's. Some are not in every version of torch.
+_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -57,6 +57,7 @@ _DTYPES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _NAMES.items() if hasattr(torch, own)}
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,11 @@ class Entry:
         Raises:
             CheckpointError: torch has none for it.
         """
-        found = getattr(torch, _DTYPES.get(self.dtype, ""), None)
-        if not isinstance(found, torch.dtype):
+        if self.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self.file}: {self.name!r} has dtype {self.dtype}, which torch {torch.__version__} lacks."
             )
-        return found
+        return _DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         SaveError: it has none.
     """
-    for name, attribute in _DTYPES.items():
-        if getattr(torch, attribute, None) is dtype:
-            return name
-    raise SaveError(f"safetensors files have no {dtype}. Convert the adapter's tensors to another dtype first.")
+    if dtype not in _DTYPES.values():
+        raise SaveError(f"safetensors files have no {dtype}. Convert the adapter's tensors to another dtype first.")
+    return next(name for name, known in _DTYPES.items() if known is dtype)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -52,23 +52,18 @@ _REFUSED = {
 def install(root: nn.Module) -> LoadHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
-    writers = {path: (module, _writer(module)) for path, module in named_modules(root)}
-    found = [path for path, (_, name) in writers.items() if name]
-    for path in found:
-        module, name = writers[path]
-        by_parts = name == _SAVE_PART and any(p != path and p.startswith(f"{path}." if path else "") for p in found)
+    writers: dict[str, tuple[nn.Module, str]] = {}  # functions that write a model, or a module of sentence-transformers
+    for path, module in named_modules(root):
+        for name, argument in ((_SAVE_PART, "safe_serialization"), (_SAVE, "save_directory")):
+            own = getattr(type(module), name, None)
+            if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
+                writers[path] = (module, name)
+    for path, (module, name) in writers.items():
+        inside = f"{path}." if path else ""
+        by_parts = name == _SAVE_PART and any(other.startswith(inside) and other != path for other in writers)
         if not by_parts and name not in module.__dict__:
             module.__dict__[name] = Saver(root, module, path, name)
     return LoadHooks(root)
-
-
-def _writer(module: nn.Module) -> str:
-    """The name of the function that writes a model, or a module of sentence-transformers."""
-    for name, argument in ((_SAVE, "save_directory"), (_SAVE_PART, "safe_serialization")):
-        own = getattr(type(module), name, None)
-        if inspect.isfunction(own) and argument in inspect.signature(own).parameters:
-            return name
-    return ""
 
 
 def uninstall(root: nn.Module, hooks: LoadHooks) -> None:
