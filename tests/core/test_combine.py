@@ -191,8 +191,8 @@ def test_a_seed_gives_the_same_masks_whatever_else_is_drawn() -> None:
 
 
 def test_the_config_keeps_where_the_sources_are_from() -> None:
-    where = {"base_model_name_or_path": "org/base", "revision": "v1"}
-    adapters = tiny("bert", {"a": where, "b": {**where, "task_type": "SEQ_CLS"}})
+    where = {"base_model_name_or_path": "org/base", "revision": "v1", "task_type": "SEQ_CLS"}
+    adapters = tiny("bert", {"a": where, "b": where})
     adapters.combine("c", {"a": 1.0, "b": 1.0})
     assert adapters.config("c").base_model_name_or_path == "org/base"
     assert adapters.config("c").revision == "v1"

@@ -103,7 +103,7 @@ def test_large_layers_are_decomposed_at_random_but_always_alike(monkeypatch: pyt
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 8)).double()
     other = copy.deepcopy(base)
-    decay = torch.diag(0.6 ** torch.arange(50.0, dtype=torch.float64))
+    decay = torch.diag(0.95 ** torch.arange(50.0, dtype=torch.float64))
     with torch.no_grad():
         other[0].weight += torch.randn(50, 50, dtype=torch.float64) @ decay @ torch.randn(50, 60, dtype=torch.float64)
         other[1].weight += torch.randn(8, 50, dtype=torch.float64)
