@@ -299,7 +299,7 @@ class AdapterFile(AdapterContent):
                     fit.missing.append(f"{path}.base_layer.bias")
         fit.unexpected += self.unknown
         fit.ignored += self.ignored
-        self.report = fit.report(strip_file_prefix(self.files.tensors))
+        self.report = fit.report()
         wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
         self.broken = {split[0] for key in wrong if (split := rule.split(key, self.kinds)) is not None}
 

@@ -28,7 +28,6 @@ from adapterkit.model import (
     LayerBuilder,
     build_adapter,
     select_on,
-    tied_to,
 )
 from adapterkit.results import LoadReport
 from adapterkit.tensors import shape_of
@@ -91,7 +90,7 @@ def load_adapter(
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
     pass_over(fit, adapter, model, tensors, passed)
-    report = fit.report(tensors)
+    report = fit.report()
     if strict and not report.ok:
         refuse(report, name, str(files.folder))
     if strict is not None:
@@ -163,7 +162,8 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
             )
         found[paths[0]] = paths[0]
     for table in [*found]:
-        others = tied_to(modules, modules.model.get_submodule(table))[1:]
+        weight = modules.model.get_submodule(table)._parameters["weight"]
+        others = [paths[0] for m, paths in modules.paths_of.items() if m._parameters.get("weight") is weight]
         found |= {p: table for p in others if f"{p}.weight" not in tensors and p not in heads and p not in found}
     return found
 

@@ -89,7 +89,7 @@ def match_adapter(
     fit.unexpected += rest
     pass_over(fit, adapter, model, tensors, passed)
     fit.ignored += others
-    return values, fit.report(tensors)
+    return values, fit.report()
 
 
 def pass_over(

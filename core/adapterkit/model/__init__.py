@@ -10,7 +10,7 @@ from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapt
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
-from adapterkit.model.vocabulary import resized_keys, resized_tables, tables, tied_to
+from adapterkit.model.vocabulary import resized_keys, resized_tables, tables
 
 __all__ = [
     "ALL_LINEAR",
@@ -36,5 +36,4 @@ __all__ = [
     "select",
     "select_on",
     "tables",
-    "tied_to",
 ]

@@ -7,7 +7,7 @@ so that files are read without a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
@@ -105,13 +105,10 @@ class Fit:
             to = at if device is None or device.type == "meta" else device
             slot.assign(apart(tensor.detach().to(to, dtype).contiguous(), self.taken))
 
-    def report(self, order: Iterable[str] = ()) -> LoadReport:
-        """What users get. Keys of tensors that were given are in this order."""
-        places = {key: i for i, key in enumerate(order)}
-        unexpected = sorted(self.unexpected, key=lambda key: places.get(key, len(places)))
-        mismatched = sorted(self.mismatched, key=lambda m: places.get(m.key, len(places)))
-        exempt, ignored = tuple(self.exempt), tuple(self.ignored)
-        return LoadReport(tuple(self.missing), tuple(unexpected), tuple(mismatched), exempt, ignored)
+    def report(self) -> LoadReport:
+        """What users get."""
+        keys = (tuple(self.missing), tuple(self.unexpected))
+        return LoadReport(*keys, tuple(self.mismatched), tuple(self.exempt), tuple(self.ignored))
 
 
 def by_layer(

@@ -53,15 +53,6 @@ def _both(modules: BaseModules) -> dict[str, nn.Module]:
     return found
 
 
-def tied_to(modules: BaseModules, table: nn.Module) -> list[str]:
-    """The path of the table, and of every module that has the same parameter as its weight."""
-    own = table._parameters["weight"]
-    others = [
-        paths[0] for m, paths in modules.paths_of.items() if m is not table and m._parameters.get("weight") is own
-    ]
-    return [modules.paths_of[table][0], *others]
-
-
 def _was_resized(model: Any) -> bool:
     """Judged by the base's config if it is on this machine, or else by the traces of `resize_token_embeddings`."""
     now = _size(getattr(model, "config", None))
