@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from adapterkit_command import looking, making, methods
+from adapterkit_command import looking, making
 from adapterkit_command.running import Debug, app, flowing
 
-__all__ = ["app", "looking", "making", "methods"]
+__all__ = ["app", "looking", "making"]
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands that inspect adapters, and what a config would adapt. They write nothing but their report."""
+"""Commands that inspect adapters, methods, and what a config would adapt. They write nothing but their report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from adapterkit_command.arguments import Base, Component, ExcludeModules, Target
 from adapterkit_command.running import Exit, command
 
 if TYPE_CHECKING:
-    from adapterkit import AdapterDiff, AdapterInspection, Preview
+    from adapterkit import AdapterDiff, AdapterInspection, MethodsReport, Preview
 
 PANEL = "Look"
+_JQ = """adapterkit methods --json | jq -r '.methods[] | select(.name == "lora").prefix'"""
 _LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
 
 
@@ -161,3 +162,16 @@ def report(
         "page": out,
         "verdicts": ak.write_report(adapters, out, base=base, names=name or None, title=title).verdicts,
     }
+
+
+@command(PANEL, "describe_methods", {"What is installed": "adapterkit methods", "The prefix of LoRA's keys": _JQ})
+def methods() -> MethodsReport:
+    """List the installed adapter methods and extensions, and what each can do.
+
+    merges: can be merged into a model's weights. combines: can be combined with adapters of any method, and converted.
+    result: can be the method of a combination or conversion. foreign files: reads files of other programs. A plugin
+    that fails is listed with the reason; the others work, and the exit status is still 0.
+    """
+    import adapterkit as ak
+
+    return ak.describe_methods()

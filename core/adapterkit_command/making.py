@@ -1,4 +1,4 @@
-"""Commands that make adapters and checkpoints from files."""
+"""Commands that make adapters and checkpoints from files, and packages of methods."""
 
 from __future__ import annotations
 
@@ -250,3 +250,36 @@ def extract(  # noqa: PLR0913 - one parameter an option
         overwrite=overwrite,
         **chosen,
     )
+
+
+_NEXT = """written: {folder}
+Next: install it, and run the test kit on it.
+
+  cd {folder}
+  pip install -e '.[test,lint]'
+  pytest"""
+
+
+@command(
+    PANEL,
+    "new_package",
+    {
+        "A package for a method called outer, in ./adapterkit-outer": "adapterkit new outer",
+        "In a folder of your choice": "adapterkit new outer --folder ~/code/outer",
+    },
+    show=lambda made: _NEXT.format(**made),
+)
+def new(
+    name: Annotated[str, typer.Argument(help="The method's name: lower-case letters, digits, underscores.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="The project's folder, which must not exist.", show_default="adapterkit-NAME")
+    ] = None,
+) -> dict[str, Path]:
+    """Write a Python package with an adapter method of your own.
+
+    The package contains a small method that works, with its packaging, tests and a workflow for GitHub. It installs and
+    passes adapterkit's test kit as it is; change it into your method.
+    """
+    import adapterkit as ak
+
+    return {"folder": ak.new_package(name, folder)}

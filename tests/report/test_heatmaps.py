@@ -45,6 +45,7 @@ def test_no_two_paths_share_a_place_and_a_place_says_the_end_of_its_path(paths: 
         ),
         # no numbers: every layer is a row
         (["conv1d", "fc", "deep.conv"], ["conv1d", "fc", "deep.conv"], ["itself"]),
+        (["up.0.attn.to_out.0", "up.1.attn.to_out.0"], ["up.0", "up.1"], ["attn.to_out.0"]),
         # a number at the end is a name, not a layer number
         (["features.0", "features.3"], ["features.0", "features.3"], ["itself"]),
         ([], [], []),
