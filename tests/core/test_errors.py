@@ -604,6 +604,7 @@ ADAPTED: dict[str, Callable[[], nn.Module]] = {
     "parametrised": lambda: Calls(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
     "DataParallel": lambda: nn.DataParallel(nn.Sequential(nn.Linear(4, 4))),
     "input by keyword": lambda: Calls(nn.Linear(4, 4), lambda layer, x: layer(input=x)),
+    "another argument": lambda: Calls(Keywords(4, 4), lambda layer, x: layer(x, 2.0)),
     "keywords": lambda: Calls(Keywords(4, 4), lambda layer, x: layer(x, scale=2.0, shift=1.0)),
     "input not the first keyword": lambda: Calls(Keywords(4, 4), lambda layer, x: layer(scale=2.0, x=x)),
     "input by keyword only": lambda: Calls(KeywordOnly(4, 4), lambda layer, x: layer(x=x)),
@@ -648,20 +649,15 @@ def test_module_called_base_model_saves_and_loads(tmp_path: Path) -> None:
 # That the list is whole
 
 
-def _texts(error: ast.expr) -> Iterator[str]:
-    for node in ast.walk(error):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
 def _raised() -> Iterator[tuple[str, list[str]]]:
     """Where an error with a text of its own is raised, and that text's constant parts."""
     for path in sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and node.exc is not None:
-                texts = [text for text in _texts(node.exc) if len(text) >= 12]
-                if texts:
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", texts
+                texts = [part.value for part in ast.walk(node.exc) if isinstance(part, ast.Constant)]
+                found = [text for text in texts if isinstance(text, str) and len(text) >= 12]
+                if found:
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", found
 
 
 def test_every_message_is_in_some_test() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 from tests.core import broken_methods
-from tests.core.broken_methods import BROKEN, Outer, OuterConfig, SharedOuter
+from tests.core.broken_methods import BROKEN, BranchesOnAValue, Outer, OuterConfig, SharedOuter
 
 import adapterkit as ak
 from adapterkit.testing import (
@@ -100,6 +100,8 @@ def test_each_broken_method_fails_the_check_meant_for_it_and_no_other(plugin, mo
         results = run_checks(config.replace(scale=0.25))
     failed = {name: result for name, result in results.items() if result.startswith("failed")}
     assert failed.keys() == {BROKEN[plugin]}, "\n".join(failed.values())
+    if plugin is BranchesOnAValue:
+        assert "expected shapes alone to be enough; it reads values:" in failed[BROKEN[plugin]]
 
 
 def test_every_check_has_a_broken_method():

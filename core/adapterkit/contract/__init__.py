@@ -43,10 +43,11 @@ from adapterkit.contract.layers import (
     shared_tensors,
     twin,
     widened,
+    without_values,
 )
 from adapterkit.contract.method import Method
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
-from adapterkit.contract.plugins import Plugin, check_hooks, plugin
+from adapterkit.contract.plugins import Plugin, plugin
 from adapterkit.contract.registry import (
     DISABLE_VARIABLE,
     Extension,
@@ -93,7 +94,6 @@ __all__ = [
     "Shared",
     "Target",
     "beside",
-    "check_hooks",
     "component",
     "default_registry",
     "empty_layer",
@@ -108,4 +108,5 @@ __all__ = [
     "twin",
     "unwrapped_key",
     "widened",
+    "without_values",
 ]

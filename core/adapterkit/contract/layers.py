@@ -285,9 +285,14 @@ def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
 
 def without_values(layer: AdapterLayer) -> Any:
     """The layer on the meta device, with what it shares: its functions give shapes and compute nothing."""
-    light = twin(layer, lambda tensor: tensor.to("meta"))
+
+    def empty(tensor: Tensor) -> Tensor:
+        found = tensor.to("meta")
+        return nn.Parameter(found, requires_grad=False) if isinstance(tensor, nn.Parameter) else found
+
+    light = twin(layer, empty)
     if isinstance(layer.shared, nn.Module):
-        light.__dict__["shared"] = twin(layer.shared, lambda tensor: tensor.to("meta"))
+        light.__dict__["shared"] = twin(layer.shared, empty)
     return light
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.contract import AdapterConfig, default_registry, twin
+from adapterkit.contract import AdapterConfig, default_registry, without_values
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.testing.case import (
     PROBES,
@@ -116,16 +116,8 @@ def _expect_pure(layer: Any, fresh: Any, name: str, where: str) -> None:
 
 def _expect_no_values_read(layer: Any, name: str, where: str) -> None:
     """On the meta device tensors have shapes and no values."""
-
-    def empty(tensor: Tensor) -> Tensor:
-        found = tensor.to("meta")
-        return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
-
-    without = twin(layer, empty)
-    if layer.shared is not None:
-        without.__dict__["shared"] = twin(layer.shared, empty)
     try:
-        _asked(without, name)
+        _asked(without_values(layer), name)
     except (RuntimeError, NotImplementedError) as error:
         raise Broken(f"{where}: expected shapes alone to be enough; it reads values: {error}") from error
 
