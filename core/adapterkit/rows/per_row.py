@@ -46,7 +46,6 @@ class RowState(State):
     """The state in which each row of the batch has an adapter of its own.
 
     Attributes:
-        given: the adapter of each row; `rows` leaves out those that are merged.
         defaults: the merged adapters whose heads act on rows that have no other.
         batch: what is known of the batch that runs in this state.
     """
@@ -63,23 +62,18 @@ class RowState(State):
         trainable: bool,
     ) -> None:
         super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=not trainable)
-        self.given, self.rows, self.batch, self.defaults = rows.names, rows, batch, defaults
+        self.rows, self.batch, self.defaults = rows, batch, defaults
 
     def replace(self, old: str, *new: str) -> None:
         """See `State.replace`: without a new name, rows of the old one have none."""
         super().replace(old, *new)
-        self.given = tuple(next(iter(new), None) if name == old else name for name in self.given)
-        self._choose_rows()
+        names = [next(iter(new), None) if name == old else name for name in self.rows.names]
+        self.rows = Rows(names, trusted=self.rows.trusted)
 
     def see_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
-        """See `State.see_merged`: a merged adapter acts on all rows."""
+        """See `State.see_merged`: the merged adapters' heads act on rows that have no other."""
         super().see_merged(merged, heads)
         self.defaults = heads
-        self._choose_rows()
-
-    def _choose_rows(self) -> None:
-        names = [name if name in self.names else None for name in self.given]
-        self.rows = Rows(names, trusted=self.rows.trusted)
 
     def make_plan(self, module: nn.Module) -> Plan:
         """See `State.make_plan`."""
