@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests import models
 from torch import nn
-from transformers import BertConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, SpeechT5HifiGanConfig
 from transformers.utils import logging
 
 import adapterkit as ak
@@ -98,7 +98,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     "no model type": ({}, "Should have a `model_type` key"),
     "unknown model type": ({"model_type": "berd"}, "There is no config of a model for"),
     "a value of another type": ({"model_type": "bert", "hidden_size": "x"}, "There is no config of a model for"),
-    "sizes that do not fit": ({"model_type": "bert", "hidden_size": 10}, "transformers cannot build a BertModel from"),
+    "sizes that do not fit": (
+        {"model_type": "bert", "hidden_size": 10},
+        "transformers cannot build a model from",
+    ),
     "code beside it": ({"auto_map": {"AutoModel": "m.M"}}, "the model is code beside its weights"),
     "no class at all": (
         {"model_type": "encodec_", "architectures": ["X"]},
@@ -114,10 +117,9 @@ def test_a_config_that_gives_no_model_is_refused_with_its_reason(config: object,
         ak.skeleton(tmp_path)
 
 
-def test_an_architecture_without_a_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    BertConfig(architectures=["Gone"]).save_pretrained(tmp_path)
-    monkeypatch.setattr("transformers.MODEL_MAPPING", {})
-    with pytest.raises(ak.CheckpointError, match=r"names the architecture \['Gone'\], which transformers"):
+def test_an_architecture_without_a_base_model_is_refused(tmp_path: Path) -> None:
+    SpeechT5HifiGanConfig(architectures=["Gone"]).save_pretrained(tmp_path)
+    with pytest.raises(ak.CheckpointError, match="cannot build Gone from the config of"):
         ak.skeleton(tmp_path)
 
 

@@ -220,13 +220,13 @@ def _sources(adapters: Sources) -> list[_Source]:
     for given, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise ConfigError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
-        place = adapter_folder(given).resolve()
-        twice = next((s for s in found.values() if s.place == place), None)
+        place = adapter_folder(given)
+        twice = next((s for s in found.values() if s.place.resolve() == place.resolve()), None)
         if twice is not None:
             raise ConfigError(
                 f"{twice.given!r} and {str(given)!r} are one adapter; give it once, with the sum of its weights."
             )
-        wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else place.name) or "adapter"
+        wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else place.resolve().name) or "adapter"
         while name in found:
             name = f"{wanted}_{len(found) + 1}"
         found[name] = _Source(str(given), name, float(weight), place)

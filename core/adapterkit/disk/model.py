@@ -62,16 +62,19 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
         raise CheckpointError(f"{folder} is no model: it has no {CONFIG}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config = _config(where)
-    if architecture is not None:
-        config.architectures = [architecture]
-    cls = _class(config)
-    if architecture not in (None, cls.__name__):
+    import transformers
+
+    given = config.architectures if architecture is None else [architecture]
+    named = [str(name) for name in given] if isinstance(given, list) else []
+    classes = (getattr(transformers, name, None) for name in named)
+    cls: Any = next((c for c in classes if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    if architecture is not None and cls is None:
         raise CheckpointError(f"transformers has no model of the class {architecture!r}.")
-    with (
-        _as_checkpoint_error(f"transformers cannot build a {cls.__name__} from the config of {where}"),
-        torch.device("meta"),
-    ):
-        built: nn.Module = cls._from_config(config)
+    config.architectures = named
+    build = transformers.AutoModel.from_config if cls is None else cls._from_config
+    what = f"transformers cannot build {', '.join(named) or 'a model'} from the config of {where}"
+    with _as_checkpoint_error(what), torch.device("meta"):
+        built: nn.Module = build(config)
     return built.eval()
 
 
@@ -83,7 +86,8 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
     except AdapterError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"{what}: {type(error).__name__}: {why}") from error
 
 
 def _config(where: str) -> Any:
@@ -102,24 +106,6 @@ def _config(where: str) -> Any:
                 'yourself under torch.device("meta").'
             )
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
-
-
-def _class(config: Any) -> Any:
-    """The class that the config's architecture names, else the base model's."""
-    import transformers
-
-    named = config.architectures if isinstance(config.architectures, list) else []
-    for name in named:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    known = transformers.MODEL_MAPPING
-    if type(config) not in known:
-        raise CheckpointError(
-            f"Its config names the architecture {named}, which transformers {transformers.__version__} "
-            f"has not, nor a base model for {type(config).__name__}."
-        )
-    return known[type(config)]
 
 
 def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
