@@ -90,15 +90,6 @@ def test_drop_leaves_the_models_own_unless_an_adapter_has_that_name() -> None:
     torch.testing.assert_close(logits(adapters, "c"), logits(adapters, "drop"))
 
 
-def test_a_head_is_not_put_in_the_place_of_a_change_inside_it() -> None:
-    adapters = ak.attach(build("bert"))
-    adapters.add("inside", LoraConfig(target_modules=["classifier", "query"], modules_to_save=None, bias="all"))
-    adapters.add("head", LoraConfig(target_modules=["query"]))
-    with nothing_changes(adapters), pytest.raises(ak.ConfigError, match="'classifier', which 'inside' changes, so the"):
-        adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="head")
-    adapters.combine("c", {"inside": 1.0, "head": 1.0}, heads="drop")
-
-
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_trained_biases_beside_a_head_are_saved_and_loaded(bias: str, tmp_path: Path) -> None:
     adapters = classifier((4, 4), bias=bias)
@@ -165,6 +156,12 @@ def without_labels() -> ak.Adapters:
     return adapters
 
 
+def with_a_change_inside() -> ak.Adapters:
+    adapters = classifier((4,))
+    adapters.add("t1", LoraConfig(target_modules=["classifier", "query"], modules_to_save=None, bias="all"))
+    return adapters
+
+
 CHOOSE = "'t0', 't1' have heads. Choose one of heads='t0', heads='t1', heads='average', heads='concat', heads='drop'"
 SHAPES = "at classifier.weight 't0' has (10, 16), 't1' has (27, 16). Use heads='concat'"
 LEADS = "stacks output layers, but classifier.dense.weight, which leads to them, differs between the adapters."
@@ -176,6 +173,7 @@ ERRORS: dict[str, tuple[Any, str | None, str]] = {
     "differing": (differing, "concat", LEADS),
     "elsewhere": (elsewhere, "concat", f"heads='concat' {AT}"),
     "elsewhere average": (elsewhere, "average", f"heads='average' {AT}"),
+    "inside": (with_a_change_inside, "t0", "replaces 'classifier', which 't1' changes, so the result cannot have both"),
     "no labels": (without_labels, "concat", "heads='concat' needs adapters with one head and a label set each"),
 }
 

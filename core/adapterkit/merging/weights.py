@@ -98,7 +98,7 @@ class Merged:
             parting.undo()
 
     def _joined(self, names: tuple[str, ...], steps: Sequence[Step], parting: Parting, *, keep_base: bool) -> Merged:
-        """What is merged after a further merge. What was there before the first merge of a tensor is kept."""
+        """The record after a further merge. Each tensor keeps its values from before the first merge."""
         kept = dict(self.kept)
         for new in (new for step in steps for new in step.kept):
             first = kept.get(new.place, new if keep_base else replace(new, value=None))
@@ -186,7 +186,7 @@ def _carry_out(
 
 @torch.no_grad()
 def _take_back(steps: Sequence[Step]) -> str:
-    """Undo the changes, of which the last one may be incomplete. Returns what could not be undone exactly, if any."""
+    """Undo the changes; the last one may be incomplete. Returns what could not be undone exactly, or an empty text."""
     lost, subtracted = "", 0
     for step in reversed(steps):
         change = step.change
