@@ -1,4 +1,4 @@
-"""A fresh virtual environment with foreign packages in it, built and installed as any user's would be."""
+"""A fresh virtual environment with foreign packages in it, built and installed as a user does it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 EXAMPLES = ROOT / "examples" / "thirdparty"
-PACKAGES = {
-    "ia3": EXAMPLES / "adapterkit_ia3",
-    "outer": HERE / "adapterkit_outer",
-    "oft": EXAMPLES / "adapterkit_oft",
-    "lokr": EXAMPLES / "adapterkit_lokr",
-    "dora": EXAMPLES / "adapterkit_dora",
-    "adalora": EXAMPLES / "adapterkit_adalora",
-    "vblora": EXAMPLES / "adapterkit_vblora",
-}
+NAMES = ("adalora", "dora", "ia3", "lokr", "oft", "vblora")
+PACKAGES = {"outer": HERE / "adapterkit_outer", **{name: EXAMPLES / f"adapterkit_{name}" for name in NAMES}}
 
 
 class Environment:
@@ -32,7 +25,7 @@ class Environment:
         venv.create(folder, with_pip=False)
         self.python = folder / "bin" / "python"
         (place,) = folder.glob("lib/python*/site-packages")
-        # `addsitedir` reads the .pth files there, too: those of editable installs.
+        # `addsitedir` reads the .pth files of editable installs, too.
         lines = [f"import site; site.addsitedir({sysconfig.get_path(name)!r})\n" for name in ("purelib", "platlib")]
         (place / "here.pth").write_text("".join(dict.fromkeys(lines)), encoding="utf-8")
 

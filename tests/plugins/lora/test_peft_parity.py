@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.models import MODELS, NAMES, VOCABULARY, build, run
+from tests.plugins import parity
+from tests.plugins.parity import assert_same, fields_for, loaded_here, loaded_in_peft, perturb
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -27,133 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
-# Every field that changes plain LoRA, on models where it matters: (model, fields).
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"default-{name}": (name, {}) for name in NAMES},
-    "r": ("llama", {"r": 3}),
-    "alpha": ("llama", {"lora_alpha": 20}),
-    "rslora": ("llama", {"r": 4, "lora_alpha": 6, "use_rslora": True}),
-    "rank_pattern": ("bert", {"rank_pattern": {"layer.1.attention.self.query": 2, "value": 3, "quer.": 5}}),
-    "anchored_patterns": ("llama", {"rank_pattern": {"^model.layers.0.*": 3}, "alpha_pattern": {r".*\.q_proj": 2}}),
-    "alpha_pattern": ("gpt2", {"alpha_pattern": {"h.0.attn.c_attn": 32, "c_proj": 2}}),
-    "rslora_patterns": ("t5", {"use_rslora": True, "rank_pattern": {"q": 2}, "alpha_pattern": {"wo": 5}}),
-    "lora_bias": ("bert", {"lora_bias": True}),
-    "lora_bias-conv": ("convnet", {"lora_bias": True}),
-    "lora_bias-gpt2": ("gpt2", {"lora_bias": True}),
-    "bias_all": ("bert", {"bias": "all"}),
-    "bias_all-gpt2": ("gpt2", {"bias": "all"}),
-    "bias_all-convnet": ("convnet", {"bias": "all"}),
-    "bias_lora_only": ("bert", {"bias": "lora_only"}),
-    "bias_lora_only-convnet": ("convnet", {"bias": "lora_only"}),
-    "init_false": ("llama", {"init_lora_weights": False}),
-    "init_gaussian": ("gpt2", {"init_lora_weights": "gaussian"}),
-    "init_orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
-    "dropout": ("llama", {"lora_dropout": 0.5}),
-    "regex": ("bart", {"target_modules": r".*encoder\.layers\.1\..*\.(q_proj|fc1)"}),
-    "all_linear": ("llama", {"target_modules": "all-linear"}),
-    "all_linear-t5": ("t5", {"target_modules": "all-linear"}),
-    "all_linear-gpt2": ("gpt2", {"target_modules": "all-linear"}),
-    "default_targets": ("t5", {"target_modules": None}),
-    "layers": ("bart", {"layers_to_transform": [1], "layers_pattern": "layers"}),
-    "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]}),
-    "bias_all-head": ("bert", {"bias": "all", "modules_to_save": ["classifier"]}),
-    "bias_all-conv-head": ("convnet", {"bias": "all", "modules_to_save": ["head", "norm"]}),
-    **{
-        f"modules_to_save-{name}": (name, {"modules_to_save": [tiny.head]})
-        for name, tiny in MODELS.items()
-        if tiny.head and name != "embednet"  # see the test of names that end alike
-    },
-    **{
-        f"embedding-{name}": (name, {"target_modules": [tiny.embedding, tiny.targets[0]]})
-        for name, tiny in MODELS.items()
-        if tiny.embedding
-    },
-    "embedding-rslora": ("gemma3", {"target_modules": ["embed_tokens"], "use_rslora": True, "r": 4}),
-    "embedding-saved": ("llama", {"modules_to_save": ["embed_tokens"]}),
-    "lm_head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
-}
-every_case = pytest.mark.parametrize(("name", "fields"), CASES.values(), ids=CASES)
-
-
-def fields_for(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"target_modules": list(MODELS[name].targets), **fields}
-
-
-def perturb(parameters: Iterable[nn.Parameter]) -> None:
-    """As training would: every trained number moves."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def saved_by_peft(base: nn.Module, folder: Path, name: str, **fields: Any) -> Tensor:
-    """Train a PEFT adapter on `base`, save it, and give its outputs."""
-    torch.manual_seed(3)
-    model = peft.get_peft_model(base, peft.LoraConfig(**fields_for(name, fields))).eval()
-    perturb(p for p in model.parameters() if p.requires_grad)
-    model.save_pretrained(folder)
-    return run(model, name)
-
-
-def saved_by_us(base: nn.Module, folder: Path, name: str, **fields: Any) -> Tensor:
-    torch.manual_seed(3)
-    adapters = ak.attach(base)
-    adapters.add("mine", LoraConfig(**{"modules_to_save": None, **fields_for(name, fields)}))
-    perturb(adapters.parameters("mine"))
-    adapters.save("mine", folder)
-    return run(base, name)
-
-
-def loaded_here(base: nn.Module, folder: Path, name: str) -> Tensor:
-    report = ak.attach(base).load(folder, name="loaded")
-    assert report.ok
-    return run(base, name)
-
-
-def loaded_in_peft(base: nn.Module, folder: Path, name: str) -> Tensor:
-    return run(peft.PeftModel.from_pretrained(base, folder).eval(), name)
-
-
-def assert_same(found: Tensor, expected: Tensor, base: Tensor) -> None:
-    """The same outputs, and none of the bare model's."""
-    assert (expected - base).abs().max() > 1e-3, "the adapter changes nothing, so the test shows nothing"
-    # Starts from an SVD are the most sensitive: singular vectors turn by a rounding over the gap of their values.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-5)
-
-
-@every_case
-def test_what_peft_saves_gives_the_same_outputs_here(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    expected = saved_by_peft(build(name), tmp_path, name, **fields)
-    assert_same(loaded_here(build(name), tmp_path, name), expected, run(build(name), name))
-
-
-@every_case
-def test_what_is_saved_here_gives_the_same_outputs_in_peft(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    expected = saved_by_us(build(name), tmp_path, name, **fields)
-    assert_same(loaded_in_peft(build(name), tmp_path, name), expected, run(build(name), name))
-
-
-@every_case
-def test_what_is_saved_here_has_the_keys_and_shapes_of_pefts_file(
-    name: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
-    saved_by_us(build(name), tmp_path / "here", name, **fields)
-    saved_by_peft(build(name), tmp_path / "peft", name, **fields)
-    here, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("here", "peft"))
-    base = build(name).state_dict()
-    # Not ours to write: full embeddings, heads whose name merely ends alike, and biases of heads twice more
-    theirs = {k: v for k, v in theirs.items() if ".modules_to_save." not in k and ".original_module." not in k}
-    full = {k for k in theirs if _base_key(k) in base and not k.endswith("bias") and not _in_head(k, fields)}
-    assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in theirs.items() if k not in full}
-
-
-def _base_key(key: str) -> str:
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _in_head(key: str, fields: dict[str, Any]) -> bool:
-    return any(f".{head}." in key for head in fields.get("modules_to_save", ()))
+saved_by_peft = partial(parity.saved_by_peft, "lora")
+saved_by_us = partial(parity.saved_by_us, "lora")
 
 
 # PiSSA and OLoRA: PEFT changes the base, we do not
@@ -166,12 +43,12 @@ def test_an_unconverted_file_of_peft_is_computed_again_from_the_base(
     name: str, init: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     expected = saved_by_peft(build(name), tmp_path, name, r=4, init_lora_weights=init, **fields)
-    assert_same(loaded_here(build(name), tmp_path, name), expected, run(build(name), name))
+    assert_same(loaded_here(build(name), tmp_path, name), expected, name)
 
 
 def test_an_unconverted_pissa_file_of_peft_loads_on_conv1d(tmp_path: Path) -> None:
     expected = saved_by_peft(build("gpt2"), tmp_path, "gpt2", r=4, init_lora_weights="pissa")
-    assert_same(loaded_here(build("gpt2"), tmp_path, "gpt2"), expected, run(build("gpt2"), "gpt2"))
+    assert_same(loaded_here(build("gpt2"), tmp_path, "gpt2"), expected, "gpt2")
 
 
 def test_an_unconverted_file_of_randomised_pissa_is_refused(tmp_path: Path) -> None:
@@ -211,7 +88,7 @@ def test_a_converted_pissa_file_of_peft_loads_here(tmp_path: Path) -> None:
     perturb(p for p in model.parameters() if p.requires_grad)
     expected = run(model, "llama")
     model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert_same(loaded_here(build("llama"), tmp_path / "end", "llama"), expected, run(build("llama"), "llama"))
+    assert_same(loaded_here(build("llama"), tmp_path / "end", "llama"), expected, "llama")
 
 
 # Dtypes
@@ -241,12 +118,12 @@ def test_the_adapters_own_dtype_is_pefts(dtype: torch.dtype, tmp_path: Path) -> 
 
 def test_a_half_precision_file_acts_in_float32_as_in_peft(tmp_path: Path) -> None:
     model = peft.get_peft_model(
-        build("llama"), peft.LoraConfig(**fields_for("llama", {})), autocast_adapter_dtype=False
+        build("llama"), peft.LoraConfig(**fields_for("lora", "llama", {})), autocast_adapter_dtype=False
     )
     perturb(p for p in model.parameters() if p.requires_grad)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     expected = loaded_in_peft(build("llama"), tmp_path, "llama")
-    assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, run(build("llama"), "llama"))
+    assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, "llama")
 
 
 # Embeddings of a resized vocabulary
@@ -257,7 +134,7 @@ def test_embeddings_saved_after_resizing_the_vocabulary_act_here(name: str, tmp_
     model = build(name)
     model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
     torch.manual_seed(3)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields_for(name, {}))).eval()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields_for("lora", name, {}))).eval()
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_()
     perturb(p for p in wrapped.parameters() if p.requires_grad)
@@ -271,7 +148,7 @@ def test_embeddings_saved_after_resizing_the_vocabulary_act_here(name: str, tmp_
 def test_saved_embeddings_of_another_size_say_what_to_resize_to(tmp_path: Path) -> None:
     model = build("llama")
     model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields_for("llama", {})))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**fields_for("lora", "llama", {})))
     wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(ak.CheckpointError, match=rf"model\.resize_token_embeddings\({VOCABULARY + 3}\) first"):
         ak.attach(build("llama")).load(tmp_path, name="a")
@@ -369,20 +246,20 @@ def dense(model: nn.Module, path: str, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("path", ["dilated", "circular"])
 def test_padding_mode_and_dilation_which_peft_ignores_follow_the_merged_weight(path: str, tmp_path: Path) -> None:
     found = saved_by_us(build("convnet"), tmp_path, "convnet", target_modules=[path])
-    assert_same(found, run(dense(build("convnet"), path, tmp_path), "convnet"), run(build("convnet"), "convnet"))
+    assert_same(found, run(dense(build("convnet"), path, tmp_path), "convnet"), "convnet")
 
 
 def test_a_file_of_a_circular_convolution_acts_as_its_merged_weight_and_not_as_in_pefts_forward(tmp_path: Path) -> None:
     wrong = saved_by_peft(build("convnet"), tmp_path, "convnet", target_modules=["circular"])
     found = loaded_here(build("convnet"), tmp_path, "convnet")
     expected = run(dense(build("convnet"), "circular", tmp_path), "convnet")
-    assert_same(found, expected, run(build("convnet"), "convnet"))
+    assert_same(found, expected, "convnet")
     assert not torch.allclose(wrong, expected, atol=1e-4)
 
 
 def test_grouped_convolutions_whose_a_reads_all_channels_in_peft_act_as_there(tmp_path: Path) -> None:
     expected = saved_by_peft(build("convnet"), tmp_path, "convnet", target_modules=["grouped"])
-    assert_same(loaded_here(build("convnet"), tmp_path, "convnet"), expected, run(build("convnet"), "convnet"))
+    assert_same(loaded_here(build("convnet"), tmp_path, "convnet"), expected, "convnet")
 
 
 def test_grouped_convolutions_in_pefts_form_are_saved_in_that_form_again(tmp_path: Path) -> None:
@@ -391,12 +268,12 @@ def test_grouped_convolutions_in_pefts_form_are_saved_in_that_form_again(tmp_pat
     loaded_here(model, tmp_path / "peft", "convnet")
     ak.attach(model).save("loaded", tmp_path / "here")
     found = loaded_in_peft(build("convnet"), tmp_path / "here", "convnet")
-    assert_same(found, expected, run(build("convnet"), "convnet"))
+    assert_same(found, expected, "convnet")
 
 
 def test_our_grouped_convolutions_come_back_here_whatever_peft_reads(tmp_path: Path) -> None:
     expected = saved_by_us(build("convnet"), tmp_path, "convnet", target_modules=["grouped"])
-    assert_same(loaded_here(build("convnet"), tmp_path, "convnet"), expected, run(build("convnet"), "convnet"))
+    assert_same(loaded_here(build("convnet"), tmp_path, "convnet"), expected, "convnet")
 
 
 def test_exact_names_for_which_peft_ignores_layer_numbers_are_reported(tmp_path: Path) -> None:
@@ -410,7 +287,7 @@ def test_heads_that_peft_took_because_their_name_ends_like_an_entry_load_here(tm
     fields = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
     expected = saved_by_peft(build("embednet"), tmp_path, "embednet", **fields)
     model = build("embednet")
-    assert_same(loaded_here(model, tmp_path, "embednet"), expected, run(build("embednet"), "embednet"))
+    assert_same(loaded_here(model, tmp_path, "embednet"), expected, "embednet")
     assert ak.attach(model).status().rows[0].heads == ("overhead", "head")
 
 
@@ -426,4 +303,35 @@ def test_embedding_dropout_which_peft_ignores_acts_in_training() -> None:
 def test_layer_numbers_beside_a_regex_which_peft_refuses_are_written_as_it_can_read_them(tmp_path: Path) -> None:
     fields = {"target_modules": r".*\.(q_proj|fc1)", "layers_to_transform": {"encoder.layers": [-1]}}
     expected = saved_by_us(build("bart"), tmp_path, "bart", **fields)
-    assert_same(loaded_in_peft(build("bart"), tmp_path, "bart"), expected, run(build("bart"), "bart"))
+    assert_same(loaded_in_peft(build("bart"), tmp_path, "bart"), expected, "bart")
+
+
+class TwoNames(nn.Module):
+    """One layer under two paths, called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_file_of_peft_for_a_module_of_two_paths_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["first", "second"], init_lora_weights=False)
+    peft.get_peft_model(TwoNames(), config).save_pretrained(tmp_path)
+    with pytest.warns(
+        ak.AdapterWarning, match="'first' is one module with 'second', .* PEFT, .* adapts the first path"
+    ):
+        ak.attach(TwoNames()).load(tmp_path, "a")
+
+
+def test_own_file_for_a_module_of_two_paths_is_loaded_without_a_warning(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TwoNames()
+    adapters, other = ak.attach(copy.deepcopy(model)), ak.attach(model)
+    adapters.add("a", LoraConfig(target_modules=["first"], init_lora_weights=False))
+    other.load(adapters.save("a", tmp_path), "a")
+    x = torch.ones(2, 4)
+    torch.testing.assert_close(other.model(x), adapters.model(x))

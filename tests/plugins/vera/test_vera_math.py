@@ -1,4 +1,4 @@
-"""VeRA's mathematics against literal oracles in float64, and its shared projections: one copy, always."""
+"""VeRA's config, memory and shared projections: one copy, always."""
 
 from __future__ import annotations
 
@@ -14,47 +14,17 @@ from typing import Any
 import pytest
 import torch
 from tests.models import assert_same_outputs, build, run
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
+from tests.plugins.one_layer import kept_bytes, one
+from torch import nn
 
 import adapterkit as ak
-from adapterkit.contract import twin
-from adapterkit.forward import delta
-from adapterkit.forward.arithmetic import add
 from adapterkit_vera import VeraConfig, VeraLayer
 from adapterkit_vera.layer import projections
-
-LAYERS: dict[str, tuple[Any, Any]] = {
-    "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
-    "Conv1D": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
-    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), lambda: torch.randn(2, 4, 7)),
-    "Conv2d": (lambda: nn.Conv2d(3, 4, (2, 3), 2, padding=1, padding_mode="circular"), lambda: torch.randn(2, 3, 6, 6)),
-    "Conv3d": (lambda: nn.Conv3d(2, 3, 2, dilation=2), lambda: torch.randn(1, 2, 4, 4, 4)),
-    "Embedding": (lambda: nn.Embedding(7, 5), lambda: torch.randint(0, 7, (2, 3))),
-}
-every_layer = pytest.mark.parametrize("sort", LAYERS)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def one(layer: nn.Module) -> nn.Module:
-    """A model of one layer."""
-    return nn.Sequential(OrderedDict([("fc", layer)]))
-
-
-def adapted(sort: str, **fields: Any) -> tuple[Any, VeraLayer, Tensor]:
-    """A float64 model of one layer, its adapter layer with random values, and an input."""
-    make, inputs = LAYERS[sort]
-    model = one(make()).double().eval()
-    ak.attach(model).add("a", VeraConfig(**{"r": 4, "target_modules": ["fc"], **fields}))
-    randomise(model, "a")
-    layer: Any = model.get_submodule("fc.adapters.a")
-    x = inputs()
-    return model, layer, x.double() if x.is_floating_point() else x
 
 
 def randomise(model: nn.Module, *names: str) -> None:
@@ -63,94 +33,11 @@ def randomise(model: nn.Module, *names: str) -> None:
             nn.init.normal_(parameter)
 
 
-def oracle(layer: Any) -> Tensor:
-    """`diag(b) B diag(d) A`, element by element."""
-    up, down = (t.double() for t in layer.factors()[:2])
-    d, b = layer.vera_lambda_d.detach(), layer.vera_lambda_b.detach()
-    return torch.diag(b) @ up @ torch.diag(d) @ down
-
-
-@every_layer
-def test_the_factors_are_the_change_by_its_definition(sort: str) -> None:
-    _, layer, _ = adapted(sort)
-    found = ak.method("vera").factors(layer)
-    assert found is not None
-    assert found.rank == 4
-    torch.testing.assert_close(found.delta(), oracle(layer))
-
-
-@every_layer
-def test_the_output_is_that_of_the_changed_weight(sort: str) -> None:
-    model, layer, x = adapted(sort)
-    found = model(x)
-    with torch.no_grad():
-        inference = model(x)
-    delta = oracle(layer)
-    bare: Any = ak.attach(model).detach()
-    with torch.no_grad():
-        delta = delta.t() if sort in ("Conv1D", "Embedding") else delta.reshape(bare.fc.weight.shape)
-        bare.fc.weight.add_(delta)
-    torch.testing.assert_close(found, bare(x))
-    torch.testing.assert_close(inference, bare(x))
-
-
-@every_layer
-def test_gradients(sort: str) -> None:
-    model, layer, x = adapted(sort)
-    names = [name for name, _ in layer.named_parameters()]
-    assert names == ["vera_lambda_d", "vera_lambda_b"]
-    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
-    out = ak.attach(model).detach()(x).detach()
-
-    def call(given: Tensor, *parameters: Tensor) -> Tensor:
-        table = dict(zip(map(id, layer.parameters()), parameters, strict=True))
-        return add(twin(layer, lambda tensor: table.get(id(tensor), tensor)), out, given)
-
-    if x.is_floating_point():
-        assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True)
-    else:
-        assert torch.autograd.gradcheck(lambda *v: call(x, *v), values, fast_mode=True)
-
-
-@pytest.mark.parametrize("tokens", [2, 5])
-def test_its_second_derivative(tokens: int) -> None:
-    model, layer, _ = adapted("Linear")
-    x = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, *_: model(x), (x, *layer.parameters()))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_its_backward_under_gradient_checkpointing(reentrant: bool) -> None:
-    model, layer, x = adapted("Linear")
-    x.requires_grad_()
-    wanted = (x, layer.vera_lambda_d, layer.vera_lambda_b)
-    expected = torch.autograd.grad(model(x).square().sum(), wanted)
-    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
-    for tensor, grad in zip(wanted, expected, strict=True):
-        torch.testing.assert_close(tensor.grad, grad)
-
-
-def test_dropout_acts_on_the_input_in_training_only() -> None:
-    model, layer, _ = adapted("Linear", vera_dropout=0.5)
-    x = torch.ones(4000, 6, dtype=torch.float64)
-    whole = delta(layer, x)
-    assert torch.equal(delta(layer, x), whole)
-    model.train()
-    assert not torch.equal(delta(layer, x), delta(layer, x))
-    with torch.no_grad():
-        torch.testing.assert_close(delta(layer, x).mean(0), whole[0], rtol=0.3, atol=0.2)
-
-
-@every_layer
-@pytest.mark.parametrize("init", [True, False])
-def test_a_new_adapter_is_the_identity_unless_asked_otherwise(sort: str, init: bool) -> None:
-    make, inputs = LAYERS[sort]
-    model, x = one(make()), inputs()
-    before = model(x)
-    ak.attach(model).add("a", VeraConfig(r=3, target_modules=["fc"], init_weights=init, d_initial=0.3))
-    assert torch.equal(model(x), before) == init
-    layer: Any = model.get_submodule("fc.adapters.a")
-    assert bool((layer.vera_lambda_d == 0.3).all()) == init
+@pytest.mark.parametrize(("fields", "value"), [({}, 0.1), ({"d_initial": 0.3}, 0.3)])
+def test_d_starts_at_its_initial_value(fields: dict[str, Any], value: float) -> None:
+    model: Any = one(nn.Linear(6, 5))
+    ak.attach(model).add("a", VeraConfig(r=3, target_modules=["fc"], **fields))
+    assert bool((model.fc.adapters["a"].vera_lambda_d == value).all())
 
 
 @pytest.mark.parametrize(
@@ -168,23 +55,6 @@ def test_what_a_config_refuses(fields: dict[str, Any], message: str) -> None:
 
 
 # Memory
-
-
-def kept_bytes(step: Any, known: Any) -> int:
-    """What autograd keeps for the backward, the tensors in `known` apart."""
-    own = {t.untyped_storage().data_ptr() for t in known}
-    storages = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = step()
-    del out
-    return sum(s.nbytes() for s in storages.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -392,47 +262,3 @@ def test_a_model_on_the_meta_device_can_be_adapted() -> None:
     assert model(torch.empty(2, 4, device="meta")).shape == (2, 4)
     with pytest.raises(ak.AdapterError, match="meta device"):
         adapters.save("a", "unused")
-
-
-@every_layer
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_change_is_added_in_the_wider_dtype(sort: str, grad: bool) -> None:
-    model, layer, x = adapted(sort)
-    with torch.set_grad_enabled(grad):
-        out = type(model.fc).__base__.forward(model.fc, x)
-        torch.testing.assert_close(add(layer, out, x), out + delta(layer, x))
-        rough = add(layer, out.bfloat16(), x)
-    assert rough.dtype == torch.float64
-    torch.testing.assert_close(rough, out.bfloat16() + delta(layer, x))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_adding_in_one_pass_is_no_less_exact_than_adding_the_delta(dtype: torch.dtype) -> None:
-    model = one(nn.Linear(96, 128))
-    ak.attach(model).add("a", VeraConfig(r=16, target_modules=["fc"]))
-    randomise(model, "a")
-    layer: Any = model.fc.adapters["a"]
-    model.to(dtype)
-    x = torch.randn(300, 96, dtype=dtype)
-    out = nn.Linear.forward(model.fc, x)
-    up, down = (t.double() for t in layer.factors()[:2])
-    d, b = layer.vera_lambda_d.double(), layer.vera_lambda_b.double()
-    exact = out.double() + (((x.double() @ down.t()) * d) @ up.t()) * b
-    plain, found = ((y.double() - exact).norm() for y in (out + delta(layer, x), add(layer, out, x)))
-    assert found <= 1.02 * plain
-
-
-def test_functorch_differentiates_and_maps() -> None:
-    model, layer, x = adapted("Linear")
-    parameters = dict(layer.named_parameters())
-
-    def loss(given: Any, row: Tensor) -> Tensor:
-        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
-        return torch.func.functional_call(model, changed, (row,)).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for i, row in enumerate(x):
-        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
-        for value, gradient in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(value[i], gradient)

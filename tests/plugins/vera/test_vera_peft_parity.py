@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models import assert_same_outputs, build, inputs, run
-from torch import Tensor, nn
+from tests.plugins import parity
+from tests.plugins.parity import assert_same, perturb
+from torch import Tensor
 
 import adapterkit as ak
 from adapterkit_vera import VeraConfig
@@ -22,104 +23,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
-TARGETS = {
-    "bert": ["query", "value", "intermediate.dense"],
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "t5": ["q", "wo"],
-}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"default-{name}": (name, {}) for name in TARGETS},
-    **{f"derived-{name}": (name, {"save_projection": False}) for name in TARGETS},
-    "r": ("llama", {"r": 3}),
-    "key": ("llama", {"projection_prng_key": 1234, "r": 5}),
-    "key-derived": ("gpt2", {"projection_prng_key": 7, "save_projection": False, "r": 4}),
-    "dropout": ("bert", {"vera_dropout": 0.5}),
-    "d_initial": ("bert", {"d_initial": 0.7}),
-    "init_false": ("bert", {"init_weights": False}),
-    "bias_all": ("bert", {"bias": "all"}),
-    "bias_vera_only": ("bert", {"bias": "vera_only"}),
-    "bias_vera_only-gpt2": ("gpt2", {"bias": "vera_only", "save_projection": False}),
-    "regex": ("bert", {"target_modules": r".*layer\.1\..*\.(query|key)"}),
-    "all_linear": ("llama", {"target_modules": "all-linear"}),
-    "default_targets": ("llama", {"target_modules": None, "save_projection": False}),
-    "layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers", "save_projection": False}),
-    "modules_to_save": ("bert", {"modules_to_save": ["classifier"], "save_projection": False}),
-}
-every_case = pytest.mark.parametrize(("name", "fields"), CASES.values(), ids=CASES)
+
+def saved_by_us(folder: Path, name: str, **fields: Any) -> Tensor:
+    return parity.saved_by_us("vera", build(name), folder, name, **fields)
 
 
 def fields_for(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"target_modules": TARGETS[name], "r": 6, **fields}
-
-
-def perturb(parameters: Iterable[nn.Parameter]) -> None:
-    """As training would: every trained number moves."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def saved_by_peft(folder: Path, name: str, **fields: Any) -> Tensor:
-    torch.manual_seed(3)
-    model = peft.get_peft_model(build(name), peft.VeraConfig(**fields_for(name, fields))).eval()
-    perturb(p for p in model.parameters() if p.requires_grad)
-    model.save_pretrained(folder)
-    return run(model, name)
-
-
-def saved_by_us(folder: Path, name: str, **fields: Any) -> Tensor:
-    torch.manual_seed(3)
-    base = build(name)
-    adapters = ak.attach(base)
-    adapters.add("mine", VeraConfig(**{"modules_to_save": None, **fields_for(name, fields)}))
-    perturb(adapters.parameters("mine"))
-    adapters.save("mine", folder)
-    return run(base, name)
-
-
-def assert_same(found: Tensor, expected: Tensor, name: str) -> None:
-    """The same outputs, and none of the bare model's."""
-    assert (expected - run(build(name), name)).abs().max() > 1e-3, "the adapter changes nothing: nothing is shown"
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    return parity.fields_for("vera", name, fields)
 
 
 def in_peft(folder: Path, name: str) -> Tensor:
-    return run(peft.PeftModel.from_pretrained(build(name), folder).eval(), name)
-
-
-@every_case
-def test_what_peft_saves_gives_the_same_outputs_here(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    expected = saved_by_peft(tmp_path, name, **fields)
-    base = build(name)
-    report = ak.attach(base).load(tmp_path, name="loaded")
-    assert report.ok
-    assert report.exempt == (() if fields.get("save_projection", True) else ("vera_A", "vera_B"))
-    assert_same(run(base, name), expected, name)
-
-
-@every_case
-def test_what_is_saved_here_gives_the_same_outputs_in_peft(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    expected = saved_by_us(tmp_path, name, **fields)
-    assert_same(in_peft(tmp_path, name), expected, name)
-
-
-@every_case
-def test_files_have_the_keys_shapes_and_projections_of_pefts(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    saved_by_us(tmp_path / "here", name, **fields)
-    saved_by_peft(tmp_path / "peft", name, **fields)
-    ours, theirs = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("here", "peft"))
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    for key in ("base_model.vera_A", "base_model.vera_B"):
-        assert (key in ours) == fields.get("save_projection", True)
-        assert key not in ours or torch.equal(ours[key], theirs[key])
-    ours_json, theirs_json = (
-        json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("here", "peft")
-    )
-    assert ours_json.keys() <= theirs_json.keys()
-    own = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "bias", "init_weights")
-    assert {k: ours_json[k] for k in own} == {k: theirs_json[k] for k in own}
+    return parity.loaded_in_peft(build(name), folder, name)
 
 
 def test_fields_and_defaults_are_pefts() -> None:
@@ -147,7 +61,7 @@ def test_exclude_modules_reaches_peft_as_a_list_of_targets(targets: Any, exclude
     assert isinstance(written["target_modules"], list)
     assert_same(in_peft(tmp_path, "bert"), expected, "bert")
     base = build("bert")
-    ak.attach(base).load(tmp_path, "again")
+    assert ak.attach(base).load(tmp_path, "again").exempt == ("vera_A", "vera_B")
     assert_same_outputs(run(base, "bert"), expected)
 
 

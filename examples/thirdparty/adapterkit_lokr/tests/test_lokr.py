@@ -1,21 +1,18 @@
-"""The package's own tests: the kit, and what only LoKr does."""
+"""The package's own tests: the kit, and equality with PEFT's class."""
 
 import peft
 import pytest
 import torch
 from torch import nn
 
-import adapterkit as ak
 from adapterkit.testing import check_peft, parametrize_with_checks
-from adapterkit_lokr import LoKrConfig
-from adapterkit_lokr.layer import apply_kron, kron_factors, split
+from adapterkit_lokr import LoKrConfig, split
 
 
 @parametrize_with_checks(
     [
-        LoKrConfig(),
-        LoKrConfig(r=2, alpha=3, decompose_factor=2, init_weights="lycoris"),
-        LoKrConfig(r=1, decompose_both=True, use_effective_conv2d=True, init_weights=False, rank_dropout=0.2),
+        LoKrConfig(r=2, alpha=3, decompose_factor=2, init_weights="lycoris", module_dropout=0.1),
+        LoKrConfig(r=1, decompose_both=True, init_weights=False, rank_dropout=0.2, rank_dropout_scale=True),
     ]
 )
 def test_contract(check, config):
@@ -27,33 +24,22 @@ def test_split(number, factor, parts):
     assert split(number, factor) == parts
 
 
-def test_factors_and_forward_are_the_kronecker_product():
-    w1, up, down = torch.randn(2, 3), torch.randn(5, 2), torch.randn(2, 4)
-    dense = torch.kron(w1, up @ down)
-    torch.testing.assert_close(kron_factors(w1, (up, down)).delta(), dense)
-    torch.testing.assert_close(kron_factors(w1, up @ down).delta(), dense)
-    x = torch.randn(7, 12)
-    torch.testing.assert_close(apply_kron(x, w1, up @ down), x @ dense.T)
+FIELDS = [
+    {"r": 2, "alpha": 3},
+    {"r": 1, "decompose_both": True},
+    {"decompose_factor": 2, "rank_pattern": {"up": 2}},
+]
 
 
-@pytest.mark.parametrize(
-    "config", [LoKrConfig(r=2), LoKrConfig(r=1, decompose_both=True, use_effective_conv2d=True)], ids=["whole", "pairs"]
-)
-def test_files_alone_tell_the_layers(config, tmp_path):
-    model = nn.ModuleDict({"linear": nn.Linear(12, 20), "conv": nn.Conv2d(4, 6, 3)})
-    adapters = ak.attach(model)
-    adapters.add("a", config.replace(target_modules=["linear", "conv"]))
-    for parameter in adapters.parameters("a"):
-        nn.init.normal_(parameter)
-    adapters.save("a", tmp_path / "a")
-    shapes = {layer.path: layer.shape for layer in ak.inspect_adapter(tmp_path / "a").layers}
-    assert shapes == {"linear": (20, 12), "conv": (6, 36)}
-    ak.convert_file(tmp_path / "a", tmp_path / "lora")
-    found = ak.diff_adapters(tmp_path / "a", tmp_path / "lora")
-    assert found.same_function
-    assert adapters.load(tmp_path / "lora", name="lora").ok
-
-
-@pytest.mark.parametrize("fields", [{}, {"decompose_both": True}])
+@pytest.mark.parametrize("fields", FIELDS)
 def test_it_is_pefts(fields):
-    check_peft(LoKrConfig(r=2, alpha=3, **fields), peft.LoKrConfig(r=2, alpha=3, **fields))
+    check_peft(LoKrConfig(**fields), peft.LoKrConfig(**fields))
+
+
+def test_it_is_pefts_at_convolutions():
+    def model():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3, groups=2))
+
+    fields = {"target_modules": ["0", "1"], "r": 1}
+    check_peft(LoKrConfig(**fields), peft.LoKrConfig(**fields), model=model, inputs=torch.randn(2, 4, 7, 7))

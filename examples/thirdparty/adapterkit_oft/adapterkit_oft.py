@@ -1,0 +1,89 @@
+"""OFT, orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280): `W R^T`, R block-diagonal and orthogonal.
+
+Each block of R follows from a skew-symmetric matrix Q by Cayley's formula, `R = (I - Q) (I + Q)^-1`. Q starts at zero,
+so that a new adapter changes nothing. Files: PEFT's.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import adapterkit as ak
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(ak.AdapterConfig):
+    """`oft_block_size` is the side of the blocks, or `r` their number; the other one is 0."""
+
+    method = "oft"
+    not_implemented = {"coft": False, "eps": 6e-5, "module_dropout": 0.0}  # noqa: RUF012
+
+    r: int = 0
+    oft_block_size: int = 32
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    init_weights: bool = True
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Q is zero, or near it."""
+        return self.init_weights
+
+    def check(self) -> None:
+        """See `AdapterConfig.check`."""
+        if (self.r > 0) == (self.oft_block_size > 0):
+            raise ak.ConfigError(
+                f"One of r = {self.r} and oft_block_size = {self.oft_block_size} must be 0, the other not."
+            )
+
+
+class OFTLayer(ak.AdapterLayer):
+    """`oft_R.weight (blocks, side (side - 1) / 2)` has the entries of each Q above its diagonal."""
+
+    def setup(self, target: ak.Target, config: OFTConfig) -> None:
+        """The number or the side of the blocks is the divisor that is nearest to the one asked for."""
+        size, wanted = target.in_features, config.r or config.oft_block_size
+        nearest = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
+        self.side = size // nearest if config.r else nearest
+        rows = 1 if config.block_share else size // self.side
+        init = 0.0 if config.init_weights else partial(nn.init.normal_, std=0.1)
+        self.oft_R = ak.Holder(weight=target.new(rows, self.side * (self.side - 1) // 2, init=init))
+
+    def rotations(self) -> Tensor:
+        """The blocks of R; with `use_cayley_neumann` by `(I - Q)^-1 = I + Q + Q^2 + ...`, cut off as PEFT does."""
+        weight, terms = self.oft_R.weight, self.config.num_cayley_neumann_terms
+        upper = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        rows, columns = torch.triu_indices(self.side, self.side, 1, device=upper.device)
+        q = upper.new_zeros(len(upper), self.side, self.side)
+        q[:, rows, columns] = upper
+        q, one = q - q.mT, torch.eye(self.side).to(q)
+        if not self.config.use_cayley_neumann:
+            solved: Tensor = torch.linalg.solve(one + q, one - q, left=False)
+            return solved
+        total = power = one
+        for number in range(1, max(terms, 4) if terms > 2 else terms):
+            power = power @ q
+            total = total + (1 if number == max(terms, 4) - 1 else 2) * power
+        return total
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`W R^T`, block by block."""
+        parts = weight.unflatten(1, (-1, self.side))
+        turned = self.rotations().to(weight.dtype).expand(parts.shape[1], -1, -1)
+        return torch.einsum("onc,nkc->onk", parts, turned).flatten(1), bias
+
+
+class OFTPlugin(ak.Plugin):
+    """Linear layers alone: PEFT rotates the patches of a convolution, which no kernel of it does."""
+
+    config, layer, prefix = OFTConfig, OFTLayer, "oft_"
+
+    def inject(self, target: ak.Target, config: OFTConfig, shared: None) -> OFTLayer | None:
+        """`None` refuses the layer."""
+        return None if target.kind.lookup or len(target.kind.down_shape(1)) > 2 else OFTLayer(target, config)
+
+
+plugin = OFTPlugin()

@@ -1,0 +1,147 @@
+"""Files of LoRA, LoHa and VeRA against the real PEFT, both ways: the same outputs, keys and shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.models import MODELS, NAMES, build
+from tests.plugins.parity import TARGETS, assert_same, loaded_here, loaded_in_peft, saved_by_peft, saved_by_us
+
+pytestmark = [
+    # PEFT's remarks: it sets fan_in_fan_out for Conv1D, saves targeted embeddings, finds no bias to merge into.
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+# Every field that changes the numbers, on models where it matters: (model, fields).
+LORA: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"default-{name}": (name, {}) for name in NAMES},
+    "r": ("llama", {"r": 3}),
+    "alpha": ("llama", {"lora_alpha": 20}),
+    "rslora": ("llama", {"r": 4, "lora_alpha": 6, "use_rslora": True}),
+    "rank_pattern": ("bert", {"rank_pattern": {"layer.1.attention.self.query": 2, "value": 3, "quer.": 5}}),
+    "anchored_patterns": ("llama", {"rank_pattern": {"^model.layers.0.*": 3}, "alpha_pattern": {r".*\.q_proj": 2}}),
+    "alpha_pattern": ("gpt2", {"alpha_pattern": {"h.0.attn.c_attn": 32, "c_proj": 2}}),
+    "rslora_patterns": ("t5", {"use_rslora": True, "rank_pattern": {"q": 2}, "alpha_pattern": {"wo": 5}}),
+    "lora_bias": ("bert", {"lora_bias": True}),
+    "lora_bias-conv": ("convnet", {"lora_bias": True}),
+    "lora_bias-gpt2": ("gpt2", {"lora_bias": True}),
+    "bias_all": ("bert", {"bias": "all"}),
+    "bias_all-gpt2": ("gpt2", {"bias": "all"}),
+    "bias_all-convnet": ("convnet", {"bias": "all"}),
+    "bias_lora_only": ("bert", {"bias": "lora_only"}),
+    "bias_lora_only-convnet": ("convnet", {"bias": "lora_only"}),
+    "init_false": ("llama", {"init_lora_weights": False}),
+    "init_gaussian": ("gpt2", {"init_lora_weights": "gaussian"}),
+    "init_orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "dropout": ("llama", {"lora_dropout": 0.5}),
+    "regex": ("bart", {"target_modules": r".*encoder\.layers\.1\..*\.(q_proj|fc1)"}),
+    "all_linear": ("llama", {"target_modules": "all-linear"}),
+    "all_linear-t5": ("t5", {"target_modules": "all-linear"}),
+    "all_linear-gpt2": ("gpt2", {"target_modules": "all-linear"}),
+    "default_targets": ("t5", {"target_modules": None}),
+    "layers": ("bart", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]}),
+    "bias_all-head": ("bert", {"bias": "all", "modules_to_save": ["classifier"]}),
+    "bias_all-conv-head": ("convnet", {"bias": "all", "modules_to_save": ["head", "norm"]}),
+    **{
+        f"modules_to_save-{name}": (name, {"modules_to_save": [tiny.head]})
+        for name, tiny in MODELS.items()
+        if tiny.head and name != "embednet"  # see the test of names that end alike
+    },
+    **{
+        f"embedding-{name}": (name, {"target_modules": [tiny.embedding, tiny.targets[0]]})
+        for name, tiny in MODELS.items()
+        if tiny.embedding
+    },
+    "embedding-rslora": ("gemma3", {"target_modules": ["embed_tokens"], "use_rslora": True, "r": 4}),
+    "embedding-saved": ("llama", {"modules_to_save": ["embed_tokens"]}),
+    "lm_head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+}
+LOHA: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"default-{name}": (name, {}) for name in TARGETS["loha"]},
+    "r": ("bert", {"r": 3}),
+    "alpha": ("bert", {"alpha": 20}),
+    "rank_pattern": ("bert", {"rank_pattern": {"layer.1.attention.self.query": 2, "value": 3}}),
+    "alpha_pattern": ("llama", {"alpha_pattern": {"q_proj": 32, "^model.layers.1.self_attn.v_proj": 2}}),
+    "effective": ("convnet", {"use_effective_conv2d": True}),
+    "effective-patterns": ("convnet", {"use_effective_conv2d": True, "rank_pattern": {"conv2d": 2, "conv1d": 3}}),
+    "effective-kernel-1": ("vit", {"use_effective_conv2d": True, "target_modules": ["projection", "q_proj"]}),
+    "rank_dropout": ("bert", {"rank_dropout": 0.5}),
+    "module_dropout": ("bert", {"module_dropout": 0.5}),
+    "init_false": ("bert", {"init_weights": False}),
+    "regex": ("bert", {"target_modules": r".*layer\.1\..*\.(query|key)"}),
+    "all_linear": ("llama", {"target_modules": "all-linear"}),
+    "default_targets": ("llama", {"target_modules": None}),
+    "excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]}),
+    "layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "modules_to_save": ("bert", {"modules_to_save": ["classifier"]}),
+    "modules_to_save-conv": ("convnet", {"modules_to_save": ["head", "norm"], "use_effective_conv2d": True}),
+}
+VERA: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"default-{name}": (name, {}) for name in TARGETS["vera"]},
+    **{f"derived-{name}": (name, {"save_projection": False}) for name in TARGETS["vera"]},
+    "r": ("llama", {"r": 3}),
+    "key": ("llama", {"projection_prng_key": 1234, "r": 5}),
+    "key-derived": ("gpt2", {"projection_prng_key": 7, "save_projection": False, "r": 4}),
+    "dropout": ("bert", {"vera_dropout": 0.5}),
+    "d_initial": ("bert", {"d_initial": 0.7}),
+    "init_false": ("bert", {"init_weights": False}),
+    "bias_all": ("bert", {"bias": "all"}),
+    "bias_vera_only": ("bert", {"bias": "vera_only"}),
+    "bias_vera_only-gpt2": ("gpt2", {"bias": "vera_only", "save_projection": False}),
+    "regex": ("bert", {"target_modules": r".*layer\.1\..*\.(query|key)"}),
+    "all_linear": ("llama", {"target_modules": "all-linear"}),
+    "default_targets": ("llama", {"target_modules": None, "save_projection": False}),
+    "layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers", "save_projection": False}),
+    "modules_to_save": ("bert", {"modules_to_save": ["classifier"], "save_projection": False}),
+}
+CASES = [
+    pytest.param(method, *case, id=f"{method}-{name}")
+    for method, cases in (("lora", LORA), ("loha", LOHA), ("vera", VERA))
+    for name, case in cases.items()
+]
+
+
+@pytest.mark.parametrize(("method", "name", "fields"), CASES)
+def test_files_are_pefts_both_ways(method: str, name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs = saved_by_peft(method, build(name), tmp_path / "peft", name, **fields)
+    ours = saved_by_us(method, build(name), tmp_path / "here", name, **fields)
+    assert_same(loaded_here(build(name), tmp_path / "peft", name), theirs, name)
+    assert_same(loaded_in_peft(build(name), tmp_path / "here", name), ours, name)
+
+    here, there = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("here", "peft"))
+    base = build(name).state_dict()
+    # Not ours to write: full embeddings, heads whose name merely ends alike, and biases of heads twice more
+    there = {k: v for k, v in there.items() if ".modules_to_save." not in k and ".original_module." not in k}
+    full = {k for k in there if _base_key(k) in base and not k.endswith("bias") and not _in_head(k, fields)}
+    assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in there.items() if k not in full}
+    assert all(torch.equal(here[k], there[k]) for k in here if k.startswith("base_model.vera_"))
+
+    config, expected = (
+        json.loads((tmp_path / side / "adapter_config.json").read_text(encoding="utf-8")) for side in ("here", "peft")
+    )
+    assert config.keys() <= expected.keys()
+    others = (
+        "target_modules",
+        "modules_to_save",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layers_to_transform",
+        "layers_pattern",
+    )
+    own = [k for k in config if k not in others and k not in ("inference_mode", "peft_version")]
+    assert {k: config[k] for k in own} == {k: expected[k] for k in own}
+
+
+def _base_key(key: str) -> str:
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _in_head(key: str, fields: dict[str, Any]) -> bool:
+    return any(f".{head}." in key for head in fields.get("modules_to_save", ()))
