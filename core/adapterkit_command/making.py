@@ -231,25 +231,13 @@ def extract(  # noqa: PLR0913 - one parameter an option
     At each layer the adapter is the best approximation of the change with the given rank or energy. One layer is in
     memory at a time.
     """
+    options = dict(locals())
+    layers = arguments.modules(target_modules, options.pop("target_regex"))
     heads = arguments.names(modules_to_save)
-    layers = arguments.modules(target_modules, target_regex)
-    chosen = {
-        "target_modules": "all-linear" if layers is None else layers,
-        "exclude_modules": arguments.names(exclude_modules),
-        "modules_to_save": "auto" if heads is None else None if heads == ["none"] else heads,
-    }
-    return made(
-        "extract_files",
-        base=base,
-        tuned=tuned,
-        out=out,
-        rank=rank,
-        energy=energy,
-        to=to,
-        dtype=dtype,
-        overwrite=overwrite,
-        **chosen,
-    )
+    options["target_modules"] = "all-linear" if layers is None else layers
+    options["exclude_modules"] = arguments.names(exclude_modules)
+    options["modules_to_save"] = "auto" if heads is None else None if heads == ["none"] else heads
+    return made("extract_files", **options)
 
 
 _NEXT = """written: {folder}

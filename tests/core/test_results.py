@@ -10,7 +10,7 @@ import adapterkit as ak
 from adapterkit.results import AdapterStatus, Mismatch, Printed, brief
 
 HALF = AdapterStatus("a", "lora", 2, ("head",), 1234, ("float32",), ("cpu",), True, True, False, ("odd",), 200)
-WHOLE = AdapterStatus("b", "vera", 12, (), 5, ("float32", "float16"), ("cpu",), False, False, True)
+WHOLE = AdapterStatus("b", "vera", 12, (), 5, ("float32", "float16"), ("cpu",), False, True, True, (), 5)
 RECORDS: dict[str, tuple[Printed, list[str]]] = {
     "add": (
         ak.AddReport("a", ("p", "q"), ("head",), 1000, 8000, ("target_modules 'x'",), ("take care",)),
@@ -52,7 +52,7 @@ RECORDS: dict[str, tuple[Printed, list[str]]] = {
         [
             "adapter  method  layers  heads  parameters  dtype             device  active  trainable  merged",
             "a        lora    2       head   1,234       float32           cpu     yes     200        no",
-            "b        vera    12      -      5           float32, float16  cpu     no      no         yes",
+            "b        vera    12      -      5           float32, float16  cpu     no      yes        yes",
             "a: odd",
         ],
     ),

@@ -38,13 +38,7 @@ class Report:
 
     @classmethod
     def of(cls, sources: Sequence[AdapterFinding], title: str | None = None) -> Report:
-        """Measure the sources. The page is drawn when it is first asked for.
-
-        Raises:
-            ConfigError: there is no source, or two sources have one name.
-            StateError: a source has values that are not finite, or that are on the meta device.
-            UnsupportedError: matplotlib is not installed.
-        """
+        """Measure the sources; the errors are those of `write_report`. The page is drawn when it is first asked for."""
         if find_spec("matplotlib") is None:
             raise UnsupportedError(
                 "A report draws its curves with matplotlib, which is not installed: pip install 'adapterkit[report]'."
@@ -117,9 +111,9 @@ def write_report(
         title: the title of the page.
 
     Raises:
-        ConfigError: there is no source, or the number of names differs from the number of adapters.
+        ConfigError: there is no source, two have one name, or there are more or fewer names than adapters.
         CheckpointError: a source is not an adapter, is damaged, or does not tell the sizes of its layers.
-        StateError: a source has values that are not finite.
+        StateError: a source has values that are not finite, or that are on the meta device.
         UnsupportedError: matplotlib is not installed (the extra `report`).
         SaveError: the page cannot be written.
     """
