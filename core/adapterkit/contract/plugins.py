@@ -107,15 +107,6 @@ def manager_of(plugin: object, who: str) -> pluggy.PluginManager:
     """
     if getattr(plugin, "__hash__", None) is None:
         raise PluginError(f"{who}: a plugin must be hashable, as modules are, not a {type(plugin).__name__}.")
-    check_hooks(plugin, who)
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin)
-    return manager
-
-
-def check_hooks(plugin: object, who: str) -> None:
-    """Raise `PluginError` for a hook that does not exist, or whose arguments or annotations contradict its spec's."""
     marked = {name for name, *_ in implementations(plugin)}
     for name in hookspecs.names():
         if name not in marked and inspect.isroutine(getattr(plugin, name, None)):
@@ -137,9 +128,12 @@ def check_hooks(plugin: object, who: str) -> None:
         for argument in theirs.keys() & ours.keys() - ({"return"} if wraps else set()):
             if not _agree(theirs[argument], ours[argument]):
                 what = "returns" if argument == "return" else f"takes {argument} as"
-                raise PluginError(
-                    f"{who}: hook {hook} {what} {_shown(theirs[argument])}; the spec says {_shown(ours[argument])}."
-                )
+                given, wanted = (getattr(h, "__name__", h) for h in (theirs[argument], ours[argument]))
+                raise PluginError(f"{who}: hook {hook} {what} {given}; the spec says {wanted}.")
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin)
+    return manager
 
 
 def implementations(plugin: object) -> Iterator[tuple[str, str, Any, bool]]:
@@ -179,7 +173,3 @@ def _agree(theirs: Any, ours: Any) -> bool:
     """Whether one value may have both annotations: a class of one is a class of the other, or a subclass."""
     one, other = _classes(theirs), _classes(ours)
     return not (one and other) or any(issubclass(a, b) or issubclass(b, a) for a in one for b in other)
-
-
-def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
