@@ -19,21 +19,9 @@ GOOD: dict[str, dict[str, Any]] = {m: {"r": 2, "target_modules": ["layers.0", "c
 GOOD["vera"]["target_modules"] = ["layers.0", "layers.1"]
 MORE: list[Any] = [
     *(("layers.0",), {"layers.0"}, object(), b"layers.0", range(3), torch.tensor(2), torch.float32, int, lambda: 1),
-    *(
-        0.1,
-        0.999,
-        1.0,
-        4,
-        "gaussian",
-        "pissa",
-        "olora",
-        "lora_only",
-        r"layers\.\d",
-        "layers",
-        {"layers.0": 1},
-        {"conv": 0.5},
-    ),
-    *("orthogonal", "eva", "pissa_niter_2", "pissa_niter_0", ["head"], ["norm"], ["embed"], [0], [5], "SEQ_CLS"),
+    *(0.1, 0.999, 1.0, 4, "gaussian", "pissa", "olora", "lora_only", r"layers\.\d", "layers", {"layers.0": 1}),
+    *({"conv": 0.5}, "orthogonal", "eva", "pissa_niter_2", "pissa_niter_0", ["head"], ["norm"], ["embed"], [0]),
+    *([5], "SEQ_CLS"),
 ]
 
 
