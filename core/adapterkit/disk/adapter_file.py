@@ -96,9 +96,6 @@ class AdapterContent:
 
         Args:
             fields: of its config.
-
-        Raises:
-            UnsupportedError: the method cannot express some of the changes.
         """
         config, tensors = to_method(changes, method)
         builder = LayerBuilder(method, config)
@@ -131,9 +128,6 @@ class AdapterContent:
         Args:
             dtype: what all but the heads is written in; `None`: in its own.
             release: called after each tensor; frees the memory of what was mapped.
-
-        Raises:
-            SaveError: it cannot be written there; what was there is untouched.
         """
         heads = {file_key(beside(path, self.kinds), local) for path, held in self.heads.items() for local in held}
         config, tensors = self.in_file()
@@ -424,11 +418,7 @@ def _of_base(
 def _foreign(
     files: AdapterFiles, base: Base | None, part: str | None, keep_names: bool
 ) -> tuple[Method, AdapterConfig, dict[str, LayerKind], dict[str, Tensor], set[str]]:
-    """Another program's file as an adapter folder would hold it, and the keys that are for other models.
-
-    Raises:
-        CheckpointError: no method knows it, it is for several models, or its names do not tell the layers' paths.
-    """
+    """Another program's file as an adapter folder would hold it, and the keys that are for other models."""
     check_foreign(files.tensors, files.folder)
     tensors = of_component(files.tensors, part)
     if base is None:

@@ -116,11 +116,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
+    """The JSON object in a file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -205,12 +205,7 @@ class _Source:
 
 
 def _sources(adapters: Sources) -> list[_Source]:
-    """The adapters that a caller named, found, and each with a name of its own.
-
-    Raises:
-        ConfigError: none, or a weight that is no number.
-        CheckpointError: one that is not there.
-    """
+    """The adapters that a caller named, found, and each with a name of its own."""
     if isinstance(adapters, str | Path):
         adapters = [adapters]
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
@@ -236,11 +231,7 @@ def _sources(adapters: Sources) -> list[_Source]:
 def _changes(
     base: MappedModel, sources: Sequence[_Source], *, untie: bool, heads: str | None, component: str | None, safe: bool
 ) -> tuple[list[Change], list[Adapter]]:
-    """What the adapters change in the base's modules, as a merge in memory finds it, and the adapters whose heads act.
-
-    Raises:
-        CheckpointError, UnsupportedError, StateError, ConfigError: see `merge_checkpoint`.
-    """
+    """What the adapters change in the base's modules, as a merge in memory finds it, and those whose heads act."""
     adapters = []
     for source in sources:
         given: dict[str, Any] = {"strict": True, "dtype": None, "component": component, "device": torch.device("cpu")}
@@ -269,11 +260,7 @@ def _changes(
 def _new_values(
     base: MappedModel, changes: Sequence[Change], acting: Sequence[Adapter]
 ) -> tuple[dict[str, Merge | torch.Tensor], set[str]]:
-    """The new value of each key of the model that changes, and the keys that are no longer tied to an unchanged one.
-
-    Raises:
-        UnsupportedError, CheckpointError: the files do not hold a tensor that is needed.
-    """
+    """The new value of each key of the model that changes, and the keys that are no longer tied to an unchanged one."""
     values: dict[str, Merge | torch.Tensor] = {}
     modules = BaseModules(base.model)
     for change in changes:
@@ -296,11 +283,7 @@ def _new_values(
 
 
 def _parting(model: Any, parted: set[str]) -> Parting | None:
-    """What the config must say, because these keys are no longer tied.
-
-    Raises:
-        UnsupportedError: the config cannot say it.
-    """
+    """What the config must say, because these keys are no longer tied."""
     if not parted:
         return None
     parting = Parting.of(model, parted)
@@ -318,9 +301,6 @@ def _origins(
     """Where tensors of the output come from that are not simply the base's, and what of the model is in no file.
 
     Of tied tensors the files need to hold one, except where the config no longer says that they are tied (`freed`).
-
-    Raises:
-        UnsupportedError: transformers would not find a tensor that is added.
     """
     entries, in_file = base.checkpoint.entries, base.in_file
     apart = {key for tie in freed for key in (tie.target, tie.source)}
@@ -352,11 +332,7 @@ def _origins(
 def _new_config(
     path: Path, model: Any, architecture: str | None, acting: Sequence[Adapter], parting: Parting | None
 ) -> dict[str, bytes]:
-    """The content of the output's config by its name, if it is not the base's.
-
-    Raises:
-        CheckpointError: the base's config is no JSON object.
-    """
+    """The content of the output's config by its name, if it is not the base's."""
     if not path.exists():
         return {}
     config = read_object(path)

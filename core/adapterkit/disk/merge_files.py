@@ -150,12 +150,7 @@ class Output:
     def write(
         self, *, safe: bool, resume: bool, overwrite: bool, progress: Progress | None
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Write it; the files that an earlier run had finished, and files of the base that are not copied.
-
-        Raises:
-            SaveError: it cannot be written, or there is no room for it.
-            StateError: another run on this output, another job to be resumed, or, with `safe`, values not finite.
-        """
+        """Write it; the files that an earlier run had finished, and files of the base that are not copied."""
         kept = ""
         try:
             with held(self.out) as partial:
@@ -281,12 +276,7 @@ def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[Path]:
-    """The folder in which an output grows, made if need be, for this process alone (not on Windows).
-
-    Raises:
-        StateError: another process merges into the same output.
-        SaveError: something else is there.
-    """
+    """The folder in which an output grows, made if need be, for this process alone (not on Windows)."""
     folder = out.with_name(f".{out.name}.partial")
     ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not ours):
@@ -307,9 +297,6 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
     """Empty the folder, or with `resume` keep the files that are finished, up to the first that is not; their names.
 
     The manifest is written first: it says what the files are made of.
-
-    Raises:
-        StateError: the folder was begun with other inputs.
     """
     path, done, inputs = folder / MANIFEST, [], json.loads(json.dumps(output.inputs))
     if resume and path.is_file():
@@ -341,11 +328,7 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the folder the output's name, in one step.
-
-    Raises:
-        SaveError: there is something of that name now.
-    """
+    """Give the folder the output's name, in one step."""
     if out.exists() and overwrite:
         if not exchange(folder, out):  # where folders cannot change places there is a moment with neither
             old = out.with_name(f".{out.name}.old")

@@ -227,11 +227,7 @@ class MappedModel:
         return name
 
     def module(self, path: str) -> nn.Module:
-        """A module in which every parameter has a value.
-
-        Raises:
-            UnsupportedError, CheckpointError: see `held_as`.
-        """
+        """A module in which every parameter has a value."""
         module = self.model.get_submodule(path)
         for name, _ in module.named_parameters():
             self.held_as(f"{path}.{name}")
@@ -273,11 +269,7 @@ class Base:
                 yield self.model.get_submodule(candidate)
 
     def kind(self, path: str) -> LayerKind:
-        """What a layer is.
-
-        Raises:
-            CheckpointError: there is none of that path that can hold an adapter.
-        """
+        """What a layer is."""
         found = next(filter(None, map(default_registry.kind_of, self.modules(path))), None)
         if found is None:
             raise CheckpointError(
@@ -286,11 +278,7 @@ class Base:
         return found
 
     def parameter(self, path: str, name: str) -> Tensor | None:
-        """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights.
-
-        Raises:
-            CheckpointError: the folder's weights are damaged.
-        """
+        """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights."""
         if self.folder is not None and weights_in(self.folder) is not None:
             MappedModel(self.model, Checkpoint.open(self.folder))
             self.folder = None
