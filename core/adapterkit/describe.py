@@ -145,8 +145,7 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
         return MethodInfo(name, package, version, error=str(error))
     path, layer = f"{config.__module__}.{config.__qualname__}", getattr(method.plugin, "layer", AdapterLayer)
     prefixes = " ".join((prefix,) if isinstance(prefix, str) else prefix)
-    combines = hasattr(layer, "factors")
-    merges = combines or layer.merged is not AdapterLayer.merged
+    merges, combines = layer.merged is not AdapterLayer.merged, hasattr(layer, "factors")
     return MethodInfo(name, package, version, path, prefixes, method.hooks, merges, combines)
 
 

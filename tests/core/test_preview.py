@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,35 @@ def test_what_was_left_out_has_its_reason_once() -> None:
     assert "matched nothing: target_modules 'nothing'" in str(seen)
 
 
+class SharedConfig(ak.AdapterConfig):
+    method = "half_shared"
+
+
+class SharedLayer(ak.LowRankLayer):
+    def setup(self, target: ak.Target, config: ak.AdapterConfig) -> None:
+        self.half_shared_up = target.new(target.out_features, 1)
+
+    def factors(self) -> ak.Factors:
+        return ak.Factors(self.half_shared_up, self.shared.half_shared_down[:, : self.kind.in_features])
+
+
+class SharedDown(ak.Shared):
+    def setup(self, targets: Sequence[ak.Target], config: ak.AdapterConfig, root: ak.Target) -> None:
+        self.half_shared_down = root.new(1, max(target.in_features for target in targets), init=1.0)
+
+
+def test_trained_tensors_that_all_layers_share_are_counted_once() -> None:
+    ak.register(ak.plugin(SharedConfig, SharedLayer, prefix="half_shared_", shared=SharedDown))
+    try:
+        model = build("bert")
+        seen = ak.preview(model, SharedConfig(target_modules=["query"], modules_to_save=None))
+        report = ak.attach(model).add("a", SharedConfig(target_modules=["query"], modules_to_save=None))
+    finally:
+        ak.default_registry.unregister("half_shared")
+    assert (seen.shared, seen.parameters) == (16, 2 * 16 + 16) == (16, report.parameters)
+    assert "shared by all layers: 16 parameters" in str(seen)
+
+
 @pytest.mark.parametrize(
     ("texts", "merged"),
     [
@@ -111,6 +141,8 @@ def test_read_config_gives_what_was_saved(tmp_path: Path) -> None:
     assert isinstance(read, LoraConfig)
     assert (read.r, read.target_modules, read.modules_to_save) == (3, ("query",), ("classifier",))
     assert ak.read_config(str(tmp_path / "a" / "adapter_config.json")) == read
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["query"]}')
+    assert ak.read_config(tmp_path).modules_to_save is None  # in a file, no heads are named
 
 
 NO_CONFIGS: dict[str, tuple[Any, str]] = {
