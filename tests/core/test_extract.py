@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from tests import oracles
-from tests.combining import deltas, nothing_changes, same
+from tests.combining import adapted, deltas, nothing_changes, same
 from tests.models import MODELS, build, run
 from torch import Tensor, nn
 
@@ -26,14 +26,13 @@ EVERYTHING = {
 }
 
 
-def tuned(model: nn.Module, scale: float = 0.1, biases: bool = False) -> nn.Module:
+@torch.no_grad()
+def tuned(model: nn.Module) -> nn.Module:
     """A full fine-tune: every weight matrix changed."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            if parameter.dim() > 1 or biases:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
+    for parameter in other.parameters():
+        if parameter.dim() > 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
     return other
 
 
@@ -55,25 +54,18 @@ def test_every_layer_gets_the_best_of_its_rank(name: str, dtype: torch.dtype) ->
     adapters = ak.attach(base)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4  # the difference of two bfloat16 is exact in float32
     exact = differences(base.double(), other.double(), report.ranks)
-    same(deltas(adapters, "extracted"), {p: oracles.best(d, 2) for p, d in exact.items()}, tolerance)
-    for path, delta in exact.items():
-        left_out = float((delta - oracles.best(delta, 2)).norm() / delta.norm())
-        assert report.errors[path] == pytest.approx(left_out, abs=1e-4)
+    best = {path: oracles.best(delta, 2) for path, delta in exact.items()}
+    same(deltas(adapters, "extracted"), best, tolerance)
+    left_out = {path: float((delta - best[path]).norm() / delta.norm()) for path, delta in exact.items()}
+    assert report.errors == pytest.approx(left_out, abs=1e-4)
     report = ak.extract(base, other, energy=0.5, target_modules=EVERYTHING[name], modules_to_save=None, name="half")
     assert report.ranks == {path: oracles.rank_for(delta, 0.5) for path, delta in exact.items()}
 
 
 def test_a_merged_adapter_is_found_again_exactly(tmp_path: Path) -> None:
-    base = build("bert").double()
-    source = copy.deepcopy(base)
-    adapters = ak.attach(source)
-    adapters.add("a", LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, lora_bias=True))
-    with torch.no_grad():
-        for name, parameter in adapters.named_parameters("a"):
-            if "bias" in name:
-                parameter.normal_()
-    merged = adapters.merge_and_detach("a")
-    report = ak.extract(base, merged, rank=2, target_modules=["query", "value"], name="again")
+    base, targets = build("bert").double(), ["query", "value"]
+    merged = adapted(copy.deepcopy(base), {"a": {"r": 2, "lora_bias": True}}, targets).merge_and_detach("a")
+    report = ak.extract(base, merged, rank=2, target_modules=targets, name="again")
     assert max(report.errors.values()) < 1e-10
     ak.attach(base).activate("again", trainable=False)
     torch.testing.assert_close(run(base, "bert"), run(merged, "bert"))
