@@ -70,9 +70,10 @@ class Conv(LayerKind):
 
     def changed(self, module: nn.Module) -> str | None:
         """See `LayerKind.changed`: another stride, padding, dilation or number of groups."""
-        m: Any = module
+        m: Any = module  # without `of`, which cannot be compiled, as long as nothing has changed
         known = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        if not self.pad and (m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == known:
+        as_known = (m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == known
+        if as_known and (not self.pad or tuple(m._reversed_padding_repeated_twice) == self.pad):
             return None
         now = self.of(module)
         for name, what in _GEOMETRY.items() if now is not None and now != self else ():
