@@ -64,7 +64,7 @@ def apart(value: Tensor, taken: set[int]) -> Tensor:
 
 
 def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
-    """Copy tensors into parameters and buffers of their shapes that are in use.
+    """Copy tensors into parameters and buffers of their shapes that are in use, all or none.
 
     Raises:
         StateError: one of them is offloaded by accelerate. Nothing is written then.
@@ -77,9 +77,13 @@ def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
                 "offload the model then, or load it under another name."
             )
     taken: set[int] = set()
+    ready: list[tuple[Slot, Tensor]] = []
+    for slot, tensor in zip(slots, given, strict=True):  # what may fail, as memory may be full, comes before any write
+        own = slot.tensor
+        ready.append((slot, apart(tensor.to(own.dtype).contiguous(), taken) if own.is_meta else tensor.to(own)))
     with torch.no_grad(), uninterrupted():
-        for slot, tensor in zip(slots, given, strict=True):
+        for slot, tensor in ready:
             if slot.tensor.is_meta:
-                slot.assign(apart(tensor.to(slot.tensor.dtype).contiguous(), taken))
+                slot.assign(tensor)
             else:
                 slot.tensor.copy_(tensor)
