@@ -231,6 +231,13 @@ def test_load_state_dict_that_does_not_fit_changes_nothing(model: nn.Module, fol
         adapters.load_state_dict("x", tensors)
     with pytest.warns(ak.AdapterWarning):
         assert adapters.load_state_dict("x", tensors, strict=False).missing == ("head.bias",)
+    for wrong, text in (
+        ([1], "is a mapping from names to tensors, not a list"),
+        ({"a": 1}, "at 'a' there is a int"),
+        ({key: value.to("meta") for key, value in tensors.items()}, "has no values of .*: it is on the meta device"),
+    ):
+        with unchanged(model), pytest.raises(ak.CheckpointError, match=text):
+            adapters.load_state_dict("x", wrong)
 
 
 @pytest.mark.parametrize(
