@@ -210,7 +210,10 @@ def test_files_beside_the_weights_are_copied_but_for_other_weights_and_adapters(
     shutil.copytree(tmp_path / "a", base / "an adapter")
     (base / "README.md").symlink_to(base / "vocab.txt")
     (base / "linked").symlink_to(tmp_path)
+    for folder in (base, base / "1_Pooling"):
+        folder.chmod(0o555)  # which the output does not take over
     report = ak.merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
+    assert all((tmp_path / "out" / name).stat().st_mode & 0o200 for name in ("", "1_Pooling"))
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
     kept = ["1_Pooling/config.json", "README.md", "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
     assert names == sorted([*kept, "adapterkit_merge.json"])

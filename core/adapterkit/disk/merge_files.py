@@ -253,21 +253,22 @@ def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
 
     Those are weights, of this and of other formats, adapters, hidden files, and folders behind links.
     """
-    left: list[str] = []
-
-    def leave_out(place: str, names: list[str]) -> set[str]:
-        paths = [Path(place) / name for name in names if Path(place) != base or name not in made]
-        found = [p for p in paths if p.name.startswith(".") or p.name.endswith(_WEIGHTS) or p.name == CONFIG_FILE]
-        found += [p for p in paths if p.is_dir() and (p.is_symlink() or (p / CONFIG_FILE).exists()) and p not in found]
-        left.extend(path.relative_to(base).as_posix() for path in found)
-        return {path.name for path in found} | (made if Path(place) == base else set())
-
-    def copy(source: str, target: str) -> None:
-        shutil.copyfile(source, target)
-        with Path(target).open("rb") as file:
-            os.fsync(file.fileno())
-
-    shutil.copytree(base, folder, ignore=leave_out, copy_function=copy, dirs_exist_ok=True)
+    left, folders = [], [base]
+    for inside in folders:
+        for path in sorted(inside.iterdir()):
+            name = path.relative_to(base).as_posix()
+            closed = path.is_dir() and (path.is_symlink() or (path / CONFIG_FILE).exists())
+            if name in made:
+                continue
+            if closed or path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name == CONFIG_FILE:
+                left.append(name)
+            elif path.is_dir():
+                folders.append(path)
+            else:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+                with (folder / name).open("rb") as file:
+                    os.fsync(file.fileno())
     return tuple(sorted(left))
 
 
@@ -318,7 +319,7 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
                 break
             done.append(name)
     for old in folder.iterdir():
-        if old.name not in (LOCK, *done):
+        if old.name not in (LOCK, *done, MANIFEST if done else LOCK):
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
     manifest = {"base": str(output.base), "inputs": inputs, "files": sizes}
