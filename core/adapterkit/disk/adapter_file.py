@@ -189,7 +189,7 @@ class AdapterFile(AdapterContent):
             keep_names: call the layers of another program's file what that does.
 
         Raises:
-            CheckpointError: it is no adapter, or damaged.
+            CheckpointError: it is not an adapter, or it is damaged.
             UnknownNameError: no plugin provides its method.
         """
         mapped = MappedFiles()
@@ -475,7 +475,7 @@ def output_place(
     """The path of the output: a folder, or a file.
 
     Raises:
-        ConfigError: it is no path, or one of the inputs; a dtype that is neither floating nor `None`.
+        ConfigError: it is not a path, or it is an input; or the dtype is not floating.
         SaveError: there is an adapter or a file already, and it is not to be overwritten.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -62,7 +62,7 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
             `Adapters.save`: what is to be combined lies in folders of the same sort.
 
     Raises:
-        CheckpointError: a source is no adapter, damaged, of another base, or does not tell its layers' sizes.
+        CheckpointError: a source is not an adapter, is damaged, is of another base, or does not tell its layers' sizes.
         ConfigError, UnknownNameError, UnsupportedError, StateError: as `Adapters.combine`; `out` is a source.
         SaveError: `out` is there already, or cannot be written.
     """

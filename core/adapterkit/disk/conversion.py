@@ -27,7 +27,7 @@ from adapterkit.model import by_layer
 from adapterkit.results import CombineReport
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
-# What a part of a pipeline is called where nothing else is said, and what it may be called.
+# The name of a part of a pipeline by default, and the names that it may have.
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kohya": ("lora_unet", FLAT),
     "lycoris": ("lycoris", FLAT),
@@ -52,8 +52,8 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
 ) -> CombineReport:
     """Convert an adapter by its files alone, to another method, to other names, or both.
 
-    An adapter of the method `to`, of which no rank is asked, keeps its tensors to the bit; only names change. Any other
-    is converted as by `Adapters.convert`: exactly, unless `rank` or `energy` truncates it.
+    If the adapter is of the method `to` and no size is asked for, only names change, and its tensors stay bit for bit.
+    Others are converted as by `Adapters.convert`: exactly, unless `rank` or `energy` truncates.
 
     Other programs' files are read and written: `"kohya"` (kohya-ss and others: `lora_unet_..._to_q.lora_down`),
     `"lycoris"` (`lycoris_..._to_q`) and `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
@@ -64,7 +64,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         source: an adapter folder, a hub id, or a file of another program.
         out: the folder to write; a file that ends in `.safetensors` for any naming but `"peft"`.
         to, rank, energy: see `Adapters.convert`.
-        base: as for `combine_files`; needed for names with `_` for `.`, of which the layers' paths cannot be told.
+        base: as for `combine_files`; needed where names have `_` for `.`, because these do not tell the layers' paths.
         component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
         as_component: what the part is called in the output: `"lora_unet"`, `"lycoris"` and `"unet"` by default.
         heads: `"drop"` leaves the adapter's heads out, and with them its labels.
@@ -72,7 +72,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         overwrite: replace what `out` holds.
 
     Raises:
-        CheckpointError: the source is no adapter, damaged, or does not tell its layers' names or sizes.
+        CheckpointError: the source is not an adapter, is damaged, or does not tell its layers' names or sizes.
         UnsupportedError: the method cannot be converted, or the naming has no place for what the adapter holds.
         ConfigError, SaveError: bad arguments, or an output that is there, is the source, or cannot be written.
     """

@@ -156,8 +156,7 @@ def diff_adapters(
 ) -> AdapterDiff:
     """What two adapters' files differ in: configs, changes of layers, heads, biases and labels.
 
-    Changes are compared from their factors, whatever the methods and the ranks, so that two adapters which do the same
-    by other factors are said to do the same. The base is never loaded.
+    Changes are compared by their effect, whatever the methods, the ranks and the factors. The base is never loaded.
 
     Args:
         a, b: adapter folders, hub ids, or files of other programs.
@@ -167,9 +166,9 @@ def diff_adapters(
             in float32 is off by about 1e-7 times the root of its rank.
 
     Raises:
-        CheckpointError: one is no adapter, or damaged.
+        CheckpointError: one is not an adapter, or it is damaged.
         UnknownNameError: no plugin provides a method.
-        ConfigError: a tolerance that is none.
+        ConfigError: the tolerance is not a share.
     """
     if not 0.0 <= tolerance < 1.0:
         raise ConfigError(f"tolerance = {tolerance!r} must be a share, at least 0 and below 1.")

@@ -49,7 +49,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         overwrite: replace an adapter that `out` holds already.
 
     Raises:
-        CheckpointError: a folder is no model, damaged, or lacks a tensor that is needed.
+        CheckpointError: a folder is not a model, is damaged, or lacks a tensor that is needed.
         SelectionError: nothing selected.
         ConfigError: neither or both sizes, or `out` is one of the models.
         StateError: weights that are not finite.

@@ -121,11 +121,11 @@ def inspect_adapter(
         source: an adapter folder, a hub id, or a file of another program, whose layers are called what it calls them.
         values: `False` reads headers alone: no norms and no effective ranks.
         base: where the tensors do not tell the layers' sizes, and for real paths in another program's file: the base
-            model's folder or hub id, of which only `config.json` is read, or the model itself.
+            model's folder or hub id (only its `config.json` is read), or the model itself.
         component: of a file for a whole pipeline, the part to look at.
 
     Raises:
-        CheckpointError: it is no adapter, or damaged.
+        CheckpointError: it is not an adapter, or it is damaged.
         UnknownNameError: no plugin provides its method.
     """
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)

@@ -35,7 +35,7 @@ class MergeReport:
         adapters: the name of each adapter with its weight.
         merged: the tensors that were changed, by the file they are in; a file with none was copied as it is.
         heads: modules that were taken over from an adapter.
-        added: tensors that the base had not: of heads, and of weights that were tied.
+        added: tensors that the base did not have: of heads, and of weights that were tied.
         absent: tensors of the model that no file holds, and that `from_pretrained` will initialise.
         not_copied: files of the base that are not in the output.
         nbytes: size of the weights.
@@ -110,7 +110,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
 
     Raises:
         CheckpointError: damaged files, or adapters that do not fit.
-        UnsupportedError: a target whose weight is no single tensor of the files, or a method that cannot be merged.
+        UnsupportedError: a target's weight is not one tensor of the files, or a method cannot be merged.
         StateError: tied weights, values that are not finite, another run on `out`, or another job to be resumed.
         SaveError: it cannot be written there. The base, and what was at `out`, are as they were.
         ConfigError: arguments that make no sense together.
