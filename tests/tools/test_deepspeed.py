@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.core.conftest import set_parameters
-from tests.distributed.conftest import Found, attempt, on_two_processes
+from tests.distributed.conftest import Tensors, on_two_processes
 from tests.models import build, inputs, run
 from torch import Tensor, nn
 
@@ -23,7 +24,16 @@ pytest.importorskip("deepspeed")
 
 NAME = "embednet"
 CONFIG = LoraConfig(r=2, target_modules=["embed", "0", "1"], modules_to_save=["head"], bias="lora_only")
-Tensors = dict[str, Tensor]
+Found = dict[str, Any]
+
+
+def attempt(call: Callable[[], object]) -> str:
+    """The error that the call raises, as text, or `""`."""
+    try:
+        call()
+    except ak.AdapterError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def adapted(*, partitioned: bool = False) -> tuple[nn.Module, ak.Adapters, Tensors]:
@@ -70,7 +80,7 @@ def outputs(model: nn.Module, adapters: ak.Adapters, *names: str) -> Tensor:
         return found.clone()
 
 
-def scenario(folder: Path) -> Found:
+def scenario(folder: Path) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
     import deepspeed
 
@@ -83,7 +93,7 @@ def scenario(folder: Path) -> Found:
     for key, stage, partitioned in (("3", 3, False), ("Init", 3, True), ("2", 2, False)):
         model, adapters, own = adapted(partitioned=partitioned)
         found[key] = {"own": own} | tried(folder / key, engine_of(model, adapters, stage), adapters)
-    return found
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
 def tried(folder: Path, wrapped: Any, adapters: ak.Adapters) -> Found:
@@ -139,7 +149,10 @@ def tried(folder: Path, wrapped: Any, adapters: ak.Adapters) -> Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
-    return on_two_processes(scenario, tmp_path_factory.mktemp("deepspeed"))
+    folder = tmp_path_factory.mktemp("deepspeed")
+    on_two_processes(scenario, folder)
+    one, other = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
+    return one, other
 
 
 @pytest.fixture(params=[0, 1])
