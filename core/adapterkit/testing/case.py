@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -90,9 +90,9 @@ class Probe:
     """One layer kind to try: a name for messages, what makes the two layers, and the shape of the input."""
 
     name: str
+    shape: tuple[int, ...]
     up: Callable[[], nn.Module]
     down: Callable[[], nn.Module]
-    shape: tuple[int, ...]
 
     def build(self, dtype: torch.dtype = torch.float32) -> ProbeModel:
         """The model in eval mode, with the same weights at each call, whatever the global random state."""
@@ -108,13 +108,13 @@ class Probe:
         return torch.randn(self.shape, generator=generator).to(dtype)
 
 
-def linear(out_features: int, in_features: int, *shape: int, bias: bool = True, name: str = "Linear") -> Probe:
-    """Linear layers of these sizes, with inputs of shape `(rows, *shape, in)`."""
+def linear(out_features: int, in_features: int) -> Probe:
+    """Linear layers of these sizes."""
     return Probe(
-        name,
-        lambda: nn.Linear(in_features, out_features, bias=bias),
-        lambda: nn.Linear(out_features, WIDTH, bias=bias),
-        (ROWS, *shape, in_features),
+        "Linear",
+        (ROWS, in_features),
+        lambda: nn.Linear(in_features, out_features),
+        lambda: nn.Linear(out_features, WIDTH),
     )
 
 
@@ -122,50 +122,48 @@ def _transposed(out_features: int, in_features: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     layer: nn.Module = Conv1D(out_features, in_features)
-    with torch.no_grad():
-        layer.get_parameter("weight").normal_(std=in_features**-0.5)
-        layer.get_parameter("bias").normal_(std=0.1)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=in_features**-0.5)
     return layer
 
 
-PROBES: tuple[Probe, ...] = (
+def _probe(name: str, shape: tuple[int, ...], layer: Callable[..., nn.Module], up: Any, down: Any = None) -> Probe:
+    """A probe of two layers of one class, by the arguments that follow the channels."""
+    return Probe(name, shape, lambda: layer(WIDTH, HIDDEN, **up), lambda: layer(HIDDEN, WIDTH, **(down or up)))
+
+
+_IMAGE = (ROWS, WIDTH, 4, 4)
+PROBES: Sequence[Probe] = (
     linear(HIDDEN, WIDTH),
-    linear(HIDDEN, WIDTH, PLACES, bias=False, name="Linear without bias"),
-    Probe(
-        "Conv1D (transformers)",
-        lambda: _transposed(HIDDEN, WIDTH),
-        lambda: _transposed(WIDTH, HIDDEN),
-        (ROWS, PLACES, WIDTH),
-    ),
-    Probe(
+    _probe("Linear without bias", (ROWS, PLACES, WIDTH), nn.Linear, {"bias": False}),
+    _probe("Conv1D (transformers)", (ROWS, PLACES, WIDTH), lambda size, out: _transposed(out, size), {}),
+    _probe(
         "Conv1d",
-        lambda: nn.Conv1d(WIDTH, HIDDEN, 3, padding=1),
-        lambda: nn.Conv1d(HIDDEN, WIDTH, 1, bias=False),
         (ROWS, WIDTH, PLACES),
+        nn.Conv1d,
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 1, "bias": False},
     ),
-    Probe(
+    _probe(
         "Conv2d",
-        lambda: nn.Conv2d(WIDTH, HIDDEN, (3, 2), stride=(1, 2), padding=1, padding_mode="circular"),
-        lambda: nn.Conv2d(HIDDEN, WIDTH, 3, padding=2, dilation=2),
-        (ROWS, WIDTH, 4, 4),
+        _IMAGE,
+        nn.Conv2d,
+        {"kernel_size": (3, 2), "stride": (1, 2), "padding": 1, "padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
     ),
-    Probe(
+    _probe(
         "Conv2d with groups",
-        lambda: nn.Conv2d(WIDTH, HIDDEN, 3, padding=1, groups=2),
-        lambda: nn.Conv2d(HIDDEN, WIDTH, 1, groups=4),
-        (ROWS, WIDTH, 4, 4),
+        _IMAGE,
+        nn.Conv2d,
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": 1, "groups": 4},
     ),
-    Probe(
-        "Conv3d",
-        lambda: nn.Conv3d(WIDTH, HIDDEN, (1, 2, 2)),
-        lambda: nn.Conv3d(HIDDEN, WIDTH, 1),
-        (ROWS, WIDTH, 2, 3, 3),
-    ),
+    _probe("Conv3d", (ROWS, WIDTH, 2, 3, 3), nn.Conv3d, {"kernel_size": (1, 2, 2)}, {"kernel_size": 1}),
     Probe(
         "Embedding",
+        (ROWS, PLACES),
         lambda: nn.Embedding(WIDTH, HIDDEN, padding_idx=0),
         lambda: nn.Embedding(WIDTH, HIDDEN),
-        (ROWS, PLACES),
     ),
 )
 # What people do to whole models is tried on these: a line, a window and a table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,6 @@ def check_peft(
     *,
     model: Callable[[], nn.Module] | None = None,
     inputs: Tensor | None = None,
-    spread: float = 0.1,
-    lr: float = 1e-2,
 ) -> None:
     """Check that a method is PEFT's: each reads the other's files, and they merge and train alike.
 
@@ -39,84 +38,69 @@ def check_peft(
         peft_config: a config of PEFT's own class, with the same fields.
         model: makes the model; two linear layers of 16 and 24 features, `up` and `down`, if `None`.
         inputs: what it is called with; needed with `model`.
-        spread: the deviation of the random numbers.
-        lr: the learning rate of the three steps.
 
     Raises:
         CheckFailure: says what differs, and by how much.
         ImportError: PEFT is not installed.
     """
+    peft_config = copy.deepcopy(peft_config)
     if model is None:
         model, inputs = PROBES[0].build, PROBES[0].inputs()
-        config = config.replace(target_modules=TARGETS, modules_to_save=None)
-        peft_config = copy.deepcopy(peft_config)
-        peft_config.target_modules = set(TARGETS)
+        config, peft_config.target_modules = config.replace(target_modules=TARGETS, modules_to_save=None), set(TARGETS)
     assert inputs is not None, "check_peft needs inputs= beside model="
     try:
-        with torch.random.fork_rng(devices=[]), TemporaryDirectory(prefix="adapterkit-peft-") as folder:
+        with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            _compare(config, peft_config, model, inputs, Path(folder), spread, lr)
+            _compare(config, peft_config, model, inputs, Path(folder))
     except Broken as error:
         raise CheckFailure(f"check_peft failed for {describe(config)}: {error}") from error.__cause__
 
 
 def _compare(  # noqa: PLR0915 - one comparison after the other
-    config: AdapterConfig,
-    peft_config: Any,
-    make: Callable[[], nn.Module],
-    inputs: Tensor,
-    folder: Path,
-    spread: float,
-    lr: float,
+    config: AdapterConfig, peft_config: Any, make: Callable[[], nn.Module], inputs: Tensor, folder: Path
 ) -> None:
     import peft
 
-    theirs: Any = peft.get_peft_model(make(), copy.deepcopy(peft_config)).eval()
+    def out(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(inputs)  # type: ignore[no-any-return]
+
+    theirs: Any = peft.get_peft_model(make(), peft_config).eval()
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * spread)
-    wanted = _out(theirs, inputs)
-    bare = make().eval()
-    expect(_apart(_out(bare, inputs), wanted) > 1e-3, "PEFT's adapter changes no output, so nothing could be compared.")
+        for parameter in trained:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    wanted = out(theirs)
+    changes = _apart(out(make().eval()), wanted) > 1e-3
+    expect(changes, "PEFT's adapter changes no output, so nothing could be compared.")
     theirs.save_pretrained(folder / "theirs")
 
     ours = make().eval()
     adapters = ak.attach(ours)
     report = adapters.load(folder / "theirs", name="a", trainable=True)
     expect(report.ok, f"expected PEFT's file to fit; {report}.")
-    _near(_out(ours, inputs), wanted, 1e-5, "PEFT's file loaded here")
+    _near(out(ours), wanted, 1e-5, "PEFT's file loaded here")
     adapters.save("a", folder / "ours")
     again: Any = peft.PeftModel.from_pretrained(make(), folder / "ours").eval()
-    _near(_out(again, inputs), wanted, 1e-5, "the file saved here, loaded by PEFT")
-    try:
+    _near(out(again), wanted, 1e-5, "the file saved here, loaded by PEFT")
+    with contextlib.suppress(UnsupportedError):
         adapters.merge("a")
-    except UnsupportedError:
-        pass
-    else:
-        _near(_out(ours, inputs), wanted, 1e-5, "the outputs after merging here")
+        _near(out(ours), wanted, 1e-5, "the outputs after merging here")
         adapters.unmerge()
         adapters.activate("a")
 
-    numbers = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     fresh = ak.attach(make())
     fresh.add("a", config)
-    own = sum(p.numel() for p in fresh.parameters("a"))
+    own, numbers = (sum(p.numel() for p in parameters) for parameters in (fresh.parameters("a"), trained))
     expect(own == numbers, f"expected {numbers} trained numbers, as PEFT has; {describe(config)} has {own}.")
     target = torch.randn(wanted.shape)
-    for trained in (theirs, ours):
-        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=lr)
+    for model, parameters in ((theirs, trained), (ours, list(adapters.parameters("a")))):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         for _ in range(3):
             optimizer.zero_grad()
-            ((trained(inputs) - target) ** 2).mean().backward()
+            ((model(inputs) - target) ** 2).mean().backward()
             optimizer.step()
-    _near(_out(ours, inputs), _out(theirs, inputs), 1e-4, "the outputs after three steps of training")
-
-
-def _out(model: nn.Module, inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(inputs)
-    return out
+    _near(out(ours), out(theirs), 1e-4, "the outputs after three steps of training")
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
