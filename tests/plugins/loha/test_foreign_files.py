@@ -13,7 +13,7 @@ import pytest
 import torch
 from lycoris.modules.loha import LohaModule
 from tests.core.test_errors import unchanged
-from tests.diffusion import loaded, lycoris_file, output, read, rename, text_encoder, unet, with_weights, write
+from tests.diffusion import loaded, lycoris_file, output, text_encoder, unet, with_weights, write
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -98,29 +98,6 @@ def test_file_of_lycoris_gives_its_outputs(
     assert check(model, file, wanted) == ak.LoadReport()
 
 
-def test_file_of_lycoris_gives_its_outputs_in_float32(tmp_path: Path) -> None:
-    model, file = unet(), tmp_path / "a.safetensors"
-    wanted = lycoris_file(model, file, algo="loha", use_tucker=True)
-    with loaded(model, file):
-        torch.testing.assert_close(output(model), wanted, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "old", "new"),
-    [
-        (unet, "lycoris_", "lora_unet_"),
-        (text_encoder, "lycoris_", "lora_te_text_model_"),
-        (text_encoder, "lycoris_", "lora_te1_"),
-        (MODELS["clip-projection"], "lycoris_", "lora_te2_"),
-    ],
-)
-def test_prefixes(make: Callable[[], nn.Module], old: str, new: str, tmp_path: Path) -> None:
-    model, file = make().double(), tmp_path / "a.safetensors"
-    wanted = lycoris_file(model, file, algo="loha", use_tucker=True)
-    write(file, rename(read(file), old, new))
-    assert check(model, file, wanted).ok
-
-
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (3.0, 1.5), (0.0, 1.0)])
 def test_scale_is_alpha_by_rank(model: nn.Module, tmp_path: Path, alpha: float | None, scale: float) -> None:
     file = write(tmp_path / "a.safetensors", kohya(QUERY, linear(), alpha))
@@ -172,19 +149,6 @@ def test_cores_beside_flat_convolutions(model: nn.Module, tmp_path: Path) -> Non
     assert config.target_modules == (CONV, other)
 
 
-def test_keys_of_other_models_of_a_pipeline_are_ignored(model: nn.Module, tmp_path: Path) -> None:
-    other = kohya("text_model.encoder.layers.0.mlp.fc1", linear(), 1.0, "lora_te")
-    file = write(tmp_path / "a.safetensors", kohya(QUERY, linear(), 1.0) | other)
-    report = check(model, file, with_weights(model, {QUERY: 0.5 * flat_delta(linear())}))
-    assert report.ok
-    assert set(report.ignored) == set(other)
-
-
-def test_layers_that_the_model_has_not_are_unexpected(model: nn.Module, tmp_path: Path) -> None:
-    tensors = kohya(QUERY, linear(), 1.0) | kohya("mid_block.to_q", linear(), 1.0)
-    refuse(model, write(tmp_path / "a.safetensors", tensors), ak.CheckpointError, "unexpected (5)")
-
-
 def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path) -> None:
     lycoris_file(model, tmp_path / "a.safetensors", algo="loha", dora_wd=True)
     text = ".dora_scale': this is a LoHa that is weight-decomposed (DoRA), which is not LoHa."
@@ -205,11 +169,3 @@ def test_foreign_tensors_for_an_adapter_with_a_config(model: nn.Module, effectiv
     adapters.add("a", LoHaConfig(r=2, alpha=1, target_modules=[CONV], use_effective_conv2d=effective))
     assert adapters.load_state_dict("a", kohya(CONV, tucker(), alpha)).ok
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-12)
-
-
-def test_saved_again_it_is_a_folder_as_any(model: nn.Module, tmp_path: Path) -> None:
-    wanted = lycoris_file(model, tmp_path / "a.safetensors", algo="loha", use_tucker=True, conv_dim=2, conv_alpha=5)
-    adapters = ak.attach(model)
-    adapters.load(tmp_path / "a.safetensors", "x", dtype="file")
-    adapters.save("x", tmp_path / "folder")
-    check(unet().double(), tmp_path / "folder", wanted)
