@@ -172,7 +172,7 @@ def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
 def is_floating_weight(module: nn.Module, dim: int) -> bool:
     """Whether `module.weight` is a plain floating tensor of `dim` dimensions (quantised ones are not)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter | nn.UninitializedBuffer):
         return False
     return weight.is_floating_point() and len(shape_of(weight)) == dim
 
