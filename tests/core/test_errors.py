@@ -646,6 +646,16 @@ def test_module_called_base_model_saves_and_loads(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_keys_without_pefts_prefix_of_a_module_called_base_model() -> None:
+    model = nn.Module()
+    model.base_model = nn.Sequential(nn.Linear(4, 4))
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules="all-linear"))
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in adapters.state_dict("a").items()}
+    assert bare.keys() == {"base_model.0.lora_A.weight", "base_model.0.lora_B.weight"}
+    assert adapters.load_state_dict("a", bare) == ak.LoadReport()
+
+
 # That the list is whole
 
 
