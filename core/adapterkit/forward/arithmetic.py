@@ -1,7 +1,7 @@
 """The arithmetic of additive layers: what their change adds to an output, in the form that costs least.
 
-Nothing that depends on a parameter's value is kept from one forward to the next. What `factors`, `change` and `merged`
-build is not kept for the backward either, where it is large: because they are pure, they are asked again.
+Nothing that depends on a parameter's value is kept from one forward to the next. Large matrices that `factors`,
+`change` and `merged` build are not kept for the backward either: these functions are pure, so it calls them again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapterkit.kinds import LayerKind
 # What writing or reading an element of a matrix costs, in multiplications inside a matrix product: the ratio of
 # arithmetic to memory speed, which differs little between machines. Measured by benchmarks/loha_forms.py.
 PASS = 25
-# Tokens up to which `DenseLayer.few` is asked.
+# Up to this many tokens `DenseLayer.few` computes the change.
 FEW = 4
 # From this many multiplications in the layer's own product on, the backward builds matrices again to save memory.
 REBUILT = 2**24

@@ -46,14 +46,14 @@ class Plan:
         names = state.names
         self.module, self.head = module, None
         for head, owner in state.parts(module, HEADS, state.heads):
-            # In place of the module for everyone: what others change in it has nothing to act on.
+            # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.called = callable_head(head, module)
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.checked = is_checked(module, self.layers)
         self.turn = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
-        # Compiled, the compiler decides what is made of it.
+        # Under torch.compile the compiler chooses the form.
         alone = len(self.layers) == 1 and not self.turn and not torch.compiler.is_compiling()
         self.changer = self.layers[0] if alone and isinstance(self.layers[0], DenseLayer) else None
 
@@ -176,8 +176,7 @@ class Base:
             if value is not None and numbers is None:
                 raise UnsupportedError(
                     f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give "
-                    "the numbers that it stands for, and an adapter there works on them. Leave this layer out with "
-                    "exclude_modules."
+                    "its values, and an adapter there needs them. Leave this layer out with exclude_modules."
                 )
             found.append(self.entered(numbers))  # type: ignore[arg-type]
         weight, bias = self.kind.canonical(found[0]), found[1]
@@ -207,7 +206,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
     """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
-    An embedding that is asked for a missing row stops a GPU, and a convolution may have another stride since `add`.
+    An embedding stops a GPU if a row is missing, and a convolution may have another stride since `add`.
     """
     return isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
 

@@ -41,9 +41,9 @@ class State:
         asked: the adapters that were activated, merged ones included, and those of them that provide heads.
         names: the active adapters, which are not merged; the first is the innermost.
         heads: the adapters that provide the acting heads, merged ones included.
-        trains: the adapters that were asked to train.
-        constant: no gradient goes to any of them, even if their parameters require one: `requires_grad` is the same
-            for everyone, and a graph, another thread or the code after the block may need it.
+        trains: the adapters that were activated to train.
+        constant: no gradient goes to any of them, even if their parameters require one, because a graph, another
+            thread or the code after the block needs that flag.
         idle: nothing acts.
         lost: the adapters of this state that were removed: its graphs cannot be computed again.
         refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
@@ -145,7 +145,7 @@ class Active:
         adapters: the model's adapters, by name.
         default: the state where no block is open.
         merged: names of the adapters in the weights.
-        threads: the threads that have asked.
+        threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.
     """

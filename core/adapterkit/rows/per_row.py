@@ -100,7 +100,7 @@ class RowPlan(Plan):
 
     Attributes:
         heads, parts, shifts: the heads, adapter layers and trained biases at the module, by adapter.
-        default: the head that stands in place of the module for rows without one of their own.
+        default: the head that replaces the module for rows without a head of their own.
         groups: the layers of each class, and whether they may be stacked.
         least: dimensions of the smallest input without a batch.
         rest: the state in which the module runs on rows without a head of their own.

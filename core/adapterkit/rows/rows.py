@@ -18,11 +18,11 @@ class Rows:
 
     Args:
         names: one for each row; `None`: no adapter.
-        trusted: the first dimension of every layer's input is the batch: that need not be proven.
+        trusted: the user says that the first dimension of every layer's input is the batch.
 
     Attributes:
         adapters: the adapters named, each once, in an order that does not depend on the rows'.
-        uniform: all rows have the same, so that nothing need be told apart.
+        uniform: all rows have the same adapter.
     """
 
     def __init__(self, names: Sequence[str | None], *, trusted: bool = False) -> None:
@@ -49,9 +49,9 @@ class Rows:
         return torch.tensor(places, device=device)[self._places.to(device)]
 
     def groups(self, adapters: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The rows of one adapter after another's, `(len(adapters) * most,)`, and each row's place there, `(n,)`.
+        """The rows sorted by adapter, `(len(adapters) * most,)`, and each row's place there, `(n,)`.
 
-        An adapter with fewer rows than most has its first row again and again; a row that has none of them is at 0.
+        An adapter with fewer than `most` rows repeats its first row. A row that has none of these adapters is at 0.
         """
         key = ("groups", adapters, device)
         if key not in self._kept:
