@@ -63,7 +63,8 @@ class Plan:
             original = self.called
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
-        base, x = of_input(self.module, original, args, kwargs)
+        alone = len(args) == 1 and not kwargs
+        base, x = (original, args[0]) if alone else of_input(self.module, original, args, kwargs)
         if "_hf_hook" in self.module.__dict__:
             with offload.fetched(*self.layers, *self.biases):
                 return self._changed(base, x)
@@ -257,8 +258,7 @@ def of_input(
         UnsupportedError: the forward does not say what its input is called, and there are several tensors.
     """
     if args:
-        plain = len(args) == 1 and not kwargs
-        return original if plain else lambda x: original(x, *args[1:], **kwargs), args[0]
+        return lambda x: original(x, *args[1:], **kwargs), args[0]
     # Either was put on the module itself, before or after the adapters (accelerate's hooks).
     places = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"), type(module))
     name: str = next(filter(None, [getattr(place, INPUT, None) for place in places]), "")

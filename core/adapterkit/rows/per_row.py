@@ -137,8 +137,8 @@ class RowPlan(Plan):
             return original(*args, **kwargs)
         call, x = of_input(self.module, original, args, kwargs)
         self._check(x, [value for value in (*args, *kwargs.values()) if value is not x])
-        fetched = offload.fetched(*self.parts.values(), *self.shifts.values())
-        with fetched if "_hf_hook" in self.module.__dict__ else nullcontext():
+        hooked = "_hf_hook" in self.module.__dict__
+        with offload.fetched(*self.parts.values(), *self.shifts.values()) if hooked else nullcontext():
             if self.heads:
                 heads = {n: of_input(self.module, head, args, kwargs)[0] for n, head in self.heads.items()}
                 return self._by_heads(call, heads, x)
@@ -272,13 +272,12 @@ def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
         return F.pad(matrix.to(dtype), (0, 0, 0, missing)) if missing else matrix.to(dtype)
 
     factors = [layer.factors().flat() for layer in layers]
-    pairs: set[Any] = set()
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-        pairs = {
-            (f.up.data_ptr(), f.up.shape, f.down.data_ptr(), f.down.shape, f.mid is None, type(f.scale))
-            for f in factors
-        }
-    if len(pairs) == 1 and all(f.bias is None for f in factors):
+
+    def matrices(f: Any) -> tuple[Any, ...]:
+        return f.up.data_ptr(), f.up.shape, f.down.data_ptr(), f.down.shape, f.mid is None, type(f.scale)
+
+    known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if known and all(f.bias is None and matrices(f) == matrices(factors[0]) for f in factors):
         up, down, _, _, mid = factors[0]
         hidden = x.to(down.dtype) @ down.t()
         if mid is not None:
