@@ -220,9 +220,11 @@ class Active:
         with lock:
             block.open = False
             for thread in list(self.threads):
-                thread.ended |= any(each.starter is block for each in thread.blocks)
-                thread.blocks = [each for each in thread.blocks if block not in (each, each.starter)]
-                self.refresh(thread)
+                left = [each for each in thread.blocks if each is not block and each.starter is not block]
+                if len(left) < len(thread.blocks):
+                    thread.ended |= block not in thread.blocks  # a pool started the thread in it
+                    thread.blocks = left
+                    self.refresh(thread)
 
     def refresh(self, thread: Thread) -> None:
         """Set a thread's state after its blocks or the default have changed."""

@@ -165,7 +165,7 @@ class LayerKind(ABC):
 
 def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
     """An input in this dtype, with dropout."""
-    x = x.to(dtype)
+    x = x if x.dtype == dtype else x.to(dtype)  # this is in every forward, and a call of `to` takes its time
     return F.dropout(x, dropout) if dropout > 0.0 else x
 
 

@@ -51,7 +51,8 @@ class LoraLayer(LowRankLayer):
         """See `LowRankLayer.factors`."""
         if self.kind.lookup:
             return Factors(self.lora_embedding_B, self.lora_embedding_A, scale=self.scaling)
-        return Factors(self.lora_B.weight, self.lora_A.weight, self.lora_B.bias, self.scaling)
+        up = self.lora_B
+        return Factors(up.weight, self.lora_A.weight, up.bias, self.scaling)
 
 
 def shapes(target: Target, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
