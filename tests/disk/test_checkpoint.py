@@ -190,7 +190,7 @@ def test_an_index_that_is_wrong_is_refused(text: str, tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is missing": (lambda f: (f / "two.safetensors").unlink(), "names 'two.safetensors', which is not there"),
     "a shard lacks a tensor": (
-        lambda f: save_file({"c": torch.ones(1)}, f / "two.safetensors"),
+        lambda f: save_file({"d": torch.ones(1)}, f / "two.safetensors"),
         "places 'b' in 'two.safetensors', which does not hold it",
     ),
     "the index is wrong": (
@@ -220,7 +220,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_files_that_do_not_go_together_are_refused(case: str, tmp_path: Path) -> None:
     change, text = BROKEN[case]
-    sharded(tmp_path, one={"a": torch.ones(2)}, two={"b": torch.zeros(2)})
+    sharded(tmp_path, one={"a": torch.ones(2), "c": torch.ones(2)}, two={"b": torch.zeros(2)})
     change(tmp_path)
     with pytest.raises(ak.CheckpointError, match=re.escape(text)):
         Checkpoint.open(tmp_path)

@@ -377,6 +377,8 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     second, other, link = (tmp_path / name for name in ("b", "other", "link"))
     save_base(Setting("llama", [LINEAR]), other)
     link.symlink_to(adapter)
+    labels = {"adapterkit.id2label": json.dumps({"0": "x", "1": "y", "2": "z"}), "format": "pt"}
+    save_file(load_file(second / "adapter_model.safetensors"), second / "adapter_model.safetensors", labels)
     damaged = {text: shutil.copytree(base, tmp_path / f"config {i}") for i, text in enumerate(("[", "[]"))}
     for text, folder in damaged.items():
         (folder / "config.json").write_text(text)
@@ -398,6 +400,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     ak.merge_checkpoint(base, [adapter, second], out, heads=str(second))
     head = load_file(second / "adapter_model.safetensors")["base_model.model.classifier.weight"]
     assert torch.equal(load_file(out / WEIGHTS)["classifier.weight"], head)
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "x", "1": "y", "2": "z"}
     # Two of one name are told apart.
     same = shutil.copytree(second, tmp_path / "x" / "a")
     report = ak.merge_checkpoint(base, [adapter, same], tmp_path / "two", heads="a_2")
