@@ -6,11 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.models import MODELS, NAMES, build
-from tests.plugins.parity import TARGETS, assert_same, loaded_here, loaded_in_peft, saved_by_peft, saved_by_us
+from tests.models import MODELS, NAMES, build, inputs
+from tests.plugins.parity import (
+    CONFIGS,
+    TARGETS,
+    assert_same,
+    fields_for,
+    loaded_here,
+    loaded_in_peft,
+    perturb,
+    saved_by_peft,
+    saved_by_us,
+)
+
+import adapterkit as ak
 
 pytestmark = [
     # PEFT's remarks: it sets fan_in_fan_out for Conv1D, saves targeted embeddings, finds no bias to merge into.
@@ -145,3 +158,38 @@ def _base_key(key: str) -> str:
 
 def _in_head(key: str, fields: dict[str, Any]) -> bool:
     return any(f".{head}." in key for head in fields.get("modules_to_save", ()))
+
+
+@pytest.mark.parametrize("method", ["loha", "vera"])
+def test_fields_and_defaults_are_pefts(method: str) -> None:
+    own, theirs = (kind().to_dict() for kind in CONFIGS[method])
+    own["modules_to_save"] = None  # here "auto", which becomes a list or null in the file
+    theirs["peft_type"] = theirs["peft_type"].value
+    for key in ("peft_version", "auto_mapping", "inference_mode"):
+        own.pop(key, None), theirs.pop(key, None)
+    assert own == theirs
+
+
+# Not of LoHa's effective convolutions: PEFT's backward takes t2 and w2_b for the gradient of w1_a, and the other way
+# round (HadaWeightCP). Ours pass gradcheck.
+@pytest.mark.parametrize(
+    ("method", "name"), [("loha", "bert"), ("loha", "convnet"), ("vera", "bert"), ("vera", "gpt2")]
+)
+def test_gradients_are_pefts(method: str, name: str) -> None:
+    torch.manual_seed(0)
+    own, other = CONFIGS[method]
+    fields = fields_for(method, name, {"init_weights": False, "r": 3})
+    theirs = peft.get_peft_model(build(name), other(**fields)).eval()
+    perturb(p for p in theirs.parameters() if p.requires_grad)
+    base = build(name)
+    adapters = ak.attach(base)
+    adapters.add("mine", own(**fields, modules_to_save=None))
+    adapters.load_state_dict("mine", peft.get_peft_model_state_dict(theirs))
+    for model in (base, theirs):
+        out = model(**inputs(name))
+        (out if isinstance(out, torch.Tensor) else out.logits).square().sum().backward()
+    expected = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
+    found = {k: p.grad for k, p in adapters.named_parameters("mine")}
+    assert len(found) == len(expected) > 0
+    for key, grad in found.items():
+        torch.testing.assert_close(grad, expected[f"base_model.model.{key}.default"], rtol=1e-3, atol=1e-4)
