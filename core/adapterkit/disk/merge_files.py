@@ -210,11 +210,11 @@ def write_shard(
     with appearing(place) as fresh, fresh.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
         unsynced, syncing = 0, helper.submit(lambda: None)
         for content in _contents(shard, origins, safe=safe):
-            left = content
-            while left.nbytes:
-                count = os.write(file.fileno(), left)
-                left, unsynced = left[count:], unsynced + count
+            while content.nbytes:
+                count = os.write(file.fileno(), content)
+                content, unsynced = content[count:], unsynced + count  # noqa: PLW2901 - what is left
                 wrote(count)
+            del content  # or a merged module stays in memory while the next one is merged
             if unsynced >= _SYNCED_BYTES and syncing.done():
                 syncing.result()
                 syncing, unsynced = helper.submit(os.fsync, file.fileno()), 0
