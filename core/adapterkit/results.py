@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 # Longer values of a config are cut in text.
@@ -13,10 +14,13 @@ _ROUNDING = 1e-6
 
 
 class Printed:
-    """A record that notebooks show as `print` does."""
+    """A record that IPython and notebooks show as `print` does."""
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"  # without colors of its own, so it is readable in dark notebooks
 
 
 @dataclass(frozen=True)

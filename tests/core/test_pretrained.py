@@ -329,3 +329,19 @@ def test_model_around_the_one_that_has_adapters_says_that_its_files_give_the_bar
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     adapters.detach()
     model.save_pretrained(tmp_path / "bare")
+
+
+def test_adapters_of_an_earlier_save_in_subfolders_are_told_and_stay(tmp_path: Path) -> None:
+    model = build("llama")
+    adapters = ak.attach(model)
+    for name in ("a", "b"):
+        adapters.add(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapters.activate("a", "b")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "adapter_config.json").touch()
+    adapters.remove("b")
+    adapters.activate("a")
+    with pytest.warns(ak.AdapterWarning, match="holds adapters from before, in the subfolders 'a', 'b'. Delete them"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "b" / "adapter_config.json").is_file()

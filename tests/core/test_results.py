@@ -73,6 +73,13 @@ def test_a_record_prints_as_text_and_a_notebook_shows_the_same(record: Printed, 
     assert shown == ["\n".join(lines)]
 
 
+def test_html_escapes_what_a_file_may_hold() -> None:
+    report = ak.LoadReport(("<script>alert(1)</script>",))
+    assert "<pre>the tensors do not fit" in report._repr_html_()
+    assert "&lt;script&gt;" in report._repr_html_()
+    assert "<script>" not in report._repr_html_()
+
+
 def test_a_long_value_is_cut() -> None:
     assert brief(None) == "not set"
     assert brief("x" * 201) == "x" * 200 + "..."

@@ -254,6 +254,7 @@ class Saver:
                     write_tensors(state, fresh, {"format": "pt"})
             if given.get("push_to_hub"):
                 _push(folder, places.values(), given)
+            _warn_of_others(folder, places.values())
 
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
@@ -306,6 +307,22 @@ def _subfolder(folder: Path, name: str) -> Path:
     if Path(name).name != name or "\0" in name:
         raise SaveError(f"Adapter {name!r} cannot have a subfolder of that name. Rename it: adapters.rename.")
     return folder / name
+
+
+def _warn_of_others(folder: Path, written: Collection[Path]) -> None:
+    """Warn of adapters in subfolders that this save did not write. They stay: they may be somebody else's."""
+    others = sorted(
+        path.parent.name
+        for path in folder.glob(f"*/{CONFIG_FILE}")
+        if path.parent not in written and not path.parent.name.startswith("checkpoint-")  # those are `Trainer`'s
+    )
+    if others:
+        warnings.warn(
+            f"{folder} also holds adapters from before, in the subfolders {', '.join(map(repr, others))}. Delete them "
+            "if they are from an earlier save.",
+            AdapterWarning,
+            stacklevel=4,
+        )
 
 
 def _push(folder: Path, places: Collection[Path], given: Mapping[str, Any]) -> None:
