@@ -122,8 +122,8 @@ def _transposed(out_features: int, in_features: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     layer: nn.Module = Conv1D(out_features, in_features)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=in_features**-0.5)
+    nn.init.normal_(layer.get_parameter("weight"), std=in_features**-0.5)
+    nn.init.normal_(layer.get_parameter("bias"), std=0.1)
     return layer
 
 
