@@ -122,11 +122,11 @@ WHO = "The method 'shift' (Plugin)"
 REGISTERED_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"inject": None}, f"{WHO}: it lacks the required hook inject."),
     ({"inject": None, "key_rule": None}, "lacks the required hooks key_rule, inject."),
-    ({"injekt": inject}, f"{WHO} implements 'injekt', which is no hook. Did you mean 'inject'? Hooks: combiners, "),
-    ({"xyzzy": inject}, "implements 'xyzzy', which is no hook. Hooks: "),
+    ({"injekt": inject}, f"{WHO} implements 'injekt', which is not a hook. Did you mean 'inject'? Hooks: combiners, "),
+    ({"xyzzy": inject}, "implements 'xyzzy', which is not a hook. Hooks: "),
     (
         {"key_rule": ak.hookimpl(specname="injekt")(lambda: None)},
-        "implements 'key_rule', which is no hook. Did you mean 'inject'?",
+        "implements 'key_rule', which is not a hook. Did you mean 'inject'?",
     ),
     (
         taking(more_arguments),

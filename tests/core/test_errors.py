@@ -257,10 +257,10 @@ SELECTIONS: list[Row] = [
     ),
     (
         {"target_modules": "*.q"},
-        "target_modules = '*.q' is no valid regular expression: nothing to repeat at position 0. A list of names, such "
-        "as ['query', 'value'], is taken literally.",
+        "target_modules = '*.q' is not a valid regular expression: nothing to repeat at position 0. A list of names, "
+        "such as ['query', 'value'], is taken literally.",
     ),
-    ({"rank_pattern": {"(": 2}}, "is no valid regular expression"),
+    ({"rank_pattern": {"(": 2}}, "is not a valid regular expression"),
     (
         {"modules_to_save": ["haed"]},
         "modules_to_save 'haed' matched no module; an entry is an exact path or a suffix at a dot. Nearest: 'head'",
@@ -287,7 +287,7 @@ def test_config_that_does_not_fit_the_model_is_refused_and_changes_nothing(
 
 Call = Callable[[ak.Adapters], object]
 CALLS: list[Row] = [
-    (lambda a: a.add("c", {"r": 8}), "{'r': 8} is no adapter config. Make one with its class"),
+    (lambda a: a.add("c", {"r": 8}), "{'r': 8} is not an adapter config. Make one with its class"),
     (lambda a: a.add("c", ak.AdapterConfig()), "Unknown adapter method ''", UNKNOWN_NAME),
     (
         lambda a: a.add("c", LoraConfig(**FIELDS, modules_to_save=["head"]), num_labels=4),
@@ -316,8 +316,8 @@ CALLS: list[Row] = [
         "The state dict lacks 6 of adapter 'a''s tensors, such as 'head.bias'.",
         CHECKPOINT,
     ),
-    (lambda a: a.save("a", ""), "'' is no folder: give its path, as text or as a pathlib.Path."),
-    (lambda a: a.save("a", "~nobody_at_all/x"), "'~nobody_at_all/x' is no folder: Could not"),
+    (lambda a: a.save("a", ""), "'' is not a folder: give its path, as text or as a pathlib.Path."),
+    (lambda a: a.save("a", "~nobody_at_all/x"), "'~nobody_at_all/x' is not a folder: Could not"),
 ]
 
 

@@ -296,7 +296,7 @@ def bin_file(content: object, zip_format: bool = True) -> Callable[[Path], objec
 
 
 NO_SAFETENSORS = "is not a safetensors file, or it is damaged or cut off"
-NO_JSON = "adapter_config.json is no valid JSON"
+NO_JSON = "adapter_config.json is not valid JSON"
 NO_TENSORS = "adapter_model.bin holds no mapping from names to tensors."
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (overwrite(b""), NO_SAFETENSORS),
@@ -318,7 +318,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no config": (
         lambda f: (f / CONFIG_FILE).unlink(),
-        "is no adapter: it has no adapter_config.json. It holds adapter_model.safetensors.",
+        "is not an adapter: it has no adapter_config.json. It holds adapter_model.safetensors.",
     ),
     "an empty folder": (
         lambda f: [p.unlink() for p in list(f.iterdir())],
@@ -501,15 +501,15 @@ def test_bin_file_loads_unless_it_runs_code(model: nn.Module, folder: Path, tmp_
 
 
 SOURCES: dict[str, tuple[Any, type[Exception], str]] = {
-    "a number": (5, ak.ConfigError, "5 is no folder: give its path, as text or as a pathlib.Path."),
-    "nothing": ("", ak.ConfigError, "'' is no folder"),
-    "nobody's home": ("~nobody_at_all/x", ak.ConfigError, "'~nobody_at_all/x' is no folder"),
+    "a number": (5, ak.ConfigError, "5 is not a folder: give its path, as text or as a pathlib.Path."),
+    "nothing": ("", ak.ConfigError, "'' is not a folder"),
+    "nobody's home": ("~nobody_at_all/x", ak.ConfigError, "'~nobody_at_all/x' is not a folder"),
     "no folder": ("./nowhere/at/all", ak.CheckpointError, "There is no folder './nowhere/at/all' (working directory: "),
     "no folder as a path": (Path("nowhere"), ak.CheckpointError, "There is no folder 'nowhere'"),
-    "a long name": ("a" * 300, ak.CheckpointError, "is no folder here (working directory: "),
+    "a long name": ("a" * 300, ak.CheckpointError, "is not a folder here (working directory: "),
     "a long path": ("a/" * 3000, ak.CheckpointError, "There is no folder 'a/a/"),
-    "NUL": ("a\0b", ak.CheckpointError, "is no folder here"),
-    "no hub id": ("what is this?", ak.CheckpointError, "it is no name that a repository can have."),
+    "NUL": ("a\0b", ak.CheckpointError, "is not a folder here"),
+    "no hub id": ("what is this?", ak.CheckpointError, "a repository cannot have this name."),
     "a file": ("style.safetensors", ak.CheckpointError, "There is no folder 'style.safetensors'"),
 }
 
@@ -535,7 +535,7 @@ def test_a_path_that_is_nearly_right_is_not_asked_of_the_hub(
     (tmp_path / "adapters/mood").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     refuse(model, "adapters/moods", "There is no folder 'adapters/moods'", "Nearest: 'adapters/mood'.")
-    with pytest.raises(ak.CheckpointError, match=r"'x/nowhere' is no folder here .*: it is not in the cache"):
+    with pytest.raises(ak.CheckpointError, match=r"'x/nowhere' is not a folder here .*: it is not in the cache"):
         ak.skeleton("x/nowhere")
 
 
@@ -567,9 +567,9 @@ def test_hub_id_in_the_cache_loads(cache: Path) -> None:
 def test_hub_id_that_is_not_there_is_refused_in_one_line(
     model: nn.Module, cache: Path, source: str, options: dict[str, str]
 ) -> None:
-    with unchanged(model), pytest.raises(ak.CheckpointError, match=f"{source!r} is no folder here") as caught:
+    with unchanged(model), pytest.raises(ak.CheckpointError, match=f"{source!r} is not a folder here") as caught:
         load(model, source, cache_dir=cache, **options)
-    assert "and could not be had from the hub or its cache: it is not in the cache, and HF_HUB" in str(caught.value)
+    assert "and could not be read from the hub or its cache: it is not in the cache, and HF_HUB" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

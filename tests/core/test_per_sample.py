@@ -227,7 +227,7 @@ def test_heads_of_different_shapes_are_refused() -> None:
     message = (
         r"The heads of these rows give outputs of different shapes, \(3,\) for rows of 'a', \(5,\) for rows of 'b', "
     )
-    with pytest.raises(ak.ConfigError, match=message + "which are no one batch"), adapters.per_sample(["a", "b"]):
+    with pytest.raises(ak.ConfigError, match=message + "which cannot be one batch"), adapters.per_sample(["a", "b"]):
         adapters.model(**batch("bert", 2))
     message = r"\(5,\) for rows of 'b', \(3,\) for rows of the others"
     with pytest.raises(ak.ConfigError, match=message), adapters.per_sample([None, "b"]):
@@ -647,7 +647,7 @@ def test_a_layer_s_input_must_have_a_dimension_for_the_batch() -> None:
     message = "with one tensor that has a batch dimension"
     with pytest.raises(ak.UnsupportedError, match=message), adapters.per_sample(["a", "b"]):
         adapters.model.fc(torch.randn(4).double())
-    message = "gets 3, which is no multiple"
+    message = "gets 3, which is not a multiple"
     with pytest.raises(ak.ConfigError, match=message), adapters.per_sample(["a", "b"], batch_first=True):
         adapters.model.fc(sequences(3, 5)["x"])
 

@@ -123,10 +123,10 @@ def test_numbers_that_differ_are_in_braces(texts: str, merged: str) -> None:
 def test_refusals_are_those_of_select(tmp_path: Path) -> None:
     with pytest.raises(ak.SelectionError, match="matched none of the"):
         ak.preview(build("bert"), LoraConfig(target_modules=["nothing"]))
-    with pytest.raises(ak.CheckpointError, match=r"is no model: it has no config\.json"):
+    with pytest.raises(ak.CheckpointError, match=r"is not a model: it has no config\.json"):
         ak.preview(tmp_path, LoraConfig())
     BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
-    with pytest.raises(ak.ConfigError, match="is no adapter config"):
+    with pytest.raises(ak.ConfigError, match="is not an adapter config"):
         ak.preview(tmp_path, {"r": 4})  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ def test_read_config_gives_what_was_saved(tmp_path: Path) -> None:
 
 
 NO_CONFIGS: dict[str, tuple[Any, str]] = {
-    "no JSON": ("{", "is no valid JSON"),
+    "no JSON": ("{", "is not valid JSON"),
     "a list": ("[]", "must hold a JSON object"),
     "no method": ("{}", "has no 'peft_type'"),
     "a method that is not installed": (json.dumps({"peft_type": "IA3"}), "no plugin provides the method 'ia3'"),

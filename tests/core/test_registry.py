@@ -383,8 +383,12 @@ WRONG_ANSWERS: list[tuple[str, object, str]] = [
     ("combiners", ["a"], BY_NAME),
     ("combiners", ZeroDivisionError("none"), "its hook combiners raised ZeroDivisionError: none."),
     ("combiners", {"linear": combiners.BUILTIN["ties"]}, "its hook combiners gives 'linear', a name that is taken"),
-    ("inject", None, "is no method, so it may not answer hook inject: it would for every method. Make it a wrapper (@"),
-    ("layer_kind", [], "implements 'layer_kind', which is no hook. Did you mean 'layer_kinds'?"),
+    (
+        "inject",
+        None,
+        "is not a method, so it may not answer hook inject: it would answer for every method. Make it a wrapper (@",
+    ),
+    ("layer_kind", [], "implements 'layer_kind', which is not a hook. Did you mean 'layer_kinds'?"),
 ]
 
 

@@ -176,8 +176,8 @@ def test_an_index_is_followed_also_through_links_as_in_the_hubs_cache(tmp_path: 
 ELSEWHERE = ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..\\x.safetensors", "", "..", "x.bin", "a\0b"]
 INDEXES = {json.dumps({"weight_map": {"a": file}}): "is a .safetensors file beside the index" for file in ELSEWHERE}
 WRONG_MAPS = ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}']
-INDEXES |= dict.fromkeys(WRONG_MAPS, "is no index: it needs a 'weight_map' from tensor names to file names.")
-INDEXES |= {"[]": "must hold a JSON object, not a list", "{": "is no valid JSON"}
+INDEXES |= dict.fromkeys(WRONG_MAPS, "is not an index: it needs a 'weight_map' from tensor names to file names.")
+INDEXES |= {"[]": "must hold a JSON object, not a list", "{": "is not valid JSON"}
 
 
 @pytest.mark.parametrize("text", INDEXES)

@@ -316,7 +316,7 @@ def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
     "gone": (lambda f: (f / WEIGHTS).unlink(), ak.CheckpointError, r"has no adapter_model\.safetensors"),
-    "no config": (lambda f: (f / CONFIG).unlink(), ak.CheckpointError, r"is no adapter: it has no adapter_config"),
+    "no config": (lambda f: (f / CONFIG).unlink(), ak.CheckpointError, r"is not an adapter: it has no adapter_config"),
     "cut": (
         lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 8),
         ak.CheckpointError,

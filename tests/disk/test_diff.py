@@ -147,5 +147,5 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ak.ConfigError, match=r"tolerance = 2 must be a share, at least 0 and below 1"):
         ak.diff_adapters(tmp_path, tmp_path, tolerance=2)
-    with pytest.raises(ak.CheckpointError, match="is no adapter"):
+    with pytest.raises(ak.CheckpointError, match="is not an adapter"):
         ak.diff_adapters(tmp_path, tmp_path)

@@ -157,7 +157,7 @@ def test_trained_biases_and_numbers_that_are_not_finite_are_told(tmp_path: Path)
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ak.CheckpointError, match="is no adapter"):
+    with pytest.raises(ak.CheckpointError, match="is not an adapter"):
         ak.inspect_adapter(tmp_path)
     adapters = tiny("bert", {"a": {}}, torch.float32)
     adapters.save("a", tmp_path / "a")

@@ -395,7 +395,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     ]
     for error, text, given, adapters in cases:
         refused(error, text, given, adapters, out)
-    with pytest.raises(ak.CheckpointError, match="is no valid JSON"):
+    with pytest.raises(ak.CheckpointError, match="is not valid JSON"):
         ak.merge_checkpoint(damaged["["], adapter, out, model=ak.skeleton(base))
     ak.merge_checkpoint(base, [adapter, second], out, heads=str(second))
     head = load_file(second / "adapter_model.safetensors")["base_model.model.classifier.weight"]

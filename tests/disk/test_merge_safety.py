@@ -211,7 +211,7 @@ PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "the root": (lambda place: Path("/"), "lie in each other"),
     "something at the partial's place": (
         lambda place: _made(place / PARTIAL / "mine").parent.with_name("out"),
-        "is in the way: it is no unfinished merge",
+        "is in the way: it is not an unfinished merge",
     ),
 }
 

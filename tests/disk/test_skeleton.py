@@ -119,7 +119,9 @@ def test_a_config_that_gives_no_model_is_refused_with_its_reason(config: object,
 
 def test_a_folder_without_a_config_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(ak.CheckpointError, match=r"is no model: it has no config.json. It holds adapter_config.json"):
+    with pytest.raises(
+        ak.CheckpointError, match=r"is not a model: it has no config.json. It holds adapter_config.json"
+    ):
         ak.skeleton(tmp_path)
 
 

@@ -100,10 +100,10 @@ def test_what_makes_no_report(folder: Path, tmp_path: Path) -> None:
         ak.write_report("lora", tmp_path / "r.html")
     with pytest.raises(ak.ConfigError, match=r"names= has 1 names for 2 adapters\. Give one name for each"):
         ak.write_report([folder / "lora", folder / "loha"], tmp_path / "r.html", names=["a"])
-    with pytest.raises(ak.CheckpointError, match="is no adapter"):
+    with pytest.raises(ak.CheckpointError, match="is not an adapter"):
         ak.write_report([tmp_path], tmp_path / "r.html")
     with pytest.raises(ak.CheckpointError, match="do not tell the sizes of the layers that it changes"):
         ak.write_report([folder / "vera"], tmp_path / "r.html")
-    with pytest.raises(ak.ConfigError, match="is no folder"):
+    with pytest.raises(ak.ConfigError, match="is not a folder"):
         ak.write_report([folder / "lora"], "")
     assert not (tmp_path / "r.html").exists()

@@ -76,10 +76,10 @@ def combine_factors(
     dtype = working(torch.cat([f.up[:0, :0] for f in sources])).dtype
     sources = [f if choices.space == "factors" else f.folded() for f in sources]
     sources = [f._replace(up=f.up.detach().to(dtype), down=f.down.detach().to(dtype)) for f in sources]
-    decomposed = choices.isotropize or choices.rank is not None or choices.energy is not None
+    needs_svd = choices.isotropize or choices.rank is not None or choices.energy is not None
     if choices.space == "delta" and not combiner.rotates:
         matrix = _apply(combiner, [f.delta() for f in sources], weights, options)
-        if not decomposed:
+        if not needs_svd:
             return as_factors(matrix, sources)._replace(bias=bias), 0.0
         parts = exact(matrix)
     else:
@@ -92,7 +92,7 @@ def combine_factors(
             left, right = common_bases(sources)
             cores = [(left.t() @ f.up) @ (f.down @ right.t()) for f in sources]
             result = Factors(left @ _apply(combiner, cores, weights, options), right)
-        if not decomposed and result.rank <= min(result.up.shape[0], result.down.shape[1]):
+        if not needs_svd and result.rank <= min(result.up.shape[0], result.down.shape[1]):
             return result._replace(bias=bias), 0.0
         parts = svd(result)
     if choices.isotropize:

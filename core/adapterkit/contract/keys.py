@@ -1,9 +1,14 @@
 """Key rules: which parameters are a method's, and what they are called in memory and in files.
 
-In memory a parameter of adapter `a` at target `p` is `p.adapters.a.<local>`; a head's is
-`p.adapter_heads.a.<local>`, a trained bias `p.adapter_biases.a.bias`, a shared tensor
-`adapter_shared.a.<name>`. In a file (PEFT's format) they are `base_model.model.p.<local>`,
-`base_model.model.p.<local>`, `base_model.model.p.base_layer.bias` and `base_model.<name>`.
+Of adapter `a`, at the module with path `p`:
+
+    part             in memory                    in a file (PEFT's format)
+    adapter layer    p.adapters.a.<local>         base_model.model.p.<local>
+    head             p.adapter_heads.a.<local>    base_model.model.p.<local>
+    trained bias     p.adapter_biases.a.bias      base_model.model.p.bias
+    shared tensor    adapter_shared.a.<name>      base_model.<name>
+
+Where `p` has an adapter layer too, a head and a bias are in the file under `p.base_layer`.
 """
 
 from __future__ import annotations

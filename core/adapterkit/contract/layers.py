@@ -95,7 +95,7 @@ class Target:
 class Holder(nn.Module):
     """A module that holds parameters, for keys such as `lora_A.weight`: `Holder(weight=...).weight`."""
 
-    # The names that files most often have; there are those that it is given.
+    # For type checkers: the usual names. A holder has the parameters that `__init__` gets.
     weight: nn.Parameter
     bias: nn.Parameter | None
 

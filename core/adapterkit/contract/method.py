@@ -20,7 +20,8 @@ from adapterkit.kinds import Factors, LayerKind
 
 Tensors = Mapping[str, Tensor]
 
-# Entries of a weight from which a shape is asked for on the meta device, whose first use takes about a second.
+# Shapes of layers with more weights than this are checked on the meta device. Its first use takes about a second, so
+# smaller layers are checked with values.
 _LARGE = 2**22
 
 

@@ -32,7 +32,7 @@ class Pattern:
             self._compiled = regex.compile(expression)
         except (regex.error, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"{field} = {expression!r} is no valid regular expression: {error}. "
+                f"{field} = {expression!r} is not a valid regular expression: {error}. "
                 "A list of names, such as ['query', 'value'], is taken literally."
             ) from error
 

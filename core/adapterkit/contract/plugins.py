@@ -114,7 +114,7 @@ def manager_of(plugin: object, who: str) -> pluggy.PluginManager:
     for name, hook, function, wraps in implementations(plugin):
         if hook not in hookspecs.names():
             known = ", ".join(sorted(hookspecs.names()))
-            raise PluginError(f"{who} implements {name!r}, which is no hook.{_hint(hook)} Hooks: {known}.")
+            raise PluginError(f"{who} implements {name!r}, which is not a hook.{_hint(hook)} Hooks: {known}.")
         spec = getattr(hookspecs, hook)
         gives = [*inspect.signature(spec).parameters]
         takes = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]

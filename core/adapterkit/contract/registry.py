@@ -280,7 +280,7 @@ class Registry:
         """
         if not isinstance(config, AdapterConfig):
             raise ConfigError(
-                f"{config!r} is no adapter config. Make one with its class, such as LoraConfig(r=8), or with "
+                f"{config!r} is not an adapter config. Make one with its class, such as LoraConfig(r=8), or with "
                 "ak.config('lora', r=8)."
             )
         method = self.method(config.method)
@@ -318,8 +318,8 @@ class Registry:
         for _, hook, _, wraps in implementations(plugin):
             if hook not in ("layer_kinds", "combiners") and not wraps:
                 raise PluginError(
-                    f"{who} is no method, so it may not answer hook {hook}: it would for every method. Make it a "
-                    "wrapper (@hookimpl(wrapper=True)), or register the plugin as a method (ak.register)."
+                    f"{who} is not a method, so it may not answer hook {hook}: it would answer for every method. "
+                    "Make it a wrapper (@hookimpl(wrapper=True)), or register the plugin as a method (ak.register)."
                 )
         given: dict[str, Any] = {}
         for hook in ("layer_kinds", "combiners"):

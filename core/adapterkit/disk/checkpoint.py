@@ -104,7 +104,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = read_object(path)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
-        raise CheckpointError(f"{path} is no index: it needs a 'weight_map' from tensor names to file names.")
+        raise CheckpointError(f"{path} is not an index: it needs a 'weight_map' from tensor names to file names.")
     for tensor, file in places.items():
         # The hub's cache keeps files behind links. A path to elsewhere is never right.
         if any(c in file for c in "/\\\0") or not file.endswith(".safetensors"):
@@ -122,7 +122,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
     return found

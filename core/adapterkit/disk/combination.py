@@ -142,7 +142,7 @@ def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: B
 
 
 def _kinds_of_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
-    """What each layer is that one of them changes: the most particular of what they say."""
+    """The kind of each changed layer. If adapters say different kinds, the most specific one counts."""
     kinds: dict[str, tuple[str, LayerKind]] = {}
     biases: dict[str, tuple[str, Tensor]] = {}
     for adapter in adapters:

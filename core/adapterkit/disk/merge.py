@@ -171,7 +171,7 @@ def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
 
 
 def _inputs(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the bytes of the output follow from."""
+    """Everything that determines the output; `resume` compares it."""
     from importlib.metadata import version
 
     base, adapters = {}, []

@@ -31,9 +31,9 @@ _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".onnx_data", ".ot", ".tflite", ".pkl", ".npz", ".mlmodel", ".mlpackage"),
 )
-# So much is copied at a time.
+# Bytes that are copied at a time.
 _PIECE_BYTES = 1 << 22
-# So much is written before it is given to the disk: the fsync at the end of a file is short then.
+# Bytes between two fsyncs of a growing file, so that the last one is short.
 _SYNCED_BYTES = 1 << 26
 
 
@@ -158,7 +158,7 @@ class Output:
                 kept = f" What is finished is in {partial}: resume=True goes on from there, or delete it."
                 try:
                     left = self._write_to(partial, resumed, safe=safe, progress=progress)
-                except (PluginError, StateError, UnsupportedError):  # they come again: nothing to go on from
+                except (PluginError, StateError, UnsupportedError):  # a second try would fail too
                     shutil.rmtree(partial)
                     raise
                 publish(partial, self.out, overwrite=overwrite)
@@ -281,7 +281,7 @@ def held(out: Path) -> Iterator[Path]:
     folder = out.with_name(f".{out.name}.partial")
     ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not ours):
-        raise SaveError(f"{folder} is in the way: it is no unfinished merge. Move it.")
+        raise SaveError(f"{folder} is in the way: it is not an unfinished merge. Move it.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         if sys.platform != "win32":

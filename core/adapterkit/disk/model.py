@@ -59,7 +59,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and not (folder / CONFIG).is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{folder} is no model: it has no {CONFIG}. It holds {found}.")
+        raise CheckpointError(f"{folder} is not a model: it has no {CONFIG}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config = _config(where)
     import transformers
@@ -154,7 +154,7 @@ def _outer_modules(place: Path) -> set[str]:
 
 
 class MappedModel:
-    """A model on the meta device that gets the tensors of a checkpoint as its parameters and buffers, mapped.
+    """A model on the meta device whose parameters and buffers are replaced by tensors mapped from a checkpoint's files.
 
     Tied weights stay tied, unless the files hold them apart with other values. Whatever the checkpoint lacks, or holds
     in another shape or quantised, stays on the meta device: it may be of the model without its task's head, or with

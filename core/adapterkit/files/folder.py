@@ -49,11 +49,11 @@ def local_path(source: object) -> Path:
         ConfigError: not text or a path, empty, or the home of somebody unknown.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
-        raise ConfigError(f"{source!r} is no folder: give its path, as text or as a pathlib.Path.")
+        raise ConfigError(f"{source!r} is not a folder: give its path, as text or as a pathlib.Path.")
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{source!r} is no folder: {error}") from error
+        raise ConfigError(f"{source!r} is not a folder: {error}") from error
 
 
 def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
@@ -138,11 +138,11 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
         else:
             names = sorted(p.name for p in folder.iterdir())[:8]
             found = f"It holds {', '.join(names)}." if names else "It is empty."
-        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}. {found}")
+        raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
     try:
         config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
     return config

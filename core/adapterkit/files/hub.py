@@ -91,7 +91,7 @@ def not_to_be_had(repo: str, error: BaseException) -> CheckpointError:
 
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
     reasons = {
-        errors.HFValidationError: "it is no name that a repository can have",
+        errors.HFValidationError: "a repository cannot have this name",
         errors.GatedRepoError: "its owner has to grant access to it; log in, or give a token",
         errors.RepositoryNotFoundError: "there is no such repository, or it is private",
         errors.LocalEntryNotFoundError: f"it is not in the cache, and {why}",
@@ -105,6 +105,6 @@ def not_to_be_had(repo: str, error: BaseException) -> CheckpointError:
     unknown = f"{type(error).__name__}: {first[:_LONGEST]}".rstrip(".")
     known = (text for kind, text in reasons.items() if any(isinstance(link, kind) for link in chain))
     return CheckpointError(
-        f"{repo!r} is no folder here (working directory: {Path.cwd()}), and could not be had from the hub or its "
+        f"{repo!r} is not a folder here (working directory: {Path.cwd()}), and could not be read from the hub or its "
         f"cache: {next(known, unknown)}.{_nearest(Path(repo))}"
     )

@@ -118,8 +118,9 @@ def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
 def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection[str]) -> tuple[str, ...] | str | None:
     """The modules that `modules_to_save` named to PEFT.
 
-    Without the entries that it writes on suspicion: no such module, and no such key. With the modules that it took
-    because their name merely ends like an entry (`"head"`: `overhead`), if the file holds all their parameters.
+    PEFT also lists modules that do not exist; such an entry is dropped if no key of the file has it. And PEFT takes
+    modules with a name that only ends like an entry (`"head"`: `overhead`); these are heads if the file has all their
+    parameters.
     """
     wanted = config.modules_to_save
     if wanted is None or isinstance(wanted, str):
@@ -138,8 +139,9 @@ def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection
 def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Embeddings that the file holds in full, as PEFT writes them when the vocabulary was resized.
 
-    Their paths, and the paths of others that share the parameter of one of them on the model and have no tensor in the
-    file; each with the path whose tensor it gets.
+    Returns:
+        The path of each, with the path of the tensor that it gets: its own, or that of the table it is tied to, if the
+        file has none of its own.
     """
     get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None

@@ -96,7 +96,7 @@ def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layer
 
 
 def check_foreign(tensors: Iterable[str], file: Path) -> None:
-    """Raise `CheckpointError` if a bare file is the half of an adapter folder of PEFT's."""
+    """Raise `CheckpointError` if a file has the weights of a PEFT folder, and came without its config."""
     if any(key.startswith(FILE_PREFIX) for key in tensors):
         raise CheckpointError(
             f"{file} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
@@ -107,7 +107,7 @@ def check_foreign(tensors: Iterable[str], file: Path) -> None:
 def recognise(
     tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind], metadata: Mapping[str, str], file: Path
 ) -> tuple[Method, AdapterConfig, Mapping[str, Tensor]]:
-    """The method that a file without a config is of, and the config and tensors it amounts to: every method is asked.
+    """The method of a file that has no config, and its config and tensors in PEFT's format. Asks every method.
 
     Raises:
         CheckpointError: none of them knows it, or several do.

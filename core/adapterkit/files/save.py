@@ -201,7 +201,9 @@ def file_config(
         "modules_to_save": tuple(path.removeprefix(prefix) for path in heads if path not in layers) or None,
         "base_model_name_or_path": config.base_model_name_or_path or base,
     }
-    resolved = ("layers_to_transform", *({"exclude_modules"} & {*config.not_in_files}))
+    resolved = ["layers_to_transform"]
+    if "exclude_modules" in config.not_in_files:
+        resolved.append("exclude_modules")
     if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
         changes |= {
             "target_modules": short_names([p.removeprefix(prefix) for p in layers], paths),

@@ -132,8 +132,8 @@ def _cheapest(layer: DenseLayer, x: Tensor, *, weight: bool) -> Form:
     - whole (`weight`: the layer's own weight can be used): the same building, but no product of its own;
     - what factored and dense give is added to the output, in a pass of `T out` elements.
 
-    Training takes three times as much: products for the gradients of the input and of the change, and the building
-    again. Of these products `whole` has the last only, so a third.
+    Training takes three times as much: the product, its two gradients (of the input and of the change), and the
+    building again. `whole` shares the first two with the layer itself, so it saves two of these three products.
     """
     kind, rank = layer.kind, layer.rank
     if rank is None:

@@ -89,7 +89,7 @@ class Saver:
     It gets a `model.safetensors` too, with the adapters' tensors under the model's own names. `load_state_dict`
     restores every bit of them, so a plain `Trainer` resumes, and loads the best model.
 
-    It also replaces `save` of the modules of sentence-transformers, which cannot write adapters and is refused.
+    It also replaces `save` of sentence-transformers' modules, which cannot write adapters: it raises while one acts.
     """
 
     def __init__(self, root: nn.Module, module: nn.Module, path: str, name: str) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from adapterkit.kinds.factors import Factors
 from adapterkit.tensors import shape_of
 
-# Numbers in a layer's output from which one tensor less of its size saves more time than views of it cost.
+# Outputs with at least so many numbers use one fused `addmm`; for smaller ones the reshaping costs more than it saves.
 WIDE = 2**16
 
 
 @dataclass(frozen=True)
 class LayerKind(ABC):
-    """One target's sort and geometry, without its weights: plain values, so it is copied, pickled and compiled.
+    """The kind and the sizes of one layer, without its weights: plain values, so it is copied, pickled and compiled.
 
     Every kind presents its layer as a linear map with a canonical weight of shape
     `(out_features, in_features)`; methods work on that and never ask what the layer is.

@@ -10,7 +10,7 @@ from torch import Tensor
 # `add(block, rows, columns)`: adds the change's part at these rows and columns to the block, in place.
 AddTile = Callable[[Tensor, slice, slice], object]
 
-# Half a second-level cache of today, and far below the size from which malloc gives each buffer fresh pages.
+# Half of a usual second-level cache, and small enough for malloc to use the same memory again.
 TILE_BYTES = 1 << 19
 _ALL = slice(None)
 

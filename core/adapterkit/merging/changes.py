@@ -208,12 +208,12 @@ def merge_module(change: Change, *, safe: bool = False) -> None:
     """Write the merged weight and bias of one module, rounded once from float32 (float64 for float64).
 
     Raises:
-        StateError: with `safe`, a value is not finite. It is written already.
+        StateError: with `safe`, a value is not finite. The module has changed already; the caller restores it.
     """
     module, kind = change.module, change.kind
     weight, bias = merged_values(change, in_place=not change.general)
     if kind is not None:
-        held = own(module, "weight")
+        held = own(module, "weight")  # a sum was made in it; a method's own rule gives another tensor
         if held is None or weight.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
             kind.write(module, weight)
     held = own(module, "bias")

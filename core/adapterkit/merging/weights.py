@@ -26,8 +26,8 @@ class Kept:
         key: its name in messages.
         tensor: the tensor object that was there.
         value: its values, if kept. A tied tensor needs none, because the merge replaces it and writes to a copy.
-        writes: torch's count of writes to it; once the merge is done, of writes to the tensor that acts now. A higher
-            count tells that somebody, such as an optimizer or `load_state_dict`, has written there since.
+        writes: torch's count of writes (`_version`): during the merge to `tensor`, afterwards to the tensor in the
+            module. A higher count later means that an optimizer or `load_state_dict` has written to it.
     """
 
     place: Place
@@ -144,7 +144,7 @@ def merging(
     except BaseException as error:
         parting.undo()
         note = _take_back(steps)
-        for kept in before.kept.values():  # what was just written back is no edit
+        for kept in before.kept.values():  # writing a value back is not an edit
             now = own(*kept.place)
             if now is not None and kept.key not in edited:
                 kept.writes = _writes_to(now)

@@ -200,7 +200,9 @@ class Adapter:
 def _is_still_there(now: Sequence[str], before: Sequence[str]) -> bool:
     """Whether a module is at all of its paths, perhaps wrapped, or at new paths alone, because it was moved."""
     kept = [any(unwrapped_key(p) == path or inside(p, [path]) for p in now) for path in before]
-    return bool(now) and any(kept) == all(kept)
+    if not now:
+        return False
+    return all(kept) or not any(kept)
 
 
 def _size(module: nn.Module) -> tuple[int, ...] | None:

@@ -69,12 +69,13 @@ class Fit:
             CheckpointError: a tensor of whole numbers where floating ones are needed.
         """
         slots, values = dict(module_slots(module)), []
-        made_again = [local for local, _ in module.named_buffers() if local not in slots]  # `setup` makes them
+        # `setup` makes these buffers, so a file need not have them.
+        non_persistent = [local for local, _ in module.named_buffers() if local not in slots]
         for local in given:
             if local not in slots:
-                (self.ignored if local in made_again else self.unexpected).append(place + local)
+                (self.ignored if local in non_persistent else self.unexpected).append(place + local)
         if isinstance(module, Shared):
-            self.exempt += [place + local for local in made_again if local not in given]
+            self.exempt += [place + local for local in non_persistent if local not in given]
         for local, slot in slots.items():
             slot.key = key = place + local
             own, tensor = slot.tensor, given.get(local)
@@ -120,7 +121,8 @@ def by_layer(
     with the prefix begins the name in the layer.
 
     Args:
-        layers: the path that a layer is known by, for each of its paths. Of other layers nothing is returned here.
+        layers: the path that a layer is known by, for each of its paths. Tensors of other layers are in the second
+            result.
     """
     inside: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
@@ -152,7 +154,7 @@ class LayerBuilder:
     Of a model it reads nothing but a target's `module`, and that only for initial values.
 
     Args:
-        fit: is told of given tensors that do not fit.
+        fit: collects the given tensors that do not fit.
         cast: give tensors the targets' dtype.
     """
 

@@ -16,7 +16,7 @@ _GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch
 class BaseModules:
     """The modules of a model at one moment, without the root, each with all its paths.
 
-    An operation makes one and uses it in all its steps.
+    Making one walks the whole model, so a function that has one hands it on.
 
     Attributes:
         model: the root.

@@ -129,7 +129,7 @@ class Batch:
             ConfigError: the batch is not one row, or the same number of rows, for each that `per_sample` names.
         """
         size = x.shape[0]
-        if self.outer is None or module is self.outer:  # the same again: it had raised
+        if self.outer is None or module is self.outer:  # called again: the last call raised
             if size % count:
                 raise ConfigError(
                     f"per_sample names {count} rows, and the batch has {size}. Name one adapter (or None) for each "

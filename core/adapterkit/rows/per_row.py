@@ -165,8 +165,8 @@ class RowPlan(Plan):
             self.state.batch.check(self.module, x.shape[0], rows.count)
         elif x.shape[0] % rows.count:
             raise ConfigError(
-                f"per_sample names {rows.count} rows; a {cls} of the model gets {x.shape[0]}, which is no multiple of "
-                "that."
+                f"per_sample names {rows.count} rows; a {cls} of the model gets {x.shape[0]}, which is not a "
+                "multiple of that."
             )
 
     def _by_heads(self, base: Call, heads: Mapping[str, Call], x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class RowPlan(Plan):
         if len(shapes) > 1:
             listed = ", ".join(f"{shape} for rows of {name}" for shape, name in shapes.items())
             raise ConfigError(
-                f"The heads of these rows give outputs of different shapes, {listed}, which are no one batch. Run "
+                f"The heads of these rows give outputs of different shapes, {listed}, which cannot be one batch. Run "
                 "those of each shape by themselves."
             )
         return rows.join([(own, out) for _, own, out in done])

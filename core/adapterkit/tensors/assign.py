@@ -54,7 +54,7 @@ def apart(value: Tensor, taken: set[int]) -> Tensor:
     """The tensor, or a copy of it if it is a part of other memory, or of memory that is taken.
 
     A file may hold one tensor under two keys, or a method read two of its tensors from one; training one of them must
-    not change the other. And kernels round by where a tensor begins.
+    not change the other. Kernels also round differently if a tensor is not aligned.
     """
     storage = value.untyped_storage()
     if storage.nbytes() > value.nbytes or storage.data_ptr() in taken:

@@ -39,7 +39,7 @@ def real_value(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def fetched(*modules: nn.Module) -> Iterator[None]:
-    """Have the tensors of `modules` in place if hooks that were added after the adapters offload them too.
+    """Load the parameters of `modules` for a block, if accelerate offloads them too.
 
     An adapter layer reads the parameters of modules below it without calling them, so the hooks there would not run.
     """

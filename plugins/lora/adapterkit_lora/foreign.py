@@ -114,7 +114,7 @@ def _in_metadata(layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]
     try:
         values: Any = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The header's {METADATA!r} is no valid JSON: {error}.") from error
+        raise CheckpointError(f"The header's {METADATA!r} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"The header's {METADATA!r} must hold a JSON object, not a {type(values).__name__}.")
     parts = {key.partition(".")[0] + "." for layer in layers.values() for key in layer.keys.values()}

@@ -310,7 +310,7 @@ def test_bias_of_diffusers(model: nn.Module, tmp_path: Path) -> None:
 
 METADATA = {
     "dora": (metadata(**{"unet.use_dora": True}), ak.UnsupportedError, "use_dora = True is not implemented"),
-    "no json": ("{", ak.CheckpointError, "The header's 'lora_adapter_metadata' is no valid JSON: "),
+    "no json": ("{", ak.CheckpointError, "The header's 'lora_adapter_metadata' is not valid JSON: "),
     "a list": ("[]", ak.CheckpointError, "The header's 'lora_adapter_metadata' must hold a JSON object, not a list."),
     "alpha": (metadata(**{"unet.lora_alpha": "8"}), ak.ConfigError, "lora_alpha = '8' is a str"),
 }
