@@ -139,7 +139,7 @@ def test_the_decomposition_of_a_float32_matrix_is_as_exact_as_float32(
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
     matrix = (up @ down) * scale
-    u, s, vh = lowrank.exact(matrix)
+    u, s, vh = lowrank.dense_svd(matrix)
     assert u.dtype == s.dtype == vh.dtype == torch.float32
     assert len(s) == rank
     wanted = torch.linalg.svdvals(matrix.double())[:rank]
@@ -154,7 +154,7 @@ def test_the_zero_matrix_has_one_value_that_is_zero() -> None:
     assert (kept.rank, error) == (1, 0.0)
     assert not dense(kept).any()
     assert lowrank.rank_for_energy(torch.zeros(3), 0.5) == lowrank.rank_for_energy(torch.zeros(0), 0.5) == 0
-    u, s, vh = lowrank.exact(torch.zeros(3, 5))
+    u, s, vh = lowrank.dense_svd(torch.zeros(3, 5))
     assert (u.shape, s.tolist(), vh.shape) == ((3, 1), [0.0], (1, 5))
     assert lowrank.all_finite(u, s, vh, None)
     assert not lowrank.all_finite(torch.tensor([1.0, float("inf"), float("-inf")]))

@@ -37,7 +37,7 @@ def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return qu @ u, s, vh @ qd.t()
 
 
-def exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of a dense `(out, in)` matrix, without the zero values.
 
     For a float32 matrix W it comes from the eigenvectors of `W W^T` (or of `W^T W`, if that is smaller) in float64.

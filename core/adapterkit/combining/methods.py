@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from adapterkit.combining.lowrank import as_factors, check_size, common_bases, exact, keep, svd, working
+from adapterkit.combining.lowrank import as_factors, check_size, common_bases, dense_svd, keep, svd, working
 from adapterkit.combining.new_adapter import check_can_result
 from adapterkit.contract import Combiner, MajoritySign, Options, combiners, default_registry
 from adapterkit.errors import ConfigError
@@ -81,7 +81,7 @@ def combine_factors(
         matrix = _apply(combiner, [f.delta() for f in sources], weights, options)
         if not needs_svd:
             return as_factors(matrix, sources)._replace(bias=bias), 0.0
-        parts = exact(matrix)
+        parts = dense_svd(matrix)
     else:
         if choices.space == "factors":
             result = _on_factors(sources, weights, combiner, options)
