@@ -173,7 +173,11 @@ class Adapter:
 
         It notices a user who sets `requires_grad` on the whole model. `trains_for_now` lists what adapterkit has set.
         """
-        return any(p is not None and p.requires_grad for held in self._first_and_last for p in held.values())
+        for held in self._first_and_last:  # a generator takes twice as long, in every switch
+            for parameter in held.values():
+                if parameter is not None and parameter.requires_grad:
+                    return True
+        return False
 
     @cached_property
     def _first_and_last(self) -> list[dict[str, nn.Parameter | None]]:

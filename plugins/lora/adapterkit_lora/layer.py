@@ -25,9 +25,10 @@ class LoraLayer(LowRankLayer):
         down_shape, up_shape = shapes(target, config.r)
         down, up = target.new(*down_shape, init=init_down), target.new(*up_shape, init=init_up)
         if not target.kind.lookup:
-            bias = target.new(target.out_features, init=0.0 if config.init_lora_weights else self._uniform)
+            init_bias = 0.0 if config.init_lora_weights else self._uniform
+            bias = target.new(target.out_features, init=init_bias) if config.lora_bias else None
             self.lora_A = Holder(weight=down, bias=None)
-            self.lora_B = Holder(weight=up, bias=bias if config.lora_bias else None)
+            self.lora_B = Holder(weight=up, bias=bias)
         elif config.lora_bias:
             raise ConfigError(f"lora_bias has no meaning at {target.path!r}: an embedding has no bias. Leave it out.")
         else:  # PEFT's names for embeddings, without `.weight`
