@@ -347,6 +347,7 @@ class Adapters:
 
         Raises:
             UnknownNameError: no such adapter.
+            UnsupportedError: an adapter has a part in the model's own call (`Shared.forward`).
             ConfigError: no rows; in a forward: a batch of another size, or heads with outputs of different shapes.
             StateError: an adapter is merged; in the block or in a forward: rows that cannot be told apart.
         """
@@ -354,6 +355,9 @@ class Adapters:
             raise ConfigError(f"per_sample needs an adapter's name or None for each row of the batch, not {names!r}.")
         rows = Rows([None if name is None else self._adapter(name).name for name in names], trusted=batch_first)
         self._model.check_not_merged(rows.adapters)
+        for name in rows.adapters:
+            method = default_registry.method_of(self._adapters[name].config)
+            method.check_no_call(f"Adapter {name!r} cannot act in per_sample")
         entries = self._attached.entries()
         if not (batch_first or rows.uniform):
             entries.check({name: self._adapters[name].layers for name in rows.adapters})

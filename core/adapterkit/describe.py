@@ -146,6 +146,8 @@ def _method(registry: Registry, installed: Installed) -> MethodInfo:
     path, layer = f"{config.__module__}.{config.__qualname__}", getattr(method.plugin, "layer", AdapterLayer)
     prefixes = " ".join((prefix,) if isinstance(prefix, str) else prefix)
     merges, combines = layer.merged is not AdapterLayer.merged, hasattr(layer, "factors")
+    if method.replaces_call:
+        merges = combines = False
     return MethodInfo(name, package, version, path, prefixes, method.hooks, merges, combines)
 
 

@@ -132,6 +132,9 @@ def mix(
         dtype: the changes are computed in this dtype or a wider one.
     """
     choices.check()
+    for source in sources:
+        what = f"Adapter {source.name!r} cannot be combined or converted"
+        default_registry.method_of(source.config).check_no_call(what)
     if not choices.same_base:
         _check_same_base(sources)
     heads, labels = combine_heads(sources, choices.heads)

@@ -67,7 +67,8 @@ def targets(model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:
     """The paths of the modules to adapt, in the order of the model.
 
     `None`, the default: the layers that `target_modules` and the fields beside it select, which `ak.select` lists. A
-    method overrides this if it chooses by other rules, such as "a table and whatever is tied to it".
+    method overrides this if it chooses by other rules, such as "a table and whatever is tied to it". There may be none
+    if the method has a `Shared.forward`.
     """
 
 

@@ -296,28 +296,46 @@ def without_values(layer: AdapterLayer) -> Any:
     return light
 
 
+# The attributes of every `Shared`.
+_KEPT = {*vars(nn.Module()), "_made"}
+
+
 class Shared(nn.Module):
-    """What all layers of one adapter have in common: tensors, a term of the loss, a step of training.
+    """What all layers of one adapter have in common: tensors, a part in the model's call, a term of the loss, a step.
 
     The layers have it as `self.shared` and read `self.shared.<name>` in each call, because `.to(...)` replaces tensors.
     It lives under `adapter_shared.<adapter>` at the model. A `Parameter` is trained and in the file. A persistent
     buffer is fixed and in the file, whose value wins. A buffer that is not persistent is made again by `setup` and is
     never in a file. Adapters whose shared tensors are all buffers, and equal, use one copy: change none in place.
+
+    Attributes:
+        replaces_call: the class defines `forward`, so it is the model's call while the adapter acts.
     """
 
     config: Any
+    replaces_call: ClassVar[bool] = False
 
     def __init__(self, targets: Sequence[Target], config: Any, root: Target) -> None:
         super().__init__()
         self.__dict__["config"] = config
         self.setup(targets, config, root)
+        self.__dict__["_made"] = self.plain_attributes()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
-            raise PluginError(
-                f"{cls.__name__}.forward: the model's own call cannot be replaced yet. Do the work in the layers."
-            )
+        cls.replaces_call = cls.forward is not Shared.forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward left for the layers belongs to that forward.
+        own: dict[str, Any] = vars(self)
+        if not self.replaces_call:
+            return own
+        made: dict[str, Any] = own["_made"]
+        return {name: own[name] for name in own.keys() & _KEPT} | made
+
+    def plain_attributes(self) -> dict[str, Any]:
+        """What is neither a parameter, a buffer nor a module: what `setup` made, or what a forward has left."""
+        return {name: value for name, value in vars(self).items() if name not in _KEPT}
 
     def setup(self, targets: Sequence[Target], config: Any, root: Target) -> None:
         """Make what is shared, before any layer. Called once: when an adapter is added, loaded or combined.
@@ -327,6 +345,19 @@ class Shared(nn.Module):
             root: the model. `root.new(...)` makes parameters; `root.dtype` is the widest dtype of the targets and
                 `root.device` their device; `root.file` has the file's shared tensors, at load.
         """
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's call while the adapter acts, if a subclass defines this: for routers, prompts, task ids.
+
+        The model's signature has its keywords, too. What it sets on itself is for the layers: it stays until the next
+        forward, and copies and pickles have what `setup` made. So one model runs one forward at a time. Nothing is
+        cast here. The adapter cannot be merged, combined, converted, or act in `per_sample`.
+
+        Args:
+            base: the model's own call, `base(*args, **kwargs)`, with the other adapters in it; of several such
+                adapters the first active is the innermost. `base.module` is the model.
+        """
+        return base(*args, **kwargs)
 
     def penalty(self, layers: Mapping[str, AdapterLayer]) -> Tensor | float:
         """A term of the loss, which `ak.penalty(model)` gives. `layers` has the adapter's layers by path."""

@@ -135,6 +135,19 @@ class Method:
         """The error for something that the plugin did wrong."""
         return PluginError(f"The method {self.name!r} ({self.provider}): {what}.")
 
+    @property
+    def replaces_call(self) -> bool:
+        """Whether its adapters are the model's call while they act (`Shared.forward`)."""
+        return self.shared is not None and self.shared.replaces_call
+
+    def check_no_call(self, what: str) -> None:
+        """Raise `UnsupportedError` if its adapters replace the model's call; `what` is then not possible."""
+        if self.shared is not None and self.replaces_call:
+            raise UnsupportedError(
+                f"{what}: {self.shared.__name__}.forward is the model's call while the adapter acts, and no change of "
+                "weights or of single rows stands for that. Make it active (adapters.activate) instead."
+            )
+
     # The mathematics of layers
 
     def factors(
@@ -143,13 +156,13 @@ class Method:
         """The exact change of an additive layer as two matrices, `dW = up @ down` with every scaling in `up`.
 
         Worked out in the dtype of the layer's parameters, and in `dtype` at least. With `scaled=False` a number that
-        scales the change stays in `scale`. `None`: the layer is not additive, or its factors act across the groups of
-        a convolution.
+        scales the change stays in `scale`. `None`: the layer is not additive, it acts with a model's call that the
+        adapter replaces, or its factors act across the groups of a convolution.
 
         Raises:
             PluginError: the layer's `factors` or `change` failed, or gave something else.
         """
-        if not isinstance(layer, LowRankLayer | DenseLayer):
+        if not isinstance(layer, LowRankLayer | DenseLayer) or self.replaces_call:
             return None
         name = "change" if type(layer).factors is DenseLayer.factors else "factors"
         what, wide = f"{type(layer).__name__}.{name}", widened(layer, dtype)
@@ -217,7 +230,7 @@ class Method:
 
     def merges(self, layer: AdapterLayer) -> bool:
         """Whether the layer can be merged, as far as its class tells."""
-        return type(layer).merged is not AdapterLayer.merged
+        return type(layer).merged is not AdapterLayer.merged and not self.replaces_call
 
     # Files
 

@@ -304,11 +304,12 @@ class AdapterFile(AdapterContent):
             f"the tensors of a {self.method.name!r} adapter do not tell the sizes of the layers that it changes. Give "
             "base=, the folder of the model that it was trained on, of which only config.json is read."
         )
-        return [*dict.fromkeys(self.refused.values()), *([] if self.kinds else [untold])]
+        told = self.kinds or (self.method.replaces_call and not self.layers)
+        return [*dict.fromkeys(self.refused.values()), *([] if told else [untold])]
 
     def check_told(self) -> None:
         """Raise `CheckpointError` if its files do not tell the sizes of its layers."""
-        if not self.kinds:
+        if not self.kinds and self.notes:
             raise CheckpointError(f"{self.files.folder}: {self.notes[-1]}")
 
     def check_fits(self) -> None:

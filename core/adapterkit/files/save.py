@@ -204,7 +204,8 @@ def file_config(
     resolved = ["layers_to_transform"]
     if "exclude_modules" in config.not_in_files:
         resolved.append("exclude_modules")
-    if prefix or config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved):
+    chosen = config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved)
+    if layers and (prefix or chosen):
         changes |= {
             "target_modules": short_names([p.removeprefix(prefix) for p in layers], paths),
             "exclude_modules": None,

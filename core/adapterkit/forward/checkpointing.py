@@ -52,6 +52,9 @@ class InSameState:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.readers = function, tuple(running.stack)
         self.states = [(active, active.state, active.merged, active.state.lost) for active in models()]
+        # What `Shared.forward` left for the layers that run again.
+        shared = [active.adapters[n].shared for active, s, *_ in self.states for n in s.names if n in active.adapters]
+        self.left = [(part, part.plain_attributes()) for part in shared if part is not None and part.replaces_call]
         self.trained = [
             active.adapters[name]
             for active, state, *_ in self.states
@@ -73,6 +76,9 @@ class InSameState:
                     stack.callback(active.leave, active.enter(state))
             stack.callback(setattr, running, "stack", running.stack)
             running.stack = list(self.readers)
+            for shared, left in self.left:
+                stack.callback(vars(shared).update, shared.plain_attributes())
+                vars(shared).update(left)
             for adapter in self.trained:
                 adapter.train_again()  # the reentrant form made no graph that would have kept `requires_grad` on
             return self.function(*args, **kwargs)

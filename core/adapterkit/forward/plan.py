@@ -7,13 +7,16 @@ each state (`state.State`), at the module's first forward in it.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, DenseLayer, widened
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, widened
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
@@ -92,6 +95,56 @@ class Plan:
         for bias in self.biases:
             out = out + bias.change(self.module.bias, out)
         return out if out.dtype == dtype else out.to(dtype)
+
+
+class CallPlan(Plan):
+    """The plan of the model itself, where adapters share tensors; `calls` has those that replace its call."""
+
+    __slots__ = ("calls", "constant")
+
+    def __init__(self, module: nn.Module, state: State) -> None:
+        super().__init__(module, state)
+        self.calls = [part for part, _ in parts_of(module._modules[SHARED], state.names) if part.replaces_call]
+        self.constant = state.constant
+
+    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Plan.run`."""
+        call = Call(self, original, self.calls)
+        if not self.calls or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        active: Active = self.module.__dict__[ACTIVE]
+        before, here = active.caller, threading.get_ident()
+        if before not in (None, here) or "_is_replica" in self.module.__dict__:
+            raise StateError(
+                f"{type(self.calls[-1]).__name__}.forward keeps what the layers need on itself, so the model runs one "
+                "forward at a time, and another thread is in one. Run one after the other, or give each thread a copy "
+                "of the model; in place of DataParallel take DistributedDataParallel."
+            )
+        active.caller = here
+        try:
+            with offload.fetched(*self.calls) if "_hf_hook" in self.module.__dict__ else nullcontext():
+                return call(*args, **kwargs)
+        finally:
+            active.caller = before
+
+
+class Call:
+    """The call of the model `module` as one adapter sees it: with the adapters nearer to the model, without its own."""
+
+    def __init__(self, plan: CallPlan, original: Callable[..., Any], inner: Sequence[Any]) -> None:
+        self.module, self._plan, self._original, self._inner = plan.module, plan, original, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        if not self._inner:
+            return Plan.run(self._plan, self._original, args, kwargs)
+        *inner, shared = self._inner
+        base = Call(self._plan, self._original, inner)
+        if not (self._plan.constant and torch.is_grad_enabled()):
+            return shared(base, *args, **kwargs)
+        # The layers read what it leaves on itself, so it cannot be a twin.
+        values = {name: parameter.detach() for name, parameter in shared.named_parameters()}
+        return functional_call(shared, values, (base, *args), kwargs)
 
 
 def run_layers(module: nn.Module, layers: Sequence[Any], call: Callable[[Tensor], Any], x: Tensor) -> Any:

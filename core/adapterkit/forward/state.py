@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import twin
+from adapterkit.contract import SHARED, twin
 from adapterkit.errors import StateError
-from adapterkit.forward.plan import Plan, parts_of
+from adapterkit.forward.plan import CallPlan, Plan, parts_of
 
 if TYPE_CHECKING:
     from adapterkit.model import Adapter
@@ -116,7 +116,7 @@ class State:
         """Decide what acts at `module`."""
         if self.refuses:
             raise StateError(self.refuses)
-        return Plan(module, self)
+        return CallPlan(module, self) if SHARED in module._modules else Plan(module, self)
 
     def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
         """What these adapters have in one container of `module`, each with its adapter's name."""
@@ -148,6 +148,7 @@ class Active:
         threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.
+        caller: the thread that is in a call of the model which adapters replace.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
@@ -161,6 +162,7 @@ class Active:
         self.default: State
         self.merged: tuple[str, ...]
         self.adapters, self.default, self.merged = state
+        self.caller: int | None = None
         self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
         self.alive: weakref.WeakSet[State] = weakref.WeakSet([self.default])
         self.here = _Here(self)

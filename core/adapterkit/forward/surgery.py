@@ -9,6 +9,7 @@ called.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,8 +24,10 @@ from adapterkit.forward.plan import INPUT, input_name, run
 from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
 from adapterkit.forward.state import Active
 
-# An adapted class by its original and its roles: it runs adapters, and it is a reader or is read (see `readers`).
-_classes: weakref.WeakValueDictionary[tuple[type, bool, bool], type] = weakref.WeakValueDictionary()
+# The roles of an adapted class: it runs adapters, it is a reader or is read (see `readers`), and, where adapters
+# replace the model's call, the keywords that they take.
+Roles = tuple[bool, bool, tuple[str, ...] | None]
+_classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
 
 
 class PerAdapter(Holder):
@@ -87,6 +90,8 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
     if part.training != module.training:
         part.train(module.training)
     parts._modules[name] = part
+    if container == SHARED:
+        _sign(module)
     active.replan(module)
 
 
@@ -99,7 +104,9 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
             del module._modules[container]
     if ACTIVE in module.__dict__:
         module.__dict__[ACTIVE].replan(module)
-        if not any(c in module._modules for c in CONTAINERS):
+        if container == SHARED:
+            _sign(module)
+        if not any(c in module._modules for c in CONTAINERS) and _call_keywords(module) is None:
             _release(module)
 
 
@@ -223,11 +230,12 @@ def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None =
     now = type(module)
     # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
     base: type[nn.Module] = now.__dict__.get("_adapted_from", now)
-    known: tuple[bool, bool] = now.__dict__.get("_roles", (False, False))
-    wanted = (known[0] if runs is None else runs, known[1] if reads is None else reads)
+    known: Roles = now.__dict__.get("_roles", (False, False, None))
+    runs, reads = known[0] if runs is None else runs, known[1] if reads is None else reads
+    wanted = (runs, reads, _call_keywords(module) if runs else None)
     if wanted == known:
         return
-    new = adapted_class(base, *wanted) if any(wanted) else base
+    new = adapted_class(base, *wanted) if runs or reads else base
     module.__class__ = new
     for name in ("forward", "_old_forward"):
         value = module.__dict__.get(name)
@@ -236,9 +244,35 @@ def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None =
             module.__dict__[name] = types.MethodType(new.forward, module)
 
 
-def adapted_class(cls: type[nn.Module], runs: bool = True, reads: bool = False) -> type[nn.Module]:
-    """The subclass of `cls`, of the same name, that runs adapters, or is a reader or read. It is made once."""
-    found = _classes.get((cls, runs, reads))
+def _call_keywords(module: nn.Module) -> tuple[str, ...] | None:
+    """The keywords of each `Shared.forward` at the model; `None`: no adapter replaces its call."""
+    shared: Any = module._modules.get(SHARED)
+    parts: Any = shared._modules.values() if isinstance(shared, PerAdapter) else ()
+    calls = [part for part in parts if part.replaces_call]
+    found: dict[str, None] = {}
+    for call in calls:
+        _, *parameters = inspect.signature(call.forward).parameters.values()
+        found |= dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return tuple(found) if calls else None
+
+
+def _sign(module: nn.Module) -> None:
+    """Let the signature of the model's call follow the adapters that replace it."""
+    _become(module)
+    forward, keywords = module.__dict__.get("forward"), _call_keywords(module)
+    if forward is not None and not isinstance(forward, types.MethodType):  # accelerate's hook
+        vars(forward).pop("__signature__", None)
+        if keywords is not None:
+            own = inspect.signature(forward.original if isinstance(forward, _WrappedForward) else forward)
+            forward.__signature__ = _with_keywords(own, keywords)
+
+
+def adapted_class(
+    cls: type[nn.Module], runs: bool = True, reads: bool = False, keywords: tuple[str, ...] | None = None
+) -> type[nn.Module]:
+    """The subclass of `cls`, of the same name, with these `Roles`. It is made once."""
+    roles = (runs, reads, keywords)
+    found = _classes.get((cls, roles))
     if found is not None:
         return found
 
@@ -249,9 +283,9 @@ def adapted_class(cls: type[nn.Module], runs: bool = True, reads: bool = False) 
         # No module contains the subclass under its name, so copies and pickles make it again.
         reduced = super(adapted, self).__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        return _new, (cls, runs, reads), *reduced[2:]
+        return _new, (cls, *roles), *reduced[2:]
 
-    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": (runs, reads)}
+    body: dict[str, Any] = {"__reduce_ex__": __reduce_ex__, "_adapted_from": cls, "_roles": roles}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if runs:
         body |= {"forward": forward, INPUT: input_name(cls.forward)}
@@ -260,8 +294,11 @@ def adapted_class(cls: type[nn.Module], runs: bool = True, reads: bool = False) 
         # Hooks run in it. `begin` is the last one before the forward.
         body["__call__"] = _entering(cls.__call__, lambda _: ())
         body |= {name: effective(cls, name) for name in ("weight", "bias")}
+    if keywords is not None:
+        body["forward"] = functools.update_wrapper(body["forward"], cls.forward)
+        body["forward"].__signature__ = _with_keywords(inspect.signature(cls.forward), keywords)
     adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
-    _classes[cls, runs, reads] = adapted
+    _classes[cls, roles] = adapted
     return adapted
 
 
@@ -278,6 +315,13 @@ def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, 
     return enter
 
 
-def _new(cls: type[nn.Module], runs: bool, reads: bool) -> nn.Module:
-    adapted = adapted_class(cls, runs, reads)
+def _with_keywords(own: inspect.Signature, keywords: tuple[str, ...]) -> inspect.Signature:
+    """A signature that has these keywords, too, with the default `None`."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    new = [inspect.Parameter(name, kind, default=None) for name in keywords if name not in own.parameters]
+    return own.replace(parameters=sorted((*own.parameters.values(), *new), key=lambda parameter: parameter.kind))
+
+
+def _new(cls: type[nn.Module], *roles: Any) -> nn.Module:
+    adapted = adapted_class(cls, *roles)
     return adapted.__new__(adapted)

@@ -13,4 +13,4 @@ from adapterkit.kinds.tiles import AddTile
 
 BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding)
 
-__all__ = ["BUILTIN", "AddTile", "Factors", "LayerKind", "dense", "is_special", "numerical_rank"]
+__all__ = ["BUILTIN", "AddTile", "Factors", "LayerKind", "Linear", "dense", "is_special", "numerical_rank"]

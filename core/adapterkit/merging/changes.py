@@ -115,6 +115,7 @@ def plan(
     """
     changes: dict[nn.Module, Change] = {}
     for adapter in adapters:
+        default_registry.method_of(adapter.config).check_no_call(f"Adapter {adapter.name!r} cannot be merged")
         scale = (scales or {}).get(adapter.name, 1.0)
         for path, layer in adapter.layers.items():
             module = adapter.heads.get(path, adapter.hosts[path])

@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.contract import SHARED
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.forward import Active, PerAdapter, State, checkpointing, lock
+from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, uninstall
 from adapterkit.model.adapter import Adapter, acting_heads
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
@@ -81,11 +81,7 @@ class AdaptedModel:
 
     def _unregister(self, adapter: Adapter) -> None:
         adapter.uninstall()
-        container = self.model._modules.get(SHARED)
-        if adapter.shared is not None and container is not None:
-            del container._modules[adapter.name]
-            if not container._modules:
-                del self.model._modules[SHARED]
+        uninstall(self.model, SHARED, adapter.name)
 
     def restore(self) -> None:
         """Give the model back what the first adapter changed."""
@@ -122,6 +118,9 @@ class AdaptedModel:
         """Register the adapter's shared tensors at the model; if another adapter has equal ones, both use these."""
         own = adapter.shared
         if own is None:
+            return
+        if own.replaces_call:
+            install(self.model, "", SHARED, adapter.name, own, self.active)
             return
         others = (other.shared for other in self.adapters.values() if other is not adapter)
         own = next((other for other in others if other is not None and other.equals(own)), own)

@@ -182,7 +182,7 @@ class Adapter:
     @cached_property
     def _first_and_last(self) -> list[dict[str, nn.Parameter | None]]:
         """The parameters of the first and the last part, by module."""
-        parts = [module for _, _, module in self.parts()]
+        parts = [module for _, _, module in self.parts()] or list(self.modules())
         return [module._parameters for module in modules_below((*parts[:1], *parts[-1:])) if module._parameters]
 
     def train(self, *, for_now: bool) -> None:

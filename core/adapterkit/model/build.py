@@ -29,6 +29,7 @@ from adapterkit.forward import (
     trained_dtype,
     widen,
 )
+from adapterkit.kinds import Linear
 from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
 from adapterkit.model.modules import BaseModules, inside
@@ -190,8 +191,13 @@ class LayerBuilder:
         made = self.method.shared
         if made is None:
             return None
-        dtype, device = reduce(torch.promote_types, (target.dtype for target in targets)), targets[0].device
-        root = Target("", model, targets[0].kind, dtype, device, tensors)
+        if targets:
+            dtype = reduce(torch.promote_types, (target.dtype for target in targets))
+            root = Target("", model, targets[0].kind, dtype, targets[0].device, tensors)
+        else:  # all that the adapter does is in the model's call
+            parameters = () if model is None else model.parameters()
+            own = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+            root = Target("", model, Linear(0, 0), trained_dtype(own.dtype), own.device, tensors)
         module: Shared = self.method.ask("its hook shared", (Shared,), made, targets, self.config, root)
         self._check_names(module, made.__name__, "shared tensor's name")
         if tensors is not None:
@@ -277,6 +283,8 @@ def build_adapter(
         targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(weight.dtype), at, file))
     if builder.method.shared is not None:
         check_free_root(modules.model)
+        if builder.method.replaces_call:
+            check_free(modules.model, type(modules.model).__name__, active)
         held = None if rest is None else {key: rest.pop(key) for key in list(rest) if builder.rule.is_shared(key)}
         adapter.shared = builder.shared(targets, held, modules.model)
     for target in targets:

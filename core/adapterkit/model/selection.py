@@ -104,7 +104,7 @@ def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
     for path in paths:
         module = modules.model.get_submodule(path)
         targets.append(Match(path, module, _kind_of(module, path, by), by))
-    if not targets:
+    if not targets and not method.replaces_call:
         raise SelectionError(f"{by} found no layer to adapt on this {type(modules.model).__name__}.")
     return Selection(tuple(targets), head_paths(modules, config.modules_to_save), (), ())
 

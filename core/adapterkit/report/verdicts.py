@@ -82,7 +82,9 @@ def nothing_measured(adapter: AdapterFinding) -> Verdict:
         reasons.append(f"The method {adapter.config.method!r} has no low-rank form of its change at {count(formless)}.")
     if zero:
         reasons.append(f"The change is zero at {count(zero)}: the adapter was not trained there.")
-    headline = "Its changes cannot be measured." if formless else "It changes nothing."
+    if not (formless or zero):
+        reasons.append("It has no layers: all that it does is in the model's call.")
+    headline = "It changes nothing." if zero and not formless else "Its changes cannot be measured."
     return Verdict(LAYERS, (adapter.name,), headline, reasons, _MEASURED)
 
 
