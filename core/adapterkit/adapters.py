@@ -75,7 +75,7 @@ from adapterkit.tensors import (
 if TYPE_CHECKING:
     from adapterkit.report import Report
 
-_REPLACED = "What is there now stays as it is."
+_KEEPS_REPLACEMENT = "What is there now stays as it is."
 
 
 def attach(model: nn.Module) -> Adapters:
@@ -628,7 +628,7 @@ class Adapters:
             raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
         self._attached.check_unchanged("merge_and_detach", [n for n in wanted if n in self and n not in self.merged])
         for name in self.merged:
-            self._warn_if_changed(name, _REPLACED)
+            self._warn_if_changed(name, _KEEPS_REPLACEMENT)
         go_back, merged = self._model.return_point(), self.merged
         with uninterrupted():
             try:
@@ -664,7 +664,7 @@ class Adapters:
         if self.merged:
             self._check_can_unmerge()
             for name in self.merged:
-                self._warn_if_changed(name, _REPLACED)
+                self._warn_if_changed(name, _KEEPS_REPLACEMENT)
             edited = self._merged.edited
             if edited:
                 warnings.warn(

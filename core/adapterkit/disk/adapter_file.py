@@ -38,12 +38,12 @@ from adapterkit.files import (
     check_foreign,
     file_config,
     file_tensors,
+    keys_of_other_parts,
     kinds_of,
     layers_of,
     local_path,
     named_layers,
     of_component,
-    passed_over,
     read,
     recognise,
     refuse,
@@ -430,7 +430,7 @@ def _foreign(
     rule, found = method.key_rule(config), dict(read)
     splits = (rule.split(key, layers) for key in found)
     paths = dict.fromkeys(split[0] for split in splits if split and split[0] in layers)
-    return method, config, {path: layers[path] for path in paths}, found, passed_over(tensors, found, layers)
+    return method, config, {path: layers[path] for path in paths}, found, keys_of_other_parts(tensors, found, layers)
 
 
 def natural(path: str) -> list[tuple[int, str]]:

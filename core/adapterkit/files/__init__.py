@@ -21,11 +21,11 @@ from adapterkit.files.load import EVERYWHERE, load_adapter
 from adapterkit.files.match import file_places, match_adapter, refuse
 from adapterkit.files.other_programs import (
     check_foreign,
+    keys_of_other_parts,
     kinds_of,
     layers_of,
     named_layers,
     of_component,
-    passed_over,
     recognise,
     shapes_of,
 )
@@ -63,6 +63,7 @@ __all__ = [
     "file_places",
     "file_tensors",
     "hub_id",
+    "keys_of_other_parts",
     "kinds_of",
     "layers_of",
     "load_adapter",
@@ -72,7 +73,6 @@ __all__ = [
     "named_layers",
     "not_to_be_had",
     "of_component",
-    "passed_over",
     "read",
     "read_config",
     "read_entry",

@@ -17,8 +17,8 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files.folder import AdapterFiles
-from adapterkit.files.match import equals_base, pass_over, refuse
-from adapterkit.files.other_programs import check_foreign, layers_of, of_component, passed_over, recognise
+from adapterkit.files.match import equals_base, ignore_known_keys, refuse
+from adapterkit.files.other_programs import check_foreign, keys_of_other_parts, layers_of, of_component, recognise
 from adapterkit.forward import Active
 from adapterkit.model import (
     Adapter,
@@ -69,7 +69,7 @@ def load_adapter(
         config = method.config_type().from_dict({"modules_to_save": None, **files.config})
         config, read = method.read(own, layers, {}, config) or (config, own)
     tensors = dict(read)
-    passed = passed_over(own, tensors, layers) | (held.keys() - own.keys())
+    passed = keys_of_other_parts(own, tensors, layers) | (held.keys() - own.keys())
     tensors |= {key: held[key] for key in held.keys() - own.keys()}
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     selection = select_on(modules, config)
@@ -89,7 +89,7 @@ def load_adapter(
     adapter.tables = frozenset(tables)
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
-    pass_over(fit, adapter, model, tensors, passed)
+    ignore_known_keys(fit, adapter, model, tensors, passed)
     report = fit.report()
     if strict and not report.ok:
         refuse(report, name, str(files.folder))

@@ -19,7 +19,7 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.other_programs import layers_of, passed_over
+from adapterkit.files.other_programs import keys_of_other_parts, layers_of
 from adapterkit.model import Adapter, BaseModules, Fit, beside_layers, by_layer
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -76,7 +76,7 @@ def match_adapter(
         given, others, layers = strip_file_prefix(tensors), [], layers_of(BaseModules(model))
         found = method.read(given, layers, {}, adapter.config)
         tensors = given if found is None else found[1]
-        passed = passed_over(given, tensors, layers)
+        passed = keys_of_other_parts(given, tensors, layers)
     fit = Fit(rule)
     paths = {other: path for path in adapter.layers for other in (*adapter.aliases.get(path, ()), path)}
     inside, rest = by_layer(tensors, rule, paths)
@@ -87,12 +87,12 @@ def match_adapter(
         held = {key: rest.pop(key) for key in list(rest) if rule.is_shared(key)}
         values += fit.match(adapter.shared, held, "")
     fit.unexpected += rest
-    pass_over(fit, adapter, model, tensors, passed)
+    ignore_known_keys(fit, adapter, model, tensors, passed)
     fit.ignored += others
     return values, fit.report()
 
 
-def pass_over(
+def ignore_known_keys(
     fit: Fit, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str]
 ) -> None:
     """Ignore what has no place and needs none: keys of other models (`passed`), and what the base has already."""

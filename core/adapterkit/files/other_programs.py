@@ -86,7 +86,9 @@ def of_component(tensors: Mapping[str, Tensor], part: str | None) -> dict[str, T
     return kept
 
 
-def passed_over(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> set[str]:
+def keys_of_other_parts(
+    tensors: Mapping[str, Tensor], read: Mapping[str, Tensor], layers: Mapping[str, LayerKind]
+) -> set[str]:
     """The keys of pipeline parts for which the method found no layer on this model."""
     own = {path.partition(".")[0] for path in layers}  # GPT-2 has a module called `transformer`
     parts = {key: component(key) for key in tensors}

@@ -105,7 +105,7 @@ class Batch:
     Attributes:
         size: rows of the latest batch; `None` before there was one.
         length: its second dimension, if its inputs are sequences.
-        apart: the model inside that was entered last, if it was given something else than the batch.
+        foreign: the model inside that was entered last, if its input is not the batch (images, patches).
         outer: the model that runs, with the models inside it.
     """
 
@@ -113,7 +113,7 @@ class Batch:
         self.entries = entries
         self.size: int | None = None
         self.length: int | None = None
-        self.apart: nn.Module | None = None
+        self.foreign: nn.Module | None = None
         self.outer: nn.Module | None = None
         self._sizes: tuple[int, ...] = ()
 
@@ -135,15 +135,15 @@ class Batch:
                     f"per_sample names {count} rows, and the batch has {size}. Name one adapter (or None) for each "
                     "row; a batch may have each row several times, one after another, as beam search does."
                 )
-            self.outer, self.apart = module, module if placed else None
+            self.outer, self.foreign = module, module if placed else None
             # Entries for each row, and those of a row's choices or frames, which models inside are given by themselves.
             each = size // count
             self._sizes = (each, each * x.shape[1]) if x.dim() in (3, 5) else (each,)
         else:
             # In a part that runs on some of the rows, the batch is as many times smaller.
             fits = size in [each * count for each in self._sizes]
-            self.apart = None if fits and not placed else module
-            if self.apart is not None:
+            self.foreign = None if fits and not placed else module
+            if self.foreign is not None:
                 return
         sequences = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
         self.size, self.length = size, x.shape[1] if sequences else None
@@ -156,9 +156,9 @@ class Batch:
         """
         if repeats():
             return
-        if self.apart is not None:
+        if self.foreign is not None:
             raise StateError(
-                f"A {type(module).__name__} of the model is in or behind a {type(self.apart).__name__} that is given "
+                f"A {type(module).__name__} of the model is in or behind a {type(self.foreign).__name__} that is given "
                 "something else than the batch, such as images or patches of which a row may have any number, so it is "
                 "not known which rows are whose. Leave this layer out with exclude_modules, or say "
                 "per_sample(..., batch_first=True) if each row has as many, in order."
