@@ -85,3 +85,10 @@ def test_a_long_value_is_cut() -> None:
     assert brief("x" * 201) == "x" * 200 + "..."
     assert brief(["name"] * 50) == "['name', 'name', 'name', ... 50 in all]"
     assert brief(["name"] * 3) == "['name', 'name', 'name']"
+
+
+@pytest.mark.parametrize(
+    "name", ["AdapterDiff", "AdapterInspection", "MergeReport", "MethodsReport", "Preview", "Selection"]
+)
+def test_reports_of_other_rooms_print_in_notebooks_too(name: str) -> None:
+    assert issubclass(getattr(ak, name), Printed)

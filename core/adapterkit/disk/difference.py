@@ -19,7 +19,7 @@ from adapterkit.disk.model import Base
 from adapterkit.errors import ConfigError
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
-from adapterkit.results import brief
+from adapterkit.results import Printed, brief
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -74,7 +74,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class AdapterDiff:
+class AdapterDiff(Printed):
     """What two adapters differ in. Prints as text; `to_dict` is for JSON.
 
     Attributes:

@@ -19,7 +19,7 @@ from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.model import LabelSet
-from adapterkit.results import brief, columns
+from adapterkit.results import Printed, brief, columns
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -58,7 +58,7 @@ class LayerInspection:
 
 
 @dataclass(frozen=True)
-class AdapterInspection:
+class AdapterInspection(Printed):
     """What an adapter's files hold. Prints as a table; `to_dict` is for JSON.
 
     Attributes:

@@ -22,12 +22,13 @@ from adapterkit.files import adapter_folder, load_adapter, local_path, model_fol
 from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
+from adapterkit.results import Printed
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Printed):
     """What `merge_checkpoint` wrote.
 
     Attributes:
