@@ -123,7 +123,7 @@ def test_packages_and_entry_points_are_the_folders() -> None:
     assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == wanted
     assert all((ROOT / folder / "__init__.py").is_file() for folder in wanted)
     entries = PYPROJECT["project"]["entry-points"]["adapterkit.methods"]
-    assert entries == {p.name: f"{package(p)}.plugin" for p in PLUGINS}
+    assert entries == {p.name: f"{package(p)}.plugin:plugin" for p in PLUGINS}
 
 
 def test_installed_metadata_are_those_of_pyproject() -> None:
@@ -154,7 +154,7 @@ def test_wheel_holds_every_source_file_and_announces_every_method(tmp_path: Path
     assert {f"{d.name}/py.typed" for d in folders} <= held
     text = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
     assert "[adapterkit.methods]" in text
-    assert all(f"{p.name} = {package(p)}.plugin" in text for p in PLUGINS)
+    assert all(f"{p.name} = {package(p)}.plugin:plugin" in text for p in PLUGINS)
     assert "adapterkit = adapterkit_command:main" in text
 
 
