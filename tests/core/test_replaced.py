@@ -342,7 +342,7 @@ def test_convolution_that_does_something_else_is_refused_in_the_forward_and_by_c
     adapters = adapted(model, target_modules=["0"])
     model(x)
     change(model[0])
-    with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added, which acts as it was then"):
+    with pytest.raises(ak.StateError, match=message + ".* since adapter 'a' was added, which was made for the old one"):
         model(x)
     with pytest.raises(ak.StateError, match=message), adapters.per_sample(["a", None]):
         model(x)

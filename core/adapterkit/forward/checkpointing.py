@@ -51,7 +51,7 @@ class InSameState:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.readers = function, tuple(running.stack)
-        self.states = [(active, active.state, active.merged, active.state.lost) for active in models()]
+        self.states = [(active, active.state, active.merged, active.state.removed) for active in models()]
         # What `Shared.forward` left for the layers that run again.
         shared = [active.adapters[n].shared for active, s, *_ in self.states for n in s.names if n in active.adapters]
         self.left = [(part, part.plain_attributes()) for part in shared if part is not None and part.replaces_call]
@@ -65,8 +65,8 @@ class InSameState:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function. A forward raises `StateError` if its adapters were removed or merged since."""
         with ExitStack() as stack:
-            for active, state, merged, lost in self.states:
-                why = f"adapter {state.lost[-1]!r} was removed" if state.lost != lost else ""
+            for active, state, merged, removed in self.states:
+                why = f"adapter {state.removed[-1]!r} was removed" if state.removed != removed else ""
                 if merged != active.merged:
                     why = "adapters were merged or unmerged"
                 if why:  # raised by the forward, because this may be another model, which does not run here

@@ -35,15 +35,15 @@ class Plan:
     """What acts at one module in one state.
 
     Attributes:
-        head, called: the acting head that replaces the module, if there is one, and how that is called.
+        head, call_head: the acting head that replaces the module, if there is one, and the function to call for it.
         layers: the adapter layers that act, the innermost first.
-        turn: how many of them come before those that are only summed.
+        wrapping: so many of them, from the first on, run around the forward; the rest only add to its output.
         biases: the trained biases that act.
-        changer: the one layer that acts, if it may take the module's weight and change it.
+        alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
         checked: whether the module is checked before each forward; see `is_checked`.
     """
 
-    __slots__ = ("biases", "called", "changer", "checked", "head", "layers", "module", "turn")
+    __slots__ = ("alone", "biases", "call_head", "checked", "head", "layers", "module", "wrapping")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -51,19 +51,19 @@ class Plan:
         for head, owner in state.parts(module, HEADS, state.heads):
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
-            self.called = callable_head(head, module)
+            self.call_head = callable_head(head, module)
         self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
         self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
         self.checked = is_checked(module, self.layers)
-        self.turn = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
+        self.wrapping = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
         # Under torch.compile the compiler chooses the form.
-        alone = len(self.layers) == 1 and not self.turn and not torch.compiler.is_compiling()
-        self.changer = self.layers[0] if alone and isinstance(self.layers[0], DenseLayer) else None
+        one_sum = len(self.layers) == 1 and not self.wrapping and not torch.compiler.is_compiling()
+        self.alone = self.layers[0] if one_sum and isinstance(self.layers[0], DenseLayer) else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts."""
         if self.head is not None:
-            original = self.called
+            original = self.call_head
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         alone = len(args) == 1 and not kwargs
@@ -79,18 +79,18 @@ class Plan:
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
-        out = None if self.changer is None else with_weight(self.changer, self.module, base, x)
+        out = None if self.alone is None else with_weight(self.alone, self.module, base, x)
         if out is not None:
             dtype = out.dtype
         else:
-            turn = self.turn
-            out = run_layers(self.module, self.layers[:turn], base, x) if turn else base(x)
-            if turn < len(self.layers) or self.biases:
+            wrapping = self.wrapping
+            out = run_layers(self.module, self.layers[:wrapping], base, x) if wrapping else base(x)
+            if wrapping < len(self.layers) or self.biases:
                 out = summable(self.module, out)
-            elif turn:
+            elif wrapping:
                 return out
             dtype = out.dtype
-            for layer in self.layers[turn:]:
+            for layer in self.layers[wrapping:]:
                 out = add(layer, out, x)
         for bias in self.biases:
             out = out + bias.change(self.module.bias, out)
@@ -156,11 +156,11 @@ def run_layers(module: nn.Module, layers: Sequence[Any], call: Callable[[Tensor]
         out = summable(module, run_layers(module, inner, call, x))
         return add(layer, out, x).to(out.dtype)
     base = Base(module, layer, inner, call, x)
-    out = layer(base, base.entered(x))
+    out = layer(base, base.to_adapter_dtype(x))
     if layer.training and (layer.row_dropout or layer.module_dropout):
         plain = base(x)
         out = plain + (out - plain) * layer.kind.spread(kept_rows(layer, plain))
-    return base.left(out)
+    return base.to_layer_dtype(out)
 
 
 class Base:
@@ -185,7 +185,7 @@ class Base:
         if not isinstance(out, Tensor):
             return out
         self._out = out.dtype
-        return self.entered(out)
+        return self.to_adapter_dtype(out)
 
     def weight(self) -> Tensor:
         """Its weight `(out, in)`, as a merge would see it."""
@@ -206,12 +206,12 @@ class Base:
         added: Tensor = self(x) + self.kind.apply_weight(x, weight - own, change)
         return added
 
-    def entered(self, value: Tensor) -> Tensor:
+    def to_adapter_dtype(self, value: Tensor) -> Tensor:
         """A tensor in the dtype of the adapter's parameters."""
         floating = isinstance(value, Tensor) and value.is_floating_point() and self._dtype is not None
         return value.to(self._dtype) if floating else value
 
-    def left(self, out: Any) -> Any:
+    def to_layer_dtype(self, out: Any) -> Any:
         """The adapter's output in the dtype that the layer's own would have."""
         if not isinstance(out, Tensor):
             return out
@@ -232,7 +232,7 @@ class Base:
                     f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give "
                     "its values, and an adapter there needs them. Leave this layer out with exclude_modules."
                 )
-            found.append(self.entered(numbers))  # type: ignore[arg-type]
+            found.append(self.to_adapter_dtype(numbers))  # type: ignore[arg-type]
         weight, bias = self.kind.canonical(found[0]), found[1]
         for layer in self._inner:
             weight, bias = widened(layer, weight.dtype).merged(weight, bias)
@@ -260,7 +260,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
     """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
-    An embedding stops a GPU if a row is missing, and a convolution may have another stride since `add`.
+    On a GPU a missing row of an embedding aborts the process; a convolution with another stride gives other numbers.
     """
     return isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
 
@@ -282,8 +282,8 @@ def check_unchanged(module: nn.Module, state: State) -> None:
                 what = f"another weight, of shape {sizes[1]} in place of {sizes[0]}: it was resized"
             if what is not None:
                 raise StateError(
-                    f"{slots.path!r} has {what} since adapter {name!r} was added, which acts as it was then. Set it "
-                    f"back, or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
+                    f"{slots.path!r} has {what} since adapter {name!r} was added, which was made for the old one. "
+                    f"Set it back, or add the adapter again: adapters.save({name!r}, folder) keeps what was trained, "
                     f"adapters.remove({name!r}) takes it away."
                 )
 

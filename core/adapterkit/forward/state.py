@@ -42,10 +42,10 @@ class State:
         names: the active adapters, which are not merged; the first is the innermost.
         heads: the adapters that provide the acting heads, merged ones included.
         trains: the adapters that were activated to train.
-        constant: no gradient goes to any of them, even if their parameters require one, because a graph, another
-            thread or the code after the block needs that flag.
+        constant: the adapters take no gradients in this state; `requires_grad` stays on where a graph, another thread
+            or the code after the block needs it.
         idle: nothing acts.
-        lost: the adapters of this state that were removed: its graphs cannot be computed again.
+        removed: the adapters of this state that were removed: its graphs cannot be computed again.
         refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
         rows: which adapter acts on which row of the batch; `None`: all on all rows.
         plans: what acts at each module, by the module's `id`. A plan holds its module, so no `id` is used twice.
@@ -68,7 +68,7 @@ class State:
         self.asked, self.trains, self.constant, self.refuses = (names, heads), trains, constant, refuses
         self.names, self.heads = tuple(name for name in names if name not in merged) if merged else names, heads
         self.idle = not (self.names or heads or refuses)
-        self.lost: tuple[str, ...] = ()
+        self.removed: tuple[str, ...] = ()
         self.plans: dict[int, Plan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class State:
             return tuple(other for name in group for other in (new if name == old else (name,)))
 
         if not new and old in (*self.names, *self.heads):
-            self.lost += (old,)
+            self.removed += (old,)
         self.asked = edited(self.asked[0]), edited(self.asked[1])
         self.names, self.heads, self.trains = map(edited, (self.names, self.heads, self.trains))
         self.idle = not (self.names or self.heads or self.refuses)
@@ -100,7 +100,7 @@ class State:
         """What acts at `module`."""
         if torch.compiler.is_compiling():  # the compiler would guard a plan that is kept, and compile in each state
             return self.make_plan(module)
-        # Constants are of this moment, and replicas of `DataParallel` live for one forward.
+        # Detached parameters belong to this forward, and replicas of `DataParallel` live for one forward.
         once = (self.constant and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
         found = None if once else self.plans.get(id(module))
         if found is None:

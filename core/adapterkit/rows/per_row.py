@@ -102,11 +102,11 @@ class RowPlan(Plan):
         heads, parts, shifts: the heads, adapter layers and trained biases at the module, by adapter.
         default: the head that replaces the module for rows without a head of their own.
         groups: the layers of each class, and whether they may be stacked.
-        least: dimensions of the smallest input without a batch.
+        min_dims: dimensions of the smallest input without a batch.
         rest: the state in which the module runs on rows without a head of their own.
     """
 
-    __slots__ = ("additive", "default", "groups", "heads", "least", "parts", "rest", "shifts", "state")
+    __slots__ = ("additive", "default", "groups", "heads", "min_dims", "parts", "rest", "shifts", "state")
 
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
@@ -119,7 +119,7 @@ class RowPlan(Plan):
         self.default = callable_head(defaults[0][0], module) if defaults else None
         self.checked = is_checked(module, self.parts.values())
         self.additive = all(layer.summed for layer in self.parts.values())
-        self.least = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
+        self.min_dims = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         self.groups: list[tuple[dict[str, AdapterLayer], bool]] = []
         for cls in dict.fromkeys(map(type, self.parts.values())):
             alike = {name: layer for name, layer in self.parts.items() if type(layer) is cls}
@@ -156,7 +156,7 @@ class RowPlan(Plan):
 
     def _check(self, x: Any, others: Sequence[Any]) -> None:
         rows, cls = self.state.rows, type(self.module).__name__
-        if not isinstance(x, Tensor) or x.dim() <= self.least or any(isinstance(other, Tensor) for other in others):
+        if not isinstance(x, Tensor) or x.dim() <= self.min_dims or any(isinstance(other, Tensor) for other in others):
             raise UnsupportedError(
                 f"A {cls} is not called with one tensor that has a batch dimension, so per_sample cannot split its "
                 "input. Leave it out of the adapters (exclude_modules, modules_to_save)."
