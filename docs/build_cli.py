@@ -34,8 +34,8 @@ HOW_TO = """
 $ adapterkit merge ./llama ./adapters/mood --out ./llama-mood
 ```
 
-It needs memory for one layer, and about as much time as a copy. Continue an interrupted run with `--resume`. The result
-includes the head that was trained with the adapter, and its label set.
+It needs memory for the adapters and one layer, and about as much time as a copy. Continue an interrupted run with
+`--resume`. The result includes the head that was trained with the adapter, and its label set.
 
 **Choose a rank.** See how much of its rank a trained adapter uses, read the report, and truncate the adapter:
 

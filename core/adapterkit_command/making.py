@@ -83,9 +83,9 @@ def merge(  # noqa: PLR0913 - one parameter an option
 ) -> MergeReport:
     """Merge adapters into a model's safetensors files, without loading the model.
 
-    Tensors are merged one by one, so memory is bounded by the largest tensor, and it takes little longer than a copy.
-    The result equals merging in memory, bit for bit. File names, dtypes, config and tokenizer stay the same. The folder
-    appears under its name when it is complete.
+    Layers are merged one by one, so only the adapters and one layer are in memory, and it takes little longer than a
+    copy. The result equals merging in memory, bit for bit. File names, dtypes, config and tokenizer stay the same. The
+    folder appears under its name when it is complete.
     """
     options = locals() | {"adapters": arguments.weighted(adapters)}
     import adapterkit as ak
