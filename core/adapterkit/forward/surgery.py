@@ -49,6 +49,17 @@ class PerAdapter(Holder):
         """Do nothing: a head may be an `nn.Sequential`, which calls all its children in turn."""
         return x
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sentence-transformers model saves each of its children, and could not load this one.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            "An adapter's shared tensors are a child of the model, and this model saves each child as a module. To "
+            "save it, attach the adapters to the transformers model inside: model[0].auto_model."
+        )
+
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[name]
         assert module is not None
