@@ -442,7 +442,7 @@ def test_a_float32_model_calls_its_heads_without_casts() -> None:
     run(adapters.model, "bert")
     head = adapters.model.classifier
     plan = head.__dict__["_adapter_active"].state.plan(head)
-    assert plan.called is plan.head
+    assert plan.call_head is plan.head
 
 
 def weight_norm(layer: nn.Linear) -> None:
