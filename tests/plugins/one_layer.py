@@ -52,6 +52,21 @@ def plain(model: Any, x: Tensor) -> Tensor:
     return out
 
 
+def check_functorch(model: Any, layer: nn.Module, x: Tensor) -> None:
+    """The gradients of each row of `x`, by `vmap` of `grad`, are those of autograd row by row."""
+    parameters = dict(layer.named_parameters())
+
+    def loss(given: Any, row: Tensor) -> Tensor:
+        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
+        return torch.func.functional_call(model, changed, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
+        for value, gradient in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(value[i], gradient)
+
+
 def kept_bytes(step: Any, known: Any) -> int:
     """What autograd keeps for the backward, the tensors in `known` apart."""
     own = {t.untyped_storage().data_ptr() for t in known}

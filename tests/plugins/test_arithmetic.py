@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.one_layer import LAYERS, adapted, inputs, one, plain
+from tests.plugins.one_layer import LAYERS, adapted, check_functorch, inputs, one, plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,17 +117,7 @@ def test_the_backward_under_gradient_checkpointing(method: str, reentrant: bool)
 @every_method
 def test_functorch_differentiates_and_maps(method: str) -> None:
     model, layer, x = make(method, "Linear")
-    parameters = dict(layer.named_parameters())
-
-    def loss(given: Any, row: Tensor) -> Tensor:
-        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
-        return torch.func.functional_call(model, changed, (row,)).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for i, row in enumerate(x):
-        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
-        for value, gradient in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(value[i], gradient)
+    check_functorch(model, layer, x)
 
 
 @every_case

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit.combining.heads import Heads
 from adapterkit.combining.lowrank import all_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, beside
-from adapterkit.errors import PluginError, StateError, UnsupportedError
+from adapterkit.errors import PluginError, StateError
 from adapterkit.files import short_names
 from adapterkit.forward import Active
 from adapterkit.kinds import Factors, LayerKind
@@ -52,10 +52,7 @@ class Changes:
 def check_can_result(method: Method) -> None:
     """Raise `UnsupportedError` if the method cannot be made from factors."""
     if "from_factors" not in method.hooks:
-        raise UnsupportedError(
-            f"The method {method.name!r} cannot be a result: it has no hook from_factors, so no change can be "
-            "converted to it. Use to='lora', which can express every low-rank change."
-        )
+        raise method.cannot_result()
 
 
 def check_finite(name: str, path: str, factors: Factors) -> None:

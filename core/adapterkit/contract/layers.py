@@ -129,7 +129,7 @@ class AdapterLayer(nn.Module):
         method: the name of the method that made it; set by the core.
 
     Raises:
-        PluginError: raised at the definition of a subclass that lacks a method which its base class needs.
+        PluginError: when a subclass is defined without a method that its base class needs.
     """
 
     kind: LayerKind

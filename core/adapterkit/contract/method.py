@@ -31,7 +31,7 @@ class Method:
     Attributes:
         name: the method's name, such as `"lora"`.
         provider: who provides it, for messages: the distribution and version, or the module.
-        shared: the plugin's class of what all layers of one adapter have in common; `None`: it has none.
+        shared: the plugin's subclass of `Shared`, or `None`.
         manager: pluggy's manager of this plugin alone, and of the extensions that wrap its hooks.
         hooks: the names of the hooks that the plugin implements.
     """
@@ -88,11 +88,15 @@ class Method:
         """
         found = self._pair("from_factors", factors=factors, kinds=kinds)
         if found is None:
-            raise UnsupportedError(
-                f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be "
-                "converted to it. Use to='lora', which can express every low-rank change."
-            )
+            raise self.cannot_result()
         return found
+
+    def cannot_result(self) -> UnsupportedError:
+        """The error for a method that no known change can be converted to."""
+        return UnsupportedError(
+            f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be "
+            "converted to it. Use to='lora', which can express every low-rank change."
+        )
 
     def formats(self) -> Sequence[Format]:
         """See `hookspecs.formats`."""

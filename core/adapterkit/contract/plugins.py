@@ -91,7 +91,7 @@ def plugin(
 
     Args:
         prefix: what every key of the method begins with, such as `"outer_"`; a tuple if there are several.
-        shared: the class of what all layers of one adapter have in common.
+        shared: a subclass of `Shared`, if the layers of one adapter share anything.
     """
     name = f"{config.__name__.removesuffix('Config')}Plugin"
     made = type(name, (Plugin,), {"config": config, "layer": layer, "prefix": prefix, "shared": shared})

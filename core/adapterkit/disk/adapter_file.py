@@ -69,7 +69,7 @@ class AdapterContent:
     """What an adapter's files hold, or are about to hold.
 
     Attributes:
-        kinds: what each layer is that it changes, by path; empty if its tensors do not tell and there is no base.
+        kinds: the layer kind of each changed layer, by path; empty without a base if the tensors do not show it.
         tensors: those of the layers and shared ones, by key: what the method's save rule is asked about.
         heads: the tensors of modules that it holds in full, by path and name in the module.
         tables: the heads that are the base's embeddings with other values.
@@ -231,7 +231,7 @@ class AdapterFile(AdapterContent):
             self.shared[key] = tensor
         elif split is not None:
             self.layers.setdefault(split[0], {})[split[1]] = tensor
-            if self.kinds and split[0] not in self.kinds:  # it looks like a layer's, and there is no such layer
+            if self.kinds and split[0] not in self.kinds:  # named like a layer's tensor, but the base has no such layer
                 (self.ignored if passed else self.unknown).append(key)
         elif head is not None:
             local = key.removeprefix(f"{beside(head, self.kinds)}.")

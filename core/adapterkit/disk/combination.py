@@ -58,8 +58,8 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
         heads: as there; one adapter's by its folder's name, or by its place as it is written in `sources`.
         base: the base model's folder or hub id, or the model itself, on the meta device or not.
         dtype: of the result's layers; `None`: float32, or float64 if a source has such tensors. Heads keep theirs.
-        overwrite: replace an adapter that `out` holds already. Without it that is an error, other than with
-            `Adapters.save`: what is to be combined lies in folders of the same sort.
+        overwrite: replace an adapter that `out` holds already. Without it that is an error, unlike in
+            `Adapters.save`, because the sources are such folders too.
 
     Raises:
         CheckpointError: a source is not an adapter, is damaged, is of another base, or does not tell its layers' sizes.

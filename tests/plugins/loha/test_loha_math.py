@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.plugins.one_layer import LAYERS, kept_bytes, one
+from tests.plugins.one_layer import LAYERS, check_functorch, kept_bytes, one
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -368,17 +368,7 @@ def test_functorch_differentiates_and_maps_every_form(form: str, monkeypatch: py
     monkeypatch.setattr(arithmetic, "REBUILT", 0)
     choose(monkeypatch, form)
     model, layer, x = adapted("Linear")
-    parameters = dict(layer.named_parameters())
-
-    def loss(given: Any, row: Tensor) -> Tensor:
-        changed = {f"fc.adapters.a.{name}": value for name, value in given.items()}
-        return torch.func.functional_call(model, changed, (row,)).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for i, row in enumerate(x):
-        expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
-        for value, gradient in zip(found.values(), expected, strict=True):
-            torch.testing.assert_close(value[i], gradient)
+    check_functorch(model, layer, x)
 
 
 class Twice(nn.Module):
