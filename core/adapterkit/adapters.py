@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adapterkit.checkpoints import LoadHooks, install, uninstall
 from adapterkit.combining import (
     Choices,
     Source,
@@ -40,7 +41,6 @@ from adapterkit.files import (
     to_file,
 )
 from adapterkit.forward import State
-from adapterkit.integrations import LoadHooks, install, uninstall
 from adapterkit.merging import Merged, Parting, merging, take_heads
 from adapterkit.model import (
     AdaptedModel,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
 from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
 from adapterkit.files import (
@@ -29,7 +30,6 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
-from adapterkit.integrations.load_state_dict import LoadHooks
 from adapterkit.merging import Parting
 from adapterkit.model import Adapter, BaseModules, LabelSet, named_modules, resized_keys
 from adapterkit.tensors import gathered, in_first_process, process_groups, real_value, whole

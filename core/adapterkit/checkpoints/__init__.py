@@ -4,7 +4,7 @@ In: a call of `save_pretrained` or `load_state_dict` on an adapted model. Out: t
 Uses: errors, tensors, contract, model, files, merging.
 """
 
-from adapterkit.integrations.load_state_dict import LoadHooks
-from adapterkit.integrations.save_pretrained import install, uninstall
+from adapterkit.checkpoints.load_state_dict import LoadHooks
+from adapterkit.checkpoints.save_pretrained import install, uninstall
 
 __all__ = ["LoadHooks", "install", "uninstall"]
