@@ -142,6 +142,11 @@ class Adapters:
         """The merged adapters, in the order in which they were merged."""
         return self._merged.names
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The adapters of which a parameter requires a gradient now, whoever set it, in the order of `names`."""
+        return tuple(name for name, adapter in self._adapters.items() if adapter.trains())
+
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
 
@@ -167,6 +172,10 @@ class Adapters:
     def layers(self, name: str) -> Mapping[str, AdapterLayer]:
         """The adapter layers of an adapter, by the paths of their targets. To be read, not to be changed."""
         return MappingProxyType(self._adapter(name).layers)
+
+    def heads(self, name: str) -> Mapping[str, nn.Module]:
+        """An adapter's own copies of modules, by the paths of the modules that they replace. To be read only."""
+        return MappingProxyType(self._adapter(name).heads)
 
     def step(self) -> None:
         """Let the active adapters make their step: after `optimizer.step()` and before `zero_grad()`.
