@@ -50,6 +50,7 @@ from adapterkit.model import (
     LayerBuilder,
     acting_heads,
     build_adapter,
+    checked_strengths,
     copy_head,
     inner_model,
     labels_of_new_head,
@@ -138,6 +139,11 @@ class Adapters:
         return self._active.state.names
 
     @property
+    def strengths(self) -> dict[str, float]:
+        """What the change of each active adapter is multiplied by; see `activate`."""
+        return {name: self._active.state.strength(name) for name in self.active}
+
+    @property
     def merged(self) -> tuple[str, ...]:
         """The merged adapters, in the order in which they were merged."""
         return self._merged.names
@@ -207,7 +213,9 @@ class Adapters:
         rows, paths_now = [], BaseModules(self.model).paths_of
         for name, adapter in self._adapters.items():
             changed = [f"{path!r} {what} since" for path, what in adapter.changed(paths_now).items()]
-            notes = (*part, *changed, *self._model.never_ran(adapter))
+            strength = self.strengths.get(name, 1.0)
+            scaled = [f"acts with a strength of {strength:g}"] if strength != 1.0 else []
+            notes = (*part, *scaled, *changed, *self._model.never_ran(adapter))
             rows.append(adapter.status(active=name in self.active, merged=name in self.merged, notes=notes))
         return Status(tuple(rows))
 
@@ -286,7 +294,13 @@ class Adapters:
 
     # Which adapters act
 
-    def activate(self, *names: str, trainable: bool = True, heads: str | None = None) -> None:
+    def activate(
+        self,
+        *names: str,
+        trainable: bool = True,
+        heads: str | None = None,
+        strengths: Mapping[str, float] | None = None,
+    ) -> None:
         """Make these the active adapters, with their heads and label sets. Without a name: none.
 
         This holds in every thread that is not in a block (`activated`, `disabled`, `per_sample`); in a block it holds
@@ -297,22 +311,32 @@ class Adapters:
         Args:
             trainable: whether their parameters require gradients. Those of all other adapters do not.
             heads: the adapter that provides the head, if several have their own copy of one module.
+            strengths: what an adapter's change of weights and biases is multiplied by, `{"a": 0.7}`; 1 for the others.
+                Any finite number: 0 is without effect, and a negative one subtracts. A head has no strength. It is not
+                part of the adapter: `save` and `combine` do not know it.
 
         Raises:
             UnknownNameError: no such adapter.
-            ConfigError: a name twice, or two heads for one module and no choice.
+            ConfigError: a name twice, two heads for one module and no choice, or a strength that is not a number.
+            UnsupportedError: a strength of an adapter that is not additive, so that its change has no multiple.
             StateError: an adapter is merged, or its modules were replaced since (with `trainable=False` the first
                 forward raises this), or DDP, FSDP or DeepSpeed around the model do not know its parameters and it
                 should train.
         """
         adapters, block = [self._adapter(name) for name in names], self._active.in_block
-        state = self._attached.state("activate", adapters, heads, trains=trainable, block=block)
+        state = self._attached.state("activate", adapters, heads, strengths, trains=trainable, block=block)
         if trainable:
             self._model.check_can_train(adapters)
         self._model.activate(state, trainable=trainable)
 
     @contextmanager
-    def activated(self, *names: str, trainable: bool = True, heads: str | None = None) -> Iterator[None]:
+    def activated(
+        self,
+        *names: str,
+        trainable: bool = True,
+        heads: str | None = None,
+        strengths: Mapping[str, float] | None = None,
+    ) -> Iterator[None]:
         """`activate` for a `with` block, in this thread. Afterwards everything is as before.
 
         Threads that are started in the block, and tasks that are given to a `ThreadPoolExecutor` in it, act like the
@@ -320,7 +344,7 @@ class Adapters:
         after the block. With `trainable=False` the adapters act as constants, whatever `requires_grad` is.
         """
         adapters = [self._adapter(name) for name in names]
-        state = self._attached.state("activated", adapters, heads, trains=trainable, block=True)
+        state = self._attached.state("activated", adapters, heads, strengths, trains=trainable, block=True)
         with self._model.block(state, trainable=trainable):
             yield
 
@@ -339,7 +363,12 @@ class Adapters:
 
     @contextmanager
     def per_sample(
-        self, names: Sequence[str | None], *, trainable: bool = False, batch_first: bool = False
+        self,
+        names: Sequence[str | None],
+        *,
+        trainable: bool = False,
+        batch_first: bool = False,
+        strengths: Mapping[str, float] | None = None,
     ) -> Iterator[None]:
         """A different adapter, or none, for each row of a batch, for a `with` block in this thread.
 
@@ -353,6 +382,7 @@ class Adapters:
             trainable: whether their parameters require gradients; else the adapters act as constants.
             batch_first: vouch that the first dimension of every adapted layer's input is the batch, each row's
                 entries together; else this is proven for each layer (see `adapterkit.rows.batch.Batch`), or refused.
+            strengths: as in `activate`.
 
         Raises:
             UnknownNameError: no such adapter.
@@ -367,13 +397,14 @@ class Adapters:
         for name in rows.adapters:
             method = default_registry.method_of(self._adapters[name].config)
             method.check_no_call(f"Adapter {name!r} cannot act in per_sample")
+        scales = checked_strengths("per_sample", [self._adapters[name] for name in rows.adapters], strengths)
         entries = self._attached.entries()
         if not (batch_first or rows.uniform):
             entries.check({name: self._adapters[name].layers for name in rows.adapters})
         self._model.check_unchanged("per_sample", rows.adapters)
         merged = tuple(n for n in self._active.state.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
-        state = RowState(rows, Batch(entries), heads, merged, trainable=trainable)
+        state = RowState(rows, Batch(entries), heads, merged, trainable=trainable, strengths=scales)
         with self._model.block(state, trainable=trainable):
             yield
 
@@ -555,6 +586,7 @@ class Adapters:
         keep_base: bool = True,
         untie: bool = False,
         heads: str | None = None,
+        strengths: Mapping[str, float] | None = None,
     ) -> None:
         """Add adapters to the weights: `W + sum of dW_i`, computed in float32 (float64 for float64), rounded once.
 
@@ -571,6 +603,7 @@ class Adapters:
                 flag (T5, Switch Transformers) keep it; only transformers 5 and later read their files right.
             heads: the adapter that provides the head, if two have their own copy of one module. `None`: the head that
                 acts now, if all of these adapters are active.
+            strengths: what an adapter's change is multiplied by, as in `activate`. `None`: that with which it acts now.
 
         Raises:
             StateError: already merged, modules that were replaced since, weights that are tied or not in memory, or
@@ -592,10 +625,12 @@ class Adapters:
         refuse_fsdp1(self.model)
         reshard(self.model)  # FSDP2 leaves copies in place, and a merge into these would be lost
         before, go_back = self._merged, self._model.return_point()
+        acting_with = {name: strength for name, strength in self.strengths.items() if name in names}
+        scales = checked_strengths("merge", adapters, acting_with if strengths is None else strengths)
         how = {"untie": untie, "safe": safe, "keep_base": keep_base}
         with uninterrupted() as stop:
             try:
-                with merging(self.model, before, adapters, **how, stop=stop) as merged:
+                with merging(self.model, before, adapters, **how, strengths=scales, stop=stop) as merged:
                     self._merged = merged
                     self._model.set_merged(adapters, merged.names, acting)
             except BaseException:
@@ -644,7 +679,9 @@ class Adapters:
                 if names:
                     kept = [n for n in self.active if n in names]
                     chosen = heads or next(reversed(self._active.state.heads), None)
-                    self.activate(*kept, trainable=False, heads=chosen if chosen in kept else None)
+                    scales = {name: self.strengths[name] for name in kept}
+                    head = chosen if chosen in kept else None
+                    self.activate(*kept, trainable=False, heads=head, strengths=scales)
                 if wanted:
                     self.merge(*wanted, safe=safe, keep_base=False, untie=untie, heads=heads)
             except BaseException:

@@ -26,17 +26,18 @@ REBUILT = 2**24
 Form = Literal["factored", "dense", "whole"]
 
 
-def add(layer: Any, out: Tensor, x: Tensor) -> Tensor:
-    """`out` with what an additive layer adds for the input `x`, in the wider dtype and not in place."""
+def add(layer: Any, out: Tensor, x: Tensor, strength: float = 1.0) -> Tensor:
+    """`out` with `strength` times what an additive layer adds for `x`, in the wider dtype and not in place."""
     kind: LayerKind = layer.kind
     if layer.training and (layer.row_dropout or layer.module_dropout):
-        return out + delta(layer, x)
+        return torch.add(out, delta(layer, x), alpha=strength)
     drop = layer.dropout if layer.training else 0.0
     if isinstance(layer, DenseLayer):
         found = _dense(layer, x, drop)
         if found is not None:
-            return out + found
+            return torch.add(out, found, alpha=strength)
     hidden, up, bias, scale = _projected(layer, x, drop)
+    scale = scale if strength == 1.0 else scale * strength
     if not isinstance(scale, Tensor):
         return kind.expand_onto(out, hidden, up, bias, scale)
     # Each output has a scale: it goes into the smaller of B and the output.

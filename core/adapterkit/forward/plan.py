@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, widened
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
@@ -36,9 +36,9 @@ class Plan:
 
     Attributes:
         head, call_head: the acting head that replaces the module, if there is one, and the function to call for it.
-        layers: the adapter layers that act, the innermost first.
+        layers: the adapter layers that act, the innermost first, each with its strength.
         wrapping: so many of them, from the first on, run around the forward; the rest only add to its output.
-        biases: the trained biases that act.
+        biases: the trained biases that act, each with its strength.
         alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
         checked: whether the module is checked before each forward; see `is_checked`.
     """
@@ -52,13 +52,14 @@ class Plan:
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.call_head = callable_head(head, module)
-        self.layers = [layer for layer, _ in state.parts(module, LAYERS, names)]
-        self.biases = [bias for bias, _ in state.parts(module, BIASES, names)]
-        self.checked = is_checked(module, self.layers)
-        self.wrapping = max([0, *(i for i, layer in enumerate(self.layers, 1) if not layer.summed)])
+        self.layers = [(layer, state.strength(name)) for layer, name in state.parts(module, LAYERS, names)]
+        self.biases = [(bias, state.strength(name)) for bias, name in state.parts(module, BIASES, names)]
+        self.checked = is_checked(module, [layer for layer, _ in self.layers])
+        self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])
         # Under torch.compile the compiler chooses the form.
         one_sum = len(self.layers) == 1 and not self.wrapping and not torch.compiler.is_compiling()
-        self.alone = self.layers[0] if one_sum and isinstance(self.layers[0], DenseLayer) else None
+        layer, strength = self.layers[0] if one_sum else (None, 1.0)
+        self.alone = layer if strength == 1.0 and isinstance(layer, DenseLayer) else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts."""
@@ -69,11 +70,11 @@ class Plan:
         alone = len(args) == 1 and not kwargs
         base, x = (original, args[0]) if alone else of_input(self.module, original, args, kwargs)
         if "_hf_hook" in self.module.__dict__:
-            with offload.fetched(*self.layers, *self.biases):
+            with offload.fetched(*(part for part, _ in (*self.layers, *self.biases))):
                 return self._changed(base, x)
         return self._changed(base, x)
 
-    def read(self) -> tuple[nn.Module, list[Any], list[BiasLayer]]:
+    def read(self) -> tuple[nn.Module, list[tuple[Any, float]], list[tuple[BiasLayer, float]]]:
         """What a reader of weights finds: the module or the head that replaces it, and the layers and biases there."""
         return self.module if self.head is None else self.head, self.layers, self.biases
 
@@ -90,10 +91,10 @@ class Plan:
             elif wrapping:
                 return out
             dtype = out.dtype
-            for layer in self.layers[wrapping:]:
-                out = add(layer, out, x)
-        for bias in self.biases:
-            out = out + bias.change(self.module.bias, out)
+            for layer, strength in self.layers[wrapping:]:
+                out = add(layer, out, x, strength)
+        for bias, strength in self.biases:
+            out = torch.add(out, bias.change(self.module.bias, out), alpha=strength)
         return out if out.dtype == dtype else out.to(dtype)
 
 
@@ -147,19 +148,21 @@ class Call:
         return functional_call(shared, values, (base, *args), kwargs)
 
 
-def run_layers(module: nn.Module, layers: Sequence[Any], call: Callable[[Tensor], Any], x: Tensor) -> Any:
+def run_layers(module: nn.Module, layers: Sequence[tuple[Any, float]], call: Callable[[Tensor], Any], x: Tensor) -> Any:
     """The output of `module` with these layers, the innermost first, around `call`, its own forward."""
     if not layers:
         return call(x)
-    *inner, layer = layers
+    *inner, (layer, strength) = layers
     if layer.summed:
         out = summable(module, run_layers(module, inner, call, x))
-        return add(layer, out, x).to(out.dtype)
+        return add(layer, out, x, strength).to(out.dtype)
     base = Base(module, layer, inner, call, x)
     out = layer(base, base.to_adapter_dtype(x))
-    if layer.training and (layer.row_dropout or layer.module_dropout):
+    drops_rows = layer.training and (layer.row_dropout or layer.module_dropout)
+    if drops_rows or strength != 1.0:
         plain = base(x)
-        out = plain + (out - plain) * layer.kind.spread(kept_rows(layer, plain))
+        kept = layer.kind.spread(kept_rows(layer, plain)) if drops_rows else 1.0
+        out = plain + (out - plain) * (kept * strength)
     return base.to_layer_dtype(out)
 
 
@@ -170,7 +173,12 @@ class Base:
     """
 
     def __init__(
-        self, module: nn.Module, layer: Any, inner: Sequence[Any], call: Callable[[Tensor], Any], x: Tensor
+        self,
+        module: nn.Module,
+        layer: Any,
+        inner: Sequence[tuple[Any, float]],
+        call: Callable[[Tensor], Any],
+        x: Tensor,
     ) -> None:
         self.module, self.kind, self._inner, self._call = module, layer.kind, inner, call
         self._given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
@@ -234,8 +242,8 @@ class Base:
                 )
             found.append(self.to_adapter_dtype(numbers))  # type: ignore[arg-type]
         weight, bias = self.kind.canonical(found[0]), found[1]
-        for layer in self._inner:
-            weight, bias = widened(layer, weight.dtype).merged(weight, bias)
+        for layer, strength in self._inner:
+            weight, bias = readers.with_layer(layer, strength, weight, bias)
         return weight, bias
 
 

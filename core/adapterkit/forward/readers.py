@@ -235,33 +235,47 @@ def changed(module: nn.Module, plan: Plan, name: str) -> Tensor | None:
     if not layers and (name == "weight" or not biases):
         return asked if asked is None or outer is None else asked.to(outer.dtype)
     like = weight if asked is None else asked
-    _check_in_memory(module, name, like, layers)
+    _check_in_memory(module, name, like, [layer for layer, _ in layers])
     work = torch.promote_types(like.dtype, torch.float32)
     device = "cpu" if like.is_meta else like.device.type  # the meta device has no autocast
     with torch.autocast(device, enabled=False):
         added = None if bias is None else bias.to(work)
-        if name == "weight" or not all(layer.additive for layer in layers):
-            out = layers[0].kind.canonical(weight).to(work)
-            for layer in layers:
-                out, added = _merged(layer, out, added)
+        if name == "weight" or not all(layer.additive for layer, _ in layers):
+            kind = layers[0][0].kind
+            out = kind.canonical(weight).to(work)
+            for layer, strength in layers:
+                out, added = _merged(layer, strength, out, added)
         else:  # no matrix is made
-            shifts = [layer.factors().folded(work).bias for layer in layers if isinstance(layer, LowRankLayer)]
-            for shift in (s for s in shifts if s is not None):
-                added = shift if added is None else added + shift
+            for layer, strength in layers:
+                shift = layer.factors().folded(work).bias if isinstance(layer, LowRankLayer) else None
+                if shift is not None:
+                    added = shift * strength if added is None else added + shift * strength
         if name == "weight":
-            laid_out: Tensor = layers[0].kind.laid_out(out, weight).to(outer.dtype)
+            laid_out: Tensor = kind.laid_out(out, weight).to(outer.dtype)
             return laid_out
-        for trained in biases:
+        for trained, strength in biases:
             assert added is not None
-            added = added + trained.shift(bias).to(work)
+            added = added + trained.shift(bias).to(work) * strength
         return None if added is None else added.to(like.dtype)
 
 
-def _merged(layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias with this layer worked in, checked that it can be, and trained where it trains."""
+def with_layer(
+    layer: AdapterLayer, strength: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight `(out, in)` and bias with `strength` times the change of one adapter layer."""
+    changed, shifted = widened(layer, weight.dtype).merged(weight, bias)
+    if strength != 1.0:
+        changed = torch.lerp(weight, changed, strength)
+        if shifted is not None:
+            shifted = shifted * strength if bias is None else torch.lerp(bias, shifted, strength)
+    return changed, shifted
+
+
+def _merged(layer: AdapterLayer, strength: float, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`with_layer`, checked that it is possible, and that it trains what trains."""
     why = "no merge rule"
     if type(layer).merged is not AdapterLayer.merged and type(layer.kind).read is LayerKind.read:
-        found: tuple[Tensor, Tensor | None] = widened(layer, weight.dtype).merged(weight, bias)
+        found = with_layer(layer, strength, weight, bias)
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
         if torch.compiler.is_compiling() or not trains or torch._C._are_functorch_transforms_active():
             return found

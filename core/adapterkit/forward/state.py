@@ -47,6 +47,7 @@ class State:
         idle: nothing acts.
         removed: the adapters of this state that were removed: its graphs cannot be computed again.
         refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
+        strengths: what the change of an adapter is multiplied by, by name, where that is not 1.
         rows: which adapter acts on which row of the batch; `None`: all on all rows.
         plans: what acts at each module, by the module's `id`. A plan holds its module, so no `id` is used twice.
         before_first: called once, before the first forward, for checks that would make a switch slow.
@@ -63,8 +64,10 @@ class State:
         *,
         constant: bool = False,
         merged: tuple[str, ...] = (),
+        strengths: Mapping[str, float] | None = None,
         refuses: str = "",
     ) -> None:
+        self.strengths = dict(strengths or {})
         self.asked, self.trains, self.constant, self.refuses = (names, heads), trains, constant, refuses
         self.names, self.heads = tuple(name for name in names if name not in merged) if merged else names, heads
         self.idle = not (self.names or heads or refuses)
@@ -85,6 +88,8 @@ class State:
             self.removed += (old,)
         self.asked = edited(self.asked[0]), edited(self.asked[1])
         self.names, self.heads, self.trains = map(edited, (self.names, self.heads, self.trains))
+        if old in self.strengths:
+            self.strengths |= dict.fromkeys(new, self.strengths.pop(old))
         self.idle = not (self.names or self.heads or self.refuses)
         self.plans.clear()
 
@@ -95,6 +100,10 @@ class State:
         self.heads = heads + tuple(name for name in own if name in self.names)
         self.idle = not (self.names or self.heads or self.refuses)
         self.plans.clear()
+
+    def strength(self, name: str) -> float:
+        """What the change of an adapter is multiplied by."""
+        return self.strengths.get(name, 1.0)
 
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -117,6 +117,7 @@ def merging(
     untie: bool,
     safe: bool,
     keep_base: bool,
+    strengths: Mapping[str, float],
     stop: Sequence[object],
 ) -> Iterator[Merged]:
     """Merge adapters into a model, and undo that if the merge or the block raises.
@@ -126,13 +127,14 @@ def merging(
         untie: part weights that are tied.
         safe: raise if a merged value is not finite.
         keep_base: keep what is replaced. Otherwise it is kept only where the change cannot be subtracted again.
+        strengths: what the changes of some adapters are multiplied by.
         stop: not empty once Ctrl-C was pressed. The merge then stops if it can be undone exactly.
 
     Yields:
         What is merged now.
     """
     modules = BaseModules(model)
-    changes = plan(adapters, modules, untie=untie)
+    changes = plan(adapters, modules, untie=untie, scales=strengths)
     check_in_memory(changes)
     parted = {f"{p}.{name}" for c in changes for name in c.tied for p in modules.paths_of.get(c.module, ())}
     parting = Parting.of(model, parted)

@@ -5,7 +5,7 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
 from adapterkit.model.adapted import AdaptedModel
-from adapterkit.model.adapter import Adapter, acting_heads
+from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
@@ -27,6 +27,7 @@ __all__ = [
     "beside_layers",
     "build_adapter",
     "by_layer",
+    "checked_strengths",
     "copy_head",
     "inner_model",
     "labels_of_new_head",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from adapterkit.contract import SHARED
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, uninstall
-from adapterkit.model.adapter import Adapter, acting_heads
+from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
 from adapterkit.model.vocabulary import resized_tables
@@ -132,11 +132,21 @@ class AdaptedModel:
 
     # What acts and what trains
 
-    def state(self, call: str, adapters: Sequence[Adapter], heads: str | None, *, trains: bool, block: bool) -> State:
+    def state(
+        self,
+        call: str,
+        adapters: Sequence[Adapter],
+        heads: str | None,
+        strengths: Mapping[str, float] | None,
+        *,
+        trains: bool,
+        block: bool,
+    ) -> State:
         """The state in which these adapters act. In a block, those that do not train are constants.
 
         Raises:
-            ConfigError: an adapter twice, or two heads for one module and no choice.
+            ConfigError: an adapter twice, two heads for one module and no choice, or a malformed strength.
+            UnsupportedError: a strength of an adapter that is not additive.
             StateError: an adapter is merged; or one that should train does not act any more at some module. If none
                 should train, the first forward raises this.
         """
@@ -145,6 +155,7 @@ class AdaptedModel:
             raise ConfigError(f"{call}{names!r} names an adapter twice.")
         self.check_not_merged(names)
         acting = acting_heads([*map(self.adapters.__getitem__, self.active.merged), *adapters], heads)
+        scales = checked_strengths(call, adapters, strengths)
         if trains:
             self.check_unchanged(call, names)
         before, merged = self.active.state, self.active.merged
@@ -153,7 +164,9 @@ class AdaptedModel:
         if merged:  # these are active again after `unmerge`
             hidden = tuple(name for name in before.asked[0] if name in merged)
             trained = tuple(name for name in hidden if name in before.trains) + trained
-        state = State(hidden + names, acting, trained, constant=block and not trains, merged=merged)
+            scales |= {name: before.strength(name) for name in hidden}
+        constant = block and not trains
+        state = State(hidden + names, acting, trained, constant=constant, merged=merged, strengths=scales)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
 

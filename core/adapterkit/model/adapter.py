@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
+from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, AdapterConfig, AdapterLayer, Shared, unwrapped_key
-from adapterkit.errors import AdapterWarning, ConfigError, unknown
+from adapterkit.contract import (
+    BIASES,
+    HEADS,
+    LAYERS,
+    SHARED,
+    AdapterConfig,
+    AdapterLayer,
+    Shared,
+    default_registry,
+    unwrapped_key,
+)
+from adapterkit.errors import AdapterWarning, ConfigError, UnsupportedError, unknown
 from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install, let_read, stop_reading, uninstall
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import inside, modules_below
@@ -248,3 +262,35 @@ def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, 
                     stacklevel=4,
                 )
     return tuple(sorted((adapter.name for adapter in adapters if adapter.heads), key=lambda name: name == chosen))
+
+
+def checked_strengths(
+    call: str, adapters: Sequence[Adapter], strengths: Mapping[str, float] | None
+) -> dict[str, float]:
+    """What the change of each adapter is multiplied by, by name, where that is not 1.
+
+    Raises:
+        UnknownNameError: a strength for none of these adapters.
+        ConfigError: a strength is not a finite number.
+        UnsupportedError: its adapter is not additive, so its change has no multiple.
+    """
+    named, found = {adapter.name: adapter for adapter in adapters}, dict[str, float]()
+    if strengths is not None and not isinstance(strengths, Mapping):
+        raise ConfigError(f"{call} takes strengths by adapter, {{'a': 0.7}}, not {strengths!r}.")
+    for name, strength in dict[str, Any](strengths or {}).items():
+        if name not in named:
+            raise unknown("adapter with a strength", name, named)
+        number: Any = math.nan if isinstance(strength, bool) or not isinstance(strength, Real) else strength
+        if not abs(number) <= sys.float_info.max:  # also true for nan
+            raise ConfigError(f"The strength of {name!r} is {strength!r}, but it must be a finite number.")
+        if number == 1.0:
+            continue
+        config, what = named[name].config, f"Adapter {name!r} cannot act with a strength of {number:g}"
+        default_registry.method_of(config).check_no_call(what)
+        if not all(layer.additive for layer in named[name].layers.values()):
+            raise UnsupportedError(
+                f"{what}: the method {config.method!r} is not additive, so its change has no multiple. Leave the "
+                "strength out."
+            )
+        found[name] = float(number)
+    return found

@@ -60,8 +60,10 @@ class RowState(State):
         defaults: tuple[str, ...],
         *,
         trainable: bool,
+        strengths: Mapping[str, float],
     ) -> None:
-        super().__init__(rows.adapters, heads, rows.adapters if trainable else (), constant=not trainable)
+        trains = rows.adapters if trainable else ()
+        super().__init__(rows.adapters, heads, trains, constant=not trainable, strengths=strengths)
         self.rows, self.batch, self.defaults = rows, batch, defaults
 
     def replace(self, old: str, *new: str) -> None:
@@ -84,7 +86,8 @@ class RowState(State):
         """While `module` runs on the rows that have none of these adapters, in the state `rest`, made if need be."""
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
-            rest = RowState(rows, self.batch, self.defaults, self.defaults, trainable=not self.constant)
+            trains, strengths = not self.constant, self.strengths
+            rest = RowState(rows, self.batch, self.defaults, self.defaults, trainable=trains, strengths=strengths)
         thread, size = module.__dict__[ACTIVE].here.thread, self.batch.size
         thread.state = rest
         if size is not None:
@@ -144,7 +147,7 @@ class RowPlan(Plan):
                 return self._by_heads(call, heads, x)
             return self._changed_rows(call, x)
 
-    def read(self) -> tuple[nn.Module, list[Any], list[BiasLayer]]:
+    def read(self) -> tuple[nn.Module, list[tuple[Any, float]], list[tuple[BiasLayer, float]]]:
         """See `Plan.read`; the rows do not share one weight."""
         if self.default is not None or self.heads or self.parts or self.shifts:
             raise UnsupportedError(
@@ -191,9 +194,9 @@ class RowPlan(Plan):
 
     def _one(self, name: str, base: Call, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
-        layer, bias = self.parts.get(name), self.shifts.get(name)
-        out: Tensor = run_layers(self.module, [] if layer is None else [layer], base, x)
-        return out if bias is None else (out + bias.change(self.module.bias, out)).to(out.dtype)
+        layer, bias, strength = self.parts.get(name), self.shifts.get(name), self.state.strength(name)
+        out: Tensor = run_layers(self.module, [] if layer is None else [(layer, strength)], base, x)
+        return out if bias is None else (out + strength * bias.change(self.module.bias, out)).to(out.dtype)
 
     def _changed_rows(self, base: Call, x: Tensor) -> Tensor:
         """`base(x)`, each row with the layer and the bias of its adapter."""
@@ -207,24 +210,25 @@ class RowPlan(Plan):
         dtype = out.dtype
         apart: list[tuple[list[int], Tensor]] = []
         for parts, may_stack in self.groups:
-            change = stacked(rows, parts, x) if may_stack else None
+            change = stacked(rows, parts, x, self.state.strengths) if may_stack else None
             if change is not None:
                 out = out + change
                 continue
             for name, layer in parts.items():
-                apart.append((rows.having(name), delta(layer, rows.pick(x, rows.having(name)))))
+                own = rows.having(name)
+                apart.append((own, self.state.strength(name) * delta(layer, rows.pick(x, own))))
         out = rows.add(out, apart) if apart else out
         if self.shifts:
             length, shifts = out.shape[0] // rows.count, []
             for name, bias in self.shifts.items():
-                own, shift = rows.having(name), bias.change(self.module.bias, out)
+                own, shift = rows.having(name), self.state.strength(name) * bias.change(self.module.bias, out)
                 shifts.append((own, shift.expand(len(own) * length, *out.shape[1:])))
             out = rows.add(out, shifts)
         return out.to(dtype)
 
 
-def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor) -> Tensor | None:
-    """What the layers add to all rows, by one function of all of them; `None`: they are called one by one.
+def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths: Mapping[str, float]) -> Tensor | None:
+    """What the layers, each times its adapter's strength, add to all rows; `None`: they are called one by one.
 
     The cost rule: stacked, each adapter's numbers are copied once, and there are a few kernels whatever the number of
     adapters; one after another, nothing is copied, and each adapter has kernels of its own. With up to `STACKED` rows
@@ -234,16 +238,17 @@ def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor) -> Tensor 
     graph serves every assignment.
     """
     layers, names = list(parts.values()), tuple(parts)
+    scales = [strengths.get(name, 1.0) for name in names]
     if any(layer.training and drops(layer) for layer in layers):
         return None
     each = x.reshape(rows.count, -1, x.shape[-1])
     if torch.compiler.is_compiling():
-        change = by_row(layers, rows.slots(names, x.device), each)
+        change = by_row(layers, scales, rows.slots(names, x.device), each)
     else:
         order, places = rows.groups(names, x.device)
         if len(order) > 2 * len(each):
             return None
-        change = by_row(layers, None, each.index_select(0, order).reshape(len(layers), -1, x.shape[-1]))
+        change = by_row(layers, scales, None, each.index_select(0, order).reshape(len(layers), -1, x.shape[-1]))
         change = change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
     mask = rows.mask(names, x.device)
     if mask is not None:
@@ -251,7 +256,7 @@ def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor) -> Tensor 
     return change.reshape(*x.shape[:-1], change.shape[-1])
 
 
-def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
+def by_row(layers: Sequence[Any], strengths: Sequence[float], slots: Tensor | None, x: Tensor) -> Tensor:
     """`scale_i * (x[i] down_i^T * mid_i) up_i^T (+ scale_i bias_i)` for each row `i`, with the factors of its layer.
 
     `x (rows, tokens, in)` gives `(rows, tokens, out)`, in the widest dtype of the factors. Ranks may differ: lower ones
@@ -260,6 +265,7 @@ def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
 
     Args:
         layers: one for each adapter, all at one module.
+        strengths: what each layer's scale is multiplied by.
         slots: `(rows,)`, which of them each row has; `None`: the rows have one each, in this order.
     """
 
@@ -272,6 +278,7 @@ def by_row(layers: Sequence[Any], slots: Tensor | None, x: Tensor) -> Tensor:
         return F.pad(matrix.to(dtype), (0, 0, 0, missing)) if missing else matrix.to(dtype)
 
     factors = [layer.factors().flat() for layer in layers]
+    factors = [f if s == 1.0 else f._replace(scale=f.scale * s) for f, s in zip(factors, strengths, strict=True)]
 
     def matrices(f: Any) -> tuple[Any, ...]:
         return f.up.data_ptr(), f.up.shape, f.down.data_ptr(), f.down.shape, f.mid is None, type(f.scale)
