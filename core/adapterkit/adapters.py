@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -103,10 +102,12 @@ def attach(model: nn.Module) -> Adapters:
 def penalty(model: nn.Module) -> Tensor:
     """The terms of the loss that the active adapters add: `loss = loss + ak.penalty(model)`. Zero if none adds any."""
     adapters = attach(model)
-    zero = torch.zeros((), device=next((p.device for p in adapters.model.parameters()), None))
-    found = (adapters._adapter(name) for name in adapters.active)
-    terms = (adapter.shared.penalty(adapter.layers) for adapter in found if adapter.shared is not None)
-    return reduce(torch.add, terms, zero)
+    total = torch.zeros((), device=next((p.device for p in adapters.model.parameters()), None))
+    for adapter in map(adapters._adapter, adapters.active):
+        if adapter.shared is not None:
+            total = total + adapter.shared.penalty(adapter.layers)
+            adapter.penalised = True
+    return total
 
 
 class Adapters:
@@ -184,12 +185,13 @@ class Adapters:
         return MappingProxyType(self._adapter(name).heads)
 
     def step(self) -> None:
-        """Let the active adapters make their step: after `optimizer.step()` and before `zero_grad()`.
+        """Let the active adapters that train make their step: after `optimizer.step()` and before `zero_grad()`.
 
         AdaLoRA moves its ranks here. For most methods nothing happens.
         """
-        for name in self.active:
-            adapter = self._adapter(name)
+        for adapter in map(self._adapter, self.active):
+            if not adapter.trains():
+                continue
             adapter.steps += 1
             if adapter.shared is not None:
                 adapter.shared.step(adapter.steps, adapter.layers)

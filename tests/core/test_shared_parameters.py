@@ -220,6 +220,39 @@ def test_layers_penalty_and_steps_are_public(monkeypatch: pytest.MonkeyPatch) ->
         layers["x"] = None  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("step", r"call adapters.step\(\) after each"), ("penalty", r"add ak.penalty\(model\) to the loss")],
+)
+def test_a_training_that_leaves_out_a_part_of_the_method_is_warned_once(
+    part: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BankShared, part, lambda self, *_: torch.zeros(()))
+    with pytest.warns(ak.AdapterWarning, match=f"'a' trains without a part of its method 'bank': {message}") as warned:
+        trained(steps=4)
+    assert len(warned) == 1
+
+
+def test_a_training_that_calls_step_and_penalty_gets_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BankShared, "step", lambda self, *_: None)
+    monkeypatch.setattr(BankShared, "penalty", lambda self, *_: torch.zeros(()))
+    adapters = trained(steps=0)
+    optimizer = torch.optim.SGD(list(adapters.parameters("a")), lr=0.1)
+    for _ in range(3):
+        (adapters.model(tokens()).square().sum() + ak.penalty(adapters.model)).backward()
+        optimizer.step()
+        adapters.step()
+
+
+def test_an_adapter_that_acts_and_does_not_train_makes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(BankShared, "step", lambda self, number, layers: seen.append(number))
+    adapters = trained(steps=0)
+    adapters.activate("a", trainable=False)
+    adapters.step()
+    assert seen == []
+
+
 def test_a_shared_tensor_with_another_prefix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def setup(self: Any, targets: Any, config: Any, root: ak.Target) -> None:
         self.vectors = root.new(3)

@@ -14,6 +14,7 @@ from adapterkit.forward import Active, PerAdapter, State, checkpointing, install
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
+from adapterkit.model.reminders import remind
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
 from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted
@@ -57,6 +58,7 @@ class AdaptedModel:
             parameter.requires_grad_(False)
         adapter.install(self.active)
         self.adapters[adapter.name] = adapter
+        remind(adapter)
 
     def remove(self, adapter: Adapter) -> None:
         """Remove an adapter. It acts nowhere afterwards."""

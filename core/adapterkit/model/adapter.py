@@ -32,7 +32,7 @@ from adapterkit.results import AdapterStatus
 from adapterkit.tensors import gradients, size_of
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """One adapter: its config and, by module path, its layers, heads and trained biases.
 
@@ -45,6 +45,7 @@ class Adapter:
         labels: the label set of its heads; `None` if it has none of its own.
         shared: what all layers have in common; adapters whose shared tensors are equal have one.
         steps: how often `Adapters.step` was called while it was active.
+        penalised: the penalty of its method was asked for.
         trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
         trained_before: parameters that required gradients until others were activated or this adapter was merged.
     """
@@ -61,6 +62,7 @@ class Adapter:
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: Shared | None = None
     steps: int = 0
+    penalised: bool = False
     labels: LabelSet | None = None
     trains_for_now: list[nn.Parameter] = field(default_factory=list)
     trained_before: list[nn.Parameter] = field(default_factory=list)
