@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints import LoadHooks, install, uninstall
+from adapterkit.checkpoints import LoadHooks, install, load_training_state, training_state, uninstall
 from adapterkit.combining import (
     Choices,
     Source,
@@ -479,18 +479,51 @@ class Adapters:
         adapter = self._adapter(name)
         self._check_heads_not_merged(name)
         self._warn_if_changed(name)
-        if self._merged.kept and embeddings is not False:
-            modules = BaseModules(self.model)
-            for place, table in (tables if embeddings else resized_tables)(modules, adapter.heads).items():
-                if any(kept.module is table for kept in self._merged.kept):
-                    raise StateError(
-                        f"The file must hold {place!r}, because the vocabulary was resized, but an adapter is merged "
-                        "into it. Call unmerge() first."
-                    )
+        if embeddings is not False:
+            wanted = tables if embeddings else resized_tables
+            self._check_tables_not_merged("The file", wanted(BaseModules(self.model), adapter.heads))
         save_adapter(adapter, self.model, path, source, embeddings=embeddings)
         for note in self._model.never_ran(adapter):
             warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
         return path
+
+    def training_state(self, name: str, *, sharded: bool = False) -> dict[str, Tensor]:
+        """Everything of an adapter with which its training goes on bit for bit, for `load_training_state`.
+
+        That is what a file has, and what a file leaves out or changes: the factors of PiSSA, VeRA's projections,
+        buffers that are not persistent (AdaLoRA's averages), the number of `step`s. The embeddings are in it if the
+        vocabulary was resized. Keys do not hold the adapter's name. Tensors are those in use, not copies, as in
+        torch's `state_dict`.
+
+        Args:
+            sharded: give FSDP2's `DTensor`s as they are, for `torch.distributed.checkpoint`; else whole tensors.
+
+        Raises:
+            StateError: an adapter is merged into a head or an embedding that belongs to the state.
+            PluginError: the method keeps tensors that are neither parameters nor buffers.
+        """
+        adapter = self._adapter(name)
+        self._check_heads_not_merged(name)
+        self._check_tables_not_merged("The training state", resized_tables(BaseModules(self.model)))
+        self._warn_if_changed(name)
+        return training_state(adapter, self.model, sharded=sharded)
+
+    @torch.inference_mode(False)
+    def load_training_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Copy what `training_state` gave into an adapter of the same config on the same model.
+
+        Every bit is as it was. What trains and which adapters act stays as it is here.
+
+        Raises:
+            CheckpointError: other keys, shapes or dtypes than the adapter has. Nothing has changed then.
+            StateError: the adapter is merged.
+        """
+        adapter = self._adapter(name)
+        self._model.check_not_merged([name])
+        self._check_tables_not_merged("The training state", resized_tables(BaseModules(self.model)))
+        self._model.check_unchanged("load_training_state", [name])
+        with self._model.writing(adapter), uninterrupted():
+            load_training_state(adapter, self.model, state)
 
     @torch.inference_mode(False)
     def load(  # noqa: PLR0913 - the last four are the hub's
@@ -910,6 +943,14 @@ class Adapters:
                 f"A part of adapter {name!r} is merged into its own copy of a module, and its file must hold that copy "
                 "without it. Call unmerge() first."
             )
+
+    def _check_tables_not_merged(self, what: str, found: Mapping[str, nn.Module]) -> None:
+        for place, table in found.items():
+            if any(kept.module is table for kept in self._merged.kept):
+                raise StateError(
+                    f"{what} must hold {place!r}, because the vocabulary was resized, but an adapter is merged into it."
+                    " Call unmerge() first."
+                )
 
     def _check_can_unmerge(self) -> None:
         self._model.check_not_per_sample("unmerge")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
-from tests.models import build
+from tests.core.conftest import set_parameters
+from tests.models import build, inputs, run
+from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
 
 Trained = Callable[..., ak.Adapters]
+close = torch.testing.assert_close
 
 
 # Which adapters train
@@ -43,3 +52,161 @@ def test_heads_are_the_adapters_own_copies_by_path() -> None:
     assert head.out_features == 5
     assert head is not model.get_submodule(path)
     assert adapters.heads("b") == {}
+
+
+# The state of a training
+
+CONFIGS: dict[str, ak.AdapterConfig] = {
+    "rslora": LoraConfig(r=4, use_rslora=True, lora_dropout=0.2, bias="all", modules_to_save=None),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa", modules_to_save=None),
+    "olora": LoraConfig(r=2, init_lora_weights="olora", modules_to_save=None),
+    "loha": LoHaConfig(r=2, rank_dropout=0.1, modules_to_save=None),
+    "vera": VeraConfig(r=4, projection_prng_key=5, save_projection=False, modules_to_save=None),
+    "head": LoraConfig(r=2, modules_to_save=["classifier"]),
+}
+
+
+def adapted(name: str) -> ak.Adapters:
+    """A model with the adapter "a" of this config, of which two of any do not have the same random values."""
+    adapters = ak.attach(build("bert").train())
+    labels = 5 if name == "head" else None
+    adapters.add("a", CONFIGS[name].replace(target_modules=["query", "intermediate.dense"]), num_labels=labels)
+    return adapters
+
+
+def train(adapters: ak.Adapters, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """With the same dropout in each step."""
+    for step in range(steps):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step)
+            adapters.model(**inputs("bert")).logits.square().mean().backward()
+        optimizer.step()
+        adapters.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_training_goes_on_from_its_state(name: str) -> None:
+    first, second = adapted(name), adapted(name)
+    optimizers = [torch.optim.AdamW(adapters.parameters("a"), lr=0.01) for adapters in (first, second)]
+    train(first, optimizers[0], 3)
+    state = copy.deepcopy((first.training_state("a"), optimizers[0].state_dict()))
+    train(first, optimizers[0], 3)
+    second.load_training_state("a", state[0])
+    optimizers[1].load_state_dict(state[1])
+    found = second.training_state("a")
+    assert found.keys() == state[0].keys()
+    assert all(torch.equal(tensor, state[0][key]) for key, tensor in found.items())
+    assert second.trainable == ("a",)
+    train(second, optimizers[1], 3)
+    for key, tensor in second.training_state("a").items():
+        close(tensor, first.training_state("a")[key], rtol=1e-5, atol=1e-7)
+    close(run(second.model.eval(), "bert"), run(first.model.eval(), "bert"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_has_no_name_and_each_tensor_once() -> None:
+    first, second = adapted("head"), adapted("head")
+    second.rename("a", "b")
+    second.load_training_state("b", first.training_state("a"))
+    close(run(second.model.eval(), "bert"), run(first.model.eval(), "bert"))
+    state = second.training_state("b")
+    assert "classifier.adapter_heads.weight" in state
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+
+
+def test_shared_tensors_of_two_adapters_part_and_meet_again() -> None:
+    adapters = ak.attach(build("bert"))
+    for key, name in enumerate("aab"):
+        adapters.add(name + str(key), VeraConfig(r=4, projection_prng_key=key // 2, target_modules=["query"]))
+    set_parameters(adapters, "b2")
+    state, expected = adapters.training_state("b2"), run(adapters.model, "bert")
+    adapters.load_training_state("a0", state)
+    adapters.activate("a0")
+    close(run(adapters.model, "bert"), expected)
+    shared = {name: next(iter(adapters.layers(name).values())).shared for name in adapters}
+    assert shared["a0"] is shared["b2"]
+    assert shared["a0"] is not shared["a1"]
+
+
+def test_a_resized_vocabulary_is_in_the_state() -> None:
+    first, second = (ak.attach(build("llama")) for _ in range(2))
+    for adapters in (first, second):
+        adapters.model.resize_token_embeddings(40)  # type: ignore[operator]
+        adapters.add("a", LoraConfig(r=2, target_modules=["q_proj"]))
+    second.load_training_state("a", first.training_state("a"))
+    tokens = torch.tensor([[35, 39, 1]])
+    close(second.model(input_ids=tokens).logits, first.model(input_ids=tokens).logits)
+    smaller = ak.attach(build("llama"))
+    smaller.add("a", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ak.CheckpointError, match=r"lm_head.weight is float32 \(40, 16\) in the state"):
+        smaller.load_training_state("a", first.training_state("a"))
+
+
+def wrong(key: str, change: Callable[[dict[str, Tensor], str], object]) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: change(state, next(k for k in state if k.endswith(key)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong("lora_A.weight", lambda s, k: s.pop(k)), "it lacks .*lora_A.weight"),
+        (wrong("steps", lambda s, k: s.pop(k)), "it lacks steps"),
+        (wrong("steps", lambda s, k: s.update({k: torch.ones(2)})), "number of steps is float32"),
+        (wrong("lora_A.weight", lambda s, k: s.update({k + "x": s[k]})), "nothing here has the key .*weightx"),
+        (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].mT})), r"float32 \(4, 16\) in the state, and float32 "),
+        (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].double()})), "float64 .* in the state, and float32"),
+        (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].to("meta")})), "it is on the meta device"),
+        (wrong("lora_B.weight", lambda s, k: s.update({k: 1.0})), "there is a float"),  # type: ignore[dict-item]
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    adapters = adapted("rslora")
+    before, state = copy.deepcopy(adapters.training_state("a")), copy.deepcopy(adapters.training_state("a"))
+    for tensor in state.values():
+        tensor.add_(1)
+    change(state)
+    with pytest.raises(ak.CheckpointError, match=message):
+        adapters.load_training_state("a", state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapters.training_state("a").items())
+
+
+def test_a_merged_adapter_gives_its_state_and_takes_none(trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", target_modules=["query"], modules_to_save=None)
+    state = copy.deepcopy(adapters.training_state("a"))
+    adapters.merge("a")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in adapters.training_state("a").items())
+    with pytest.raises(ak.StateError, match="merged"):
+        adapters.load_training_state("a", state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepingConfig(ak.AdapterConfig):
+    """Of the method whose layers remember something where no state finds it."""
+
+    method = "keeping"
+
+
+class KeepingLayer(ak.LowRankLayer):
+    """A part of rank one."""
+
+    def setup(self, target: ak.Target, config: Any) -> None:
+        self.keeping_a, self.keeping_b = target.new(1, target.in_features), target.new(target.out_features, 1)
+        self.seen = {"x": [torch.zeros(1)]}
+
+    def factors(self) -> ak.Factors:
+        return ak.Factors(self.keeping_b, self.keeping_a)
+
+
+@pytest.fixture
+def keeping() -> Iterator[None]:
+    ak.register(ak.plugin(KeepingConfig, KeepingLayer, prefix="keeping_"))
+    yield
+    ak.default_registry.unregister("keeping")
+
+
+@pytest.mark.usefixtures("keeping")
+def test_tensors_that_a_method_hides_are_refused_with_what_to_do() -> None:
+    adapters = ak.attach(nn.Sequential(nn.Linear(3, 3)))
+    adapters.add("a", KeepingConfig(target_modules=["0"]))
+    with pytest.raises(ak.PluginError, match=r"KeepingLayer keeps tensors in its attribute 'seen'.*register_buffer"):
+        adapters.training_state("a")

@@ -6,5 +6,6 @@ Uses: errors, tensors, contract, model, files, merging.
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.checkpoints.save_pretrained import install, uninstall
+from adapterkit.checkpoints.training_state import load_training_state, training_state
 
-__all__ = ["LoadHooks", "install", "uninstall"]
+__all__ = ["LoadHooks", "install", "load_training_state", "training_state", "uninstall"]

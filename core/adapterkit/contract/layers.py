@@ -366,6 +366,9 @@ class Shared(nn.Module):
     def step(self, number: int, layers: Mapping[str, AdapterLayer]) -> None:
         """Called by `adapters.step()`: after `optimizer.step()` and before `zero_grad()`, so the gradients are there.
 
+        Keep what it remembers in buffers of the layers, or of this module, that are not persistent: a checkpoint of a
+        training holds these, and a file does not.
+
         Args:
             number: how many steps the adapter has made, this one included.
         """

@@ -18,7 +18,7 @@ from adapterkit.files.folder import (
 )
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
-from adapterkit.files.match import file_places, match_adapter, refuse
+from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse
 from adapterkit.files.other_programs import (
     check_foreign,
     keys_of_other_parts,
@@ -58,6 +58,7 @@ __all__ = [
     "appearing",
     "as_bytes",
     "check_foreign",
+    "check_tensors",
     "dtype_name",
     "file_config",
     "file_places",

@@ -29,7 +29,7 @@ from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install,
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import inside, modules_below
 from adapterkit.results import AdapterStatus
-from adapterkit.tensors import gradients, size_of
+from adapterkit.tensors import Slot, gradients, module_slots, size_of
 
 
 @dataclass(eq=False)
@@ -96,6 +96,23 @@ class Adapter:
         for _, path, module in self.parts():
             for local, parameter in module.named_parameters():
                 yield f"{path}.{local}", parameter
+
+    def slots(self) -> dict[str, Slot]:
+        """Every parameter and buffer by a key without the adapter's name, `<path>.<container>.<local>`.
+
+        Of tied tensors there is the first. The copy of a base's bias, which a trained bias keeps, is not the adapter's.
+        """
+        parts = [(f"{path}.{container}", part) for container, path, part in self.parts()]
+        shared = [] if self.shared is None else [(SHARED, self.shared)]
+        found: dict[str, Slot] = {}
+        first: set[int] = set()
+        for place, part in (*parts, *shared):
+            for local, slot in module_slots(part, non_persistent=not isinstance(part, BiasLayer)):
+                if id(slot.tensor) not in first:
+                    first.add(id(slot.tensor))
+                    slot.key = f"{place}.{local}"
+                    found[slot.key] = slot
+        return found
 
     def state_dict_keys(self) -> Iterator[str]:
         """Every key of the adapter in the model's own state dict."""

@@ -16,7 +16,7 @@ from adapterkit.tensors.offload import is_hooked
 
 @dataclass(slots=True)
 class Slot:
-    """The place of one parameter or persistent buffer. `key` is its name in messages."""
+    """The place of one parameter or buffer. `key` is its name in messages."""
 
     owner: nn.Module
     name: str
@@ -39,13 +39,17 @@ class Slot:
             self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
 
 
-def module_slots(module: nn.Module) -> list[tuple[str, Slot]]:
-    """Every parameter and persistent buffer of a module, by its name there; a shared module's by its first name."""
+def module_slots(module: nn.Module, *, non_persistent: bool = False) -> list[tuple[str, Slot]]:
+    """Every parameter and persistent buffer of a module, by its name there; a shared module's by its first name.
+
+    Args:
+        non_persistent: the other buffers too.
+    """
     found: list[tuple[str, Slot]] = []
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
         own = {**owner._parameters, **owner._buffers}
-        gone = owner._non_persistent_buffers_set
+        gone = () if non_persistent else owner._non_persistent_buffers_set
         found += [(prefix + n, Slot(owner, n)) for n, tensor in own.items() if tensor is not None and n not in gone]
     return found
 

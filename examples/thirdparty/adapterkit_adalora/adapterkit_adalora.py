@@ -46,6 +46,13 @@ class AdaLoraLayer(ak.LowRankLayer):
         self.lora_A, self.lora_E = target.new(r, target.in_features, init=init), target.new(r, 1)
         self.lora_B = target.new(target.out_features, r, init=init)
         self.dropout = config.lora_dropout
+        # In no file, but in the state of a training: what the steps remember.
+        for name, p in list(self.named_parameters()):
+            for average in ("mean", "spread"):
+                zeros = torch.zeros(p.shape, dtype=p.dtype, device=target.device)
+                self.register_buffer(f"{name}_{average}", zeros, persistent=False)
+        mask = torch.ones(r, 1, dtype=torch.bool, device=target.device)
+        self.register_buffer("lora_mask", mask, persistent=False)
 
     def factors(self) -> ak.Factors:
         """With PEFT's scaling."""
@@ -55,12 +62,7 @@ class AdaLoraLayer(ak.LowRankLayer):
 
 
 class AdaLoraShared(ak.Shared):
-    """The penalty, and the step that moves the budget. What it remembers is for this training alone."""
-
-    def setup(self, targets: Any, config: AdaLoraConfig, root: ak.Target) -> None:
-        """Nothing is remembered yet."""
-        self.averages: dict[Any, Any] = {}
-        self.masks: dict[str, Tensor] = {}
+    """The penalty, and the step that moves the budget."""
 
     def penalty(self, layers: Mapping[str, Any]) -> Tensor:
         """The mean distance of `A A^T` and `B^T B` from the identity."""
@@ -72,28 +74,29 @@ class AdaLoraShared(ak.Shared):
     def step(self, number: int, layers: Mapping[str, Any]) -> None:
         """Smooth the importances; at every `deltaT`-th step choose the directions again; switch the others off."""
         c, last = self.config, self.config.total_step - self.config.tfinal
-        for path, layer in layers.items() if number < last else ():
+        for layer in layers.values() if number < last else ():
             for name, p in layer.named_parameters():
-                mean, spread = self.averages.get((path, name), (0.0, 0.0))
+                mean, spread = layer.get_buffer(f"{name}_mean"), layer.get_buffer(f"{name}_spread")
                 now = (p * p.grad).abs()
-                mean = c.beta1 * mean + (1 - c.beta1) * now
-                self.averages[path, name] = mean, c.beta2 * spread + (1 - c.beta2) * (now - mean).abs()
+                mean.mul_(c.beta1).add_((1 - c.beta1) * now)
+                spread.mul_(c.beta2).add_((1 - c.beta2) * (now - mean).abs())
         if number == last or (c.tinit < number < last and number % c.deltaT == 0):
-            self.masks = self.chosen(number, last, layers)
+            self.choose(number, last, layers)
         switches = number > c.tinit and (number >= last or number % c.deltaT == 0)
-        for path, mask in self.masks.items() if switches else ():
-            layers[path].lora_E.masked_fill_(~mask[:, None], 0.0)
+        for layer in layers.values() if switches else ():
+            layer.lora_E.masked_fill_(~layer.lora_mask, 0.0)
 
-    def chosen(self, number: int, last: int, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    def choose(self, number: int, last: int, layers: Mapping[str, Any]) -> None:
         """The directions that are among the most important ones; their number falls with the cube of what is left."""
         c, start, end = self.config, sum(len(x.lora_E) for x in layers.values()), self.config.target_r * len(layers)
         left = 1 - (number - c.tinit) / (last - c.tinit) if number < last else 0.0
         scores = {}
-        for path in layers:
-            a, b, e = (mean * spread for mean, spread in (self.averages[path, f"lora_{n}"] for n in "ABE"))
+        for path, x in layers.items():
+            a, b, e = x.lora_A_mean * x.lora_A_spread, x.lora_B_mean * x.lora_B_spread, x.lora_E_mean * x.lora_E_spread
             scores[path] = e.view(-1) + a.mean(1) + b.mean(0)
         threshold = torch.cat(list(scores.values())).kthvalue(start - int((start - end) * left**3 + end))[0]
-        return {path: score > threshold for path, score in scores.items()}
+        for path, score in scores.items():
+            layers[path].lora_mask.copy_((score > threshold)[:, None])
 
 
 class AdaLoraPlugin(ak.Plugin):

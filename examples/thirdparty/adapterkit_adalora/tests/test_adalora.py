@@ -51,3 +51,34 @@ def test_the_budget_moves_as_pefts(tmp_path):
     assert adapters.load(tmp_path / "ours", "b").ok
     assert [len(layer.lora_E) for layer in adapters.layers("b").values()] == ranks
     torch.testing.assert_close(base(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert float(ak.penalty(base)) > 0
+
+
+def test_a_training_goes_on_with_its_averages_and_masks():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+
+    def train(base, numbers):
+        adapters = ak.attach(base)
+        optimizer = torch.optim.SGD(adapters.parameters("a"), lr=0.5)
+        for _ in numbers:
+            optimizer.zero_grad()
+            ((base(x) - y).square().mean() + ak.penalty(base)).backward()
+            optimizer.step()
+            adapters.step()
+        return adapters
+
+    x, y = torch.randn(7, 16), torch.randn(7, 8)
+    bases = [model(), model()]
+    for base in bases:
+        ak.attach(base).add("a", AdaLoraConfig(target_modules=["0", "2"], **FIELDS))
+    state = copy.deepcopy(train(bases[0], range(5)).training_state("a"))
+    assert int(state["steps"]) == 5
+    assert not state["2.adapters.lora_mask"].all()
+    train(bases[0], range(4))
+    ak.attach(bases[1]).load_training_state("a", state)
+    train(bases[1], range(4))
+    torch.testing.assert_close(bases[1](x), bases[0](x), rtol=1e-6, atol=1e-7)
+    ends = [ak.attach(base).training_state("a") for base in bases]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0] if key.endswith("mask"))

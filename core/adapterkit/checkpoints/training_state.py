@@ -1,0 +1,112 @@
+"""The state of an adapter in a training: everything with which the training goes on bit for bit.
+
+A file of an adapter is not always such a state: PiSSA is written with twice the rank, VeRA may leave its projections
+out, AdaLoRA its averages and the directions that are switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from adapterkit.contract import AdapterLayer, Shared, default_registry
+from adapterkit.errors import CheckpointError, StateError
+from adapterkit.files import check_tensors
+from adapterkit.model import Adapter, BaseModules, resized_tables, tables
+from adapterkit.tensors import Slot, gathered, put, real_value, reshard, shape_of
+
+# The key of the number of `Adapters.step`s. All other keys have a dot.
+STEPS = "steps"
+
+
+def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
+    """The tensors of `Adapters.training_state`.
+
+    Raises:
+        PluginError: the method keeps tensors where no state can find them.
+        StateError: `sharded` under DeepSpeed ZeRO-3, which keeps its shards to itself.
+    """
+    _check_nothing_is_hidden(adapter)
+    tables = resized_tables(BaseModules(model))
+    reshard(model)
+    with nullcontext() if sharded else gathered(model, (*adapter.modules(), *tables.values())):
+        slots = {**adapter.slots(), **_table_slots(tables)}
+        if any(shape_of(slot.tensor) != slot.tensor.shape for slot in slots.values()):
+            raise StateError("sharded=True is not possible: DeepSpeed ZeRO-3 has no tensors that stand for its shards.")
+        state = {
+            key: slot.tensor.detach() if sharded else real_value(slot.owner, slot.name) for key, slot in slots.items()
+        }
+    return {**state, STEPS: torch.tensor(adapter.steps)}
+
+
+def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a training state into an adapter, all or nothing.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    check_tensors(state)
+    modules = BaseModules(model)
+    # Whether a vocabulary was resized is judged by the base's config, which another machine may lack.
+    resized, known = resized_tables(modules), tables(modules)
+    with gathered(model, (*adapter.modules(), *known.values()), writing=True):
+        required = {**adapter.slots(), **_table_slots(resized)}
+        slots = {**{key: slot for key, slot in _table_slots(known).items() if key in state}, **required}
+        _check_fits(adapter, {STEPS, *required}, slots, state)
+        steps = int(state[STEPS])
+        put([(slot, state[key]) for key, slot in slots.items()])
+        adapter.steps = steps
+
+
+def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot], state: Mapping[str, Tensor]) -> None:
+    faults = [f"it lacks {key}" for key in required - state.keys()]
+    faults += [f"nothing here has the key {key}" for key in state.keys() - slots.keys() - {STEPS}]
+    faults += [
+        f"{key} is {_shown(state[key])} in the state, and {_shown(slot.tensor)} here"
+        for key, slot in slots.items()
+        if key in state and _shown(state[key]) != _shown(slot.tensor)
+    ]
+    if STEPS in state and (state[STEPS].dim() or state[STEPS].is_floating_point()):
+        faults.append(f"its number of steps is {_shown(state[STEPS])}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckpointError(
+            f"The training state does not fit adapter {adapter.name!r}: {min(faults)}{more}. Nothing was changed. It "
+            "fits an adapter that was added to the same model with the same config, dtype and label set. For the "
+            "tensors of an adapter's file use load_state_dict."
+        )
+
+
+def _table_slots(found: Mapping[str, nn.Module]) -> dict[str, Slot]:
+    """The embeddings of a model whose vocabulary was resized: their new rows are random, and no other file has them."""
+    return {
+        f"{path}.{name}": Slot(table, name, f"{path}.{name}")
+        for path, table in found.items()
+        for name, tensor in table._parameters.items()
+        if tensor is not None
+    }
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(shape_of(tensor))}"
+
+
+def _check_nothing_is_hidden(adapter: Adapter) -> None:
+    """Raise `PluginError` if layers or shared tensors keep tensors that are neither parameters nor buffers.
+
+    What a model's call leaves for the layers belongs to one forward and is no part of the training's state.
+    """
+    for module in adapter.modules():
+        if not isinstance(module, AdapterLayer | Shared) or getattr(module, "replaces_call", False):
+            continue
+        own = module.plain_attributes() if isinstance(module, Shared) else vars(module)
+        for name, value in own.items():
+            if not name.startswith("_") and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                raise default_registry.method_of(adapter.config).fault(
+                    f"{type(module).__name__} keeps tensors in its attribute {name!r}, which no state of a training "
+                    "holds. Make them buffers: self.register_buffer(name, tensor, persistent=False)"
+                )
