@@ -23,7 +23,7 @@ from adapterkit.model import (
     Match,
     Selection,
     build_adapter,
-    by_layer,
+    layer_tensors,
 )
 from adapterkit.tensors import module_slots
 
@@ -108,7 +108,7 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
 def check_given(tensors: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], builder: LayerBuilder) -> None:
     """Raise `PluginError` if the hook `from_factors` returned other tensors than the layers have."""
     method = builder.method
-    given, _ = by_layer(tensors, builder.rule, {path: path for path in layers})
+    given = layer_tensors(tensors, builder.rule, layers)
     for path, layer in layers.items():
         own, found = sorted(local for local, _ in module_slots(layer)), sorted(given.get(path, {}))
         if own != found:

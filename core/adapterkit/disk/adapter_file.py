@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from adapterkit.contract import (
     AdapterLayer,
     KeyRule,
     Method,
-    Names,
     Target,
     beside,
     default_registry,
@@ -53,15 +52,13 @@ from adapterkit.files import (
 )
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import BaseModules, LabelSet, LayerBuilder, by_layer
+from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import module_slots
 
 Tensors = Mapping[str, Tensor]
 _CPU = torch.device("cpu")
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
-# PEFT writes what a head was before it was trained under these too.
-_SHADOWS = ("modules_to_save", "original_module")
 
 
 @dataclass(kw_only=True)
@@ -99,7 +96,7 @@ class AdapterContent:
         """
         config, tensors = to_method(changes, method)
         builder = LayerBuilder(method, config)
-        given, _ = by_layer(tensors, builder.rule, {path: path for path in changes.factors})
+        given = layer_tensors(tensors, builder.rule, changes.factors)
         targets = [Target(p, None, changes.kinds[p], dtype, _CPU, given.get(p, {})) for p in changes.factors]
         shared = builder.shared(targets, {})
         layers = {target.path: builder.layer(target, shared) for target in targets}
@@ -214,9 +211,8 @@ class AdapterFile(AdapterContent):
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         name = name or files.folder.name
         opened = cls(name=name, files=files, method=method, config=config, kinds=kinds, base=base, mapped=mapped)
-        heads, rule = _heads(tensors, config.modules_to_save), method.key_rule(config)
-        for key, tensor in tensors.items():
-            opened._sort(key, tensor, rule, heads.get(key), passed=key in passed)
+        rule = method.key_rule(config)
+        opened._sort(tensors, rule, passed)
         opened._build(rule)
         opened.labels = opened._labels()
         places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(files.tensors)]
@@ -224,27 +220,22 @@ class AdapterFile(AdapterContent):
         opened.paths = {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
         return opened
 
-    def _sort(self, key: str, tensor: Tensor, rule: KeyRule, head: str | None, *, passed: bool) -> None:
-        """Put a tensor under what it belongs to, by its key."""
-        split = rule.split(key, self.kinds)
-        if self.method.shared is not None and rule.is_shared(key):
-            self.shared[key] = tensor
-        elif split is not None:
-            self.layers.setdefault(split[0], {})[split[1]] = tensor
-            if self.kinds and split[0] not in self.kinds:  # named like a layer's tensor, but the base has no such layer
-                (self.ignored if passed else self.unknown).append(key)
-        elif head is not None:
-            local = key.removeprefix(f"{beside(head, self.kinds)}.")
-            if key[len(head) + 1 :].partition(".")[0] in _SHADOWS:
+    def _sort(self, tensors: Tensors, rule: KeyRule, passed: Collection[str]) -> None:
+        """Sort its tensors by what they belong to."""
+        has_shared, layers = self.method.shared is not None, dict.fromkeys(self.kinds)
+        for key in tensors:
+            split = rule.split(key, self.kinds)
+            if split is not None and not (has_shared and rule.is_shared(key, self.kinds)):
+                layers[split[0]] = None
+        known, heads = {path: path for path in layers}, heads_in_file(tensors, self.config.modules_to_save)
+        found = sort_tensors(tensors, rule, known, {path: path for path in heads}, {}, shared=has_shared)
+        self.layers, self.heads, self.shared, self.ignored = found.layers, found.heads, found.shared, found.repeated
+        strange = [path for path in found.layers if self.kinds and path not in self.kinds]  # the base lacks these
+        for key in (*found.rest, *(f"{path}.{local}" for path in strange for local in found.layers[path])):
+            if key in passed:
                 self.ignored.append(key)
-            elif local == key:
+            elif key not in found.rest or not self._sort_of_base(key, tensors[key]):
                 self.unknown.append(key)
-            else:
-                self.heads.setdefault(head, {})[local] = tensor
-        elif passed:
-            self.ignored.append(key)
-        elif not self._sort_of_base(key, tensor):
-            self.unknown.append(key)
 
     def _sort_of_base(self, key: str, tensor: Tensor) -> bool:
         """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
@@ -379,22 +370,6 @@ class AdapterFile(AdapterContent):
         if base is not None and len(base.id2label) in rows:
             return base
         return LabelSet.numbered(rows[-1]) if base is not None or self.config.task_type in _CLASSIFIERS else None
-
-
-def _heads(keys: Iterable[str], wanted: str | Sequence[str] | None) -> dict[str, str]:
-    """The head that each key is inside of: the outermost module that `modules_to_save` names.
-
-    PEFT takes a module whose path is an entry, or merely ends like one.
-    """
-    names = Names(list(filter(None, [wanted] if isinstance(wanted, str) else wanted or ())))
-    found: dict[str, str] = {}
-    for key in keys if names.names else ():
-        parts = key.split(".")
-        paths = (".".join(parts[:i]) for i in range(1, len(parts)))
-        head = next((path for path in paths if names.match(path) or path.endswith(names.names)), None)
-        if head is not None:
-            found[key] = head
-    return found
 
 
 def _of_base(

@@ -23,7 +23,7 @@ from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
 from adapterkit.files import FactorSpool
-from adapterkit.model import by_layer
+from adapterkit.model import layer_tensors
 from adapterkit.results import CombineReport
 
 Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
@@ -127,7 +127,7 @@ def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, 
             )
     method = result.method
     config, tensors = result.in_file()
-    held, _ = by_layer(strip_file_prefix(tensors), method.key_rule(config), {path: path for path in result.kinds})
+    held = layer_tensors(strip_file_prefix(tensors), method.key_rule(config), result.kinds)
     found = method.write(naming, config, held, result.kinds, part)
     if found is None:
         raise UnsupportedError(

@@ -27,6 +27,7 @@ from adapterkit.model import (
     LabelSet,
     LayerBuilder,
     build_adapter,
+    heads_in_file,
     select_on,
 )
 from adapterkit.results import LoadReport
@@ -89,7 +90,7 @@ def load_adapter(
     adapter.tables = frozenset(tables)
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
-    ignore_known_keys(fit, adapter, model, tensors, passed)
+    ignore_known_keys(fit, model, tensors, passed)
     report = fit.report()
     if strict and not report.ok:
         refuse(report, name, str(files.folder))
@@ -118,21 +119,21 @@ def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
 def _heads_in_file(config: AdapterConfig, modules: BaseModules, keys: Collection[str]) -> tuple[str, ...] | str | None:
     """The modules that `modules_to_save` named to PEFT.
 
-    PEFT also lists modules that do not exist; such an entry is dropped if no key of the file has it. And PEFT takes
-    modules with a name that only ends like an entry (`"head"`: `overhead`); these are heads if the file has all their
-    parameters.
+    PEFT also lists modules that do not exist; such an entry is dropped if no key of the file has it. A module whose
+    path merely ends like an entry is a head if the file has all its parameters.
     """
     wanted = config.modules_to_save
     if wanted is None or isinstance(wanted, str):
         return wanted
     names = Names(wanted)
-    for path in modules.all_paths:
+    modules_at = {path: module for module, paths in modules.paths_of.items() for path in paths}
+    for path in modules_at:
         names.match(path)
     kept = [n for n in wanted if n in names.used or any(f".{n}." in f".{key}" for key in keys)]
-    for module, (path, *_) in modules.paths_of.items():
-        held = [f"{path}.{local}" in keys for local, _ in module.named_parameters()]
-        if held and all(held) and path.endswith(tuple(kept)) and names.match(path) is None:
-            kept.append(path)
+    for path in heads_in_file(keys, wanted):
+        module = modules_at.get(path) if names.match(path) is None else None
+        held = [] if module is None else [f"{path}.{local}" in keys for local, _ in module.named_parameters()]
+        kept += [path] if held and all(held) else []
     return tuple(kept) or None
 
 

@@ -20,7 +20,7 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import CheckpointError
 from adapterkit.files.other_programs import keys_of_other_parts, layers_of
-from adapterkit.model import Adapter, BaseModules, Fit, beside_layers, by_layer
+from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
 
@@ -74,33 +74,28 @@ def match_adapter(
         tensors = own
     else:
         given, others, layers = strip_file_prefix(tensors), [], layers_of(BaseModules(model))
-        found = method.read(given, layers, {}, adapter.config)
-        tensors = given if found is None else found[1]
+        read = method.read(given, layers, {}, adapter.config)
+        tensors = given if read is None else read[1]
         passed = keys_of_other_parts(given, tensors, layers)
     fit = Fit(rule)
-    paths = {other: path for path in adapter.layers for other in (*adapter.aliases.get(path, ()), path)}
-    inside, rest = by_layer(tensors, rule, paths)
-    values = [v for path, layer in adapter.layers.items() for v in fit.match(layer, inside.get(path, {}), f"{path}.")]
-    for place, module, held in beside_layers(adapter, rest):
-        values += fit.match(module, held, place)
+    found = sort_for(adapter, adapter.layers, tensors, rule, shared=adapter.shared is not None)
+    values: Values = []
+    for container, path, module in adapter.parts():
+        place = path if container == LAYERS else beside(path, adapter.layers)
+        values += fit.match(module, found.of(container, path), f"{place}.")
     if adapter.shared is not None:
-        held = {key: rest.pop(key) for key in list(rest) if rule.is_shared(key)}
-        values += fit.match(adapter.shared, held, "")
-    fit.unexpected += rest
-    ignore_known_keys(fit, adapter, model, tensors, passed)
+        values += fit.match(adapter.shared, found.shared, "")
+    fit.add_rest(found)
+    ignore_known_keys(fit, model, tensors, passed)
     fit.ignored += others
     return values, fit.report()
 
 
-def ignore_known_keys(
-    fit: Fit, adapter: Adapter, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str]
-) -> None:
+def ignore_known_keys(fit: Fit, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str]) -> None:
     """Ignore what has no place and needs none: keys of other models (`passed`), and what the base has already."""
-    # PEFT writes biases of heads twice more with bias="all": the same value, and one that does not act.
-    again = tuple(f"{path}.{name}." for path in adapter.heads for name in ("modules_to_save", "original_module"))
     unexpected, fit.unexpected = fit.unexpected, []
     for key in unexpected:
-        known = key in passed or key.startswith(again) or (key in tensors and equals_base(model, key, tensors[key]))
+        known = key in passed or (key in tensors and equals_base(model, key, tensors[key]))
         (fit.ignored if known else fit.unexpected).append(key)
 
 

@@ -21,7 +21,7 @@ from adapterkit.contract import (
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.files.folder import CONFIG_FILE
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules, by_layer
+from adapterkit.model import BaseModules, layer_tensors
 
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
@@ -128,7 +128,7 @@ def recognise(
             asked.append(name)
             found += [] if read is None else [(method, *read)]
     if len(found) + len(refused) > 1:  # some may merely say that the file is theirs
-        found = [(m, c, own) for m, c, own in found if by_layer(own, m.key_rule(c), {p: p for p in layers})[0]]
+        found = [(m, c, own) for m, c, own in found if layer_tensors(own, m.key_rule(c), layers)]
     if refused and not found:
         raise refused[0][1]
     broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]

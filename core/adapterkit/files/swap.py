@@ -13,7 +13,7 @@ from adapterkit.contract import default_registry, twin
 from adapterkit.errors import CheckpointError
 from adapterkit.files.match import Values
 from adapterkit.kinds import Factors
-from adapterkit.model import Adapter, by_layer
+from adapterkit.model import Adapter, layer_tensors
 from adapterkit.tensors import gathered, module_slots, put, uninterrupted
 
 # Fields that say where an adapter acts and where it is from, not what it does.
@@ -102,7 +102,7 @@ def _of_layers(adapter: Adapter, other: Adapter) -> Values:
     wanted = {path: _resized(path, found, theirs.get(path)) for path, found in own.items() if found is not None}
     _, tensors = method.from_factors(wanted, {path: layer.kind for path, layer in layers.items()})
     _, tensors = method.from_file(adapter.config, tensors)
-    given, _ = by_layer(tensors, method.key_rule(adapter.config), {path: path for path in layers})
+    given = layer_tensors(tensors, method.key_rule(adapter.config), layers)
     values = [pair for path, layer in layers.items() for pair in _fitting(path, layer, given.get(path, {}))]
     new = {id(slot.tensor): tensor for slot, tensor in values}
     for path, layer in layers.items():

@@ -6,10 +6,11 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 
 from adapterkit.model.adapted import AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
-from adapterkit.model.build import Fit, LayerBuilder, beside_layers, build_adapter, by_layer
+from adapterkit.model.build import LayerBuilder, build_adapter
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
+from adapterkit.model.sorting import Fit, heads_in_file, layer_tensors, sort_for, sort_tensors
 from adapterkit.model.vocabulary import resized_keys, resized_tables, tables
 
 __all__ = [
@@ -24,17 +25,19 @@ __all__ = [
     "Selection",
     "acting_heads",
     "base_parameters",
-    "beside_layers",
     "build_adapter",
-    "by_layer",
     "checked_strengths",
     "copy_head",
+    "heads_in_file",
     "inner_model",
     "labels_of_new_head",
+    "layer_tensors",
     "named_modules",
     "resized_keys",
     "resized_tables",
     "select",
     "select_on",
+    "sort_for",
+    "sort_tensors",
     "tables",
 ]

@@ -7,17 +7,26 @@ so that files are read without a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterConfig, AdapterLayer, KeyRule, Method, Shared, Target, beside, default_registry
-from adapterkit.errors import CheckpointError, PluginError, SelectionError, UnsupportedError
+from adapterkit.contract import (
+    HEADS,
+    LAYERS,
+    AdapterConfig,
+    AdapterLayer,
+    Method,
+    Shared,
+    Target,
+    beside,
+    default_registry,
+)
+from adapterkit.errors import PluginError, SelectionError, UnsupportedError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -34,119 +43,10 @@ from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
 from adapterkit.model.modules import BaseModules, inside
 from adapterkit.model.selection import Selection
-from adapterkit.results import LoadReport, Mismatch
-from adapterkit.tensors import Slot, apart, execution_device, module_slots, real_value, reshard
+from adapterkit.model.sorting import Fit, SortedTensors, sort_for
+from adapterkit.tensors import execution_device, real_value, reshard
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass
-class Fit:
-    """How given tensors fit an adapter, by their keys in a file.
-
-    Attributes:
-        optional: keys that are not missed.
-        missing, unexpected, mismatched, exempt, ignored: see `LoadReport`.
-        taken: memory that the adapter's tensors have already.
-    """
-
-    rule: KeyRule
-    optional: Collection[str] = ()
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[Mismatch] = field(default_factory=list)
-    exempt: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    taken: set[int] = field(default_factory=set)
-
-    def match(self, module: nn.Module, given: Tensors, place: str) -> list[tuple[Slot, Tensor]]:
-        """The slots of a module with the tensors that fit there; nothing is written. What does not fit is noted.
-
-        Args:
-            given: tensors by their names in the module.
-            place: what the module's keys begin with: its path and a dot.
-
-        Raises:
-            CheckpointError: a tensor of whole numbers where floating ones are needed.
-        """
-        slots, values = dict(module_slots(module)), []
-        # `setup` makes these buffers, so a file need not have them.
-        non_persistent = [local for local, _ in module.named_buffers() if local not in slots]
-        for local in given:
-            if local not in slots:
-                (self.ignored if local in non_persistent else self.unexpected).append(place + local)
-        if isinstance(module, Shared):
-            self.exempt += [place + local for local in non_persistent if local not in given]
-        for local, slot in slots.items():
-            slot.key = key = place + local
-            own, tensor = slot.tensor, given.get(local)
-            if tensor is None:
-                if key not in self.optional:
-                    (self.exempt if self.rule.may_lack(key) else self.missing).append(key)
-            elif own.is_floating_point() and not tensor.is_floating_point():
-                raise CheckpointError(
-                    f"{key!r} holds {tensor.dtype}, and floating numbers are needed: it is quantised, or damaged."
-                )
-            elif own.shape != tensor.shape:
-                self.mismatched.append(Mismatch(key, tuple(tensor.shape), tuple(own.shape)))
-            else:
-                values.append((slot, tensor))
-        return values
-
-    def assign(self, module: nn.Module, given: Tensors, place: str, device: torch.device | None, *, cast: bool) -> None:
-        """Give a new module the tensors that fit, in memory of their own.
-
-        Args:
-            device: `None`, or the meta device: each tensor stays where the module's is, or where it is itself.
-            cast: to the module's dtypes.
-        """
-        for slot, tensor in self.match(module, given, place):
-            own = slot.tensor
-            at = tensor.device if own.is_meta else own.device
-            dtype = own.dtype if cast else tensor.dtype
-            to = at if device is None or device.type == "meta" else device
-            slot.assign(apart(tensor.detach().to(to, dtype).contiguous(), self.taken))
-
-    def report(self) -> LoadReport:
-        """What users get."""
-        keys = (tuple(self.missing), tuple(self.unexpected))
-        return LoadReport(*keys, tuple(self.mismatched), tuple(self.exempt), tuple(self.ignored))
-
-
-def by_layer(
-    tensors: Tensors, rule: KeyRule, layers: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of layers by path and name in the layer, and all others by key.
-
-    A known layer's path comes first: a module may be called like the method's prefix. Else the last part that begins
-    with the prefix begins the name in the layer.
-
-    Args:
-        layers: the path that a layer is known by, for each of its paths. Tensors of other layers are in the second
-            result.
-    """
-    inside: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        split = rule.split(key, layers)
-        if split is None or split[0] not in layers:
-            rest[key] = tensor
-        else:
-            inside.setdefault(layers[split[0]], {})[split[1]] = tensor
-    return inside, rest
-
-
-def beside_layers(adapter: Adapter, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
-    """Each head and trained bias, with what its keys begin with and its tensors, which are taken out of `tensors`."""
-    for path, module in (*adapter.heads.items(), *adapter.biases.items()):
-        ending = beside(path, adapter.layers).removeprefix(path)
-        places = [other + ending for other in adapter.places(path)]
-        held: dict[str, Tensor] = {}
-        for place in places:
-            keys = [f"{place}.bias"] if isinstance(module, BiasLayer) else list(tensors)
-            inside = [key for key in keys if key in tensors and key.startswith(f"{place}.")]
-            held |= {key.removeprefix(f"{place}."): tensors.pop(key) for key in inside}
-        yield f"{places[0]}.", module, held
 
 
 class LayerBuilder:
@@ -272,38 +172,46 @@ def build_adapter(
     """
     reshard(modules.model)
     adapter = Adapter(name, builder.config)
-    paths = {path: m.path for m in selection.targets for path in (*modules.paths_of[m.module], m.path)}
-    layers, rest = ({}, None) if tensors is None else by_layer(tensors, builder.rule, paths)
-    targets = []
     for match in selection.targets:
         _add_host(adapter, modules, match.path, match.module, active)
-        weight: Any = match.module.weight
-        at = device or execution_device(match.module, weight)
-        file = None if rest is None else layers.get(match.path, {})
-        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(weight.dtype), at, file))
-    if builder.method.shared is not None:
-        check_free_root(modules.model)
-        if builder.method.replaces_call:
-            check_free(modules.model, type(modules.model).__name__, active)
-        held = None if rest is None else {key: rest.pop(key) for key in list(rest) if builder.rule.is_shared(key)}
-        adapter.shared = builder.shared(targets, held, modules.model)
-    for target in targets:
-        adapter.layers[target.path] = builder.layer(target, adapter.shared)
     for path in selection.heads:
         module = modules.model.get_submodule(path)
         _add_host(adapter, modules, path, module, active)
         adapter.heads[path] = copy_head(module, path)
         widen(adapter.heads[path])
-    notes = _add_biases(adapter, modules, active)
+    notes = _add_biases(adapter, modules, selection.paths, active)
+    given, targets, has_shared = None, [], builder.method.shared is not None
+    if tensors is not None:
+        given = sort_for(adapter, selection.paths, tensors, builder.rule, shared=has_shared)
+    for match in selection.targets:
+        weight: Any = match.module.weight
+        at = device or execution_device(match.module, weight)
+        file = None if given is None else given.layers.get(match.path, {})
+        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(weight.dtype), at, file))
+    if has_shared:
+        check_free_root(modules.model)
+        if builder.method.replaces_call:
+            check_free(modules.model, type(modules.model).__name__, active)
+        adapter.shared = builder.shared(targets, None if given is None else given.shared, modules.model)
+    for target in targets:
+        adapter.layers[target.path] = builder.layer(target, adapter.shared)
     adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
-    if rest is not None:
-        for place, part, given in beside_layers(adapter, rest):
-            head = not isinstance(part, BiasLayer)
-            if head:
-                adopt_rows(part, given)
-            builder.fit.assign(part, given, place, None, cast=builder.cast or head)
-        builder.fit.unexpected += rest
+    if given is not None:
+        _fill_beside(adapter, builder, given)
     return adapter, notes
+
+
+def _fill_beside(adapter: Adapter, builder: LayerBuilder, given: SortedTensors) -> None:
+    """Give new heads and biases the tensors of a file."""
+    for container, path, part in adapter.parts():
+        if container == LAYERS:
+            continue
+        tensors = given.of(container, path)
+        if container == HEADS:
+            adopt_rows(part, tensors)
+        place = f"{beside(path, adapter.layers)}."
+        builder.fit.assign(part, tensors, place, None, cast=builder.cast or container == HEADS)
+    builder.fit.add_rest(given)
 
 
 def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:
@@ -314,7 +222,7 @@ def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Modu
         adapter.aliases[path] = others
 
 
-def _add_biases(adapter: Adapter, modules: BaseModules, active: Active) -> list[str]:
+def _add_biases(adapter: Adapter, modules: BaseModules, targets: Collection[str], active: Active) -> list[str]:
     which = adapter.config.trained_biases
     if which == "none":
         return []
@@ -322,7 +230,7 @@ def _add_biases(adapter: Adapter, modules: BaseModules, active: Active) -> list[
     seen: set[Any] = set()
     for module, paths in modules.paths_of.items():
         path, bias = paths[0], module._parameters.get("bias")
-        if not isinstance(getattr(module, "bias", None), Tensor) or (which == "targets" and path not in adapter.layers):
+        if not isinstance(getattr(module, "bias", None), Tensor) or (which == "targets" and path not in targets):
             continue
         if inside(path, adapter.heads) is not None:
             continue
