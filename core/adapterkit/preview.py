@@ -43,6 +43,11 @@ class LayerGroup:
     rule: str
     parameters: int
 
+    @property
+    def sizes(self) -> str:
+        """`"(in -> out)"`; nothing for a module without a weight."""
+        return f"({self.in_features} -> {self.out_features})" if self.out_features else ""
+
 
 @dataclass(frozen=True)
 class Preview(Printed):
@@ -87,10 +92,7 @@ class Preview(Printed):
 
     def __str__(self) -> str:
         titles = ("layer", "count", "kind", "parameters", "rule")
-        rows = [
-            (g.path, str(g.layers), f"{g.kind}({g.in_features} -> {g.out_features})", f"{g.parameters:,}", g.rule)
-            for g in self.groups
-        ]
+        rows = [(g.path, str(g.layers), g.kind + g.sizes, f"{g.parameters:,}", g.rule) for g in self.groups]
         lines = [columns([titles, *rows])]
         lines += [f"trained in full: {path}, {count:,} parameters" for path, count in self.heads.items()]
         lines += [f"trained biases: {self.biases:,} parameters"] if self.biases else []

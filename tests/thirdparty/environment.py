@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 EXAMPLES = ROOT / "examples" / "thirdparty"
-NAMES = ("adalora", "dora", "ia3", "lokr", "oft", "vblora")
+NAMES = ("adalora", "bottleneck", "dora", "ia3", "lokr", "oft", "vblora")
 PACKAGES = {"outer": HERE / "adapterkit_outer", **{name: EXAMPLES / f"adapterkit_{name}" for name in NAMES}}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import PluginError, UnsupportedError
-from adapterkit.kinds import Factors, LayerKind, dense
+from adapterkit.kinds import Factors, LayerKind, dense, no_weight
 from adapterkit.tensors import gathered
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ class Target:
 
     Attributes:
         path: its module path in the model, such as `"encoder.layer.0.attention.self.query"`.
-        kind: what it is; has the sizes, and applies factors to inputs.
+        kind: what it is; has the sizes, and applies factors to inputs. A block or another module without a weight of
+            `(out, in)` has the kind `Module`, which has no sizes; only methods with `any_module` get it.
         module: the layer itself; `None` where only an adapter's files are known.
         dtype, device: what the adapter's parameters are to be made with.
         file: the tensors that a file, or a combination, has for this layer, by their local names, so that sizes may
@@ -40,21 +41,27 @@ class Target:
 
     @property
     def out_features(self) -> int:
-        """Rows of the canonical weight."""
-        return self.kind.out_features
+        """Rows of the canonical weight; a module without one raises `UnsupportedError`."""
+        return self._sized.out_features
 
     @property
     def in_features(self) -> int:
-        """Columns of the canonical weight."""
-        return self.kind.in_features
+        """Columns of the canonical weight; a module without one raises `UnsupportedError`."""
+        return self._sized.in_features
+
+    @property
+    def _sized(self) -> LayerKind:
+        if not self.kind.has_weight:
+            raise no_weight(self.module)
+        return self.kind
 
     def weight(self) -> Tensor:
         """The layer's weight as a float32 (or float64) copy of shape `(out, in)`, for data-dependent initialisation.
 
         Raises:
-            UnsupportedError: it is quantised, and does not say which numbers it stands for.
+            UnsupportedError: it is quantised, and does not say which numbers it stands for; or there is no weight.
         """
-        if self.module is None:
+        if self.module is None or not self.kind.has_weight:
             return torch.empty(self.out_features, self.in_features, device="meta")
         with gathered(self.module, self.module.modules()):
             held = self.kind.read(self.module)
@@ -126,6 +133,9 @@ class AdapterLayer(nn.Module):
         row_dropout: probability of leaving each row of the change out, in training; the others are divided by the
             share that is left, unless `row_dropout_rescales` is false.
         module_dropout: probability of leaving the whole change out, in each forward in training.
+        any_module: of the class: the layer changes a module's call, so that any module can be a target, such as a block
+            or an attention. `forward(base, *args, **kwargs)` gets what the module is called with and returns what the
+            module returns, also a tuple. Nothing is cast, and the dropouts are the author's.
         method: the name of the method that made it; set by the core.
 
     Raises:
@@ -140,6 +150,7 @@ class AdapterLayer(nn.Module):
     row_dropout_rescales: bool = True
     module_dropout: float = 0.0
     method: str = ""
+    any_module: ClassVar[bool] = False
 
     # One of these a subclass must define.
     _needs: ClassVar[tuple[str, ...]] = ("merged", "forward")
@@ -149,6 +160,8 @@ class AdapterLayer(nn.Module):
         # Shared tensors are the adapter's, not the layer's, so no registry of this module may list them.
         self.__dict__.update(kind=target.kind, config=config, shared=shared)
         self.setup(target, config)
+        if self.any_module and (self.dropout or self.row_dropout or self.module_dropout):
+            raise PluginError(f"{type(self).__name__} has any_module, so its dropouts belong into its forward.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,6 +170,11 @@ class AdapterLayer(nn.Module):
             return
         if "__init__" in vars(cls):
             raise PluginError(f"{cls.__name__} defines __init__; write setup(self, target, config) in its place.")
+        if cls.any_module and (base is not AdapterLayer or cls.forward is base.forward):
+            raise PluginError(
+                f"{cls.__name__} has any_module, so it must be an AdapterLayer that defines forward(self, base, *args, "
+                "**kwargs): a module has no weight to change."
+            )
         if all(getattr(cls, name) is getattr(base, name) for name in cls._needs):
             raise PluginError(
                 f"{cls.__name__} is a subclass of {base.__name__}, so it must define {' or '.join(cls._needs)}: see "

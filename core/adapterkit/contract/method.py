@@ -140,6 +140,11 @@ class Method:
         return PluginError(f"The method {self.name!r} ({self.provider}): {what}.")
 
     @property
+    def any_module(self) -> bool:
+        """Whether its targets may be modules without a layer kind."""
+        return bool(getattr(getattr(self.plugin, "layer", None), "any_module", False))
+
+    @property
     def replaces_call(self) -> bool:
         """Whether its adapters are the model's call while they act (`Shared.forward`)."""
         return self.shared is not None and self.shared.replaces_call
@@ -234,7 +239,8 @@ class Method:
 
     def merges(self, layer: AdapterLayer) -> bool:
         """Whether the layer can be merged, as far as its class tells."""
-        return type(layer).merged is not AdapterLayer.merged and not self.replaces_call
+        defined = type(layer).merged is not AdapterLayer.merged
+        return defined and layer.kind.has_weight and not self.replaces_call
 
     # Files
 

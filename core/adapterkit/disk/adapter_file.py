@@ -385,7 +385,7 @@ def _of_base(
         layers = layers_of(BaseModules(base.model))
         config, tensors = method.read(tensors, layers, {}, config) or (config, tensors)
     splits = [rule.split(key) for key in shapes_of(tensors)]
-    kinds = {path: base.kind(path) for path in dict.fromkeys(split[0] for split in splits if split)}
+    kinds = {path: base.kind(path, method) for path in dict.fromkeys(split[0] for split in splits if split)}
     if not renamed:
         config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
     return config, tensors, kinds

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import FILE_PREFIX, default_registry
+from adapterkit.contract import FILE_PREFIX, Method, default_registry
 from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import (
@@ -24,7 +24,7 @@ from adapterkit.files import (
     read_config,
     read_header,
 )
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import base_parameters, named_modules
 
 CONFIG = "config.json"
@@ -268,9 +268,11 @@ class Base:
             with suppress(AttributeError):
                 yield self.model.get_submodule(candidate)
 
-    def kind(self, path: str) -> LayerKind:
-        """What a layer is."""
+    def kind(self, path: str, method: Method) -> LayerKind:
+        """What a layer is, for an adapter of this method."""
         found = next(filter(None, map(default_registry.kind_of, self.modules(path))), None)
+        if found is None and method.any_module and next(self.modules(path), None) is not None:
+            return AnyModule()
         if found is None:
             raise CheckpointError(
                 f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."

@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, Shared
 from adapterkit.errors import SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
@@ -36,25 +35,31 @@ class Plan:
 
     Attributes:
         head, call_head: the acting head that replaces the module, if there is one, and the function to call for it.
-        layers: the adapter layers that act, the innermost first, each with its strength.
+        calls: what changes the module's call with all its arguments, the innermost first: the adapter layers up to the
+            last one with `any_module`, each with its strength, and at the model itself each `Shared` that replaces its
+            call.
+        layers: the other adapter layers that act, which run around those; the innermost first, each with its strength.
         wrapping: so many of them, from the first on, run around the forward; the rest only add to its output.
         biases: the trained biases that act, each with its strength.
         alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
         checked: whether the module is checked before each forward; see `is_checked`.
     """
 
-    __slots__ = ("alone", "biases", "call_head", "checked", "head", "layers", "module", "wrapping")
+    __slots__ = ("alone", "biases", "call_head", "calls", "checked", "constant", "head", "layers", "module", "wrapping")
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
-        self.module, self.head = module, None
+        self.module, self.head, self.constant = module, None, state.constant
         for head, owner in state.parts(module, HEADS, state.heads):
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.call_head = callable_head(head, module)
-        self.layers = [(layer, state.strength(name)) for layer, name in state.parts(module, LAYERS, names)]
+        layers = [(layer, state.strength(name)) for layer, name in state.parts(module, LAYERS, names)]
+        whole = max([0, *(i for i, (layer, _) in enumerate(layers, 1) if layer.any_module)])
+        self.calls: list[tuple[Any, float]] = layers[:whole]
+        self.layers = layers[whole:]
         self.biases = [(bias, state.strength(name)) for bias, name in state.parts(module, BIASES, names)]
-        self.checked = is_checked(module, [layer for layer, _ in self.layers])
+        self.checked = is_checked(module, [layer for layer, _ in layers])
         self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])
         # Under torch.compile the compiler chooses the form.
         one_sum = len(self.layers) == 1 and not self.wrapping and not torch.compiler.is_compiling()
@@ -65,18 +70,24 @@ class Plan:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts."""
         if self.head is not None:
             original = self.call_head
-        if not (self.layers or self.biases) or not (args or kwargs):
-            return original(*args, **kwargs)
-        alone = len(args) == 1 and not kwargs
-        base, x = (original, args[0]) if alone else of_input(self.module, original, args, kwargs)
         if "_hf_hook" in self.module.__dict__:
-            with offload.fetched(*(part for part, _ in (*self.layers, *self.biases))):
-                return self._changed(base, x)
-        return self._changed(base, x)
+            with offload.fetched(*(part for part, _ in (*self.calls, *self.layers, *self.biases))):
+                return self._run(original, args, kwargs)
+        return self._run(original, args, kwargs)
 
     def read(self) -> tuple[nn.Module, list[tuple[Any, float]], list[tuple[BiasLayer, float]]]:
         """What a reader of weights finds: the module or the head that replaces it, and the layers and biases there."""
-        return self.module if self.head is None else self.head, self.layers, self.biases
+        place = self.module if self.head is None else self.head
+        return place, [*self.calls, *self.layers], self.biases
+
+    def _run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `run`; the adapter's parameters are on their device."""
+        if self.calls:
+            original = Call(self.module, original, self.calls, constant=self.constant)
+        if not (self.layers or self.biases) or not (args or kwargs):
+            return original(*args, **kwargs)
+        alone = len(args) == 1 and not kwargs
+        return self._changed(*((original, args[0]) if alone else of_input(self.module, original, args, kwargs)))
 
     def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
@@ -99,53 +110,67 @@ class Plan:
 
 
 class CallPlan(Plan):
-    """The plan of the model itself, where adapters share tensors; `calls` has those that replace its call."""
+    """The plan of the model itself, where adapters share tensors and may replace its call."""
 
-    __slots__ = ("calls", "constant")
+    __slots__ = ()
 
     def __init__(self, module: nn.Module, state: State) -> None:
         super().__init__(module, state)
-        self.calls = [part for part, _ in parts_of(module._modules[SHARED], state.names) if part.replaces_call]
-        self.constant = state.constant
+        shared = parts_of(module._modules[SHARED], state.names)
+        self.calls += [(part, 1.0) for part, _ in shared if part.replaces_call]
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `Plan.run`."""
-        call = Call(self, original, self.calls)
         if not self.calls or torch.compiler.is_compiling():
-            return call(*args, **kwargs)
+            return super().run(original, args, kwargs)
         active: Active = self.module.__dict__[ACTIVE]
         before, here = active.caller, threading.get_ident()
         if before not in (None, here) or "_is_replica" in self.module.__dict__:
             raise StateError(
-                f"{type(self.calls[-1]).__name__}.forward keeps what the layers need on itself, so the model runs one "
-                "forward at a time, and another thread is in one. Run one after the other, or give each thread a copy "
-                "of the model; in place of DataParallel take DistributedDataParallel."
+                f"{type(self.calls[-1][0]).__name__}.forward keeps what the layers need on itself, so the model runs "
+                "one forward at a time, and another thread is in one. Run one after the other, or give each thread a "
+                "copy of the model; in place of DataParallel take DistributedDataParallel."
             )
         active.caller = here
         try:
-            with offload.fetched(*self.calls) if "_hf_hook" in self.module.__dict__ else nullcontext():
-                return call(*args, **kwargs)
+            return super().run(original, args, kwargs)
         finally:
             active.caller = before
 
 
 class Call:
-    """The call of the model `module` as one adapter sees it: with the adapters nearer to the model, without its own."""
+    """The call of `module` as one adapter sees it: with the adapters nearer to the module, without its own.
 
-    def __init__(self, plan: CallPlan, original: Callable[..., Any], inner: Sequence[Any]) -> None:
-        self.module, self._plan, self._original, self._inner = plan.module, plan, original, inner
+    Args:
+        original: the module's own call.
+        inner: those adapters' layers, or `Shared`s, the innermost first, each with its strength.
+        constant: the parameters of a `Shared` get no gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        inner: Sequence[tuple[Any, float]],
+        *,
+        constant: bool = False,
+    ) -> None:
+        self.module, self._original, self._inner, self._constant = module, original, inner, constant
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """What the module returns."""
         if not self._inner:
-            return Plan.run(self._plan, self._original, args, kwargs)
-        *inner, shared = self._inner
-        base = Call(self._plan, self._original, inner)
-        if not (self._plan.constant and torch.is_grad_enabled()):
-            return shared(base, *args, **kwargs)
-        # The layers read what it leaves on itself, so it cannot be a twin.
-        values = {name: parameter.detach() for name, parameter in shared.named_parameters()}
-        return functional_call(shared, values, (base, *args), kwargs)
+            return self._original(*args, **kwargs)
+        *inner, (part, strength) = self._inner
+        base = Call(self.module, self._original, inner, constant=self._constant)
+        if isinstance(part, Shared) and self._constant and torch.is_grad_enabled():
+            # The layers read what it leaves on itself, so it cannot be a twin.
+            values = {name: parameter.detach() for name, parameter in part.named_parameters()}
+            return functional_call(part, values, (base, *args), kwargs)
+        if isinstance(part, Shared) or part.any_module:
+            return part(base, *args, **kwargs)
+        call, x = of_input(self.module, base, args, kwargs)
+        return run_layers(self.module, [(part, strength)], call, x)
 
 
 def run_layers(module: nn.Module, layers: Sequence[tuple[Any, float]], call: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -282,7 +307,7 @@ def check_unchanged(module: nn.Module, state: State) -> None:
         for part, name in parts_of(slots, names):
             what = part.kind.changed(module) if container == LAYERS else None
             sizes: tuple[Any, Any] = ((), ())
-            if whole and container == LAYERS and weight.numel() != part.kind.out_features * part.kind.in_features:
+            if whole and container == LAYERS and not part.kind.fits(weight):
                 sizes = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
             elif whole and isinstance(part, nn.Embedding):  # other heads may have other rows
                 sizes = tuple(shape_of(part.weight)), tuple(weight.shape)

@@ -294,7 +294,7 @@ def _check_in_memory(module: nn.Module, name: str, weight: Tensor, layers: Seque
     what = ""
     if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
         what = f"is a {type(weight).__name__} (sharded or quantised)"
-    elif layers and name == "weight" and weight.numel() != layers[0].kind.out_features * layers[0].kind.in_features:
+    elif layers and name == "weight" and not layers[0].kind.fits(weight):
         what = f"has the shape {tuple(weight.shape)} here (sharded by DeepSpeed's ZeRO-3, or replaced since)"
     elif weight.is_meta and not all(p.is_meta for layer in layers for p in layer.parameters()):
         what = "is not in memory (meta device or offloaded)"

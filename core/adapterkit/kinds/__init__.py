@@ -1,9 +1,10 @@
 """Layer kinds: what a layer is, whatever the adapter method.
 
 In: a module of a model. Out: its canonical weight `(out, in)`, how to read, write and apply it, and `Factors`.
-Uses: tensors.
+Uses: errors, tensors.
 """
 
+from adapterkit.kinds.any_module import AnyModule, no_weight
 from adapterkit.kinds.base import LayerKind, dense, is_special
 from adapterkit.kinds.conv import Conv1d, Conv2d, Conv3d
 from adapterkit.kinds.embedding import Embedding
@@ -13,4 +14,15 @@ from adapterkit.kinds.tiles import AddTile
 
 BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding)
 
-__all__ = ["BUILTIN", "AddTile", "Factors", "LayerKind", "Linear", "dense", "is_special", "numerical_rank"]
+__all__ = [
+    "BUILTIN",
+    "AddTile",
+    "AnyModule",
+    "Factors",
+    "LayerKind",
+    "Linear",
+    "dense",
+    "is_special",
+    "no_weight",
+    "numerical_rank",
+]

@@ -27,6 +27,7 @@ class LayerKind(ABC):
 
     Attributes:
         name: what users read, such as `"Linear"`.
+        has_weight: whether there is a canonical weight at all: `AnyModule` has none.
         lookup: the input is row numbers, which stand for one-hot vectors (embeddings).
         all_linear: whether `target_modules="all-linear"` takes layers of this kind.
         sample_dims: dimensions of one sample's smallest input, without the batch's.
@@ -38,6 +39,7 @@ class LayerKind(ABC):
     """
 
     name: ClassVar[str]
+    has_weight: ClassVar[bool] = True
     lookup: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
     sample_dims: ClassVar[int] = 1
@@ -50,6 +52,13 @@ class LayerKind(ABC):
     @abstractmethod
     def of(cls, module: nn.Module) -> Self | None:
         """The kind of `module` if it is of this sort, else `None`. Reads shapes, never values."""
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.in_features} -> {self.out_features})"
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether a weight, in the layer's own layout, has the size for which this kind was made."""
+        return weight.numel() == self.out_features * self.in_features
 
     def up_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of an up factor as files hold it; it flattens to `(out_features, rank)`."""

@@ -41,8 +41,8 @@ from adapterkit.forward import (
 from adapterkit.kinds import Linear
 from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
-from adapterkit.model.modules import BaseModules, inside
-from adapterkit.model.selection import Selection
+from adapterkit.model.modules import BaseModules, inside, named_modules
+from adapterkit.model.selection import Match, Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
 from adapterkit.tensors import execution_device, real_value, reshard
 
@@ -184,10 +184,10 @@ def build_adapter(
     if tensors is not None:
         given = sort_for(adapter, selection.paths, tensors, builder.rule, shared=has_shared)
     for match in selection.targets:
-        weight: Any = match.module.weight
-        at = device or execution_device(match.module, weight)
+        owner, like = _computes_with(match, modules.model)
+        at = device or execution_device(owner, like)
         file = None if given is None else given.layers.get(match.path, {})
-        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(weight.dtype), at, file))
+        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(like.dtype), at, file))
     if has_shared:
         check_free_root(modules.model)
         if builder.method.replaces_call:
@@ -212,6 +212,17 @@ def _fill_beside(adapter: Adapter, builder: LayerBuilder, given: SortedTensors) 
         place = f"{beside(path, adapter.layers)}."
         builder.fit.assign(part, tensors, place, None, cast=builder.cast or container == HEADS)
     builder.fit.add_rest(given)
+
+
+def _computes_with(match: Match, model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """The weight whose dtype and device an adapter at this target follows, and the module that has it.
+
+    Of a module without a layer kind: the first floating parameter inside, or else of the model.
+    """
+    if match.kind.has_weight:
+        return match.module, match.module.weight  # type: ignore[return-value]
+    held = ((m, p) for root in (match.module, model) for _, m in named_modules(root) for p in m._parameters.values())
+    return next(((m, p) for m, p in held if p is not None and p.is_floating_point()), (model, torch.empty(0)))
 
 
 def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.contract import AdapterConfig, Pattern, PatternTable, Rule, default_registry
 from adapterkit.errors import ConfigError, SelectionError, nearest
 from adapterkit.forward import original_class
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
 from adapterkit.model.modules import BaseModules, inside
@@ -54,8 +54,7 @@ class Selection(Printed):
         return tuple(m.path for m in self.targets)
 
     def __str__(self) -> str:
-        kinds = [f"{m.kind.name}({m.kind.in_features} -> {m.kind.out_features})" for m in self.targets]
-        layers = [(m.path, kind, m.rule) for m, kind in zip(self.targets, kinds, strict=True)]
+        layers = [(m.path, str(m.kind), m.rule) for m in self.targets]
         layers += [(path, "trained in full", "modules_to_save") for path in self.heads]
         lines = [f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"]
         for title, rows in (
@@ -103,7 +102,7 @@ def select_on(modules: BaseModules, config: AdapterConfig) -> Selection:
     by, targets = f"the method {method.name!r}", []
     for path in paths:
         module = modules.model.get_submodule(path)
-        targets.append(Match(path, module, _kind_of(module, path, by), by))
+        targets.append(Match(path, module, _kind_of(module, path, by, config), by))
     if not targets and not method.replaces_call:
         raise SelectionError(f"{by} found no layer to adapt on this {type(modules.model).__name__}.")
     return Selection(tuple(targets), head_paths(modules, config.modules_to_save), (), ())
@@ -124,7 +123,7 @@ def _by_rules(modules: BaseModules, config: AdapterConfig) -> Selection:
             ignored = modules.why_ignored(module)
             if ignored is not None:
                 raise SelectionError(f"{path!r}, taken by {by}, cannot be adapted: {ignored}. Leave it out.")
-            match, reason = Match(path, module, _kind_of(module, path, by), by), numbers.refuse(path)
+            match, reason = Match(path, module, _kind_of(module, path, by, config), by), numbers.refuse(path)
             if reason is None:
                 targets.append(match)
                 continue
@@ -205,13 +204,15 @@ def _check_no_peft(modules: BaseModules) -> None:
             )
 
 
-def _kind_of(module: nn.Module, path: str, by: str) -> LayerKind:
-    """The layer kind of a module that the rule `by` names.
+def _kind_of(module: nn.Module, path: str, by: str, config: AdapterConfig) -> LayerKind:
+    """The layer kind of a module that the rule `by` names, for the method of `config`.
 
     Raises:
         SelectionError: it has none, so that no method can adapt it.
     """
     kind = default_registry.kind_of(module)
+    if kind is None and default_registry.method_of(config).any_module:
+        kind = AnyModule()
     if kind is not None:
         return kind
     kinds = ", ".join(kind.name for kind in default_registry.kinds())
@@ -242,15 +243,17 @@ def _nothing(modules: BaseModules, config: AdapterConfig, skipped: Sequence[tupl
     if skipped:
         path, reason = skipped[0]
         return f"Every layer that {wanted!r} names is left out; {len(skipped)} in all, for example {path!r}: {reason}."
-    adaptable = [p for m, paths in modules.paths_of.items() if default_registry.kind_of(m) for p in paths]
+    every = default_registry.method_of(config).any_module
+    adaptable = [p for m, paths in modules.paths_of.items() if every or default_registry.kind_of(m) for p in paths]
     if not adaptable:
         return f"{type(modules.model).__name__} has no layer that can be adapted."
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
-        f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the {len(adaptable)} layers "
-        f"that can be adapted. Nearest: {', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or "
-        "suffixes at a dot; a string is a regular expression for the full path."
+        f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the {len(adaptable)} "
+        f"{'modules' if every else 'layers'} that can be adapted. Nearest: "
+        f"{', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; a string is a "
+        "regular expression for the full path."
     )
 
 

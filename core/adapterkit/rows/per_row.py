@@ -21,6 +21,7 @@ from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.forward import (
     ACTIVE,
     BiasLayer,
+    Call,
     Plan,
     State,
     callable_head,
@@ -36,7 +37,7 @@ from adapterkit.rows.batch import Batch
 from adapterkit.rows.rows import Rows
 from adapterkit.tensors import offload
 
-Call = Callable[[Any], Any]
+OfInput = Callable[[Any], Any]
 
 # Rows for each adapter up to which they are stacked. Measured by benchmarks/per_sample.py.
 STACKED = 8
@@ -159,10 +160,12 @@ class RowPlan(Plan):
 
     def _check(self, x: Any, others: Sequence[Any]) -> None:
         rows, cls = self.state.rows, type(self.module).__name__
-        if not isinstance(x, Tensor) or x.dim() <= self.min_dims or any(isinstance(other, Tensor) for other in others):
+        whole = any(layer.any_module for layer in self.parts.values())  # such a layer may use them for all rows
+        unsplit = others if whole else [other for other in others if isinstance(other, Tensor)]
+        if not isinstance(x, Tensor) or x.dim() <= self.min_dims or unsplit:
             raise UnsupportedError(
-                f"A {cls} is not called with one tensor that has a batch dimension, so per_sample cannot split its "
-                "input. Leave it out of the adapters (exclude_modules, modules_to_save)."
+                f"A {cls} is not called with one tensor{' alone' * whole} that has a batch dimension, so per_sample "
+                "cannot split its input. Leave it out of the adapters (exclude_modules, modules_to_save)."
             )
         if not rows.trusted:
             self.state.batch.check(self.module, x.shape[0], rows.count)
@@ -172,7 +175,7 @@ class RowPlan(Plan):
                 "multiple of that."
             )
 
-    def _by_heads(self, base: Call, heads: Mapping[str, Call], x: Tensor) -> Tensor:
+    def _by_heads(self, base: OfInput, heads: Mapping[str, OfInput], x: Tensor) -> Tensor:
         """Each head on the rows of its adapter, the module itself on the others'."""
         rows, done = self.state.rows, []
         for name, head in heads.items():
@@ -192,13 +195,16 @@ class RowPlan(Plan):
             )
         return rows.join([(own, out) for _, own, out in done])
 
-    def _one(self, name: str, base: Call, x: Tensor) -> Tensor:
+    def _one(self, name: str, base: OfInput, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
         layer, bias, strength = self.parts.get(name), self.shifts.get(name), self.state.strength(name)
-        out: Tensor = run_layers(self.module, [] if layer is None else [(layer, strength)], base, x)
+        layers = [] if layer is None else [(layer, strength)]
+        whole = layer is not None and layer.any_module
+        out = Call(self.module, base, layers)(x) if whole else run_layers(self.module, layers, base, x)
+        out = summable(self.module, out)
         return out if bias is None else (out + strength * bias.change(self.module.bias, out)).to(out.dtype)
 
-    def _changed_rows(self, base: Call, x: Tensor) -> Tensor:
+    def _changed_rows(self, base: OfInput, x: Tensor) -> Tensor:
         """`base(x)`, each row with the layer and the bias of its adapter."""
         rows = self.state.rows
         if not self.additive:

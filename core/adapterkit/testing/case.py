@@ -69,7 +69,10 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 class ProbeModel(nn.Module):
-    """`rest(down(tanh(up(x))))`; for embeddings, which read row numbers, `rest(up(x) + down(x))`."""
+    """`rest(down(tanh(up(x))))`; for embeddings, which read row numbers, `rest(up(x) + down(x))`.
+
+    Of a block that returns a tuple, the first entry counts.
+    """
 
     def __init__(self, up: nn.Module, down: nn.Module) -> None:
         super().__init__()
@@ -81,7 +84,12 @@ class ProbeModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(rows, ..., 4)`."""
-        hidden = self.up(x) + self.down(x) if self.reads_rows else self.down(torch.tanh(self.up(x)))
+
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            out: Any = module(x)
+            return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+        hidden = call(self.up, x) + call(self.down, x) if self.reads_rows else call(self.down, call(self.up, x).tanh())
         out: Tensor = self.rest(hidden.movedim(1, -1) if self.channels_first else hidden)
         return out
 
@@ -133,6 +141,18 @@ def _probe(name: str, shape: tuple[int, ...], layer: Callable[..., nn.Module], u
     return Probe(name, shape, lambda: layer(WIDTH, HIDDEN, **up), lambda: layer(HIDDEN, WIDTH, **(down or up)))
 
 
+class Block(nn.Module):
+    """A module without a weight of its own, which returns a tuple: a linear layer, a nonlinearity, and its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`(rows, out)` and the input."""
+        return torch.relu(self.linear(x)), x
+
+
 _IMAGE = (ROWS, WIDTH, 4, 4)
 PROBES: Sequence[Probe] = (
     linear(HIDDEN, WIDTH),
@@ -167,8 +187,13 @@ PROBES: Sequence[Probe] = (
         lambda: nn.Embedding(WIDTH, HIDDEN),
     ),
 )
-# What people do to whole models is tried on these: a line, a window and a table.
-FEW = ("Linear", "Conv2d", "Embedding")
+# For methods that take any module.
+MODULES = (
+    _probe("Sequential", (ROWS, WIDTH), lambda i, o: nn.Sequential(nn.Linear(i, o), nn.Tanh()), {}),
+    _probe("Block", (ROWS, PLACES, WIDTH), Block, {}),
+)
+# What people do to whole models is tried on these: a line, a window, a table and a block.
+FEW = ("Linear", "Conv2d", "Embedding", "Block")
 
 
 class Subject:
@@ -285,7 +310,7 @@ class Case:
         refusal: AdapterError | None = None
         taken = yielded = False
         for dtype in dtypes or (torch.float32,):
-            for probe in PROBES:
+            for probe in (*PROBES, *(MODULES if self.method.any_module else ())):
                 if few and taken and probe.name not in FEW:
                     continue
                 try:

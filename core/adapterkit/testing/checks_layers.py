@@ -133,9 +133,9 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
-    def __call__(self, x: Tensor) -> Any:
-        out = self.base(x)
-        self.given.append((out, out.clone()))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base(*args, **kwargs)
+        self.given += [(t, t.clone()) for t in (out if isinstance(out, tuple) else (out,))]
         return out
 
 
@@ -145,7 +145,8 @@ def _watch(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     def judge(module: Any, _: Any, out: Any) -> None:
         handle.remove()
-        expect(isinstance(out, Tensor), f"{type(module).__name__}.forward: expected a tensor, found {out!r}.")
+        one = out[0] if module.any_module and isinstance(out, tuple) else out
+        expect(isinstance(one, Tensor), f"{type(module).__name__}.forward: expected a tensor, found {out!r}.")
         for what, now, was in [("the input", args[1], kept), *(("what base gave", *pair) for pair in watched.given)]:
             expect_equal(now, was, f"{type(module).__name__}.forward changed {what} in place: its value afterwards")
 
