@@ -235,6 +235,9 @@ class Adapters:
     ) -> AddReport:
         """Add a new adapter. The first `add` freezes the base model; `detach` restores its `requires_grad` flags.
 
+        Random initial values follow from one number, drawn from torch's global generator, and the path of each layer.
+        So after `torch.manual_seed` a layer has the same ones in every process, whatever else is adapted or sharded.
+
         Args:
             name: any text without a dot.
             config: the method, the layers and the sizes.
@@ -254,14 +257,15 @@ class Adapters:
         selection = select_on(modules, config)
         adapter, notes = build_adapter(modules, name, LayerBuilder(method, config), selection, self._active)
         notes += self._model.notes(adapter, modules)
-        adapter.labels = labels_of_new_head([*adapter.heads.values()], labels, self._model.labels, self.model)
+        heads, base = [*adapter.heads.values()], self._model.labels
+        adapter.labels = labels_of_new_head(heads, labels, base, self.model, adapter.seed)
         if selection.unmatched:
             listed = ", ".join(selection.unmatched)
             warnings.warn(f"These entries of the config matched nothing: {listed}.", AdapterWarning, stacklevel=3)
         self._install(adapter, activate=activate, trainable=activate)
         parameters = size_of(adapter.parameters())
-        heads = tuple(adapter.heads)
-        return AddReport(name, selection.paths, heads, parameters, self._model.size, selection.unmatched, tuple(notes))
+        sizes = (parameters, self._model.size)
+        return AddReport(name, selection.paths, tuple(adapter.heads), *sizes, selection.unmatched, tuple(notes))
 
     @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:

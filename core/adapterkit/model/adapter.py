@@ -44,6 +44,7 @@ class Adapter:
         tables: the heads that are the base's embeddings, saved because the vocabulary was resized.
         labels: the label set of its heads; `None` if it has none of its own.
         shared: what all layers have in common; adapters whose shared tensors are equal have one.
+        seed: what its random initial values follow from, with the path of each layer; `None`: it has none.
         steps: how often `Adapters.step` was called while it was active.
         penalised: the penalty of its method was asked for.
         trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
@@ -61,6 +62,7 @@ class Adapter:
     tables: frozenset[str] = frozenset()
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: Shared | None = None
+    seed: int | None = None
     steps: int = 0
     penalised: bool = False
     labels: LabelSet | None = None

@@ -44,7 +44,7 @@ from adapterkit.model.heads import adopt_rows, copy_head
 from adapterkit.model.modules import BaseModules, inside, named_modules
 from adapterkit.model.selection import Match, Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
-from adapterkit.tensors import execution_device, real_value, reshard
+from adapterkit.tensors import execution_device, new_seed, real_value, reshard, seeded
 
 Tensors = Mapping[str, Tensor]
 
@@ -64,6 +64,23 @@ class LayerBuilder:
         self.rule = method.key_rule(config)
         self.fit = fit or Fit(self.rule)
         self._checked: set[Hashable] = set()
+
+    def build(
+        self, targets: Sequence[Target], model: nn.Module, tensors: Tensors | None, seed: int | None
+    ) -> tuple[Shared | None, dict[str, AdapterLayer]]:
+        """What all layers share, and the layer of each target, by path. See `shared` and `layer`.
+
+        Args:
+            seed: each layer draws its random initial values from a generator for this seed and its path. `None`: all
+                draw from torch's global one.
+        """
+        with seeded(seed, (target.device for target in targets)) as begin:
+            begin("")
+            shared, layers = self.shared(targets, tensors, model), {}
+            for target in targets:
+                begin(target.path)
+                layers[target.path] = self.layer(target, shared)
+        return shared, layers
 
     def layer(self, target: Target, shared: Shared | None = None) -> AdapterLayer:
         """The method's layer for one target, with the tensors of `target.file`, or with initial values.
@@ -171,7 +188,7 @@ def build_adapter(
         StateError: a module that cannot be adapted from here.
     """
     reshard(modules.model)
-    adapter = Adapter(name, builder.config)
+    adapter = Adapter(name, builder.config, seed=new_seed() if tensors is None else None)
     for match in selection.targets:
         _add_host(adapter, modules, match.path, match.module, active)
     for path in selection.heads:
@@ -192,9 +209,8 @@ def build_adapter(
         check_free_root(modules.model)
         if builder.method.replaces_call:
             check_free(modules.model, type(modules.model).__name__, active)
-        adapter.shared = builder.shared(targets, None if given is None else given.shared, modules.model)
-    for target in targets:
-        adapter.layers[target.path] = builder.layer(target, adapter.shared)
+    held = None if given is None else given.shared
+    adapter.shared, adapter.layers = builder.build(targets, modules.model, held, adapter.seed)
     adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
     if given is not None:
         _fill_beside(adapter, builder, given)

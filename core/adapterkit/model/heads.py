@@ -16,7 +16,7 @@ from adapterkit.errors import CheckpointError, ConfigError, SelectionError, Stat
 from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.tensors import gathered, hook_objects, is_fsdp, remove_hooks
+from adapterkit.tensors import gathered, hook_objects, is_fsdp, remove_hooks, seeded
 
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -160,7 +160,7 @@ def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def labels_of_new_head(
-    heads: Sequence[nn.Module], chosen: LabelSet | None, base: LabelSet | None, model: nn.Module
+    heads: Sequence[nn.Module], chosen: LabelSet | None, base: LabelSet | None, model: nn.Module, seed: int | None
 ) -> LabelSet | None:
     """The label set of a new adapter with these heads. Their last layer of the model's size is resized to it.
 
@@ -169,6 +169,7 @@ def labels_of_new_head(
     Args:
         chosen: what `add` was asked for; `None`: the model's own.
         base: the model's own label set.
+        seed: of the adapter's initial values.
 
     Raises:
         ConfigError: there is no head to resize, or it is not known which layer to resize.
@@ -188,14 +189,21 @@ def labels_of_new_head(
             f"num_labels={new}: no linear layer of the head ({names}) has {old} outputs, so it is "
             "unknown which one to resize. Resize the model's head before adding the adapter."
         )
-    layer, initialise = outputs[-1], getattr(model, "_init_weights", None)
-    set_rows(layer, new)
+    set_rows(outputs[-1], new)
+    initialise_rows(outputs[-1], model, seed)
+    return chosen
+
+
+@torch.no_grad()
+def initialise_rows(layer: nn.Linear, model: nn.Module, seed: int | None) -> None:
+    """Give the output layer of a new head initial values, in the model's own way."""
     layer.__dict__.pop("_is_hf_initialized", None)
-    with torch.no_grad():
+    initialise = getattr(model, "_init_weights", None)
+    with seeded(seed, [layer.weight.device]) as begin:
+        begin("rows of the head")
         layer.reset_parameters()
         if callable(initialise):
             initialise(layer)
-    return chosen
 
 
 _METADATA_KEY = "adapterkit.id2label"

@@ -1,6 +1,7 @@
 """Tensors that are not simply in this process's memory: sharded, offloaded, held by a graph.
 
-In: a model's parameters and buffers. Out: their whole values, and whether and how they can be written to.
+In: a model's parameters and buffers. Out: their whole values, whether and how they can be written to, and random
+numbers to begin with.
 Uses: errors.
 """
 
@@ -23,6 +24,7 @@ from adapterkit.tensors.distributed import (
 )
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, real_value, remove_hooks
+from adapterkit.tensors.seeds import new_seed, seeded
 
 __all__ = [
     "Slot",
@@ -37,12 +39,14 @@ __all__ = [
     "is_fsdp",
     "is_sharded",
     "module_slots",
+    "new_seed",
     "process_groups",
     "put",
     "real_value",
     "refuse_fsdp1",
     "remove_hooks",
     "reshard",
+    "seeded",
     "shape_of",
     "size_of",
     "uninterrupted",
