@@ -4,6 +4,7 @@ In: a module with its adapter layers, heads and biases, and what is active in th
 Uses: errors, tensors, kinds, contract.
 """
 
+from adapterkit.forward import tensor_parallel
 from adapterkit.forward.arithmetic import delta, drops
 from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
 from adapterkit.forward.plan import Base, Call, Plan, input_name, is_checked, of_input, run, run_layers, summable
@@ -57,6 +58,7 @@ __all__ = [
     "stop_reading",
     "strip",
     "summable",
+    "tensor_parallel",
     "trained_dtype",
     "uninstall",
     "widen",

@@ -21,6 +21,7 @@ from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
 from adapterkit.forward.heads import BiasLayer, callable_head
 from adapterkit.forward.readers import ACTIVE
+from adapterkit.forward.tensor_parallel import mesh_of, run_split
 from adapterkit.kinds import LayerKind, dense
 from adapterkit.tensors import offload, shape_of
 
@@ -43,9 +44,22 @@ class Plan:
         biases: the trained biases that act, each with its strength.
         alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
         checked: whether the module is checked before each forward; see `is_checked`.
+        mesh: the processes between which tensor parallelism splits the module, or `None`.
     """
 
-    __slots__ = ("alone", "biases", "call_head", "calls", "checked", "constant", "head", "layers", "module", "wrapping")
+    __slots__ = (
+        "alone",
+        "biases",
+        "call_head",
+        "calls",
+        "checked",
+        "constant",
+        "head",
+        "layers",
+        "mesh",
+        "module",
+        "wrapping",
+    )
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
@@ -60,6 +74,7 @@ class Plan:
         self.layers = layers[whole:]
         self.biases = [(bias, state.strength(name)) for bias, name in state.parts(module, BIASES, names)]
         self.checked = is_checked(module, [layer for layer, _ in layers])
+        self.mesh = mesh_of(module)
         self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])
         # Under torch.compile the compiler chooses the form.
         one_sum = len(self.layers) == 1 and not self.wrapping and not torch.compiler.is_compiling()
@@ -87,9 +102,10 @@ class Plan:
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         alone = len(args) == 1 and not kwargs
-        return self._changed(*((original, args[0]) if alone else of_input(self.module, original, args, kwargs)))
+        base, x = (original, args[0]) if alone else of_input(self.module, original, args, kwargs)
+        return self.changed(base, x) if self.mesh is None else run_split(self, self.mesh, base, x)
 
-    def _changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
+    def changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
         out = None if self.alone is None else with_weight(self.alone, self.module, base, x)
         if out is not None:

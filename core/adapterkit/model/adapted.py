@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.contract import SHARED
 from adapterkit.errors import ConfigError, StateError
-from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, uninstall
+from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, tensor_parallel, uninstall
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
@@ -46,6 +46,7 @@ class AdaptedModel:
 
     def install(self, adapter: Adapter) -> None:
         """Put an adapter on the model. The first one freezes the base."""
+        tensor_parallel.follow(self.model, adapter.layers, adapter.heads, adapter.hosts, adapter.modules())
         self._share(adapter)  # may fail, unlike what follows
         if self._trained is None:
             parameters = list(base_parameters(self.model))

@@ -32,6 +32,7 @@ from adapterkit.forward import (
     run,
     run_layers,
     summable,
+    tensor_parallel,
 )
 from adapterkit.rows.batch import Batch
 from adapterkit.rows.rows import Rows
@@ -122,6 +123,11 @@ class RowPlan(Plan):
         defaults = state.parts(module, HEADS, state.defaults[::-1])
         self.default = callable_head(defaults[0][0], module) if defaults else None
         self.checked = is_checked(module, self.parts.values())
+        if (self.parts or self.shifts) and tensor_parallel.mesh_of(module) is not None:
+            raise UnsupportedError(
+                f"Tensor parallelism splits a {type(module).__name__} between processes, and per_sample has adapters "
+                "there. Run the rows of one adapter at a time."
+            )
         self.additive = all(layer.summed for layer in self.parts.values())
         self.min_dims = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
         self.groups: list[tuple[dict[str, AdapterLayer], bool]] = []

@@ -40,7 +40,7 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(shape_of(tensor).numel() for tensor in tensors)
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is one of torch's `DTensor`s, which FSDP2 uses."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -53,7 +53,7 @@ def _is_partitioned(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a part of the tensor."""
-    return _is_dtensor(tensor) or _is_partitioned(tensor)
+    return is_dtensor(tensor) or _is_partitioned(tensor)
 
 
 def _deepspeed_gathered(parameters: list[Any], **options: Any) -> AbstractContextManager[object]:
@@ -71,7 +71,7 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     with _deepspeed_gathered([t for t in tensors if _is_partitioned(t) and shape_of(t) != t.shape]):
         values: list[Any] = [t.detach().clone() if _is_partitioned(t) else t.detach() for t in tensors]
     for i, value in enumerate(values):
-        if _is_dtensor(value):
+        if is_dtensor(value):
             # Offloaded shards are on the CPU, but the processes of GPUs can only communicate through their GPUs.
             values[i] = value.to(value.device_mesh.device_type).full_tensor().to(value.device)
     return values
@@ -268,7 +268,7 @@ def _averaging(model: nn.Module) -> dict[str, list[Tensor]]:
         found["deepspeed.initialize"] = [p for group in groups for p in group]
     if is_fsdp(model):
         reshard(model)
-        found["fully_shard"] = [p for p in model.parameters() if _is_dtensor(p)]
+        found["fully_shard"] = [p for p in model.parameters() if is_dtensor(p)]
     if has_fsdp1(model):
         found["FullyShardedDataParallel"] = [p for p in model.parameters() if getattr(p, "_fsdp_flattened", False)]
     ddp = [wrapper for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
