@@ -14,7 +14,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encodi
 # Each room may import the rooms before it.
 ROOMS = (
     *("errors", "results", "tensors", "kinds", "contract", "forward", "rows", "model", "files", "merging", "combining"),
-    *("checkpoints", "features", "disk", "preview", "describe", "report", "adapters", "scaffold", "testing"),
+    *("checkpoints", "features", "disk", "preview", "describe", "report", "adapters", "integrations", "scaffold"),
+    "testing",
 )
 
 
