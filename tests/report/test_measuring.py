@@ -105,7 +105,7 @@ def test_a_layer_is_measured_as_its_dense_matrix(factors: ak.Factors) -> None:
     assert layer.rank == factors.rank
     assert len(layer.spectrum) == int(torch.linalg.matrix_rank(matrix))
     squares = layer.spectrum.square()
-    for rank, share in ((layer.rank90, 0.9), (layer.rank99, 0.99)):
+    for rank, share in ((layer.rank_90, 0.9), (layer.rank_99, 0.99)):
         assert float(squares[:rank].sum()) >= share * float(squares.sum()) * (1 - 1e-9)
 
 

@@ -59,7 +59,7 @@ def test_every_target_has_a_cell_in_the_heat_map_of_its_adapter(report: Report) 
     assert sum(t.startswith("|dW|") for t in titles) == 8 + 10
     for adapter in report.findings.adapters:
         for layer in adapter.layers.values():
-            assert any(f"99 % {layer.rank99} of {layer.rank}" in t for t in titles)
+            assert any(f"99 % {layer.rank_99} of {layer.rank}" in t for t in titles)
 
 
 def test_each_picture_says_how_to_read_it(report: Report) -> None:

@@ -44,7 +44,7 @@ def same(found: AdapterFinding, expected: AdapterFinding) -> None:
     for path, layer in expected.layers.items():
         other = found.layers[path]
         assert (other.shape, other.rank) == (layer.shape, layer.rank)
-        assert (other.rank90, other.rank99) == (layer.rank90, layer.rank99)
+        assert (other.rank_90, other.rank_99) == (layer.rank_90, layer.rank_99)
         assert other.norm == pytest.approx(layer.norm, rel=1e-5)
         assert other.relative == pytest.approx(layer.relative, rel=1e-5)
     for field in ("kinds", "heads", "labels", "in_layers", "parameters", "dtypes"):

@@ -96,7 +96,7 @@ def test_the_call_for_the_rank_is_there_if_it_makes_the_adapter_smaller(
     assert rank.call == (call if saves else "")
     eval(call, {"adapters": adapters})
     whole, cut = adapters.report("a", "a-cut").findings.adapters
-    assert {p: x.rank for p, x in cut.layers.items()} == {p: x.rank99 for p, x in whole.layers.items()}
+    assert {p: x.rank for p, x in cut.layers.items()} == {p: x.rank_99 for p, x in whole.layers.items()}
     sizes = [
         sum(p.numel() for key, p in adapters.named_parameters(name) if "classifier" not in key)
         for name in ("a", "a-cut")

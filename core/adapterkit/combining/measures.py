@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining.lowrank import svd, working
+from adapterkit.combining.lowrank import rank_for_energy, svd, working
 from adapterkit.kinds import Factors
 
 
@@ -59,6 +59,26 @@ def effective_rank(s: Tensor) -> float:
     if not total:
         return 0.0
     return math.exp(float(torch.special.entr(values / total).sum()))
+
+
+class Measure(NamedTuple):
+    """What the singular values of a change tell.
+
+    Attributes:
+        norm: its Frobenius norm.
+        effective_rank: see `effective_rank`.
+        rank_90, rank_99: how few singular values have 90 and 99 % of the sum of their squares.
+    """
+
+    norm: float
+    effective_rank: float
+    rank_90: int
+    rank_99: int
+
+    @classmethod
+    def of(cls, s: Tensor) -> Measure:
+        """The measure of a change with these singular values, descending."""
+        return cls(size(s), effective_rank(s), rank_for_energy(s, 0.9), rank_for_energy(s, 0.99))
 
 
 def inner(f: Factors, g: Factors) -> float:

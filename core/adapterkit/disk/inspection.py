@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.combining import all_finite, measures, rank_for_energy
+from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
@@ -191,14 +191,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
         size,
     )
     if values and factors is not None and all_finite(*factors[:3]):
-        s = measures.spectrum(factors)
-        found = dataclasses.replace(
-            found,
-            norm=measures.size(s),
-            effective_rank=measures.effective_rank(s),
-            rank_90=rank_for_energy(s, 0.9),
-            rank_99=rank_for_energy(s, 0.99),
-        )
+        found = dataclasses.replace(found, **measures.Measure.of(measures.spectrum(factors))._asdict())
     opened.release()
     return found
 

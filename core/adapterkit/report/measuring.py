@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining import measures, rank_for_energy, svd, working
+from adapterkit.combining import all_finite, measures, rank_for_energy, svd, working
 from adapterkit.contract import AdapterConfig
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, numerical_rank
@@ -32,21 +32,19 @@ class LayerFinding:
     Attributes:
         shape: `(out, in)` of the weight.
         rank: the inner size of the factors.
-        norm: `|dW|`, Frobenius.
         base_norm: `|W|`, or `None` if the base's weight is not available.
         spectrum: the singular values of dW, descending, without those that are zero up to rounding.
-        effective_rank: see `measures.effective_rank`.
-        rank90, rank99: how many singular values hold 90 % and 99 % of the energy.
+        norm, effective_rank, rank_90, rank_99: see `measures.Measure`.
     """
 
     shape: tuple[int, int]
     rank: int
-    norm: float
     base_norm: float | None
     spectrum: Tensor
+    norm: float
     effective_rank: float
-    rank90: int
-    rank99: int
+    rank_90: int
+    rank_99: int
 
     @property
     def relative(self) -> float | None:
@@ -204,7 +202,7 @@ def measure(adapters: Sequence[AdapterFinding]) -> Findings:
 def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tuple[_Change, LayerFinding]:
     if factors.down.is_meta:
         raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
-    if not all(bool(torch.isfinite(t).all()) for t in factors[:3] if t is not None):
+    if not all_finite(*factors[:3]):
         raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
     u, s, vh = svd(factors)
     if not bool(torch.isfinite(s).all()):
@@ -214,12 +212,9 @@ def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tupl
     finding = LayerFinding(
         shape=shape,
         rank=factors.rank,
-        norm=measures.size(values),
         base_norm=adapter.base_norm(path),
         spectrum=values.cpu(),
-        effective_rank=measures.effective_rank(values),
-        rank90=rank_for_energy(values, 0.9),
-        rank99=rank_for_energy(values, 0.99),
+        **measures.Measure.of(values)._asdict(),
     )
     return _Change(u, s, vh, rank_for_energy(values, SUBSPACE_ENERGY)), finding
 

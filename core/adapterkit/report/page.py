@@ -92,9 +92,9 @@ def _adapter(adapter: AdapterFinding, places: Places) -> dict[str, Any]:
     for path, layer in moved.items():
         modules.setdefault(places[path][1] or "single layers", []).append(layer)
     largest = sorted(modules, key=lambda name: -len(modules[name]))[:_MOST_SPECTRA]
-    most = max(layer.rank99 for layer in moved.values())
+    most = max(layer.rank_99 for layer in moved.values())
     cells = {
-        path: Cell(str(layer.rank99), shade(layer.rank99, most), f"90 %: {layer.rank90}")
+        path: Cell(str(layer.rank_99), shade(layer.rank_99, most), f"90 %: {layer.rank_90}")
         for path, layer in adapter.layers.items()
     }
     return shown | {
@@ -153,7 +153,7 @@ def _size_map(adapter: AdapterFinding, places: Places) -> HeatMap:
     cells = {}
     for path, layer in adapter.layers.items():
         relative = "" if layer.relative is None else f", |dW|/|W| {percent(layer.relative)} %"
-        ranks = f"rank for 90 % {layer.rank90}, 99 % {layer.rank99} of {layer.rank}"
+        ranks = f"rank for 90 % {layer.rank_90}, 99 % {layer.rank_99} of {layer.rank}"
         text = percent(sizes[path] if adapter.has_base else sizes[path] / most)
         cells[path] = Cell(text, shade(sizes[path], most), f"|dW| {layer.norm:.3g}{relative}, {ranks}")
     unit = "|dW| in percent of the largest, because the base's weights are not available"
@@ -167,7 +167,7 @@ def _spectra(adapter: str, module: str, layers: Sequence[LayerFinding]) -> dict[
     """The plot of the spectra of the layers of one module name, with its name and a note."""
     from markupsafe import Markup
 
-    at90, at99 = (math.ceil(median(getattr(layer, rank) for layer in layers)) for rank in ("rank90", "rank99"))
+    at90, at99 = (math.ceil(median(getattr(layer, rank) for layer in layers)) for rank in ("rank_90", "rank_99"))
     svg = plots.spectra(f"{adapter}, {module}", [layer.spectrum for layer in layers], (at90, at99))
     note = f"{count(len(layers), 'layer')}, 90 % at {at90}, 99 % at {at99}"
     return {"name": module, "note": note, "svg": Markup(svg)}

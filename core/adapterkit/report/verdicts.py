@@ -125,13 +125,13 @@ def which_rank(adapter: AdapterFinding) -> Verdict:
     """The rank that is enough for nearly all targets, and what cutting to it saves."""
     layers = [layer for layer in adapter.layers.values() if layer.norm]
     enough = math.ceil(TARGETS_SERVED * len(layers)) - 1
-    needed90 = sorted(layer.rank90 for layer in layers)[enough]
-    needed99 = sorted(layer.rank99 for layer in layers)[enough]
-    served = sum(layer.rank99 <= needed99 for layer in layers)
+    needed90 = sorted(layer.rank_90 for layer in layers)[enough]
+    needed99 = sorted(layer.rank_99 for layer in layers)[enough]
+    served = sum(layer.rank_99 <= needed99 for layer in layers)
     trained = max(layer.rank for layer in layers)
     used = sum(layer.effective_rank for layer in layers) / len(layers)
     own = adapter.in_layers
-    cut = sum(max(layer.rank99, 1) * sum(layer.shape) for layer in adapter.layers.values())
+    cut = sum(max(layer.rank_99, 1) * sum(layer.shape) for layer in adapter.layers.values())
     saves = cut < own and not adapter.without_factors
     reasons = [
         f"Rank {needed90} keeps 90 %. The factors have rank {trained}; the effective rank is {used:.1f} on average."
