@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +163,8 @@ def _renaming(model: nn.Module, known: set[str]) -> Callable[[str], tuple[str, l
             return name
         return next((n for n in (name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in known), name)
 
-    try:
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-    except ModuleNotFoundError:  # before transformers 5
-        return lambda name: (placed(_old_renamed(model, name)), [])
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
     if not hasattr(model, "config"):
         return lambda name: (name, [])
     conversions = mapping.get_model_conversion_mapping(model)
@@ -188,14 +184,3 @@ def _renaming(model: nn.Module, known: set[str]) -> Callable[[str], tuple[str, l
         return (found if found in known else placed(name)), []
 
     return rename
-
-
-def _old_renamed(model: Any, name: str) -> str:
-    for ending, new in ((".gamma", ".weight"), (".beta", ".bias")):
-        if name.endswith(f"LayerNorm{ending}"):
-            name = name.removesuffix(ending) + new
-    for pattern, new in (getattr(model, "_checkpoint_conversion_mapping", None) or {}).items():
-        name, count = re.subn(pattern, new, name)
-        if count:
-            break
-    return name

@@ -130,7 +130,7 @@ def _agrees(layer: Any, kind: LayerKind, forward: Callable[..., Any], *, whole: 
     with ExitStack() as stack:  # no autocast, no compiler, no effect on the random numbers of others
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # the forward may be compiled
+        if "torch._dynamo" in sys.modules:  # the forward may be compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         found = forward(layer, x)
     same: Any = kind.of(layer)

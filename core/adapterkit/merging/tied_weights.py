@@ -3,7 +3,7 @@
 The files leave out all but one of several tied weights, and a flag in the config says that the others follow. When some
 are parted, the flag is cleared, and the other weights for which it stood get memory of their own, because the next
 `save_pretrained` would lose them otherwise. If a model computes with the flag, or its config cannot express the change,
-the flag stays: the files hold everything that is parted, and transformers 5 and later leave parted weights alone.
+the flag stays: the files hold everything that is parted, and transformers does not tie what its files hold apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.errors import UnsupportedError
 from adapterkit.merging.places import own, put, put_copy, same
 from adapterkit.model import Adapter, named_modules
 
@@ -70,9 +69,6 @@ class Parting:
             names: keys of the state dict that are about to get memory of their own.
             heads: adapters with heads that are about to replace modules of the model. Ties inside a head are kept, and
                 so are ties between two heads that are tied themselves.
-
-        Raises:
-            UnsupportedError: the model's files could not say what is parted.
         """
         numbers = {path: number for adapter in heads for path, number in adapter.tie_numbers().items()}
         ties = _declared_ties(model)
@@ -85,12 +81,6 @@ class Parting:
         ]
         outers = {id(t.outer): t.outer for t in parted}.values()
         configs = [config for outer in outers for config in _configs_to_clear(outer, parted)]
-        for tie in parted:
-            if not tie.is_flagged_by(configs) and not hasattr(tie.outer, _ALL):
-                raise UnsupportedError(
-                    f"{tie.target!r} and {tie.source!r} cannot be parted: a {type(tie.outer).__name__} computes with "
-                    f"{FLAG} of its config, and transformers before version 5 ties by it. Merge with a later version."
-                )
         return cls(model, parted, configs, [t for t in ties if t.is_flagged_by(configs) and t not in parted])
 
     def apply(self) -> None:
@@ -108,7 +98,7 @@ class Parting:
             prefix = f"{path}." if path else ""
             pairs, declared = getattr(module, _ALL, None), getattr(module, _DECLARED, None)
             if isinstance(declared, Mapping) and any(t.declarer is module for t in self.parted):
-                declared = _declared_by(module, modules, prefix)
+                declared = _declared_by(module)
                 if not any(module.config is config for config in self.configs):  # a later tying goes by these then
                     self._leave_out(module, _DECLARED, declared, prefix, targets)
             if isinstance(pairs, Mapping) and any(prefix + name in targets for name in pairs):
@@ -156,27 +146,20 @@ def _declared_ties(model: nn.Module) -> list[Tie]:
         if outer is None:
             outer = module
             outers.append((prefix, module))
-        for target, source in _declared_by(module, modules, prefix).items():
+        for target, source in _declared_by(module).items():
             found[prefix + target] = Tie(prefix + target, prefix + source, module, outer)
     pairs = [(tie, _tensor_at(modules, tie.target), _tensor_at(modules, tie.source)) for tie in found.values()]
     return [tie for tie, one, other in pairs if one is not None and other is not None and same(one, other)]
 
 
-def _declared_by(module: Any, modules: Mapping[str, nn.Module], prefix: str) -> Mapping[str, str]:
+def _declared_by(module: Any) -> Mapping[str, str]:
     pairs = getattr(module, _ALL, None)
-    if isinstance(pairs, Mapping):
-        try:
-            return {**pairs, **module.get_expanded_tied_weights_keys(all_submodels=False)}
-        except (AttributeError, ValueError):  # its patterns may match keys of adapters too
-            return pairs
-    names = getattr(module, _DECLARED, None)  # transformers before 5 lists names without their sources
-    held = {f"{path}.{n}": t for path, m in modules.items() for n, t in m._parameters.items() if t is not None}
-    return {
-        name: other.removeprefix(prefix)
-        for name in (names if isinstance(names, list | tuple) else ())
-        for other, tensor in held.items()
-        if other != prefix + name and other.startswith(prefix) and tensor is held.get(prefix + name)
-    }
+    if not isinstance(pairs, Mapping):
+        return {}
+    try:
+        return {**pairs, **module.get_expanded_tied_weights_keys(all_submodels=False)}
+    except (AttributeError, ValueError):  # its patterns may match keys of adapters too
+        return pairs
 
 
 def _tensor_at(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:

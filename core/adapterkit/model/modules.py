@@ -45,10 +45,7 @@ class BaseModules:
 
     @cached_property
     def _unused_tables(self) -> dict[nn.Module, str]:
-        """Tables of an encoder-decoder that only share their parameters with the tables that its stacks call.
-
-        In transformers 4 the stacks use these tables themselves; since 5 nothing calls or reads them.
-        """
+        """Tables of an encoder-decoder that only share their parameters with the tables that its stacks call."""
         unused: dict[nn.Module, str] = {}
         for model in (self.model, *self.paths_of):
             for name, inner in _GIVEN.items() if hasattr(type(model), "base_model_prefix") else ():
