@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -10,9 +13,25 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 # These take longest. A process runs a whole file, so a long one that comes last would keep the others waiting.
-LONG = ("test_examples.py", "test_testing.py", "test_new_package.py", "test_third_parties.py", "test_trainer.py")
+LONG = (
+    "test_examples.py",
+    "test_testing.py",
+    "test_new_package.py",
+    "test_third_parties.py",
+    "test_trainer.py",
+    "test_trainer_mixin.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the long files begin."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """`Trainer` collects garbage at each start. What is there before, imported modules above all, is not looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

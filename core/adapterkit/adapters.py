@@ -99,6 +99,23 @@ def attach(model: nn.Module) -> Adapters:
     return found
 
 
+def adapters_in(model: nn.Module) -> Adapters:
+    """The adapters of a model that a tool holds; they may be attached to a model inside it.
+
+    Raises:
+        ConfigError: there are none, or several models inside have some.
+    """
+    attached = [module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__]
+    found = [adapters for adapters in attached if isinstance(adapters, Adapters) and len(adapters)]
+    if len(found) != 1:
+        what = "has no adapters" if not found else "has several models inside with adapters of their own"
+        raise ConfigError(
+            f"The {type(model).__name__} {what}. Add adapters to one model before you train: "
+            "ak.attach(model).add(name, config)."
+        )
+    return found[0]
+
+
 def penalty(model: nn.Module) -> Tensor:
     """The terms of the loss that the active adapters add: `loss = loss + ak.penalty(model)`. Zero if none adds any."""
     adapters = attach(model)

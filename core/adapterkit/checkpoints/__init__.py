@@ -5,7 +5,20 @@ Uses: errors, tensors, contract, model, files, merging.
 """
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
-from adapterkit.checkpoints.save_pretrained import install, uninstall
+from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
+from adapterkit.checkpoints.training_files import load_states, save_state
 from adapterkit.checkpoints.training_state import load_training_state, training_state
 
-__all__ = ["LoadHooks", "install", "load_training_state", "training_state", "uninstall"]
+__all__ = [
+    "LoadHooks",
+    "Saver",
+    "WrittenElsewhere",
+    "install",
+    "load_states",
+    "load_training_state",
+    "save_state",
+    "subfolder",
+    "tidy",
+    "training_state",
+    "uninstall",
+]

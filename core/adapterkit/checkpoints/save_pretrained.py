@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
+from adapterkit.checkpoints.training_files import STATE_FILE
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
 from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
 from adapterkit.files import (
@@ -76,6 +77,10 @@ def uninstall(root: nn.Module, hooks: LoadHooks) -> None:
                 del module.__dict__[name]
 
 
+class WrittenElsewhere(dict[str, Tensor]):
+    """An empty `state_dict` for `save_pretrained`, from who writes the adapters: the call writes nothing."""
+
+
 class Saver:
     """Replaces `save_pretrained` of a model with adapters, or of a model inside it.
 
@@ -120,6 +125,8 @@ class Saver:
         call = inspect.signature(own).bind(self.module, *args, **kwargs)
         if ATTRIBUTE not in self.root.__dict__:
             return own(*call.args, **call.kwargs)
+        if isinstance(call.arguments.get("state_dict"), WrittenElsewhere):
+            return None
         active, inside = self.adapters._active, self._adapters_inside()
         acting = [name for name in active.state.names if name in inside]
         merged = [name for name in self.adapters.merged if name in inside]
@@ -236,7 +243,7 @@ class Saver:
         training = "state_dict" in given
         if not self._holds_base(folder, training=training):
             training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
-        places = {name: folder if [name] == acting else _subfolder(folder, name) for name in inside}
+        places = {name: folder if [name] == acting else subfolder(folder, name) for name in inside}
         for name in places:
             self.adapters._warn_if_changed(name)
         files = {name: to_files(inside[name], self.module, source, self.path) for name in places}
@@ -247,14 +254,13 @@ class Saver:
         def write() -> None:
             for name, place in places.items():
                 write_folder(place, *files[name])
-            for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if len(acting) > 1 else ():
-                (folder / stale).unlink(missing_ok=True)
+                (place / STATE_FILE).unlink(missing_ok=True)  # it belongs to the files of before
+            tidy(folder, places.values())
             if training:
                 with appearing(folder / _TRAINING_FILE) as fresh:
                     write_tensors(state, fresh, {"format": "pt"})
             if given.get("push_to_hub"):
                 _push(folder, places.values(), given)
-            _warn_of_others(folder, places.values())
 
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
@@ -303,14 +309,20 @@ def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
     return given
 
 
-def _subfolder(folder: Path, name: str) -> Path:
+def subfolder(folder: Path, name: str) -> Path:
+    """The subfolder for an adapter of this name."""
     if Path(name).name != name or "\0" in name:
         raise SaveError(f"Adapter {name!r} cannot have a subfolder of that name. Rename it: adapters.rename.")
     return folder / name
 
 
-def _warn_of_others(folder: Path, written: Collection[Path]) -> None:
-    """Warn of adapters in subfolders that this save did not write. They stay: they may be somebody else's."""
+def tidy(folder: Path, written: Collection[Path]) -> None:
+    """After adapters were written to these places: remove an older one from the folder itself, warn of others below.
+
+    Those stay: they may be somebody else's.
+    """
+    for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, STATE_FILE) if folder not in written else ():
+        (folder / stale).unlink(missing_ok=True)
     others = sorted(
         path.parent.name
         for path in folder.glob(f"*/{CONFIG_FILE}")

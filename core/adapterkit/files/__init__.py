@@ -40,6 +40,7 @@ from adapterkit.files.tensors import (
     dtype_name,
     read_entry,
     read_header,
+    read_tensors,
     write_header,
     write_tensors,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "read_config",
     "read_entry",
     "read_header",
+    "read_tensors",
     "recognise",
     "refuse",
     "save_adapter",

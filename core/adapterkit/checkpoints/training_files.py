@@ -1,0 +1,109 @@
+"""A training's checkpoint of adapters alone: beside each adapter's file, what this file does not give back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adapterkit.contract import FILE_PREFIX
+from adapterkit.errors import CheckpointError
+from adapterkit.files import WEIGHTS_FILE, appearing, file_places, read_header, read_tensors, write_tensors
+from adapterkit.model import Adapter
+from adapterkit.tensors import in_first_process, process_groups
+
+if TYPE_CHECKING:
+    from adapterkit.adapters import Adapters
+
+# Holds what `Adapters.training_state` has and the adapter's file beside it has not, bit for bit.
+STATE_FILE = "adapter_state.safetensors"
+# In its metadata: the adapter's name, and how many tensors the whole state has.
+_NAME, _COUNT = "adapterkit.adapter", "adapterkit.tensors"
+
+
+def save_state(adapters: Adapters, name: str, folder: Path) -> None:
+    """Write to the folder what a training of this adapter needs beside the adapter's file there, if there is one."""
+    adapter, state = adapters._adapters[name], adapters.training_state(name)
+
+    def write() -> None:
+        held, keys = _in_file(folder), _file_keys(adapter, state)
+        rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(keys[key]))}
+        with appearing(folder / STATE_FILE) as fresh:
+            write_tensors(rest, fresh, {"format": "pt", _NAME: name, _COUNT: str(len(state))})
+
+    in_first_process(process_groups(adapter.parameters()), write)
+
+
+def load_states(adapters: Adapters, folder: Path) -> bool:
+    """Restore every adapter whose state `save_state` wrote to this folder or its subfolders, all or none.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        CheckpointError: an adapter that trains has no state there, the model lacks an adapter that has one, or it was
+            saved with another config. Nothing has changed then.
+    """
+    files = [file for file in (folder / STATE_FILE, *sorted(folder.glob(f"*/{STATE_FILE}"))) if file.is_file()]
+    saved = {read_header(file).metadata.get(_NAME, ""): file for file in files}
+    _check_names(adapters, saved, folder)
+    states = {name: _whole_state(adapters, name, file) for name, file in saved.items()}
+    before = {name: {key: t.clone() for key, t in adapters.training_state(name).items()} for name in saved}
+    done: list[str] = []
+    try:
+        for name, state in states.items():
+            adapters.load_training_state(name, state)
+            done.append(name)
+    except CheckpointError:
+        for name in done:
+            adapters.load_training_state(name, before[name])
+        raise
+    return bool(files)
+
+
+def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> None:
+    unknown = [name for name in saved if name not in adapters]
+    lacking = [name for name in adapters.trainable if name not in saved]
+    if saved and (unknown or lacking):
+        found, trained = (", ".join(map(repr, names)) or "none" for names in (saved, adapters.trainable))
+        raise CheckpointError(
+            f"{folder} holds the adapters {found}, and the model trains {trained}. Before you resume, add the saved "
+            "adapters under the same names and with the same configs."
+        )
+
+
+def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]:
+    """A training state from what `save_state` wrote and from the adapter's file beside it."""
+    rest, metadata = read_tensors(file)
+    held, keys = _in_file(file.parent), _file_keys(adapters._adapters[name], adapters.training_state(name))
+    state = rest | {key: held[place] for key, place in keys.items() if key not in rest and place in held}
+    if str(len(state)) != metadata.get(_COUNT):
+        raise CheckpointError(
+            f"{file.parent} was saved with another config than adapter {name!r} has on this model: it holds "
+            f"{metadata.get(_COUNT)} tensors of the training, and {len(state)} of them have a place here. Add the "
+            "adapter with the config that was saved."
+        )
+    return state
+
+
+def _in_file(folder: Path) -> Mapping[str, Tensor]:
+    return read_tensors(folder / WEIGHTS_FILE)[0] if (folder / WEIGHTS_FILE).is_file() else {}
+
+
+def _file_keys(adapter: Adapter, state: Collection[str]) -> dict[str, str]:
+    """The key in the adapter's file of everything that its training state holds, if the file has it at all."""
+    places = {(id(slot.owner), slot.name): key for key, _, slot in file_places(adapter)}
+    slots = adapter.slots()
+    found = {key: places.get((id(slots[key].owner), slots[key].name), key) if key in slots else key for key in state}
+    return {key: FILE_PREFIX + place for key, place in found.items()}
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors have the same bits."""
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)

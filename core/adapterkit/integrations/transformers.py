@@ -1,0 +1,160 @@
+"""transformers: a mixin with which any `Trainer` trains every method, and keeps adapters alone in its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from adapterkit.adapters import Adapters, adapters_in, penalty
+from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_state, subfolder, tidy
+from adapterkit.contract import ATTRIBUTE
+from adapterkit.errors import UnsupportedError
+from adapterkit.files import CONFIG_FILE
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class AdapterTrainerMixin(_Base):
+    """Before a trainer class: `class MyTrainer(AdapterTrainerMixin, Trainer)`; or before TRL's or your own.
+
+    Attach the adapters to the model first. A plain `Trainer` trains and resumes adapters, too. With the mixin
+
+    - a checkpoint holds the adapters that train, once and in PEFT's format, and what those files do not give back bit
+      for bit (`adapter_state.safetensors`): PiSSA's factors, averages, the number of steps. One adapter is in the
+      folder itself, several are in subfolders;
+    - `resume_from_checkpoint` and `load_best_model_at_end` restore all of that, whatever the model's class;
+    - `ak.penalty(model)` is a part of the training loss, and `adapters.step()` follows each step of the optimizer;
+    - a quantised base trains, if its quantisation lets gradients through;
+    - the optimizer has a group of parameters for each adapter, with learning rates of their own.
+
+    Under FSDP and DeepSpeed checkpoints are written by these engines, as without the mixin.
+
+    Args:
+        adapter_options: options of the optimizer for each adapter, `{"a": {"lr": 1e-3}, "b": {"lr": 1e-4}}`; see
+            `Adapters.parameter_groups`.
+        lora_plus_ratio: how many times faster B learns than A (LoRA+, arXiv 2402.12354).
+
+    Raises:
+        ConfigError: the model has no adapters.
+        CheckpointError: a checkpoint is of other adapters, or of other configs. Nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        adapter_options: Mapping[str, Mapping[str, Any]] | None = None,
+        lora_plus_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._adapter_options, self._lora_plus_ratio = adapter_options, lora_plus_ratio
+        with _passes_for_trainable(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
+        self.add_callback(_Step(self))
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the model."""
+        model: Any = self.model
+        return adapters_in(model)
+
+    # The training
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, with the penalty in training."""
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (torch.is_grad_enabled() and model.training):
+            return found
+        loss, *outputs = found if isinstance(found, tuple) else (found,)
+        term = penalty(self.adapters.model).to(loss.device)
+        if self._is_scaled(kwargs.get("num_items_in_batch")):
+            term = term / self.current_gradient_accumulation_steps
+        return (loss + term, *outputs) if outputs else loss + term
+
+    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether `training_step` leaves the loss as it is, because the sum over the accumulated batches is right."""
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is not None:
+            return scaled
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_model or self.compute_loss_func is not None)
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        adapters, folder = self.adapters, Path(output_dir or str(self.args.output_dir))
+        trained, model = adapters.trainable, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        engine = state_dict is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if engine or adapters.merged or not trained:
+            super()._save(output_dir, state_dict)
+            return
+        names = trained if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else adapters.names
+        places = {name: folder if (name,) == trained else subfolder(folder, name) for name in names}
+        own = getattr(model, "save_pretrained", None)
+        if own is None or isinstance(own, Saver):
+            super()._save(output_dir, WrittenElsewhere())  # everything but the model
+            if own is None:
+                (folder / SAFE_WEIGHTS_NAME).unlink()  # that is an empty file now
+            for name, place in places.items():
+                adapters.save(name, place)
+            tidy(folder, places.values())
+        else:  # the model writes the adapters in its own layout, as sentence-transformers does
+            super()._save(output_dir, None)
+        for name, place in places.items():
+            save_state(adapters, name, place)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if not load_states(self.adapters, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if not load_states(self.adapters, Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload adapters in subfolders too: `Trainer` copies those of the folder itself alone."""
+        for config in Path(checkpoint_folder).glob(f"*/{CONFIG_FILE}"):
+            shutil.copytree(config.parent, Path(str(self.args.output_dir)) / config.parent.name, dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _Step(TrainerCallback):
+    """`Adapters.step` after each step of the optimizer."""
+
+    def __init__(self, trainer: AdapterTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._trainer.adapters.step()
+
+
+@contextmanager
+def _passes_for_trainable(model: Any) -> Iterator[None]:
+    """Let a quantised model with adapters pass `validate_quantization_for_training`, which knows PEFT's alone."""
+    quantised = isinstance(model, nn.Module) and ATTRIBUTE in model.__dict__ and getattr(model, "is_quantized", False)
+    if not quantised:
+        yield
+        return
+    quantizer: Any = model.hf_quantizer
+    if not quantizer.is_trainable:
+        raise UnsupportedError(
+            f"No adapter can be trained on a model that is quantised with {quantizer.quantization_config.quant_method}:"
+            " transformers says that no gradients pass through it."
+        )
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True

@@ -1,0 +1,280 @@
+"""`AdapterTrainerMixin` before transformers' `Trainer`: what its checkpoints hold, and what it restores from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.core.test_trainer import Sentences, Wrapped, values
+from tests.models import build
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import adapterkit as ak
+from adapterkit.adapters import adapters_in
+from adapterkit.contract.registry import default_registry
+from adapterkit.integrations.transformers import AdapterTrainerMixin
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+TARGETS = ["query", "value"]
+
+
+class AdapterTrainer(AdapterTrainerMixin, Trainer):
+    """As users write it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adalora() -> Iterator[None]:
+    """The example's package, which is not installed here."""
+    folder = str(Path(__file__).parents[2] / "examples" / "thirdparty" / "adapterkit_adalora")
+    sys.path.insert(0, folder)
+    import adapterkit_adalora
+
+    ak.register(adapterkit_adalora.plugin)
+    yield
+    sys.path.remove(folder)
+    default_registry.unregister("adalora")
+
+
+def adapted(config: ak.AdapterConfig, name: str = "t", **options: Any) -> Any:
+    model = build("bert")
+    torch.manual_seed(7)
+    ak.attach(model).add(name, config, **options)
+    return model
+
+
+def two() -> Any:
+    model = adapted(LoraConfig(r=2, target_modules=TARGETS))
+    adapters = ak.attach(model)
+    adapters.add("s", LoHaConfig(r=2, target_modules=["value"], modules_to_save=None))
+    adapters.activate("t", "s")
+    return model
+
+
+def lora(**fields: Any) -> Callable[[], nn.Module]:
+    return lambda: adapted(LoraConfig(r=2, target_modules=TARGETS, **fields))
+
+
+def budget() -> nn.Module:
+    fields = {"init_r": 4, "target_r": 2, "total_step": 20, "beta1": 0.5, "beta2": 0.5, "lora_dropout": 0.1}
+    return adapted(ak.config("adalora", target_modules=TARGETS, **fields))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lora(lora_dropout=0.1),
+    "biases": lora(bias="all"),
+    "rsLoRA": lora(use_rslora=True),
+    "PiSSA": lora(init_lora_weights="pissa"),
+    "OLoRA": lora(init_lora_weights="olora"),
+    "LoHa": lambda: adapted(LoHaConfig(r=2, target_modules=TARGETS, rank_dropout=0.1)),
+    "VeRA": lambda: adapted(VeraConfig(r=2, target_modules=["query"], save_projection=False)),
+    "AdaLoRA": budget,
+    "two adapters": two,
+    "a head of another size": lambda: adapted(LoraConfig(r=2, target_modules=TARGETS), num_labels=5),
+    "not transformers'": lambda: Wrapped(inside=False),
+    "inside a model that is not transformers'": lambda: Wrapped(inside=True),
+}
+CASES = [(make, {}) for make in MODELS.values()] + [
+    (budget, {"gradient_accumulation_steps": 2}),
+    (MODELS["dropout"], {"activation_checkpointing": True}),
+]
+IDS = [*MODELS, "gradient accumulation", "gradient checkpointing"]
+
+
+def trainer(model: nn.Module, folder: Path, *, cls: type[Trainer] = AdapterTrainer, **options: Any) -> Any:
+    """With an epsilon that keeps Adam from blowing up what another alignment of memory changes in small gradients."""
+    given = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "report_to": "none"}
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **{**given, **options}
+    )
+    return cls(model, arguments, train_dataset=Sentences(), eval_dataset=Sentences())
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bit for bit where memory is aligned alike; a step of training changes ten thousand times the tolerance."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=0, atol=1e-6, msg=key)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything of every adapter with which its training goes on."""
+    adapters = adapters_in(model)
+    return {
+        f"{name}: {key}": tensor.clone() for name in adapters for key, tensor in adapters.training_state(name).items()
+    }
+
+
+@pytest.mark.parametrize(("make", "options"), CASES, ids=IDS)
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = make()
+    start = state(whole)
+    trainer(whole, tmp_path, **options).train()
+    again = make()
+    trainer(again, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    found, expected = state(again), state(whole)
+    assert_equal(found, expected)
+    assert any(not torch.equal(start[key], tensor) for key, tensor in expected.items())
+
+
+def weights(folder: Path) -> dict[str, int]:
+    """The files of tensors in a folder and below, with their sizes."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_checkpoint_holds_the_adapter_once(tmp_path: Path) -> None:
+    model = adapted(LoraConfig(r=8, target_modules="all-linear"))
+    run = trainer(model, tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
+        found = weights(folder)
+        assert found.keys() == {"adapter_model.safetensors", "adapter_state.safetensors"}
+        assert sum(found.values()) <= 1.2 * found["adapter_model.safetensors"]
+        assert ak.attach(build("bert")).load(folder, name="t").ok
+
+
+def test_a_checkpoint_holds_the_adapters_that_train_and_save_model_all(tmp_path: Path) -> None:
+    model = two()
+    adapters = ak.attach(model)
+    adapters.add("frozen", LoraConfig(r=2, target_modules=["key"], modules_to_save=None), activate=False)
+    run = trainer(model, tmp_path)
+    run.train()
+    both = {f"{name}/adapter_{part}.safetensors" for name in ("s", "t") for part in ("model", "state")}
+    assert weights(tmp_path / "checkpoint-2").keys() == both
+    run.save_model(str(tmp_path / "final"))
+    assert weights(tmp_path / "final").keys() == both | {
+        "frozen/adapter_model.safetensors",
+        "frozen/adapter_state.safetensors",
+    }
+
+
+def test_an_adapter_that_trains_and_is_not_active_is_saved_and_restored(tmp_path: Path) -> None:
+    model = two()
+    adapters = ak.attach(model)
+    adapters.activate("t")
+    for parameter in adapters.parameters("s"):
+        parameter.requires_grad_(True)
+    trainer(model, tmp_path).train()
+    assert "s/adapter_state.safetensors" in weights(tmp_path / "checkpoint-2")
+
+
+def test_the_best_model_at_the_end_has_the_state_of_then(tmp_path: Path) -> None:
+    model = budget()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    run = trainer(model, tmp_path, load_best_model_at_end=True, greater_is_better=True, save_total_limit=1, **options)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")  # the loss falls
+    assert ak.attach(model).training_state("t")["steps"] == 1
+    once = budget()
+    trainer(once, tmp_path / "once", max_steps=1).train()
+    assert_equal(state(model), state(once))
+
+
+def test_checkpoints_without_the_optimizer_resume(tmp_path: Path) -> None:
+    model = MODELS["PiSSA"]()
+    trainer(model, tmp_path, save_only_model=True).train()
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    again = MODELS["PiSSA"]()
+    options = {"learning_rate": 0.0, "save_strategy": "no"}
+    trainer(again, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(values(again), values(model))
+
+
+def test_a_checkpoint_of_a_plain_trainer_resumes(tmp_path: Path) -> None:
+    model = MODELS["dropout"]()
+    trainer(model, tmp_path, cls=Trainer).train()
+    again = MODELS["dropout"]()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(values(again), values(model))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    trainer(lora()(), folder).train()
+    return folder / "checkpoint-2"
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "another name": (
+        lambda: adapted(LoraConfig(r=2, target_modules=TARGETS), "u"),
+        "checkpoint-2 holds the adapters 't', and the model trains 'u'",
+    ),
+    "one more": (two, "checkpoint-2 holds the adapters 't', and the model trains 't', 's'"),
+    "another rank": (
+        lambda: adapted(LoraConfig(r=3, target_modules=TARGETS)),
+        r"does not fit adapter 't': .*float32 \(2, 16\) in the state, and float32 \(3, 16\) here",
+    ),
+    "fewer targets": (
+        lambda: adapted(LoraConfig(r=2, target_modules=["query"])),
+        "of the training, and .* have a place",
+    ),
+    "more targets": (
+        lambda: adapted(LoraConfig(r=2, target_modules=[*TARGETS, "key"])),
+        "does not fit adapter 't': it lacks .*key",
+    ),
+    "another head": (
+        lambda: adapted(LoraConfig(r=2, target_modules=TARGETS), num_labels=5),
+        r"does not fit adapter 't': .*\(3,\) in the state, and float32 \(5,\) here",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OTHERS.values(), ids=OTHERS.keys())
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
+    make: Callable[[], nn.Module], message: str, checkpoint: Path
+) -> None:
+    model = make()
+    before = values(model)
+    with pytest.raises(ak.CheckpointError, match=message):
+        trainer(model, checkpoint.parent).train(resume_from_checkpoint=str(checkpoint))
+    assert_equal(values(model), before)
+
+
+def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ak.ConfigError, match=r"BertForSequenceClassification has no adapters. Add adapters"):
+        trainer(build("bert"), tmp_path).train()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["mean of each batch", "mean of what is accumulated"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_penalty_counts_once_in_each_step_of_the_optimizer(parts: int, scaled: bool, tmp_path: Path) -> None:
+    """With a penalty the step of SGD differs from that without by the penalty's gradient, times the learning rate."""
+    after, gradients = [], []
+    for weight in (0.5, 0.0):
+        fields = {"init_r": 4, "target_r": 2, "total_step": 20, "orth_reg_weight": weight}
+        model = adapted(ak.config("adalora", target_modules=TARGETS, **fields))
+        adapters = ak.attach(model)
+        factors = [p for name, p in adapters.named_parameters("t") if name.endswith(("lora_A", "lora_B"))]
+        gradients.append(torch.autograd.grad(ak.penalty(model), factors))
+        options = {"optim": "sgd", "max_grad_norm": 0.0, "gradient_accumulation_steps": parts, "save_strategy": "no"}
+        run = trainer(model, tmp_path, max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", **options)
+        run.loss_is_scaled_for_ga = scaled
+        run.train()
+        after.append(factors)
+    for with_it, without, gradient in zip(*after, gradients[0], strict=True):
+        torch.testing.assert_close(with_it - without, -gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_method_steps_once_for_each_step_of_the_optimizer(tmp_path: Path) -> None:
+    model = budget()
+    trainer(model, tmp_path, gradient_accumulation_steps=2, save_strategy="no").train()
+    assert ak.attach(model).training_state("t")["steps"] == 2
+
+
+def test_a_plain_trainer_says_what_the_method_lacks(tmp_path: Path) -> None:
+    model = budget()
+    with pytest.warns(
+        ak.AdapterWarning, match=r"'t' trains without a part of its method 'adalora'.*AdapterTrainerMixin"
+    ):
+        trainer(model, tmp_path, cls=Trainer, save_strategy="no").train()
