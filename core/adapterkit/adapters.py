@@ -64,7 +64,6 @@ from adapterkit.tensors import (
     check_can_grow,
     gathered,
     has_fsdp1,
-    put,
     refuse_fsdp1,
     reshard,
     size_of,
@@ -249,6 +248,8 @@ class Adapters:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         activate: bool = True,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
     ) -> AddReport:
         """Add a new adapter. The first `add` freezes the base model; `detach` restores its `requires_grad` flags.
 
@@ -261,18 +262,27 @@ class Adapters:
             num_labels, id2label: the label set of the adapter's own head; its output layer gets that many rows.
                 `None`: the model's own label set.
             activate: make it the only active adapter, and trainable.
+            dtype: of its layers. `None`: the model's, but float32 for a half-precision model; `"model"`: the model's
+                own, for its heads and biases too.
+            device: `"meta"` makes no values, for `load_state_dict` or `load_training_state` to bring them. `None`:
+                where each layer computes.
 
         Raises:
-            ConfigError: the name is taken or not allowed, or the config is malformed.
+            ConfigError: the name is taken or not allowed, or the config, the dtype or the device is malformed.
             SelectionError: the config selects nothing here, or a layer that cannot be adapted.
             PluginError: the method's plugin failed.
         """
         self._check_new_name(name)
+        _check_dtype(dtype, "model")
+        meta = None if device is None else torch.device(device)
+        if meta is not None and meta.type != "meta":
+            raise ConfigError(f"device = {device!r} must be 'meta' or None: an adapter is where its layers compute.")
         method = default_registry.method_of(config)
         labels = LabelSet.chosen(num_labels, id2label)
         modules = BaseModules(self.model)
         selection = select_on(modules, config)
-        adapter, notes = build_adapter(modules, name, LayerBuilder(method, config), selection, self._active)
+        builder = LayerBuilder(method, config)
+        adapter, notes = build_adapter(modules, name, builder, selection, self._active, dtype=dtype, device=meta)
         notes += self._model.notes(adapter, modules)
         heads, base = [*adapter.heads.values()], self._model.labels
         adapter.labels = labels_of_new_head(heads, labels, base, self.model, adapter.seed)
@@ -468,7 +478,7 @@ class Adapters:
                 if strict:
                     refuse(report, name, "The state dict")
                 warnings.warn(str(report), AdapterWarning, stacklevel=3)
-            put(values)
+            adapter.write(values, self.model)
         return report
 
     def save(
@@ -572,7 +582,8 @@ class Adapters:
             trainable: whether its parameters require gradients, to train it further. With `activate=False` they do so
                 until other adapters are activated.
             strict: raise if a tensor is missing, unexpected or mismatched; else warn, and load what fits.
-            dtype: of its layers. `None`: the model's, but float32 for a half-precision model; `"file"`: the file's.
+            dtype: of its layers. `None`: the model's, but float32 for a half-precision model; `"model"`: the
+                model's own, for its heads and biases too; `"file"`: the file's.
             component: which part of a whole pipeline's file this model is, as its keys begin: `"unet"`, `"lora_te1"`.
                 Needed only if several parts fit.
             revision, subfolder, cache_dir, token: where to look on the hub.
@@ -582,8 +593,7 @@ class Adapters:
             UnknownNameError: no installed plugin provides its method.
         """
         self._check_new_name(name)
-        if dtype not in (None, "file") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, 'file' or None.")
+        _check_dtype(dtype, "model", "file")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         adapter, report = load_adapter(
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
@@ -996,6 +1006,11 @@ class Adapters:
         _, changed = self._attached.what_changed([name])
         if changed:
             warnings.warn(f"{changed} {advice}", AdapterWarning, stacklevel=3)
+
+
+def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:
+    if dtype not in (None, *words) and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, {', '.join(map(repr, words))} or None.")
 
 
 @torch.inference_mode(False)

@@ -301,7 +301,10 @@ CALLS: list[Row] = [
         "'a' and 'b' each have their own 'head', and only one can act. Say which: heads='a'.",
     ),
     (lambda a: a.activate("a", heads="b"), "Unknown active adapter 'b'. Available: 'a'.", UNKNOWN_NAME),
-    (lambda a: a.load(".", "c", dtype="float16"), "dtype = 'float16' must be a floating torch.dtype, 'file' or None."),
+    (
+        lambda a: a.load(".", "c", dtype="float16"),
+        "dtype = 'float16' must be a floating torch.dtype, 'model', 'file'",
+    ),
     (lambda a: a.load(".", "c", dtype=torch.int8), "dtype = torch.int8 must be a floating"),
     (
         lambda a: a.load_state_dict("a", None),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from tests.models import build
+from tests.core.conftest import set_parameters
+from tests.models import build, inputs, run
 from torch import Tensor
 
 import adapterkit as ak
@@ -95,3 +97,73 @@ def test_the_global_generator_is_as_before_if_add_fails() -> None:
     with pytest.raises(ak.StateError, match="r <= min"):
         adapters.add("a", LoraConfig(r=60, init_lora_weights="pissa", target_modules=["query"]))
     assert torch.equal(torch.rand(2), expected)
+
+
+# Their dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers", "others"),
+    [
+        (None, torch.float32, torch.float32),
+        ("model", torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float64, torch.float64, torch.float32),
+    ],
+)
+def test_dtype_is_that_of_the_layers_and_model_that_of_heads_and_biases_too(
+    dtype: torch.dtype | str | None, layers: torch.dtype, others: torch.dtype, tmp_path: Path
+) -> None:
+    adapters = ak.attach(build("bert").to(torch.bfloat16))
+    config = LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    adapters.add("a", config, dtype=dtype)
+    adapters.save("a", tmp_path)
+    adapters.load(tmp_path, "b", dtype=dtype, activate=False)
+    for name in ("a", "b"):
+        found = {"lora_" in key: t.dtype for key, t in adapters.named_parameters(name)}
+        assert found == {True: layers, False: others}
+        dtypes = {t.dtype for key, t in adapters.named_parameters(name)}
+        assert dtypes == {layers, others}
+    adapters.model(**inputs("bert")).logits.float().square().mean().backward()
+    assert all(p.grad is not None for key, p in adapters.named_parameters("a") if "lora_" in key)
+
+
+def test_other_dtypes_and_devices_are_refused() -> None:
+    adapters = ak.attach(build("bert"))
+    config = LoraConfig(target_modules=["query"])
+    for options, message in (
+        ({"dtype": "file"}, "dtype = 'file' must be a floating torch.dtype, 'model' or None"),
+        ({"dtype": torch.int8}, "dtype = torch.int8 must be"),
+        ({"device": "cpu"}, "device = 'cpu' must be 'meta' or None"),
+    ):
+        with pytest.raises(ak.ConfigError, match=message):
+            adapters.add("a", config, **options)  # type: ignore[arg-type]
+    assert adapters.names == ()
+
+
+# Without values, until something brings them
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_without_values_gets_those_of_a_state_where_its_layers_compute(name: str) -> None:
+    config = CONFIGS[name](target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    first, second = ak.attach(build("bert")), ak.attach(build("bert"))
+    first.add("a", config, num_labels=5)
+    set_parameters(first, "a")
+    before = torch.random.get_rng_state()
+    second.add("a", config, num_labels=5, device="meta")
+    assert all(tensor.is_meta for tensor in second.parameters("a"))
+    torch.random.set_rng_state(before)
+    second.load_training_state("a", first.training_state("a"))
+    assert not any(tensor.is_meta for tensor in second.parameters("a"))
+    torch.testing.assert_close(run(second.model, "bert"), run(first.model, "bert"))
+    assert second.trainable == ("a",)
+
+
+def test_an_adapter_without_values_gets_those_of_a_file() -> None:
+    first, second = ak.attach(build("bert")), ak.attach(build("bert"))
+    for adapters, device in ((first, None), (second, "meta")):
+        adapters.add("a", LoraConfig(r=2, target_modules=["query"]), device=device)
+    set_parameters(first, "a")
+    assert second.load_state_dict("a", first.state_dict("a")).ok
+    torch.testing.assert_close(run(second.model, "bert"), run(first.model, "bert"))

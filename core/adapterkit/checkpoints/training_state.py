@@ -17,7 +17,7 @@ from adapterkit.contract import AdapterLayer, Shared, default_registry
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.files import check_tensors
 from adapterkit.model import Adapter, BaseModules, resized_tables, tables
-from adapterkit.tensors import Slot, gathered, put, real_value, reshard, shape_of
+from adapterkit.tensors import Slot, gathered, real_value, reshard, shape_of
 
 # The key of the number of `Adapters.step`s. All other keys have a dot.
 STEPS = "steps"
@@ -58,7 +58,7 @@ def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, 
         slots = {**{key: slot for key, slot in _table_slots(known).items() if key in state}, **required}
         _check_fits(adapter, {STEPS, *required}, slots, state)
         steps = int(state[STEPS])
-        put([(slot, state[key]) for key, slot in slots.items()])
+        adapter.write([(slot, state[key]) for key, slot in slots.items()], model)
         adapter.steps = steps
 
 

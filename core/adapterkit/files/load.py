@@ -84,7 +84,7 @@ def load_adapter(
         dataclasses.replace(selection, heads=(*selection.heads, *tables)),
         active,
         tensors,
-        dtype=dtype if isinstance(dtype, torch.dtype) else None,
+        dtype=None if dtype == "file" else dtype,
         device=device,
     )
     adapter.tables = frozenset(tables)

@@ -11,6 +11,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import (
@@ -27,9 +28,9 @@ from adapterkit.contract import (
 from adapterkit.errors import AdapterWarning, ConfigError, UnsupportedError, unknown
 from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install, let_read, stop_reading, uninstall
 from adapterkit.model.heads import LabelSet
-from adapterkit.model.modules import inside, modules_below
+from adapterkit.model.modules import computes_with, inside, modules_below
 from adapterkit.results import AdapterStatus
-from adapterkit.tensors import Slot, gradients, module_slots, size_of
+from adapterkit.tensors import Slot, execution_device, gradients, module_slots, put, size_of
 
 
 @dataclass(eq=False)
@@ -115,6 +116,23 @@ class Adapter:
                     slot.key = f"{place}.{local}"
                     found[slot.key] = slot
         return found
+
+    def write(self, values: Sequence[tuple[Slot, Tensor]], model: nn.Module) -> None:
+        """Copy tensors into the adapter, all or none. What is on the meta device goes to where its module computes."""
+        places: dict[nn.Module, torch.device] = {}
+        if any(slot.tensor.is_meta for slot, _ in values):
+            for _, path, part in self.parts():
+                kind = part.kind if isinstance(part, AdapterLayer) else None
+                device = execution_device(*computes_with(self.hosts[path], kind, model))
+                places |= dict.fromkeys(part.modules(), device)
+            shared = next(iter(places.values()), None)
+            places |= {} if shared is None or self.shared is None else dict.fromkeys(self.shared.modules(), shared)
+
+        def placed(slot: Slot, value: Tensor) -> Tensor:
+            device = places.get(slot.owner) if slot.tensor.is_meta else None
+            return value if device is None or device.type == "meta" else value.to(device)
+
+        put([(slot, placed(slot, value)) for slot, value in values])
 
     def state_dict_keys(self) -> Iterator[str]:
         """Every key of the adapter in the model's own state dict."""

@@ -41,8 +41,8 @@ from adapterkit.forward import (
 from adapterkit.kinds import Linear
 from adapterkit.model.adapter import Adapter
 from adapterkit.model.heads import adopt_rows, copy_head
-from adapterkit.model.modules import BaseModules, inside, named_modules
-from adapterkit.model.selection import Match, Selection
+from adapterkit.model.modules import BaseModules, computes_with, inside
+from adapterkit.model.selection import Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
 from adapterkit.tensors import execution_device, new_seed, real_value, reshard, seeded
 
@@ -171,7 +171,7 @@ def build_adapter(
     active: Active,
     tensors: Tensors | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | None = None,
 ) -> tuple[Adapter, list[str]]:
     """An adapter for a model, not installed yet, and notes for whoever added it.
@@ -179,8 +179,9 @@ def build_adapter(
     Args:
         tensors: by their keys in a file; what does not fit, or is nobody's, is in `builder.fit`. `None`: all values are
             initial.
-        dtype: of the layers' parameters; `None`: the target's own, but float32 where that has less.
-        device: of all that is the adapter's; `None`: where each target computes.
+        dtype: of the layers' parameters; `None`: the target's own, but float32 where that has less; `"model"`: each
+            part's is the module's own.
+        device: of all that is the adapter's; `None`: where each target computes. With given tensors, of layers alone.
 
     Raises:
         SelectionError: a layer kind that the method does not support.
@@ -194,17 +195,20 @@ def build_adapter(
     for path in selection.heads:
         module = modules.model.get_submodule(path)
         _add_host(adapter, modules, path, module, active)
-        adapter.heads[path] = copy_head(module, path)
-        widen(adapter.heads[path])
-    notes = _add_biases(adapter, modules, selection.paths, active)
+        adapter.heads[path] = head = copy_head(module, path)
+        if dtype != "model":
+            widen(head)
+        if tensors is None and device is not None:
+            head.to(device)
+    notes = _add_biases(adapter, modules, selection.paths, active, dtype, device)
     given, targets, has_shared = None, [], builder.method.shared is not None
     if tensors is not None:
         given = sort_for(adapter, selection.paths, tensors, builder.rule, shared=has_shared)
     for match in selection.targets:
-        owner, like = _computes_with(match, modules.model)
+        owner, like = computes_with(match.module, match.kind, modules.model)
         at = device or execution_device(owner, like)
         file = None if given is None else given.layers.get(match.path, {})
-        targets.append(Target(match.path, match.module, match.kind, dtype or trained_dtype(like.dtype), at, file))
+        targets.append(Target(match.path, match.module, match.kind, _dtype(dtype, like.dtype), at, file))
     if has_shared:
         check_free_root(modules.model)
         if builder.method.replaces_call:
@@ -230,15 +234,12 @@ def _fill_beside(adapter: Adapter, builder: LayerBuilder, given: SortedTensors) 
     builder.fit.add_rest(given)
 
 
-def _computes_with(match: Match, model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """The weight whose dtype and device an adapter at this target follows, and the module that has it.
-
-    Of a module without a layer kind: the first floating parameter inside, or else of the model.
-    """
-    if match.kind.has_weight:
-        return match.module, match.module.weight  # type: ignore[return-value]
-    held = ((m, p) for root in (match.module, model) for _, m in named_modules(root) for p in m._parameters.values())
-    return next(((m, p) for m, p in held if p is not None and p.is_floating_point()), (model, torch.empty(0)))
+def _dtype(asked: torch.dtype | str | None, own: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter for a module of dtype `own`; see `build_adapter`."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    trains = own.is_floating_point and own.itemsize >= 2  # not what is quantised
+    return own if asked == "model" and trains else trained_dtype(own)
 
 
 def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Module, active: Active) -> None:
@@ -249,7 +250,14 @@ def _add_host(adapter: Adapter, modules: BaseModules, path: str, module: nn.Modu
         adapter.aliases[path] = others
 
 
-def _add_biases(adapter: Adapter, modules: BaseModules, targets: Collection[str], active: Active) -> list[str]:
+def _add_biases(
+    adapter: Adapter,
+    modules: BaseModules,
+    targets: Collection[str],
+    active: Active,
+    dtype: torch.dtype | str | None,
+    device: torch.device | None,
+) -> list[str]:
     which = adapter.config.trained_biases
     if which == "none":
         return []
@@ -270,7 +278,8 @@ def _add_biases(adapter: Adapter, modules: BaseModules, targets: Collection[str]
         seen.add(bias)
         _add_host(adapter, modules, path, module, active)
         value = real_value(module, "bias")
-        adapter.biases[path] = BiasLayer(value.to(trained_dtype(value.dtype)), trailing)
+        own = _dtype("model" if dtype == "model" else None, value.dtype)
+        adapter.biases[path] = BiasLayer(value.to(device or value.device, own), trailing)
     if not skipped:
         return []
     why = "it is not known where they act, or they are buffers, computed, or another layer's too"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from adapterkit.forward import PerAdapter
+from adapterkit.kinds import LayerKind
 
 # The name of a table in an encoder-decoder, and its name in the encoder and the decoder.
 _GIVEN = {"shared": "embed_tokens", "word_embeddings": "word_embeddings", "patch_embed": "embed_patches"}
@@ -68,6 +70,17 @@ def named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.M
         for name, child in reversed(module._modules.items()):
             if child is not None and not isinstance(child, PerAdapter):
                 left.append((prefix + name, child))
+
+
+def computes_with(module: nn.Module, kind: LayerKind | None, model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """The weight whose dtype and device an adapter at this module follows, and the module that has it.
+
+    Without a layer kind that has one, it is the first floating parameter inside, or else of the model.
+    """
+    if kind is not None and kind.has_weight:
+        return module, module.weight  # type: ignore[return-value]
+    held = ((m, p) for root in (module, model) for _, m in named_modules(root) for p in m._parameters.values())
+    return next(((m, p) for m, p in held if p is not None and p.is_floating_point()), (model, torch.empty(0)))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
