@@ -63,6 +63,7 @@ _LATE = {
     "MergeReport": "adapterkit.disk",
     "merge_checkpoint": "adapterkit.disk",
     "skeleton": "adapterkit.disk",
+    "as_peft": "adapterkit.integrations.peft",
     "Report": "adapterkit.report",
     "write_report": "adapterkit.report",
     "new_package": "adapterkit.scaffold",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
         merge_checkpoint,
         skeleton,
     )
+    from adapterkit.integrations.peft import as_peft
     from adapterkit.report import Report, write_report
     from adapterkit.scaffold import new_package
 else:
@@ -149,6 +151,7 @@ __all__ = [
     "Target",
     "UnknownNameError",
     "UnsupportedError",
+    "as_peft",
     "attach",
     "combine_files",
     "config",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,18 @@ def attach(model: nn.Module) -> Adapters:
     model inside it: `save_pretrained` and `from_pretrained` of the outer model would not know of the adapters.
 
     Raises:
-        ConfigError: not a module.
+        ConfigError: not a module, or a model that PEFT has adapted.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"attach needs a torch.nn.Module, not a {type(model).__name__}.")
     watch_wrappers()
     model = inner_model(model)
+    peft: Any = sys.modules.get("peft")
+    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        raise ConfigError(
+            "This model is a PeftModel, which adapts its layers itself. ak.from_peft(model) takes its adapters over; "
+            "model.unload() gives the base model without them."
+        )
     found = model.__dict__.get(ATTRIBUTE)
     if found is None:
         found = model.__dict__[ATTRIBUTE] = Adapters(model)

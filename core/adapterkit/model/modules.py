@@ -108,7 +108,8 @@ def inside(path: str, outer: Iterable[str]) -> str | None:
     return next((other for other in outer if path == other or path.startswith(f"{other}.")), None)
 
 
-# Wrappers that only call the model inside, by class name, with the name of that model.
+# Wrappers that only call the model inside, by class name, with the name of that model. Our own wrappers name it
+# themselves, in `_model_inside`.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -121,6 +122,6 @@ _WRAPPERS = {
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers that only call it. Adapters belong to that model."""
-    name = _WRAPPERS.get(type(model).__name__)
+    name = _WRAPPERS.get(type(model).__name__) or getattr(type(model), "_model_inside", None)
     inner = None if name is None else model._modules.get(name)
     return model if inner is None else inner_model(inner)

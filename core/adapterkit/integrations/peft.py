@@ -1,0 +1,56 @@
+"""PEFT: an adapted model as a `peft.PeftModel`, for everything that was written for PEFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import nn
+
+from adapterkit.adapters import attach
+from adapterkit.contract import AdapterConfig
+from adapterkit.errors import StateError, UnsupportedError
+
+if TYPE_CHECKING:
+    from adapterkit.integrations.peft_view import PeftView
+
+
+@overload
+def as_peft(what: nn.Module) -> PeftView: ...
+@overload
+def as_peft(what: AdapterConfig) -> Any: ...
+def as_peft(what: nn.Module | AdapterConfig) -> Any:
+    """A view of an adapted model that is a `peft.PeftModel`, for TRL and other tools that are written for PEFT.
+
+    The view holds no state of its own: it shows the adapters that `ak.attach(model)` has, in PEFT's words, and what is
+    done to one is done to the other. It works with every method, also with those that PEFT lacks. TRL looks for the
+    adapter `"default"`.
+
+        ak.attach(model).add("default", ak.config("lora")(r=8))
+        trainer = DPOTrainer(ak.as_peft(model), args=..., train_dataset=...)
+
+    Args:
+        what: a model with adapters. Or a config, for a tool that makes the adapter itself: the result is a
+            `peft.PeftConfig` with which `peft.get_peft_model` returns such a view
+            (`SFTTrainer(model, peft_config=ak.as_peft(config))`).
+
+    Raises:
+        UnsupportedError: PEFT is not installed.
+        StateError: the model has no adapters.
+    """
+    try:
+        from adapterkit.integrations.peft_names import VIEW, MethodConfig
+        from adapterkit.integrations.peft_view import PeftView
+    except ImportError as error:
+        raise UnsupportedError("as_peft needs PEFT: pip install peft") from error
+
+    if isinstance(what, AdapterConfig):
+        return MethodConfig(what, task_type=VIEW)
+    if isinstance(what, PeftView):
+        return what
+    adapters = attach(what)
+    if not adapters.names:
+        raise StateError(
+            "The model has no adapters. Add one first: ak.attach(model).add('default', config). Tools that are "
+            "written for PEFT look for an adapter of that name."
+        )
+    return PeftView.of(adapters)

@@ -1,0 +1,138 @@
+"""What PEFT calls things: the keys of parameters on a live model, and configs.
+
+    part             on an adapted model                on a `PeftModel`
+    base             p.<local>                          base_model.model.p[.original_module][.base_layer].<local>
+    adapter layer    p.adapters.a.<first>.<rest>        base_model.model.p.<first>.a.<rest>
+    head             p.adapter_heads.a.<local>          base_model.model.p.modules_to_save.a.<local>
+    shared tensor    adapter_shared.a.<first>.<rest>    base_model.<first>.a.<rest>
+
+PEFT trains biases of the base itself; a trained bias here keeps its own name, `p.adapter_biases.a.bias`.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Set
+from dataclasses import fields
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from torch import nn
+
+from adapterkit.contract import FILE_PREFIX, HEADS, LAYERS, SHARED, AdapterConfig, default_registry
+from adapterkit.forward import PerAdapter
+
+# What precedes shared tensors on a `PeftModel`; all other keys begin with `FILE_PREFIX`.
+_ROOT = "base_model."
+_HEADS = "modules_to_save"
+# The task type of a `MethodConfig` that `peft.get_peft_model` gets.
+VIEW = "ADAPTERKIT"
+
+
+def peft_key(model: nn.Module, key: str) -> str:
+    """PEFT's name for a key of the adapted model's state dict, or for the path of a module."""
+    at: nn.Module | None = model
+    parts, found = key.split("."), list[str]()
+    for i, part in enumerate(parts):
+        if at is None:
+            found += parts[i:]
+            break
+        inside = at._modules.get(part)
+        if isinstance(inside, PerAdapter):
+            if len(parts) > i + 2 and part in (LAYERS, SHARED, HEADS):
+                name, first, *rest = parts[i + 1 :]
+                middle = (_HEADS, name, first) if part == HEADS else (first, name)
+                return (_ROOT if part == SHARED else FILE_PREFIX) + ".".join((*found, *middle, *rest))
+        else:
+            found += _around(at)
+        found.append(part)
+        at = inside
+    return FILE_PREFIX + ".".join(found)
+
+
+def own_key(model: nn.Module, key: str) -> str:
+    """The key of the adapted model's state dict, or the path of a module, that PEFT calls so."""
+    left, found = key.removeprefix(FILE_PREFIX).split("."), list[str]()
+    if left[0] + "." == _ROOT and len(left) > 2:
+        _, first, name, *rest = left
+        return ".".join((SHARED, name, first, *rest))
+    at: nn.Module | None = model
+    while left and at is not None:
+        part, layers, around = left[0], at._modules.get(LAYERS), _around(at)
+        if part == _HEADS and HEADS in at._modules:
+            return ".".join((*found, HEADS, *left[1:]))
+        if layers is not None and part not in at._modules and len(left) > 1 and left[1] in layers._modules:
+            return ".".join((*found, LAYERS, left[1], part, *left[2:]))
+        if around and left[: len(around)] == around:
+            del left[: len(around)]
+        if left:
+            found.append(left.pop(0))
+            at = at._modules.get(found[-1])
+    return ".".join(found + left)
+
+
+def _around(module: nn.Module) -> list[str]:
+    """The names that PEFT puts between an adapted module and what is its own."""
+    return ["original_module"] * (HEADS in module._modules) + ["base_layer"] * (LAYERS in module._modules)
+
+
+class MethodConfig(PeftConfig):
+    """A config of adapterkit as a `PeftConfig`, for methods that PEFT lacks and for `peft.get_peft_model`.
+
+    Its attributes are the config's fields. Those that are set later count.
+    """
+
+    def __init__(self, config: AdapterConfig, *, task_type: str | None = None) -> None:
+        super().__init__()
+        self.__dict__.update(config.to_dict())
+        self.inference_mode = False
+        self._method, self._task_type = config.method, config.task_type
+        if task_type is not None:
+            self.task_type = task_type
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return own | {"task_type": self._task_type if self.task_type == VIEW else self.task_type}
+
+
+def to_peft(config: AdapterConfig, *, trains: bool) -> PeftConfig:
+    """The config as PEFT's own class; as a `MethodConfig` if PEFT has none that holds every field."""
+    values = config.to_dict()
+    peft_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(values.pop("peft_type"))
+    known = {field.name for field in fields(peft_class)} if peft_class is not None else set()
+    neutral: tuple[object, ...] = (None, False, {}, [], "")
+    if peft_class is None or any(name not in known and value not in neutral for name, value in values.items()):
+        made: PeftConfig = MethodConfig(config)
+    else:
+        with warnings.catch_warnings(action="ignore"):  # PEFT's advice is for those who choose the values
+            made = peft_class(**{name: value for name, value in values.items() if name in known})
+    made.inference_mode = not trains
+    return made
+
+
+def from_peft_config(config: PeftConfig) -> AdapterConfig:
+    """The config of the installed method that makes PEFT's adapter of `config`.
+
+    Raises:
+        UnknownNameError: no installed method has its type.
+        UnsupportedError: a field that the method does not implement.
+    """
+    values = {"modules_to_save": None, **_plain(config.to_dict())}
+    if isinstance(config, MethodConfig):
+        method = default_registry.method(config._method)
+    else:
+        method = default_registry.claim(values, f"This {type(config).__name__}")
+    return method.config_type().from_dict(values)
+
+
+def _plain(value: Any) -> Any:
+    """What a JSON file would give back."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

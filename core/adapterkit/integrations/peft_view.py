@@ -1,0 +1,480 @@
+"""An adapted model as a `peft.PeftModel`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from adapterkit.adapters import Adapters, attach
+from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
+from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
+from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, to_peft
+from adapterkit.model import BaseModules
+from adapterkit.results import LoadReport
+from adapterkit.tensors import process_groups
+
+# PEFT saves the adapter of this name in the folder itself, and others in subfolders.
+_FIRST = "default"
+# TRL adds an adapter of this name for its reference model, with the config of `_FIRST`.
+_REFERENCE = "ref"
+
+
+@BaseTuner.register
+class Tuner(nn.Module):
+    """`PeftModel.base_model`: what PEFT asks its tuner, answered by the adapters.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    _model_inside = "model"
+
+    def __init__(self, adapters: Adapters) -> None:
+        super().__init__()
+        self.model = adapters.model
+        self._configs: dict[str, tuple[AdapterConfig, PeftConfig]] = {}
+        self._disabled: tuple[str, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the model."""
+        return attach(self.model)
+
+    # Configs and names
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """A config of PEFT's class for each adapter, with the layers that it has. The same object as long as it holds.
+
+        A change of it changes nothing here.
+        """
+        self._configs = {name: self._config(name) for name in self.adapters.names}
+        return {name: made for name, (_, made) in self._configs.items()}
+
+    def _config(self, name: str) -> tuple[AdapterConfig, PeftConfig]:
+        adapter = self.adapters._adapter(name)
+        own, made = self._configs.get(name, (None, None))
+        if own is adapter.config and made is not None:
+            return own, made
+        heads = [path for path in adapter.heads if path not in adapter.tables]
+        base = getattr(self.model, "name_or_path", None) or None
+        paths = BaseModules(self.model).all_paths
+        config = file_config(adapter.config, adapter.layers, heads, paths, base)
+        return adapter.config, to_peft(config, trains=name in self.adapters.trainable)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act, or would if they were not disabled or merged."""
+        adapters = self.adapters
+        own = self._disabled or adapters._active.default.names or adapters.merged
+        return [name for name in own if name in adapters] or [*adapters.names[:1]]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter that acts; a list if several do."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def prefix(self) -> str:
+        """What the method's parameters begin with."""
+        config = self.adapters.config(self.active_adapters[0])
+        prefix = default_registry.method_of(config).key_rule(config).prefix
+        return prefix if isinstance(prefix, str) else prefix[0]
+
+    def children(self) -> Iterator[nn.Module]:
+        """The model alone."""
+        yield self.model
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The model, and empty modules with the names that parameters have on the view.
+
+        `Trainer` walks children for the names of parameters with weight decay, and looks for them among those of
+        `PeftModel.named_parameters`. The empty modules list these names, without values, as torch allows.
+        """
+        yield "model", self.model
+        names: dict[str, dict[str, None]] = {}
+        for path, module in self.model.named_modules():
+            for local in module._parameters if not isinstance(module, nn.LayerNorm) else ():
+                _, first, rest = peft_key(self.model, f"{path}.{local}" if path else local).split(".", 2)
+                names.setdefault(first, {})[rest] = None
+        for first, keys in names.items():
+            empty = nn.Module()
+            empty.__dict__["_parameters"] = keys
+            yield first, empty
+
+    # Which adapters act
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let these adapters act, and train unless `inference_mode`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            if name not in self.adapters:
+                raise ValueError(f"Adapter {name} not found.")
+        self.adapters.activate(*names, trainable=not inference_mode)
+        self._disabled = None
+
+    def disable_adapter_layers(self) -> None:
+        """Let no adapter act, until `enable_adapter_layers`."""
+        if self._disabled is None:
+            self._disabled = tuple(self.active_adapters)
+            self.adapters.activate()
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapters act again that acted before `disable_adapter_layers`."""
+        if self._disabled is not None:
+            self.set_adapter(self.active_adapters)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether the parameters of these adapters require gradients."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapters.parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the active one, the first that is left becomes active."""
+        if adapter_name not in self.adapters:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        was_active = adapter_name in self.active_adapters
+        self.adapters.remove(adapter_name)
+        if was_active and self.adapters.names and not self.adapters.active:
+            first = self.adapters.names[0]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {first}.",
+                stacklevel=3,
+            )
+            self.set_adapter(first)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Add adapters to the weights: `Adapters.merge`."""
+        self.adapters.merge(*(adapter_names or self.active_adapters), safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the weights: `Adapters.unmerge`."""
+        self.adapters.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters, and return the bare model: `Adapters.merge_and_detach`."""
+        return self.adapters.merge_and_detach(*(adapter_names or self.active_adapters), safe=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """Return the bare model: `Adapters.detach`."""
+        return self.adapters.detach()
+
+
+class PeftView(PeftModel):
+    """An adapted model as a `peft.PeftModel`. `as_peft` makes it.
+
+    It shows the adapters that the model has, and holds nothing of its own: an adapter that is added, renamed or removed
+    through `ak.attach(model)` is so here, and the other way. `base_model.model` is the adapted model itself. Names of
+    parameters and buffers are PEFT's (see `peft_names`), in `named_parameters`, in state dicts and where one is asked
+    for by name; names of modules are the model's.
+
+    The constructor is PEFT's: it adds an adapter to a model.
+    """
+
+    _model_inside = "base_model"
+    base_model: Tuner
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = _FIRST,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        attach(model).add(adapter_name, from_peft_config(peft_config))
+        self._show(attach(model))
+
+    @classmethod
+    def of(cls, adapters: Adapters) -> Self:
+        """A view of these adapters."""
+        view = cls.__new__(cls)
+        view._show(adapters)
+        return view
+
+    def _show(self, adapters: Adapters) -> None:
+        nn.Module.__init__(self)
+        self.base_model = Tuner(adapters)
+        self.special_peft_forward_args = {"adapter_names"}
+        self._is_prompt_learning, self._adapters_disabled = False, False
+        nn.Module.register_state_dict_post_hook(self, _rename_written)
+        nn.Module.register_load_state_dict_pre_hook(self, _rename_given)
+        nn.Module.register_load_state_dict_post_hook(self, _rename_reported)
+        checkpointing = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers renamed it
+        if next((getattr(adapters.model, name) for name in checkpointing if hasattr(adapters.model, name)), False):
+            self.prepare_model_for_gradient_checkpointing(adapters.model)  # type: ignore[arg-type]
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the model."""
+        return self.base_model.adapters
+
+    def get_base_model(self) -> nn.Module:
+        """The adapted model."""
+        return self.base_model.model
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """See `Tuner.peft_config`."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """See `Tuner.active_adapters`."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:  # type: ignore[override]
+        """The first of the adapters that act."""
+        return self.base_model.active_adapters[0]
+
+    @property
+    def peft_type(self) -> Any:  # type: ignore[override]
+        """The type of the active adapter's config."""
+        return self.active_peft_config.peft_type
+
+    # Calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's. `adapter_names` gives each row of the batch its own adapter, or none (`"__base__"`)."""
+        with self._rows(kwargs):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's, with `adapter_names` as in `forward`."""
+        model: Any = self.base_model.model
+        with self._rows(kwargs):
+            return model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with self.adapters.per_sample([None if name == "__base__" else name for name in names]):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model for a `with` block: `Adapters.disabled`."""
+        before, self._adapters_disabled = self._adapters_disabled, True
+        try:
+            with self.adapters.disabled():
+                yield
+        finally:
+            self._adapters_disabled = before
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter, which does not act yet.
+
+        TRL adds `"ref"` with the config of `"default"` and then copies the parameters whose name has `.default.` in
+        it, which are not all of every method. So this one starts as a copy.
+        """
+        if adapter_name in self.adapters:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        if adapter_name == _REFERENCE and peft_config is self.peft_config.get(_FIRST):
+            self.adapters.copy(_FIRST, adapter_name)
+        else:
+            self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """See `Tuner.set_adapter`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `Tuner.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """See `Tuner.set_requires_grad`."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters with `Adapters.save`, and a model card: `"default"` to the folder, others to subfolders.
+
+        Args:
+            selected_adapters: `None`: all.
+            safe_serialization: `False` writes `adapter_model.bin`.
+            save_embedding_layers: `embeddings` of `Adapters.save`; `"auto"`: if the vocabulary was resized.
+            path_initial_model_for_weight_conversion: not needed. A file of PiSSA or OLoRA is plain LoRA already.
+        """
+        if Path(save_directory).is_file():
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = self.adapters.names if selected_adapters is None else selected_adapters
+        if any(name not in self.adapters for name in names):
+            raise ValueError(
+                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.adapters.names)} - got {selected_adapters}."
+            )
+        source = kwargs.get("state_dict")
+        if source is not None:
+            source = {own_key(self.base_model.model, key): tensor for key, tensor in source.items()}
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.create_or_update_model_card(str(save_directory))
+        embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        for name in names:
+            folder = Path(save_directory) / ("" if name == _FIRST else name)
+            together = source is None and process_groups([*self.adapters.parameters(name)])
+            if is_main_process or together:
+                self.adapters.save(name, folder, source=source, embeddings=embeddings)
+            if is_main_process and not safe_serialization:
+                torch.save(read(folder).tensors, folder / PICKLE_FILE)
+                (folder / WEIGHTS_FILE).unlink()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = _FIRST,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Load an adapter from a folder or from the hub on a model, and return the view."""
+        adapters = attach(model)
+        where = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
+        adapters.load(model_id, adapter_name, trainable=is_trainable, strict=False, **where)
+        return cls.of(adapters)
+
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> _IncompatibleKeys:
+        """Load an adapter from a folder or from the hub; if there is one of this name, load its tensors.
+
+        Args:
+            is_trainable: whether a new adapter trains. Without, the model goes to evaluation mode, as PEFT does it.
+
+        Returns:
+            The names of the tensors that the file lacks, and of those that belong to nothing, under PEFT's keys.
+
+        Raises:
+            RuntimeError: tensors of other shapes, unless `ignore_mismatched_sizes`.
+        """
+        where = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
+        adapters, loose = self.adapters, bool(kwargs.get("ignore_mismatched_sizes"))
+        if adapter_name in adapters:
+            tensors = read(adapter_folder(model_id, **where)).tensors
+            adapter = adapters._adapter(adapter_name)
+            method = default_registry.method_of(adapter.config)
+            _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], loose)
+            report = adapters.load_state_dict(adapter_name, tensors, strict=False)
+        else:
+            report = adapters.load(
+                model_id, adapter_name, activate=False, trainable=is_trainable, strict=False, **where
+            )
+            try:
+                _check_sizes(report, loose)
+            except RuntimeError:
+                adapters.remove(adapter_name)
+                raise
+        if not is_trainable:
+            self.eval()
+        return self._keys(adapter_name, report)
+
+    def _keys(self, name: str, report: LoadReport) -> _IncompatibleKeys:
+        model = self.base_model.model
+        keys = {file: peft_key(model, memory) for file, memory, _ in file_places(self.adapters._adapter(name))}
+        return _IncompatibleKeys([keys.get(key, key) for key in report.missing], list(report.unexpected))
+
+    # Names
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter under PEFT's name."""
+        return self._renamed(super().named_parameters, *args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Every buffer under PEFT's name."""
+        return self._renamed(super().named_buffers, *args, **kwargs)
+
+    def _renamed(self, members: Any, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        for key, member in members("", *args, **kwargs):
+            name = peft_key(self.base_model.model, key.removeprefix(FILE_PREFIX))
+            yield (f"{prefix}.{name}" if prefix else name), member
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter that PEFT calls so."""
+        return self.base_model.model.get_parameter(own_key(self.base_model.model, target))
+
+    def get_buffer(self, target: str) -> Tensor:
+        """The buffer that PEFT calls so."""
+        return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
+
+
+def _check_sizes(report: LoadReport, loose: bool) -> None:
+    if report.mismatched and not loose:
+        raise RuntimeError("\n".join(f"size mismatch for {mismatch}" for mismatch in report.mismatched))
+
+
+def _rename_written(view: PeftView, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+    """Give a state dict that the view has written PEFT's keys, in their order."""
+    for key in [key for key in state if key.startswith(prefix + FILE_PREFIX)]:
+        name = peft_key(view.base_model.model, key.removeprefix(prefix + FILE_PREFIX))
+        state[prefix + name] = state.pop(key)
+
+
+def _rename_given(view: PeftView, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    """Give a state dict with PEFT's keys the model's keys, for `load_state_dict`."""
+    root = f"{prefix}base_model."
+    for key in [key for key in state if key.startswith(root)]:
+        name = own_key(view.base_model.model, key.removeprefix(prefix))
+        state[prefix + FILE_PREFIX + name] = state.pop(key)
+
+
+def _rename_reported(view: PeftView, report: Any) -> None:
+    """Give the keys that `load_state_dict` reports PEFT's names."""
+    for keys in (report.missing_keys, report.unexpected_keys):
+        for i, key in enumerate(keys):
+            if key.startswith(FILE_PREFIX):
+                keys[i] = peft_key(view.base_model.model, key.removeprefix(FILE_PREFIX))
+
+
+# `peft.get_peft_model` makes a view of a config from `as_peft(config)`.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING[VIEW] = PeftView

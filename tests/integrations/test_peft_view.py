@@ -1,0 +1,241 @@
+"""`ak.as_peft(model)`: names, configs, files and calls are PEFT's own, and the adapters are the model's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests.models import MODELS, build
+
+import adapterkit as ak
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "lora": (LoraConfig, peft.LoraConfig),
+    "loha": (LoHaConfig, peft.LoHaConfig),
+    "vera": (VeraConfig, peft.VeraConfig),
+}
+PLACES = {
+    "layers": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    "layers and a head": ("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}),
+    "a head of several layers": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+}
+
+
+def both(method: str, place: str) -> tuple[Any, Any]:
+    """A view, and PEFT's own model of the same config."""
+    name, fields = PLACES[place]
+    ours, theirs = PAIRS[method]
+    model = build(name)
+    ak.attach(model).add("default", ours(r=2, **fields))
+    return ak.as_peft(model), peft.get_peft_model(build(name), theirs(r=2, **fields))
+
+
+def view(**fields: Any) -> tuple[Any, ak.Adapters]:
+    model = build("llama")
+    adapters = ak.attach(model)
+    adapters.add("default", LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **fields}))
+    return ak.as_peft(model), adapters
+
+
+def out(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(**MODELS["llama"].inputs()).logits
+    return result
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", PAIRS)
+def test_parameters_have_the_names_that_peft_gives_them(method: str, place: str) -> None:
+    ours, theirs = both(method, place)
+    found = {name: (p.shape, p.requires_grad) for name, p in ours.named_parameters()}
+    assert found == {name: (p.shape, p.requires_grad) for name, p in theirs.named_parameters()}
+    assert all(ours.get_parameter(name) is parameter for name, parameter in ours.named_parameters())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", PAIRS)
+def test_a_state_dict_has_the_keys_of_peft_and_goes_back(method: str, place: str) -> None:
+    ours, theirs = both(method, place)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    again = {key for key in expected if ".vera_A." in key or ".vera_B." in key}  # PEFT's layers list shared tensors too
+    assert state.keys() == expected.keys() - {key for key in again if not key.startswith("base_model.vera_")}
+    other = {key: torch.randn_like(value) for key, value in state.items()}
+    assert str(ours.load_state_dict(other)) == "<All keys matched successfully>"
+    assert all(torch.equal(value, other[key]) for key, value in ours.state_dict().items())
+
+
+def test_a_state_dict_names_what_it_lacks_as_peft_does() -> None:
+    ours, _ = view()
+    state = ours.state_dict()
+    key = next(key for key in state if ".lora_A." in key)
+    del state[key]
+    state["base_model.model.other"] = torch.zeros(1)
+    assert ours.load_state_dict(state, strict=False) == ([key], ["base_model.model.other"])
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_configs_are_those_that_peft_keeps(method: str) -> None:
+    ours, theirs = both(method, "layers and a head")
+    found, expected = ours.peft_config["default"], theirs.peft_config["default"]
+    assert type(found) is type(expected)
+    assert found.to_dict() == expected.to_dict()
+    assert ours.peft_config["default"] is found
+
+
+def test_a_method_that_peft_lacks_has_a_config_that_makes_it_again() -> None:
+    ours, adapters = view()
+    config = LoraConfig(r=3, target_modules=["v_proj"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, "LORA")
+        adapters.add("other", config, activate=False)
+        made = ours.peft_config["other"]
+    assert (made.r, made.peft_type, type(made).__mro__[1]) == (3, "LORA", peft.PeftConfig)
+    ours.add_adapter("again", made)
+    assert adapters.config("again").r == 3
+
+
+def test_the_view_and_the_adapters_are_one_thing() -> None:
+    ours, adapters = view()
+    assert ak.attach(ours) is adapters
+    assert ak.as_peft(ours) is ours
+    assert isinstance(ours, peft.PeftModel)
+    assert ours.get_base_model() is adapters.model
+    adapters.add("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    assert ours.active_adapter == "other"
+    assert [*ours.peft_config] == ["default", "other"]
+    ours.set_adapter("default")
+    assert adapters.active == adapters.trainable == ("default",)
+    ours.delete_adapter("other")
+    assert adapters.names == ("default",)
+
+
+def test_an_added_adapter_does_not_act_yet() -> None:
+    ours, adapters = view()
+    before = out(ours)
+    ours.add_adapter("other", peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
+    assert adapters.active == adapters.trainable == ("default",)
+    assert torch.equal(out(ours), before)
+    ours.set_adapter("other")
+    assert not torch.equal(out(ours), before)
+
+
+def test_a_reference_adapter_starts_as_a_copy() -> None:
+    ours, adapters = view()
+    ours.add_adapter("ref", ours.peft_config["default"])
+    expected = adapters.state_dict("default")
+    assert all(torch.equal(value, expected[key]) for key, value in adapters.state_dict("ref").items())
+
+
+def test_the_adapter_that_is_left_becomes_active() -> None:
+    ours, adapters = view()
+    ours.add_adapter("other", ours.peft_config["default"])
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        ours.delete_adapter("default")
+    assert adapters.active == ("other",)
+
+
+def test_a_disabled_adapter_does_not_act_and_stays_the_active_one() -> None:
+    ours, _ = view()
+    base, adapted = out(build("llama")), out(ours)
+    with ours.disable_adapter():
+        torch.testing.assert_close(out(ours), base)
+        assert ours.active_adapter == "default"
+    ours.base_model.disable_adapter_layers()
+    torch.testing.assert_close(out(ours), base)
+    assert ours.active_adapter == "default"
+    ours.base_model.enable_adapter_layers()
+    assert torch.equal(out(ours), adapted)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_peft_reads_what_the_view_saves_and_the_other_way(safe: bool, tmp_path: Path) -> None:
+    ours, _ = view(modules_to_save=["lm_head"])
+    ours.add_adapter("other", peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
+    ours.save_pretrained(tmp_path / "ours", safe_serialization=safe)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "ours")
+    theirs.load_adapter(tmp_path / "ours" / "other", "other")
+    torch.testing.assert_close(out(theirs), out(ours))
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=safe)
+    again, _ = view(modules_to_save=["lm_head"])
+    assert again.load_adapter(tmp_path / "theirs", "default") == ([], [])
+    assert again.load_adapter(tmp_path / "theirs" / "other", "other") == ([], [])
+    for name in ("default", "other"):
+        ours.set_adapter(name)
+        again.set_adapter(name)
+        torch.testing.assert_close(out(again), out(ours))
+    assert (tmp_path / "ours" / "README.md").read_text().startswith("---")
+
+
+def test_only_selected_adapters_are_saved(tmp_path: Path) -> None:
+    ours, _ = view()
+    ours.add_adapter("other", ours.peft_config["default"])
+    ours.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "other"]
+    with pytest.raises(ValueError, match="selected_adapters"):
+        ours.save_pretrained(tmp_path, selected_adapters=["none"])
+
+
+def test_a_file_that_lacks_tensors_says_which(tmp_path: Path) -> None:
+    view(target_modules=["v_proj"])[1].save("default", tmp_path)
+    ours, adapters = view(target_modules=["q_proj", "v_proj"])
+    with pytest.warns(ak.AdapterWarning, match="missing"):
+        result = ours.load_adapter(tmp_path, "default")
+    lacking = {name for name, _ in ours.named_parameters() if "q_proj.lora_" in name}
+    assert set(result.missing_keys) == lacking
+    other = build("llama", seed=1)
+    ak.attach(other).add("t", LoraConfig(r=3, target_modules=["v_proj"]))
+    ak.attach(other).save("t", tmp_path)
+    before = adapters.state_dict("default")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ours.load_adapter(tmp_path, "default")
+    assert all(torch.equal(value, before[key]) for key, value in adapters.state_dict("default").items())
+
+
+def test_a_config_makes_a_view_in_get_peft_model() -> None:
+    made = peft.get_peft_model(build("llama"), ak.as_peft(LoraConfig(r=3, target_modules=["q_proj"])))
+    assert ak.attach(made).config("default").r == 3
+    assert type(made.peft_config["default"]) is peft.LoraConfig
+
+
+def test_a_model_without_adapters_has_no_view() -> None:
+    with pytest.raises(ak.StateError, match="Add one first"):
+        ak.as_peft(build("llama"))
+
+
+def test_a_peft_model_is_not_attached_to() -> None:
+    theirs = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2))
+    with pytest.raises(ak.ConfigError, match="from_peft"):
+        ak.attach(theirs)
+
+
+WITHOUT_PEFT = """
+import sys
+sys.modules["peft"] = None
+import torch, adapterkit as ak
+from adapterkit_lora import LoraConfig
+model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+ak.attach(model).add("default", LoraConfig(target_modules=["0"]))
+try:
+    ak.as_peft(model)
+except ak.UnsupportedError as error:
+    print(error)
+"""
+
+
+def test_without_peft_it_says_what_to_install() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True, check=True)
+    assert "pip install peft" in run.stdout
+
+
+def test_importing_adapterkit_does_not_import_peft() -> None:
+    code = "import sys, adapterkit; print('peft' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
