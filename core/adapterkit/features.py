@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.combining import working
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError
-from adapterkit.files import appearing, as_bytes, local_path
+from adapterkit.files import Entry, appearing, as_bytes, dtype_name, local_path, write_header
 from adapterkit.forward import original_class
 from adapterkit.model import inner_model
 
@@ -26,10 +25,8 @@ Batches = Iterable[Mapping[str, Any]]
 LAST = "last"
 # transformers 5 records hidden states by hooks that it leaves on the model, and marks the model that has them.
 _CAPTURING = "_output_capturing_hooks_installed"
-# The header of a streamed file comes before the data and holds the final size. The format allows spaces after its
-# JSON, so the file starts with room for it, and the header is written last.
-_HEADER_BYTES = 248
-_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+# The header of a streamed file holds the final size. The file starts with room for it, and it is written last.
+_HEADER_BYTES = 256
 _NO_BATCHES = "There are no batches. A generator can be read only once."
 
 
@@ -198,7 +195,7 @@ def _streamed(parts: Iterable[Tensor], path: Path) -> Path:
     with ExitStack() as stack:
         with _saving(path):
             file = stack.enter_context(stack.enter_context(appearing(path)).open("wb"))
-            file.write(b" " * (8 + _HEADER_BYTES))
+            file.write(b" " * _HEADER_BYTES)
         for part in parts:  # an error of the caller's data is not an error of saving
             first = part[:0] if first is None else first
             if part.shape[1:] != first.shape[1:]:
@@ -212,11 +209,10 @@ def _streamed(parts: Iterable[Tensor], path: Path) -> Path:
         if first is None:
             raise ConfigError(_NO_BATCHES)
         with _saving(path):
-            end = file.tell() - 8 - _HEADER_BYTES
-            entry = {"dtype": _DTYPES[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [0, end]}
-            header = json.dumps({"__metadata__": {"format": "pt"}, "features": entry}).encode()
+            shape, end = (rows, *first.shape[1:]), file.tell() - _HEADER_BYTES
+            entry = Entry("features", dtype_name(first.dtype), shape, path, 0, end)
             file.seek(0)
-            file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
+            file.write(write_header([entry], {"format": "pt"}, _HEADER_BYTES))
             stack.close()
     return path
 

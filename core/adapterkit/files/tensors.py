@@ -150,13 +150,18 @@ def read_header(file: Path) -> Shard:
     return Shard(file, header, entries, metadata, size)
 
 
-def write_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file with these tensors; their bytes are laid out by the caller, from 0 at the header's end."""
+def write_header(entries: Sequence[Entry], metadata: Mapping[str, str], size: int = 0) -> bytes:
+    """The header of a file with these tensors; their bytes are laid out by the caller, from 0 at the header's end.
+
+    Args:
+        size: fill it with spaces to this size, a multiple of 8.
+    """
     table: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     for e in entries:
         table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # data that begins at a multiple of 8 can be mapped as it is
+    # Data that begins at a multiple of 8 can be mapped as it is.
+    text = text.ljust(max(-(-len(text) // 8) * 8, size - _LENGTH_BYTES))
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
