@@ -193,3 +193,28 @@ def test_gradients_are_pefts(method: str, name: str) -> None:
     assert len(found) == len(expected) > 0
     for key, grad in found.items():
         torch.testing.assert_close(grad, expected[f"base_model.model.{key}.default"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        pytest.param("bert", {"bias": "all", "modules_to_save": ["classifier"]}, id="biases of heads twice more"),
+        pytest.param("bert", {"bias": "lora_only", "modules_to_save": ["sifier"]}, id="a head that ends alike"),
+        pytest.param("convnet", {"bias": "all", "modules_to_save": ["head", "norm"]}, id="several heads"),
+        pytest.param("llama", {"modules_to_save": ["mlp", "down_proj"]}, id="a head inside another"),
+        pytest.param("llama", {"modules_to_save": ["embed_tokens"]}, id="a table"),
+    ],
+)
+def test_tensors_are_sorted_alike_on_a_model_and_without_one(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    saved_by_peft("lora", build(name), tmp_path, name, **fields)
+    adapters = ak.attach(build(name))
+    adapters.load(tmp_path, "a")
+    for base in (None, build(name)):
+        found = ak.inspect_adapter(tmp_path, base=base)
+        assert (found.unknown, found.missing, found.mismatched) == ((), (), ())
+        assert {layer.path for layer in found.layers} == {*adapters.layers("a")}
+        shapes = {p: {n: tuple(t.shape) for n, t in m.state_dict().items()} for p, m in adapters.heads("a").items()}
+        assert found.heads == shapes
+        own = (key for key, _ in adapters.named_parameters("a") if "lora_" not in key)
+        biases = {key.removesuffix(".bias") for key in own if not key.startswith(tuple(f"{p}." for p in shapes))}
+        assert {*found.biases} == biases
