@@ -54,6 +54,7 @@ from adapterkit.model import (
     copy_head,
     inner_model,
     labels_of_new_head,
+    parameter_groups,
     resized_tables,
     select_on,
     tables,
@@ -224,6 +225,34 @@ class Adapters:
         adapter = self._adapter(name)
         reshard(self.model)  # after a forward FSDP2 leaves copies in place, which an optimizer must not get
         return adapter.named_parameters()
+
+    def parameter_groups(
+        self, options: Mapping[str, Mapping[str, Any]] | None = None, *, lora_plus_ratio: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer, with every parameter that trains in exactly one of them.
+
+        `torch.optim.AdamW(adapters.parameter_groups({"a": {"lr": 1e-3}, "b": {"lr": 1e-4}}))`.
+
+        Args:
+            options: of the groups of an adapter, such as `lr` and `weight_decay`. Adapters that train and are not named
+                have groups too, with the optimizer's own options.
+            lora_plus_ratio: LoRA+ (Hayou et al. 2024, arXiv 2402.12354): a layer's up factor B has a group of its own,
+                `"<adapter>.up"`, with `lr` times this ratio. Heads, biases and all else have the plain `lr`.
+
+        Raises:
+            UnknownNameError: no such adapter.
+            StateError: an adapter that does not train is named, or none trains.
+            ConfigError: malformed options, or a ratio where the options have no `lr`.
+            UnsupportedError: a ratio, and a method whose layers name no up factor (LoHa, VeRA).
+        """
+        options, trainable = options or {}, self.trainable
+        if not trainable:
+            raise StateError("No adapter trains, so there is nothing for an optimizer. Call activate first.")
+        for name in options:
+            if self._adapter(name).name not in trainable:
+                raise StateError(f"Adapter {name!r} does not train. Call activate first, with all that should train.")
+        reshard(self.model)
+        return parameter_groups([self._adapters[name] for name in trainable], options, lora_plus_ratio)
 
     def status(self) -> Status:
         """A table of the adapters; `print` shows it.

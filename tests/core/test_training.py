@@ -210,3 +210,93 @@ def test_tensors_that_a_method_hides_are_refused_with_what_to_do() -> None:
     adapters.add("a", KeepingConfig(target_modules=["0"]))
     with pytest.raises(ak.PluginError, match=r"KeepingLayer keeps tensors in its attribute 'seen'.*register_buffer"):
         adapters.training_state("a")
+
+
+# Groups for an optimizer
+
+
+def grouped(groups: list[dict[str, Any]]) -> dict[str, tuple[float | None, set[int]]]:
+    return {group["name"]: (group.get("lr"), {id(p) for p in group["params"]}) for group in groups}
+
+
+def ids(adapters: ak.Adapters, name: str, ending: str = "") -> set[int]:
+    return {id(p) for key, p in adapters.named_parameters(name) if key.endswith(ending)}
+
+
+def test_each_adapter_has_its_options_and_each_trained_parameter_one_group(trained: Trained) -> None:
+    adapters = trained(build("bert"), "a", "b", "c", "d", target_modules=["query"], modules_to_save=None, bias="all")
+    adapters.activate("a", "b", "c")
+    next(iter(adapters.parameters("c"))).requires_grad_(False)
+    groups = adapters.parameter_groups({"b": {"lr": 1e-4, "weight_decay": 0.1}, "a": {"lr": 1e-3}})
+    frozen = id(next(iter(adapters.parameters("c"))))
+    assert grouped(groups) == {
+        "a": (1e-3, ids(adapters, "a")),
+        "b": (1e-4, ids(adapters, "b")),
+        "c": (None, ids(adapters, "c") - {frozen}),
+    }
+    optimizer = torch.optim.AdamW(groups, lr=5.0, weight_decay=0.0)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (1e-3, 0),
+        (1e-4, 0.1),
+        (5, 0),
+    ]
+    assert grouped(adapters.parameter_groups()).keys() == {"a", "b", "c"}
+
+
+def test_lora_plus_gives_the_up_factor_a_larger_rate_and_all_else_the_plain_one() -> None:
+    adapters = ak.attach(build("bert"))
+    config = LoraConfig(r=2, target_modules=["query", "word_embeddings"], bias="all", modules_to_save=["classifier"])
+    adapters.add("a", config)
+    groups = grouped(adapters.parameter_groups({"a": {"lr": 1e-4}}, lora_plus_ratio=16))
+    up = ids(adapters, "a", "lora_B.weight") | ids(adapters, "a", "lora_embedding_B")
+    assert groups == {"a": (1e-4, ids(adapters, "a") - up), "a.up": (1.6e-3, up)}
+    assert len(up) == 3
+
+
+def test_two_rates_train_two_adapters_as_two_optimizers_do() -> None:
+    ends = []
+    for joined in (True, False):
+        adapters = ak.attach(build("bert"))
+        torch.manual_seed(3)
+        for name in "ab":
+            adapters.add(name, LoraConfig(r=2, target_modules=["query"], modules_to_save=None))
+        adapters.activate("a", "b")
+        rates = {"a": 0.1, "b": 0.01}
+        groups = adapters.parameter_groups({name: {"lr": lr} for name, lr in rates.items()})
+        optimizers = [torch.optim.AdamW(groups)] if joined else []
+        optimizers += [] if joined else [torch.optim.AdamW(adapters.parameters(n), lr=lr) for n, lr in rates.items()]
+        for _ in range(3):
+            adapters.model(**inputs("bert")).logits.square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append([p.detach() for name in "ab" for p in adapters.parameters(name)])
+    for a, b in zip(*ends, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "error", "message"),
+    [
+        ({"x": {"lr": 1.0}}, None, ak.UnknownNameError, "Unknown adapter 'x'"),
+        ({"b": {"lr": 1.0}}, None, ak.StateError, "Adapter 'b' does not train. Call activate"),
+        ({"a": 0.1}, None, ak.ConfigError, "options of 'a' must be those of a group"),
+        ({"a": {"params": []}}, None, ak.ConfigError, "options of 'a' must be those of a group"),
+        ({"a": {"lr": 1.0}}, 0, ak.ConfigError, "lora_plus_ratio = 0 must be a positive number"),
+        ({}, 16, ak.ConfigError, "the options of 'a' have none"),
+        ({"v": {"lr": 1.0}, "a": {"lr": 1.0}}, 16, ak.UnsupportedError, "the method is 'vera'"),
+    ],
+)
+def test_groups_that_would_leave_something_out_are_refused(
+    options: Any, ratio: float | None, error: type[Exception], message: str
+) -> None:
+    adapters = ak.attach(build("bert"))
+    for name in "ab":
+        adapters.add(name, LoraConfig(r=2, target_modules=["query"], modules_to_save=None))
+    adapters.add("v", VeraConfig(r=2, target_modules=["query"], modules_to_save=None))
+    adapters.activate("a", "v")
+    with pytest.raises(error, match=message):
+        adapters.parameter_groups(options, lora_plus_ratio=ratio)
+    adapters.activate()
+    with pytest.raises(ak.StateError, match="No adapter trains"):
+        adapters.parameter_groups()

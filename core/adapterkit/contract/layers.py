@@ -136,6 +136,8 @@ class AdapterLayer(nn.Module):
         any_module: of the class: the layer changes a module's call, so that any module can be a target, such as a block
             or an attention. `forward(base, *args, **kwargs)` gets what the module is called with and returns what the
             module returns, also a tuple. Nothing is cast, and the dropouts are the author's.
+        up_factor: of the class: the names of the parameters that are B in `B A`, such as `("lora_B.weight",)`. LoRA+
+            trains them with a larger learning rate.
         method: the name of the method that made it; set by the core.
 
     Raises:
@@ -149,6 +151,7 @@ class AdapterLayer(nn.Module):
     row_dropout: float = 0.0
     row_dropout_rescales: bool = True
     module_dropout: float = 0.0
+    up_factor: ClassVar[tuple[str, ...]] = ()
     method: str = ""
     any_module: ClassVar[bool] = False
 

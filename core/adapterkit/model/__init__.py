@@ -9,6 +9,7 @@ from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.build import LayerBuilder, build_adapter
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
+from adapterkit.model.optimizing import parameter_groups
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
 from adapterkit.model.sorting import Fit, heads_in_file, layer_tensors, sort_for, sort_tensors
 from adapterkit.model.vocabulary import resized_keys, resized_tables, tables
@@ -33,6 +34,7 @@ __all__ = [
     "labels_of_new_head",
     "layer_tensors",
     "named_modules",
+    "parameter_groups",
     "resized_keys",
     "resized_tables",
     "select",

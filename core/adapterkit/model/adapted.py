@@ -14,7 +14,7 @@ from adapterkit.forward import Active, PerAdapter, State, checkpointing, install
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
-from adapterkit.model.reminders import remind
+from adapterkit.model.optimizing import remind
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
 from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted

@@ -39,6 +39,8 @@ class AdaLoraConfig(ak.AdapterConfig):
 class AdaLoraLayer(ak.LowRankLayer):
     """A file has the directions that are left, so its own tensors say how many there are."""
 
+    up_factor = ("lora_B",)
+
     def setup(self, target: ak.Target, config: AdaLoraConfig) -> None:
         """A and B normal, E zero."""
         r = len(target.file["lora_E"]) if target.file and "lora_E" in target.file else config.init_r

@@ -35,6 +35,8 @@ class DoraConfig(ak.AdapterConfig):
 class DoraLayer(ak.AdapterLayer):
     """The change depends on the weight, so `merged` says what the layer becomes."""
 
+    up_factor = ("lora_B.weight", "lora_embedding_B")
+
     def setup(self, target: ak.Target, config: DoraConfig) -> None:
         """A and B have the shapes of the layer kind, and m those of an output's channels."""
         down, up = target.kind.down_shape(config.r), target.kind.up_shape(config.r)

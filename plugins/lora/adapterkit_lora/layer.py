@@ -18,6 +18,8 @@ Init = float | Callable[[Tensor], object]
 class LoraLayer(LowRankLayer):
     """`dW = scaling * B A`: A `(r, in)`, B `(out, r)`, in the shapes of the layer kind's files."""
 
+    up_factor = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
+
     def setup(self, target: Target, config: LoraConfig) -> None:
         """See `AdapterLayer.setup`."""
         self.r, self.scaling, self.dropout = config.r, config.scaling, config.lora_dropout
