@@ -1,0 +1,79 @@
+"""torch.distributed.checkpoint: a training's state of adapters, saved by some processes and restored by others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from adapterkit.adapters import adapters_in
+from adapterkit.errors import CheckpointError
+
+
+class TrainingState(Stateful):
+    """The training state of a model's adapters, as an object with `state_dict` and `load_state_dict`.
+
+        dcp.save({"adapters": TrainingState(model), "optimizer": ...}, checkpoint_id=folder)
+        dcp.load({"adapters": TrainingState(model), "optimizer": ...}, checkpoint_id=folder)
+
+    It holds everything with which the adapters train on bit for bit (`Adapters.training_state`) and nothing of the
+    base. The number of processes and the sharding may differ between `save` and `load`. Every process must make both
+    calls. Other tools that save such objects take it too, such as accelerate's `register_for_checkpointing`.
+
+    Args:
+        model: the adapted model, wrapped or not.
+        names: which adapters; without names those that train when it is saved or loaded.
+        whole: gather FSDP2's shards, for tools that save with `torch.save`. `torch.distributed.checkpoint` saves each
+            process's shards, so no process holds more.
+
+    Raises:
+        ConfigError: the model has no adapters.
+        UnknownNameError: no such adapter.
+    """
+
+    def __init__(self, model: nn.Module, *names: str, whole: bool = False) -> None:
+        self._adapters, self._names, self._whole = adapters_in(model), names, whole
+        for name in names:
+            self._adapters.config(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the tensors, by `<adapter>.<key of its training state>`."""
+        return {f"{name}.{key}": tensor for name, state in self._states().items() for key, tensor in state.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, all or nothing.
+
+        Raises:
+            CheckpointError: it is of other adapters, or an adapter was saved with another config.
+        """
+        before = self._states()
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in before}
+        for key, tensor in state_dict.items():
+            name, _, local = key.partition(".")
+            if name not in states:
+                raise CheckpointError(
+                    f"The checkpoint holds a training of adapter {name!r}, and here "
+                    f"{', '.join(map(repr, states)) or 'none'} should be restored. Add and activate the adapters that "
+                    "were saved, under the same names, before you load."
+                )
+            states[name][local] = tensor
+        done: list[str] = []
+        try:
+            for name, state in states.items():
+                self._adapters.load_training_state(name, state)
+                done.append(name)
+        except CheckpointError:
+            for name in done:
+                self._adapters.load_training_state(name, before[name])
+            raise
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """Copies: torch.distributed.checkpoint reads into the tensors of `state_dict`, and that may break off."""
+        found = {}
+        for name in self._names or self._adapters.trainable:
+            sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
+            state = self._adapters.training_state(name, sharded=sharded)
+            found[name] = {key: tensor.clone() for key, tensor in state.items()}
+        return found
