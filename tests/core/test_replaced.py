@@ -85,7 +85,7 @@ REPLACED: dict[str, tuple[Callable[[Any], None], str]] = {
         lambda m: setattr(m.body[0], "__class__", Other),
         r"'body.0' was given another class \(Other\)",
     ),
-    "a weight": (resize_weight, r"'head' has another weight, of shape \(5, 6\) in place of \(3, 6\): it was replaced"),
+    "a weight": (resize_weight, r"'head' has another weight, of shape \(5, 6\) in place of \(3, 6\): it was resized"),
     "an embedding": (grow_embedding, r"'embed' has another weight, of shape \(12, 6\) in place of \(8, 6\)"),
 }
 every_way = pytest.mark.parametrize(("change", "message"), REPLACED.values(), ids=REPLACED.keys())
@@ -174,9 +174,9 @@ def test_status_and_the_first_forward_after_a_switch_for_inference_say_so(change
         (
             {},
             grow_embedding,
-            r"'embed' has another weight, of shape \(6, 12\) in place of \(6, 8\): it was resized since adapter 'a'",
+            r"'embed' has another weight, of shape \(12, 6\) in place of \(8, 6\): it was resized",
         ),
-        ({}, resize_weight, r"'head' has another weight, of shape \(5, 6\) in place of \(3, 6\): it was resized since"),
+        ({}, resize_weight, r"'head' has another weight, of shape \(5, 6\) in place of \(3, 6\): it was resized"),
         (
             {"modules_to_save": ["embed"], "target_modules": ["body.0"]},
             grow_embedding,

@@ -23,7 +23,7 @@ from adapterkit.forward.heads import BiasLayer, callable_head
 from adapterkit.forward.readers import ACTIVE
 from adapterkit.forward.tensor_parallel import mesh_of, run_split
 from adapterkit.kinds import LayerKind, dense
-from adapterkit.tensors import offload, shape_of
+from adapterkit.tensors import offload
 
 if TYPE_CHECKING:
     from adapterkit.forward.state import Active, State
@@ -316,19 +316,11 @@ def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
 
 def check_unchanged(module: nn.Module, state: State) -> None:
     """Raise `StateError` if the module changed since an active adapter was added, so that this does not fit it."""
-    weight: Any = module._parameters.get("weight")
-    whole = weight is not None and weight.is_floating_point() and weight.dim() > 1  # not packed or in pieces
+    active: Active = module.__dict__[ACTIVE]
     for container, names in ((LAYERS, state.names), (HEADS, state.heads)):
         slots: Any = module._modules.get(container)
-        for part, name in parts_of(slots, names):
-            what = part.kind.changed(module) if container == LAYERS else None
-            sizes: tuple[Any, Any] = ((), ())
-            if whole and container == LAYERS and not part.kind.fits(weight):
-                sizes = (part.kind.out_features, part.kind.in_features), tuple(part.kind.read(module).shape)
-            elif whole and isinstance(part, nn.Embedding):  # other heads may have other rows
-                sizes = tuple(shape_of(part.weight)), tuple(weight.shape)
-            if sizes[0] != sizes[1]:
-                what = f"another weight, of shape {sizes[1]} in place of {sizes[0]}: it was resized"
+        for _, name in parts_of(slots, names):
+            what = active.adapters[name].does_not_fit(slots.path)
             if what is not None:
                 raise StateError(
                     f"{slots.path!r} has {what} since adapter {name!r} was added, which was made for the old one. "
