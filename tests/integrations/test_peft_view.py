@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +241,62 @@ def test_importing_adapterkit_does_not_import_peft() -> None:
     code = "import sys, adapterkit; print('peft' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_a_view_is_the_class_that_peft_has_for_the_task() -> None:
+    ours, _ = view(task_type="CAUSAL_LM")
+    assert isinstance(ours, peft.PeftModelForCausalLM)
+    assert type(view()[0]).__mro__[1] is peft.PeftModel
+    rows = MODELS["llama"].inputs()
+    arguments = {"attention_mask": torch.ones(2, 6), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(**rows, **arguments), ours.get_base_model().generate(**rows, **arguments))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_copies_and_pickles_of_a_view_are_views_of_their_own(copied: Any) -> None:
+    ours, adapters = view(task_type="CAUSAL_LM")
+    other = copied(ours)
+    assert type(other) is type(ours)
+    assert ak.attach(other) is not adapters
+    expected = out(ours)
+    adapters.activate()
+    torch.testing.assert_close(out(other), expected)
+    assert other.active_adapter == "default"
+
+
+def test_a_folder_that_is_saved_again_holds_no_state_of_an_earlier_training(tmp_path: Path) -> None:
+    ours, adapters = view(init_lora_weights="pissa")
+    ours.save_pretrained(tmp_path, state_dict=None)
+    with torch.no_grad():
+        for parameter in adapters.parameters("default"):
+            parameter.add_(1.0)
+    expected = out(ours)
+    ours.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+    torch.testing.assert_close(out(again), expected)
+    assert not (tmp_path / "adapter_state.safetensors").exists()
+
+
+def test_a_checkpoint_of_a_training_gives_back_what_its_file_changes(tmp_path: Path) -> None:
+    ours, adapters = view(init_lora_weights="pissa")
+    with torch.no_grad():
+        for parameter in adapters.parameters("default"):
+            parameter.add_(0.1)
+    ours.save_pretrained(tmp_path, state_dict=None)
+    again, others = view(init_lora_weights="pissa")
+    assert again.load_adapter(tmp_path, "default", is_trainable=True) == ([], [])
+    for one, other in zip(adapters.parameters("default"), others.parameters("default"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_adapter_gets_the_dtype_and_the_device_that_peft_gives_it() -> None:
+    ours, adapters = view()
+    adapters.model.to(torch.bfloat16)
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"])
+    ours.add_adapter("wide", config)
+    ours.add_adapter("same", config, autocast_adapter_dtype=False)
+    ours.add_adapter("empty", config, low_cpu_mem_usage=True)
+    found = {name: {(p.dtype, p.device.type) for p in adapters.parameters(name)} for name in ("wide", "same", "empty")}
+    assert found["wide"] == {(torch.float32, "cpu")}
+    assert found["same"] == {(torch.bfloat16, "cpu")}
+    assert {device for _, device in found["empty"]} == {"meta"}

@@ -201,10 +201,6 @@ def test_every_method_trains_and_nothing_else_does(make: Callable[..., Any], met
     assert saved.ok
 
 
-RESUMED = {name: config for name, config in CONFIGS.items() if name in ("lora", "loha", "outer")}
-RESUMED["vera"] = VeraConfig(r=2, target_modules=["q_proj"])
-
-
 def assert_equal(one: Any, other: Any) -> None:
     """Within what another alignment of memory may change; a step of training changes a hundred times that."""
     expected, found = one.state_dict(), other.state_dict()
@@ -213,7 +209,7 @@ def assert_equal(one: Any, other: Any) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("config", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("make", [sft, dpo])
 def test_a_resumed_training_equals_an_uninterrupted_one(
     make: Callable[..., Any], config: ak.AdapterConfig, tmp_path: Path

@@ -6,14 +6,16 @@ Uses: errors, tensors, contract, model, files, merging.
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
-from adapterkit.checkpoints.training_files import load_states, save_state
+from adapterkit.checkpoints.training_files import STATE_FILE, load_state, load_states, save_state
 from adapterkit.checkpoints.training_state import load_training_state, training_state
 
 __all__ = [
+    "STATE_FILE",
     "LoadHooks",
     "Saver",
     "WrittenElsewhere",
     "install",
+    "load_state",
     "load_states",
     "load_training_state",
     "save_state",

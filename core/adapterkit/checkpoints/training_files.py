@@ -37,6 +37,21 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
     in_first_process(process_groups(adapter.parameters()), write)
 
 
+def load_state(adapters: Adapters, name: str, folder: Path) -> bool:
+    """Restore an adapter from the state that `save_state` wrote to this folder, under whatever name.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        CheckpointError: it was saved with another config. Nothing has changed then.
+    """
+    if not (folder / STATE_FILE).is_file():
+        return False
+    adapters.load_training_state(name, _whole_state(adapters, name, folder / STATE_FILE))
+    return True
+
+
 def load_states(adapters: Adapters, folder: Path) -> bool:
     """Restore every adapter whose state `save_state` wrote to this folder or its subfolders, all or none.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
+from adapterkit.checkpoints import STATE_FILE, load_state, save_state
 from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, to_peft
@@ -209,8 +210,9 @@ class PeftView(PeftModel):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        attach(model).add(adapter_name, from_peft_config(peft_config))
-        self._show(attach(model))
+        adapters = attach(model)
+        adapters.add(adapter_name, from_peft_config(peft_config), **_where(autocast_adapter_dtype, low_cpu_mem_usage))
+        self._show(adapters)
 
     @classmethod
     def of(cls, adapters: Adapters) -> Self:
@@ -221,6 +223,7 @@ class PeftView(PeftModel):
 
     def _show(self, adapters: Adapters) -> None:
         nn.Module.__init__(self)
+        self.__class__ = _classes.get(adapters.config(adapters.names[0]).task_type or "", PeftView)
         self.base_model = Tuner(adapters)
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning, self._adapters_disabled = False, False
@@ -311,7 +314,8 @@ class PeftView(PeftModel):
         if adapter_name == _REFERENCE and peft_config is self.peft_config.get(_FIRST):
             self.adapters.copy(_FIRST, adapter_name)
         else:
-            self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False)
+            where = _where(autocast_adapter_dtype, low_cpu_mem_usage)
+            self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """See `Tuner.set_adapter`."""
@@ -344,6 +348,8 @@ class PeftView(PeftModel):
             safe_serialization: `False` writes `adapter_model.bin`.
             save_embedding_layers: `embeddings` of `Adapters.save`; `"auto"`: if the vocabulary was resized.
             path_initial_model_for_weight_conversion: not needed. A file of PiSSA or OLoRA is plain LoRA already.
+            state_dict: take the tensors from this state dict of the view. `Trainer` passes it, also as `None`, and
+                people do not: with it a training can go on from the folder bit for bit.
         """
         if Path(save_directory).is_file():
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -353,7 +359,7 @@ class PeftView(PeftModel):
                 "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.adapters.names)} - got {selected_adapters}."
             )
-        source = kwargs.get("state_dict")
+        source, training = kwargs.get("state_dict"), "state_dict" in kwargs
         if source is not None:
             source = {own_key(self.base_model.model, key): tensor for key, tensor in source.items()}
         if is_main_process:
@@ -368,6 +374,10 @@ class PeftView(PeftModel):
             if is_main_process and not safe_serialization:
                 torch.save(read(folder).tensors, folder / PICKLE_FILE)
                 (folder / WEIGHTS_FILE).unlink()
+            if training and (is_main_process or together):
+                save_state(self.adapters, name, folder)
+            elif is_main_process:
+                (folder / STATE_FILE).unlink(missing_ok=True)  # it was of what the folder held before
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -387,7 +397,9 @@ class PeftView(PeftModel):
     def load_adapter(  # type: ignore[override]
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> _IncompatibleKeys:
-        """Load an adapter from a folder or from the hub; if there is one of this name, load its tensors.
+        """Load an adapter from a folder or from the hub; if there is one of this name, load the tensors into it.
+
+        From a checkpoint of `Trainer` such an adapter gets everything with which its training goes on bit for bit.
 
         Args:
             is_trainable: whether a new adapter trains. Without, the model goes to evaluation mode, as PEFT does it.
@@ -401,11 +413,7 @@ class PeftView(PeftModel):
         where = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
         adapters, loose = self.adapters, bool(kwargs.get("ignore_mismatched_sizes"))
         if adapter_name in adapters:
-            tensors = read(adapter_folder(model_id, **where)).tensors
-            adapter = adapters._adapter(adapter_name)
-            method = default_registry.method_of(adapter.config)
-            _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], loose)
-            report = adapters.load_state_dict(adapter_name, tensors, strict=False)
+            report = self._load_into(adapter_name, adapter_folder(model_id, **where), loose)
         else:
             report = adapters.load(
                 model_id, adapter_name, activate=False, trainable=is_trainable, strict=False, **where
@@ -418,6 +426,15 @@ class PeftView(PeftModel):
         if not is_trainable:
             self.eval()
         return self._keys(adapter_name, report)
+
+    def _load_into(self, name: str, folder: Path, loose: bool) -> LoadReport:
+        """Load the tensors of a folder into an adapter; everything of its training if the folder has that."""
+        adapters, adapter = self.adapters, self.adapters._adapter(name)
+        if load_state(adapters, name, folder):
+            return LoadReport()
+        tensors, method = read(folder).tensors, default_registry.method_of(adapter.config)
+        _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], loose)
+        return adapters.load_state_dict(name, tensors, strict=False)
 
     def _keys(self, name: str, report: LoadReport) -> _IncompatibleKeys:
         model = self.base_model.model
@@ -448,6 +465,11 @@ class PeftView(PeftModel):
         return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
 
 
+def _where(autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> dict[str, Any]:
+    """PEFT's options for a new adapter as arguments of `Adapters.add`."""
+    return {"dtype": None if autocast_adapter_dtype else "model", "device": "meta" if low_cpu_mem_usage else None}
+
+
 def _check_sizes(report: LoadReport, loose: bool) -> None:
     if report.mismatched and not loose:
         raise RuntimeError("\n".join(f"size mismatch for {mismatch}" for mismatch in report.mismatched))
@@ -476,5 +498,16 @@ def _rename_reported(view: PeftView, report: Any) -> None:
                 keys[i] = peft_key(view.base_model.model, key.removeprefix(FILE_PREFIX))
 
 
+def _of_task(task_class: type[PeftModel]) -> type[PeftView]:
+    """A view that is PEFT's class for a task, too, for those who ask with `isinstance`."""
+    body: dict[str, Any] = {"__module__": __name__, "__doc__": f"A `PeftView` that is a `peft.{task_class.__name__}`."}
+    if hasattr(task_class, "prepare_inputs_for_generation"):
+        body["prepare_inputs_for_generation"] = property(lambda view: view.base_model.prepare_inputs_for_generation)
+    made: type[PeftView] = type(task_class.__name__, (PeftView, task_class), body)
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
+
+
+_classes = {task: _of_task(task_class) for task, task_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
 # `peft.get_peft_model` makes a view of a config from `as_peft(config)`.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING[VIEW] = PeftView
