@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,37 @@ def scenario(folder: Path) -> None:
     state |= {key: value * 2 for key, value in state.items() if key.startswith("pissa") and value.is_floating_point()}
     refused(lambda: loading(state), "number of steps", error=ak.CheckpointError)
     assert all(torch.equal(value, before[key]) for key, value in two.values().items())
+
+
+def with_accelerate(folder: Path) -> None:
+    from accelerate import Accelerator
+
+    from adapterkit.integrations.accelerate import save_adapters_alone
+
+    rank = dist.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "ACCELERATE_USE_CPU": "true"}
+    accelerator = Accelerator(cpu=True)
+    save_adapters_alone(accelerator)
+    training = Training(1, sharded=False)
+    training.sharded = True  # each process has rows of its own
+    training.model, training.optimizer = accelerator.prepare(training.model, training.optimizer)
+    assert type(training.model).__name__ == "DistributedDataParallel"
+    training.step()
+    accelerator.save_state(str(folder / "state"))
+    accelerator.wait_for_everyone()
+    saved = training.values()
+    assert not [*(folder / "state").glob("*.safetensors")]  # nothing of the base
+    training.step()
+    after = training.values()
+    accelerator.load_state(str(folder / "state"))
+    assert all(torch.equal(value, saved[key]) for key, value in training.values().items())
+    training.step()
+    close(training.values(), after)
+
+
+def test_accelerate_saves_adapters_alone_once(tmp_path: Path) -> None:
+    on_two_processes(with_accelerate, tmp_path)
 
 
 def test_a_training_is_saved_by_two_processes_and_goes_on_in_one_and_back(tmp_path: Path) -> None:

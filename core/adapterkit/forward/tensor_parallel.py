@@ -72,16 +72,16 @@ def _why_whole(module: nn.Module, layer: Any, copied: bool) -> str:
     """Why the module must be whole for an adapter that has this layer there, or a copy; empty if it need not be."""
     if copied and any(mesh_of(inner) is not None for inner in module.modules()):
         return "tensor parallelism splits it between processes, and no copy of it can be trained"
-    mesh = mesh_of(module)
-    if mesh is None:
+    mesh, unknown = mesh_of(module), "the model's tp_plan changes it in a way that adapters do not follow"
+    if mesh is None:  # styles that change gradients, and releases of transformers before `DTensor`s
         styled = getattr(module.__dict__.get("forward"), "__module__", "") == _STYLES
-        return "the model's tp_plan leaves its weight whole but changes its gradients" if styled else ""
+        return unknown if styled or getattr(module, "_hf_tp_plan", None) is not None else ""
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = module._parameters["weight"].placements  # type: ignore[union-attr]
     plain = isinstance(module, nn.Linear | nn.Embedding) and mesh.ndim == 1
+    placements = module._parameters["weight"].placements  # type: ignore[union-attr]
     if not plain or any(type(placement) not in (Shard, Replicate) for placement in placements):
-        return f"tensor parallelism splits it in a way that adapters cannot follow, {placements}"
+        return unknown
     if layer is not None and not layer.additive:
         return f"tensor parallelism splits it, and the method {layer.method!r} computes the output itself"
     return ""
