@@ -1,15 +1,20 @@
-"""Merging where some layers are quantised: refused before anything is written, and the model is as it was."""
+"""Quantised bases: they train with the mixin, and a merge is refused before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.models import build
 from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
+
+from .test_trainer import sft_with_mixin
 
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
 
@@ -53,6 +58,62 @@ def test_one_quantised_layer_refuses_the_whole_merge(quantise: Callable[[nn.Modu
 @torch.no_grad()
 def output(model: nn.Module) -> Tensor:
     return model(X)
+
+
+def from_pretrained(config: Any, folder: Path) -> Any:
+    """A tiny language model that transformers quantises as it loads it."""
+    import transformers
+
+    build("llama").save_pretrained(folder)
+    auto: Any = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)
+
+
+def bitsandbytes(bits: int) -> Any:
+    import transformers
+
+    pytest.importorskip("bitsandbytes")
+    return transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+
+def torchao() -> Any:
+    import transformers
+
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def quanto() -> Any:
+    import transformers
+
+    pytest.importorskip("optimum.quanto")
+    return transformers.QuantoConfig(weights="int8")
+
+
+# bitsandbytes' own layers are of no kind that can be adapted, but those that it leaves as they are can be.
+LOADED = {
+    "bitsandbytes, 4 bits": (lambda: bitsandbytes(4), ["lm_head"]),
+    "bitsandbytes, 8 bits": (lambda: bitsandbytes(8), ["lm_head"]),
+    "torchao": (torchao, "all-linear"),
+    "quanto": (quanto, "all-linear"),
+}
+
+
+@pytest.mark.parametrize(("config", "targets"), LOADED.values(), ids=LOADED.keys())
+def test_a_quantised_model_trains_with_the_mixin_and_resumes(config: Any, targets: Any, tmp_path: Path) -> None:
+    states = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        model = from_pretrained(config(), tmp_path / "base")
+        torch.manual_seed(3)
+        adapters = ak.attach(model)
+        adapters.add("t", LoraConfig(r=2, target_modules=targets, lora_dropout=0.1))
+        start = {key: tensor.clone() for key, tensor in adapters.training_state("t").items()}
+        sft_with_mixin(model, tmp_path).train(resume_from_checkpoint=checkpoint)
+        assert model.is_quantized
+        states.append(adapters.training_state("t"))
+        assert any(not torch.equal(start[key], tensor) for key, tensor in states[-1].items())
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor, rtol=1e-4, atol=1e-4)
 
 
 QUANTISED = [int8_of_torchao, int8_of_quanto]

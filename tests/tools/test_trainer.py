@@ -1,4 +1,4 @@
-"""TRL's trainers on an adapted model: train, save, resume, compare."""
+"""TRL's trainers on an adapted model, as they are and with the mixin: train, save, resume, compare."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tests.core import test_trainer_mixin
 from tests.models import build
 from torch import Tensor
 
 import adapterkit as ak
+from adapterkit.integrations.transformers import AdapterTrainerMixin
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
@@ -42,11 +44,21 @@ def adapted(config: ak.AdapterConfig = LORA) -> tuple[Any, ak.Adapters]:
     return model, adapters
 
 
-def sft(model: Any, folder: Path, **options: Any) -> Any:
+def sft(model: Any, folder: Path, cls: Any = None, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(str(folder), **{**OPTIONS, **options})
-    return SFTTrainer(model, arguments, train_dataset=texts(), eval_dataset=texts(4), processing_class=tokenizer())
+    data = {"train_dataset": texts(), "eval_dataset": texts(4), "processing_class": tokenizer()}
+    return (cls or SFTTrainer)(model, arguments, **data)
+
+
+def sft_with_mixin(model: Any, folder: Path, **options: Any) -> Any:
+    from trl import SFTTrainer
+
+    class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
+        pass
+
+    return sft(model, folder, AdapterSFTTrainer, **options)
 
 
 def dpo(model: Any, folder: Path, **options: Any) -> Any:
@@ -70,7 +82,7 @@ def assert_equal(one: Any, other: Any) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=key)
 
 
-TRAINERS = pytest.mark.parametrize("trainer", [sft, dpo])
+TRAINERS = pytest.mark.parametrize("trainer", [sft, sft_with_mixin, dpo])
 
 
 def values(model: Any) -> dict[str, Tensor]:
@@ -105,11 +117,20 @@ def test_a_resumed_training_equals_an_uninterrupted_one(config: ak.AdapterConfig
     assert_equal(model, again)
 
 
+def test_a_compiled_training_resumes(tmp_path: Path) -> None:
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    model, again = (test_trainer_mixin.MODELS["PiSSA"]() for _ in range(2))
+    test_trainer_mixin.trainer(model, tmp_path, **options).train()
+    run = test_trainer_mixin.trainer(again, tmp_path, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(model, again)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from tests.tools.test_trainer import adapted, sft
+from tests.tools.test_trainer import adapted, sft_with_mixin
 from transformers import TrainerCallback
 
 torch.set_num_threads(1)
@@ -119,7 +140,7 @@ class Kill(TrainerCallback):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-run = sft(adapted()[0], Path(sys.argv[1]))
+run = sft_with_mixin(adapted()[0], Path(sys.argv[1]))
 run.add_callback(Kill())
 run.train()
 """
@@ -131,9 +152,9 @@ def test_a_training_that_was_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> 
     killed = subprocess.run(command, cwd=root, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     model, _ = adapted()
-    sft(model, tmp_path / "whole").train()
+    sft_with_mixin(model, tmp_path / "whole").train()
     again, _ = adapted()
-    sft(again, tmp_path / "killed").train(resume_from_checkpoint=True)
+    sft_with_mixin(again, tmp_path / "killed").train(resume_from_checkpoint=True)
     assert_equal(model, again)
 
 
