@@ -89,12 +89,15 @@ IDS = [*MODELS, "gradient accumulation", "gradient checkpointing"]
 
 
 def trainer(model: nn.Module, folder: Path, *, cls: type[Trainer] = AdapterTrainer, **options: Any) -> Any:
-    """With an epsilon that keeps Adam from blowing up what another alignment of memory changes in small gradients."""
+    """The options that are the mixin's own go there, the others to the arguments.
+
+    With an epsilon that keeps Adam from blowing up what another alignment of memory changes in small gradients."""
+    own = {name: options.pop(name) for name in ("adapter_options", "lora_plus_ratio") if name in options}
     given = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "report_to": "none"}
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **{**given, **options}
     )
-    return cls(model, arguments, train_dataset=Sentences(), eval_dataset=Sentences())
+    return cls(model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), **own)
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -278,3 +281,25 @@ def test_a_plain_trainer_says_what_the_method_lacks(tmp_path: Path) -> None:
         ak.AdapterWarning, match=r"'t' trains without a part of its method 'adalora'.*AdapterTrainerMixin"
     ):
         trainer(model, tmp_path, cls=Trainer, save_strategy="no").train()
+
+
+def test_each_adapter_has_its_learning_rate_and_b_that_of_lora_plus(tmp_path: Path) -> None:
+    model = adapted(LoraConfig(r=2, target_modules=TARGETS))
+    adapters = ak.attach(model)
+    adapters.add("s", LoraConfig(r=2, target_modules=["key"], modules_to_save=None))
+    adapters.activate("t", "s")
+    norm = model.bert.embeddings.LayerNorm.weight.requires_grad_()
+    run = trainer(model, tmp_path, adapter_options={"s": {"lr": 1e-4}}, lora_plus_ratio=16, weight_decay=0.1)
+    rates = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in run.create_optimizer().param_groups
+        for p in group["params"]
+    }
+    for name, plain in (("t", 1e-2), ("s", 1e-4)):
+        for key, parameter in adapters.named_parameters(name):
+            assert rates.pop(id(parameter)) == pytest.approx((plain * (16 if "lora_B" in key else 1), 0.1))
+    assert rates == {id(norm): (1e-2, 0.1)}
+    run.train()
+    run = trainer(model, tmp_path, adapter_options={"s": {"lr": 1e-4}}, lora_plus_ratio=16, max_steps=3)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.state.global_step == 3

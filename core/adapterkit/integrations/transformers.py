@@ -43,7 +43,7 @@ class AdapterTrainerMixin(_Base):
 
     Args:
         adapter_options: options of the optimizer for each adapter, `{"a": {"lr": 1e-3}, "b": {"lr": 1e-4}}`; see
-            `Adapters.parameter_groups`.
+            `Adapters.parameter_groups`. With these or a ratio all parameters of an adapter decay alike.
         lora_plus_ratio: how many times faster B learns than A (LoRA+, arXiv 2402.12354).
 
     Raises:
@@ -89,6 +89,22 @@ class AdapterTrainerMixin(_Base):
             return scaled
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_model or self.compute_loss_func is not None)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer, with groups of parameters for each adapter if options of adapters were given."""
+        if self.optimizer is None and (self._adapter_options or self._lora_plus_ratio):
+            given: Any = self.optimizer_cls_and_kwargs
+            cls, options = given or self.get_optimizer_cls_and_kwargs(self.args)
+            plain = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            by_adapter = dict.fromkeys(self.adapters.trainable, plain)
+            by_adapter |= {name: {**plain, **own} for name, own in (self._adapter_options or {}).items()}
+            groups = self.adapters.parameter_groups(by_adapter, lora_plus_ratio=self._lora_plus_ratio)
+            known = {id(p) for group in groups for p in group["params"]}
+            everything: Any = self.model if model is None else model
+            others = [p for p in everything.parameters() if p.requires_grad and id(p) not in known]
+            groups += [{"params": others, **plain}] if others else []
+            self.optimizer_cls_and_kwargs = cls, {**options, "params": groups}
+        return super().create_optimizer(*(() if model is None else (model,)))
 
     # Checkpoints
 
