@@ -64,6 +64,7 @@ _LATE = {
     "merge_checkpoint": "adapterkit.disk",
     "skeleton": "adapterkit.disk",
     "as_peft": "adapterkit.integrations.peft",
+    "from_peft": "adapterkit.integrations.peft",
     "Report": "adapterkit.report",
     "write_report": "adapterkit.report",
     "new_package": "adapterkit.scaffold",
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
         merge_checkpoint,
         skeleton,
     )
-    from adapterkit.integrations.peft import as_peft
+    from adapterkit.integrations.peft import as_peft, from_peft
     from adapterkit.report import Report, write_report
     from adapterkit.scaffold import new_package
 else:
@@ -165,6 +166,7 @@ __all__ = [
     "extract",
     "extract_files",
     "features",
+    "from_peft",
     "hookimpl",
     "inspect_adapter",
     "kaiming",

@@ -1,4 +1,4 @@
-"""PEFT: an adapted model as a `peft.PeftModel`, for everything that was written for PEFT."""
+"""PEFT: an adapted model as a `peft.PeftModel`, and the adapters of a live `PeftModel` taken over."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from adapterkit.adapters import attach
+from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import AdapterConfig
 from adapterkit.errors import StateError, UnsupportedError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from adapterkit.integrations.peft_view import PeftView
 
 
@@ -54,3 +56,32 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
             "written for PEFT look for an adapter of that name."
         )
     return PeftView.of(adapters)
+
+
+def from_peft(model: PeftModel) -> Adapters:
+    """Take over the adapters of a live `PeftModel`. Its base model is plain again and has them instead.
+
+    The base model stays the same object, and so do the parameters: an optimizer that holds them goes on. Outputs, the
+    active adapters, `requires_grad`, heads (`modules_to_save`) and trained biases are as before. PEFT trains biases of
+    the base itself; these values are the adapter's now, and the base keeps a copy. The `PeftModel` is of no use
+    afterwards.
+
+    Returns:
+        The adapters of the base model: `ak.attach(model.get_base_model())`. Those of a view (`as_peft`) are there
+        already.
+
+    Raises:
+        ConfigError: not a `PeftModel`.
+        UnknownNameError: no installed method makes an adapter of this type.
+        UnsupportedError: an option that its method does not have, prompt learning, several types in one model
+            (`PeftMixedModel`), or scalings that were changed layer by layer.
+        StateError: an adapter is merged, or the layers do not agree about which adapters act.
+        CheckpointError, SelectionError: the adapters would not be at the same layers.
+
+        After an error the `PeftModel` is as it was.
+    """
+    try:
+        from adapterkit.integrations.peft_takeover import take_over
+    except ImportError as error:
+        raise UnsupportedError("from_peft needs PEFT: pip install peft") from error
+    return take_over(model)
