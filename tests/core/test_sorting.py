@@ -85,3 +85,12 @@ def test_a_file_may_name_any_path_of_a_module() -> None:
     tensors = {key.replace("first", "again"): tensor + 1 for key, tensor in adapters.state_dict("a").items()}
     assert adapters.load_state_dict("a", tensors).ok
     assert all(torch.equal(t + 0, tensors[k.replace("first", "again")]) for k, t in adapters.state_dict("a").items())
+
+
+def test_a_tensor_of_as_many_numbers_in_another_shape_does_not_fit() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+    turned = {key: tensor.t() for key, tensor in adapters.state_dict("a").items()}
+    with pytest.raises(ak.CheckpointError, match=r"0\.lora_A\.weight: \(4, 2\) in the file, \(2, 4\) on this model"):
+        adapters.load_state_dict("a", turned)

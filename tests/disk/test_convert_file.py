@@ -180,6 +180,32 @@ def test_a_conversion_is_that_of_the_model(name: str, fields: dict[str, Any], tm
     equal(files, adapters.save("c", tmp_path / "memory"))
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "head", "classes"),
+    [
+        ("bert", "bert", "classifier", 5),  # other rows than the base's head
+        ("bert", "bert", "classifier", 3),
+        ("bert", "body", "classifier", 5),  # a base without that head
+        ("bert", "body", "classifier", 3),
+        ("llama", "llama", "lm_head", 2),  # no classifier: the model's own labels, not one for each token
+    ],
+)
+def test_the_base_and_the_rows_of_a_head_tell_the_labels_that_a_file_lacks(
+    name: str, base: str, head: str, classes: int, tmp_path: Path
+) -> None:
+    adapters = ak.attach(build(name))
+    target, fields = ("query", {"num_labels": classes}) if name == "bert" else ("q_proj", {})
+    adapters.add("a", LoraConfig(r=2, target_modules=[target], modules_to_save=[head]), **fields)
+    adapters.save("a", tmp_path / "a")
+    save_file(read(tmp_path / "a")[0], tmp_path / "a" / WEIGHTS)  # as PEFT writes it
+    model: Any = build(name)
+    ak.convert_file(tmp_path / "a", tmp_path / "out", rank=1, base=model.bert if base == "body" else model)
+    labels = ak.inspect_adapter(tmp_path / "out").labels
+    assert labels == {i: f"LABEL_{i}" for i in range(classes)}
+    ak.attach(model).load(tmp_path / "a", "a")
+    assert model.config.id2label == labels
+
+
 def test_heads_biases_and_half_precision_are_kept(tmp_path: Path) -> None:
     source = classifiers((2, 4)).save("b", tmp_path / "b")
     ak.convert_file(source, tmp_path / "same")

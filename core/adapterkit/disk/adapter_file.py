@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.combining import Changes, Source, check_given, exact_change, outputs_of, to_method
 from adapterkit.contract import (
@@ -360,16 +360,20 @@ class AdapterFile(AdapterContent):
         )
 
     def _labels(self) -> LabelSet | None:
-        """The label set in the file; else the base's, if that has as many classes; else numbered classes."""
-        own = LabelSet.from_metadata(self.files.metadata)
-        heads = [head for path, head in self.heads.items() if path not in self.tables]
-        rows = [count for head in heads for count in outputs_of(head).values()]
-        if own is not None or not rows:
-            return own if self.heads else None
-        base = None if self.base is None else LabelSet.of(self.base.model)
-        if base is not None and len(base.id2label) in rows:
-            return base
-        return LabelSet.numbered(rows[-1]) if base is not None or self.config.task_type in _CLASSIFIERS else None
+        """The label set that the file holds; else the one that the rows of its heads tell."""
+        layers: list[tuple[int, int | None]] = []
+        for path, head in self.heads.items():
+            for local, rows in outputs_of(head).items() if path not in self.tables else ():
+                place = f"{path}.{local}".rstrip(".")
+                found = () if self.base is None else self.base.modules(place)
+                layers.append((rows, next((m.out_features for m in found if isinstance(m, nn.Linear)), None)))
+        labels = LabelSet.from_metadata(self.files.metadata)
+        if labels is not None or not layers:
+            return labels if self.heads else None
+        own = None if self.base is None else LabelSet.of(self.base.model)
+        if own is not None:
+            return LabelSet.of_rows(layers, own)
+        return LabelSet.numbered(layers[-1][0]) if self.config.task_type in _CLASSIFIERS else None
 
 
 def _of_base(

@@ -172,23 +172,19 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
 
 
 def _labels(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
-    """The label set that the file holds; else numbered classes, if the head has other rows than the model's labels."""
+    """The label set that the file holds; else the one that the rows of its heads tell."""
     labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
-    if labels is not None:
-        size = len(labels.id2label)
-        rows = [m.out_features for head in adapter.heads.values() for m in head.modules() if isinstance(m, nn.Linear)]
-        if own is not None and rows and size not in (len(own.id2label), *rows):
-            raise CheckpointError(
-                f"{files.folder}: the file's label set has {size} classes, and no layer of its heads has that many "
-                "rows. It is damaged; save the adapter again."
-            )
-        return labels
-    if own is None:
-        return None
+    layers: list[tuple[int, int | None]] = []
     for path, head in adapter.heads.items():
         before = dict(adapter.hosts[path].named_modules())
-        for local, layer in head.named_modules():
-            base = before.get(local)
-            if isinstance(layer, nn.Linear) and isinstance(base, nn.Linear) and layer.out_features != base.out_features:
-                return LabelSet.numbered(layer.out_features)
-    return own if adapter.heads else None
+        linear = [(local, m.out_features) for local, m in head.named_modules() if isinstance(m, nn.Linear)]
+        layers += [(rows, getattr(before.get(local), "out_features", None)) for local, rows in linear]
+    if labels is None:
+        return LabelSet.of_rows(layers, own) if own is not None and adapter.heads else None
+    size, counts = len(labels.id2label), [rows for rows, _ in layers]
+    if own is not None and counts and size not in (len(own.id2label), *counts):
+        raise CheckpointError(
+            f"{files.folder}: the file's label set has {size} classes, and no layer of its heads has that many "
+            "rows. It is damaged; save the adapter again."
+        )
+    return labels

@@ -264,6 +264,22 @@ class LabelSet:
             raise ConfigError(f"num_labels = {num_labels} disagrees with id2label, which has {len(id2label)} classes.")
         return cls({i: str(id2label[i]) for i in range(len(id2label))})
 
+    @classmethod
+    def of_rows(cls, layers: Sequence[tuple[int, int | None]], own: Self) -> Self:
+        """The label set of heads in a file that does not name the classes.
+
+        The classes are numbered if a layer has other rows than the base's layer. Else they are the base's.
+
+        Args:
+            layers: the rows of each linear layer of the heads, and of the base's; `None`: the base has no such layer.
+            own: the base's label set.
+        """
+        other = [rows for rows, before in layers if rows != before]
+        unknown = any(before is None for _, before in layers)
+        if not other or (unknown and len(own.id2label) in other):
+            return own
+        return cls.numbered(other[-1])
+
     def apply(self, model: nn.Module) -> None:
         """Write this label set into the model's config, and its size where the model computes its loss from it."""
         config: Any = model.config
