@@ -5,7 +5,7 @@ Uses: errors, tensors, kinds.
 """
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
-from adapterkit.contract.config import AdapterConfig
+from adapterkit.contract.config import AdapterConfig, Dropout, Limit, Probability, Rank
 from adapterkit.contract.formats import (
     DOTTED,
     FLAT,
@@ -74,6 +74,7 @@ __all__ = [
     "AdapterLayer",
     "Combiner",
     "DenseLayer",
+    "Dropout",
     "Extension",
     "ForeignFile",
     "ForeignLayer",
@@ -81,6 +82,7 @@ __all__ = [
     "Holder",
     "Installed",
     "KeyRule",
+    "Limit",
     "LowRankLayer",
     "MajoritySign",
     "Method",
@@ -89,6 +91,8 @@ __all__ = [
     "Pattern",
     "PatternTable",
     "Plugin",
+    "Probability",
+    "Rank",
     "Registry",
     "Rule",
     "Shared",

@@ -9,9 +9,9 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
 from adapterkit.errors import ConfigError, UnknownNameError, UnsupportedError, nearest
@@ -20,8 +20,28 @@ Modules = str | Sequence[str] | None
 TrainedBiases = Literal["none", "targets", "all"]
 
 _NEUTRAL: tuple[object, ...] = (None, False, {}, [], "")
+# What `starts_as_identity` asks: PEFT calls this field so, or after the method (`init_lora_weights`).
+_INITIAL = re.compile(r"init_(\w+_)?weights")
 # Fields of a file that say where an adapter comes from. They are kept and change no number.
 _BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a number must be, in the annotation of a config's field: `r: Annotated[int, Limit(...)] = 8`.
+
+    Attributes:
+        holds: whether a value is allowed.
+        text: what follows `"<field> = <value>"` in the message of the `ConfigError`.
+    """
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+Rank = Annotated[int, Limit(lambda value: value >= 1, ": a rank must be at least 1")]
+Dropout = Annotated[float, Limit(lambda p: 0 <= p < 1, " must be a probability, at least 0 and below 1")]
+Probability = Annotated[float, Limit(lambda p: 0 <= p <= 1, " must be a probability, from 0 to 1")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +120,14 @@ class AdapterConfig:
         cls: Any = type(self)
         hints = _hints(cls)
         for f in dataclasses.fields(self):
-            value = _plain(getattr(self, f.name))
+            value, hint = _plain(getattr(self, f.name)), hints[f.name]
             object.__setattr__(self, f.name, value)
-            if not conforms(value, hints[f.name]):
+            if not conforms(value, hint):
                 raise ConfigError(
                     f"{type(self).__name__}: {f.name} = {value!r} is a {type(value).__name__}; "
-                    f"it must be {readable(hints[f.name])}."
+                    f"it must be {readable(hint)}."
                 )
+            _check_limits(f.name, value, hint)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where to count layers; it needs layers_to_transform beside it.")
         for name in ("target_modules", "exclude_modules"):
@@ -152,8 +173,12 @@ class AdapterConfig:
 
     @property
     def starts_as_identity(self) -> bool:
-        """Whether a new adapter of this config changes no output; a subclass says so where one does."""
-        return True
+        """Whether a new adapter of this config changes no output.
+
+        By default it does not, unless a field `init_weights` or `init_<...>_weights` is `False`. A subclass may say
+        something else, also as a class variable.
+        """
+        return not any(value is False for name, value in vars(self).items() if _INITIAL.fullmatch(name))
 
     def check(self) -> None:
         """A subclass checks its own fields here and raises `ConfigError`."""
@@ -227,7 +252,7 @@ class AdapterConfig:
 @functools.cache
 def _hints(cls: Any) -> Mapping[str, Any]:
     """The types of a config's fields; to resolve them takes as long as all the rest of making one."""
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _plain(value: Any) -> Any:
@@ -258,6 +283,7 @@ def conforms(value: object, hint: Any) -> bool:
 
     A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
     """
+    hint = _bare(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, a) for a in args)
@@ -275,8 +301,22 @@ def conforms(value: object, hint: Any) -> bool:
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
+def _bare(hint: Any) -> Any:
+    """A type without its limits."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _check_limits(name: str, value: object, hint: Any) -> None:
+    """Raise `ConfigError` for a limit in the type, or in the member of a union, that the value does not keep."""
+    for member in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+        for limit in getattr(member, "__metadata__", ()) if conforms(value, member) else ():
+            if isinstance(limit, Limit) and not limit.holds(value):
+                raise ConfigError(f"{name} = {value!r}{limit.text}.")
+
+
 def readable(hint: Any) -> str:
     """A type as a user would say it: `an int`, `a list of str or None`."""
+    hint = _bare(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(readable(a) for a in args))

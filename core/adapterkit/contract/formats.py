@@ -131,7 +131,7 @@ class ForeignLayer:
 class Format:
     """Other programs' files of a method: kohya-ss's, LyCORIS's, diffusers'. A hook `formats` returns such objects.
 
-    A subclass says what the tensors are called there, what the rank of a layer's tensors is, and what they are in the
+    A subclass says what the tensors are called there, which of their dimensions is the rank, and what they are in the
     method's own names and scaling. Finding the layers that the file's names stand for, and the ranks and alphas of the
     config, is done here.
 
@@ -141,6 +141,7 @@ class Format:
         namings: the names of the programs whose files can be written: `"kohya"`, `"lycoris"`, `"diffusers"`.
         names: what a local name in a file means: the method's own name, or `"alpha"` or `"scalar"`, which are known.
         factors: own names of which a layer must have one.
+        ranks: own names of factors, and which dimension of each is the rank, for `rank`.
         scaled: own names of the factors that are multiplied by the file's scaling, where it is not the config's.
         unwritten: own names for which the files that are written have no name.
         refused: names of variants that the method does not implement, and what they are.
@@ -151,13 +152,14 @@ class Format:
     namings: tuple[str, ...] = ()
     names: Mapping[str, str] = {}
     factors: frozenset[str] = frozenset()
+    ranks: Mapping[str, int] = {}
     scaled: frozenset[str] = frozenset()
     unwritten: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
-        """The rank of a layer's tensors, which have the method's own names."""
-        raise NotImplementedError
+        """The rank of a layer's tensors, which have the method's own names; by default as `ranks` says."""
+        return next(tensors[local].shape[dim] for local, dim in self.ranks.items() if local in tensors)
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config of a file that has these layers. The core sets `target_modules`.
@@ -200,7 +202,8 @@ class Format:
     ) -> ForeignFile:
         """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
 
-        By default each tensor has the first of the `names` for it, and each layer an alpha, `scaling * r`.
+        By default each tensor is what `written` gives and has the first of the `names` for it, and each layer has an
+        alpha, `scaling * r`.
 
         Args:
             tensors: for each layer's path its tensors, as the hook `to_file` gives them.
@@ -219,9 +222,13 @@ class Format:
                 )
             own, rank = config.at(path), self.rank(held)
             alpha = (own if own.r == rank else own.replace(r=rank)).scaling * rank
-            named = {there[local]: tensor for local, tensor in held.items()}
+            named = {there[local]: tensor for local, tensor in self.written(held, kinds[path]).items()}
             found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32)}
         return ForeignFile(found)
+
+    def written(self, tensors: Mapping[str, Tensor], kind: LayerKind) -> Mapping[str, Tensor]:
+        """The tensors of one layer in the shapes that files have; by default as they are."""
+        return tensors
 
     def readings(self, key: str) -> Iterable[tuple[str, str]]:
         """What a key may mean: pairs of a module's name and an own local name. The first that fits counts."""

@@ -20,12 +20,12 @@ class DoraConfig(ak.AdapterConfig):
     """`s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`; the other fields are LoRA's."""
 
     method, peft_type, marks, not_in_files = "dora", "LORA", {"use_dora": True}, ()
-    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # noqa: RUF012
-    not_implemented = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # noqa: RUF012
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    not_implemented = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
-    r: int = 8
+    r: ak.Rank = 8
     lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_dropout: ak.Dropout = 0.0
     use_rslora: bool = False
     init_lora_weights: bool = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

@@ -22,11 +22,6 @@ class IA3Config(ak.AdapterConfig):
     init_ia3_weights: bool = True
     fan_in_fan_out: bool = False
 
-    @property
-    def starts_as_identity(self) -> bool:
-        """The vectors start at one, or are normal."""
-        return self.init_ia3_weights
-
     def scales_input(self, path: str) -> bool:
         """Whether the layer at `path` is a feed-forward layer."""
         wanted = self.feedforward_modules or ()
@@ -41,6 +36,8 @@ class IA3Layer(ak.AdapterLayer):
     def setup(self, target: ak.Target, config: IA3Config) -> None:
         """A convolution's input has channels, not the columns of its weight."""
         self.scales_input = config.scales_input(target.path)
+        if self.scales_input and target.kind.lookup:
+            raise ak.UnsupportedError(f"The input of {target.path!r} is row numbers, which cannot be scaled.")
         _, width, *kernel = target.kind.down_shape(1)
         self.groups = int(getattr(target.kind, "groups", 1))
         channels = width * self.groups if self.scales_input else target.out_features
@@ -63,14 +60,4 @@ class IA3Layer(ak.AdapterLayer):
         return (blocks * scale.view(self.groups, 1, -1, 1)).reshape(weight.shape), bias
 
 
-class IA3Plugin(ak.Plugin):
-    """The input of an embedding is row numbers, which cannot be scaled."""
-
-    config, layer, prefix = IA3Config, IA3Layer, "ia3_"
-
-    def inject(self, target: ak.Target, config: IA3Config, shared: None) -> IA3Layer | None:
-        """`None` refuses the layer."""
-        return None if target.kind.lookup and config.scales_input(target.path) else IA3Layer(target, config)
-
-
-plugin = IA3Plugin()
+plugin = ak.plugin(IA3Config, IA3Layer, prefix="ia3_")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import adapterkit as ak
 
@@ -24,24 +23,19 @@ class LoKrConfig(ak.AdapterConfig):
     """
 
     method = "lokr"
-    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012
-    not_implemented = {"use_effective_conv2d": False}  # noqa: RUF012
+    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+    not_implemented = {"use_effective_conv2d": False}
 
-    r: int = 8
+    r: ak.Rank = 8
     alpha: float = 8
     decompose_both: bool = False
     decompose_factor: int = -1
-    rank_dropout: float = 0.0
+    rank_dropout: ak.Probability = 0.0
     rank_dropout_scale: bool = False
-    module_dropout: float = 0.0
+    module_dropout: ak.Probability = 0.0
     init_weights: bool | Literal["lycoris"] = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """One of the two starts at zero."""
-        return self.init_weights is not False
 
 
 def split(number: int, factor: int) -> tuple[int, int]:
@@ -57,27 +51,22 @@ class LoKrLayer(ak.DenseLayer):
     """`lokr_w1` and `lokr_w2`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is."""
 
     def setup(self, target: ak.Target, config: LoKrConfig) -> None:
-        """w2 keeps the kernel of a convolution, unless it is decomposed."""
-        _, channels, *kernel = target.kind.down_shape(1)
+        r, (_, channels, *kernel) = config.r, target.kind.down_shape(1)
         (a, b), (c, d) = (split(n, config.decompose_factor) for n in (target.out_features, channels))
         self.row_dropout, self.row_dropout_rescales = config.rank_dropout, config.rank_dropout_scale
         self.module_dropout = config.module_dropout
         first, second = (0.0 if config.init_weights == zero else ak.kaiming for zero in (True, "lycoris"))
-        if config.decompose_both and config.r < max(a, c) / 2:
-            self.lokr_w1_a, self.lokr_w1_b = (
-                target.new(a, config.r, init=first),
-                target.new(config.r, c, init=ak.kaiming),
-            )
+        if config.decompose_both and r < max(a, c) / 2:
+            self.lokr_w1_a, self.lokr_w1_b = target.new(a, r, init=first), target.new(r, c, init=ak.kaiming)
         else:
             self.lokr_w1 = target.new(a, c, init=first)
-        if config.r < max(b, d) / 2:
-            self.lokr_w2_a = target.new(b, config.r, init=ak.kaiming)
-            self.lokr_w2_b = target.new(config.r, d * math.prod(kernel), init=second)
-        else:
+        if r < max(b, d) / 2:
+            self.lokr_w2_a = target.new(b, r, init=ak.kaiming)
+            self.lokr_w2_b = target.new(r, d * math.prod(kernel), init=second)
+        else:  # with the kernel of a convolution
             self.lokr_w2 = target.new(b, d, *kernel, init=second)
 
-    def change(self) -> Tensor:
-        """The product of both, each multiplied out."""
+    def change(self) -> torch.Tensor:
         w1 = self.lokr_w1_a @ self.lokr_w1_b if hasattr(self, "lokr_w1_a") else self.lokr_w1
         w2 = self.lokr_w2_a @ self.lokr_w2_b if hasattr(self, "lokr_w2_a") else self.lokr_w2.flatten(1)
         return torch.kron(w1 * (self.config.alpha / self.config.r), w2)

@@ -18,7 +18,7 @@ class OFTConfig(ak.AdapterConfig):
     """`oft_block_size` is the side of the blocks, or `r` their number; the other one is 0."""
 
     method = "oft"
-    not_implemented = {"coft": False, "eps": 6e-5, "module_dropout": 0.0}  # noqa: RUF012
+    not_implemented = {"coft": False, "eps": 6e-5, "module_dropout": 0.0}
 
     r: int = 0
     oft_block_size: int = 32
@@ -27,13 +27,7 @@ class OFTConfig(ak.AdapterConfig):
     num_cayley_neumann_terms: int = 5
     init_weights: bool = True
 
-    @property
-    def starts_as_identity(self) -> bool:
-        """Q is zero, or near it."""
-        return self.init_weights
-
     def check(self) -> None:
-        """See `AdapterConfig.check`."""
         if (self.r > 0) == (self.oft_block_size > 0):
             raise ak.ConfigError(
                 f"One of r = {self.r} and oft_block_size = {self.oft_block_size} must be 0, the other not."
@@ -45,6 +39,8 @@ class OFTLayer(ak.AdapterLayer):
 
     def setup(self, target: ak.Target, config: OFTConfig) -> None:
         """The number or the side of the blocks is the divisor that is nearest to the one asked for."""
+        if not target.kind.is_plain:  # PEFT rotates the patches of a convolution, which no kernel of it does
+            raise ak.UnsupportedError(f"OFT is for linear layers; {target.path!r} is a {target.kind.name}.")
         size, wanted = target.in_features, config.r or config.oft_block_size
         nearest = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
         self.side = size // nearest if config.r else nearest
@@ -76,14 +72,4 @@ class OFTLayer(ak.AdapterLayer):
         return torch.einsum("onc,nkc->onk", parts, turned).flatten(1), bias
 
 
-class OFTPlugin(ak.Plugin):
-    """Linear layers alone: PEFT rotates the patches of a convolution, which no kernel of it does."""
-
-    config, layer, prefix = OFTConfig, OFTLayer, "oft_"
-
-    def inject(self, target: ak.Target, config: OFTConfig, shared: None) -> OFTLayer | None:
-        """`None` refuses the layer."""
-        return None if target.kind.lookup or len(target.kind.down_shape(1)) > 2 else OFTLayer(target, config)
-
-
-plugin = OFTPlugin()
+plugin = ak.plugin(OFTConfig, OFTLayer, prefix="oft_")

@@ -17,22 +17,17 @@ import adapterkit as ak
 class VBLoRAConfig(ak.AdapterConfig):
     """`num_vectors` is h, `topk` k, and `vector_length` is b, which divides the sizes of the layers."""
 
-    method = "vblora"
+    method, starts_as_identity = "vblora", False
     not_in_files = ("exclude_modules",)
-    not_implemented = {"save_only_topk_weights": False}  # noqa: RUF012 - a class variable by its base
+    not_implemented = {"save_only_topk_weights": False}
 
-    r: int = 4
+    r: ak.Rank = 4
     num_vectors: int = 256
     vector_length: int = 256
     topk: int = 2
-    vblora_dropout: float = 0.0
+    vblora_dropout: ak.Dropout = 0.0
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Neither the logits nor the bank start at zero."""
-        return False
 
 
 class VBLoRAShared(ak.Shared):

@@ -1,11 +1,9 @@
 """The config of LoHa: PEFT's fields."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adapterkit import AdapterConfig, ConfigError
+from adapterkit import AdapterConfig, Probability, Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,31 +31,18 @@ class LoHaConfig(AdapterConfig):
     """
 
     method = "loha"
-    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}  # noqa: RUF012 - a class variable by its base
+    patterns = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
-    r: int = 8
+    r: Rank = 8
     alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def starts_as_identity(self) -> bool:
-        """See `AdapterConfig.starts_as_identity`."""
-        return self.init_weights
-
-    @property
     def scaling(self) -> float:
         """`alpha / r`."""
         return self.alpha / self.r
-
-    def check(self) -> None:
-        """See `AdapterConfig.check`."""
-        if self.r < 1:
-            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be a probability, from 0 to 1.")

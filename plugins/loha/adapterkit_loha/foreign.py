@@ -1,14 +1,12 @@
 """LoHa files of LyCORIS and kohya-ss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from adapterkit import CheckpointError, ForeignFile, ForeignLayer, Format, LayerKind
+from adapterkit import CheckpointError, ForeignLayer, Format, LayerKind
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.layer import kernel_of, with_kernel
 
@@ -22,19 +20,16 @@ class LoHaFormat(Format):
     namings = ("kohya", "lycoris")
     factors = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     scaled = frozenset({"hada_w1_a"})
-    names = {core: core for core in _CORES}  # noqa: RUF012 - a class variable by its base
-    refused = {"dora_scale": "a LoHa that is weight-decomposed (DoRA), which is not LoHa"}  # noqa: RUF012
+    names = {core: core for core in _CORES}
+    refused = {"dora_scale": "a LoHa that is weight-decomposed (DoRA), which is not LoHa"}
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
         """Of `w_b (r, in)`, else of `w_a`: `(r, out)` beside a core, `(out, r)` without one."""
-        for local in ("hada_w1_b", "hada_w2_b"):
-            if local in tensors:
-                return tensors[local].shape[0]
-        up = next(tensors[local] for local in ("hada_w1_a", "hada_w2_a") if local in tensors)
-        return up.shape[0 if tensors.keys() >= {*_CORES} else 1]
+        a = 0 if tensors.keys() >= {*_CORES} else 1
+        dims = {"hada_w1_b": 0, "hada_w2_b": 0, "hada_w1_a": a, "hada_w2_a": a}
+        return next(tensors[local].shape[dim] for local, dim in dims.items() if local in tensors)
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
-        """See `Format.config`."""
         cores = {layer.tensors.keys() >= {*_CORES} for layer in layers.values() if kernel_of(layer.kind)}
         return super().config(layers, metadata, use_effective_conv2d=cores == {True}, **fields)
 
@@ -54,19 +49,7 @@ class LoHaFormat(Format):
                 values[up], values[down] = values[up].t(), with_kernel(core, layer.wide(down))
         return {n: t for n, t in values.items() if n not in _CORES or config.use_effective_conv2d}
 
-    def write(
-        self,
-        naming: str,
-        config: LoHaConfig,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        kinds: Mapping[str, LayerKind],
-        component: str,
-    ) -> ForeignFile:
-        """See `Format.write`; cores without PEFT's dimension of 1."""
-
-        def plain(path: str, name: str, tensor: Tensor) -> Tensor:
-            kernel = kinds[path].down_shape(1)[2:]
-            return tensor.reshape(*tensor.shape[:2], *kernel) if name in _CORES else tensor
-
-        tensors = {path: {n: plain(path, n, t) for n, t in held.items()} for path, held in tensors.items()}
-        return super().write(naming, config, tensors, kinds, component)
+    def written(self, tensors: Mapping[str, Tensor], kind: LayerKind) -> dict[str, Tensor]:
+        """Cores without PEFT's dimension of 1."""
+        kernel = kind.down_shape(1)[2:]
+        return {n: t.reshape(*t.shape[:2], *kernel) if n in _CORES else t for n, t in tensors.items()}

@@ -1,7 +1,5 @@
 """The LoHa layer: its parameters, its change and its factors."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -20,7 +18,6 @@ class LoHaLayer(DenseLayer):
     """
 
     def setup(self, target: Target, config: LoHaConfig) -> None:
-        """See `AdapterLayer.setup`."""
         r, out, kernel = config.r, target.out_features, kernel_of(target.kind)
         self.r, self.rank, self.scaling = r, r * r, config.scaling
         self.row_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
@@ -43,17 +40,15 @@ class LoHaLayer(DenseLayer):
         return a1 * self.scaling, b1, a2, b2
 
     def change(self) -> Tensor:
-        """See `DenseLayer.change`."""
         a1, b1, a2, b2 = self.matrices()
         return (a1 @ b1) * (a2 @ b2)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """See `DenseLayer.tile`."""
         a1, b1, a2, b2 = self.matrices()
         return (a1[rows] @ b1[:, columns]) * (a2[rows] @ b2[:, columns])
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `AdapterLayer.merged`: `weight + change()` in one pass."""
+        """`weight + change()` in one pass."""
         a1, b1, a2, b2 = (matrix.to(weight.dtype) for matrix in self.matrices())
         return torch.addcmul(weight, a1 @ b1, a2 @ b2), bias
 
@@ -70,7 +65,7 @@ class LoHaLayer(DenseLayer):
         return Factors(up.flatten(1), down.flatten(0, 1))
 
     def few(self, x: Tensor) -> Tensor:
-        """See `DenseLayer.few`: `sum_ab A1[o, a] A2[o, b] (B1[a] * B2[b]) . x` by way of a matrix `(r, r)` a token."""
+        """`sum_ab A1[o, a] A2[o, b] (B1[a] * B2[b]) . x` by way of a matrix `(r, r)` a token."""
         a1, b1, a2, b2 = self.matrices()
         core = (x[:, None, :] * b1) @ b2.t()
         return ((a1 @ core) * a2).sum(-1)
@@ -80,7 +75,7 @@ class LoHaEmbedding(LoHaLayer):
     """LoHa at an embedding: only the columns of the change that are looked up are made."""
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        """See `AdapterLayer.forward`: column `i` of the change is `(A1 B1[:, i]) * (A2 B2[:, i])`."""
+        """Column `i` of the change is `(A1 B1[:, i]) * (A2 B2[:, i])`."""
         a1, b1, a2, b2 = self.matrices()
         rows = F.linear(self.kind.project(x, b2), a2)
         out: Tensor = base(x) + self.kind.expand(self.kind.project(x, b1), a1) * rows

@@ -1,13 +1,11 @@
 """The config of LoRA: PEFT's fields that change plain LoRA."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adapterkit import AdapterConfig, ConfigError, UnsupportedError
+from adapterkit import AdapterConfig, ConfigError, Dropout, Rank, UnsupportedError
 
 _INITS = ("gaussian", "orthogonal", "pissa", "olora")
 # PEFT has these too; they need data or another library.
@@ -37,8 +35,8 @@ class LoraConfig(AdapterConfig):
 
     method = "lora"
     not_in_files = ()
-    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # noqa: RUF012 - a class variable by its base
-    not_implemented = {  # noqa: RUF012 - a class variable by its base
+    patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    not_implemented = {
         **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), False),
         **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "velora_config", "kasa_config")),
         **dict.fromkeys(("arrow_config", "monteclora_config", "alora_invocation_tokens", "use_bdlora")),
@@ -49,19 +47,14 @@ class LoraConfig(AdapterConfig):
         "megatron_core": "megatron.core",
     }
 
-    r: int = 8
+    r: Rank = 8
     lora_alpha: float = 8
     use_rslora: bool = False
-    lora_dropout: float = 0.0
+    lora_dropout: Dropout = 0.0
     lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """See `AdapterConfig.starts_as_identity`."""
-        return self.init_lora_weights is not False
 
     @property
     def scaling(self) -> float:
@@ -80,12 +73,7 @@ class LoraConfig(AdapterConfig):
         return int(match[1]) if match else None
 
     def check(self) -> None:
-        """See `AdapterConfig.check`."""
         init = self.init_lora_weights
-        if self.r < 1:
-            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout} must be a probability, at least 0 and below 1.")
         if init in _FOREIGN_INITS:
             raise UnsupportedError(
                 f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. A file that "

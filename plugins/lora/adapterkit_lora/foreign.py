@@ -1,7 +1,5 @@
 """LoRA files of other programs: kohya-ss's, LyCORIS's (LoCon) and diffusers', old and new."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -18,7 +16,6 @@ from adapterkit_lora.config import LoraConfig
 METADATA = "lora_adapter_metadata"
 _DOWN, _UP, _BIAS, _MID = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid"
 _TABLE = ("lora_embedding_A", "lora_embedding_B")
-_RANKS = ((_DOWN, 0), (_UP, 1), (_TABLE[0], 0), (_TABLE[1], 1))
 _OF_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
 _OF_PROCESSOR = {"down.weight": _DOWN, "up.weight": _UP, "alpha": "alpha"}
 _LAYERS = {"out": ("to_out.0", "out_proj", "to_out")}
@@ -33,10 +30,11 @@ class LoraFormat(Format):
     config_type = LoraConfig
     alpha = "lora_alpha"
     namings = ("kohya", "lycoris", "diffusers")
-    factors = frozenset({_DOWN, _UP, *_TABLE})
+    ranks = {_DOWN: 0, _UP: 1, _TABLE[0]: 0, _TABLE[1]: 1}
+    factors = frozenset(ranks)
     scaled = frozenset({_UP, _TABLE[1]})
     unwritten = frozenset({_BIAS, *_TABLE})
-    names = {  # noqa: RUF012 - a class variable by its base
+    names = {
         _BIAS: _BIAS,
         **{f"{there}.weight": own for there, own in (("lora_down", _DOWN), ("lora_up", _UP), ("lora_mid", _MID))},
         **{f"{part}.{there}": own for part in ("lora", "lora_linear_layer") for there, own in _OF_PROCESSOR.items()},
@@ -47,7 +45,6 @@ class LoraFormat(Format):
     )
 
     def readings(self, key: str) -> Iterator[tuple[str, str]]:
-        """See `Format.readings`."""
         if old := _OF_ATTENTION.fullmatch(key):
             for layer in _LAYERS.get(old[2], (f"to_{old[2]}", f"{old[2]}_proj")):
                 yield f"{old[1]}.{layer}", _OF_PROCESSOR[old[3]]
@@ -55,12 +52,8 @@ class LoraFormat(Format):
             yield module.replace(".processor.", "."), local
             yield module, local
 
-    def rank(self, tensors: Mapping[str, Tensor]) -> int:
-        """The size that A and B share."""
-        return next(tensors[local].shape[dim] for local, dim in _RANKS if local in tensors)
-
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
-        """See `Format.config`; alphas that no tensor gives are those of the metadata, if there is any."""
+        """Alphas that no tensor gives are those of the metadata, if there is any."""
         bias = any(_BIAS in layer.tensors for layer in layers.values())
         base = _in_metadata(layers, metadata)
         if base is None:
@@ -95,7 +88,7 @@ class LoraFormat(Format):
         kinds: Mapping[str, LayerKind],
         component: str,
     ) -> ForeignFile:
-        """See `Format.write`; diffusers has the scaling in its metadata, and names for B's bias and for embeddings."""
+        """Diffusers has the scaling in its metadata, and names for B's bias and for embeddings."""
         if naming != "diffusers":
             return super().write(naming, config, tensors, kinds, component)
         fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}

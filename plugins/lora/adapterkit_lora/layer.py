@@ -1,18 +1,12 @@
-"""The LoRA layer: its parameters, its initial values and its factors."""
+"""The LoRA layer: its parameters and its factors."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from adapterkit import ConfigError, Factors, Holder, LowRankLayer, Target, kaiming
+from adapterkit import ConfigError, Factors, Holder, LowRankLayer, Target
 from adapterkit_lora.config import LoraConfig
-
-# What `Target.new` takes.
-Init = float | Callable[[Tensor], object]
+from adapterkit_lora.initial import initial_values
 
 
 class LoraLayer(LowRankLayer):
@@ -21,13 +15,13 @@ class LoraLayer(LowRankLayer):
     up_factor = ("lora_B.weight", "lora_B.bias", "lora_embedding_B")
 
     def setup(self, target: Target, config: LoraConfig) -> None:
-        """See `AdapterLayer.setup`."""
         self.r, self.scaling, self.dropout = config.r, config.scaling, config.lora_dropout
-        init_down, init_up = self.initial_values(target, config)
+        init_down, init_up = initial_values(target, config)
         down_shape, up_shape = shapes(target, config.r)
         down, up = target.new(*down_shape, init=init_down), target.new(*up_shape, init=init_up)
         if not target.kind.lookup:
-            init_bias = 0.0 if config.init_lora_weights else self._uniform
+            bound = config.r**-0.5
+            init_bias = 0.0 if config.init_lora_weights else partial(nn.init.uniform_, a=-bound, b=bound)
             bias = target.new(target.out_features, init=init_bias) if config.lora_bias else None
             self.lora_A = Holder(weight=down, bias=None)
             self.lora_B = Holder(weight=up, bias=bias)
@@ -36,22 +30,7 @@ class LoraLayer(LowRankLayer):
         else:  # PEFT's names for embeddings, without `.weight`
             self.lora_embedding_A, self.lora_embedding_B = down, up
 
-    def initial_values(self, target: Target, config: LoraConfig) -> tuple[Init, Init]:
-        """How A and B are filled, as `config.init_lora_weights` says."""
-        init = config.init_lora_weights
-        if init == "orthogonal":
-            return orthogonal(config.r)
-        if target.kind.lookup:
-            return 0.0 if init else nn.init.normal_, nn.init.normal_
-        if init == "gaussian":
-            return partial(nn.init.normal_, std=1 / config.r), 0.0
-        return kaiming, 0.0 if init else kaiming
-
-    def _uniform(self, bias: Tensor) -> None:
-        nn.init.uniform_(bias, -(self.r**-0.5), self.r**-0.5)
-
     def factors(self) -> Factors:
-        """See `LowRankLayer.factors`."""
         if self.kind.lookup:
             return Factors(self.lora_embedding_B, self.lora_embedding_A, scale=self.scaling)
         up = self.lora_B
@@ -70,18 +49,3 @@ def shapes(target: Target, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if (up, down) in (kind.ungrouped_shapes(r), ((kind.out_features, r), (r, kind.in_features))):
             return down, up
     return kind.down_shape(r), kind.up_shape(r)
-
-
-def orthogonal(r: int) -> tuple[Init, Init]:
-    """A and B from the odd and the even rows of one orthogonal matrix, so that `B A = 0`."""
-    q: Tensor = torch.linalg.qr(torch.randn(r, r))[0]
-
-    def fill_down(parameter: Tensor) -> None:
-        value = torch.randn(parameter[0].numel(), r // 2) @ q[0::2] / 10
-        parameter.copy_(value.t().reshape(parameter.shape))
-
-    def fill_up(parameter: Tensor) -> None:
-        value = torch.randn(len(parameter), r // 2) @ q[1::2] / 10
-        parameter.copy_(value.reshape(parameter.shape))
-
-    return fill_down, fill_up

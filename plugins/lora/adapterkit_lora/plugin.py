@@ -1,7 +1,5 @@
 """LoRA as a plugin of adapterkit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn

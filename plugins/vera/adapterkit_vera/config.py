@@ -1,10 +1,8 @@
 """The config of VeRA: PEFT's fields, and `exclude_modules`, which PEFT lacks here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from adapterkit import AdapterConfig, ConfigError
+from adapterkit import AdapterConfig, ConfigError, Dropout, Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +25,15 @@ class VeraConfig(AdapterConfig):
 
     method = "vera"
     not_in_files = ("exclude_modules",)
-    default_targets = {"phi": ("q_proj", "v_proj")}  # noqa: RUF012 - a class variable by its base
+    default_targets = {"phi": ("q_proj", "v_proj")}
 
-    r: int = 256
+    r: Rank = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: Dropout = 0.0
     d_initial: float = 0.1
     init_weights: bool = True
 
-    @property
-    def starts_as_identity(self) -> bool:
-        """See `AdapterConfig.starts_as_identity`."""
-        return self.init_weights
-
     def check(self) -> None:
-        """See `AdapterConfig.check`."""
-        if self.r < 1:
-            raise ConfigError(f"r = {self.r}: a rank must be at least 1.")
-        if not 0.0 <= self.vera_dropout < 1.0:
-            raise ConfigError(f"vera_dropout = {self.vera_dropout} must be a probability, at least 0 and below 1.")
         if not -(2**63) <= self.projection_prng_key < 2**64:
             raise ConfigError(f"projection_prng_key = {self.projection_prng_key} must be a seed of 64 bits.")
