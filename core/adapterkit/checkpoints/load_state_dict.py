@@ -49,7 +49,8 @@ class LoadHooks:
         foreign = sorted(key for key in given - known - base if {*CONTAINERS, SHARED} & set(key.split(".")))
         # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
         tables = resized_keys(BaseModules(self.root))
-        self._partial = not given <= tables and given <= known | set(foreign) | tables
+        frozen = {key for key in base - tables if isinstance(own[key], nn.Parameter) and not own[key].requires_grad}
+        self._partial = not given.isdisjoint(known | set(foreign)) and given.isdisjoint(frozen)
         lacking = [
             name
             for name, adapter in adapters._adapters.items()
@@ -84,7 +85,7 @@ class LoadHooks:
             )
 
     def _after(self, module: nn.Module, result: Any) -> None:
-        """If only adapters were given, the base's keys are not missing: its tensors stay as they are."""
+        """If no frozen parameter was given, the base's keys are not missing: its tensors stay as they are."""
         if self._partial:
             adapters: Adapters = self.root.__dict__[ATTRIBUTE]
             ours = {key for adapter in adapters._adapters.values() for key in adapter.state_dict_keys()}
