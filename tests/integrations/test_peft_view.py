@@ -13,6 +13,13 @@ import peft
 import pytest
 import torch
 from tests.models import MODELS, build
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import adapterkit as ak
 from adapterkit_loha import LoHaConfig
@@ -300,3 +307,69 @@ def test_an_adapter_gets_the_dtype_and_the_device_that_peft_gives_it() -> None:
     assert found["wide"] == {(torch.float32, "cpu")}
     assert found["same"] == {(torch.bfloat16, "cpu")}
     assert {device for _, device in found["empty"]} == {"meta"}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", PAIRS)
+def test_the_functions_of_peft_see_layers_and_heads(method: str, place: str) -> None:
+    ours, theirs = both(method, place)
+    found, expected = (peft.get_peft_model_state_dict(model) for model in (ours, theirs))
+    assert found.keys() == expected.keys()
+    other = {key: torch.randn_like(value) for key, value in found.items()}
+    result = peft.set_peft_model_state_dict(ours, other)
+    assert not result.unexpected_keys
+    assert all(torch.equal(value, other[key]) for key, value in peft.get_peft_model_state_dict(ours).items())
+    assert [vars(row) for row in ours.get_layer_status()] == [vars(row) for row in theirs.get_layer_status()]
+    found, expected = (vars(model.get_model_status()) for model in (ours, theirs))
+    assert found | {"adapter_model_type": ""} == expected | {"adapter_model_type": ""}
+
+
+def test_the_state_dict_of_one_adapter_does_not_ask_for_another_that_trains() -> None:
+    ours, adapters = view()
+    ours.add_adapter("other", ours.peft_config["default"])
+    state = {key: value + 1 for key, value in peft.get_peft_model_state_dict(ours, adapter_name="other").items()}
+    peft.set_peft_model_state_dict(ours, state, adapter_name="other")
+    assert all(torch.equal(value, state[key]) for key, value in adapters.state_dict("other").items())
+
+
+def test_adapted_modules_have_the_names_of_tuner_layers() -> None:
+    ours, adapters = view()
+    layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight is adapters.layers("default")["model.layers.0.self_attn.q_proj"].lora_A.weight
+    assert layer.base_layer.weight is layer.weight
+    rows = torch.randn(2, 16)
+    assert torch.equal(layer.base_layer(rows), torch.nn.functional.linear(rows, layer.weight))
+    assert layer.active_adapters == ["default"]
+    assert not hasattr(layer, "lora_C")
+    adapters.add("later", LoraConfig(r=2, target_modules=["v_proj"]), activate=False)
+    assert "later" in ours.base_model.model.model.layers[0].self_attn.v_proj.lora_A
+    adapters.detach()
+    assert type(layer) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_torch_gathers_a_view_and_its_optimizer_and_gives_both_back(method: str) -> None:
+    ours, _ = both(method, "layers and a head")
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad])
+    ours(**MODELS["llama"].inputs()).logits.sum().backward()
+    optimizer.step()
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    model = get_model_state_dict(ours, options=StateDictOptions(ignore_frozen_params=True))
+    state = get_optimizer_state_dict(ours, optimizer)
+    assert state["state"].keys() == trained
+    assert trained <= model.keys()
+    again, _ = both(method, "layers and a head")
+    second = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad])
+    set_model_state_dict(again, model, options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(again, second, state)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+    for name in trained:
+        found, expected = second.state[again.get_parameter(name)], optimizer.state[ours.get_parameter(name)]
+        assert torch.equal(found["exp_avg"], expected["exp_avg"])
+
+
+def test_a_compiled_model_with_a_view_has_one_graph() -> None:
+    ours, adapters = view()
+    compiled = torch.compile(adapters.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(out(compiled), out(ours))

@@ -22,7 +22,13 @@ _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 
 class LoadHooks:
-    """Two hooks on the model's `load_state_dict`, with which trainers restore a checkpoint."""
+    """Two hooks on the model's `load_state_dict`, with which trainers restore a checkpoint.
+
+    Attributes:
+        asks_for_all: whether the next state dict must restore every adapter that trains. `PeftView` asks for none.
+    """
+
+    asks_for_all = True
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -56,6 +62,8 @@ class LoadHooks:
             for name, adapter in adapters._adapters.items()
             if not given & keys[name] and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
         ]
+        if not self.asks_for_all:
+            self.asks_for_all, lacking = True, []
         if (self._partial and (foreign or lacking)) or (foreign and lacking):
             here = ", ".join(map(repr, adapters.names))
             what = (

@@ -154,6 +154,7 @@ class Active:
         adapters: the model's adapters, by name.
         default: the state where no block is open.
         merged: names of the adapters in the weights.
+        extra: a class that the classes of all adapted modules derive from, beside their own.
         threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.
@@ -161,16 +162,17 @@ class Active:
     """
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
-        self.__setstate__(({} if adapters is None else adapters, State(), ()))
+        self.__setstate__(({} if adapters is None else adapters, State(), (), None))
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.adapters, self.state, self.merged
+        return self.adapters, self.state, self.merged, self.extra
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.adapters: Mapping[str, Adapter]
         self.default: State
         self.merged: tuple[str, ...]
-        self.adapters, self.default, self.merged = state
+        self.extra: type | None
+        self.adapters, self.default, self.merged, self.extra = state
         self.caller: int | None = None
         self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
         self.alive: weakref.WeakSet[State] = weakref.WeakSet([self.default])

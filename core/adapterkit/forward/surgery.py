@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -24,9 +24,9 @@ from adapterkit.forward.plan import INPUT, input_name, run
 from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
 from adapterkit.forward.state import Active
 
-# The roles of an adapted class: it runs adapters, it is a reader or is read (see `readers`), and, where adapters
-# replace the model's call, the keywords that they take.
-Roles = tuple[bool, bool, tuple[str, ...] | None]
+# The roles of an adapted class: it runs adapters; it is a reader or is read (see `readers`); where adapters replace the
+# model's call, the keywords that they take; and `Active.extra`.
+Roles = tuple[bool, bool, tuple[str, ...] | None, type | None]
 _classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
 
 
@@ -119,6 +119,14 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
             _sign(module)
         if not any(c in module._modules for c in CONTAINERS) and _call_keywords(module) is None:
             _release(module)
+
+
+def derive(modules: Iterable[nn.Module], extra: type) -> None:
+    """Let the classes of these adapted modules, and of those that are adapted later, derive from `extra`, too."""
+    for module in modules:
+        module.__dict__[ACTIVE].extra = extra
+        if "_adapted_from" in type(module).__dict__:
+            _become(module)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -241,9 +249,10 @@ def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None =
     now = type(module)
     # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
     base: type[nn.Module] = now.__dict__.get("_adapted_from", now)
-    known: Roles = now.__dict__.get("_roles", (False, False, None))
+    known: Roles = now.__dict__.get("_roles", (False, False, None, None))
     runs, reads = known[0] if runs is None else runs, known[1] if reads is None else reads
-    wanted = (runs, reads, _call_keywords(module) if runs else None)
+    extra = module.__dict__[ACTIVE].extra if ACTIVE in module.__dict__ else None
+    wanted = (runs, reads, _call_keywords(module) if runs else None, extra)
     if wanted == known:
         return
     new = adapted_class(base, *wanted) if runs or reads else base
@@ -279,10 +288,14 @@ def _sign(module: nn.Module) -> None:
 
 
 def adapted_class(
-    cls: type[nn.Module], runs: bool = True, reads: bool = False, keywords: tuple[str, ...] | None = None
+    cls: type[nn.Module],
+    runs: bool = True,
+    reads: bool = False,
+    keywords: tuple[str, ...] | None = None,
+    extra: type | None = None,
 ) -> type[nn.Module]:
     """The subclass of `cls`, of the same name, with these `Roles`. It is made once."""
-    roles = (runs, reads, keywords)
+    roles = (runs, reads, keywords, extra)
     found = _classes.get((cls, roles))
     if found is not None:
         return found
@@ -308,7 +321,7 @@ def adapted_class(
     if keywords is not None:
         body["forward"] = functools.update_wrapper(body["forward"], cls.forward)
         body["forward"].__signature__ = _with_keywords(inspect.signature(cls.forward), keywords)
-    adapted: type[nn.Module] = type(cls.__name__, (cls,), body)
+    adapted: type[nn.Module] = type(cls.__name__, (cls,) if extra is None else (extra, cls), body)
     _classes[cls, roles] = adapted
     return adapted
 

@@ -16,8 +16,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
-from adapterkit.contract import FILE_PREFIX, AdapterConfig, default_registry
+from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
+from adapterkit.forward import derive
+from adapterkit.integrations.peft_layers import Named, by_adapter, views
 from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, to_peft
 from adapterkit.model import BaseModules
 from adapterkit.results import LoadReport
@@ -51,7 +53,13 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            shared = self._shared()
+            return shared[name] if name in shared else getattr(self.model, name)
+
+    def _shared(self) -> dict[str, nn.Module]:
+        """What layers of an adapter share, which PEFT keeps here: `vera_A["default"]`."""
+        shared = self.model._modules.get(SHARED)
+        return {} if shared is None else by_adapter(shared._modules)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
@@ -109,21 +117,28 @@ class Tuner(nn.Module):
         yield self.model
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The model, and empty modules with the names that parameters have on the view.
+        """The model, what its layers share, and its parameters once more, under the names that they have on the view.
 
-        `Trainer` walks children for the names of parameters with weight decay, and looks for them among those of
-        `PeftModel.named_parameters`. The empty modules list these names, without values, as torch allows.
+        Tools walk children for names, and look for them among those of `PeftModel.named_parameters`: `Trainer` for
+        weight decay, which has none in `nn.LayerNorm`, and `torch.distributed.checkpoint`.
         """
         yield "model", self.model
-        names: dict[str, dict[str, None]] = {}
+        yield from self._shared().items()
+        others, norms = nn.Module(), nn.LayerNorm(1, elementwise_affine=False)
         for path, module in self.model.named_modules():
-            for local in module._parameters if not isinstance(module, nn.LayerNorm) else ():
-                _, first, rest = peft_key(self.model, f"{path}.{local}" if path else local).split(".", 2)
-                names.setdefault(first, {})[rest] = None
-        for first, keys in names.items():
-            empty = nn.Module()
-            empty.__dict__["_parameters"] = keys
-            yield first, empty
+            names = (norms if isinstance(module, nn.LayerNorm) else others)._parameters
+            for local, parameter in module._parameters.items():
+                name = peft_key(self.model, f"{path}.{local}" if path else local)
+                names[name.removeprefix(FILE_PREFIX)] = parameter
+        yield "model", others
+        yield "model", norms
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Every module, and beside each adapted one what PEFT's functions look for there (see `peft_layers`)."""
+        for name, module in super().named_modules(*args, **kwargs):
+            yield name, module
+            for view in views(module):
+                yield name, view
 
     # Which adapters act
 
@@ -227,6 +242,7 @@ class PeftView(PeftModel):
         self.base_model = Tuner(adapters)
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning, self._adapters_disabled = False, False
+        derive((host for adapter in adapters._adapters.values() for host in adapter.hosts.values()), Named)
         nn.Module.register_state_dict_post_hook(self, _rename_written)
         nn.Module.register_load_state_dict_pre_hook(self, _rename_given)
         nn.Module.register_load_state_dict_post_hook(self, _rename_reported)
@@ -483,7 +499,9 @@ def _rename_written(view: PeftView, state: MutableMapping[str, Any], prefix: str
 
 
 def _rename_given(view: PeftView, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    """Give a state dict with PEFT's keys the model's keys, for `load_state_dict`."""
+    """Give a state dict with PEFT's keys the model's keys, for `load_state_dict`. It may be of one adapter alone."""
+    if view.adapters._load_hooks is not None:
+        view.adapters._load_hooks.asks_for_all = False
     root = f"{prefix}base_model."
     for key in [key for key in state if key.startswith(root)]:
         name = own_key(view.base_model.model, key.removeprefix(prefix))
