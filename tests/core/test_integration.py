@@ -314,6 +314,21 @@ def test_detach_gives_the_model_back_when_the_hooks_came_after_the_adapters(trai
     assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "part", [{"bias": "all", "modules_to_save": []}, {"target_modules": ["query"], "bias": "none"}]
+)
+def test_an_adapter_that_was_offloaded_with_its_model_does_not_train_in_silence(
+    part: dict[str, Any], trained: Trained, tmp_path: Path
+) -> None:
+    adapters = trained(build("bert"), "a", **ACCELERATED | part)
+    adapters.activate("a")
+    offload(adapters.model, "cpu", tmp_path)
+    with pytest.raises(ak.StateError, match="was offloaded by accelerate together with its model"):
+        adapters.model(**inputs("bert"))
+    adapters.activate("a", trainable=False)
+    adapters.model(**inputs("bert"))
+
+
 def test_adapters_of_an_offloaded_model_train(trained: Trained, tmp_path: Path) -> None:
     plain = trained(build("bert"), "a", **ACCELERATED)
     plain.activate("a")

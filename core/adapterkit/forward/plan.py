@@ -86,6 +86,8 @@ class Plan:
         if self.head is not None:
             original = self.call_head
         if "_hf_hook" in self.module.__dict__:
+            if self.head is not None:
+                offload.check_gradients(self.head)
             with offload.fetched(*(part for part, _ in (*self.calls, *self.layers, *self.biases))):
                 return self._run(original, args, kwargs)
         return self._run(original, args, kwargs)

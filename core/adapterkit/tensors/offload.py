@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.errors import StateError
 from adapterkit.tensors.distributed import whole
 
 
@@ -42,7 +43,11 @@ def fetched(*modules: nn.Module) -> Iterator[None]:
     """Load the parameters of `modules` for a block, if accelerate offloads them too.
 
     An adapter layer reads the parameters of modules below it without calling them, so the hooks there would not run.
+
+    Raises:
+        StateError: see `check_gradients`.
     """
+    check_gradients(*modules)
     hooked = [(m, m.__dict__["_hf_hook"]) for part in modules for m in part.modules() if "_hf_hook" in m.__dict__]
     for module, hook in hooked:
         hook.pre_forward(module)
@@ -51,6 +56,20 @@ def fetched(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, hook in hooked:
             hook.post_forward(module, None)
+
+
+def check_gradients(*modules: nn.Module) -> None:
+    """Raise `StateError` if accelerate offloads a parameter of these that trains: its gradient would be lost.
+
+    The hooks compute with another parameter, made for one forward.
+    """
+    parameters = (p for module in modules for p in module.parameters())
+    if torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in parameters):
+        raise StateError(
+            "An adapter that should train was offloaded by accelerate together with its model, so it would get no "
+            "gradients. Add or load it after the model is offloaded, or use it without gradients: under "
+            "torch.no_grad(), or activated with trainable=False."
+        )
 
 
 def is_hooked(module: nn.Module) -> bool:
