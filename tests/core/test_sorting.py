@@ -94,3 +94,13 @@ def test_a_tensor_of_as_many_numbers_in_another_shape_does_not_fit() -> None:
     turned = {key: tensor.t() for key, tensor in adapters.state_dict("a").items()}
     with pytest.raises(ak.CheckpointError, match=r"0\.lora_A\.weight: \(4, 2\) in the file, \(2, 4\) on this model"):
         adapters.load_state_dict("a", turned)
+
+
+@pytest.mark.parametrize("key", ["0.lora_C.weight", "1.extra"])
+def test_a_name_that_a_part_does_not_have_is_unexpected(key: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    tensors = adapters.state_dict("a") | {key: torch.ones(4)}
+    with pytest.raises(ak.CheckpointError, match=rf"unexpected \(1\):\n    {key}"):
+        adapters.load_state_dict("a", tensors)

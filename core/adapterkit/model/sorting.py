@@ -65,13 +65,13 @@ def sort_tensors(
         if split is not None and split[0] in layers:
             found.layers.setdefault(layers[split[0]], {})[split[1]] = tensor
         elif (head := inside(key, heads)) is not None:
-            local = key.removeprefix(f"{beside(head, layers)}.")
+            place = f"{beside(head, layers)}."
             if key.startswith(tuple(f"{head}.{name}." for name in _REPEATED)):
                 found.repeated.append(key)
-            elif local == key:
-                found.rest[key] = tensor
+            elif key.startswith(place):
+                found.heads.setdefault(heads[head], {})[key.removeprefix(place)] = tensor
             else:
-                found.heads.setdefault(heads[head], {})[local] = tensor
+                found.rest[key] = tensor
         elif key in bias_keys:
             found.biases.setdefault(bias_keys[key], {})["bias"] = tensor
         elif shared and rule.owns(key):
