@@ -86,13 +86,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`install("dist", "name", code)`: a distribution on `sys.path` with one plugin in an entry-point group."""
     modules: list[str] = []
 
-    def make(dist: str, name: str, code: str, group: str = "adapterkit.methods") -> None:
+    def make(dist: str, name: str, code: str, group: str = "adapterkit.methods", types: str = "") -> None:
         site = tmp_path / dist
         module = f"plugin_of_{dist}"
         info = site / f"{dist}-1.2.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module} {types}\n")
         (site / f"{module}.py").write_text(textwrap.dedent(code))
         monkeypatch.syspath_prepend(site)
         modules.append(module)

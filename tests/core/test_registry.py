@@ -66,6 +66,24 @@ TWIN = (
 # Discovery
 
 
+VARIANT = METHOD.replace('method = "{name}"', 'method, peft_type, marks = "{name}", "LORA", {{"use_dora": True}}')
+
+
+def test_a_file_is_claimed_without_the_import_of_methods_that_cannot_be_its_own(install: Any) -> None:
+    for name in ("variant", "heavy"):
+        install(f"{name}_dist", name, (VARIANT if name == "variant" else METHOD).format(name=name))
+    install("said_dist", "said", VARIANT.format(name="said"), types="[lora]")
+    registry = ak.Registry()
+    assert registry.claim({"peft_type": "LORA"}, "a file").name == "lora"
+    assert registry.claim({"peft_type": "LORA", "use_dora": True}, "a file").name == "said"
+    assert {"plugin_of_variant_dist", "plugin_of_heavy_dist"}.isdisjoint(sys.modules)
+
+
+def test_a_method_that_does_not_say_which_type_its_files_have_is_found_if_no_other_takes_the_file(install: Any) -> None:
+    install("variant_dist", "variant", VARIANT.format(name="variant"))
+    assert ak.Registry().claim({"peft_type": "LORA", "use_dora": True}, "a file").name == "variant"
+
+
 def test_methods_are_listed_without_an_import_and_found_when_they_are_asked_for(install: Any) -> None:
     install("foo_dist", "foo", METHOD.format(name="foo"))
     registry = ak.Registry()

@@ -8,7 +8,7 @@ import json
 import os
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -119,6 +119,8 @@ class Registry:
         It is the one whose `peft_type` and `marks` agree and that knows every field; of several, the one with the most
         marks. Where the type has only one method, it is that one, and its config says which fields it does not know.
 
+        The methods that are `_likely` are asked first. Only if none of them takes the file, every plugin is imported.
+
         Args:
             where: the file, for messages.
 
@@ -130,14 +132,17 @@ class Registry:
         kind = values.get("peft_type")
         if not isinstance(kind, str) or not kind:
             raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
-        found = self._of_type(kind)
+        for names in (self._likely(kind), self.methods()):
+            found = self._of_type(kind, names)
+            takers = {n: len(c.marks) for n, c in found.items() if c.is_marked(values) and not c.unknown(values)}
+            if takers:
+                break
         if not found:
             raise UnknownNameError(
                 f"{where} is an adapter of type {kind!r}, and no plugin provides the method {kind.lower()!r}. "
                 f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
                 f"{METHODS_GROUP!r}). Install the package of that one."
             )
-        takers = {n: len(c.marks) for n, c in found.items() if c.is_marked(values) and not c.unknown(values)}
         best = [name for name, marks in takers.items() if marks == max(takers.values())]
         if len(best) == 1 or len(found) == 1:
             return self.method((best or [*found])[0])
@@ -156,10 +161,21 @@ class Registry:
             "Install a method that does, or remove fields that change nothing."
         )
 
-    def _of_type(self, kind: str) -> dict[str, type[AdapterConfig]]:
-        """The config classes of the methods whose files have this `peft_type`; a plugin that is broken is left out."""
+    def _likely(self, kind: str) -> list[str]:
+        """The methods whose files may have this `peft_type`, as far as can be told without an import.
+
+        That is the method of that name, each that `register` made available, and each whose entry point says so in
+        brackets: `dora = "adapterkit_dora:plugin [lora]"`. The others count only if none of these takes a file, so that
+        the result does not depend on what was imported before.
+        """
+        installed = {entry.name: entry.extras for entry in _entries(METHODS_GROUP)}
+        said = [name for name, types in installed.items() if kind.lower() in (name, *map(str.lower, types))]
+        return [*said, *(name for name in self._methods if name not in installed)]
+
+    def _of_type(self, kind: str, names: Iterable[str]) -> dict[str, type[AdapterConfig]]:
+        """The config classes of those methods whose files have this `peft_type`; a broken plugin is left out."""
         found = {}
-        for name in self.methods():
+        for name in names:
             try:
                 config_type = self.method(name).config_type()
             except PluginError:
