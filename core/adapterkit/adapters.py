@@ -31,6 +31,7 @@ from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, Majority
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
+    adapter_tensors,
     load_adapter,
     local_path,
     match_adapter,
@@ -38,7 +39,6 @@ from adapterkit.files import (
     refuse,
     save_adapter,
     swap_in,
-    to_file,
 )
 from adapterkit.forward import State
 from adapterkit.merging import Merged, Parting, merging, take_heads
@@ -492,7 +492,7 @@ class Adapters:
         self._check_heads_not_merged(name)
         self._warn_if_changed(name)
         with self._gathered([adapter] if source is None else []):
-            return to_file(adapter, default_registry.method_of(adapter.config), source)[1]
+            return adapter_tensors(adapter, default_registry.method_of(adapter.config), source)[1]
 
     @torch.inference_mode(False)
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:

@@ -26,8 +26,8 @@ from adapterkit.files import (
     PICKLE_FILE,
     WEIGHTS_FILE,
     appearing,
+    file_contents,
     local_path,
-    to_files,
     write_folder,
     write_tensors,
 )
@@ -246,7 +246,7 @@ class Saver:
         places = {name: folder if [name] == acting else subfolder(folder, name) for name in inside}
         for name in places:
             self.adapters._warn_if_changed(name)
-        files = {name: to_files(inside[name], self.module, source, self.path) for name in places}
+        files = {name: file_contents(inside[name], self.module, source, self.path) for name in places}
         state = self._training_state(inside.values(), source) if training else {}
         parameters = [p for adapter in inside.values() for p in adapter.parameters()]
         groups = process_groups(parameters) if source is None else []

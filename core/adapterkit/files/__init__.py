@@ -29,7 +29,7 @@ from adapterkit.files.other_programs import (
     recognise,
     shapes_of,
 )
-from adapterkit.files.save import file_config, file_tensors, save_adapter, short_names, to_file, to_files
+from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
 from adapterkit.files.swap import swap_in
 from adapterkit.files.tensors import (
     Entry,
@@ -56,12 +56,14 @@ __all__ = [
     "MappedFiles",
     "Shard",
     "adapter_folder",
+    "adapter_tensors",
     "appearing",
     "as_bytes",
     "check_foreign",
     "check_tensors",
     "dtype_name",
     "file_config",
+    "file_contents",
     "file_places",
     "file_tensors",
     "hub_id",
@@ -86,8 +88,6 @@ __all__ = [
     "shapes_of",
     "short_names",
     "swap_in",
-    "to_file",
-    "to_files",
     "umask",
     "write_folder",
     "write_header",

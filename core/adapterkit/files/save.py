@@ -53,7 +53,7 @@ def save_adapter(
     A sharded adapter is gathered, which every process takes part in, and the first one writes.
 
     Args:
-        source, embeddings: see `to_files`.
+        source, embeddings: see `file_contents`.
 
     Raises:
         SaveError: the folder cannot be written; what was there is untouched.
@@ -61,11 +61,11 @@ def save_adapter(
     """
     reshard(model)
     groups = process_groups(adapter.parameters()) if source is None else []
-    files = to_files(adapter, model, source, embeddings=embeddings)
+    files = file_contents(adapter, model, source, embeddings=embeddings)
     in_first_process(groups, lambda: write_folder(folder, *files))
 
 
-def to_files(
+def file_contents(
     adapter: Adapter,
     model: nn.Module,
     source: Mapping[str, Tensor] | None = None,
@@ -82,7 +82,7 @@ def to_files(
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
     with gathered(model, adapter.modules()) if source is None else nullcontext():
-        config, tensors = to_file(adapter, method, source)
+        config, tensors = adapter_tensors(adapter, method, source)
         tensors |= _tables(adapter, model, source, prefix, embeddings)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
@@ -127,7 +127,7 @@ def _tables(
     return found
 
 
-def to_file(
+def adapter_tensors(
     adapter: Adapter, method: Method, source: Mapping[str, Tensor] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The config and the adapter's tensors by the keys of PEFT's file format.
