@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.combining import tiny
-from tests.disk.test_combine_files import change, classifiers
+from tests.disk.test_combine_files import change, classifiers, fields
 from tests.models import build
 from torch import Tensor
 
@@ -77,3 +77,13 @@ def test_a_layer_that_is_not_there_is_nobodys_and_differs(tmp_path: Path) -> Non
     change(odd, lambda held: {**held, "base_model.model.nowhere.lora_A": torch.ones(1)})
     assert ak.inspect_adapter(odd).unknown == ("nowhere.lora_A",)
     assert [layer.path for layer in ak.diff_adapters(odd, sound).layers if not layer.same_tensors] == ["nowhere"]
+
+
+@pytest.mark.parametrize(("bias", "unknown"), [("none", True), ("lora_only", False)])
+def test_a_bias_of_a_layer_is_nobodys_if_the_config_trains_none(bias: str, unknown: bool, tmp_path: Path) -> None:
+    folder = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32).save("a", tmp_path / "a")
+    fields(folder, bias=bias)
+    found = ak.inspect_adapter(folder)
+    layers = {layer.path for layer in found.layers}
+    keys = {f"{path}.base_layer.bias" for path in layers}
+    assert ({*found.biases}, {*found.unknown}) == ((set(), keys) if unknown else (layers, set()))

@@ -211,8 +211,8 @@ class AdapterFile(AdapterContent):
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         name = name or files.folder.name
         opened = cls(name=name, files=files, method=method, config=config, kinds=kinds, base=base, mapped=mapped)
-        rule = method.key_rule(config)
-        opened._sort(tensors, rule, passed)
+        rule, opened.ignored = method.key_rule(config), [key for key in tensors if key in passed]
+        opened._sort({key: tensor for key, tensor in tensors.items() if key not in passed}, rule)
         opened._build(rule)
         opened.labels = opened._labels()
         places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(files.tensors)]
@@ -220,7 +220,7 @@ class AdapterFile(AdapterContent):
         opened.paths = {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
         return opened
 
-    def _sort(self, tensors: Tensors, rule: KeyRule, passed: Collection[str]) -> None:
+    def _sort(self, tensors: Tensors, rule: KeyRule) -> None:
         """Sort its tensors by what they belong to."""
         has_shared, layers = self.method.shared is not None, dict.fromkeys(self.kinds)
         for key in tensors:
@@ -229,13 +229,12 @@ class AdapterFile(AdapterContent):
                 layers[split[0]] = None
         known, heads = {path: path for path in layers}, heads_in_file(tensors, self.config.modules_to_save)
         found = sort_tensors(tensors, rule, known, {path: path for path in heads}, {}, shared=has_shared)
-        self.layers, self.heads, self.shared, self.ignored = found.layers, found.heads, found.shared, found.repeated
-        strange = [path for path in found.layers if self.kinds and path not in self.kinds]  # the base lacks these
-        for key in (*found.rest, *(f"{path}.{local}" for path in strange for local in found.layers[path])):
-            if key in passed:
-                self.ignored.append(key)
-            elif key not in found.rest or not self._sort_of_base(key, tensors[key]):
-                self.unknown.append(key)
+        self.layers, self.heads, self.shared = found.layers, found.heads, found.shared
+        self.ignored += found.repeated
+        self.unknown += [key for key, tensor in found.rest.items() if not self._sort_of_base(key, tensor)]
+        if self.kinds:  # the base lacks the layers of other tensors
+            others = [path for path in found.layers if path not in self.kinds]
+            self.unknown += [f"{path}.{local}" for path in others for local in found.layers[path]]
 
     def _sort_of_base(self, key: str, tensor: Tensor) -> bool:
         """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
