@@ -51,7 +51,9 @@ from adapterkit.model import (
     acting_heads,
     build_adapter,
     checked_strengths,
+    completed,
     copy_head,
+    initial_values,
     inner_model,
     labels_of_new_head,
     parameter_groups,
@@ -331,6 +333,26 @@ class Adapters:
         return AddReport(name, selection.paths, tuple(adapter.heads), *sizes, selection.unmatched, tuple(notes))
 
     @torch.inference_mode(False)
+    def reset(self, name: str) -> None:
+        """Give an adapter the initial values of `add` again, made for the weights that the base has now.
+
+        A model that is built on the meta device gets its adapters there, then memory (`to_empty`), the base's weights,
+        and last this. The random numbers are those that `add` would have drawn. The number of steps is 0 again.
+
+        Raises:
+            StateError: it is merged, the base has no weights yet, or the adapter has other sizes than its config says.
+        """
+        adapter = self._adapter(name)
+        self._model.check_not_merged([name])
+        self._model.check_unchanged("reset", [name])
+        self._check_biases_begin(adapter)
+        with self._model.writing(adapter), uninterrupted():
+            values = initial_values(adapter, self.model)
+            with self._gathered([adapter], writing=True):
+                adapter.write(values, self.model)
+            adapter.steps = 0
+
+    @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:
         """Add an independent copy of an adapter under another name. The copy is not active."""
         adapter = self._adapter(source)
@@ -496,7 +518,7 @@ class Adapters:
 
     @torch.inference_mode(False)
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
-        """Copy tensors into an existing adapter.
+        """Copy tensors into an existing adapter. One that was made on the meta device gets initial values for the rest.
 
         Args:
             tensors: with the keys of a file, or a full state dict of an adapted model.
@@ -514,7 +536,7 @@ class Adapters:
                 if strict:
                     refuse(report, name, "The state dict")
                 warnings.warn(str(report), AdapterWarning, stacklevel=3)
-            adapter.write(values, self.model)
+            adapter.write(completed(adapter, self.model, values), self.model)
         return report
 
     def save(
@@ -667,6 +689,7 @@ class Adapters:
         adapter = self._adapter(name)
         self._model.check_not_merged([name])
         self._model.check_unchanged("swap", [name])
+        adapter.has_values()
         refuse_fsdp1(self.model)
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         other, report = load_adapter(
@@ -720,6 +743,8 @@ class Adapters:
         self._model.check_unchanged("merge", names)
         if keep_base:
             self._check_not_edited("merge")
+        for adapter in adapters:
+            adapter.has_values()
         rest = [self._adapters[n] for n in self.active if n not in names]
         if heads is None and set(names) <= set(self.active) and self._active.state.heads:
             heads = self._active.state.heads[-1]  # chosen when they were activated
@@ -961,11 +986,7 @@ class Adapters:
         """Put a new adapter on the model and let it act, or change nothing."""
         if activate and trainable:
             check_averaged(self.model, adapter)
-        if adapter.biases and self.merged:
-            raise StateError(
-                f"Adapter {adapter.name!r} trains biases, which start from the base's, but other adapters are merged "
-                "into those now. Call unmerge() first."
-            )
+        self._check_biases_begin(adapter)
         with uninterrupted():
             self._model.install(adapter)
             if self._load_hooks is None:
@@ -980,7 +1001,10 @@ class Adapters:
                 raise
 
     def _gathered(self, adapters: Iterable[Adapter], *, writing: bool = False) -> AbstractContextManager[None]:
-        """The whole values of everything that these adapters own; see `gathered`."""
+        """The whole values of everything that these adapters own; see `gathered`. To read them, they must be set."""
+        adapters = list(adapters)
+        for adapter in () if writing else adapters:
+            adapter.has_values()
         return gathered(self.model, (m for adapter in adapters for m in adapter.modules()), writing=writing)
 
     def _unmerge(self) -> None:
@@ -1003,6 +1027,13 @@ class Adapters:
             raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
         if grows:
             check_can_grow(self.model, name)
+
+    def _check_biases_begin(self, adapter: Adapter) -> None:
+        if adapter.biases and self.merged:
+            raise StateError(
+                f"Adapter {adapter.name!r} trains biases, which start from the base's, but other adapters are merged "
+                "into those now. Call unmerge() first."
+            )
 
     def _check_heads_not_merged(self, name: str) -> None:
         if name in self._merged.heads:

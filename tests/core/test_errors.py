@@ -445,12 +445,6 @@ ODD_MODELS: list[tuple[Callable[[], nn.Module], type[ak.AdapterError], dict[str,
         ODD,
         "'odd' is already adapted through another model that shares it. Use the adapters of that model",
     ),
-    (
-        lambda: with_layer(nn.Linear(4, 4, device="meta")),
-        STATE,
-        ODD | {"init_lora_weights": "olora"},
-        "init_lora_weights='olora' needs the weight of 'odd', which is on the meta device. Load the base first.",
-    ),
 ]
 
 

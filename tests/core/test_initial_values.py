@@ -160,10 +160,131 @@ def test_an_adapter_without_values_gets_those_of_a_state_where_its_layers_comput
     assert second.trainable == ("a",)
 
 
-def test_an_adapter_without_values_gets_those_of_a_file() -> None:
+def test_an_adapter_without_values_gets_those_of_a_file_and_initial_ones_for_the_rest() -> None:
     first, second = ak.attach(build("bert")), ak.attach(build("bert"))
+    config = VeraConfig(r=4, save_projection=False, target_modules=["query"])
     for adapters, device in ((first, None), (second, "meta")):
-        adapters.add("a", LoraConfig(r=2, target_modules=["query"]), device=device)
+        adapters.add("a", config, device=device)
     set_parameters(first, "a")
     assert second.load_state_dict("a", first.state_dict("a")).ok
     torch.testing.assert_close(run(second.model, "bert"), run(first.model, "bert"))
+
+
+USES: dict[str, Callable[[ak.Adapters, Path], object]] = {
+    "forward": lambda adapters, folder: run(adapters.model, "bert"),
+    "rows": lambda adapters, folder: in_rows(adapters),
+    "save": lambda adapters, folder: adapters.save("a", folder),
+    "save_pretrained": lambda adapters, folder: adapters.model.save_pretrained(folder),  # type: ignore[operator]
+    "state_dict": lambda adapters, folder: adapters.state_dict("a"),
+    "training_state": lambda adapters, folder: adapters.training_state("a"),
+    "merge": lambda adapters, folder: adapters.merge("a"),
+    "copy": lambda adapters, folder: adapters.copy("a", "b"),
+    "combine": lambda adapters, folder: adapters.combine("b", {"a": 1.0}, heads="drop"),
+    "report": lambda adapters, folder: adapters.report("a"),
+}
+
+
+def in_rows(adapters: ak.Adapters) -> None:
+    with adapters.per_sample(["a", "a"]):
+        run(adapters.model, "bert")
+
+
+def empty(device: str | None) -> ak.Adapters:
+    """The adapter "a" without values: of a model that is built on the meta device, or of one that has values."""
+    with torch.device(device or "cpu"):
+        model = build("bert")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["query"], modules_to_save=None), device="meta")
+    if device is not None:
+        fill(model, build("bert"))
+    return adapters
+
+
+def fill(model: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Give a model on the meta device memory and the base's values."""
+    model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict())
+    for name, buffer in base.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("device", ["meta", None])
+def test_values_that_were_never_set_are_not_used(device: str | None, use: str, tmp_path: Path) -> None:
+    adapters = empty(device)
+    with pytest.raises(ak.StateError, match=r"'a' has no values.*adapters.reset\('a'\).*load_state_dict"):
+        USES[use](adapters, tmp_path)
+    with adapters.disabled():
+        run(adapters.model, "bert")
+    adapters.reset("a")
+    USES[use](adapters, tmp_path)
+
+
+def test_values_that_somebody_else_sets_count() -> None:
+    adapters = empty("meta")
+    for parameter in adapters.parameters("a"):
+        torch.nn.init.normal_(parameter)
+    run(adapters.model, "bert")
+    other = empty("meta")
+    other.model.load_state_dict(adapters.model.state_dict(), assign=True)
+    torch.testing.assert_close(run(other.model, "bert"), run(adapters.model, "bert"))
+
+
+def test_a_compiled_forward_does_not_use_them_either() -> None:
+    adapters = empty("meta")
+    compiled = torch.compile(adapters.model, backend="eager")
+    with pytest.raises(ak.StateError, match="'a' has no values"):
+        run(compiled, "bert")
+    adapters.reset("a")
+    torch.testing.assert_close(run(compiled, "bert"), run(adapters.model, "bert"))
+
+
+# Initial values again
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reset_gives_what_add_gives_on_the_base_as_it_is(name: str) -> None:
+    config = CONFIGS[name](target_modules=["query"], bias="all", modules_to_save=["classifier"])
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        late = ak.attach(build("bert"))
+        late.add("a", config, num_labels=5)
+    assert all(tensor.is_meta for tensor in late.model.state_dict().values())
+    run_on_meta(late.model)
+    with pytest.raises(ak.StateError, match="the base has no weights yet"):
+        late.reset("a")
+    base = build("bert", seed=1)
+    with torch.no_grad():
+        for tensor in base.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    fill(late.model, base)
+    late.reset("a")
+    early = ak.attach(base)
+    torch.manual_seed(3)
+    early.add("a", config, num_labels=5)
+    expected = early.training_state("a")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in late.training_state("a").items())
+    torch.testing.assert_close(run(late.model, "bert"), run(early.model, "bert"))
+    set_parameters(early, "a")
+    early.step()
+    early.reset("a")
+    again = early.training_state("a")
+    assert all(torch.equal(tensor, again[key]) for key, tensor in late.training_state("a").items())
+    assert int(again["steps"]) == 0
+
+
+def run_on_meta(model: torch.nn.Module) -> None:
+    """Shapes can be computed without values."""
+    out = model(**{key: tensor.to("meta") for key, tensor in inputs("bert").items()})
+    assert out.logits.is_meta
+
+
+def test_reset_is_refused_where_it_cannot_be_right(trained: Callable[..., ak.Adapters], tmp_path: Path) -> None:
+    adapters = trained(build("bert"), "a", "b", target_modules=["query"], modules_to_save=None, bias="all")
+    adapters.merge("a")
+    with pytest.raises(ak.StateError, match="'a' is merged"):
+        adapters.reset("a")
+    with pytest.raises(ak.StateError, match=r"'b' trains biases.*unmerge"):
+        adapters.reset("b")
+    adapters.unmerge()
+    adapters.reset("b")

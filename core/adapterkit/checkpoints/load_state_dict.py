@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
@@ -33,6 +34,7 @@ class LoadHooks:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._partial = False
+        self._given: set[str] = set()
         self._handles = (
             root.register_load_state_dict_pre_hook(self._before),
             root.register_load_state_dict_post_hook(self._after),
@@ -51,7 +53,7 @@ class LoadHooks:
         own = self.root.state_dict(keep_vars=True)
         base = own.keys() - known
         _from_peft(adapters, own, base, state, prefix)
-        given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+        self._given = given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         foreign = sorted(key for key in given - known - base if {*CONTAINERS, SHARED} & set(key.split(".")))
         # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
         tables = resized_keys(BaseModules(self.root))
@@ -60,7 +62,8 @@ class LoadHooks:
         lacking = [
             name
             for name, adapter in adapters._adapters.items()
-            if not given & keys[name] and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
+            if not (given & keys[name] or adapter.unset)
+            and any(p.requires_grad and not p.is_meta for p in adapter.parameters())
         ]
         if not self.asks_for_all:
             self.asks_for_all, lacking = True, []
@@ -93,11 +96,23 @@ class LoadHooks:
             )
 
     def _after(self, module: nn.Module, result: Any) -> None:
-        """If no frozen parameter was given, the base's keys are not missing: its tensors stay as they are."""
-        if self._partial:
-            adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-            ours = {key for adapter in adapters._adapters.values() for key in adapter.state_dict_keys()}
-            result.missing_keys[:] = [key for key in result.missing_keys if key in ours]
+        """Keys that nobody misses are not missing.
+
+        If no frozen parameter was given, the base stays as it is; adapters without values get them by `Adapters.reset`.
+        """
+        adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+        missed: set[str] = set()
+        passed: set[str] = set()
+        for adapter in adapters._adapters.values():
+            keys = set(adapter.state_dict_keys())
+            (passed if adapter.unset and not keys & self._given else missed).update(keys)
+            for _, key, slot in file_places(adapter) if adapter.unset else ():
+                if key in self._given and not slot.tensor.is_meta:
+                    with torch.no_grad():
+                        slot.tensor.copy_(slot.tensor.clone())  # `assign=True` writes nothing, and `has_values` asks
+        result.missing_keys[:] = [
+            key for key in result.missing_keys if key in missed or not (self._partial or key in passed)
+        ]
 
 
 def _from_peft(

@@ -7,7 +7,6 @@ out, AdaLoRA its averages and the directions that are switched off.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from adapterkit.contract import AdapterLayer, Shared, default_registry
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.files import check_tensors
 from adapterkit.model import Adapter, BaseModules, resized_tables, tables
-from adapterkit.tensors import Slot, gathered, real_value, reshard, shape_of
+from adapterkit.tensors import Slot, gathered, real_value, shape_of
 
 # The key of the number of `Adapters.step`s. All other keys have a dot.
 STEPS = "steps"
@@ -31,9 +30,9 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
         StateError: `sharded` under DeepSpeed ZeRO-3, which keeps its shards to itself.
     """
     _check_nothing_is_hidden(adapter)
+    adapter.has_values()
     tables = resized_tables(BaseModules(model))
-    reshard(model)
-    with nullcontext() if sharded else gathered(model, (*adapter.modules(), *tables.values())):
+    with gathered(model, () if sharded else (*adapter.modules(), *tables.values())):
         slots = {**adapter.slots(), **_table_slots(tables)}
         if any(shape_of(slot.tensor) != slot.tensor.shape for slot in slots.values()):
             raise StateError("sharded=True is not possible: DeepSpeed ZeRO-3 has no tensors that stand for its shards.")

@@ -81,6 +81,8 @@ def file_contents(
     method, prefix = default_registry.method_of(adapter.config), f"{inside}." if inside else ""
     if inside and source is not None:
         source = {prefix + key: tensor for key, tensor in source.items()}
+    if source is None:
+        adapter.has_values()
     with gathered(model, adapter.modules()) if source is None else nullcontext():
         config, tensors = adapter_tensors(adapter, method, source)
         tensors |= _tables(adapter, model, source, prefix, embeddings)

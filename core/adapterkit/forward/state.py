@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from adapterkit.contract import SHARED, twin
 from adapterkit.errors import StateError
 from adapterkit.forward.plan import CallPlan, Plan, parts_of
+from adapterkit.forward.readers import ACTIVE
 
 if TYPE_CHECKING:
     from adapterkit.model import Adapter
@@ -108,6 +109,8 @@ class State:
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`."""
         if torch.compiler.is_compiling():  # the compiler would guard a plan that is kept, and compile in each state
+            for adapter in self.unset(module):
+                raise StateError(adapter.no_values)
             return self.make_plan(module)
         # Detached parameters belong to this forward, and replicas of `DataParallel` live for one forward.
         once = (self.constant and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
@@ -116,10 +119,16 @@ class State:
             if self.before_first is not None:
                 self.before_first()
                 self.before_first = None
+            ready = all(adapter.has_values() for adapter in self.unset(module))
             found = self.make_plan(module)
-            if not once:
+            if ready and not once:
                 self.plans[id(module)] = found
         return found
+
+    def unset(self, module: nn.Module) -> list[Adapter]:
+        """The adapters of this state that were made on the meta device and may have no values yet."""
+        adapters: Mapping[str, Adapter] = module.__dict__[ACTIVE].adapters
+        return [adapters[name] for name in (*self.names, *self.heads) if adapters[name].unset]
 
     def make_plan(self, module: nn.Module) -> Plan:
         """Decide what acts at `module`."""

@@ -6,7 +6,7 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 
 from adapterkit.model.adapted import AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
-from adapterkit.model.build import LayerBuilder, build_adapter
+from adapterkit.model.build import LayerBuilder, build_adapter, completed, initial_values
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.optimizing import parameter_groups
@@ -28,8 +28,10 @@ __all__ = [
     "base_parameters",
     "build_adapter",
     "checked_strengths",
+    "completed",
     "copy_head",
     "heads_in_file",
+    "initial_values",
     "inner_model",
     "labels_of_new_head",
     "layer_tensors",

@@ -17,7 +17,7 @@ from adapterkit.model.modules import BaseModules, base_parameters, inside
 from adapterkit.model.optimizing import remind
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.rows import Entries
-from adapterkit.tensors import check_averaged, gradients, reshard, size_of, uninterrupted
+from adapterkit.tensors import check_averaged, gradients, is_hooked, reshard, size_of, uninterrupted
 
 
 class AdaptedModel:
@@ -57,6 +57,9 @@ class AdaptedModel:
             checkpointing.wrap()
         for parameter in adapter.parameters():
             parameter.requires_grad_(False)
+        own = (m for m in adapter.modules() if not is_hooked(m))
+        tensors = (t for m in own for held in (m._parameters, m._buffers) for t in held.values())
+        adapter.unset = any(t is not None and t.is_meta for t in tensors)
         adapter.install(self.active)
         self.adapters[adapter.name] = adapter
         remind(adapter)

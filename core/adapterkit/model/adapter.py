@@ -25,12 +25,12 @@ from adapterkit.contract import (
     default_registry,
     unwrapped_key,
 )
-from adapterkit.errors import AdapterWarning, ConfigError, UnsupportedError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError, unknown
 from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install, let_read, stop_reading, uninstall
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import computes_with, inside, modules_below
 from adapterkit.results import AdapterStatus
-from adapterkit.tensors import Slot, execution_device, gradients, module_slots, put, size_of
+from adapterkit.tensors import Slot, execution_device, gradients, is_hooked, module_slots, put, size_of
 
 
 @dataclass(eq=False)
@@ -46,6 +46,7 @@ class Adapter:
         labels: the label set of its heads; `None` if it has none of its own.
         shared: what all layers have in common; adapters whose shared tensors are equal have one.
         seed: what its random initial values follow from, with the path of each layer; `None`: it has none.
+        unset: it was made on the meta device, and nothing has given it values since, as far as adapterkit knows.
         steps: how often `Adapters.step` was called while it was active.
         penalised: the penalty of its method was asked for.
         trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
@@ -64,6 +65,7 @@ class Adapter:
     readers: dict[nn.Module, tuple[Path, ...]] = field(default_factory=dict)
     shared: Shared | None = None
     seed: int | None = None
+    unset: bool = False
     steps: int = 0
     penalised: bool = False
     labels: LabelSet | None = None
@@ -117,6 +119,42 @@ class Adapter:
                     found[slot.key] = slot
         return found
 
+    # Values
+
+    @property
+    def no_values(self) -> str:
+        """The message of the error if values are needed that were never set."""
+        return (
+            f"Adapter {self.name!r} has no values: it was made on the meta device, and not all of its tensors were set "
+            f"since. When the base has its weights, call adapters.reset({self.name!r}) for initial values, or "
+            "load_state_dict or load_training_state for others."
+        )
+
+    def has_values(self) -> bool:
+        """Whether it has values. It need not as long as its model is on the meta device, too.
+
+        What `to_empty` makes was never written to, and torch counts writes. So values that somebody else sets count.
+
+        Raises:
+            StateError: it has none, and its model has.
+        """
+        if not self.unset:
+            return True
+        if self.base_is_meta:
+            return False
+        for slot in self.slots().values():
+            tensor = slot.tensor
+            if tensor.is_meta or tensor.is_inference() or tensor._version == 0:
+                raise StateError(self.no_values)
+        self.unset = False
+        return True
+
+    @property
+    def base_is_meta(self) -> bool:
+        """Whether the modules that it adapts have no values; what accelerate offloads has."""
+        bare = (host for host in self.hosts.values() if not is_hooked(host))
+        return any(p is not None and p.is_meta for host in bare for p in host._parameters.values())
+
     def write(self, values: Sequence[tuple[Slot, Tensor]], model: nn.Module) -> None:
         """Copy tensors into the adapter, all or none. What is on the meta device goes to where its module computes."""
         places: dict[nn.Module, torch.device] = {}
@@ -133,6 +171,9 @@ class Adapter:
             return value if device is None or device.type == "meta" else value.to(device)
 
         put([(slot, placed(slot, value)) for slot, value in values])
+        if self.unset:
+            written = {id(slot.tensor) for slot, _ in values}
+            self.unset = any(id(slot.tensor) not in written for slot in self.slots().values())
 
     def state_dict_keys(self) -> Iterator[str]:
         """Every key of the adapter in the model's own state dict."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import (
+    BIASES,
     HEADS,
     LAYERS,
     AdapterConfig,
@@ -26,7 +27,7 @@ from adapterkit.contract import (
     beside,
     default_registry,
 )
-from adapterkit.errors import PluginError, SelectionError, UnsupportedError
+from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -40,11 +41,11 @@ from adapterkit.forward import (
 )
 from adapterkit.kinds import Linear
 from adapterkit.model.adapter import Adapter
-from adapterkit.model.heads import adopt_rows, copy_head
+from adapterkit.model.heads import adopt_rows, copy_head, head_values
 from adapterkit.model.modules import BaseModules, computes_with, inside
 from adapterkit.model.selection import Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
-from adapterkit.tensors import execution_device, new_seed, real_value, reshard, seeded
+from adapterkit.tensors import Slot, execution_device, new_seed, real_value, reshard, seeded, shape_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -219,6 +220,54 @@ def build_adapter(
     if given is not None:
         _fill_beside(adapter, builder, given)
     return adapter, notes
+
+
+def initial_values(adapter: Adapter, model: nn.Module) -> list[tuple[Slot, Tensor]]:
+    """What `add` would give an adapter like this, for the weights that the model has now, with the places of each.
+
+    Raises:
+        StateError: the base has no weights yet; or the adapter is from a file, and its sizes do not follow from its
+            config.
+    """
+    method = default_registry.method_of(adapter.config)
+    targets = []
+    for path, layer in adapter.layers.items():
+        owner, like = computes_with(adapter.hosts[path], layer.kind, model)
+        own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), trained_dtype(like.dtype))
+        at = execution_device(owner, like)
+        targets.append(Target(path, adapter.hosts[path], layer.kind, own, at))
+    if adapter.seed is None:
+        adapter.seed = new_seed()
+    shared, layers = LayerBuilder(method, adapter.config).build(targets, model, None, adapter.seed)
+    fresh = Adapter(adapter.name, adapter.config, layers=layers, shared=shared)
+    values = {key: slot.tensor for key, slot in fresh.slots().items()}
+    for path, head in adapter.heads.items():
+        values |= {f"{path}.{HEADS}.{n}": t for n, t in head_values(head, adapter.hosts[path], model, adapter.seed)}
+    values |= {f"{path}.{BIASES}.bias": real_value(adapter.hosts[path], "bias") for path in adapter.biases}
+    slots, found = adapter.slots(), []
+    for key, slot in slots.items():
+        if key not in values or values[key].is_meta:
+            raise StateError(f"{key!r} has no initial value, because the base has no weights yet. Load these first.")
+        if values[key].shape != shape_of(slot.tensor):
+            raise StateError(
+                f"{key!r} has the shape {tuple(shape_of(slot.tensor))}, and a new adapter of the same config has "
+                f"{tuple(values[key].shape)}: it is from a file with other sizes. Load that file again."
+            )
+        found.append((slot, values[key]))
+    kept = [(path, bias) for path, bias in adapter.biases.items() if bias.base is not None]
+    return found + [(Slot(bias, "base"), values[f"{path}.{BIASES}.bias"]) for path, bias in kept]
+
+
+def completed(
+    adapter: Adapter, model: nn.Module, values: Sequence[tuple[Slot, Tensor]]
+) -> Sequence[tuple[Slot, Tensor]]:
+    """Given values, and initial ones for what these lack if the adapter has none."""
+    if not adapter.unset or adapter.base_is_meta:
+        return values
+    given = {id(slot.tensor) for slot, _ in values}
+    if all(id(slot.tensor) in given for slot in adapter.slots().values()):
+        return values
+    return [*values, *((slot, t) for slot, t in initial_values(adapter, model) if id(slot.tensor) not in given)]
 
 
 def _fill_beside(adapter: Adapter, builder: LayerBuilder, given: SortedTensors) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from adapterkit.errors import CheckpointError, ConfigError, SelectionError, Stat
 from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.tensors import gathered, hook_objects, is_fsdp, remove_hooks, seeded
+from adapterkit.tensors import gathered, hook_objects, is_fsdp, real_value, remove_hooks, seeded, shape_of
 
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -204,6 +204,24 @@ def initialise_rows(layer: nn.Linear, model: nn.Module, seed: int | None) -> Non
         layer.reset_parameters()
         if callable(initialise):
             initialise(layer)
+
+
+def head_values(head: nn.Module, module: nn.Module, model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The initial values of a new head like this, by their names in it: the module's own, and new rows."""
+    for path, owner in head.named_modules():
+        place, new = f"{path}." if path else "", None
+        base = module.get_submodule(path)
+        for name, own in (*owner._parameters.items(), *owner._buffers.items()):
+            if own is None:
+                continue
+            value = real_value(base, name)
+            if isinstance(owner, nn.Linear) and value.shape != shape_of(own):
+                if new is None:
+                    sizes = owner.in_features, owner.out_features, owner.bias is not None
+                    new = nn.Linear(*sizes, device=value.device, dtype=own.dtype)
+                    initialise_rows(new, model, seed)
+                value = new.get_parameter(name).detach()
+            yield place + name, value
 
 
 _METADATA_KEY = "adapterkit.id2label"

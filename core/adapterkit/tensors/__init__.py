@@ -24,7 +24,7 @@ from adapterkit.tensors.distributed import (
     whole,
 )
 from adapterkit.tensors.interrupts import uninterrupted
-from adapterkit.tensors.offload import execution_device, hook_objects, real_value, remove_hooks
+from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
 from adapterkit.tensors.seeds import new_seed, seeded
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "in_first_process",
     "is_dtensor",
     "is_fsdp",
+    "is_hooked",
     "is_sharded",
     "module_slots",
     "new_seed",

@@ -86,12 +86,13 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
         writing: write what the block wrote into the parameters back to the shards, unless it raises.
 
     Raises:
-        StateError: torch's older FSDP holds the parameters.
+        StateError: torch's older FSDP holds the parameters, or an error has ended a forward under FSDP2 halfway.
     """
     modules = list(modules)
     if modules:
         refuse_fsdp1(model)
     reshard(model)
+    _refuse_interrupted(model)
     places: list[tuple[nn.Module, str, Any]] = [
         (m, name, p) for m in modules for name, p in m._parameters.items() if p is not None and is_sharded(p)
     ]
@@ -219,6 +220,21 @@ def reshard(model: nn.Module) -> None:
     """Have FSDP2 put its shards back: after a forward its root holds copies in the dtype of the computation."""
     for module in _fsdp((model,), "FSDPModule"):
         module.reshard()
+
+
+def _refuse_interrupted(model: nn.Module) -> None:
+    """Raise `StateError` if FSDP2 cannot put its shards back, because a forward has raised an error in between.
+
+    What is written then goes to copies, which are thrown away.
+    """
+    for module in _fsdp((model,), "FSDPModule"):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        if any(getattr(group, "is_unsharded", False) for group in groups):
+            raise StateError(
+                "A forward under fully_shard was ended by an error, and FSDP keeps its copies of the parameters in "
+                "place. Call model.reset_iter_state() on the outermost sharded module, as torch says, and then this."
+            )
 
 
 def _engine_of(model: nn.Module) -> Any:

@@ -53,13 +53,16 @@ def leading_factors(target: Target, config: LoraConfig) -> tuple[Init, Init]:
         raise StateError(
             f"{start} is for linear layers; {target.path!r} is a {target.kind.name}. Leave it out with exclude_modules."
         )
+    sizes = target.out_features, target.in_features
+    if r > min(sizes):
+        raise StateError(f"{start} takes r <= min(in, out) = {min(sizes)} at {target.path!r}, not {r}.")
+    if target.device.type == "meta":  # nothing is filled there
+        return 0.0, 0.0
     weight = target.weight()
     if weight.is_meta:
         raise StateError(
             f"{start} needs the weight of {target.path!r}, which is on the meta device. Load the base first."
         )
-    if r > min(weight.shape):
-        raise StateError(f"{start} takes r <= min(in, out) = {min(weight.shape)} at {target.path!r}, not {r}.")
     if config.init_lora_weights == "olora":
         q, rest = torch.linalg.qr(weight)
         down, up = rest[:r], q[:, :r]
