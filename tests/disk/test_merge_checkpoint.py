@@ -419,5 +419,5 @@ def test_an_added_tensor_that_would_not_be_found_is_refused(tmp_path: Path, monk
     cls = save_base(setting, tmp_path / "base")
     save_adapters(setting, tmp_path / "base", cls, tmp_path)
     monkeypatch.setattr("adapterkit.disk.merge.match_names", lambda model, names: match_names(model, []))
-    text = "lacks 'classifier.weight', and beside the names that it has, such a tensor would not be found"
+    text = "lacks 'classifier.weight', and transformers would not find a tensor of this name among the others"
     refused(ak.UnsupportedError, text, tmp_path / "base", tmp_path / "a", tmp_path / "out")

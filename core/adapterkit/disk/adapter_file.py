@@ -67,7 +67,7 @@ class AdapterContent:
 
     Attributes:
         kinds: the layer kind of each changed layer, by path; empty without a base if the tensors do not show it.
-        tensors: those of the layers and shared ones, by key: what the method's save rule is asked about.
+        tensors: of layers, and shared ones, by key: what the method's hook `to_file` gets.
         heads: the tensors of modules that it holds in full, by path and name in the module.
         tables: the heads that are the base's embeddings with other values.
         biases: trained biases, by the path of their module.
@@ -146,7 +146,7 @@ class AdapterFile(AdapterContent):
     Attributes:
         files: as they were read; the tensors are mapped, so their values are read when they are used.
         layers: the tensors of each layer by path and name in the layer; `shared`: those that all layers use.
-        unknown: keys that belong to nobody; `ignored`: keys of other models, and what the base has already.
+        unknown: keys that belong to nothing; `ignored`: keys of other models, and what the base has already.
         built: its layers, of mapped tensors; `refused`: those that need the base's weights, and why.
         report: what fits, and what does not.
         broken: layers with a tensor that is missing or does not fit.
@@ -181,9 +181,9 @@ class AdapterFile(AdapterContent):
         """The adapter of a folder, a hub id or another program's file, as far as its files tell.
 
         Args:
-            base: the model, for what they do not tell.
+            base: the model, if the files do not tell the sizes of its layers.
             component: of a source for a whole pipeline, the part.
-            keep_names: call the layers of another program's file what that does.
+            keep_names: keep the names that another program's file has for its layers.
 
         Raises:
             CheckpointError: it is not an adapter, or it is damaged.
@@ -306,7 +306,7 @@ class AdapterFile(AdapterContent):
         """Refuse what cannot be used.
 
         Raises:
-            CheckpointError: a tensor is missing, does not fit or is nobody's, or the sizes of layers are not told.
+            CheckpointError: a tensor is missing, unexpected or of another shape, or the sizes of layers are unknown.
             StateError: a layer needs the base's weights.
         """
         self.check_told()

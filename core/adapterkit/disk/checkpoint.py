@@ -134,8 +134,8 @@ def match_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str],
     where the model does not, and several tensors may become one or one several.
 
     Returns:
-        For each name in the model's state dict the name in the checkpoint, where it is one tensor there. For each
-        tensor of the model that is made at loading from others, such as experts that are stacked, the names of those.
+        The checkpoint's name for each name in the model's state dict that is one tensor there. And the names of several
+        tensors for each that transformers makes of several when it loads, such as stacked experts.
     """
     known = set(model.state_dict(keep_vars=True))
     rename = _renaming(model, known)

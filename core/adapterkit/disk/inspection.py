@@ -158,7 +158,7 @@ def inspect_adapter(
         labels=None if labels is None else dict(labels.id2label),
         parameters=sum(t.numel() for t in files.tensors.values()),
         dtypes=dict(dtypes.most_common()),
-        # A sum of some of the norms would look like that of all.
+        # The sum of some norms would look like the sum of all.
         norm=None if not norms or None in norms else math.hypot(*norms),  # type: ignore[arg-type]
         unknown=opened.report.unexpected,
         missing=opened.report.missing,

@@ -324,8 +324,8 @@ def _origins(
     wrong = next((name for name in added if found.get(name) != name), None)
     if wrong is not None:
         raise UnsupportedError(
-            f"{base.checkpoint.folder} lacks {wrong!r}, and beside the names that it has, such a tensor would not be "
-            "found. Load the model and merge in memory."
+            f"{base.checkpoint.folder} lacks {wrong!r}, and transformers would not find a tensor of this name "
+            "among the others. Load the model and merge in memory."
         )
     return origins, tuple(absent)
 

@@ -232,7 +232,7 @@ def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Ite
         if isinstance(origin, Tensor):
             yield as_bytes(origin)
         elif isinstance(origin, Merge):
-            if origin.change is not change:  # weight and bias of a module are beside each other
+            if origin.change is not change:  # the weight and the bias of a module follow each other
                 made = {}  # so that one module is in memory at a time
                 change, made = origin.change, merged_module(origin, safe=safe)
             yield as_bytes(made[origin.local])

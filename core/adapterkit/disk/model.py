@@ -111,8 +111,8 @@ def _config(where: str) -> Any:
 def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
     """The skeleton that adapters are for, and its class if that is not the one that the base's config names.
 
-    A base is often stored without its task's head, and its config then names the bare model. The class is that of the
-    adapters' task then.
+    A base is often stored without its task's head, and its config then names the bare model. The adapters' task then
+    says the class.
 
     Raises:
         CheckpointError: the config's class lacks modules of the adapters, and their task does not tell which has them.

@@ -141,8 +141,8 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
     """Embeddings that the file holds in full, as PEFT writes them when the vocabulary was resized.
 
     Returns:
-        The path of each, with the path of the tensor that it gets: its own, or that of the table it is tied to, if the
-        file has none of its own.
+        The path of each table, with the path of the table whose tensor it gets. That is its own path, unless the file
+        has only the tensor of a table that it is tied to.
     """
     get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None

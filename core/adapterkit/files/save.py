@@ -195,9 +195,10 @@ def file_config(
     """The config that goes to the file: one that PEFT reads, and that selects exactly these layers.
 
     Args:
-        layers, heads: paths; `paths` are those of all modules of the model.
+        layers, heads: their paths.
+        paths: of all modules of the model.
         base: what the base model is called.
-        prefix: what the paths of layers and heads begin with, and those of the model do not.
+        prefix: what the paths of layers and heads begin with, but not the paths of the model.
     """
     changes: dict[str, Any] = {
         "modules_to_save": tuple(path.removeprefix(prefix) for path in heads if path not in layers) or None,

@@ -213,7 +213,7 @@ class Pages:
     """A file's bytes as memory: read when they are used, and not written back."""
 
     def __init__(self, descriptor: int) -> None:
-        if sys.platform == "linux":  # which else refuses to map files that are larger than its memory
+        if sys.platform == "linux":  # without this flag it refuses to map files larger than its memory
             self._map = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
         else:
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
@@ -228,7 +228,7 @@ class Pages:
 
     def release(self) -> None:
         """Have no page of it in this process's memory; what is used again is read again."""
-        with suppress(AttributeError, OSError):  # a system without such advice
+        with suppress(AttributeError, OSError):  # the system cannot drop pages
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -346,7 +346,7 @@ def write_tensors(
     The tensors may share memory, or be on any device, from which they come one at a time.
 
     Args:
-        dtypes: of those that are to have another than their own.
+        dtypes: the dtype of each tensor that is written in another than its own.
         after: called after each tensor.
 
     Raises:

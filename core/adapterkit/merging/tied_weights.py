@@ -99,7 +99,7 @@ class Parting:
             pairs, declared = getattr(module, _ALL, None), getattr(module, _DECLARED, None)
             if isinstance(declared, Mapping) and any(t.declarer is module for t in self.parted):
                 declared = _declared_by(module)
-                if not any(module.config is config for config in self.configs):  # a later tying goes by these then
+                if not any(module.config is config for config in self.configs):  # transformers then ties by these again
                     self._leave_out(module, _DECLARED, declared, prefix, targets)
             if isinstance(pairs, Mapping) and any(prefix + name in targets for name in pairs):
                 self._leave_out(module, _ALL, pairs, prefix, targets)

@@ -56,7 +56,8 @@ def sort_tensors(
     """Sort the tensors of a file by the parts that an adapter has.
 
     Args:
-        layers, heads, biases: the modules with such a part: the path that each is known by, for each of its paths.
+        layers, heads, biases: the modules that have such a part. Each of a module's paths is a key; the value is the
+            path by which the adapter knows it.
         shared: whether its layers share tensors.
     """
     found, bias_keys = SortedTensors(), {f"{beside(path, layers)}.bias": known for path, known in biases.items()}

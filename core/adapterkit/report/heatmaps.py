@@ -1,6 +1,6 @@
 """Heat maps: tables of numbers, shaded by value, with the model's layers as rows and its modules as columns.
 
-Every cell shows its number, so that nothing is told by colour alone.
+Every cell shows its number, so nothing depends on colour alone.
 """
 
 from __future__ import annotations
