@@ -98,6 +98,20 @@ class ForwardGivesNothing(Outer):
             super().forward(base, x)
 
 
+class ForwardAloneGivesNothing(Outer):
+    class layer(ak.AdapterLayer):
+        setup = OuterLayer.setup
+
+        def forward(self, base, x):
+            base(x)
+
+
+class SharedForwardGivesNothing(Outer):
+    class shared(ak.Shared):
+        def forward(self, base, *args, **kwargs):
+            base(*args, **kwargs)
+
+
 class ForgottenScale(Outer):
     class layer(OuterLayer):
         def forward(self, base, x):
@@ -349,6 +363,8 @@ BROKEN: dict[type[Outer], str] = {
     UpAndDownSwapped: "check_parameters",
     MergeGivesTheWeightAlone: "check_parameters",
     ForwardGivesNothing: "check_mathematics_is_pure",
+    ForwardAloneGivesNothing: "check_mathematics_is_pure",
+    SharedForwardGivesNothing: "check_every_claimed_layer_kind",
     KeepsItsFactors: "check_mathematics_is_pure",
     BranchesOnAValue: "check_mathematics_is_pure",
     ImpureMerge: "check_mathematics_is_pure",

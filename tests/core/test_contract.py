@@ -339,6 +339,59 @@ def test_a_layer_that_lacks_what_its_base_needs_is_refused_where_it_is_defined(b
         type("Nothing", (base,), {"__init__": ShiftLayer.setup, needs.split(maxsplit=1)[0]: None})
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "meant"),
+    [
+        (ak.AdapterLayer, "set_up", "setup"),
+        (ak.LowRankLayer, "factor", "factors"),
+        (ak.DenseLayer, "changes", "change"),
+        (ak.Shared, "setups", "setup"),
+        (ak.Shared, "penality", "penalty"),
+        (ak.Shared, "steps", "step"),
+    ],
+)
+def test_a_method_that_is_called_nearly_as_one_of_the_contract_is_refused(base: type, name: str, meant: str) -> None:
+    with pytest.raises(ak.PluginError, match=f"Misspelt.{name}: nothing calls it. Is it meant to be '{meant}'"):
+        type("Misspelt", (base,), {name: lambda self: None, "forward": lambda self, base, x: x})
+
+
+def test_a_helper_beside_what_it_is_called_like_is_no_mistake() -> None:
+    class Layer(ak.DenseLayer):
+        def change(self) -> Tensor:
+            return self.changes()
+
+        def changes(self) -> Tensor:
+            raise NotImplementedError
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_check_that_returns_something_is_refused(answer: bool) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Checked(ak.AdapterConfig):
+        method = "checked"
+
+        def check(self) -> Any:
+            return answer
+
+    with pytest.raises(ak.PluginError, match=f"Checked.check returned {answer}; it must raise ConfigError or return"):
+        Checked()
+
+
+def test_a_forward_that_returns_nothing_is_named(registered: Callable[..., Any]) -> None:
+    class Silent(ShiftLayer):
+        def forward(self, base: Any, x: Tensor) -> Any:
+            base(x)
+
+    @ak.hookimpl
+    def inject(target: ak.Target, config: ShiftConfig) -> ak.AdapterLayer:
+        return Silent(target, config)
+
+    model = net()
+    ak.attach(model).add("a", registered(inject=inject))
+    with pytest.raises(ak.PluginError, match=r"Silent.forward returned None; it must return the output"):
+        model.get_submodule("overhead")(torch.ones(1, model.get_submodule("overhead").in_features))
+
+
 def test_a_method_may_choose_its_targets(registered: Callable[..., Any]) -> None:
     def targets(model: nn.Module, config: ak.AdapterConfig) -> list[str]:
         return [match.path for match in ak.select(model, config).targets][1:]

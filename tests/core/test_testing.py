@@ -100,6 +100,8 @@ def test_each_broken_method_fails_the_check_meant_for_it_and_no_other(plugin, mo
         results = run_checks(config.replace(scale=0.25))
     failed = {name: result for name, result in results.items() if result.startswith("failed")}
     assert failed.keys() == {BROKEN[plugin]}, "\n".join(failed.values())
+    if plugin is broken_methods.SharedForwardGivesNothing:
+        assert "shared.forward returned None; it must return the output." in failed[BROKEN[plugin]]
     if plugin is BranchesOnAValue:
         assert "expected shapes alone to be enough; it reads values:" in failed[BROKEN[plugin]]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
-from adapterkit.errors import ConfigError, UnknownNameError, UnsupportedError, nearest
+from adapterkit.errors import ConfigError, PluginError, UnknownNameError, UnsupportedError, nearest
 
 Modules = str | Sequence[str] | None
 TrainedBiases = Literal["none", "targets", "all"]
@@ -136,7 +136,13 @@ class AdapterConfig:
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
         if hints["bias"] is str and self.bias not in biases:
             raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
-        self.check()
+        answer: Any = self.check()  # type: ignore[func-returns-value]
+        if answer is not None:
+            raise PluginError(f"{cls.__name__}.check returned {answer!r}; it must raise ConfigError or return nothing.")
+        self._check_pattern_values()
+
+    def _check_pattern_values(self) -> None:
+        """Raise `ConfigError` if a field could not have the value that a pattern gives it."""
         for pattern, own in self.patterns.items():
             for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
                 try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -173,6 +175,7 @@ class AdapterLayer(nn.Module):
             return
         if "__init__" in vars(cls):
             raise PluginError(f"{cls.__name__} defines __init__; write setup(self, target, config) in its place.")
+        _check_spelling(cls, base, ("setup", "forward", "merged", *cls._needs))
         if cls.any_module and (base is not AdapterLayer or cls.forward is base.forward):
             raise PluginError(
                 f"{cls.__name__} has any_module, so it must be an AdapterLayer that defines forward(self, base, *args, "
@@ -317,6 +320,18 @@ def without_values(layer: AdapterLayer) -> Any:
     return light
 
 
+def _check_spelling(cls: type, base: type, names: Iterable[str]) -> None:
+    """Raise `PluginError` for a public method of `cls` whose name is nearly one of `base`'s that `cls` lacks."""
+    lacking = [name for name in names if getattr(cls, name) is getattr(base, name)]
+    for name, value in vars(cls).items():
+        own = inspect.isfunction(value) and not name.startswith("_") and not hasattr(base, name)
+        for meant in difflib.get_close_matches(name, lacking, 1, cutoff=0.8) if own else ():
+            raise PluginError(
+                f"{cls.__name__}.{name}: nothing calls it. Is it meant to be {meant!r}, of {base.__name__}? If it "
+                "is a helper, begin its name with an underscore."
+            )
+
+
 # The attributes of every `Shared`.
 _KEPT = {*vars(nn.Module()), "_made"}
 
@@ -344,6 +359,7 @@ class Shared(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _check_spelling(cls, Shared, ("setup", "forward", "penalty", "step"))
         cls.replaces_call = cls.forward is not Shared.forward
 
     def __getstate__(self) -> dict[str, Any]:

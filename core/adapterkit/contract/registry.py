@@ -395,6 +395,8 @@ def _check_method(method: Method) -> None:
     _check_patterns(method, config_type)
     try:
         config = config_type()
+    except PluginError:
+        raise
     except Exception as error:
         raise method.fault(
             f"{config_type.__name__}() raised {type(error).__name__}: {error}. Every field of a config needs a default"

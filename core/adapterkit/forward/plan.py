@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, Shared
-from adapterkit.errors import SelectionError, StateError, UnsupportedError
+from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
 from adapterkit.forward.heads import BiasLayer, callable_head
@@ -184,11 +184,18 @@ class Call:
         if isinstance(part, Shared) and self._constant and torch.is_grad_enabled():
             # The layers read what it leaves on itself, so it cannot be a twin.
             values = {name: parameter.detach() for name, parameter in part.named_parameters()}
-            return functional_call(part, values, (base, *args), kwargs)
+            return returned(part, functional_call(part, values, (base, *args), kwargs))
         if isinstance(part, Shared) or part.any_module:
-            return part(base, *args, **kwargs)
+            return returned(part, part(base, *args, **kwargs))
         call, x = of_input(self.module, base, args, kwargs)
         return run_layers(self.module, [(part, strength)], call, x)
+
+
+def returned(part: Any, out: Any) -> Any:
+    """What a method's forward gave, which cannot be `None`: then a `return` is missing."""
+    if out is None:
+        raise PluginError(f"{type(part).__name__}.forward returned None; it must return the output.")
+    return out
 
 
 def run_layers(module: nn.Module, layers: Sequence[tuple[Any, float]], call: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -200,7 +207,7 @@ def run_layers(module: nn.Module, layers: Sequence[tuple[Any, float]], call: Cal
         out = summable(module, run_layers(module, inner, call, x))
         return add(layer, out, x, strength).to(out.dtype)
     base = Base(module, layer, inner, call, x)
-    out = layer(base, base.to_adapter_dtype(x))
+    out = returned(layer, layer(base, base.to_adapter_dtype(x)))
     drops_rows = layer.training and (layer.row_dropout or layer.module_dropout)
     if drops_rows or strength != 1.0:
         plain = base(x)
