@@ -80,7 +80,9 @@ class LoadHooks:
         for name, adapter in adapters._adapters.items():
             for key in adapter.state_dict_keys():
                 mine, theirs = own.get(key), state.get(prefix + key)
-                if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and shape_of(mine) != shape_of(theirs):
+                if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor) or mine.shape == theirs.shape:
+                    continue  # ZeRO-3 has empty tensors in both, and restores the values itself
+                if shape_of(mine) != shape_of(theirs):
                     raise CheckpointError(
                         f"Adapter {name!r} was saved with another config than the model's has: {key!r} is "
                         f"{tuple(shape_of(theirs))} in the state dict, and {tuple(shape_of(mine))} here (such as "
