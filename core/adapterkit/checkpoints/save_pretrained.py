@@ -33,7 +33,7 @@ from adapterkit.files import (
 )
 from adapterkit.merging import Parting
 from adapterkit.model import Adapter, BaseModules, LabelSet, named_modules, resized_keys
-from adapterkit.tensors import gathered, in_first_process, process_groups, real_value, whole
+from adapterkit.tensors import gathered, in_first_process, is_sharded, process_groups, real_value, whole
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -125,7 +125,17 @@ class Saver:
         call = inspect.signature(own).bind(self.module, *args, **kwargs)
         if ATTRIBUTE not in self.root.__dict__:
             return own(*call.args, **call.kwargs)
-        if isinstance(call.arguments.get("state_dict"), WrittenElsewhere):
+        given = call.arguments.get("state_dict")
+        if given == {} and not isinstance(given, WrittenElsewhere) and any(map(is_sharded, self.root.parameters())):
+            warnings.warn(
+                "Trainer passes no tensors of a model that ZeRO-3 divides, so the adapters are in DeepSpeed's own "
+                "checkpoint alone. To have their files too, set stage3_gather_16bit_weights_on_model_save to true, or "
+                "put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class.",
+                AdapterWarning,
+                stacklevel=2,
+            )
+            return None
+        if isinstance(given, WrittenElsewhere):
             return None
         active, inside = self.adapters._active, self._adapters_inside()
         acting = [name for name in active.state.names if name in inside]

@@ -19,6 +19,7 @@ from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_st
 from adapterkit.contract import ATTRIBUTE
 from adapterkit.errors import UnsupportedError
 from adapterkit.files import CONFIG_FILE
+from adapterkit.tensors import process_groups
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -39,7 +40,7 @@ class AdapterTrainerMixin(_Base):
     - a quantised base trains, if its quantisation lets gradients through;
     - the optimizer has a group of parameters for each adapter, with learning rates of their own.
 
-    Under FSDP and DeepSpeed checkpoints are written by these engines, as without the mixin.
+    DeepSpeed writes its own checkpoint beside that. Under FSDP the engine writes the checkpoints, as without the mixin.
 
     Args:
         adapter_options: options of the optimizer for each adapter, `{"a": {"lr": 1e-3}, "b": {"lr": 1e-4}}`; see
@@ -108,31 +109,63 @@ class AdapterTrainerMixin(_Base):
 
     # Checkpoints
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`. Under DeepSpeed every process takes part in writing the adapters."""
+        if self.is_deepspeed_enabled and self._saves_adapters:
+            self._write_adapters(Path(output_dir or str(self.args.output_dir)))
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        adapters, folder = self.adapters, Path(output_dir or str(self.args.output_dir))
-        trained, model = adapters.trainable, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        engine = state_dict is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if engine or adapters.merged or not trained:
+        folder = Path(output_dir or str(self.args.output_dir))
+        by_engine = self.is_fsdp_enabled or (state_dict is not None and not self.is_deepspeed_enabled)
+        if by_engine or not self._saves_adapters:
             super()._save(output_dir, state_dict)
             return
-        names = trained if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else adapters.names
-        places = {name: folder if (name,) == trained else subfolder(folder, name) for name in names}
-        own = getattr(model, "save_pretrained", None)
+        own = getattr(self._unwrapped, "save_pretrained", None)
         if own is None or isinstance(own, Saver):
             super()._save(output_dir, WrittenElsewhere())  # everything but the model
             if own is None:
-                (folder / SAFE_WEIGHTS_NAME).unlink()  # that is an empty file now
-            for name, place in places.items():
-                adapters.save(name, place)
-            tidy(folder, places.values())
+                (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # that is an empty file now
+            if not self.is_deepspeed_enabled:
+                self._write_adapters(folder)
         else:  # the model writes the adapters in its own layout, as sentence-transformers does
             super()._save(output_dir, None)
+            for name, place in self._places(folder).items() if self.args.should_save else ():
+                save_state(self.adapters, name, place)
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _saves_adapters(self) -> bool:
+        """Whether a checkpoint holds adapters alone: some train, and none is in the weights."""
+        return bool(self.adapters.trainable) and not self.adapters.merged
+
+    def _places(self, folder: Path) -> dict[str, Path]:
+        """Where each adapter goes: in a checkpoint those that train, elsewhere all."""
+        trained = self.adapters.trainable
+        names = trained if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else self.adapters.names
+        return {name: folder if (name,) == trained else subfolder(folder, name) for name in names}
+
+    def _write_adapters(self, folder: Path) -> None:
+        places = self._places(folder)
         for name, place in places.items():
-            save_state(adapters, name, place)
+            # Where adapters are sharded, every process takes part and the first one writes.
+            if self.args.should_save or process_groups(self.adapters.parameters(name)):
+                self.adapters.save(name, place)
+                save_state(self.adapters, name, place)
+        if self.args.should_save:
+            tidy(folder, places.values())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         if not load_states(self.adapters, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded what the model's parameters are
+            load_states(self.adapters, Path(checkpoint))
 
     def _load_best_model(self) -> None:
         if not load_states(self.adapters, Path(str(self.state.best_model_checkpoint))):
