@@ -214,6 +214,14 @@ def test_a_config_makes_a_view_in_get_peft_model() -> None:
     assert type(made.peft_config["default"]) is peft.LoraConfig
 
 
+def test_an_adapter_that_a_tool_misses_is_named_with_those_there_are() -> None:
+    ours, adapters = view()
+    adapters.rename("default", "sql")
+    with pytest.raises(KeyError, match=r"'sql'.*adapters.rename"):
+        ours.peft_config["default"]
+    assert ours.peft_config.get("default") is None
+
+
 def test_a_model_without_adapters_has_no_view() -> None:
     with pytest.raises(ak.StateError, match="Add one first"):
         ak.as_peft(build("llama"))

@@ -40,11 +40,11 @@ OPTIONS = {
 }
 
 
-def sft(model: Any, folder: Path, **options: Any) -> Any:
+def sft(model: Any, folder: Path, *, peft_config: Any = None, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(str(folder), **OPTIONS | options)
-    return SFTTrainer(model, arguments, train_dataset=texts(), processing_class=tokenizer())
+    arguments, data = SFTConfig(str(folder), **OPTIONS | options), {"train_dataset": texts(), "eval_dataset": texts(4)}
+    return SFTTrainer(model, arguments, **data, processing_class=tokenizer(), peft_config=peft_config)
 
 
 def pairs() -> dict[str, list[str]]:
@@ -263,3 +263,31 @@ def test_weight_decay_is_for_the_parameters_that_peft_decays(tmp_path: Path) -> 
 
 def peft_model() -> Any:
     return peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=TARGETS))
+
+
+def test_the_best_model_at_the_end_is_the_one_that_was_saved_then(tmp_path: Path) -> None:
+    view, adapters = adapted(sft, CONFIGS["pissa"])
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
+    run = sft(view, tmp_path, load_best_model_at_end=True, greater_is_better=True, **options)
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")  # the loss falls
+    other, others = adapted(sft, CONFIGS["pissa"])
+    other.load_adapter(tmp_path / "checkpoint-2", "default", is_trainable=True)
+    for one, two in zip(adapters.parameters("default"), others.parameters("default"), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_trainer_makes_the_adapter_itself_from_a_config(tmp_path: Path) -> None:
+    config = OuterConfig(target_modules=TARGETS)
+    run = sft(build("llama"), tmp_path, peft_config=ak.as_peft(config))
+    run.train()
+    assert ak.attach(run.model).config("default").target_modules == config.target_modules
+    assert ak.attach(build("llama")).load(tmp_path / "checkpoint-4", "default").ok
+
+
+def test_an_adapter_at_the_output_layer_trains(tmp_path: Path) -> None:
+    view, adapters = adapted(dpo, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    before = [parameter.detach().clone() for parameter in adapters.parameters("default")]
+    dpo(view, tmp_path, max_steps=2).train()
+    pairs = zip(before, adapters.parameters("default"), strict=True)
+    assert not any(torch.equal(one, other) for one, other in pairs)

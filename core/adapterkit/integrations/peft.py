@@ -27,7 +27,7 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
     done to one is done to the other. It works with every method, also with those that PEFT lacks. TRL looks for the
     adapter `"default"`.
 
-        ak.attach(model).add("default", ak.config("lora")(r=8))
+        ak.attach(model).add("default", ak.config("lora", r=8))
         trainer = DPOTrainer(ak.as_peft(model), args=..., train_dataset=...)
 
     Args:

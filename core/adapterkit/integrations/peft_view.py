@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
 from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
+from adapterkit.errors import unknown
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations.peft_layers import Named, by_adapter, views
@@ -29,6 +30,12 @@ from adapterkit.tensors import process_groups
 _FIRST = "default"
 # TRL adds an adapter of this name for its reference model, with the config of `_FIRST`.
 _REFERENCE = "ref"
+
+
+class _Configs(dict[str, PeftConfig]):
+    def __missing__(self, name: str) -> PeftConfig:
+        advice = f"Rename the one that you mean: adapters.rename(old, {name!r})."
+        raise unknown("adapter", name, self, advice)
 
 
 @BaseTuner.register
@@ -79,7 +86,7 @@ class Tuner(nn.Module):
         A change of it changes nothing here.
         """
         self._configs = {name: self._config(name) for name in self.adapters.names}
-        return {name: made for name, (_, made) in self._configs.items()}
+        return _Configs({name: made for name, (_, made) in self._configs.items()})
 
     def _config(self, name: str) -> tuple[AdapterConfig, PeftConfig]:
         adapter = self.adapters._adapter(name)
