@@ -43,6 +43,7 @@ from adapterkit.errors import (
     UnsupportedError,
 )
 from adapterkit.features import features
+from adapterkit.files import ServingReport, check_serving
 from adapterkit.forward import Base, declare_reader, effective_weight
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import Selection, select
@@ -153,6 +154,7 @@ __all__ = [
     "SaveError",
     "Selection",
     "SelectionError",
+    "ServingReport",
     "Shared",
     "StateError",
     "Status",
@@ -162,6 +164,7 @@ __all__ = [
     "UnsupportedError",
     "as_peft",
     "attach",
+    "check_serving",
     "combine_files",
     "config",
     "convert_file",

@@ -18,6 +18,7 @@ WEIGHTED = "PATH[:WEIGHT]"
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears when it is complete.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in the folder.")]
 Rank = Annotated[int | None, typer.Option(help="Truncate to this rank (best approximation).")]
+MaxRank = Annotated[int | None, typer.Option(help="The server's own `--max-lora-rank`.")]
 Energy = Annotated[
     float | None,
     typer.Option(help="Truncate to the rank that keeps this share of the squared singular values, such as 0.99."),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterkit_command import arguments
-from adapterkit_command.arguments import Base, Component, ExcludeModules, TargetModules, TargetRegex
+from adapterkit_command.arguments import Base, Component, ExcludeModules, MaxRank, TargetModules, TargetRegex
 from adapterkit_command.running import Exit, command
 
 if TYPE_CHECKING:
-    from adapterkit import AdapterDiff, AdapterInspection, MethodsReport, Preview
+    from adapterkit import AdapterDiff, AdapterInspection, MethodsReport, Preview, ServingReport
 
 PANEL = "Look"
 _JQ = """adapterkit methods --json | jq -r '.methods[] | select(.name == "lora").prefix'"""
@@ -49,6 +49,31 @@ def inspect(
     import adapterkit as ak
 
     return ak.inspect_adapter(adapter, values=not headers_only, base=base, component=component)
+
+
+@command(
+    PANEL,
+    "check_serving",
+    {
+        "Whether vLLM serves it": "adapterkit check ./adapters/mood --for vllm",
+        "In a script, for a server with a limit": "adapterkit check ./mood --for sglang --max-rank 32 && echo yes",
+    },
+)
+def check(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
+    *,
+    server: Annotated[str, typer.Option("--for", help="The server: `vllm` or `sglang`.", metavar="SERVER")],
+    max_rank: MaxRank = None,
+) -> tuple[ServingReport, Exit]:
+    """Check whether vLLM or SGLang serves an adapter as it is, by the server's own rules.
+
+    A problem is what the server refuses, and also what it would silently leave out or scale otherwise. The exit status
+    is 4 if there is one. `adapterkit convert --for` makes an adapter that the server serves, if there is one.
+    """
+    import adapterkit as ak
+
+    found = ak.check_serving(adapter, server, max_rank=max_rank)  # type: ignore[arg-type]
+    return found, Exit.OK if found.ok else Exit.DIFFERENT
 
 
 @command(

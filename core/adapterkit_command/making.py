@@ -15,6 +15,7 @@ from adapterkit_command.arguments import (
     Dtype,
     Energy,
     ExcludeModules,
+    MaxRank,
     Out,
     Overwrite,
     Rank,
@@ -156,6 +157,7 @@ def combine(  # noqa: PLR0913 - one parameter an option
         "LoHa as LoRA, exactly": "adapterkit convert ./adapters/loha --to lora --out ./adapters/lora",
         "Smaller: the rank that keeps 99 percent of each change": "adapterkit convert big --energy 0.99 --out small",
         "For kohya-ss": "adapterkit convert ./adapters/style --naming kohya --out style.safetensors",
+        "For vLLM": "adapterkit convert ./adapters/loha --for vllm --out ./adapters/served",
         "From another program": "adapterkit convert style.safetensors --base ./unet --out ./adapters/style",
     },
     show=written,
@@ -183,6 +185,11 @@ def convert(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="The name of the part in the output, such as `lora_te1`.")
     ] = None,
     heads: Annotated[str, typer.Option(help="What to do with the heads: `keep` or `drop`.")] = "keep",
+    server: Annotated[
+        str | None,
+        typer.Option("--for", help="Write what this server serves: `vllm` or `sglang`.", metavar="SERVER"),
+    ] = None,
+    max_rank: MaxRank = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:

@@ -52,7 +52,7 @@ MEANINGS = {
     Exit.ERROR: "the command failed; the message gives the reason, and nothing was changed",
     Exit.USAGE: "the command line itself is wrong",
     Exit.INTERNAL: "a bug in adapterkit or in another library; `--debug` shows the traceback",
-    Exit.DIFFERENT: "with `diff --exit-code`: the adapters differ",
+    Exit.DIFFERENT: "with `diff --exit-code`: the adapters differ; with `check`: the server does not serve the adapter",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
     Exit.PIPE: "the reader of the output closed it, as `head` does",
 }

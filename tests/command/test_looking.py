@@ -87,6 +87,14 @@ def test_diff_says_whether_two_do_the_same_and_exits_as_it_is_told(here: Path) -
         assert (done.exit_code, done.stderr, json.loads(done.stdout)["same_function"]) == (status, "", same)
 
 
+def test_check_says_whether_a_server_serves_it_and_exits_so(here: Path) -> None:
+    done = run("check", "mood", "--for", "vllm", "--json")
+    report = json.loads(done.stdout)
+    assert (done.exit_code == 0) == report["ok"] == ak.check_serving("mood", "vllm").ok
+    assert run("check", "mood", "--for", "sglang").exit_code == 4
+    assert "must be one of 'vllm', 'sglang'" in run("check", "mood", "--for", "tgi").stderr.replace("\n", " ")
+
+
 def test_report_writes_the_page_and_says_its_answers(here: Path) -> None:
     done = run(
         "report", "mood", "topic", "--name", "a", "--name", "b", "--title", "Two", "--out", "page.html", "--json"

@@ -40,7 +40,7 @@ def adapted(*names: str) -> ak.Adapters:
 
 
 def optimizer(adapters: ak.Adapters, names: Iterable[str]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([{"params": [*adapters.parameters(name)], "lr": RATES[name]} for name in names])
+    return torch.optim.AdamW(adapters.parameter_groups({name: {"lr": RATES[name]} for name in names}))
 
 
 def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -67,6 +67,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 def test_adapters_on_rows_of_their_own_train_as_each_does_alone() -> None:
     together = adapted(*CONFIGS)
+    together.activate(*CONFIGS)
     steps = optimizer(together, CONFIGS)
     for ids, labels in batches():
         with together.per_sample(ROWS, trainable=True):
@@ -91,7 +92,8 @@ def test_adapters_on_all_rows_train_with_a_rate_each() -> None:
     found, expected = adapted(*names), adapted(*names)
     for adapters in (found, expected):
         adapters.activate(*names)
-    one, several = optimizer(found, names), [optimizer(expected, [name]) for name in names]
+    one = optimizer(found, names)
+    several = [torch.optim.AdamW(expected.parameters(name), lr=RATES[name]) for name in names]
     for ids, labels in batches():
         loss(found, ids, labels).backward()
         one.step()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkit.combining import Choices, Space, check_sources, mix
@@ -16,7 +17,7 @@ from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, names_of, 
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError
 from adapterkit.files import FactorSpool, short_names
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
 
@@ -99,8 +100,14 @@ def combined(
     name: str,
     spool: FactorSpool,
     base: Base | None,
+    *,
+    one_rank: bool = False,
 ) -> tuple[AdapterContent, CombineReport]:
-    """The combination of adapters that are opened; its changes are in the spool."""
+    """The combination of adapters that are opened; its changes are in the spool.
+
+    Args:
+        one_rank: give all changes the largest rank, padded with zeros.
+    """
     kinds = _kinds_of_one_base(opened)
     for adapter in opened:
         adapter.check_fits()
@@ -110,8 +117,18 @@ def combined(
     sources = [adapter.source(weight) for adapter, weight in zip(opened, weights, strict=True)]
     changes, report = mix(name, sources, choices, sorted(kinds, key=natural), spool, dtype)
     changes = dataclasses.replace(changes, kinds=kinds)
+    if one_rank:
+        rank = max((factors.rank for factors in changes.factors.values()), default=0)
+        padded = {path: _padded(factors, rank) for path, factors in changes.factors.items()}
+        changes = dataclasses.replace(changes, factors=padded)
     names = _target_names(list(changes.factors), opened, base)
     return AdapterContent.of(changes, default_registry.method(choices.to), dtype, target_modules=names), report
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    missing = rank - factors.rank
+    up, down = factors.up.flatten(1), factors.down.flatten(1)
+    return factors._replace(up=F.pad(up, (0, missing)), down=F.pad(down, (0, 0, 0, missing)))
 
 
 def release(mapped: Sequence[FactorSpool | AdapterFile]) -> None:

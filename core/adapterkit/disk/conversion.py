@@ -14,7 +14,6 @@ from adapterkit.contract import (
     DOTTED,
     FLAT,
     OPTIONAL,
-    default_registry,
     strip_file_prefix,
     twin,
 )
@@ -22,7 +21,7 @@ from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_pla
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.files import FactorSpool
+from adapterkit.files import FactorSpool, ServerName, problems_of, server_named
 from adapterkit.model import layer_tensors
 from adapterkit.results import CombineReport
 
@@ -47,6 +46,8 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     component: str | None = None,
     as_component: str | None = None,
     heads: Literal["keep", "drop"] = "keep",
+    server: ServerName | None = None,
+    max_rank: int | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> CombineReport:
@@ -68,36 +69,28 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
         as_component: what the part is called in the output: `"lora_unet"`, `"lycoris"` and `"unet"` by default.
         heads: `"drop"` leaves the adapter's heads out, and with them its labels.
+        server: write a folder that `"vllm"` or `"sglang"` serves (see `check_serving`): LoRA of one rank and one alpha.
+            Lower ranks are padded with zeros and scalings are folded into B, so the change stays the same. What the
+            server cannot serve is refused.
+        max_rank: the server's `--max-lora-rank`.
         dtype: of the output's layers; `None`: the source's, or float32 where they are made anew.
         overwrite: replace what `out` holds.
 
     Raises:
         CheckpointError: the source is not an adapter, is damaged, or does not tell its layers' names or sizes.
-        UnsupportedError: the method cannot be converted, or the naming has no place for what the adapter holds.
+        UnsupportedError: the method cannot be converted, or the naming has no place for what the adapter holds, or the
+            server does not serve it.
         ConfigError, SaveError: bad arguments, or an output that is there, is the source, or cannot be written.
     """
     check_size(rank, energy)
-    if naming not in get_args(Naming):
-        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
-    default, known = _PARTS.get(naming, ("", ()))
-    if as_component not in (None, *known):
-        raise ConfigError(
-            f"as_component = {as_component!r} is none of naming={naming!r}: {', '.join(map(repr, known))}."
-        )
-    if heads not in ("keep", "drop"):
-        raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
-    default_registry.method(to)
+    default = _check_names(naming, as_component, heads, server, max_rank)
     given = Base.of(base)
     opened = AdapterFile.open(source, given, component=component)
     opened.check_told()
     place = output_place(out, [opened.files.folder], dtype, overwrite=overwrite, file=naming != "peft")
-    result: AdapterContent = opened
     with FactorSpool(place.parent, opened.release) as spool:
-        if opened.method.name == to and rank is None and energy is None:
-            report = _as_it_is(opened, place.name, heads)
-        else:
-            choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
-            result, report = combined([opened], [1.0], choices, place.name, spool, given)
+        choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
+        result, report = _converted(opened, choices, place.name, spool, given, server, max_rank)
         if naming == "peft":
             result.write(place, dtype, lambda: release([spool, opened]))
         else:
@@ -107,10 +100,74 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     return report
 
 
-def _as_it_is(opened: AdapterFile, name: str, heads: str) -> CombineReport:
-    """Leave the adapter as its files have it; `heads="drop"` leaves out the heads."""
+def _check_names(naming: str, as_component: str | None, heads: str, server: str | None, max_rank: int | None) -> str:
+    """Raise `ConfigError` if an argument of `convert_file` has a value that it cannot have.
+
+    Returns:
+        The name of the part of a pipeline by default.
+    """
+    if naming not in get_args(Naming):
+        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
+    default, known = _PARTS.get(naming, ("", ()))
+    if as_component not in (None, *known):
+        raise ConfigError(
+            f"as_component = {as_component!r} is none of naming={naming!r}: {', '.join(map(repr, known))}."
+        )
+    if heads not in ("keep", "drop"):
+        raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
+    if server is not None:
+        server_named(server, max_rank)
+        if naming != "peft":
+            raise ConfigError(f"{server} reads PEFT's format alone: leave `naming` out.")
+    return default
+
+
+def _converted(
+    opened: AdapterFile,
+    choices: Choices,
+    name: str,
+    spool: FactorSpool,
+    base: Base | None,
+    server: ServerName | None,
+    max_rank: int | None,
+) -> tuple[AdapterContent, CombineReport]:
+    """The adapter as it is, if it can stay so, or made anew from its changes."""
+    if server is not None:
+        _check_beside_layers(opened, choices, server)
+    if opened.method.name == choices.to and choices.rank is None and choices.energy is None:
+        report = _as_it_is(opened, name, choices)
+        if server is None or not _problems(opened, server, max_rank):
+            return opened, report
+    result, report = combined([opened], [1.0], choices, name, spool, base, one_rank=server is not None)
+    if server is not None and (problems := _problems(result, server, max_rank)):
+        raise UnsupportedError(f"{server} does not serve {str(opened.files.folder)!r}: {'; '.join(problems)}.")
+    return result, report
+
+
+def _problems(result: AdapterContent, server: ServerName, max_rank: int | None) -> list[str]:
+    """Why the server would not serve what is about to be written."""
+    config, tensors = result.in_file()
+    return problems_of(config.to_dict(), {key: tuple(t.shape) for key, t in tensors.items()}, server, max_rank)
+
+
+def _check_beside_layers(opened: AdapterFile, choices: Choices, server: ServerName) -> None:
+    """Raise `UnsupportedError` if there are trained biases, or heads that shall be kept."""
+    if opened.biases:
+        raise UnsupportedError(
+            f"{server} does not serve trained biases, such as that of {next(iter(opened.biases))!r}. Merge the adapter "
+            "into the model (ak.merge_checkpoint), and serve that."
+        )
+    if opened.heads and choices.heads != "drop":
+        raise UnsupportedError(
+            f"{server} does not serve what an adapter trains in full, such as {next(iter(opened.heads))!r}. "
+            "heads='drop' leaves it out."
+        )
+
+
+def _as_it_is(opened: AdapterFile, name: str, choices: Choices) -> CombineReport:
+    """Leave the adapter as its files have it, perhaps without its heads."""
     opened.check_fits()
-    opened.heads = opened.heads if heads == "keep" else {}
+    opened.heads = {} if choices.heads == "drop" else opened.heads
     on_meta = {path: twin(layer, lambda tensor: tensor.to("meta")) for path, layer in opened.built.items()}
     found = {path: opened.method.factors(layer) for path, layer in on_meta.items()}
     ranks = {path: factors.rank for path, factors in found.items() if factors is not None}

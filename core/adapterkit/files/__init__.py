@@ -30,6 +30,7 @@ from adapterkit.files.other_programs import (
     shapes_of,
 )
 from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
+from adapterkit.files.serving import ServerName, ServingReport, check_serving, problems_of, server_named
 from adapterkit.files.swap import swap_in
 from adapterkit.files.tensors import (
     Entry,
@@ -54,12 +55,15 @@ __all__ = [
     "Entry",
     "FactorSpool",
     "MappedFiles",
+    "ServerName",
+    "ServingReport",
     "Shard",
     "adapter_folder",
     "adapter_tensors",
     "appearing",
     "as_bytes",
     "check_foreign",
+    "check_serving",
     "check_tensors",
     "dtype_name",
     "file_config",
@@ -77,6 +81,7 @@ __all__ = [
     "named_layers",
     "not_to_be_had",
     "of_component",
+    "problems_of",
     "read",
     "read_config",
     "read_entry",
@@ -85,6 +90,7 @@ __all__ = [
     "recognise",
     "refuse",
     "save_adapter",
+    "server_named",
     "shapes_of",
     "short_names",
     "swap_in",
