@@ -220,6 +220,24 @@ def test_values_that_were_never_set_are_not_used(device: str | None, use: str, t
     USES[use](adapters, tmp_path)
 
 
+@pytest.mark.parametrize("on", ["meta", "cpu"])
+def test_values_that_to_empty_takes_are_not_used(on: str, tmp_path: Path) -> None:
+    adapters = ak.attach(build("bert"))
+    adapters.add("a", LoraConfig(r=2, target_modules=["query"], modules_to_save=None))
+    set_parameters(adapters, "a")
+    adapters.save("a", tmp_path)
+    with torch.device(on):
+        other = ak.attach(build("bert"))
+    other.load(tmp_path, "a")
+    if on == "cpu":
+        run(other.model, "bert")
+    fill(other.model, build("bert"))
+    with pytest.raises(ak.StateError, match=r"'a' has no values.*to_empty"):
+        run(other.model, "bert")
+    assert other.load_state_dict("a", adapters.state_dict("a")).ok
+    torch.testing.assert_close(run(other.model, "bert"), run(adapters.model, "bert"))
+
+
 def test_values_that_somebody_else_sets_count() -> None:
     adapters = empty("meta")
     for parameter in adapters.parameters("a"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,40 @@ def policies_do_not_change_what_is_saved_and_loaded(folder: Path) -> None:
         assert_same(adapters.state_dict("a"), doubled)
 
 
+def a_model_from_the_meta_device_begins_as_one_that_was_never_divided(folder: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base, config = build(NAME, seed=1), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="pissa")
+    for fields in ({}, {"init_lora_weights": True, "target_modules": ["embed", "0"], "modules_to_save": ["head"]}):
+        torch.manual_seed(dist.get_rank())  # the first process's values are everyone's
+        with torch.device("meta"):
+            model = build(NAME)
+        adapters = ak.attach(model)
+        adapters.add("a", config.replace(bias="lora_only", **fields))
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        model.to_empty(device="cpu")
+        full = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, dict(base.state_dict()), options=full)
+        refused(lambda model=model: run(model, NAME), "'a' has no values", "adapters.reset('a')")  # type: ignore[misc]
+        refused(lambda adapters=adapters: adapters.reset("a"), "reset_iter_state")  # type: ignore[misc]
+        model.reset_iter_state()
+        adapters.reset("a")
+        whole = ak.attach(copy.deepcopy(base))
+        torch.manual_seed(0)
+        whole.add("a", adapters.config("a"))
+        assert_same(adapters.training_state("a"), whole.training_state("a"))
+        close(run(model, NAME), run(whole.model, NAME))
+
+
 SCENARIOS = (
     a_sharded_adapter_is_used_and_read_as_a_whole,
     what_comes_after_sharding_acts_and_is_not_trained,
     what_is_written_is_divided,
     policies_do_not_change_what_is_saved_and_loaded,
+    a_model_from_the_meta_device_begins_as_one_that_was_never_divided,
 )
 
 

@@ -35,9 +35,11 @@ class PerAdapter(Holder):
 
     Attributes:
         path: the path of the module that it is registered at, for messages.
+        active: what acts on the model.
     """
 
     path = ""
+    active: Active
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,6 +61,15 @@ class PerAdapter(Holder):
             "An adapter's shared tensors are a child of the model, and this model saves each child as a module. To "
             "save it, attach the adapters to the transformers model inside: model[0].auto_model."
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Note that `to_empty` has taken the values of adapters, which a file may have brought before."""
+        if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):
+            for name in self._modules:
+                self.active.adapters[name].unset = True
+            for state in list(self.active.alive):
+                state.plans.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[name]
@@ -95,7 +106,7 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
     parts = module._modules.get(container)
     if parts is None:
         parts = module._modules[container] = PerAdapter()
-        parts.__dict__["path"] = path
+        parts.__dict__.update(path=path, active=active)
     assert isinstance(parts, PerAdapter)
     parts.training = module.training
     if part.training != module.training:

@@ -134,6 +134,7 @@ class AdaptedModel:
         container = self.model._modules.get(SHARED)
         if container is None:
             container = self.model._modules[SHARED] = PerAdapter()
+            container.__dict__["active"] = self.active
         container._modules[adapter.name] = own
 
     # What acts and what trains

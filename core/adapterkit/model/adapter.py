@@ -46,7 +46,7 @@ class Adapter:
         labels: the label set of its heads; `None` if it has none of its own.
         shared: what all layers have in common; adapters whose shared tensors are equal have one.
         seed: what its random initial values follow from, with the path of each layer; `None`: it has none.
-        unset: it was made on the meta device, and nothing has given it values since, as far as adapterkit knows.
+        unset: it was made on the meta device or emptied, and nothing has given it values since, as far as is known.
         steps: how often `Adapters.step` was called while it was active.
         penalised: the penalty of its method was asked for.
         trains_for_now: parameters that require gradients only as long as a block or a graph needs them to.
@@ -125,8 +125,8 @@ class Adapter:
     def no_values(self) -> str:
         """The message of the error if values are needed that were never set."""
         return (
-            f"Adapter {self.name!r} has no values: it was made on the meta device, and not all of its tensors were set "
-            f"since. When the base has its weights, call adapters.reset({self.name!r}) for initial values, or "
+            f"Adapter {self.name!r} has no values: it was made on the meta device, or to_empty took them, and not all "
+            f"were set since. When the base has its weights, call adapters.reset({self.name!r}) for initial values, or "
             "load_state_dict or load_training_state for others."
         )
 

@@ -45,7 +45,7 @@ from adapterkit.model.heads import adopt_rows, copy_head, head_values
 from adapterkit.model.modules import BaseModules, computes_with, inside
 from adapterkit.model.selection import Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
-from adapterkit.tensors import Slot, execution_device, new_seed, real_value, reshard, seeded, shape_of
+from adapterkit.tensors import Slot, agreed, execution_device, new_seed, real_value, reshard, seeded, shape_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -236,8 +236,7 @@ def initial_values(adapter: Adapter, model: nn.Module) -> list[tuple[Slot, Tenso
         own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), trained_dtype(like.dtype))
         at = execution_device(owner, like)
         targets.append(Target(path, adapter.hosts[path], layer.kind, own, at))
-    if adapter.seed is None:
-        adapter.seed = new_seed()
+    adapter.seed = agreed(new_seed() if adapter.seed is None else adapter.seed, model, adapter.parameters())
     shared, layers = LayerBuilder(method, adapter.config).build(targets, model, None, adapter.seed)
     fresh = Adapter(adapter.name, adapter.config, layers=layers, shared=shared)
     values = {key: slot.tensor for key, slot in fresh.slots().items()}

@@ -7,6 +7,7 @@ Uses: errors.
 
 from adapterkit.tensors.assign import Slot, apart, module_slots, put
 from adapterkit.tensors.distributed import (
+    agreed,
     check_averaged,
     check_can_grow,
     gathered,
@@ -29,6 +30,7 @@ from adapterkit.tensors.seeds import new_seed, seeded
 
 __all__ = [
     "Slot",
+    "agreed",
     "apart",
     "check_averaged",
     "check_can_grow",

@@ -142,6 +142,15 @@ def process_groups(tensors: Iterable[Tensor]) -> list[Any]:
     return list({id(group): group for group in found}.values())
 
 
+def agreed(number: int, model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """The first process's number, in all that divide these tensors or average the model's gradients."""
+    ddp = [wrapper.process_group for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
+    box = [number]
+    for group in [*process_groups(tensors), *ddp]:
+        dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
 def in_first_process(groups: Sequence[Any], action: Callable[[], None]) -> None:
     """Run `action` in the first process of these groups. All others wait, and raise the error that it raises."""
     error: AdapterError | None = None
