@@ -102,7 +102,7 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **fields: object) -> Self:
-        """Refuse unknown fields in our words, before `__init__` would in Python's."""
+        """Refuse unknown fields with a helpful message, before `__init__` refuses them with Python's."""
         if args:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
         known = [f.name for f in dataclasses.fields(cls)]
@@ -257,12 +257,12 @@ class AdapterConfig:
 
 @functools.cache
 def _hints(cls: Any) -> Mapping[str, Any]:
-    """The types of a config's fields; to resolve them takes as long as all the rest of making one."""
+    """The types of a config's fields. They are kept, because resolving them takes as long as the rest of a config."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def _plain(value: Any) -> Any:
-    """Sequences and sets as tuples, so that a frozen config is, and equals what its JSON gives back."""
+    """The value with tuples for sequences and sets: a config is immutable, and equals what its JSON gives back."""
     if isinstance(value, Set):
         return tuple(sorted(value, key=lambda v: v if isinstance(v, str) else repr(v)))
     if isinstance(value, Mapping):
@@ -280,12 +280,12 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-# Adapters compute in this precision at least; what it does not hold would be infinite there.
+# Adapters may compute in float32, where a larger number would be infinite.
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def conforms(value: object, hint: Any) -> bool:
-    """Whether `value` has type `hint`: unions, literals, sequences and mappings looked into.
+    """Whether `value` has type `hint`, also inside unions, literals, sequences and mappings.
 
     A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
     """

@@ -164,7 +164,7 @@ class Format:
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config of a file that has these layers. The core sets `target_modules`.
 
-        By default with the layers' ranks, their alphas, or their ranks where the file has no alpha, and `fields`.
+        By default it has the layers' ranks, their alphas (their ranks where the file has no alpha), and `fields`.
 
         Args:
             metadata: the header of a safetensors file.
@@ -176,9 +176,9 @@ class Format:
     def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
         """The layer's tensors by the method's own names, exact under this config, which is the layer's own.
 
-        By default the file's, with the factors `scaled` by what its alpha and scalar say beyond the config. The file's
-        scaling is `alpha / rank`, an alpha of 0 is the rank, and the scalar, which LyCORIS may have trained,
-        multiplies it.
+        By default they are the file's. The factors named in `scaled` are multiplied by the file's scaling over the
+        config's. The file's scaling is `alpha / rank`, where an alpha of 0 means the rank, times the scalar, which
+        LyCORIS may have trained.
         """
         rank, scale, alpha = self.rank(layer.tensors), layer.number("scalar"), layer.number("alpha")
         scale = 1.0 if scale is None else scale

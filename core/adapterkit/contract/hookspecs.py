@@ -67,8 +67,8 @@ def targets(model: nn.Module, config: AdapterConfig) -> Sequence[str] | None:
     """The paths of the modules to adapt, in the order of the model.
 
     `None`, the default: the layers that `target_modules` and the fields beside it select, which `ak.select` lists. A
-    method overrides this if it chooses by other rules, such as "a table and whatever is tied to it". There may be none
-    if the method has a `Shared.forward`.
+    method overrides this if it chooses by other rules, such as "a table and all modules that are tied to it". The list
+    may be empty if the method has a `Shared.forward`.
     """
 
 
@@ -88,7 +88,7 @@ def inject(target: Target, config: AdapterConfig, shared: Shared | None) -> Adap
 def to_file(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
     """Save rule: the config and the tensors that a file holds for this config and these tensors.
 
-    `None`, the default: both as they are. LoRA writes a PiSSA adapter as plain LoRA of twice the rank; AdaLoRA's
+    By default (`None`) both stay as they are. LoRA writes a PiSSA adapter as plain LoRA of twice the rank; AdaLoRA's
     `rank_pattern` follows from its tensors.
     """
 
@@ -99,8 +99,8 @@ def from_file(
 ) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
     """The reverse of `to_file`: the config and the tensors of the adapter that a file holds.
 
-    It knows no model: inspecting, reporting and converting files see what it gives. `tensors` are all those of the
-    file, so that what is not the method's comes back as it is. `None`, the default: both as they are.
+    There is no model: inspecting, reporting and converting files use the result. `tensors` are all tensors of the file,
+    and the hook returns those of others unchanged. By default (`None`) both stay as they are.
     """
 
 
@@ -121,9 +121,9 @@ def sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int] | nn.Module | None:
     """The sizes `(out, in)` of one layer as the tensors of its adapter layer tell them, by their local names.
 
     With it an adapter is inspected, combined and converted by its files alone. The tensors are on the meta device. A
-    size whose tensor is missing is 1. Where the tensors tell that the layer is a convolution or an embedding, the
-    result is such a module on the meta device. `None`, the default: the tensors do not tell the sizes (those of VeRA,
-    whose matrices are cut to size by the layer); then users have to name the base.
+    size whose tensor is missing is 1. For a convolution or an embedding the result is such a module on the meta device.
+    `None`, the default: the tensors do not tell the sizes (VeRA's layers cut shared matrices to their size), and users
+    have to name the base.
     """
 
 

@@ -29,7 +29,7 @@ class Target:
         kind: what it is; has the sizes, and applies factors to inputs. A block or another module without a weight of
             `(out, in)` has the kind `Module`, which has no sizes; only methods with `any_module` get it.
         module: the layer itself; `None` where only an adapter's files are known.
-        dtype, device: what the adapter's parameters are to be made with.
+        dtype, device: those of the adapter's new parameters.
         file: the tensors that a file, or a combination, has for this layer, by their local names, so that sizes may
             follow from them. `None` for a new adapter.
     """
@@ -115,12 +115,12 @@ class Holder(nn.Module):
 
 
 def kaiming(parameter: Tensor) -> None:
-    """What `nn.Linear` starts with, in place: uniform within `1 / sqrt(in)`."""
+    """Fill a parameter in place as torch fills the weight of `nn.Linear`: uniform within `1 / sqrt(in)`."""
     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
 
 class AdapterLayer(nn.Module):
-    """One adapter at one target: its parameters and what they do to the layer. `merged` is enough.
+    """One adapter at one target: its parameters and what they do to the layer. Defining `merged` is enough.
 
     A layer has `self.kind`, `self.config` (patterns worked in) and `self.shared`; an author writes no `__init__`. Its
     mathematics is a pure function of its parameters and buffers: `factors`, `change` and `merged` read tensors, change
@@ -157,7 +157,7 @@ class AdapterLayer(nn.Module):
     method: str = ""
     any_module: ClassVar[bool] = False
 
-    # One of these a subclass must define.
+    # A subclass must define one of these.
     _needs: ClassVar[tuple[str, ...]] = ("merged", "forward")
 
     def __init__(self, target: Target, config: Any, shared: Any = None) -> None:
@@ -341,8 +341,9 @@ class Shared(nn.Module):
 
     The layers have it as `self.shared` and read `self.shared.<name>` in each call, because `.to(...)` replaces tensors.
     It lives under `adapter_shared.<adapter>` at the model. A `Parameter` is trained and in the file. A persistent
-    buffer is fixed and in the file, whose value wins. A buffer that is not persistent is made again by `setup` and is
-    never in a file. Adapters whose shared tensors are all buffers, and equal, use one copy: change none in place.
+    buffer is fixed and in the file, and a load sets it to the file's value. A buffer that is not persistent is made
+    again by `setup` and is never in a file. Adapters whose shared tensors are all buffers, and equal, use one copy:
+    change none in place.
 
     Attributes:
         replaces_call: the class defines `forward`, so it is the model's call while the adapter acts.

@@ -164,7 +164,7 @@ class Method:
     ) -> Factors | None:
         """The exact change of an additive layer as two matrices, `dW = up @ down` with every scaling in `up`.
 
-        Worked out in the dtype of the layer's parameters, and in `dtype` at least. With `scaled=False` a number that
+        Computed in the wider of `dtype` and the dtype of the layer's parameters. With `scaled=False` a number that
         scales the change stays in `scale`. `None`: the layer is not additive, it acts with a model's call that the
         adapter replaces, or its factors act across the groups of a convolution.
 

@@ -187,12 +187,12 @@ def is_floating_weight(module: nn.Module, dim: int) -> bool:
 
 
 def is_special(tensor: Tensor) -> bool:
-    """Whether its class says itself how it computes: a quantised or sharded one."""
+    """Whether the tensor's class defines how it computes, as quantised and sharded tensors do."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def dense(tensor: Tensor) -> Tensor | None:
-    """The tensor, or the values that one which is quantised stands for; `None` if it does not give them."""
+    """The tensor itself, or the values of a quantised tensor; `None` if its class does not give them."""
     if not is_special(tensor):
         return tensor
     try:

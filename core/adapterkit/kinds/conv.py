@@ -46,7 +46,7 @@ class Conv(LayerKind):
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """See `LayerKind.of`. A subclass with a `forward` of its own, such as a causal one, is none."""
+        """See `LayerKind.of`. A subclass with a `forward` of its own, such as a causal one, is left out."""
         if not isinstance(module, cls.module_type) or not is_floating_weight(module, cls.dims + 2):
             return None
         if not runs_forward_of(module, cls.module_type):

@@ -18,9 +18,9 @@ class Embedding(LayerKind):
     """`torch.nn.Embedding`: the linear map on one-hot rows, canonical weight `(dim, num_embeddings)`.
 
     Gemma, BART and others multiply the rows by an `embed_scale` inside the layer; the change is multiplied as well,
-    by what the layer has there when it runs. A table with `max_norm` is none: it rewrites its own rows while it is
-    read. Nor is a subclass with another `forward`, such as the positions of BART: it looks up other rows than it is
-    given.
+    by the value that the layer has when it runs. Two sorts of tables are left out: one with `max_norm` rewrites its own
+    rows while it is read, and a subclass with another `forward`, such as the positions of BART, looks up other rows
+    than it is given.
 
     Attributes:
         scaled_by: the layer that holds its `embed_scale`, if it has one.
@@ -83,7 +83,7 @@ class Embedding(LayerKind):
         return getattr(forward, "__func__", forward) is nn.Embedding.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
-        """See `LayerKind.work`: reading rows is none."""
+        """See `LayerKind.work`: reading rows takes none."""
         return 0 if rank is None else x.numel() * rank * self.out_features
 
     def _scaled(self, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What checks work with: small models of every layer kind, and a config under test on them."""
+"""What the checks use: small models of every layer kind, and the config under test on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_reg
 from adapterkit.errors import AdapterError, AdapterWarning, PluginError
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
-"""How far two ways to compute one output may be apart, as a share of its largest entry."""
+"""How much two ways to compute one output may differ, as a share of its largest entry."""
 
 TARGETS = ("up", "down")
 ROWS, PLACES, WIDTH, HIDDEN = 3, 5, 16, 24

@@ -103,7 +103,7 @@ def _step(subject: Subject, model: Callable[[Tensor], Tensor]) -> list[Tensor]:
 
 
 def check_two_adapters_of_one_method(case: Case) -> None:
-    """Two adapters of the method on the same layers share no key and no tensor, and saving one is not saving both."""
+    """Two adapters of the method on the same layers share no key and no tensor, and each is saved alone."""
     one, other = "up", "rest"  # modules of the model have these names, too
     subject = next(case.subjects(names=(one, other)))
     first, second = ({p.data_ptr() for p in subject.adapters.parameters(name)} for name in (one, other))

@@ -1,4 +1,4 @@
-"""Running the checks: each once for a config, in an order in which one cause gives one failure."""
+"""Running the checks: each runs once for a config, in an order in which one mistake gives one failure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_check(check: Check, config: AdapterConfig) -> None:
 
 
 def run_checks(config: AdapterConfig) -> dict[str, str]:
-    """Run every check on a config, without pytest's machinery, as from a notebook.
+    """Run every check on a config without a test run of pytest, for example in a notebook.
 
     Returns:
         For each check's name `"passed"`, `"skipped: <why>"` or `"failed: <message>"`.

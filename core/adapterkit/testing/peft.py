@@ -35,7 +35,7 @@ def check_peft(
     well and must have as many parameters as PEFT's adapter.
 
     Args:
-        config: the method's config; its `target_modules` count on `model`, and the probe's layers without one.
+        config: the method's config. Its `target_modules` count with `model`; without, both layers are adapted.
         peft_config: a config of PEFT's own class, with the same fields.
         model: makes the model; two linear layers of 16 and 24 features, `up` and `down`, if `None`.
         inputs: what it is called with; needed with `model`.
