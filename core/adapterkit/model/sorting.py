@@ -105,7 +105,9 @@ def heads_in_file(keys: Iterable[str], wanted: str | Sequence[str] | None) -> li
     """
     names = Names(filter(None, [wanted] if isinstance(wanted, str) else wanted or ()))
     found: dict[str, None] = {}
-    for key in keys if names.names else ():
+    for key in keys:
+        if not any(name in key for name in names.names):  # most keys, in one look
+            continue
         parts = key.split(".")
         paths = (".".join(parts[:i]) for i in range(1, len(parts)))
         head = next((path for path in paths if names.match(path) or path.endswith(names.names)), None)
