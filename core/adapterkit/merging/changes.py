@@ -196,12 +196,6 @@ def check_in_memory(changes: Sequence[Change]) -> None:
                     f"{where} is in read-only memory (a file that is mapped?). Copy it first: layer.{name} = "
                     f"torch.nn.Parameter(layer.{name}.clone())."
                 )
-        weight, kind = change.touched.get("weight"), change.kind
-        if kind is not None and weight is not None and not kind.fits(weight):
-            raise StateError(
-                f"'{change.path}.weight' has the shape {tuple(weight.shape)}, and the adapter was made for a "
-                f"{kind.name} of {kind.out_features} x {kind.in_features}: it was replaced since."
-            )
 
 
 @torch.no_grad()
