@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from tests.models import MODELS, build
 from torch.distributed.checkpoint.state_dict import (
@@ -381,3 +382,28 @@ def test_a_compiled_model_with_a_view_has_one_graph() -> None:
     ours, adapters = view()
     compiled = torch.compile(adapters.model, backend="eager", fullgraph=True)
     torch.testing.assert_close(out(compiled), out(ours))
+
+
+def test_a_config_of_peft_for_a_task_trains_the_head_as_peft_does() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(build("bert"), copy.deepcopy(config))
+    made = peft.get_peft_model(build("bert"), ak.as_peft(LoraConfig(r=2, target_modules=["query"])))
+    made.add_adapter("other", config)
+    made.set_adapter("other")
+    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (theirs, made)]
+    assert {name.replace(".default.", ".other.") for name in trained[0]} == trained[1]
+
+
+def test_from_pretrained_gives_a_view_or_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    ours, adapters = view(r=4)
+    ours.save_pretrained(tmp_path)
+    again = type(ours).from_pretrained(build("llama"), tmp_path)
+    torch.testing.assert_close(out(again), out(ours))
+    assert not ak.attach(again).trainable
+    weights = adapters.state_dict("default")
+    key = next(iter(weights))
+    safetensors.torch.save_file(weights | {key: weights[key][:2].clone()}, tmp_path / "adapter_model.safetensors")
+    bare = build("llama")
+    with pytest.warns(ak.AdapterWarning), pytest.raises(RuntimeError, match="size mismatch"):
+        type(ours).from_pretrained(bare, tmp_path)
+    assert not ak.attach(bare).names

@@ -132,10 +132,10 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
             _release(module)
 
 
-def derive(modules: Iterable[nn.Module], extra: type) -> None:
+def derive(modules: Iterable[nn.Module], active: Active, extra: type) -> None:
     """Let the classes of these adapted modules, and of those that are adapted later, derive from `extra`, too."""
+    active.extra = extra
     for module in modules:
-        module.__dict__[ACTIVE].extra = extra
         if "_adapted_from" in type(module).__dict__:
             _become(module)
 

@@ -26,6 +26,8 @@ from adapterkit.forward import PerAdapter
 # What precedes shared tensors on a `PeftModel`; all other keys begin with `FILE_PREFIX`.
 _ROOT = "base_model."
 _HEADS = "modules_to_save"
+# The tasks for which PEFT trains the model's task head without being told.
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.
 VIEW = "ADAPTERKIT"
 
@@ -120,6 +122,8 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
         UnsupportedError: a field that the method does not implement.
     """
     values = {"modules_to_save": None, **_plain(config.to_dict())}
+    if values["modules_to_save"] is None and values.get("task_type") in _WITH_HEADS:
+        values["modules_to_save"] = "auto"
     if isinstance(config, MethodConfig):
         method = default_registry.method(config._method)
     else:

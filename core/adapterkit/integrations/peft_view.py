@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -249,7 +249,8 @@ class PeftView(PeftModel):
         self.base_model = Tuner(adapters)
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning, self._adapters_disabled = False, False
-        derive((host for adapter in adapters._adapters.values() for host in adapter.hosts.values()), Named)
+        hosts = (host for adapter in adapters._adapters.values() for host in adapter.hosts.values())
+        derive(hosts, adapters._active, Named)
         nn.Module.register_state_dict_post_hook(self, _rename_written)
         nn.Module.register_load_state_dict_pre_hook(self, _rename_given)
         nn.Module.register_load_state_dict_post_hook(self, _rename_reported)
@@ -372,7 +373,7 @@ class PeftView(PeftModel):
             save_embedding_layers: `embeddings` of `Adapters.save`; `"auto"`: if the vocabulary was resized.
             path_initial_model_for_weight_conversion: not needed. A file of PiSSA or OLoRA is plain LoRA already.
             state_dict: take the tensors from this state dict of the view. `Trainer` passes it, also as `None`, and
-                people do not: with it a training can go on from the folder bit for bit.
+                people do not: with `None` a training can go on from the folder bit for bit.
         """
         if Path(save_directory).is_file():
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -397,7 +398,7 @@ class PeftView(PeftModel):
             if is_main_process and not safe_serialization:
                 torch.save(read(folder).tensors, folder / PICKLE_FILE)
                 (folder / WEIGHTS_FILE).unlink()
-            if training and (is_main_process or together):
+            if training and source is None and (is_main_process or together):
                 save_state(self.adapters, name, folder)
             elif is_main_process:
                 (folder / STATE_FILE).unlink(missing_ok=True)  # it was of what the folder held before
@@ -413,8 +414,7 @@ class PeftView(PeftModel):
     ) -> Self:
         """Load an adapter from a folder or from the hub on a model, and return the view."""
         adapters = attach(model)
-        where = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
-        adapters.load(model_id, adapter_name, trainable=is_trainable, strict=False, **where)
+        _load_new(adapters, adapter_name, model_id, kwargs, activate=True, trainable=is_trainable)
         return cls.of(adapters)
 
     def load_adapter(  # type: ignore[override]
@@ -433,30 +433,22 @@ class PeftView(PeftModel):
         Raises:
             RuntimeError: tensors of other shapes, unless `ignore_mismatched_sizes`.
         """
-        where = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
-        adapters, loose = self.adapters, bool(kwargs.get("ignore_mismatched_sizes"))
-        if adapter_name in adapters:
-            report = self._load_into(adapter_name, adapter_folder(model_id, **where), loose)
+        if adapter_name in self.adapters:
+            report = self._load_into(adapter_name, model_id, kwargs)
         else:
-            report = adapters.load(
-                model_id, adapter_name, activate=False, trainable=is_trainable, strict=False, **where
-            )
-            try:
-                _check_sizes(report, loose)
-            except RuntimeError:
-                adapters.remove(adapter_name)
-                raise
+            report = _load_new(self.adapters, adapter_name, model_id, kwargs, activate=False, trainable=is_trainable)
         if not is_trainable:
             self.eval()
         return self._keys(adapter_name, report)
 
-    def _load_into(self, name: str, folder: Path, loose: bool) -> LoadReport:
+    def _load_into(self, name: str, source: str | Path, options: Mapping[str, Any]) -> LoadReport:
         """Load the tensors of a folder into an adapter; everything of its training if the folder has that."""
         adapters, adapter = self.adapters, self.adapters._adapter(name)
+        folder = adapter_folder(source, **_on_hub(options))
         if load_state(adapters, name, folder):
             return LoadReport()
         tensors, method = read(folder).tensors, default_registry.method_of(adapter.config)
-        _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], loose)
+        _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], options)
         return adapters.load_state_dict(name, tensors, strict=False)
 
     def _keys(self, name: str, report: LoadReport) -> _IncompatibleKeys:
@@ -493,8 +485,29 @@ def _where(autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> dict[str, A
     return {"dtype": None if autocast_adapter_dtype else "model", "device": "meta" if low_cpu_mem_usage else None}
 
 
-def _check_sizes(report: LoadReport, loose: bool) -> None:
-    if report.mismatched and not loose:
+def _load_new(
+    adapters: Adapters, name: str, source: str | Path, options: Mapping[str, Any], *, activate: bool, trainable: bool
+) -> LoadReport:
+    """`Adapters.load` of what fits, by PEFT's rule: tensors may be missing, and none may have another shape."""
+    hub = _on_hub(options)
+    report = adapters.load(source, name, activate=False, trainable=trainable, strict=False, **hub)
+    try:
+        _check_sizes(report, options)
+    except RuntimeError:
+        adapters.remove(name)
+        raise
+    if activate:
+        adapters.activate(name, trainable=trainable)
+    return report
+
+
+def _on_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where to look on the hub, of PEFT's options for loading."""
+    return {name: options[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in options}
+
+
+def _check_sizes(report: LoadReport, options: Mapping[str, Any]) -> None:
+    if report.mismatched and not options.get("ignore_mismatched_sizes"):
         raise RuntimeError("\n".join(f"size mismatch for {mismatch}" for mismatch in report.mismatched))
 
 
