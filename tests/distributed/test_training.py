@@ -135,6 +135,37 @@ def initial_values_do_not_depend_on_the_sharding(folder: Path) -> None:
     assert all(torch.equal(tensor, plain.state_dict("a")[key]) for key, tensor in adapters.state_dict("a").items())
 
 
+def a_model_gets_its_memory_after_its_adapters(folder: Path) -> None:
+    """As in torchtitan and torchtune: everything on the meta device, then the shards, then the values."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    base, seed = build("embednet"), 1 + dist.get_rank()
+    config = LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["head"], init_lora_weights="pissa")
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model: Any = build("embednet")
+        adapters = ak.attach(model)
+        adapters.add("a", config)
+    for module in (*model.layers, model):
+        fully_shard(module)
+    model.to_empty(device="cpu")
+    weights = base.state_dict() if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    refused(lambda: adapters.save("a", folder / "a"), "'a' has no values", "adapters.reset('a')")
+    adapters.reset("a")
+    assert_alike(copies(adapters.training_state("a")))  # though the processes have seeds of their own
+    torch.testing.assert_close(run(model, "embednet"), run(base, "embednet"), atol=1e-5, rtol=1e-5)
+    before = copies(adapters.state_dict("a"))
+    optimizer = torch.optim.AdamW(adapters.parameters("a"), 1e-2)
+    model(inputs("embednet")["x"][dist.get_rank() :][:1]).square().mean().backward()
+    optimizer.step()
+    after = copies(adapters.state_dict("a"))
+    assert_alike(after)
+    assert all(not torch.equal(after[key], value) for key, value in before.items())
+
+
 class Stage(nn.Module):
     """The second of two stages of a pipeline: the last block and the head, without the others."""
 
@@ -176,6 +207,7 @@ def data_parallel_passes_on_to_the_model(folder: Path) -> None:
 SCENARIOS = (
     saving_and_loading_gather_adapters_alone,
     initial_values_do_not_depend_on_the_sharding,
+    a_model_gets_its_memory_after_its_adapters,
     a_stage_of_a_pipeline_has_its_part_of_an_adapter,
     data_parallel_passes_on_to_the_model,
     ddp_trains_as_one_process,

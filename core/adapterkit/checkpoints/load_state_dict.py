@@ -53,6 +53,8 @@ class LoadHooks:
         own = self.root.state_dict(keep_vars=True)
         base = own.keys() - known
         _from_peft(adapters, own, base, state, prefix)
+        unset = {key for name, adapter in adapters._adapters.items() if adapter.unset for key in keys[name]}
+        _leave_out_own(state, prefix, {key: own[key] for key in unset})
         self._given = given = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
         foreign = sorted(key for key in given - known - base if {*CONTAINERS, SHARED} & set(key.split(".")))
         # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
@@ -115,6 +117,17 @@ class LoadHooks:
         result.missing_keys[:] = [
             key for key in result.missing_keys if key in missed or not (self._partial or key in passed)
         ]
+
+
+def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:
+    """Leave out these tensors of the model where the state dict has the very same, shards included.
+
+    torch's `set_model_state_dict` passes on what the model has where it was given nothing.
+    """
+    for key, mine in own.items():
+        pair: list[Any] = [getattr(tensor, "_local_tensor", tensor) for tensor in (mine, state.get(prefix + key))]
+        if pair[1] is not None and 0 != pair[0].data_ptr() == pair[1].data_ptr():
+            del state[prefix + key]
 
 
 def _from_peft(
