@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,144 @@ def test_a_cross_encoder_is_saved_with_its_adapter_and_head(base: Path, tmp_path
     torch.testing.assert_close(
         CrossEncoder(str(tmp_path / "saved"), device="cpu").predict(pairs, convert_to_tensor=True), expected
     )
+
+
+# Sparse encoders and cross encoders
+
+
+def sparse(folder: Path) -> Any:
+    from sentence_transformers import SparseEncoder
+
+    return SparseEncoder(str(folder), device="cpu")
+
+
+def cross(folder: Path) -> Any:
+    from sentence_transformers import CrossEncoder
+
+    return CrossEncoder(str(folder), num_labels=1, device="cpu")
+
+
+def outputs(model: Any) -> Tensor:
+    from sentence_transformers import CrossEncoder
+
+    pairs = [(sentence(1), sentence(2)), (sentence(1), sentence(7))]
+    found = model.predict(pairs, convert_to_tensor=True) if isinstance(model, CrossEncoder) else embeddings(model)
+    return found.to_dense() if found.is_sparse else found
+
+
+def trained(make: Any, base: Path, config: ak.AdapterConfig, folder: Path, mixin: bool, **options: Any) -> Any:
+    """A model of this kind after a training of four steps, or its rest."""
+    import sentence_transformers
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from sentence_transformers.sparse_encoder.losses import SparseCosineSimilarityLoss, SpladeLoss
+
+    from adapterkit.integrations.transformers import AdapterTrainerMixin
+
+    model = make(base)
+    torch.manual_seed(3)
+    ak.attach(model).add("t", config)
+    kind = type(model).__name__
+    arguments = getattr(sentence_transformers, f"{kind}TrainingArguments")(
+        output_dir=str(folder),
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+    )
+    rows = {"a": [sentence(i) for i in range(16)], "b": [sentence(i, 5) for i in range(16)], "label": [1.0, 0.0] * 8}
+    if make is cross:
+        loss = BinaryCrossEntropyLoss(model)
+    else:
+        loss = SpladeLoss(model, SparseCosineSimilarityLoss(model), document_regularizer_weight=1e-3)
+    cls = getattr(sentence_transformers, f"{kind}Trainer")
+    cls = type("Mixed", (AdapterTrainerMixin, cls), {}) if mixin else cls
+    cls(model, arguments, train_dataset=datasets.Dataset.from_dict(rows), loss=loss).train(**options)
+    return model
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> dict[Any, Path]:
+    """A masked language model for the sparse encoder, and a classifier for the cross encoder."""
+    from transformers import BertForMaskedLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertForMaskedLM(build("bert").config).save_pretrained(tmp_path / "masked")
+    tokenizer(mask_token="w5").save_pretrained(tmp_path / "masked")
+    build("bert").bert.save_pretrained(tmp_path / "plain")
+    tokenizer().save_pretrained(tmp_path / "plain")
+    cross(tmp_path / "plain").save_pretrained(str(tmp_path / "pairs"))  # with one head, not a random one each time
+    return {sparse: tmp_path / "masked", cross: tmp_path / "pairs"}
+
+
+OTHERS = pytest.mark.parametrize("make", [sparse, cross])
+
+
+@OTHERS
+@pytest.mark.parametrize("name", ["loha", "pissa"])
+def test_other_encoders_are_saved_with_what_was_trained(make: Any, name: str, bases: Any, tmp_path: Path) -> None:
+    config = {**CONFIGS, "pissa": LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa")}[name]
+    bare = outputs(make(bases[make]))
+    model = trained(make, bases[make], config, tmp_path / "out", mixin=False)
+    set_parameters(ak.attach(model), "t", scale=0.5)  # so that the tiny models' outputs show it
+    assert (outputs(model) - bare).abs().max() > 1e-4
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    torch.testing.assert_close(outputs(make(tmp_path / "saved")), outputs(model))
+
+
+@OTHERS
+@pytest.mark.parametrize("mixin", [False, True])
+def test_other_encoders_resume(make: Any, mixin: bool, bases: Any, tmp_path: Path) -> None:
+    model = trained(make, bases[make], CONFIGS["lora"], tmp_path / "out", mixin)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    again = trained(make, bases[make], CONFIGS["lora"], tmp_path / "out", mixin, resume_from_checkpoint=checkpoint)
+    expected, found = model.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_what_is_pushed_to_the_hub_gives_the_trained_embeddings(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload itself is replaced: the folder that would be uploaded is kept."""
+    from huggingface_hub import HfApi
+    from sentence_transformers import SentenceTransformer
+
+    model, adapters = adapted(base, MODEL, CONFIGS["lora"])
+    set_parameters(adapters, "t", scale=0.1)
+
+    def keep(self: Any, *, folder_path: str, **_: Any) -> Any:
+        shutil.copytree(folder_path, tmp_path / "pushed")
+        return type("Commit", (), {"commit_url": "", "pr_url": "", "oid": ""})()
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Repo", (), {"repo_id": repo_id})())
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", keep)
+    model.push_to_hub("someone/mood")
+    assert (tmp_path / "pushed" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "pushed" / "model.safetensors").exists()
+    torch.testing.assert_close(
+        embeddings(SentenceTransformer(str(tmp_path / "pushed"), device="cpu")), embeddings(model)
+    )
+
+
+@pytest.mark.parametrize("name", ["vera", "lora"])
+def test_the_folder_of_any_method_loads_on_its_base(name: str, base: Path, tmp_path: Path) -> None:
+    """PEFT cannot put VeRA on a model in place, so `SentenceTransformer(folder)` refuses it."""
+    from sentence_transformers import SentenceTransformer
+
+    model, adapters = adapted(base, INSIDE, CONFIGS[name])
+    set_parameters(adapters, "t", scale=0.1)
+    model.save_pretrained(str(tmp_path / "saved"))
+    if name == "vera":
+        with pytest.raises(ValueError, match="VERA"):
+            SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    again, _ = adapted(base, INSIDE, CONFIGS[name])
+    inside = ak.attach(again[0].auto_model)
+    inside.load(tmp_path / "saved", "u")
+    torch.testing.assert_close(embeddings(again), embeddings(model))
