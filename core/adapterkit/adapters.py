@@ -1076,8 +1076,10 @@ class Adapters:
 
 
 def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:
-    if dtype not in (None, *words) and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype, {', '.join(map(repr, words))} or None.")
+    trains = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+    if dtype not in (None, *words) and not trains:
+        listed = ", ".join(map(repr, words))
+        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype of 16 bits or more, {listed} or None.")
 
 
 @torch.inference_mode(False)

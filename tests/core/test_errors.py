@@ -303,7 +303,7 @@ CALLS: list[Row] = [
     (lambda a: a.activate("a", heads="b"), "Unknown active adapter 'b'. Available: 'a'.", UNKNOWN_NAME),
     (
         lambda a: a.load(".", "c", dtype="float16"),
-        "dtype = 'float16' must be a floating torch.dtype, 'model', 'file'",
+        "dtype = 'float16' must be a floating torch.dtype of 16 bits or more, 'model',",
     ),
     (lambda a: a.load(".", "c", dtype=torch.int8), "dtype = torch.int8 must be a floating"),
     (

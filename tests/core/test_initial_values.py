@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.core.conftest import set_parameters
 from tests.models import build, inputs, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import adapterkit as ak
 from adapterkit_loha import LoHaConfig
@@ -99,6 +101,13 @@ def test_the_global_generator_is_as_before_if_add_fails() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_shapes_can_be_computed_where_no_tensor_has_a_value() -> None:
+    with FakeTensorMode():
+        adapters = ak.attach(torch.nn.Sequential(torch.nn.Linear(4, 3)))
+        adapters.add("a", LoraConfig(r=2, target_modules=["0"]))
+        assert adapters.model(torch.empty(5, 4)).shape == (5, 3)
+
+
 # Their dtype
 
 
@@ -132,8 +141,9 @@ def test_other_dtypes_and_devices_are_refused() -> None:
     adapters = ak.attach(build("bert"))
     config = LoraConfig(target_modules=["query"])
     for options, message in (
-        ({"dtype": "file"}, "dtype = 'file' must be a floating torch.dtype, 'model' or None"),
+        ({"dtype": "file"}, "dtype = 'file' must be .* or more, 'model' or None"),
         ({"dtype": torch.int8}, "dtype = torch.int8 must be"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype = torch.float8_e4m3fn must be"),
         ({"device": "cpu"}, "device = 'cpu' must be 'meta' or None"),
     ):
         with pytest.raises(ak.ConfigError, match=message):
@@ -306,3 +316,16 @@ def test_reset_is_refused_where_it_cannot_be_right(trained: Callable[..., ak.Ada
         adapters.reset("b")
     adapters.unmerge()
     adapters.reset("b")
+
+
+def test_reset_is_refused_if_a_file_gave_other_sizes_than_the_config(tmp_path: Path) -> None:
+    adapters = ak.attach(build("convnet"))
+    adapters.add("a", LoraConfig(r=2, target_modules=["grouped"]))
+    adapters.save("a", tmp_path)
+    crossing = {"lora_A": torch.ones(2, 4, 3, 3), "lora_B": torch.ones(8, 1, 1, 1)}  # over both groups, as PEFT's
+    tensors = {f"base_model.model.grouped.{name}.weight": tensor for name, tensor in crossing.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    adapters.load(tmp_path, "b")
+    with pytest.raises(ak.StateError, match="it is from a file with other sizes"):
+        adapters.reset("b")
+    assert all((parameter == 1).all() for parameter in adapters.parameters("b"))

@@ -51,10 +51,11 @@ def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, 
     check_tensors(state)
     modules = BaseModules(model)
     # Whether a vocabulary was resized is judged by the base's config, which another machine may lack.
-    resized, known = resized_tables(modules), tables(modules)
-    with gathered(model, (*adapter.modules(), *known.values()), writing=True):
+    resized = resized_tables(modules)
+    given = {path: table for path, table in tables(modules).items() if f"{path}.weight" in state}
+    with gathered(model, (*adapter.modules(), *{**resized, **given}.values()), writing=True):
         required = {**adapter.slots(), **_table_slots(resized)}
-        slots = {**{key: slot for key, slot in _table_slots(known).items() if key in state}, **required}
+        slots = {**_table_slots(given), **required}
         _check_fits(adapter, {STEPS, *required}, slots, state)
         steps = int(state[STEPS])
         adapter.write([(slot, state[key]) for key, slot in slots.items()], model)

@@ -245,14 +245,16 @@ def initial_values(adapter: Adapter, model: nn.Module) -> list[tuple[Slot, Tenso
     values |= {f"{path}.{BIASES}.bias": real_value(adapter.hosts[path], "bias") for path in adapter.biases}
     slots, found = adapter.slots(), []
     for key, slot in slots.items():
-        if key not in values or values[key].is_meta:
+        value = values.get(key)
+        if value is not None and value.is_meta:
             raise StateError(f"{key!r} has no initial value, because the base has no weights yet. Load these first.")
-        if values[key].shape != shape_of(slot.tensor):
+        if value is None or value.shape != shape_of(slot.tensor):
+            there = "none" if value is None else f"one of shape {tuple(value.shape)}"
             raise StateError(
                 f"{key!r} has the shape {tuple(shape_of(slot.tensor))}, and a new adapter of the same config has "
-                f"{tuple(values[key].shape)}: it is from a file with other sizes. Load that file again."
+                f"{there}: it is from a file with other sizes. Load that file again."
             )
-        found.append((slot, values[key]))
+        found.append((slot, value))
     kept = [(path, bias) for path, bias in adapter.biases.items() if bias.base is not None]
     return found + [(Slot(bias, "base"), values[f"{path}.{BIASES}.bias"]) for path, bias in kept]
 

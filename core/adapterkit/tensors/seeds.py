@@ -11,7 +11,8 @@ import torch
 
 def new_seed() -> int:
     """A seed from torch's global CPU generator: one draw, also where the default device is another."""
-    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+    number = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return int(number) if type(number) is torch.Tensor else 0  # under FakeTensorMode nothing has a value
 
 
 @contextmanager
