@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tests.core import test_trainer_mixin
 from tests.core.test_trainer import adapted, trainer, values
 from tests.distributed.conftest import on_two_processes
 from tests.models import build, run
@@ -40,6 +41,12 @@ def scenario(folder: Path) -> None:
     assert saved.keys() == expected.keys() - build("bert").state_dict().keys()
     assert all(torch.equal(everywhere[0][key], value) for key, value in saved.items())
 
+    with_mixin, adapters = adapted(CONFIG)
+    mixed = test_trainer_mixin.trainer(with_mixin, folder / "mixin", ddp_backend="gloo")
+    mixed.train()
+    if rank == 0:
+        torch.save(adapters.training_state("t"), folder / "state.pt")
+
     sharded, adapters = adapted(CONFIG)
     output = run(sharded, "bert")
     mesh = init_device_mesh("cpu", (2,))
@@ -61,3 +68,13 @@ def scenario(folder: Path) -> None:
 
 def test_trainers_agree_resume_and_write_whole_adapters_once(tmp_path: Path) -> None:
     on_two_processes(scenario, tmp_path)
+    # A checkpoint of two processes resumes in one; without a learning rate it stays as it was.
+    model, adapters = adapted(CONFIG)
+    options = {"max_steps": 3, "learning_rate": 0.0, "save_strategy": "no"}
+    run_ = test_trainer_mixin.trainer(model, tmp_path / "mixin", **options)
+    run_.train(resume_from_checkpoint=str(tmp_path / "mixin" / "checkpoint-2"))
+    expected = torch.load(tmp_path / "state.pt")
+    found = adapters.training_state("t")
+    assert found.pop("steps") == 3
+    assert expected.pop("steps") == 2
+    torch.testing.assert_close(found, expected)
