@@ -159,7 +159,9 @@ def test_it_lives_as_every_adapter_does(tmp_path: Path) -> None:
     with pytest.raises(ak.UnsupportedError, match="cannot be merged"):
         merge_checkpoint(again_saved(tmp_path), tmp_path / "saved", tmp_path / "merged")
     found = ak.inspect_adapter(tmp_path / "saved", base=tmp_path / "base")
-    assert {layer.kind for layer in found.layers} == {"Module"}
+    assert {(layer.kind, layer.shape) for layer in found.layers} == {("Module", None)}
+    with pytest.raises(ak.UnsupportedError, match=r"\(scaled\) has no low-rank change of the weight"):
+        ak.convert_file(tmp_path / "saved", tmp_path / "lora", to="lora", base=tmp_path / "base")
     adapters.detach()
     assert torch.equal(run(base, "gpt2"), plain)
 

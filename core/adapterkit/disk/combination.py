@@ -170,7 +170,8 @@ def _kinds_of_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
             # A size of 1 may be one that is not known, because its tensor is missing.
             if any(a != b and 1 not in (a, b) for a, b in zip(one, other, strict=True)):
                 raise _other_base(path, name, adapter.name, f"is for a layer of shape {one}, the other for {other}")
-            kinds[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
+            if kind != own:
+                kinds[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
         for path, bias in adapter.biases.items():
             name, held = biases.setdefault(path, (adapter.name, bias))
             if held.shape != bias.shape:

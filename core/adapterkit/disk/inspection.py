@@ -184,7 +184,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
     found = LayerInspection(
         path,
         kind.name,
-        (kind.out_features, kind.in_features),
+        (kind.out_features, kind.in_features) if kind.has_weight else None,
         None if factors is None else factors.rank,
         scaling if isinstance(scaling, float | int) else None,
         shapes,
