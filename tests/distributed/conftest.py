@@ -26,6 +26,21 @@ def on_two_processes(scenario: Callable[[Path], None], folder: Path) -> None:
     mp.start_processes(_process, (scenario, folder), nprocs=2, start_method="forkserver")
 
 
+class InTurn:
+    """Scenarios as one, each with a folder of its own: two processes are started once for all of them."""
+
+    def __init__(self, *scenarios: Callable[[Path], None]) -> None:
+        self.scenarios = scenarios
+
+    def __call__(self, folder: Path) -> None:
+        for scenario in self.scenarios:
+            print(scenario.__name__, flush=True)  # the last one that is printed is the one that failed
+            own = folder / scenario.__name__
+            own.mkdir(exist_ok=True)
+            scenario(own)
+            dist.barrier()
+
+
 def _process(rank: int, scenario: Callable[[Path], None], folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"

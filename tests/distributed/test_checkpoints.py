@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.distributed.conftest import on_two_processes, refused
+from tests.distributed.conftest import InTurn, on_two_processes, refused
 from tests.models import build, inputs
 from torch import Tensor, nn
 
@@ -82,7 +82,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def scenario(folder: Path) -> None:
+def by_torch(folder: Path) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
     from adapterkit.integrations.distributed import TrainingState
@@ -155,9 +155,5 @@ def with_accelerate(folder: Path) -> None:
     close(training.values(), after)
 
 
-def test_accelerate_saves_adapters_alone_once(tmp_path: Path) -> None:
-    on_two_processes(with_accelerate, tmp_path)
-
-
-def test_a_training_is_saved_by_two_processes_and_goes_on_in_one_and_back(tmp_path: Path) -> None:
-    on_two_processes(scenario, tmp_path)
+def test_a_training_goes_on_in_another_number_of_processes_and_with_accelerate(tmp_path: Path) -> None:
+    on_two_processes(InTurn(by_torch, with_accelerate), tmp_path)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.conftest import assert_alike, copies, on_two_processes, refused
+from tests.distributed.conftest import InTurn, assert_alike, copies, on_two_processes, refused
 from torch import Tensor
 
 import adapterkit as ak
@@ -154,9 +152,5 @@ def refuses(model: Any, adapters: ak.Adapters) -> None:
         refused(lambda: model(WORDS), "one adapter at a time", error=ak.UnsupportedError)
 
 
-SCENARIOS = (transformers_splits, torch_splits, what_cannot_follow_is_refused)
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_on_two_processes(scenario: Callable[[Path], None], tmp_path: Path) -> None:
-    on_two_processes(scenario, tmp_path)
+def test_adapters_act_train_and_are_saved_on_a_split_model(tmp_path: Path) -> None:
+    on_two_processes(InTurn(transformers_splits, torch_splits, what_cannot_follow_is_refused), tmp_path)

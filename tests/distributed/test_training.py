@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.conftest import assert_alike, assert_same, copies, on_two_processes, refused
+from tests.distributed.conftest import InTurn, assert_alike, assert_same, copies, on_two_processes, refused
 from tests.models import build, inputs, run
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -36,9 +36,9 @@ def adapted(config: ak.AdapterConfig, dtype: torch.dtype = torch.float32) -> tup
 
 
 def train(model: Any, adapters: ak.Adapters, rows: slice, *, accumulated: int = 1) -> None:
-    """Three steps, each on `accumulated` batches, of which this process has these rows."""
+    """Two steps, each on `accumulated` batches, of which this process has these rows."""
     optimizer, words = torch.optim.AdamW(adapters.parameters("a"), 1e-2), inputs("llama")["input_ids"]
-    for step in range(3):
+    for step in range(2):
         for batch in range(accumulated):
             own = ((words + step + batch) % 32)[rows]
             last = batch == accumulated - 1
@@ -215,12 +215,5 @@ SCENARIOS = (
 )
 
 
-def all_scenarios(folder: Path) -> None:
-    for scenario in SCENARIOS:
-        print(scenario.__name__, flush=True)
-        (folder / scenario.__name__).mkdir(exist_ok=True)
-        scenario(folder / scenario.__name__)
-
-
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    on_two_processes(all_scenarios, tmp_path)
+    on_two_processes(InTurn(*SCENARIOS), tmp_path)
