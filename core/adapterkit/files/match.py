@@ -8,12 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import (
-    BIASES,
-    HEADS,
-    LAYERS,
     SHARED,
     Method,
-    beside,
     split_memory_key,
     strip_file_prefix,
     unwrapped_key,
@@ -30,7 +26,7 @@ Values = list[tuple[Slot, Tensor]]
 def file_places(adapter: Adapter) -> Iterator[tuple[str, str, Slot]]:
     """Each tensor of the adapter: its key in a file, PEFT's prefix left out; its key in the model; its place."""
     for container, path, module in adapter.parts():
-        place = path if container == LAYERS else beside(path, adapter.layers)
+        place = adapter.place_in_file(container, path)
         for local, slot in module_slots(module):
             yield f"{place}.{local}", f"{path}.{container}.{adapter.name}.{local}", slot
     if adapter.shared is not None:
@@ -40,8 +36,7 @@ def file_places(adapter: Adapter) -> Iterator[tuple[str, str, Slot]]:
 
 def from_model_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """This adapter's tensors in a full state dict, by their keys in a file, and the keys of no adapter."""
-    known = {path: path for path in adapter.hosts}
-    known |= {alias: path for path, aliases in adapter.aliases.items() for alias in aliases}
+    known = {place: path for path in adapter.hosts for place in adapter.places(path)}
     found, others = {}, []
     for key, tensor in tensors.items():
         container, path, local = split_memory_key(key, adapter.name) or ("", "", "")
@@ -54,8 +49,7 @@ def from_model_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[di
         elif not path:  # at a layer that this adapter has not
             found[key] = tensor
         else:
-            place = beside(path, adapter.layers) if container in (HEADS, BIASES) else path
-            found[f"{place}.{local}"] = tensor
+            found[f"{adapter.place_in_file(container, path)}.{local}"] = tensor
     return found, others
 
 
@@ -81,8 +75,7 @@ def match_adapter(
     found = sort_for(adapter, adapter.layers, tensors, rule, shared=adapter.shared is not None)
     values: Values = []
     for container, path, module in adapter.parts():
-        place = path if container == LAYERS else beside(path, adapter.layers)
-        values += fit.match(module, found.of(container, path), f"{place}.")
+        values += fit.match(module, found.of(container, path), f"{adapter.place_in_file(container, path)}.")
     if adapter.shared is not None:
         values += fit.match(adapter.shared, found.shared, "")
     fit.add_rest(found)

@@ -22,6 +22,7 @@ from adapterkit.contract import (
     AdapterConfig,
     AdapterLayer,
     Shared,
+    beside,
     default_registry,
     unwrapped_key,
 )
@@ -83,6 +84,10 @@ class Adapter:
     def places(self, path: str) -> list[str]:
         """Every path of the host at `path`, this one first."""
         return [path, *self.aliases.get(path, ())]
+
+    def place_in_file(self, container: str, path: str) -> str:
+        """What the keys of one of `parts` begin with in a file."""
+        return path if container == LAYERS else beside(path, self.layers)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that is the adapter's, shared tensors included."""

@@ -24,7 +24,6 @@ from adapterkit.contract import (
     Method,
     Shared,
     Target,
-    beside,
     default_registry,
 )
 from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
@@ -279,7 +278,7 @@ def _fill_beside(adapter: Adapter, builder: LayerBuilder, given: SortedTensors) 
         tensors = given.of(container, path)
         if container == HEADS:
             adopt_rows(part, tensors)
-        place = f"{beside(path, adapter.layers)}."
+        place = f"{adapter.place_in_file(container, path)}."
         builder.fit.assign(part, tensors, place, None, cast=builder.cast or container == HEADS)
     builder.fit.add_rest(given)
 
