@@ -53,7 +53,7 @@ def follow(
     if is_fsdp(model):  # its shards are no slices in a forward
         return
     for path, host in hosts.items():
-        reason = _why_whole(host, layers.get(path), path in heads)
+        reason = _why_not(host, layers.get(path), path in heads)
         if reason:
             raise UnsupportedError(
                 f"The adapter cannot act at {path!r}: {reason}. Leave that layer out, or load the model without tensor "
@@ -68,8 +68,8 @@ def follow(
                 dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
 
 
-def _why_whole(module: nn.Module, layer: Any, copied: bool) -> str:
-    """Why the module must be whole for an adapter that has this layer there, or a copy; empty if it need not be."""
+def _why_not(module: nn.Module, layer: Any, copied: bool) -> str:
+    """Why no adapter that has this layer, or a copy, can act at the module; empty if it can."""
     if copied and any(mesh_of(inner) is not None for inner in module.modules()):
         return "tensor parallelism splits it between processes, and no copy of it can be trained"
     mesh, unknown = mesh_of(module), "the model's tp_plan changes it in a way that adapters do not follow"
@@ -93,6 +93,8 @@ def run_split(plan: Plan, mesh: Any, base: Callable[[Any], Any], x: Tensor) -> A
     torch's styles call the module's forward with `DTensor`s; transformers' replace it, and take and give local tensors.
     """
     module: Any = plan.module
+    if not is_dtensor(module.weight):  # the plan was made outside of a forward, on FSDP2's shards
+        return plan.changed(base, x)
     lookup, local = isinstance(module, nn.Embedding), not is_dtensor(x)
     out_features, in_features = module.weight.shape[::-1] if lookup else module.weight.shape
     placements: list[Any] = []
