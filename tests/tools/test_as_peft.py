@@ -285,6 +285,23 @@ def test_a_trainer_makes_the_adapter_itself_from_a_config(tmp_path: Path) -> Non
     assert ak.attach(build("llama")).load(tmp_path / "checkpoint-4", "default").ok
 
 
+def test_with_the_mixin_a_trainer_takes_a_config_as_it_is(tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    from adapterkit.integrations.transformers import AdapterTrainerMixin
+
+    class Mixed(AdapterTrainerMixin, SFTTrainer):  # type: ignore[misc]
+        pass
+
+    config, arguments = OuterConfig(target_modules=TARGETS), SFTConfig(str(tmp_path), **OPTIONS)
+    data = {"train_dataset": texts(), "processing_class": tokenizer()}
+    run = Mixed(build("llama"), arguments, **data, peft_config=config)
+    run.train()
+    again = Mixed(build("llama"), arguments, **data, peft_config=config)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(run.model, again.model)
+
+
 def test_an_adapter_at_the_output_layer_trains(tmp_path: Path) -> None:
     view, adapters = adapted(dpo, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     before = [parameter.detach().clone() for parameter in adapters.parameters("default")]

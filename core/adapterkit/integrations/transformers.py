@@ -16,9 +16,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapterkit.adapters import Adapters, adapters_in, penalty
 from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_state, subfolder, tidy
-from adapterkit.contract import ATTRIBUTE
+from adapterkit.contract import ATTRIBUTE, AdapterConfig
 from adapterkit.errors import UnsupportedError
 from adapterkit.files import CONFIG_FILE
+from adapterkit.integrations.peft import as_peft
 from adapterkit.tensors import process_groups
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class AdapterTrainerMixin(_Base):
         adapter_options: options of the optimizer for each adapter, `{"a": {"lr": 1e-3}, "b": {"lr": 1e-4}}`; see
             `Adapters.parameter_groups`. With these or a ratio all parameters of an adapter decay alike.
         lora_plus_ratio: how many times faster B learns than A (LoRA+, arXiv 2402.12354).
+        peft_config: of TRL's trainers, which add the adapter `"default"` themselves; any config of adapterkit.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -60,6 +62,8 @@ class AdapterTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._adapter_options, self._lora_plus_ratio = adapter_options, lora_plus_ratio
+        if isinstance(kwargs.get("peft_config"), AdapterConfig):  # TRL takes PEFT's own class alone
+            kwargs["peft_config"] = as_peft(kwargs["peft_config"])
         with _passes_for_trainable(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.add_callback(_Step(self))
