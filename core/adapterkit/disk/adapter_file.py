@@ -46,6 +46,7 @@ from adapterkit.files import (
     read,
     recognise,
     refuse,
+    same_values,
     shapes_of,
     write_folder,
     write_tensors,
@@ -249,8 +250,7 @@ class AdapterFile(AdapterContent):
             self.biases[place] = tensor
         elif local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup):
             own = None if self.base is None else self.base.parameter(host, "weight")
-            same_shape = own is not None and own.shape == tensor.shape
-            if same_shape and torch.equal(own.to(tensor.dtype).double(), tensor.double()):  # type: ignore[union-attr]
+            if own is not None and same_values(own, tensor):
                 self.ignored.append(key)
             else:
                 self.heads[host] = {local: tensor}

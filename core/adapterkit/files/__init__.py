@@ -18,7 +18,7 @@ from adapterkit.files.folder import (
 )
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
-from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse
+from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values
 from adapterkit.files.other_programs import (
     check_foreign,
     keys_of_other_parts,
@@ -89,6 +89,7 @@ __all__ = [
     "read_tensors",
     "recognise",
     "refuse",
+    "same_values",
     "save_adapter",
     "server_named",
     "shapes_of",

@@ -112,7 +112,12 @@ def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     for part in path:
         module = module._modules.get(part) if module is not None else None
     own = None if module is None else {**module._buffers, **module._parameters}.get(name)
-    if own is None or shape_of(own) != tensor.shape or own.is_meta:
+    return own is not None and not own.is_meta and same_values(own, tensor)
+
+
+def same_values(own: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor of the base equals one of a file, in the file's dtype."""
+    if shape_of(own) != tensor.shape:
         return False
     wide = torch.float32 if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.dtype
     return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
