@@ -117,6 +117,23 @@ def texts(source: str) -> list[str]:
     return [text for text, _ in _scored_texts(source)]
 
 
+def preferences(source: str = "movie", rows: int = 400, seed: int = 0) -> dict[str, list[str]]:
+    """Pairs for preference training: under one prompt, a favourable sentence is preferred to an unfavourable one.
+
+    Favourable sentences have a score of at least 1, the others of at most -1.
+    """
+    scored, shuffle = _scored_texts(source), random.Random(seed).shuffle
+    liked, disliked = ([text for text, score in scored if sign * score >= 1] for sign in (1, -1))
+    shuffle(liked)
+    shuffle(disliked)
+    pairs = list(zip(liked, disliked, strict=False))[:rows]
+    return {
+        "prompt": ["From a review of the film:"] * len(pairs),
+        "chosen": [f" {text}" for text, _ in pairs],
+        "rejected": [f" {text}" for _, text in pairs],
+    }
+
+
 def _split(name: str, classes: dict[str, list[str]], train_rows: int, test_rows: int, seed: int) -> Task:
     """A task whose rows are in random order and have the class shares of all texts, but for rounding."""
     shuffle = random.Random(seed).shuffle
