@@ -80,7 +80,8 @@ def inject(target: Target, config: AdapterConfig, shared: Shared | None) -> Adap
     name `shared`, made before any layer, or `None` if it has no such class.
     `config` is the layer's own: its patterns are worked in, so that `config.r` is this layer's rank. The layer's
     parameters come from `target.new`. The target itself must not change: the core does the surgery. `None` says
-    that the method does not support this layer kind; the core makes an error of it that names the layer.
+    that the method does not support this layer kind, and becomes an error that names the layer. `setup` of the layer
+    may raise `UnsupportedError` with a reason instead.
     """
 
 
