@@ -128,7 +128,7 @@ def adapters_in(model: nn.Module) -> Adapters:
 def penalty(model: nn.Module) -> Tensor:
     """The terms of the loss that the active adapters add: `loss = loss + ak.penalty(model)`. Zero if none adds any."""
     adapters = attach(model)
-    total = torch.zeros((), device=next((p.device for p in adapters.model.parameters()), None))
+    total = torch.zeros((), device=next((p.device for p in adapters.model.parameters() if not p.is_meta), None))
     for adapter in map(adapters._adapter, adapters.active):
         if adapter.shared is not None:
             total = total + adapter.shared.penalty(adapter.layers)

@@ -171,6 +171,31 @@ def test_an_adapter_that_trains_and_is_not_active_is_saved_and_restored(tmp_path
     assert "s/adapter_state.safetensors" in weights(tmp_path / "checkpoint-2")
 
 
+def test_an_adapter_that_was_trained_and_frozen_is_saved_once(tmp_path: Path) -> None:
+    model = MODELS["dropout"]()
+    run = trainer(model, tmp_path)
+    ak.attach(model).activate("t", trainable=False)
+    run.save_model(str(tmp_path / "final"))
+    assert weights(tmp_path / "final").keys() == {"adapter_model.safetensors", "adapter_state.safetensors"}
+
+
+def test_a_merged_model_is_saved_whole(tmp_path: Path) -> None:
+    model = MODELS["dropout"]()
+    run = trainer(model, tmp_path, save_strategy="no")
+    run.train()
+    ak.attach(model).merge("t")
+    run.save_model(str(tmp_path / "final"))
+    assert weights(tmp_path / "final").keys() == {"model.safetensors"}
+
+
+def test_a_folder_with_a_whole_model_gets_no_adapter(tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "base")
+    before = weights(tmp_path / "base")
+    with pytest.raises(ak.SaveError, match="base holds a whole model"):
+        trainer(MODELS["dropout"](), tmp_path).save_model(str(tmp_path / "base"))
+    assert weights(tmp_path / "base") == before
+
+
 def test_the_best_model_at_the_end_has_the_state_of_then(tmp_path: Path) -> None:
     model = budget()
     options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}

@@ -251,7 +251,7 @@ class Saver:
         given = _arguments(call)
         folder, source = local_path(given["save_directory"]), given.get("state_dict")
         training = "state_dict" in given
-        if not self._holds_base(folder, training=training):
+        if not self.holds_base(folder, training=training):
             training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
         places = {name: folder if [name] == acting else subfolder(folder, name) for name in inside}
         for name in places:
@@ -291,8 +291,12 @@ class Saver:
                 found[key] = real_value(self.module.get_submodule(owner), local)
         return found
 
-    def _holds_base(self, folder: Path, *, training: bool) -> bool:
-        """Whether the folder holds the base model. Its adapter may lie there, but not a checkpoint of a training."""
+    def holds_base(self, folder: Path, *, training: bool) -> bool:
+        """Whether the folder holds the base model. Its adapter may lie there, but not a checkpoint of a training.
+
+        Raises:
+            SaveError: it holds a whole model that the adapter must not lie beside.
+        """
         if not (folder / _MODEL_CONFIG).is_file() or not any(any(folder.glob(pattern)) for pattern in _MODEL_WEIGHTS):
             return False
         name = getattr(self.module, "name_or_path", None)

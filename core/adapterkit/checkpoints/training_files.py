@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.contract import FILE_PREFIX
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.files import WEIGHTS_FILE, appearing, file_places, read_header, read_tensors, write_tensors
 from adapterkit.model import Adapter
 from adapterkit.tensors import in_first_process, process_groups
@@ -72,7 +72,7 @@ def load_states(adapters: Adapters, folder: Path) -> bool:
         for name, state in states.items():
             adapters.load_training_state(name, state)
             done.append(name)
-    except CheckpointError:
+    except AdapterError:
         for name in done:
             adapters.load_training_state(name, before[name])
         raise

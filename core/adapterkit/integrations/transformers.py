@@ -143,17 +143,19 @@ class AdapterTrainerMixin(_Base):
 
     @property
     def _saves_adapters(self) -> bool:
-        """Whether a checkpoint holds adapters alone: some train, and none is in the weights."""
-        return bool(self.adapters.trainable) and not self.adapters.merged
+        """Whether a checkpoint holds adapters alone: some train or act, and none is in the weights."""
+        return bool(self.adapters.trainable or self.adapters.active) and not self.adapters.merged
 
     def _places(self, folder: Path) -> dict[str, Path]:
         """Where each adapter goes: in a checkpoint those that train, elsewhere all."""
-        trained = self.adapters.trainable
-        names = trained if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else self.adapters.names
-        return {name: folder if (name,) == trained else subfolder(folder, name) for name in names}
+        first = self.adapters.trainable or self.adapters.active
+        names = first if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else self.adapters.names
+        return {name: folder if (name,) == first else subfolder(folder, name) for name in names}
 
     def _write_adapters(self, folder: Path) -> None:
-        places = self._places(folder)
+        places, own = self._places(folder), getattr(self._unwrapped, "save_pretrained", None)
+        if isinstance(own, Saver):
+            own.holds_base(folder, training=True)
         for name, place in places.items():
             # Where adapters are sharded, every process takes part and the first one writes.
             if self.args.should_save or process_groups(self.adapters.parameters(name)):
