@@ -16,5 +16,6 @@ NAMES = (
     "combine",
     "forward",
     "per_sample",
+    "training",
     "growth",
 )
