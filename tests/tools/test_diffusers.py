@@ -281,12 +281,14 @@ def test_a_file_that_does_not_fit_changes_no_component(tmp_path: Path) -> None:
     ours = PipelineAdapters(stable_diffusion())
     tensors = load_file(written(stable_diffusion, tmp_path / "a", 0, rank=2) / FILE)
     wrong = next(key for key in tensors if key.startswith("unet.") and "lora_A" in key)
-    changes = {"shape": {wrong: tensors[wrong][:, :1].contiguous()}}
-    changes["part"] = {"text_encoder_2.x.lora_A.weight": torch.zeros(1, 1)}
-    for name, change in changes.items():
-        save_file({**tensors, **change}, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ak.CheckpointError):
-            ours.load(tmp_path / f"{name}.safetensors", "x")
+    shape, part = {wrong: tensors[wrong][:, :1].contiguous()}, {"text_encoder_2.x.lora_A.weight": torch.zeros(1, 1)}
+    for change, message in (
+        (shape, "other shapes"),
+        (part, "this pipeline has no component for the keys of 'text_encoder_2'"),
+    ):
+        save_file({**tensors, **change}, tmp_path / "x.safetensors")
+        with pytest.raises(ak.CheckpointError, match=message):
+            ours.load(tmp_path / "x.safetensors", "x")
         assert ours.names == {}
     with pytest.raises(ak.CheckpointError, match="hub"):
         ours.load("nobody/nothing", "x")
