@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -388,7 +388,7 @@ class Adapters:
     def activate(
         self,
         *names: str,
-        trainable: bool = True,
+        trainable: bool | Collection[str] = True,
         heads: str | None = None,
         strengths: Mapping[str, float] | None = None,
     ) -> None:
@@ -400,7 +400,8 @@ class Adapters:
         holds keep requiring gradients until the first switch after the graph is freed.
 
         Args:
-            trainable: whether their parameters require gradients. Those of all other adapters do not.
+            trainable: whether their parameters require gradients, or the names of those that train: with
+                `activate("a", "b", trainable=["b"])`, `b` trains on top of a frozen `a`. No other adapter trains.
             heads: the adapter that provides the head, if several have their own copy of one module.
             strengths: what an adapter's change of weights and biases is multiplied by, `{"a": 0.7}`; 1 for the others.
                 Any finite number: 0 is without effect, and a negative one subtracts. A head has no strength. It is not
@@ -415,16 +416,17 @@ class Adapters:
                 should train.
         """
         adapters, block = [self._adapter(name) for name in names], self._active.in_block
-        state = self._attached.state("activate", adapters, heads, strengths, trains=trainable, block=block)
-        if trainable:
-            self._model.check_can_train(adapters)
-        self._model.activate(state, trainable=trainable)
+        trains = self._trains(names, trainable)
+        state = self._attached.state("activate", adapters, heads, strengths, trains=trains, block=block)
+        if trains:
+            self._model.check_can_train([self._adapter(name) for name in trains])
+        self._model.activate(state, trains=trains)
 
     @contextmanager
     def activated(
         self,
         *names: str,
-        trainable: bool = True,
+        trainable: bool | Collection[str] = True,
         heads: str | None = None,
         strengths: Mapping[str, float] | None = None,
     ) -> Iterator[None]:
@@ -432,11 +434,11 @@ class Adapters:
 
         Threads that are started in the block, and tasks that are given to a `ThreadPoolExecutor` in it, act like the
         block; other threads do not. Tasks of one asyncio loop share a thread, and so its blocks. A `backward` may come
-        after the block. With `trainable=False` the adapters act as constants, whatever `requires_grad` is.
+        after the block. Adapters that do not train act as constants, whatever `requires_grad` is.
         """
-        adapters = [self._adapter(name) for name in names]
-        state = self._attached.state("activated", adapters, heads, strengths, trains=trainable, block=True)
-        with self._model.block(state, trainable=trainable):
+        adapters, trains = [self._adapter(name) for name in names], self._trains(names, trainable)
+        state = self._attached.state("activated", adapters, heads, strengths, trains=trains, block=True)
+        with self._model.block(state, trains=trains):
             yield
 
     @contextmanager
@@ -449,7 +451,7 @@ class Adapters:
         if self.merged:
             listed = ", ".join(map(repr, self.merged))
             raise StateError(f"There is no bare model while {listed} is merged. Call unmerge() first.")
-        with self._attached.block(State(), trainable=False):
+        with self._attached.block(State()):
             yield
 
     @contextmanager
@@ -457,7 +459,7 @@ class Adapters:
         self,
         names: Sequence[str | None],
         *,
-        trainable: bool = False,
+        trainable: bool | Collection[str] = False,
         batch_first: bool = False,
         strengths: Mapping[str, float] | None = None,
     ) -> Iterator[None]:
@@ -470,7 +472,8 @@ class Adapters:
 
         Args:
             names: an adapter or `None` for each row.
-            trainable: whether their parameters require gradients; else the adapters act as constants.
+            trainable: whether their parameters require gradients, or the names of those that train; the others act as
+                constants.
             batch_first: vouch that the first dimension of every adapted layer's input is the batch, each row's
                 entries together; else this is proven for each layer (see `adapterkit.rows.batch.Batch`), or refused.
             strengths: as in `activate`.
@@ -495,8 +498,9 @@ class Adapters:
         self._model.check_unchanged("per_sample", rows.adapters)
         merged = tuple(n for n in self._active.state.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
-        state = RowState(rows, Batch(entries), heads, merged, trainable=trainable, strengths=scales)
-        with self._model.block(state, trainable=trainable):
+        trains = self._trains(rows.adapters, trainable)
+        state = RowState(rows, Batch(entries), heads, merged, trains=trains, strengths=scales)
+        with self._model.block(state, trains=trains):
             yield
 
     # Tensors and files
@@ -981,6 +985,18 @@ class Adapters:
         if not isinstance(name, str) or name not in self._adapters:
             raise unknown("adapter", name, self._adapters)
         return self._adapters[name]
+
+    @staticmethod
+    def _trains(names: Sequence[str], trainable: bool | Collection[str]) -> tuple[str, ...]:
+        """Those of these adapters that shall train."""
+        if isinstance(trainable, bool):
+            return tuple(names) if trainable else ()
+        if isinstance(trainable, str) or not isinstance(trainable, Collection):
+            raise ConfigError(f"trainable = {trainable!r} must be True, False, or a list of the names that train.")
+        for name in trainable:
+            if name not in names:
+                raise unknown("active adapter", name, names)
+        return tuple(name for name in names if name in trainable)
 
     def _install(self, adapter: Adapter, *, activate: bool = False, trainable: bool = False) -> None:
         """Put a new adapter on the model and let it act, or change nothing."""

@@ -10,6 +10,7 @@ import torch
 from tests.core.conftest import set_parameters
 from tests.models import build
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
 
@@ -110,9 +111,7 @@ def test_adapters_on_all_rows_train_with_a_rate_each() -> None:
 def test_an_adapter_trains_on_top_of_a_frozen_one_as_on_its_merge(frozen: str) -> None:
     found, expected = adapted(frozen, "biases"), adapted(frozen, "biases")
     before = values(found, frozen)
-    found.activate(frozen, "biases")
-    for parameter in found.parameters(frozen):
-        parameter.requires_grad_(False)
+    found.activate(frozen, "biases", trainable=["biases"])
     assert found.trainable == ("biases",)
     expected.merge(frozen)
     expected.activate("biases")
@@ -126,3 +125,46 @@ def test_an_adapter_trains_on_top_of_a_frozen_one_as_on_its_merge(frozen: str) -
     for key, parameter in found.named_parameters(frozen):
         assert parameter.grad is None
         assert torch.equal(parameter, before[key])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_in_a_block_a_frozen_adapter_is_a_constant_though_it_trains_outside(again: bool) -> None:
+    adapters = adapted("loha", "biases")
+    adapters.activate("loha")
+    ids, labels = batches(1)[0]
+    with adapters.activated("loha", "biases", trainable=["biases"]):
+        arguments = (adapters, ids, labels)
+        inside = checkpoint(loss, *arguments, use_reentrant=False) if again else loss(*arguments)
+    inside.backward()
+    assert all(parameter.grad is None for parameter in adapters.parameters("loha"))
+    assert all(parameter.grad is not None for parameter in adapters.parameters("biases"))
+    loss(adapters, ids, labels).backward()
+    assert all(parameter.grad is not None for parameter in adapters.parameters("loha"))
+
+
+def test_some_of_the_rows_train() -> None:
+    adapters = adapted("lora", "loha")
+    ids, labels = batches(1)[0]
+    rows = [row if row in adapters else None for row in ROWS]
+    with adapters.per_sample(rows, trainable=["loha"]):
+        loss(adapters, ids, labels).backward()
+    assert all(parameter.grad is None for parameter in adapters.parameters("lora"))
+    found = {key: parameter.grad for key, parameter in adapters.named_parameters("loha")}
+    own, alone = [i for i, row in enumerate(rows) if row == "loha"], adapted("loha")
+    alone.activate("loha")
+    loss(alone, ids[own], labels[own]).backward()
+    assert_same(found, {key: parameter.grad for key, parameter in alone.named_parameters("loha")})
+
+
+def test_names_that_train_are_active_ones() -> None:
+    adapters = adapted("lora", "loha")
+    with pytest.raises(ak.UnknownNameError, match="'loha'"):
+        adapters.activate("lora", trainable=["loha"])
+    with pytest.raises(ak.ConfigError, match="a list of the names"):
+        adapters.activate("lora", trainable="lora")
+    assert adapters.active == ()
+    adapters.activate("lora", "loha", trainable=["lora"])
+    adapters.rename("lora", "x")
+    assert adapters.trainable == ("x",)
+    adapters.activate("x", "loha", trainable=["loha"])
+    assert adapters.trainable == ("loha",)

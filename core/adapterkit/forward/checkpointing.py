@@ -58,8 +58,8 @@ class InSameState:
         self.trained = [
             active.adapters[name]
             for active, state, *_ in self.states
-            for name in (() if state.constant else dict.fromkeys((*state.names, *state.heads)))
-            if name in active.adapters and active.adapters[name].trains()
+            for name in dict.fromkeys((*state.names, *state.heads))
+            if name not in state.constants and name in active.adapters and active.adapters[name].trains()
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

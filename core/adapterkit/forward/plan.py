@@ -53,7 +53,7 @@ class Plan:
         "call_head",
         "calls",
         "checked",
-        "constant",
+        "constants",
         "head",
         "layers",
         "mesh",
@@ -63,7 +63,8 @@ class Plan:
 
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
-        self.module, self.head, self.constant = module, None, state.constant
+        self.module, self.head = module, None
+        self.constants: list[nn.Module] = []
         for head, owner in state.parts(module, HEADS, state.heads):
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
@@ -100,7 +101,7 @@ class Plan:
     def _run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `run`; the adapter's parameters are on their device."""
         if self.calls:
-            original = Call(self.module, original, self.calls, constant=self.constant)
+            original = Call(self.module, original, self.calls, self.constants)
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
         alone = len(args) == 1 and not kwargs
@@ -134,8 +135,9 @@ class CallPlan(Plan):
 
     def __init__(self, module: nn.Module, state: State) -> None:
         super().__init__(module, state)
-        shared = parts_of(module._modules[SHARED], state.names)
+        shared = [*parts_of(module._modules[SHARED], state.names)]
         self.calls += [(part, 1.0) for part, _ in shared if part.replaces_call]
+        self.constants = [part for part, name in shared if name in state.constants]
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `Plan.run`."""
@@ -162,7 +164,7 @@ class Call:
     Args:
         original: the module's own call.
         inner: those adapters' layers, or `Shared`s, the innermost first, each with its strength.
-        constant: the parameters of a `Shared` get no gradients.
+        constants: the `Shared`s whose parameters get no gradients.
     """
 
     def __init__(
@@ -170,18 +172,17 @@ class Call:
         module: nn.Module,
         original: Callable[..., Any],
         inner: Sequence[tuple[Any, float]],
-        *,
-        constant: bool = False,
+        constants: Sequence[nn.Module],
     ) -> None:
-        self.module, self._original, self._inner, self._constant = module, original, inner, constant
+        self.module, self._original, self._inner, self._constants = module, original, inner, constants
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
         if not self._inner:
             return self._original(*args, **kwargs)
         *inner, (part, strength) = self._inner
-        base = Call(self.module, self._original, inner, constant=self._constant)
-        if isinstance(part, Shared) and self._constant and torch.is_grad_enabled():
+        base = Call(self.module, self._original, inner, self._constants)
+        if isinstance(part, Shared) and part in self._constants and torch.is_grad_enabled():
             # The layers read what it leaves on itself, so it cannot be a twin.
             values = {name: parameter.detach() for name, parameter in part.named_parameters()}
             return returned(part, functional_call(part, values, (base, *args), kwargs))

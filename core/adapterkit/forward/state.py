@@ -43,8 +43,8 @@ class State:
         names: the active adapters, which are not merged; the first is the innermost.
         heads: the adapters that provide the acting heads, merged ones included.
         trains: the adapters that were activated to train.
-        constant: the adapters take no gradients in this state; `requires_grad` stays on where a graph, another thread
-            or the code after the block needs it.
+        constants: the adapters that take no gradients in this state; `requires_grad` stays on where a graph, another
+            thread or the code after the block needs it.
         idle: nothing acts.
         removed: the adapters of this state that were removed: its graphs cannot be computed again.
         refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
@@ -63,13 +63,13 @@ class State:
         heads: tuple[str, ...] = (),
         trains: tuple[str, ...] = (),
         *,
-        constant: bool = False,
+        constants: tuple[str, ...] = (),
         merged: tuple[str, ...] = (),
         strengths: Mapping[str, float] | None = None,
         refuses: str = "",
     ) -> None:
         self.strengths = dict(strengths or {})
-        self.asked, self.trains, self.constant, self.refuses = (names, heads), trains, constant, refuses
+        self.asked, self.trains, self.constants, self.refuses = (names, heads), trains, constants, refuses
         self.names, self.heads = tuple(name for name in names if name not in merged) if merged else names, heads
         self.idle = not (self.names or heads or refuses)
         self.removed: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own plans, and no graph or thread needs its gradients.
-        return {**self.__dict__, "plans": {}, "constant": False, "before_first": None}
+        return {**self.__dict__, "plans": {}, "constants": (), "before_first": None}
 
     def replace(self, old: str, *new: str) -> None:
         """Adapter `old` has the name `new` now; without `new` it is gone."""
@@ -88,7 +88,8 @@ class State:
         if not new and old in (*self.names, *self.heads):
             self.removed += (old,)
         self.asked = edited(self.asked[0]), edited(self.asked[1])
-        self.names, self.heads, self.trains = map(edited, (self.names, self.heads, self.trains))
+        self.names, self.heads = edited(self.names), edited(self.heads)
+        self.trains, self.constants = edited(self.trains), edited(self.constants)
         if old in self.strengths:
             self.strengths |= dict.fromkeys(new, self.strengths.pop(old))
         self.idle = not (self.names or self.heads or self.refuses)
@@ -113,7 +114,7 @@ class State:
                 raise StateError(adapter.no_values)
             return self.make_plan(module)
         # Detached parameters belong to this forward, and replicas of `DataParallel` live for one forward.
-        once = (self.constant and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
+        once = (self.constants and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
         found = None if once else self.plans.get(id(module))
         if found is None:
             if self.before_first is not None:
@@ -139,14 +140,15 @@ class State:
     def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
         """What these adapters have in one container of `module`, each with its adapter's name."""
         found = list(parts_of(module._modules.get(container), names))
-        if torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constant):
-            # The compiler guards everything that is read, so it must read `constant` only where that matters.
-            trained = [any(map(_requires_grad, part.parameters())) for part, _ in found]
-            return [
-                (twin(part, lambda t: t.detach() if _requires_grad(t) else t) if trains and self.constant else part, n)
-                for (part, n), trains in zip(found, trained, strict=True)
-            ]
-        return found
+        if not (torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constants)):
+            return found
+        # The compiler guards everything that is read, so it must read `constants` only where that matters.
+        trained = [any(map(_requires_grad, part.parameters())) for part, _ in found]
+        fixed = [trains and name in self.constants for (_, name), trains in zip(found, trained, strict=True)]
+        return [
+            (twin(part, lambda t: t.detach() if _requires_grad(t) else t) if constant else part, name)
+            for (part, name), constant in zip(found, fixed, strict=True)
+        ]
 
 
 def _requires_grad(tensor: Tensor) -> bool:

@@ -146,7 +146,7 @@ class AdaptedModel:
         heads: str | None,
         strengths: Mapping[str, float] | None,
         *,
-        trains: bool,
+        trains: Collection[str],
         block: bool,
     ) -> State:
         """The state in which these adapters act. In a block, those that do not train are constants.
@@ -163,41 +163,40 @@ class AdaptedModel:
         self.check_not_merged(names)
         acting = acting_heads([*map(self.adapters.__getitem__, self.active.merged), *adapters], heads)
         scales = checked_strengths(call, adapters, strengths)
-        if trains:
-            self.check_unchanged(call, names)
+        self.check_unchanged(call, trains)
         before, merged = self.active.state, self.active.merged
         hidden: tuple[str, ...] = ()
-        trained = names if trains else ()
+        trained = tuple(name for name in names if name in trains)
+        constants = tuple(name for name in names if name not in trains) if block else ()
         if merged:  # these are active again after `unmerge`
             hidden = tuple(name for name in before.asked[0] if name in merged)
             trained = tuple(name for name in hidden if name in before.trains) + trained
             scales |= {name: before.strength(name) for name in hidden}
-        constant = block and not trains
-        state = State(hidden + names, acting, trained, constant=constant, merged=merged, strengths=scales)
+        state = State(hidden + names, acting, trained, constants=constants, merged=merged, strengths=scales)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
 
-    def activate(self, state: State, *, trainable: bool) -> None:
+    def activate(self, state: State, *, trains: Collection[str]) -> None:
         """Let `state` act, in this thread's block or everywhere. Parameters that train nowhere are frozen."""
         active, adapters = self.active, self.adapters.values()
         block, before = active.in_block, active.state
-        changes_flags = trainable or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
+        changes_flags = bool(trains) or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
         several = changes_flags or len(active.threads) > 1 or self._labels_owner(state.heads) != self.labels_of
         # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
         with uninterrupted() if several else nullcontext(), lock:
-            for name in state.names if trainable else ():
+            for name in trains:
                 self.adapters[name].train(for_now=block)
             active.become(state)
             if changes_flags:
                 self._freeze_what_need_not_train(None if block else before.trains)
-                if not trainable and any(self.adapters[name].trains_for_now for name in state.names):
-                    state.constant = True
+                others = [name for name in state.names if name not in trains]
+                state.constants += tuple(name for name in others if self.adapters[name].trains_for_now)
             self.follow_labels()
 
     @contextmanager
-    def block(self, state: State, *, trainable: bool) -> Iterator[None]:
-        """Let `state` act in this thread inside the block; `trainable`: its adapters' parameters require gradients."""
-        trained = [self.adapters[name] for name in state.names] if trainable else []
+    def block(self, state: State, *, trains: Collection[str] = ()) -> Iterator[None]:
+        """Let `state` act in this thread inside the block; parameters of the adapters `trains` require gradients."""
+        trained = [self.adapters[name] for name in trains]
         self.check_can_train(trained)
         with lock:
             for adapter in trained:

@@ -7,7 +7,7 @@ adapter after another. So do heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
@@ -61,11 +61,12 @@ class RowState(State):
         heads: tuple[str, ...],
         defaults: tuple[str, ...],
         *,
-        trainable: bool,
+        trains: Collection[str],
         strengths: Mapping[str, float],
     ) -> None:
-        trains = rows.adapters if trainable else ()
-        super().__init__(rows.adapters, heads, trains, constant=not trainable, strengths=strengths)
+        trained = tuple(name for name in rows.adapters if name in trains)
+        constants = tuple(name for name in rows.adapters if name not in trains)
+        super().__init__(rows.adapters, heads, trained, constants=constants, strengths=strengths)
         self.rows, self.batch, self.defaults = rows, batch, defaults
 
     def replace(self, old: str, *new: str) -> None:
@@ -88,8 +89,8 @@ class RowState(State):
         """While `module` runs on the rows that have none of these adapters, in the state `rest`, made if need be."""
         if rest is None:
             rows = Rows([self.rows.names[i] for i in self.rows.lacking(adapters)], trusted=self.rows.trusted)
-            trains, strengths = not self.constant, self.strengths
-            rest = RowState(rows, self.batch, self.defaults, self.defaults, trainable=trains, strengths=strengths)
+            how: Any = {"trains": self.trains, "strengths": self.strengths}
+            rest = RowState(rows, self.batch, self.defaults, self.defaults, **how)
         thread, size = module.__dict__[ACTIVE].here.thread, self.batch.size
         thread.state = rest
         if size is not None:
@@ -206,7 +207,7 @@ class RowPlan(Plan):
         layer, bias, strength = self.parts.get(name), self.shifts.get(name), self.state.strength(name)
         layers = [] if layer is None else [(layer, strength)]
         whole = layer is not None and layer.any_module
-        out = Call(self.module, base, layers)(x) if whole else run_layers(self.module, layers, base, x)
+        out = Call(self.module, base, layers, ())(x) if whole else run_layers(self.module, layers, base, x)
         out = summable(self.module, out)
         return out if bias is None else (out + strength * bias.change(self.module.bias, out)).to(out.dtype)
 
