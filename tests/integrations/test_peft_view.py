@@ -250,7 +250,7 @@ except ak.UnsupportedError as error:
 
 def test_without_peft_it_says_what_to_install() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_PEFT], capture_output=True, text=True, check=True)
-    assert "pip install peft" in run.stdout
+    assert "adapterkit[peft]" in run.stdout
 
 
 def test_importing_adapterkit_does_not_import_peft() -> None:

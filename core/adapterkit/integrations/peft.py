@@ -43,7 +43,7 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
         from adapterkit.integrations.peft_names import VIEW, MethodConfig
         from adapterkit.integrations.peft_view import PeftView
     except ImportError as error:
-        raise UnsupportedError("as_peft needs PEFT: pip install peft") from error
+        raise UnsupportedError("as_peft needs PEFT: pip install 'adapterkit[peft]'") from error
 
     if isinstance(what, AdapterConfig):
         return MethodConfig(what, task_type=VIEW)
@@ -83,5 +83,5 @@ def from_peft(model: PeftModel) -> Adapters:
     try:
         from adapterkit.integrations.peft_takeover import take_over
     except ImportError as error:
-        raise UnsupportedError("from_peft needs PEFT: pip install peft") from error
+        raise UnsupportedError("from_peft needs PEFT: pip install 'adapterkit[peft]'") from error
     return take_over(model)
