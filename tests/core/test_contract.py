@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -375,6 +375,35 @@ def test_a_check_that_returns_something_is_refused(answer: bool) -> None:
 
     with pytest.raises(ak.PluginError, match=f"Checked.check returned {answer}; it must raise ConfigError or return"):
         Checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitedConfig(ak.AdapterConfig):
+    method = "limited"
+
+    r: ak.Rank | None = None
+    name: Annotated[str, ak.Limit(lambda text: len(text) < 3, " is too long")] = "x"
+    init_limited_weights: bool | str = True
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"r": 0}, "r = 0: a rank must be at least 1."),
+        ({"r": 1.5}, "LimitedConfig: r = 1.5 is a float; it must be int or None."),
+        ({"name": "long"}, "name = 'long' is too long."),
+    ],
+)
+def test_a_value_outside_the_limit_of_its_type_is_refused(fields: dict[str, Any], text: str) -> None:
+    assert LimitedConfig(r=1, name="xy").r == 1
+    with pytest.raises(ak.ConfigError) as error:
+        LimitedConfig(**fields)
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(("value", "identity"), [(True, True), (False, False), ("lycoris", True)])
+def test_an_adapter_starts_as_the_identity_by_pefts_field(value: Any, identity: bool) -> None:
+    assert LimitedConfig(init_limited_weights=value).starts_as_identity is identity
 
 
 def test_a_forward_that_returns_nothing_is_named(registered: Callable[..., Any]) -> None:
