@@ -54,7 +54,8 @@ def test_every_module_of_the_core_is_in_a_room() -> None:
 @pytest.mark.parametrize("room", [r for r in ROOMS if (CORE / r).is_dir()])
 def test_a_room_is_small_enough_to_know(room: str) -> None:
     modules = [path for path in (CORE / room).iterdir() if path.suffix == ".py" and path.stem != "__init__"]
-    assert len(modules) <= 10
+    tools = {path.stem.partition("_")[0] for path in modules}  # a tool may have several files: peft, peft_names, ...
+    assert len(tools if room == "integrations" else modules) <= 10
     assert not [path for path in (CORE / room).iterdir() if (path / "__init__.py").is_file()]
 
 

@@ -5,18 +5,18 @@ They are made when somebody asks, hold the model's own parameters, and own nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from adapterkit.contract import CONTAINERS, HEADS, LAYERS
+from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
 from adapterkit.forward import ACTIVE, Active, original_class
-
-Parts = Mapping[str, nn.Module]
 
 
 def views(module: nn.Module) -> Iterator[nn.Module]:
@@ -27,18 +27,65 @@ def views(module: nn.Module) -> Iterator[nn.Module]:
         yield HeadView(module)
 
 
-def by_adapter(parts: Parts) -> dict[str, nn.Module]:
-    """What adapters hold under each name, as PEFT's containers by adapter: `{"lora_A": ModuleDict({"a": ...})}`."""
+class _Live:
+    """A container by adapter. An adapter that was removed since is not in it."""
+
+    def __contains__(self, name: object) -> bool:
+        held: Mapping[str, object] = self.__dict__["held"]
+        return name in held and super().__contains__(name)  # type: ignore[misc]
+
+
+class _Modules(_Live, nn.ModuleDict):
+    pass
+
+
+class _Parameters(_Live, nn.ParameterDict):
+    pass
+
+
+class _Buffers(_Live, BufferDict):
+    pass
+
+
+class _Values(_Live, dict[str, Any]):
+    pass
+
+
+def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, nn.Module]:
+    """What adapters have under each name, as PEFT's containers by adapter: `{"lora_A": ModuleDict({"a": ...})}`.
+
+    Args:
+        held: the adapters that there are, now and later.
+    """
     found: dict[str, Any] = {}
-    for name, part in parts.items():
-        for container, held in ((nn.ModuleDict, part._modules), (nn.ParameterDict, part._parameters)):
-            for local, value in held.items():
-                if value is not None:
-                    found.setdefault(local, container())[name] = value
+
+    def put(container: type, local: str, name: str, value: Any) -> None:
+        if value is not None:
+            if local not in found:
+                found[local] = container()
+                found[local].__dict__["held"] = held
+            found[local][name] = value
+
+    for name, part in parts:
+        for local, module in part._modules.items():
+            put(_Modules, local, name, module)
+        for local, parameter in part._parameters.items():
+            put(_Parameters, local, name, parameter)
         for local, buffer in part._buffers.items():
-            if buffer is not None:
-                found.setdefault(local, BufferDict())[name] = buffer
+            put(_Buffers, local, name, buffer)
     return found
+
+
+def _parts(host: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The adapter layers of a module, and what they share with other layers."""
+    layers: Any = host._modules[LAYERS]
+    shared = [(name, layer.shared) for name, layer in layers._modules.items() if layer.shared is not None]
+    return [*layers._modules.items(), *shared]
+
+
+def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
+    """The fields of their configs that not every method has."""
+    return {f.name for layer in layers for f in fields(layer.config)} - {f.name for f in fields(AdapterConfig)}
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -62,11 +109,47 @@ class LayerView(nn.Module):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         layers: Any = host._modules[LAYERS]
-        self._layers: dict[str, nn.Module] = dict(layers._modules)
+        self._layers: dict[str, AdapterLayer] = layers._modules
         self._active: Active = host.__dict__[ACTIVE]
-        self.base_layer = bare(host)
-        for name, container in by_adapter(self._layers).items():
+        self.base_layer: Any = bare(host)
+        self._kind = next(iter(self._layers.values())).kind
+        for name, container in by_adapter(_parts(host), self._layers).items():
             self._modules[name] = container
+
+    def __getattr__(self, name: str) -> Any:
+        """What is an attribute of this module; else a field of the layers' configs, by adapter: `r["default"]`."""
+        if name in _fields(self.__dict__["_layers"].values()):
+            return self._values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
+        return super().__getattr__(name)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight; channels of a convolution."""
+        return int(getattr(self.base_layer, "in_channels", None) or self._kind.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return int(self._kind.out_features)
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What the change of each adapter is multiplied by: the scaling of its config, and its strength."""
+        strength = self._active.state.strength
+        return self._values({n: getattr(layer, "scaling", 1.0) * strength(n) for n, layer in self._layers.items()})
+
+    def _values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = _Values(values)
+        found.__dict__["held"] = self._layers
+        return found
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the weight by an adapter, in the weight's layout."""
+        layer, weight = self._layers[adapter], self.base_layer.weight
+        own = layer.kind.canonical(weight).to(torch.promote_types(weight.dtype, torch.float32))
+        change = layer.merged(own, self.base_layer.bias)[0] - own
+        strength = self._active.state.strength(adapter)
+        return layer.kind.laid_out(change * strength, weight).to(weight.dtype)
 
     def __repr__(self) -> str:
         name = next(iter(self._layers))
@@ -77,7 +160,8 @@ class LayerView(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The module without adapters."""
-        return self.base_layer
+        found: nn.Module = self.base_layer
+        return found
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -91,6 +175,9 @@ class LayerView(nn.Module):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self._layers)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self._layers)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -159,10 +246,10 @@ _ATTRIBUTES |= {"base_layer", "original_module", "modules_to_save"}
 
 def _may_be_named(module: nn.Module, name: str) -> bool:
     """Whether a view may have this name, without making one: libraries ask modules for names that they lack."""
-    layers = module._modules.get(LAYERS)
-    parts = layers._modules.values() if layers is not None else ()
-    return name in _ATTRIBUTES or any(
-        name in held
-        for part in parts
-        for held in (part._modules, part._parameters, part._buffers)  # type: ignore[union-attr]
-    )
+    if name in _ATTRIBUTES:
+        return True
+    layers: Any = module._modules.get(LAYERS)
+    if layers is None:
+        return False
+    held = (names for _, part in _parts(module) for names in (part._modules, part._parameters, part._buffers))
+    return name in _fields(layers._modules.values()) or any(name in names for names in held)

@@ -20,16 +20,19 @@ from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_regi
 from adapterkit.errors import unknown
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.forward import derive
+from adapterkit.integrations import peft_merging
 from adapterkit.integrations.peft_layers import Named, by_adapter, views
-from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, to_peft
+from adapterkit.integrations.peft_names import VIEW, MethodConfig, from_peft_config, own_key, peft_key, to_peft
 from adapterkit.model import BaseModules
 from adapterkit.results import LoadReport
-from adapterkit.tensors import process_groups
+from adapterkit.tensors import process_groups, wrappers_of
 
 # PEFT saves the adapter of this name in the folder itself, and others in subfolders.
 _FIRST = "default"
 # TRL adds an adapter of this name for its reference model, with the config of `_FIRST`.
 _REFERENCE = "ref"
+# What torch's older FSDP puts before the keys of the model that it wraps.
+_FSDP = "_fsdp_wrapped_module."
 
 
 class _Configs(dict[str, PeftConfig]):
@@ -52,6 +55,7 @@ class Tuner(nn.Module):
         super().__init__()
         self.model = adapters.model
         self._configs: dict[str, tuple[AdapterConfig, PeftConfig]] = {}
+        self._shown = _Configs()
         self._disabled: tuple[str, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +70,7 @@ class Tuner(nn.Module):
     def _shared(self) -> dict[str, nn.Module]:
         """What layers of an adapter share, which PEFT keeps here: `vera_A["default"]`."""
         shared = self.model._modules.get(SHARED)
-        return {} if shared is None else by_adapter(shared._modules)  # type: ignore[arg-type]
+        return {} if shared is None else by_adapter(shared._modules.items(), shared._modules)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
@@ -86,7 +90,10 @@ class Tuner(nn.Module):
         A change of it changes nothing here.
         """
         self._configs = {name: self._config(name) for name in self.adapters.names}
-        return _Configs({name: made for name, (_, made) in self._configs.items()})
+        for name in [name for name in self._shown if name not in self._configs]:
+            del self._shown[name]
+        self._shown.update((name, made) for name, (_, made) in self._configs.items())
+        return self._shown
 
     def _config(self, name: str) -> tuple[AdapterConfig, PeftConfig]:
         adapter = self.adapters._adapter(name)
@@ -98,6 +105,22 @@ class Tuner(nn.Module):
         paths = BaseModules(self.model).all_paths
         config = file_config(adapter.config, adapter.layers, heads, paths, base)
         return adapter.config, to_peft(config, trains=name in self.adapters.trainable)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of all adapted layers."""
+        return list(dict.fromkeys(path for name in self.adapters.names for path in self.adapters.layers(name)))
+
+    def keep(self, name: str, config: PeftConfig) -> None:
+        """Let this object, with which an adapter was made, be its config, as PEFT does it; no `MethodConfig`."""
+        if isinstance(config, MethodConfig):
+            return
+        own, made = self._config(name)
+        for field in ("target_modules", "modules_to_save"):
+            if getattr(config, field, None) in (None, "all-linear"):
+                setattr(config, field, getattr(made, field, None))
+        config.inference_mode = made.inference_mode
+        self._configs[name] = own, config
 
     @property
     def active_adapters(self) -> list[str]:
@@ -159,7 +182,9 @@ class Tuner(nn.Module):
         self._disabled = None
 
     def disable_adapter_layers(self) -> None:
-        """Let no adapter act, until `enable_adapter_layers`."""
+        """Let no adapter act, until `enable_adapter_layers`. What is merged is unmerged, as PEFT does it."""
+        if self.adapters.merged:
+            self.adapters.unmerge()
         if self._disabled is None:
             self._disabled = tuple(self.active_adapters)
             self.adapters.activate()
@@ -179,8 +204,13 @@ class Tuner(nn.Module):
         """Remove an adapter. If it was the active one, the first that is left becomes active."""
         if adapter_name not in self.adapters:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        if adapter_name in self.adapters.merged:
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         was_active = adapter_name in self.active_adapters
         self.adapters.remove(adapter_name)
+        self._shown.pop(adapter_name, None)
         if was_active and self.adapters.names and not self.adapters.active:
             first = self.adapters.names[0]
             warnings.warn(
@@ -192,22 +222,34 @@ class Tuner(nn.Module):
     # Merging
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters to the weights: `Adapters.merge`."""
-        self.adapters.merge(*(adapter_names or self.active_adapters), safe=safe_merge)
+        """Add adapters to the weights: `Adapters.merge`. With `safe_merge`, values that are not finite raise."""
+        peft_merging.merge(self.adapters, self.active_adapters if adapter_names is None else adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restore the weights: `Adapters.unmerge`."""
-        self.adapters.unmerge()
+        peft_merging.unmerge(self.adapters)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """Merge adapters, and return the bare model: `Adapters.merge_and_detach`."""
-        return self.adapters.merge_and_detach(*(adapter_names or self.active_adapters), safe=safe_merge)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return peft_merging.merge_for_good(self.adapters, names, safe_merge)
 
     def unload(self) -> nn.Module:
         """Return the bare model: `Adapters.detach`."""
         return self.adapters.detach()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`)."""
+        peft_merging.combine(self.adapters, adapters, weights, adapter_name, combination_type, **options)
 
 
 class PeftView(PeftModel):
@@ -235,6 +277,7 @@ class PeftView(PeftModel):
         adapters = attach(model)
         adapters.add(adapter_name, from_peft_config(peft_config), **_where(autocast_adapter_dtype, low_cpu_mem_usage))
         self._show(adapters)
+        self.base_model.keep(adapter_name, peft_config)
 
     @classmethod
     def of(cls, adapters: Adapters) -> Self:
@@ -311,7 +354,9 @@ class PeftView(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model for a `with` block: `Adapters.disabled`."""
+        """The base model for a `with` block: `Adapters.disabled`. What is merged is unmerged, as PEFT does it."""
+        if self.adapters.merged:
+            self.adapters.unmerge()
         before, self._adapters_disabled = self._adapters_disabled, True
         try:
             with self.adapters.disabled():
@@ -412,10 +457,13 @@ class PeftView(PeftModel):
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """Load an adapter from a folder or from the hub on a model, and return the view."""
-        adapters = attach(model)
+        """Load an adapter from a folder or from the hub on a model, and return the view. See `load_adapter`."""
+        adapters, config = attach(model), kwargs.get("config")
         _load_new(adapters, adapter_name, model_id, kwargs, activate=True, trainable=is_trainable)
-        return cls.of(adapters)
+        view = cls.of(adapters)
+        if config is not None:
+            view.base_model.keep(adapter_name, config)
+        return view if is_trainable else view.eval()
 
     def load_adapter(  # type: ignore[override]
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any
@@ -490,7 +538,8 @@ def _load_new(
 ) -> LoadReport:
     """`Adapters.load` of what fits, by PEFT's rule: tensors may be missing, and none may have another shape."""
     hub = _on_hub(options)
-    report = adapters.load(source, name, activate=False, trainable=trainable, strict=False, **hub)
+    dtype = None if options.get("autocast_adapter_dtype", True) else "model"
+    report = adapters.load(source, name, activate=False, trainable=trainable, strict=False, dtype=dtype, **hub)
     try:
         _check_sizes(report, options)
     except RuntimeError:
@@ -512,7 +561,32 @@ def _check_sizes(report: LoadReport, options: Mapping[str, Any]) -> None:
 
 
 def _rename_written(view: PeftView, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
-    """Give a state dict that the view has written PEFT's keys, in their order."""
+    """Give a state dict that the view has written PEFT's keys, in their order.
+
+    `FullyShardedDataParallel` around the view looks for the model's keys, so they are renamed after it has found them.
+    """
+    if not prefix.endswith(_FSDP):
+        _rename(view, state, prefix)
+        return
+    for wrapper in wrappers_of(view):
+        hooks = wrapper._state_dict_hooks
+        if wrapper._modules.get(_FSDP[:-1]) is view and not any(
+            isinstance(hook, _AfterFsdp) for hook in hooks.values()
+        ):
+            wrapper._register_state_dict_hook(_AfterFsdp(view))
+
+
+class _AfterFsdp:
+    """A hook on `FullyShardedDataParallel`'s state dict that renames the keys of the view inside."""
+
+    def __init__(self, view: PeftView) -> None:
+        self.view = view
+
+    def __call__(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+        _rename(self.view, state, prefix)
+
+
+def _rename(view: PeftView, state: MutableMapping[str, Any], prefix: str) -> None:
     for key in [key for key in state if key.startswith(prefix + FILE_PREFIX)]:
         name = peft_key(view.base_model.model, key.removeprefix(prefix + FILE_PREFIX))
         state[prefix + name] = state.pop(key)

@@ -23,6 +23,7 @@ from adapterkit.tensors.distributed import (
     size_of,
     watch_wrappers,
     whole,
+    wrappers_of,
 )
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
@@ -57,4 +58,5 @@ __all__ = [
     "uninterrupted",
     "watch_wrappers",
     "whole",
+    "wrappers_of",
 ]

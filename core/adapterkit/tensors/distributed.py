@@ -144,7 +144,7 @@ def process_groups(tensors: Iterable[Tensor]) -> list[Any]:
 
 def agreed(number: int, model: nn.Module, tensors: Iterable[Tensor]) -> int:
     """The first process's number, in all that divide these tensors or average the model's gradients."""
-    ddp = [wrapper.process_group for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
+    ddp = [wrapper.process_group for wrapper in wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
     box = [number]
     for group in [*process_groups(tensors), *ddp]:
         dist.broadcast_object_list(box, group=group, group_src=0)
@@ -190,7 +190,8 @@ def _collect(parent: nn.Module, name: str = "", child: nn.Module | None = None) 
         _wrappers.add(parent)
 
 
-def _wrappers_of(model: nn.Module) -> list[Any]:
+def wrappers_of(model: nn.Module) -> list[Any]:
+    """The wrappers for several processes that the model is in: DDP's and torch's older FSDP's."""
     return [wrapper for wrapper in list(_wrappers) if any(module is model for module in wrapper.modules())]
 
 
@@ -208,7 +209,7 @@ def _fsdp(roots: Iterable[nn.Module], name: str) -> list[Any]:
 
 def has_fsdp1(model: nn.Module) -> bool:
     """Whether torch's older `FullyShardedDataParallel` is around the model or in it."""
-    return bool(_fsdp((*_wrappers_of(model), model), "FullyShardedDataParallel"))
+    return bool(_fsdp((*wrappers_of(model), model), "FullyShardedDataParallel"))
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
@@ -296,7 +297,7 @@ def _averaging(model: nn.Module) -> dict[str, list[Tensor]]:
         found["fully_shard"] = [p for p in model.parameters() if is_dtensor(p)]
     if has_fsdp1(model):
         found["FullyShardedDataParallel"] = [p for p in model.parameters() if getattr(p, "_fsdp_flattened", False)]
-    ddp = [wrapper for wrapper in _wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
+    ddp = [wrapper for wrapper in wrappers_of(model) if isinstance(wrapper, DistributedDataParallel)]
     if ddp:
         buckets = [bucket for wrapper in ddp for bucket in wrapper.reducer._get_zeros_like_grad_buckets()]
         found["DistributedDataParallel"] = [p for bucket in buckets for p in bucket.parameters()]
