@@ -107,3 +107,32 @@ def test_a_base_that_trains_too_is_saved_with_its_adapters(tmp_path: Path) -> No
         weight.zero_()
     script.accelerator.load_state(str(tmp_path))
     assert torch.equal(weight, changed)
+
+
+def test_statistics_of_batch_norms_go_on_too(tmp_path: Path) -> None:
+    accelerator, model = Accelerator(cpu=True), build("convnet").train()
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["fc"]))
+    prepared = accelerator.prepare(model)
+    save_adapters_alone(accelerator)
+    prepared(**inputs("convnet"))
+    accelerator.save_state(str(tmp_path))
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    prepared(**inputs("convnet"))
+    assert not torch.equal(model.norm.running_mean, saved["norm.running_mean"])
+    accelerator.load_state(str(tmp_path))
+    assert_equal(model.state_dict(), saved)
+
+
+def test_a_state_with_the_whole_model_is_loaded_too(tmp_path: Path) -> None:
+    accelerator, model = Accelerator(cpu=True), build("bert")
+    adapters = ak.attach(model)
+    adapters.add("a", CONFIGS["loha"])
+    accelerator.prepare(model)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    accelerator.save_state(str(tmp_path))
+    save_adapters_alone(accelerator)
+    with torch.no_grad():
+        next(adapters.parameters("a")).zero_()
+    accelerator.load_state(str(tmp_path))
+    assert_equal(model.state_dict(), saved)

@@ -65,8 +65,17 @@ def load_states(adapters: Adapters, folder: Path) -> bool:
     files = [file for file in (folder / STATE_FILE, *sorted(folder.glob(f"*/{STATE_FILE}"))) if file.is_file()]
     saved = {read_header(file).metadata.get(_NAME, ""): file for file in files}
     _check_names(adapters, saved, folder)
-    states = {name: _whole_state(adapters, name, file) for name, file in saved.items()}
-    before = {name: {key: t.clone() for key, t in adapters.training_state(name).items()} for name in saved}
+    restore(adapters, {name: _whole_state(adapters, name, file) for name, file in saved.items()})
+    return bool(files)
+
+
+def restore(adapters: Adapters, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load the training states of these adapters, all or none.
+
+    Raises:
+        CheckpointError: one of them does not fit. Nothing has changed then.
+    """
+    before = {name: {key: t.clone() for key, t in adapters.training_state(name).items()} for name in states}
     done: list[str] = []
     try:
         for name, state in states.items():
@@ -76,7 +85,6 @@ def load_states(adapters: Adapters, folder: Path) -> bool:
         for name in done:
             adapters.load_training_state(name, before[name])
         raise
-    return bool(files)
 
 
 def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> None:

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkit.adapters import Adapters, adapters_in
 from adapterkit.checkpoints import load_states, save_state, subfolder
 from adapterkit.errors import ConfigError
+from adapterkit.files import read_tensors, write_tensors
 from adapterkit.tensors import process_groups
+
+_STATISTICS = "batch_norms.safetensors"
 
 
 def save_adapters_alone(accelerator: Accelerator) -> None:
@@ -22,8 +26,9 @@ def save_adapters_alone(accelerator: Accelerator) -> None:
     on bit for bit: PiSSA's factors, averages and the number of steps too. A resumed script makes the same calls.
 
     The adapters of the first prepared model are in the folder `adapters` of the checkpoint, each in a subfolder of its
-    name, which `adapters.load` and PEFT read; those of the second are in `adapters_1`, and so on. Models without
-    adapters, and models that train themselves or have merged adapters, are saved in full as well.
+    name, which `adapters.load` and PEFT read; those of the second are in `adapters_1`, and so on. The statistics of the
+    base's batch norms are there too. Models without adapters, and models that train themselves or have merged adapters,
+    are saved in full as well.
 
     Under FSDP and DeepSpeed these engines save the base, too. DeepSpeed leaves frozen parameters out if you ask it to:
     `save_state(folder, exclude_frozen_parameters=True)` and `load_state(folder, load_module_strict=False)`.
@@ -33,18 +38,24 @@ def save_adapters_alone(accelerator: Accelerator) -> None:
     """
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        on_each_node = accelerator.project_configuration.save_on_each_node
+        writes = accelerator.is_local_main_process if on_each_node else accelerator.is_main_process
         for i, place, adapters in _adapted(accelerator, folder):
             for name in adapters.trainable:
                 # Where adapters are sharded, every process takes part and the first one writes.
-                if accelerator.is_main_process or process_groups(adapters.parameters(name)):
+                if writes or process_groups(adapters.parameters(name)):
                     adapters.save(name, subfolder(place, name))
                     save_state(adapters, name, subfolder(place, name))
             if weights and adapters.trainable and _is_frozen(adapters):
+                statistics = _statistics(adapters)
+                if writes and statistics:
+                    write_tensors(statistics, place / _STATISTICS, {"format": "pt"})
                 del weights[i]
 
     def load(models: list[nn.Module], folder: str) -> None:
         for i, place, adapters in _adapted(accelerator, folder):
             if load_states(adapters, place) and models and _is_frozen(adapters):
+                _restore_statistics(adapters, place / _STATISTICS)
                 del models[i]
 
     accelerator.register_save_state_pre_hook(save)
@@ -59,6 +70,25 @@ def _adapted(accelerator: Accelerator, folder: str) -> Iterator[tuple[int, Path,
         except ConfigError:  # accelerate saves and loads it in full
             continue
         yield i, Path(folder) / (f"adapters_{i}" if i else "adapters"), adapters
+
+
+def _statistics(adapters: Adapters) -> dict[str, Tensor]:
+    """What the base's batch norms count in training, by path."""
+    own = {module for adapter in adapters._adapters.values() for module in adapter.modules()}
+    norms = {
+        path: module
+        for path, module in adapters.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in own
+    }
+    return {f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers()}
+
+
+def _restore_statistics(adapters: Adapters, file: Path) -> None:
+    saved = read_tensors(file)[0] if file.is_file() else {}
+    with torch.no_grad():
+        for name, buffer in _statistics(adapters).items():
+            if name in saved:
+                buffer.copy_(saved[name])
 
 
 def _is_frozen(adapters: Adapters) -> bool:

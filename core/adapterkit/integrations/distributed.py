@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from adapterkit.adapters import adapters_in
+from adapterkit.checkpoints import restore
 from adapterkit.errors import CheckpointError
 
 
@@ -40,7 +41,13 @@ class TrainingState(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors, by `<adapter>.<key of its training state>`."""
-        return {f"{name}.{key}": tensor for name, state in self._states().items() for key, tensor in state.items()}
+        found: dict[str, Any] = {}
+        for name in self._names or self._adapters.trainable:
+            sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
+            state = self._adapters.training_state(name, sharded=sharded)
+            # Copies: torch.distributed.checkpoint reads into these tensors, and that may break off.
+            found |= {f"{name}.{key}": tensor.clone() for key, tensor in state.items()}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, all or nothing.
@@ -48,8 +55,7 @@ class TrainingState(Stateful):
         Raises:
             CheckpointError: it is of other adapters, or an adapter was saved with another config.
         """
-        before = self._states()
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in before}
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._names or self._adapters.trainable}
         for key, tensor in state_dict.items():
             name, _, local = key.partition(".")
             if name not in states:
@@ -59,21 +65,4 @@ class TrainingState(Stateful):
                     "were saved, under the same names, before you load."
                 )
             states[name][local] = tensor
-        done: list[str] = []
-        try:
-            for name, state in states.items():
-                self._adapters.load_training_state(name, state)
-                done.append(name)
-        except CheckpointError:
-            for name in done:
-                self._adapters.load_training_state(name, before[name])
-            raise
-
-    def _states(self) -> dict[str, dict[str, Tensor]]:
-        """Copies: torch.distributed.checkpoint reads into the tensors of `state_dict`, and that may break off."""
-        found = {}
-        for name in self._names or self._adapters.trainable:
-            sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
-            state = self._adapters.training_state(name, sharded=sharded)
-            found[name] = {key: tensor.clone() for key, tensor in state.items()}
-        return found
+        restore(self._adapters, states)
