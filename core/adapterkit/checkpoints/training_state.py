@@ -39,7 +39,7 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
         state = {
             key: slot.tensor.detach() if sharded else real_value(slot.owner, slot.name) for key, slot in slots.items()
         }
-    return {**state, STEPS: torch.tensor(adapter.steps)}
+    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu")}
 
 
 def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
