@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
 from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import unknown
+from adapterkit.errors import StateError, unknown
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_merging
@@ -173,12 +173,21 @@ class Tuner(nn.Module):
     # Which adapters act
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let these adapters act, and train unless `inference_mode`."""
+        """Let these adapters act, and train unless `inference_mode`.
+
+        Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name in names:
             if name not in self.adapters:
                 raise ValueError(f"Adapter {name} not found.")
-        self.adapters.activate(*names, trainable=not inference_mode)
+        try:
+            self.adapters.activate(*names, trainable=not inference_mode)
+        except StateError:
+            # TRL's reference adapter acts in turn with the one that trains, and DDP and DeepSpeed do not know it.
+            if torch.is_grad_enabled():
+                raise
+            self.adapters.activate(*names, trainable=False)
         self._disabled = None
 
     def disable_adapter_layers(self) -> None:
