@@ -679,8 +679,8 @@ class Adapters:
 
         Its parameters keep their memory and their shapes, so a compiled model is not compiled again. Lower ranks are
         padded with zeros, which get no gradient; another scaling is folded into the up factor, exactly if the ratio is
-        a power of two. To have room for all files up to a rank, add an adapter of that rank and swap into it. Layers that
-        the file lacks change nothing afterwards. Heads, trained biases and the label set come from the file. The
+        a power of two. To have room for all files up to a rank, add an adapter of that rank and swap into it. Layers
+        that the file lacks change nothing afterwards. Heads, trained biases and the label set come from the file. The
         adapter's config keeps its own sizes; a file of it gives the new outputs.
 
         Args:
