@@ -255,8 +255,7 @@ def test_other_encoders_are_saved_with_what_was_trained(make: Any, name: str, ba
     torch.testing.assert_close(outputs(make(tmp_path / "saved")), outputs(model))
 
 
-@OTHERS
-@pytest.mark.parametrize("mixin", [False, True])
+@pytest.mark.parametrize(("make", "mixin"), [(sparse, True), (cross, False)])
 def test_other_encoders_resume(make: Any, mixin: bool, bases: Any, tmp_path: Path) -> None:
     model = trained(make, bases[make], CONFIGS["lora"], tmp_path / "out", mixin)
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
