@@ -407,3 +407,14 @@ def test_from_pretrained_gives_a_view_or_leaves_the_model_as_it_was(tmp_path: Pa
     with pytest.warns(ak.AdapterWarning), pytest.raises(RuntimeError, match="size mismatch"):
         type(ours).from_pretrained(bare, tmp_path)
     assert not ak.attach(bare).names
+
+
+def test_a_config_that_peft_refuses_is_one_of_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: Any) -> None:
+        raise ValueError("PEFT's own class wants more")
+
+    monkeypatch.setattr(peft.LoraConfig, "__post_init__", refuse)
+    ours, _ = view()
+    config = ours.peft_config["default"]
+    assert type(config).__mro__[1] is peft.PeftConfig
+    assert config.to_dict()["r"] == 2

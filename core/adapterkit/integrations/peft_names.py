@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -105,10 +106,10 @@ def to_peft(config: AdapterConfig, *, trains: bool) -> PeftConfig:
     peft_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(values.pop("peft_type"))
     known = {field.name for field in fields(peft_class)} if peft_class is not None else set()
     neutral: tuple[object, ...] = (None, False, {}, [], "")
-    if peft_class is None or any(name not in known and value not in neutral for name, value in values.items()):
-        made: PeftConfig = MethodConfig(config)
-    else:
-        with warnings.catch_warnings(action="ignore"):  # PEFT's advice is for those who choose the values
+    made: PeftConfig = MethodConfig(config)
+    if peft_class is not None and all(name in known or value in neutral for name, value in values.items()):
+        # PEFT's advice is for those who choose the values, and what it refuses is a method of somebody else's.
+        with warnings.catch_warnings(action="ignore"), suppress(TypeError, ValueError):
             made = peft_class(**{name: value for name, value in values.items() if name in known})
     made.inference_mode = not trains
     return made
