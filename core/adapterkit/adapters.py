@@ -27,7 +27,7 @@ from adapterkit.combining import (
     same_layer,
     wanted_layers,
 )
-from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, default_registry
+from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, Shared, default_registry, twin
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
@@ -66,8 +66,10 @@ from adapterkit.rows import Batch, Rows, RowState
 from adapterkit.tensors import (
     check_averaged,
     check_can_grow,
+    full,
     gathered,
     has_fsdp1,
+    is_sharded,
     refuse_fsdp1,
     reshard,
     size_of,
@@ -131,7 +133,10 @@ def penalty(model: nn.Module) -> Tensor:
     total = torch.zeros((), device=next((p.device for p in adapters.model.parameters() if not p.is_meta), None))
     for adapter in map(adapters._adapter, adapters.active):
         if adapter.shared is not None:
-            total = total + adapter.shared.penalty(adapter.layers)
+            shared, layers = adapter.shared, adapter.layers
+            if any(map(is_sharded, adapter.parameters())):
+                shared, layers = twin(shared, full), {path: twin(layer, full) for path, layer in layers.items()}
+            total = total + shared.penalty(layers)
             adapter.penalised = True
     return total
 
@@ -214,13 +219,17 @@ class Adapters:
         """Let the active adapters that train make their step: after `optimizer.step()` and before `zero_grad()`.
 
         AdaLoRA moves its ranks here. For most methods nothing happens.
+
+        Raises:
+            StateError: the method needs the gradients, and they are gone.
         """
         for adapter in map(self._adapter, self.active):
             if not adapter.trains():
                 continue
+            if adapter.shared is not None and type(adapter.shared).step is not Shared.step:
+                with self._gathered([adapter], writing=True, gradients=True):
+                    self._make_step(adapter, adapter.shared)
             adapter.steps += 1
-            if adapter.shared is not None:
-                adapter.shared.step(adapter.steps, adapter.layers)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with names: `<module path>.<parameter>`, or `<parameter>` if the layers share it."""
@@ -1017,12 +1026,27 @@ class Adapters:
                 self.remove(adapter.name)
                 raise
 
-    def _gathered(self, adapters: Iterable[Adapter], *, writing: bool = False) -> AbstractContextManager[None]:
+    def _make_step(self, adapter: Adapter, shared: Shared) -> None:
+        try:
+            shared.step(adapter.steps + 1, adapter.layers)
+        except TypeError as error:
+            if any(parameter.grad is not None for parameter in adapter.parameters()):
+                raise
+            raise StateError(
+                f"The step of the method {adapter.config.method!r} failed, and there are no gradients ({error}). Call "
+                "adapters.step() before zero_grad(). DeepSpeed keeps gradients to itself: train this adapter with DDP "
+                "or FSDP2."
+            ) from error
+
+    def _gathered(
+        self, adapters: Iterable[Adapter], *, writing: bool = False, gradients: bool = False
+    ) -> AbstractContextManager[None]:
         """The whole values of everything that these adapters own; see `gathered`. To read them, they must be set."""
         adapters = list(adapters)
         for adapter in () if writing else adapters:
             adapter.has_values()
-        return gathered(self.model, (m for adapter in adapters for m in adapter.modules()), writing=writing)
+        modules = (module for adapter in adapters for module in adapter.modules())
+        return gathered(self.model, modules, writing=writing, gradients=gradients)
 
     def _unmerge(self) -> None:
         names = self.merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -166,6 +167,31 @@ def a_model_gets_its_memory_after_its_adapters(folder: Path) -> None:
     assert all(not torch.equal(after[key], value) for key, value in before.items())
 
 
+def a_method_with_a_penalty_and_a_step_trains_as_in_one_process(folder: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "examples" / "thirdparty" / "adapterkit_adalora"))
+    from adapterkit_adalora import AdaLoraConfig, plugin
+
+    ak.register(plugin)
+    sizes = {"init_r": 3, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6}
+    config = AdaLoraConfig(target_modules=["q_proj", "v_proj", "lm_head"], **sizes)  # type: ignore[arg-type]
+    found = []
+    for wrap in (lambda model: model, DistributedDataParallel, shard):
+        model, adapters = adapted(config)
+        wrapped, optimizer = wrap(model), torch.optim.SGD(adapters.parameters("a"), 0.1)
+        words = inputs("llama")["input_ids"][
+            slice(None) if wrapped is model and wrap is not shard else [dist.get_rank()]
+        ]
+        for _ in range(3):
+            (wrapped(input_ids=words, labels=words).loss + ak.penalty(wrapped)).backward()
+            optimizer.step()
+            adapters.step()
+            optimizer.zero_grad()
+        found.append(copies(adapters.training_state("a")))
+        refused(adapters.step, "before zero_grad()")
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
 class Stage(nn.Module):
     """The second of two stages of a pipeline: the last block and the head, without the others."""
 
@@ -212,6 +238,7 @@ SCENARIOS = (
     data_parallel_passes_on_to_the_model,
     ddp_trains_as_one_process,
     fsdp2_trains_as_one_process,
+    a_method_with_a_penalty_and_a_step_trains_as_in_one_process,
 )
 
 

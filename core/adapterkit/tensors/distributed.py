@@ -77,13 +77,27 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     return values
 
 
+def full(tensor: Any) -> Any:
+    """The whole value of FSDP2's shards, with gradients; any other tensor as it is.
+
+    Raises:
+        StateError: DeepSpeed ZeRO-3 has partitioned it.
+    """
+    if _is_partitioned(tensor) and shape_of(tensor) != tensor.shape:
+        raise StateError("DeepSpeed ZeRO-3 has partitioned the adapter, so its penalty cannot be computed. Use ZeRO-2.")
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if is_dtensor(tensor) else tensor
+
+
 @contextmanager
-def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = False) -> Iterator[None]:
+def gathered(
+    model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = False, gradients: bool = False
+) -> Iterator[None]:
     """Replace the sharded parameters of `modules` by plain parameters with their whole values, inside the block.
 
     Args:
         model: the model that contains the modules.
         writing: write what the block wrote into the parameters back to the shards, unless it raises.
+        gradients: the plain parameters have the whole gradients of FSDP2's shards.
 
     Raises:
         StateError: torch's older FSDP holds the parameters, or an error has ended a forward under FSDP2 halfway.
@@ -98,6 +112,8 @@ def gathered(model: nn.Module, modules: Iterable[nn.Module], *, writing: bool = 
     ]
     sharded = list({id(p): p for _, _, p in places}.values())
     plain = {id(p): nn.Parameter(value, p.requires_grad) for p, value in zip(sharded, whole(sharded), strict=True)}
+    for p in sharded if gradients else ():
+        plain[id(p)].grad = None if p.grad is None else whole([p.grad])[0]
     try:
         for module, name, p in places:
             module._parameters[name] = plain[id(p)]
