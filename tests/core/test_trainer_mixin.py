@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.core.test_trainer import Sentences, Wrapped, values
-from tests.models import build
+from tests.models import LABELS, VOCABULARY, build
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -171,6 +171,48 @@ def test_an_adapter_that_trains_and_is_not_active_is_saved_and_restored(tmp_path
     assert "s/adapter_state.safetensors" in weights(tmp_path / "checkpoint-2")
 
 
+class Normed(nn.Module):
+    """A batch norm counts, and a layer of the base trains, beside an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Embedding(VOCABULARY, 8), nn.BatchNorm1d(8), nn.Linear(8, LABELS)
+        ak.attach(self).add("t", LoraConfig(r=2, target_modules=["head"], modules_to_save=None))
+        self.norm.weight.requires_grad_()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.norm(self.embed(input_ids).mean(1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore:Parameters train that belong to no adapter:adapterkit.AdapterWarning")
+def test_what_trains_beside_the_adapters_resumes_too(tmp_path: Path) -> None:
+    model, again = Normed(), Normed()
+    start = values(model)
+    trainer(model, tmp_path).train()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(values(again), values(model))
+    changed = {key for key, value in values(model).items() if not torch.equal(value, start[key])}
+    assert {"norm.weight", "norm.running_mean"} < changed
+
+
+def test_a_warning_names_what_trains_beside_the_adapters(tmp_path: Path) -> None:
+    with pytest.warns(ak.AdapterWarning, match=r"such as 'norm.weight' \(1 in all\)"):
+        trainer(Normed(), tmp_path).save_model()
+
+
+@pytest.mark.filterwarnings("ignore:Parameters train that belong to no adapter:adapterkit.AdapterWarning")
+def test_a_model_that_does_not_train_what_was_trained_is_refused(tmp_path: Path) -> None:
+    trainer(Normed(), tmp_path).train()
+    other = Normed()
+    other.norm.weight.requires_grad_(False)
+    before = values(other)
+    with pytest.raises(ak.CheckpointError, match=r"checkpoint-1 and the model differ in 'norm.weight'"):
+        trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(values(other), before)
+
+
 def test_an_adapter_that_was_trained_and_frozen_is_saved_once(tmp_path: Path) -> None:
     model = MODELS["dropout"]()
     run = trainer(model, tmp_path)
@@ -324,6 +366,8 @@ def test_each_adapter_has_its_learning_rate_and_b_that_of_lora_plus(tmp_path: Pa
         for key, parameter in adapters.named_parameters(name):
             assert rates.pop(id(parameter)) == pytest.approx((plain * (16 if "lora_B" in key else 1), 0.1))
     assert rates == {id(norm): (1e-2, 0.1)}
+    norm.requires_grad_(False)
+    run = trainer(model, tmp_path, adapter_options={"s": {"lr": 1e-4}}, lora_plus_ratio=16)
     run.train()
     run = trainer(model, tmp_path, adapter_options={"s": {"lr": 1e-4}}, lora_plus_ratio=16, max_steps=3)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

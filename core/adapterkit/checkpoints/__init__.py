@@ -6,7 +6,14 @@ Uses: errors, tensors, contract, model, files, merging.
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
-from adapterkit.checkpoints.training_files import STATE_FILE, load_state, load_states, restore, save_state
+from adapterkit.checkpoints.training_files import (
+    STATE_FILE,
+    load_state,
+    load_states,
+    restore,
+    save_base_state,
+    save_state,
+)
 from adapterkit.checkpoints.training_state import load_training_state, training_state
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "load_states",
     "load_training_state",
     "restore",
+    "save_base_state",
     "save_state",
     "subfolder",
     "tidy",

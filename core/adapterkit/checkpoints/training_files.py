@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.contract import FILE_PREFIX
 from adapterkit.errors import AdapterError, CheckpointError
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # Holds what `Adapters.training_state` has and the adapter's file beside it has not, bit for bit.
 STATE_FILE = "adapter_state.safetensors"
-# In its metadata: the adapter's name, and how many tensors the whole state has.
+# Holds what a training changes in the base.
+BASE_FILE = "base_state.safetensors"
+# In the metadata of STATE_FILE: the adapter's name, and how many tensors the whole state has.
 _NAME, _COUNT = "adapterkit.adapter", "adapterkit.tensors"
 
 
@@ -52,8 +54,11 @@ def load_state(adapters: Adapters, name: str, folder: Path) -> bool:
     return True
 
 
-def load_states(adapters: Adapters, folder: Path) -> bool:
+def load_states(adapters: Adapters, folder: Path, model: nn.Module | None = None) -> bool:
     """Restore every adapter whose state `save_state` wrote to this folder or its subfolders, all or none.
+
+    Args:
+        model: restore in it what `save_base_state` wrote, too.
 
     Returns:
         Whether there is one.
@@ -65,7 +70,11 @@ def load_states(adapters: Adapters, folder: Path) -> bool:
     files = [file for file in (folder / STATE_FILE, *sorted(folder.glob(f"*/{STATE_FILE}"))) if file.is_file()]
     saved = {read_header(file).metadata.get(_NAME, ""): file for file in files}
     _check_names(adapters, saved, folder)
+    beside = _saved_base_state(adapters, model, folder) if files and model is not None else []
     restore(adapters, {name: _whole_state(adapters, name, file) for name, file in saved.items()})
+    with torch.no_grad():
+        for tensor, value in beside:
+            tensor.copy_(value)
     return bool(files)
 
 
@@ -85,6 +94,48 @@ def restore(adapters: Adapters, states: Mapping[str, Mapping[str, Tensor]]) -> N
         for name in done:
             adapters.load_training_state(name, before[name])
         raise
+
+
+def save_base_state(adapters: Adapters, model: nn.Module, folder: Path) -> list[str]:
+    """Write what a training changes in a model beside its adapters, if there is anything.
+
+    Returns:
+        The names of the parameters that train.
+    """
+    state = _base_state(adapters, model)
+    if state:
+        with appearing(folder / BASE_FILE) as fresh:
+            write_tensors(state, fresh, {"format": "pt"})
+    return [key for key, tensor in state.items() if tensor.requires_grad]
+
+
+def _base_state(adapters: Adapters, model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train and belong to no adapter, and what batch norms count."""
+    own = {part for adapter in adapters._adapters.values() for part in (*adapter.modules(), *adapter.parameters())}
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        counts = isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in own
+        held = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad and p not in own}
+        held |= {name: b for name, b in module._buffers.items() if b is not None and counts}
+        found |= {f"{path}.{name}".removeprefix("."): tensor for name, tensor in held.items()}
+    return found
+
+
+def _saved_base_state(adapters: Adapters, model: nn.Module, folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """What `save_base_state` wrote to the folder: the tensors of the model, each with its value.
+
+    Raises:
+        CheckpointError: the model does not train the same parameters.
+    """
+    saved = read_tensors(folder / BASE_FILE)[0] if (folder / BASE_FILE).is_file() else {}
+    here = _base_state(adapters, model)
+    wrong = [key for key in saved.keys() | here.keys() if _shape(saved.get(key)) != _shape(here.get(key))]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} and the model differ in {min(wrong)!r}, which only one of them trains beside the adapters, or "
+            "counts in a batch norm. Before you resume, let the same parameters require gradients as then."
+        )
+    return [(tensor, saved[key]) for key, tensor in here.items()]
 
 
 def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> None:
@@ -110,6 +161,10 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
             "adapter with the config that was saved."
         )
     return state
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _in_file(folder: Path) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapterkit.adapters import Adapters, adapters_in, penalty
-from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_state, subfolder, tidy
+from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_base_state, save_state, subfolder, tidy
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import AdapterWarning, UnsupportedError
 from adapterkit.files import CONFIG_FILE
 from adapterkit.integrations.peft import as_peft
 from adapterkit.tensors import process_groups
@@ -136,6 +137,18 @@ class AdapterTrainerMixin(_Base):
             super()._save(output_dir, None)
             for name, place in self._places(folder).items() if self.args.should_save else ():
                 save_state(self.adapters, name, place)
+        if not self.is_deepspeed_enabled and self.args.should_save:
+            self._write_beside(folder)
+
+    def _write_beside(self, folder: Path) -> None:
+        trained = save_base_state(self.adapters, self._unwrapped, folder)
+        if trained:
+            warnings.warn(
+                f"Parameters train that belong to no adapter, such as {trained[0]!r} ({len(trained)} in all). They are "
+                "in the checkpoints of the training and in no adapter's file: adapters.load does not restore them.",
+                AdapterWarning,
+                stacklevel=2,
+            )
 
     @property
     def _unwrapped(self) -> Any:
@@ -165,7 +178,7 @@ class AdapterTrainerMixin(_Base):
             tidy(folder, places.values())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if not load_states(self.adapters, Path(resume_from_checkpoint)):
+        if not load_states(self.adapters, Path(resume_from_checkpoint), self._unwrapped):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -174,7 +187,7 @@ class AdapterTrainerMixin(_Base):
             load_states(self.adapters, Path(checkpoint))
 
     def _load_best_model(self) -> None:
-        if not load_states(self.adapters, Path(str(self.state.best_model_checkpoint))):
+        if not load_states(self.adapters, Path(str(self.state.best_model_checkpoint)), self._unwrapped):
             super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
