@@ -243,12 +243,12 @@ class PipelineAdapters(Mapping[str, Adapters]):
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """If the block raises, every component has the adapters active that it had."""
-        before = [(adapters, adapters.strengths, bool(adapters.trainable)) for adapters in self.values()]
+        before = [(adapters, adapters.strengths, _trained(adapters)) for adapters in self.values()]
         try:
             yield
         except BaseException:
-            for adapters, strengths, trainable in before:
-                adapters.activate(*strengths, trainable=trainable, strengths=strengths)
+            for adapters, strengths, trained in before:
+                adapters.activate(*strengths, trainable=trained, strengths=strengths)
             raise
 
 
@@ -264,6 +264,11 @@ def _file(source: str | Path, weight_name: str, **hub: Any) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, weight_name, **hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise not_to_be_had(repo, error) from error
+
+
+def _trained(adapters: Adapters) -> list[str]:
+    """The active adapters that train."""
+    return [name for name in adapters.active if name in adapters.trainable]
 
 
 def _of(strength: Strength, part: str) -> float:
@@ -304,8 +309,7 @@ class CallScale:
                     f"{place!r} too. Call PipelineAdapters.activate with strengths in place of it."
                 )
         strengths = {adapter: scale * strength for adapter, strength in adapters.strengths.items()}
-        trains = any(adapter in adapters.trainable for adapter in strengths)
-        block = adapters.activated(*strengths, trainable=trains, strengths=strengths)
+        block = adapters.activated(*strengths, trainable=_trained(adapters), strengths=strengths)
         block.__enter__()
         self.blocks[threading.get_ident()] = block
         return args, {**kwargs, name: {key: value for key, value in kwargs[name].items() if key != "scale"}}

@@ -43,7 +43,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
 
     Raises:
         ConfigError: the module has no adapters when the fit starts.
-        CheckpointError: a checkpoint without the state of an adapter that the module has. Nothing has changed then.
+        CheckpointError: a fit that resumes from a checkpoint without the state of an adapter that the module has.
     """
 
     def __init__(self) -> None:
@@ -94,14 +94,14 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
         states: dict[str, dict[str, dict[str, Tensor]]] = checkpoint.get(STATES, {})
         found = [(path, adapters) for path, adapters in _adapted(pl_module) if not adapters.merged]
         lacking = [(path, name) for path, each in found for name in each.names if name not in states.get(path, ())]
-        if lacking:
+        if lacking and trainer.state.fn == "fit":
             path, name = lacking[0]
             raise CheckpointError(
                 f"The checkpoint has no training state of the adapter {name!r} at {path.removesuffix('.')!r}. It was "
                 "written without AdapterCheckpoints, or by a module with other adapters."
             )
         for path, adapters in found:
-            for name in adapters.names:
+            for name in [name for name in adapters.names if name in states.get(path, ())]:
                 adapters.load_training_state(name, {**adapters.training_state(name), **states[path][name]})
         every = checkpoint.get(GENERATORS, ())
         if trainer.state.fn == "fit" and len(every) == trainer.world_size:
