@@ -211,3 +211,10 @@ def test_resuming_with_another_adapter_or_rank_is_an_error_and_changes_nothing(
     with pytest.raises(ak.CheckpointError, match=message):
         trainer(other, checkpoint.parent).train(resume_from_checkpoint=str(checkpoint))
     assert_equal(values(other), before)
+
+
+def test_a_warning_names_parameters_that_train_and_are_not_written(tmp_path: Path) -> None:
+    model, _ = adapted()
+    model.bert.embeddings.LayerNorm.weight.requires_grad_()
+    with pytest.warns(ak.AdapterWarning, match=r"such as 'bert.embeddings.LayerNorm.weight' \(1 in all\), and are not"):
+        trainer(model, tmp_path).save_model()

@@ -274,9 +274,25 @@ class Saver:
 
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
+        if source is None:
+            self._warn_of_base()
         never_ran = self.adapters._model.never_ran
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in never_ran(inside[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
+
+    def _warn_of_base(self) -> None:
+        """Warn of parameters that train and are written nowhere."""
+        own = {id(p) for adapter in self.adapters._adapters.values() for p in adapter.parameters()}
+        tables = resized_keys(BaseModules(self.module))
+        parameters = self.module.named_parameters()
+        trained = [name for name, p in parameters if p.requires_grad and id(p) not in own and name not in tables]
+        if trained:
+            warnings.warn(
+                f"Parameters train that belong to no adapter, such as {trained[0]!r} ({len(trained)} in all), and are "
+                "not written. With AdapterTrainerMixin the checkpoints of transformers' Trainer hold them.",
+                AdapterWarning,
+                stacklevel=4,
+            )
 
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         ours = resized_keys(BaseModules(self.module)).union(*map(self._keys, inside))
