@@ -12,7 +12,7 @@ DATA   := .cache/data/vaderSentiment-3.3.2.tar.gz
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fuzz test test-tools lint format bench bench-plot docs clean
+.PHONY: help setup demo fuzz peft-tests test test-tools lint format bench bench-plot docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
@@ -54,7 +54,11 @@ $(TOOLS): $(STAMP) examples/training-requirements.txt
 	touch $@
 
 test-tools: setup $(TOOLS)  ## install the tools people train with, and run the tests in tests/tools
+	$(PY) -m tests.tools.peft_suite --fetch
 	$(PY) -m pytest -q tests/tools
+
+peft-tests: setup $(TOOLS)  ## run PEFT's own tests on views, which takes long, and write docs/peft-tests.md
+	$(PY) -m tests.tools.peft_suite --page
 
 fuzz: setup  ## inputs that nobody wrote, for BUDGET seconds (600): make fuzz BUDGET=3600 PART=folders
 	$(PY) -m tests.fuzz $(PART) --budget $(or $(BUDGET),600)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tests.models import assert_same_outputs, build, run
+from tests.models import assert_same_outputs, build, inputs, run
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import adapterkit as ak
@@ -95,6 +95,21 @@ def test_a_safe_merge_of_nan_is_a_value_error(call: str) -> None:
             model.get_parameter("base_model.model.layers.0.lora_B.one.weight")[0] = torch.nan
         with pytest.raises(ValueError, match="NaNs detected"):
             getattr(model, call)(safe_merge=True)
+
+
+def test_disabled_adapters_come_before_adapter_names() -> None:
+    view, _ = pair(2)
+    numbers = inputs("embednet")["x"]
+    with torch.no_grad(), view.disable_adapter():
+        expected = view(numbers)
+        assert_same_outputs(view(numbers, adapter_names=["one", "two"]), expected)
+
+
+def test_key_mapping_is_refused(tmp_path: Path) -> None:
+    view, _ = pair()
+    view.save_pretrained(tmp_path)
+    with pytest.raises(ak.UnsupportedError, match="key_mapping"):
+        view.load_adapter(tmp_path / "one", "two", key_mapping={"a": "b"})
 
 
 def test_merge_and_unload_keeps_what_is_merged() -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
 from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import StateError, unknown
+from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_merging
@@ -355,7 +355,7 @@ class PeftView(PeftModel):
     @contextmanager
     def _rows(self, kwargs: dict[str, Any]) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        if names is None or self._adapters_disabled or self.base_model._disabled is not None:
             yield
             return
         with self.adapters.per_sample([None if name == "__base__" else name for name in names]):
@@ -546,6 +546,8 @@ def _load_new(
     adapters: Adapters, name: str, source: str | Path, options: Mapping[str, Any], *, activate: bool, trainable: bool
 ) -> LoadReport:
     """`Adapters.load` of what fits, by PEFT's rule: tensors may be missing, and none may have another shape."""
+    if options.get("key_mapping"):
+        raise UnsupportedError("key_mapping is an option of PEFT that adapterkit does not implement. Leave it out.")
     hub = _on_hub(options)
     dtype = None if options.get("autocast_adapter_dtype", True) else "model"
     report = adapters.load(source, name, activate=False, trainable=trainable, strict=False, dtype=dtype, **hub)
