@@ -1,6 +1,7 @@
-"""Where people train: what transformers and sentence-transformers call on a model to save and restore it.
+"""Where people train: what tools call on a model to save and restore it, and the files of a training.
 
-In: a call of `save_pretrained` or `load_state_dict` on an adapted model. Out: the adapters, written or restored.
+In: a call of `save_pretrained` or `load_state_dict` on an adapted model, or a tool's checkpoint. Out: the adapters,
+written or restored, with everything that their training needs to go on.
 Uses: errors, tensors, contract, model, files, merging.
 """
 

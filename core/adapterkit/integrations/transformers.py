@@ -35,8 +35,9 @@ class AdapterTrainerMixin(_Base):
     Attach the adapters to the model first. A plain `Trainer` trains and resumes adapters, too. With the mixin
 
     - a checkpoint holds the adapters that train, once and in PEFT's format, and what those files do not give back bit
-      for bit (`adapter_state.safetensors`): PiSSA's factors, averages, the number of steps. One adapter is in the
-      folder itself, several are in subfolders;
+      for bit (`adapter_state.safetensors`): PiSSA's factors, averages, the number of steps. What else trains in the
+      base, and what batch norms count, is in `base_state.safetensors`. One adapter is in the folder itself, several
+      are in subfolders;
     - `resume_from_checkpoint` and `load_best_model_at_end` restore all of that, whatever the model's class;
     - `ak.penalty(model)` is a part of the training loss, and `adapters.step()` follows each step of the optimizer;
     - a quantised base trains, if its quantisation lets gradients through;
