@@ -1,4 +1,4 @@
-"""Teach a language model to prefer favourable film reviews with TRL's DPO; the reference is the model itself."""
+"""Train a language model with TRL's DPO on pairs of film reviews; the reference is the same model."""
 
 import argparse
 import tempfile
