@@ -22,7 +22,7 @@ REASONS: dict[str, str] = {
     _WORDS: (
         r"Regex pattern did not match|DID NOT WARN|SelectionError: |_warn_triggered|\S*warn\S* AssertionError|naming_co"
     ),
-    _CLASS: r"isinstance\(|'Tuner' == |assert 0 (==|>) \d+|LayerView|is <class|attribute '_|TestScaling|test_repr_|plus_embed",
+    _CLASS: r"isinstance\(|'Tuner' == |assert 0 (==|>) \d+|LayerView|is <class|attribute '_|Scaling|_repr_|plus_embed",
     "`modules()` of a view has no containers by adapter, and a layer takes no `adapter_names`; the view does": (
         r"test_merge_layers_multi|unexpected keyword argument 'adapter_names'"
     ),
