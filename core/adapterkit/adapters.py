@@ -134,7 +134,7 @@ def penalty(model: nn.Module) -> Tensor:
     for adapter in map(adapters._adapter, adapters.active):
         if adapter.shared is not None:
             shared, layers = adapter.shared, adapter.layers
-            if any(map(is_sharded, adapter.parameters())):
+            if type(shared).penalty is not Shared.penalty and any(map(is_sharded, adapter.parameters())):
                 shared, layers = twin(shared, full), {path: twin(layer, full) for path, layer in layers.items()}
             total = total + shared.penalty(layers)
             adapter.penalised = True
