@@ -6,6 +6,7 @@ are on can be pickled.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -355,6 +356,26 @@ class BranchesOnAValue(Outer):
             return right if bool(self.outer_u.isfinite().all()) else ak.Factors(right.up * 0, right.down)
 
 
+class RemembersANumber(Outer):
+    class shared(ak.Shared):
+        def setup(self, targets, config, root):
+            self.seen = 0
+
+        def step(self, number, layers):
+            self.seen += 1
+            for layer in layers.values():
+                layer.outer_u.data.mul_(self.seen)
+
+
+class DrawsElsewhere(Outer):
+    class layer(OuterLayer):
+        def setup(self, target, config):
+            super().setup(target, config)
+            self.outer_v = target.new(target.in_features, init=1.0 + next(NUMBERS) % 5 / 10)
+
+
+NUMBERS = itertools.count()
+
 BROKEN: dict[type[Outer], str] = {
     ConfigChangesInJson: "check_config_survives_json",
     WrongPrefix: "check_parameters",
@@ -385,6 +406,8 @@ BROKEN: dict[type[Outer], str] = {
     InventsWhatIsMissing: "check_only_exempt_keys_may_be_absent",
     TellsOtherLayers: "check_files_tell_the_layers",
     TensorThatIsNoBuffer: "check_moves_to_dtype",
+    RemembersANumber: "check_training_goes_on",
+    DrawsElsewhere: "check_reset_begins_again",
     CopiesItselfNot: "check_deepcopy_is_independent",
     NotPicklable: "check_pickles",
     BreaksTheGraph: "check_compiles",

@@ -83,6 +83,52 @@ def check_pickles(case: Case) -> None:
         expect_close(subject.out(model), adapted, f"The unpickled model's outputs on {subject}")
 
 
+def check_training_goes_on(case: Case) -> None:
+    """A training that is stopped and goes on from `training_state` makes the step that it would have made.
+
+    What a step or a forward remembers is in buffers (those that are in no file are not persistent).
+    """
+    for subject in case.subjects(few=True):
+        _trained_step(subject.model, subject)
+        state = {key: tensor.clone() for key, tensor in subject.adapters.training_state("a").items()}
+        model, adapters = subject.fresh()
+        adapters.add("a", case.config)
+        adapters.load_training_state("a", state)
+        for one in (subject.model, model):
+            _trained_step(one, subject)
+        expect_close(subject.out(model), subject.out(), f"The outputs after a step that goes on, on {subject}")
+
+
+def _trained_step(model: Any, subject: Any) -> None:
+    """One step of SGD, with all that a method may have a part in."""
+    adapters = ak.attach(model)
+    optimizer = torch.optim.SGD(list(adapters.parameters("a")), lr=0.1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        (model(subject.inputs).float().square().mean() + ak.penalty(model)).backward()
+    optimizer.step()
+    adapters.step()
+    optimizer.zero_grad()
+
+
+def check_reset_begins_again(case: Case) -> None:
+    """An adapter that is made on the meta device and reset when the base has its weights is the one `add` makes."""
+    for subject in case.subjects(few=True):
+        _, adapters = subject.fresh()
+        with torch.device("meta"):
+            late = ak.attach(subject.probe.build(subject.dtype))
+        for each in (late, adapters):
+            torch.manual_seed(0)
+            each.add("a", case.config)
+        late.model.to_empty(device="cpu")
+        late.model.load_state_dict(subject.before)
+        late.reset("a")
+        states = [each.training_state("a") for each in (late, adapters)]
+        expect(states[0].keys() == states[1].keys(), f"On {subject}: expected the tensors of add after a reset.")
+        for key, tensor in states[0].items():
+            expect_equal(tensor, states[1][key], f"{key!r} after a reset on {subject}")
+
+
 def check_compiles(case: Case) -> None:
     """`torch.compile(model, fullgraph=True)` takes the adapted model in training: the layer breaks no graph."""
     for subject in case.subjects(few=True):

@@ -31,7 +31,10 @@ _BUILDS_ON: dict[Check, Check | None] = {
     checks_merging.check_merge_is_linear: checks_merging.check_merged_equals_adapted,
     checks_merging.check_order_does_not_matter: checks_merging.check_merged_equals_adapted,
     checks_files.check_save_load_is_identity: checks_files.check_file_has_exactly_its_keys,
-    checks_models.check_moves_to_dtype: checks_files.check_file_has_exactly_its_keys,
+    checks_models.check_moves_to_dtype: checks_models.check_two_adapters_of_one_method,
+    checks_models.check_shared_tensors_are_one_copy: checks_models.check_moves_to_dtype,
+    checks_models.check_training_goes_on: checks_models.check_shared_tensors_are_one_copy,
+    checks_models.check_reset_begins_again: checks_models.check_training_goes_on,
     checks_models.check_two_adapters_of_one_method: checks_files.check_save_load_is_identity,
     checks_files.check_only_exempt_keys_may_be_absent: checks_models.check_two_adapters_of_one_method,
 }
