@@ -283,8 +283,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one more": (two, "checkpoint-2 holds the adapters 't', and the model trains 't', 's'"),
     "another rank": (
         lambda: adapted(LoraConfig(r=3, target_modules=TARGETS)),
-        r"does not fit adapter 't': .*float32 \(2, 16\) in the state, and float32 \(3, 16\) here",
+        "was saved with r = 2, and adapter 't' has 3",
     ),
+    "another alpha": (lora(lora_alpha=32), "was saved with lora_alpha = 8, and adapter 't' has 32"),
+    "rsLoRA": (lora(use_rslora=True), "was saved with use_rslora = False, and adapter 't' has True"),
     "fewer targets": (
         lambda: adapted(LoraConfig(r=2, target_modules=["query"])),
         "of the training, and .* have a place",
@@ -309,6 +311,25 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     with pytest.raises(ak.CheckpointError, match=message):
         trainer(model, checkpoint.parent).train(resume_from_checkpoint=str(checkpoint))
     assert_equal(values(model), before)
+
+
+def test_a_checkpoint_without_a_state_is_refused(tmp_path: Path) -> None:
+    model = MODELS["dropout"]()
+    ak.attach(model).save("t", tmp_path / "checkpoint-1")
+    with pytest.raises(ak.CheckpointError, match=r"no state of a training.*as_peft\(model\).*adapters.load"):
+        trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_training_in_which_nothing_trains_is_refused(tmp_path: Path) -> None:
+    model = MODELS["dropout"]()
+    adapters = ak.attach(model)
+    adapters.activate("t", trainable=False)
+    with pytest.raises(ak.StateError, match=r"No parameter requires a gradient.*call adapters.activate\(name\)"):
+        trainer(model, tmp_path).train()
+    adapters.activate("t")
+    adapters.merge("t")
+    with pytest.raises(ak.StateError, match=r"'t' is merged: call adapters.unmerge\(\)"):
+        trainer(model, tmp_path).train()
 
 
 def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:

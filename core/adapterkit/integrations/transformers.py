@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapterkit.adapters import Adapters, adapters_in, penalty
 from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_base_state, save_state, subfolder, tidy
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
-from adapterkit.errors import AdapterWarning, UnsupportedError
+from adapterkit.errors import AdapterWarning, CheckpointError, StateError, UnsupportedError
 from adapterkit.files import CONFIG_FILE
 from adapterkit.integrations.peft import as_peft
 from adapterkit.tensors import process_groups
@@ -54,6 +54,7 @@ class AdapterTrainerMixin(_Base):
     Raises:
         ConfigError: the model has no adapters.
         CheckpointError: a checkpoint is of other adapters, or of other configs. Nothing has changed then.
+        StateError: nothing requires a gradient when the training starts.
     """
 
     def __init__(
@@ -99,6 +100,11 @@ class AdapterTrainerMixin(_Base):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with groups of parameters for each adapter if options of adapters were given."""
+        trained: Any = self.model if model is None else model
+        if not any(p.requires_grad for p in trained.parameters()):
+            merged = self.adapters.merged
+            what = f"{merged[0]!r} is merged: call adapters.unmerge()" if merged else "call adapters.activate(name)"
+            raise StateError(f"No parameter requires a gradient, so nothing would train. Before you train, {what}.")
         if self.optimizer is None and (self._adapter_options or self._lora_plus_ratio):
             given: Any = self.optimizer_cls_and_kwargs
             cls, options = given or self.get_optimizer_cls_and_kwargs(self.args)
@@ -107,8 +113,7 @@ class AdapterTrainerMixin(_Base):
             by_adapter |= {name: {**plain, **own} for name, own in (self._adapter_options or {}).items()}
             groups = self.adapters.parameter_groups(by_adapter, lora_plus_ratio=self._lora_plus_ratio)
             known = {id(p) for group in groups for p in group["params"]}
-            everything: Any = self.model if model is None else model
-            others = [p for p in everything.parameters() if p.requires_grad and id(p) not in known]
+            others = [p for p in trained.parameters() if p.requires_grad and id(p) not in known]
             groups += [{"params": others, **plain}] if others else []
             self.optimizer_cls_and_kwargs = cls, {**options, "params": groups}
         return super().create_optimizer(*(() if model is None else (model,)))
@@ -179,8 +184,17 @@ class AdapterTrainerMixin(_Base):
             tidy(folder, places.values())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if not load_states(self.adapters, Path(resume_from_checkpoint), self._unwrapped):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        folder = Path(resume_from_checkpoint)
+        if load_states(self.adapters, folder, self._unwrapped):
+            return
+        alone = (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors"))
+        if alone and isinstance(self._unwrapped, PreTrainedModel):
+            raise CheckpointError(
+                f"{folder} holds an adapter and no state of a training with adapterkit, as PEFT's checkpoints do. To "
+                "resume that training give the trainer ak.as_peft(model), with the adapter under the name 'default'. "
+                "To start a new one from it: adapters.load(folder, name, trainable=True)."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
