@@ -678,10 +678,11 @@ def test_weight_that_is_not_there_is_refused_where_it_is_read(net: Outer, traine
         net(X)
 
 
-def test_model_on_the_meta_device_runs() -> None:
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])
+def test_model_on_the_meta_device_runs(config: type[ak.AdapterConfig]) -> None:
     with torch.device("meta"):
         net = Outer()
-    ak.attach(net).add("a", LoraConfig(r=2, target_modules=TARGETS))
+    ak.attach(net).add("a", config(r=2, target_modules=TARGETS))
     assert net(X.to("meta")).shape == (2, 4, 3)
 
 

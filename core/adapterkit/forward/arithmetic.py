@@ -89,7 +89,8 @@ def with_weight(layer: DenseLayer, module: nn.Module, base: Any, x: Tensor) -> T
         return None
     ordinary = all(p is None or (type(p) is nn.Parameter and not p.requires_grad) for p in (weight, bias))
     # In lower precision `W + dW` is rounded worse than the sum of their products.
-    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device has no autocast
+    exact = x.dtype in (torch.float32, torch.float64) and not autocast
     same = type(x) in (Tensor, nn.Parameter) and all(p.dtype == x.dtype for p in (weight, *layer.parameters()))
     if not (ordinary and exact and same) or torch._C._are_functorch_transforms_active():
         return None

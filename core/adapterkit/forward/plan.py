@@ -275,7 +275,7 @@ class Base:
         if not isinstance(out, Tensor):
             return out
         dtype = self._out
-        if dtype is None and not torch.is_autocast_enabled(out.device.type):
+        if dtype is None and (out.is_meta or not torch.is_autocast_enabled(out.device.type)):
             dtype = self._given or self.module.weight.dtype  # type: ignore[assignment]
         return out if dtype is None else out.to(dtype)
 
