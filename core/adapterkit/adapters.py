@@ -256,7 +256,9 @@ class Adapters:
             ConfigError: malformed options, or a ratio where the options have no `lr`.
             UnsupportedError: a ratio, and a method whose layers name no up factor (LoHa, VeRA).
         """
-        options, trainable = options or {}, self.trainable
+        options, trainable = {} if options is None else options, self.trainable
+        if not isinstance(options, Mapping):
+            raise ConfigError("options must be those of each adapter's group: parameter_groups({'a': {'lr': 1e-4}}).")
         if not trainable:
             raise StateError("No adapter trains, so there is nothing for an optimizer. Call activate first.")
         for name in options:

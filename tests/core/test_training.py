@@ -281,6 +281,7 @@ def test_two_rates_train_two_adapters_as_two_optimizers_do() -> None:
         ({"x": {"lr": 1.0}}, None, ak.UnknownNameError, "Unknown adapter 'x'"),
         ({"b": {"lr": 1.0}}, None, ak.StateError, "Adapter 'b' does not train. Call activate"),
         ({"a": 0.1}, None, ak.ConfigError, "options of 'a' must be those of a group"),
+        (["a"], None, ak.ConfigError, "options must be those of each adapter's group"),
         ({"a": {"params": []}}, None, ak.ConfigError, "options of 'a' must be those of a group"),
         ({"a": {"lr": 1.0}}, 0, ak.ConfigError, "lora_plus_ratio = 0 must be a positive number"),
         ({}, 16, ak.ConfigError, "the options of 'a' have none"),

@@ -31,6 +31,7 @@ CONFIGS = {
     "trained biases": lambda: LoraConfig(**LORA, bias="all"),
     "biases of targets": lambda: LoraConfig(**LORA, bias="lora_only"),
     "a head": lambda: LoraConfig(**LORA, modules_to_save=["head"]),
+    "an option without a value": lambda: LoraConfig(**LORA, target_parameters=[]),
     "pissa": lambda: LoraConfig(**{**LORA, "init_lora_weights": "pissa"}),
     "loha": lambda: LoHaConfig(target_modules=TARGETS, init_weights=False, r=2),
     "vera": lambda: VeraConfig(target_modules=TARGETS, init_weights=False, r=4),
@@ -215,7 +216,7 @@ REFUSED = {
     "an option that is not there": (
         lambda: live(LoraConfig(**LORA, trainable_token_indices={"embed": [1]})),
         ak.UnsupportedError,
-        "trainable_token_indices",
+        r"This LoraConfig has trainable_token_indices = {'embed': \[1\]}, which the method 'lora' does not implement",
     ),
     "scalings of layers": (scaled_layer_by_layer, ak.UnsupportedError, "set_scale"),
     "a tied module": (tied, ak.UnsupportedError, "is one module with"),

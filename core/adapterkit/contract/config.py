@@ -215,7 +215,7 @@ class AdapterConfig:
         own = {n: v for n, v in own.items() if n not in self.not_in_files or v != getattr(AdapterConfig, n)}
         marks = {name: value for name, value in self.marks.items() if value is not ...}
         fixed = {"peft_type": self.type_in_files(), "inference_mode": True}
-        return dict(sorted({**self.extra, **own, **marks, **fixed}.items()))
+        return dict(sorted({**_jsonable(self.extra), **own, **marks, **fixed}.items()))
 
     @classmethod
     def unknown(cls, values: Mapping[str, Any]) -> list[str]:
