@@ -94,7 +94,10 @@ def attach(model: nn.Module) -> Adapters:
         ConfigError: not a module, or a model that PEFT has adapted.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"attach needs a torch.nn.Module, not a {type(model).__name__}.")
+        raise ConfigError(
+            f"attach needs a torch.nn.Module, not a {type(model).__name__}."
+            + (" These are adapters already, and adapters.model is their model." * isinstance(model, Adapters))
+        )
     watch_wrappers()
     model = inner_model(model)
     peft: Any = sys.modules.get("peft")

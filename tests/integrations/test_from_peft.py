@@ -259,6 +259,19 @@ def test_a_plain_model_is_refused() -> None:
         ak.from_peft(build("embednet"))
 
 
+def test_the_way_for_adapters_of_transformers_own_add_adapter_is_named_and_works(tmp_path: Path) -> None:
+    model: Any = build("bert")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"], init_lora_weights=False), "a")
+    model.eval()
+    before = run(model, "bert")
+    with pytest.raises(ak.ConfigError, match=r"Save what model\.add_adapter made, make the model again"):
+        ak.from_peft(model)
+    model.save_pretrained(tmp_path)
+    again = build("bert")
+    ak.attach(again).load(tmp_path, "a")
+    assert_same_outputs(run(again, "bert"), before)
+
+
 def test_attach_to_a_peft_model_names_from_peft() -> None:
     with pytest.raises(ak.ConfigError, match=r"ak\.from_peft\(model\)"):
         ak.attach(live(LoraConfig(**LORA)))

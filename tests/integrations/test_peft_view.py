@@ -418,3 +418,17 @@ def test_a_config_that_peft_refuses_is_one_of_its_method(monkeypatch: pytest.Mon
     config = ours.peft_config["default"]
     assert type(config).__mro__[1] is peft.PeftConfig
     assert config.to_dict()["r"] == 2
+
+
+def test_a_view_without_adapters_says_so(tmp_path: Path) -> None:
+    adapters = ak.attach(build("bert"))
+    adapters.add("a", ak.config("lora", r=2, target_modules=["query"], modules_to_save=None))
+    view = ak.as_peft(adapters.model)
+    adapters.remove("a")
+    with pytest.raises(ak.StateError, match=r"no adapters any more. view.get_base_model\(\)"):
+        view.save_pretrained(tmp_path)
+
+
+def test_attach_to_adapters_names_their_model() -> None:
+    with pytest.raises(ak.ConfigError, match=r"not a Adapters\. These are adapters already, and adapters.model is"):
+        ak.attach(ak.attach(build("bert")))  # type: ignore[arg-type]

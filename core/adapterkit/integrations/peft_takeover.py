@@ -90,7 +90,9 @@ def _check(model: object) -> None:
             "from_peft takes a PeftModel. A PeftMixedModel has adapters of several types in a layer."
         )
     if not isinstance(model, PeftModel):
-        raise ConfigError(f"from_peft needs a peft.PeftModel, not a {type(model).__name__}.")
+        injected = getattr(model, "_hf_peft_config_loaded", False)
+        hint = " Save what model.add_adapter made, make the model again, and call adapters.load." if injected else ""
+        raise ConfigError(f"from_peft needs a peft.PeftModel, not a {type(model).__name__}.{hint}")
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
             raise UnsupportedError(

@@ -331,7 +331,13 @@ class PeftView(PeftModel):
 
     @property
     def active_adapter(self) -> str:  # type: ignore[override]
-        """The first of the adapters that act."""
+        """The first of the adapters that act.
+
+        Raises:
+            StateError: the model has no adapters any more.
+        """
+        if not self.active_adapters:
+            raise StateError("The view's model has no adapters any more. view.get_base_model() is the bare model.")
         return self.base_model.active_adapters[0]
 
     @property

@@ -198,9 +198,9 @@ def _check_no_peft(modules: BaseModules) -> None:
         if isinstance(module, peft.BaseTunerLayer):
             raise SelectionError(
                 f"The model has adapters of PEFT, such as at {paths[0]!r}. Take them off first: peft_model.unload() "
-                "returns the bare model, peft_model.merge_and_unload() the model with them in its weights, and "
-                "model.delete_adapter(name) removes what transformers' model.add_adapter added. Then adapt that model; "
-                "adapters.load reads the folders that PEFT writes."
+                "returns the bare model, peft_model.merge_and_unload() the model with them in its weights. After "
+                "transformers' model.add_adapter, make the model again, as delete_adapter leaves PEFT's layers "
+                "there. Then adapt that model; adapters.load reads the folders that PEFT writes."
             )
 
 
