@@ -107,4 +107,4 @@ def test_it_prints_as_a_table() -> None:
     lines = str(describe()).splitlines()
     assert lines[0].split() == ["method", "package", "prefix", "merges", "combines", "result", "foreign", "files"]
     assert f"lora    adapterkit {ak.__version__}  lora_   yes     yes       yes     yes" in lines
-    assert "layer kinds: Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding" in lines
+    assert "layer kinds: Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding, packed Linear" in lines

@@ -385,7 +385,8 @@ ODD_MODELS: list[tuple[Callable[[], nn.Module], type[ak.AdapterError], dict[str,
         SELECTION,
         ODD,
         "'odd', taken by target_modules 'odd', is a Bilinear, which cannot be adapted (layer kinds: Linear, Conv1D, "
-        "Conv1d, Conv2d, Conv3d, Embedding). Leave it out with exclude_modules, or name the layers inside it.",
+        "Conv1d, Conv2d, Conv3d, Embedding, packed Linear). Leave it out with exclude_modules, or name the layers "
+        "inside it.",
     ),
     (
         lambda: with_layer(nn.Embedding(4, 4, max_norm=1.0)),

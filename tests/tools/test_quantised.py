@@ -12,6 +12,7 @@ from tests.models import build
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.contract import default_registry
 from adapterkit_lora import LoraConfig
 
 from .test_trainer import sft_with_mixin
@@ -35,8 +36,28 @@ def int8_of_quanto_in_each_forward(model: nn.Module) -> None:
     quanto.quantize(model, weights=quanto.qint8, include=["second"])
 
 
+def packed(name: str, **options: Any) -> Callable[[nn.Module], None]:
+    """Put a layer of bitsandbytes in the place of the second one."""
+
+    def quantise(model: nn.Module) -> None:
+        layers = pytest.importorskip("bitsandbytes").nn
+        model.second = getattr(layers, name)(32, 32, **options)
+        model.second.load_state_dict({"weight": torch.randn(32, 32) * 0.1, "bias": torch.zeros(32)}, strict=False)
+        model.second.to("cpu")
+
+    return quantise
+
+
+PACKED = {
+    "4 bits of bitsandbytes": packed("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
+    "8 bits of bitsandbytes": packed("Linear8bitLt", has_fp16_weights=False),
+}
+
+
 @pytest.mark.parametrize("keep_base", [True, False], ids=["base kept", "base not kept"])
-@pytest.mark.parametrize("quantise", [int8_of_torchao, int8_of_quanto, int8_of_quanto_in_each_forward])
+@pytest.mark.parametrize(
+    "quantise", [int8_of_torchao, int8_of_quanto, int8_of_quanto_in_each_forward, *PACKED.values()]
+)
 def test_one_quantised_layer_refuses_the_whole_merge(quantise: Callable[[nn.Module], None], keep_base: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -90,10 +111,9 @@ def quanto() -> Any:
     return transformers.QuantoConfig(weights="int8")
 
 
-# bitsandbytes' own layers are of no kind that can be adapted, but those that it leaves as they are can be.
 LOADED = {
-    "bitsandbytes, 4 bits": (lambda: bitsandbytes(4), ["lm_head"]),
-    "bitsandbytes, 8 bits": (lambda: bitsandbytes(8), ["lm_head"]),
+    "bitsandbytes, 4 bits": (lambda: bitsandbytes(4), "all-linear"),
+    "bitsandbytes, 8 bits": (lambda: bitsandbytes(8), "all-linear"),
     "torchao": (torchao, "all-linear"),
     "quanto": (quanto, "all-linear"),
 }
@@ -154,3 +174,42 @@ def test_a_quantised_module_is_not_trained_as_a_copy(quantise: Callable[[nn.Modu
     with pytest.raises(ak.UnsupportedError, match=r"'second' cannot be trained as a copy: its weight is a .*Tensor"):
         adapters.add("a", LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"]))
     assert adapters.names == ()
+
+
+@pytest.mark.parametrize("forwards", [0, 2])
+@pytest.mark.parametrize("quantise", PACKED.values(), ids=PACKED.keys())
+def test_the_weight_of_a_packed_layer_is_the_one_that_it_computes_with(
+    quantise: Callable[[nn.Module], None], forwards: int
+) -> None:
+    model = quantised(quantise)
+    for _ in range(forwards):
+        output(model)
+    kind = default_registry.kind_of(model.second)
+    assert (kind.out_features, kind.in_features) == (32, 32)
+    torch.testing.assert_close(model.second(X), X @ kind.read(model.second).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "vera"])
+@pytest.mark.parametrize("quantise", PACKED.values(), ids=PACKED.keys())
+def test_every_method_adds_its_change_to_a_packed_layer_and_trains(
+    quantise: Callable[[nn.Module], None], method: str, tmp_path: Path
+) -> None:
+    model = quantised(quantise)
+    adapters = ak.attach(model)
+    bare = output(model)
+    adapters.add("a", ak.config(method, r=2, target_modules=["second"]))
+    optimizer = torch.optim.SGD(adapters.parameters("a"), lr=1.0)
+    for _ in range(5):
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    factors = adapters.layers("a")["second"].factors()
+    change = factors.delta().detach()
+    assert change.abs().max() > 1e-4
+    hidden = model.first(X).detach()
+    torch.testing.assert_close(output(model), bare + hidden @ change.T, rtol=1e-5, atol=1e-5)
+    adapters.save("a", tmp_path)
+    trained = output(model)
+    assert torch.equal(adapters.detach()(X), bare)
+    ak.attach(model).load(tmp_path, "b")
+    torch.testing.assert_close(output(model), trained)

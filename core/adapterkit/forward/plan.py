@@ -286,7 +286,9 @@ class Base:
             if value is not None and value.is_meta and offload.is_hooked(self.module):
                 value = offload.real_value(self.module, name)
             numbers = None if value is None else dense(value)
-            if value is not None and numbers is None:
+            if value is not None and not value.is_floating_point():
+                numbers = self.kind.read(self.module)
+            elif value is not None and numbers is None:
                 raise UnsupportedError(
                     f"The {name} of a {type(self.module).__name__} is a {type(value).__name__}, which does not give "
                     "its values, and an adapter there needs them. Leave this layer out with exclude_modules."

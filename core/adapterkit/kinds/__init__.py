@@ -9,10 +9,10 @@ from adapterkit.kinds.base import LayerKind, dense, is_special
 from adapterkit.kinds.conv import Conv1d, Conv2d, Conv3d
 from adapterkit.kinds.embedding import Embedding
 from adapterkit.kinds.factors import Factors, numerical_rank
-from adapterkit.kinds.linear import Linear, TransposedLinear
+from adapterkit.kinds.linear import Linear, PackedLinear, TransposedLinear
 from adapterkit.kinds.tiles import AddTile
 
-BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding)
+BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding, PackedLinear)
 
 __all__ = [
     "BUILTIN",

@@ -1,4 +1,4 @@
-"""Linear layers: torch's, and transformers' `Conv1D`, which keeps its weight as `(in, out)`."""
+"""Linear layers: torch's, transformers' `Conv1D`, which keeps its weight as `(in, out)`, and packed ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from adapterkit.kinds.base import LayerKind, is_floating_weight
+from adapterkit.errors import UnsupportedError
+from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
 from adapterkit.tensors import shape_of
 
 
@@ -60,3 +61,48 @@ class TransposedLinear(LayerKind):
     def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
         """See `LayerKind.laid_out`."""
         return weight.t()
+
+
+@dataclass(frozen=True)
+class PackedLinear(LayerKind):
+    """A subclass of `torch.nn.Linear` that computes with packed integers, such as bitsandbytes' 4 and 8 bit layers.
+
+    Adapters act on its output and train. A merge is refused: the sum would have to be packed again, with an error.
+    """
+
+    name = "packed Linear"
+    all_linear = True
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """See `LayerKind.of`. torch's own forward does not compute with integers, so the class must have another."""
+        if not isinstance(module, nn.Linear) or runs_forward_of(module, nn.Linear):
+            return None
+        weight = module._parameters.get("weight")
+        if weight is None or weight.is_floating_point() or weight.is_complex():
+            return None
+        return cls(module.out_features, module.in_features)
+
+    def fits(self, weight: Tensor) -> bool:
+        """See `LayerKind.fits`: the shape of packed numbers says nothing."""
+        return True
+
+    def read(self, module: nn.Module) -> Tensor:
+        """See `LayerKind.read`: a copy with the numbers that the packed ones stand for.
+
+        Raises:
+            UnsupportedError: a layer of another library than bitsandbytes, which alone is known to say them.
+        """
+        packed: Any = module.weight
+        bitsandbytes: Any = sys.modules.get("bitsandbytes")
+        if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit):
+            four_bits: Tensor = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+            return four_bits
+        if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            scales = module.state.SCB if packed.SCB is None else packed.SCB  # the first forward moves them
+            eight_bits: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(packed.data, scales)
+            return eight_bits
+        raise UnsupportedError(
+            f"The weight of a {type(module).__name__} is packed ({packed.dtype}), and only bitsandbytes says its "
+            "numbers. What needs them needs the layer before it is quantised, or a layer kind of its own."
+        )

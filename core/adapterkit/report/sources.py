@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterLayer, default_registry
 from adapterkit.disk import AdapterFile, Base
+from adapterkit.errors import UnsupportedError
 from adapterkit.kinds import dense
 from adapterkit.merging import Merged, Place
 from adapterkit.model import Adapter
@@ -25,9 +27,10 @@ def live_sources(adapters: Iterable[Adapter], merged: Merged) -> list[AdapterFin
         def base_norm(path: str) -> float | None:
             module = adapter.heads.get(path, adapter.hosts[path])
             kept = merged.kept.get(Place(module, "weight"))
-            with gathered(module, module.modules()):
+            with gathered(module, module.modules()), suppress(UnsupportedError):  # it does not say its numbers
                 weight = adapter.layers[path].kind.read(module) if kept is None else kept.value
                 return _norm(None if weight is None else dense(weight))
+            return None
 
         shared = [] if adapter.shared is None else adapter.shared.parameters()
         rest = [p for part in (*adapter.heads.values(), *adapter.biases.values()) for p in part.parameters()]
