@@ -79,18 +79,7 @@ class LoadHooks:
                 f"model has {here}. Before you resume, add the saved adapters under the same names and with the same "
                 "configs; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
-        for name, adapter in adapters._adapters.items():
-            for key in adapter.state_dict_keys():
-                mine, theirs = own.get(key), state.get(prefix + key)
-                if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor) or mine.shape == theirs.shape:
-                    continue  # ZeRO-3 has empty tensors in both, and restores the values itself
-                if shape_of(mine) != shape_of(theirs):
-                    raise CheckpointError(
-                        f"Adapter {name!r} was saved with another config than the model's has: {key!r} is "
-                        f"{tuple(shape_of(theirs))} in the state dict, and {tuple(shape_of(mine))} here (such as "
-                        "another rank). Add it with the config that was saved, or load it from its folder: "
-                        f"adapters.load(folder, {name!r}, trainable=True)."
-                    )
+        _check_shapes(adapters, own, state, prefix)
         if lacking and given and not given & known:
             warnings.warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
@@ -128,6 +117,22 @@ def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[st
         pair: list[Any] = [getattr(tensor, "_local_tensor", tensor) for tensor in (mine, state.get(prefix + key))]
         if pair[1] is not None and 0 != pair[0].data_ptr() == pair[1].data_ptr():
             del state[prefix + key]
+
+
+def _check_shapes(adapters: Adapters, own: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> None:
+    """Raise `CheckpointError` if an adapter was saved with other shapes than it has here."""
+    for name, adapter in adapters._adapters.items():
+        for key in adapter.state_dict_keys():
+            mine, theirs = own.get(key), state.get(prefix + key)
+            if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor) or mine.shape == theirs.shape:
+                continue  # ZeRO-3 has empty tensors in both, and restores the values itself
+            if shape_of(mine) != shape_of(theirs):
+                raise CheckpointError(
+                    f"Adapter {name!r} was saved with another config than the model's has: {key!r} is "
+                    f"{tuple(shape_of(theirs))} in the state dict, and {tuple(shape_of(mine))} here (such as "
+                    "another rank). Add it with the config that was saved, or load it from its folder: "
+                    f"adapters.load(folder, {name!r}, trainable=True)."
+                )
 
 
 def _from_peft(

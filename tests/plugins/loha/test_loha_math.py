@@ -393,7 +393,9 @@ NOT_PLAIN: dict[str, Any] = {
     "a parametrized weight": lambda model: nn.utils.parametrize.register_parametrization(model.fc, "weight", Twice()),
     "a pruned weight": lambda model: prune.l1_unstructured(model.fc, "weight", 0.5),
     "two adapters": lambda model: ak.attach(model).copy("a", "b") or ak.attach(model).activate("a", "b"),
-    "offloading": lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
+    "offloading": lambda model: (
+        ak.attach(model).activate("a", trainable=False) or accelerate.cpu_offload(model, execution_device="cpu")
+    ),
 }
 
 
