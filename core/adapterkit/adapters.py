@@ -30,6 +30,7 @@ from adapterkit.combining import (
 from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, Shared, default_registry, twin
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
+    AdapterFiles,
     adapter_folder,
     adapter_tensors,
     load_adapter,
@@ -705,17 +706,21 @@ class Adapters:
                 layers or heads that the adapter lacks, or other shared tensors. Nothing has changed then.
             StateError: the adapter is merged or offloaded.
         """
+        self._adapter(name)
+        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
+        return self._swap(name, read(folder), component)
+
+    def _swap(self, name: str, files: AdapterFiles, component: str | None = None) -> SwapReport:
         adapter = self._adapter(name)
         self._model.check_not_merged([name])
         self._model.check_unchanged("swap", [name])
         adapter.has_values()
         refuse_fsdp1(self.model)
-        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         other, report = load_adapter(
-            self.model, name, read(folder), self._active, strict=True, dtype=None, component=component
+            self.model, name, files, self._active, strict=True, dtype=None, component=component
         )
         with uninterrupted():
-            swap_in(adapter, other, folder, self.model)
+            swap_in(adapter, other, files.folder, self.model)
             if adapter.labels is not None and self._model.labels_of == name:
                 adapter.labels.apply(self.model)
         cleared = tuple(path for path in adapter.layers if path not in other.layers)

@@ -13,6 +13,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tests.models import MODELS, build
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -432,3 +433,76 @@ def test_a_view_without_adapters_says_so(tmp_path: Path) -> None:
 def test_attach_to_adapters_names_their_model() -> None:
     with pytest.raises(ak.ConfigError, match=r"not a Adapters\. These are adapters already, and adapters.model is"):
         ak.attach(ak.attach(build("bert")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", PAIRS)
+def test_the_state_dict_of_the_base_has_its_own_keys_and_goes_back(method: str, place: str) -> None:
+    ours, _ = both(method, place)
+    ours.add_adapter("other", ours.peft_config["default"])
+    expected = build(PLACES[place][0]).state_dict()
+    found = peft.get_base_model_state_dict(ours)
+    assert found.keys() == expected.keys()
+    adapters = {name: value.clone() for name, value in ours.state_dict().items()}
+    other = {key: torch.randn_like(value) for key, value in found.items()}
+    with pytest.warns(ak.AdapterWarning, match="'default' stays as it is"):
+        assert peft.set_base_model_state_dict(ours, other) == ([], [])
+    assert all(torch.equal(value, other[key]) for key, value in peft.get_base_model_state_dict(ours).items())
+    trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    assert all(torch.equal(ours.get_parameter(name), adapters[name]) for name in trained)
+
+
+def test_peft_swaps_a_folder_into_an_adapter_of_a_view(tmp_path: Path) -> None:
+    other, _ = view(r=2, lora_alpha=12, rank_pattern={"layers.1.self_attn.q_proj": 3})
+    other.save_pretrained(tmp_path)
+    ours, adapters = view(r=4, target_modules=["q_proj", "v_proj"])
+    memory = [parameter.data_ptr() for parameter in adapters.parameters("default")]
+    prepare_model_for_compiled_hotswap(ours, target_rank=4)
+    compiled = torch.compile(ours, backend="eager")
+    before = out(compiled)
+    hotswap_adapter(compiled, str(tmp_path), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(out(compiled), out(other))
+    assert not torch.allclose(out(ours), before)
+    assert [parameter.data_ptr() for parameter in adapters.parameters("default")] == memory
+
+
+def test_what_peft_cannot_swap_into_a_view_changes_nothing(tmp_path: Path) -> None:
+    other, _ = view(r=8)
+    other.save_pretrained(tmp_path)
+    ours, _ = view(r=4)
+    before = out(ours)
+    with pytest.raises(RuntimeError, match="rank"):
+        hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
+    with pytest.raises(ak.UnsupportedError, match="with r=8 instead"):
+        prepare_model_for_compiled_hotswap(ours, target_rank=8)
+    with pytest.raises(ValueError, match="larger"):
+        prepare_model_for_compiled_hotswap(ours, target_rank=2)
+    layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+    with pytest.raises(ak.UnsupportedError, match="strengths"):
+        layer.scaling["default"] = 2.0
+    assert torch.equal(out(ours), before)
+    ours.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
+
+
+def test_pefts_swap_of_an_adapter_with_a_head_says_what_to_call(tmp_path: Path) -> None:
+    ours, adapters = view(modules_to_save=["lm_head"])
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(ak.UnsupportedError, match=r"swap\('default', folder\)"):
+        hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
+    adapters.swap("default", tmp_path)
+
+
+def test_pefts_own_models_are_still_swapped_by_peft(tmp_path: Path) -> None:
+    _, theirs = both("lora", "layers")
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        before = out(theirs)
+        for parameter in theirs.parameters():
+            parameter.add_(parameter.requires_grad)
+    prepare_model_for_compiled_hotswap(theirs, target_rank=4)
+    hotswap_adapter(theirs, str(tmp_path), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(out(theirs), before)
+    assert any(".lora_A." in key for key in theirs.state_dict())
+    assert not any("lora" in key for key in peft.get_base_model_state_dict(theirs))

@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
+from adapterkit.errors import UnsupportedError
 from adapterkit.forward import ACTIVE, Active, original_class
 
 
@@ -48,7 +49,14 @@ class _Buffers(_Live, BufferDict):
 
 
 class _Values(_Live, dict[str, Any]):
-    pass
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise UnsupportedError(
+            "The values of a layer are those of its adapter's config, and cannot be set here. How strong an adapter "
+            f"acts is ak.attach(model).activate({name!r}, strengths={{{name!r}: 0.5}})."
+        )
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, nn.Module]:

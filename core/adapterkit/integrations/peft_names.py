@@ -123,7 +123,7 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
         UnknownNameError: no installed method has its type.
         UnsupportedError: a field that the method does not implement.
     """
-    values = {"modules_to_save": None, **_plain(config.to_dict())}
+    values = {"modules_to_save": None, **plain(config.to_dict())}
     if values["modules_to_save"] is None and values.get("task_type") in _WITH_HEADS:
         values["modules_to_save"] = "auto"
     if isinstance(config, MethodConfig):
@@ -138,12 +138,12 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
     return method.config_type().from_dict(values)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What a JSON file would give back."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

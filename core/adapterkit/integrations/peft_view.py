@@ -20,7 +20,7 @@ from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_regi
 from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
 from adapterkit.forward import derive
-from adapterkit.integrations import peft_merging
+from adapterkit.integrations import peft_functions, peft_merging
 from adapterkit.integrations.peft_layers import Named, by_adapter, views
 from adapterkit.integrations.peft_names import VIEW, MethodConfig, from_peft_config, own_key, peft_key, to_peft
 from adapterkit.model import BaseModules
@@ -640,3 +640,4 @@ def _of_task(task_class: type[PeftModel]) -> type[PeftView]:
 _classes = {task: _of_task(task_class) for task, task_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
 # `peft.get_peft_model` makes a view of a config from `as_peft(config)`.
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING[VIEW] = PeftView
+peft_functions.answer(PeftView)
