@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any, Self
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
-from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import StateError, UnsupportedError, unknown
-from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_config, file_places, match_adapter, read
+from adapterkit.contract import FILE_PREFIX, default_registry
+from adapterkit.errors import StateError, UnsupportedError
+from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
-from adapterkit.integrations import peft_functions, peft_merging
-from adapterkit.integrations.peft_layers import Named, by_adapter, views
-from adapterkit.integrations.peft_names import VIEW, MethodConfig, from_peft_config, own_key, peft_key, to_peft
-from adapterkit.model import BaseModules
+from adapterkit.integrations import peft_functions
+from adapterkit.integrations.peft_layers import Named
+from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key
+from adapterkit.integrations.peft_tuner import Tuner
 from adapterkit.results import LoadReport
 from adapterkit.tensors import process_groups, wrappers_of
 
@@ -33,232 +31,6 @@ _FIRST = "default"
 _REFERENCE = "ref"
 # What torch's older FSDP puts before the keys of the model that it wraps.
 _FSDP = "_fsdp_wrapped_module."
-
-
-class _Configs(dict[str, PeftConfig]):
-    def __missing__(self, name: str) -> PeftConfig:
-        advice = f"Rename the one that you mean: adapters.rename(old, {name!r})."
-        raise unknown("adapter", name, self, advice)
-
-
-@BaseTuner.register
-class Tuner(nn.Module):
-    """`PeftModel.base_model`: what PEFT asks its tuner, answered by the adapters.
-
-    Attributes:
-        model: the adapted model.
-    """
-
-    _model_inside = "model"
-
-    def __init__(self, adapters: Adapters) -> None:
-        super().__init__()
-        self.model = adapters.model
-        self._configs: dict[str, tuple[AdapterConfig, PeftConfig]] = {}
-        self._shown = _Configs()
-        self._disabled: tuple[str, ...] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            shared = self._shared()
-            return shared[name] if name in shared else getattr(self.model, name)
-
-    def _shared(self) -> dict[str, nn.Module]:
-        """What layers of an adapter share, which PEFT keeps here: `vera_A["default"]`."""
-        shared = self.model._modules.get(SHARED)
-        return {} if shared is None else by_adapter(shared._modules.items(), shared._modules)  # type: ignore[arg-type]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.model(*args, **kwargs)
-
-    @property
-    def adapters(self) -> Adapters:
-        """The adapters of the model."""
-        return attach(self.model)
-
-    # Configs and names
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """A config of PEFT's class for each adapter, with the layers that it has. The same object as long as it holds.
-
-        A change of it changes nothing here.
-        """
-        self._configs = {name: self._config(name) for name in self.adapters.names}
-        for name in [name for name in self._shown if name not in self._configs]:
-            del self._shown[name]
-        self._shown.update((name, made) for name, (_, made) in self._configs.items())
-        return self._shown
-
-    def _config(self, name: str) -> tuple[AdapterConfig, PeftConfig]:
-        adapter = self.adapters._adapter(name)
-        own, made = self._configs.get(name, (None, None))
-        if own is adapter.config and made is not None:
-            return own, made
-        heads = [path for path in adapter.heads if path not in adapter.tables]
-        base = getattr(self.model, "name_or_path", None) or None
-        paths = BaseModules(self.model).all_paths
-        config = file_config(adapter.config, adapter.layers, heads, paths, base)
-        return adapter.config, to_peft(config, trains=name in self.adapters.trainable)
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The paths of all adapted layers."""
-        return list(dict.fromkeys(path for name in self.adapters.names for path in self.adapters.layers(name)))
-
-    def keep(self, name: str, config: PeftConfig) -> None:
-        """Let this object, with which an adapter was made, be its config, as PEFT does it; no `MethodConfig`."""
-        if isinstance(config, MethodConfig):
-            return
-        own, made = self._config(name)
-        for field in ("target_modules", "modules_to_save"):
-            if getattr(config, field, None) in (None, "all-linear"):
-                setattr(config, field, getattr(made, field, None))
-        config.inference_mode = made.inference_mode
-        self._configs[name] = own, config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act, or would if they were not disabled or merged."""
-        adapters = self.adapters
-        own = self._disabled or adapters._active.default.names or adapters.merged
-        return [name for name in own if name in adapters] or [*adapters.names[:1]]
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The adapter that acts; a list if several do."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def prefix(self) -> str:
-        """What the method's parameters begin with."""
-        config = self.adapters.config(self.active_adapters[0])
-        prefix = default_registry.method_of(config).key_rule(config).prefix
-        return prefix if isinstance(prefix, str) else prefix[0]
-
-    def children(self) -> Iterator[nn.Module]:
-        """The model alone."""
-        yield self.model
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The model, what its layers share, and its parameters once more, under the names that they have on the view.
-
-        Tools walk children for names, and look for them among those of `PeftModel.named_parameters`: `Trainer` for
-        weight decay, which has none in `nn.LayerNorm`, and `torch.distributed.checkpoint`.
-        """
-        yield "model", self.model
-        yield from self._shared().items()
-        others, norms = nn.Module(), nn.LayerNorm(1, elementwise_affine=False)
-        for path, module in self.model.named_modules():
-            names = (norms if isinstance(module, nn.LayerNorm) else others)._parameters
-            for local, parameter in module._parameters.items():
-                name = peft_key(self.model, f"{path}.{local}" if path else local)
-                names[name.removeprefix(FILE_PREFIX)] = parameter
-        yield "model", others
-        yield "model", norms
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Every module, and beside each adapted one what PEFT's functions look for there (see `peft_layers`)."""
-        for name, module in super().named_modules(*args, **kwargs):
-            yield name, module
-            for view in views(module):
-                yield name, view
-
-    # Which adapters act
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let these adapters act, and train unless `inference_mode`.
-
-        Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in names:
-            if name not in self.adapters:
-                raise ValueError(f"Adapter {name} not found.")
-        try:
-            self.adapters.activate(*names, trainable=not inference_mode)
-        except StateError:
-            # TRL's reference adapter acts in turn with the one that trains, and DDP and DeepSpeed do not know it.
-            if torch.is_grad_enabled():
-                raise
-            self.adapters.activate(*names, trainable=False)
-        self._disabled = None
-
-    def disable_adapter_layers(self) -> None:
-        """Let no adapter act, until `enable_adapter_layers`. What is merged is unmerged, as PEFT does it."""
-        if self.adapters.merged:
-            self.adapters.unmerge()
-        if self._disabled is None:
-            self._disabled = tuple(self.active_adapters)
-            self.adapters.activate()
-
-    def enable_adapter_layers(self) -> None:
-        """Let the adapters act again that acted before `disable_adapter_layers`."""
-        if self._disabled is not None:
-            self.set_adapter(self.active_adapters)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether the parameters of these adapters require gradients."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.adapters.parameters(name):
-                parameter.requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the active one, the first that is left becomes active."""
-        if adapter_name not in self.adapters:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        if adapter_name in self.adapters.merged:
-            raise ValueError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-            )
-        was_active = adapter_name in self.active_adapters
-        self.adapters.remove(adapter_name)
-        self._shown.pop(adapter_name, None)
-        if was_active and self.adapters.names and not self.adapters.active:
-            first = self.adapters.names[0]
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {first}.",
-                stacklevel=3,
-            )
-            self.set_adapter(first)
-
-    # Merging
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters to the weights: `Adapters.merge`. With `safe_merge`, values that are not finite raise."""
-        peft_merging.merge(self.adapters, self.active_adapters if adapter_names is None else adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Restore the weights: `Adapters.unmerge`."""
-        peft_merging.unmerge(self.adapters)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """Merge adapters, and return the bare model: `Adapters.merge_and_detach`."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return peft_merging.merge_for_good(self.adapters, names, safe_merge)
-
-    def unload(self) -> nn.Module:
-        """Return the bare model: `Adapters.detach`."""
-        return self.adapters.detach()
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        **options: Any,
-    ) -> None:
-        """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`)."""
-        peft_merging.combine(self.adapters, adapters, weights, adapter_name, combination_type, **options)
 
 
 class PeftView(PeftModel):
