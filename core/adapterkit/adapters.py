@@ -599,9 +599,9 @@ class Adapters:
         """Everything of an adapter with which its training goes on bit for bit, for `load_training_state`.
 
         That is what a file has, and what a file leaves out or changes: the factors of PiSSA, VeRA's projections,
-        buffers that are not persistent (AdaLoRA's averages), the number of `step`s. The embeddings are in it if the
-        vocabulary was resized. Keys do not hold the adapter's name. Tensors are those in use, not copies, as in
-        torch's `state_dict`.
+        buffers that are not persistent (AdaLoRA's averages), the number of `step`s, the config. The embeddings are in
+        it if the vocabulary was resized. Keys do not hold the adapter's name. Tensors are those in use, not copies, as
+        in torch's `state_dict`.
 
         Args:
             sharded: give FSDP2's `DTensor`s as they are, for `torch.distributed.checkpoint`; else whole tensors.
@@ -623,7 +623,7 @@ class Adapters:
         Every bit is as it was. What trains and which adapters act stays as it is here.
 
         Raises:
-            CheckpointError: other keys, shapes or dtypes than the adapter has. Nothing has changed then.
+            CheckpointError: another config, or other keys, shapes or dtypes than the adapter has. Nothing has changed.
             StateError: the adapter is merged.
         """
         adapter = self._adapter(name)

@@ -283,10 +283,13 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one more": (two, "checkpoint-2 holds the adapters 't', and the model trains 't', 's'"),
     "another rank": (
         lambda: adapted(LoraConfig(r=3, target_modules=TARGETS)),
-        "was saved with r = 2, and adapter 't' has 3",
+        "it was saved with r = 2, and here it is 3",
     ),
-    "another alpha": (lora(lora_alpha=32), "was saved with lora_alpha = 8, and adapter 't' has 32"),
-    "rsLoRA": (lora(use_rslora=True), "was saved with use_rslora = False, and adapter 't' has True"),
+    "another alpha": (
+        lora(lora_alpha=32),
+        "it was saved with lora_alpha = 8, and here it is 32",
+    ),
+    "rsLoRA": (lora(use_rslora=True), "it was saved with use_rslora = False, and here it is True"),
     "fewer targets": (
         lambda: adapted(LoraConfig(r=2, target_modules=["query"])),
         "of the training, and .* have a place",

@@ -120,6 +120,7 @@ def test_shared_tensors_of_two_adapters_part_and_meet_again() -> None:
         adapters.add(name + str(key), VeraConfig(r=4, projection_prng_key=key // 2, target_modules=["query"]))
     set_parameters(adapters, "b2")
     state, expected = adapters.training_state("b2"), run(adapters.model, "bert")
+    state["config"] = adapters.training_state("a0")["config"]  # as if "a0" had been loaded from another's projections
     adapters.load_training_state("a0", state)
     adapters.activate("a0")
     close(run(adapters.model, "bert"), expected)
@@ -142,6 +143,24 @@ def test_a_resized_vocabulary_is_in_the_state() -> None:
         smaller.load_training_state("a", first.training_state("a"))
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"lora_alpha": 32}, "lora_alpha = 8, and here it is 32"),
+        ({"use_rslora": True}, "use_rslora = False, and here it is True"),
+        ({"alpha_pattern": {"query": 4}}, "alpha_pattern = .*, and here it is {'query': 4}"),
+    ],
+)
+def test_a_state_of_another_config_is_refused_though_every_tensor_fits(other: dict[str, Any], what: str) -> None:
+    first, second = (ak.attach(build("bert")) for _ in range(2))
+    first.add("a", LoraConfig(r=2, target_modules=["query"]))
+    second.add("a", LoraConfig(r=2, target_modules=["query"], **other))
+    before = copy.deepcopy(second.training_state("a"))
+    with pytest.raises(ak.CheckpointError, match=f"it was saved with {what}"):
+        second.load_training_state("a", first.training_state("a"))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in second.training_state("a").items())
+
+
 def wrong(key: str, change: Callable[[dict[str, Tensor], str], object]) -> Callable[[dict[str, Tensor]], object]:
     return lambda state: change(state, next(k for k in state if k.endswith(key)))
 
@@ -152,6 +171,8 @@ def wrong(key: str, change: Callable[[dict[str, Tensor], str], object]) -> Calla
         (wrong("lora_A.weight", lambda s, k: s.pop(k)), "it lacks .*lora_A.weight"),
         (wrong("steps", lambda s, k: s.pop(k)), "it lacks steps"),
         (wrong("steps", lambda s, k: s.update({k: torch.ones(2)})), "number of steps is float32"),
+        (wrong("config", lambda s, k: s.pop(k)), "it lacks config"),
+        (wrong("config", lambda s, k: s.update({k: s[k] + 1})), r"its config is uint8 \(\d+,\) and no JSON"),
         (wrong("lora_A.weight", lambda s, k: s.update({k + "x": s[k]})), "nothing here has the key .*weightx"),
         (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].mT})), r"float32 \(4, 16\) in the state, and float32 "),
         (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].double()})), "float64 .* in the state, and float32"),
@@ -162,8 +183,8 @@ def wrong(key: str, change: Callable[[dict[str, Tensor], str], object]) -> Calla
 def test_a_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Tensor]], object], message: str) -> None:
     adapters = adapted("rslora")
     before, state = copy.deepcopy(adapters.training_state("a")), copy.deepcopy(adapters.training_state("a"))
-    for tensor in state.values():
-        tensor.add_(1)
+    for key, tensor in state.items():
+        tensor.add_(key != "config")
     change(state)
     with pytest.raises(ak.CheckpointError, match=message):
         adapters.load_training_state("a", state)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import FILE_PREFIX, AdapterConfig
+from adapterkit.contract import FILE_PREFIX
 from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.files import WEIGHTS_FILE, appearing, file_places, read_header, read_tensors, write_tensors
 from adapterkit.model import Adapter
@@ -25,7 +23,7 @@ STATE_FILE = "adapter_state.safetensors"
 # Holds what a training changes in the base.
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, and how many tensors the whole state has.
-_NAME, _COUNT, _CONFIG = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.config"
+_NAME, _COUNT = "adapterkit.adapter", "adapterkit.tensors"
 
 
 def save_state(adapters: Adapters, name: str, folder: Path) -> None:
@@ -35,7 +33,7 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
     def write() -> None:
         held, keys = _in_file(folder), _file_keys(adapter, state)
         rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(keys[key]))}
-        metadata = {_NAME: name, _COUNT: str(len(state)), _CONFIG: json.dumps(_method_fields(adapter.config))}
+        metadata = {_NAME: name, _COUNT: str(len(state))}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
@@ -155,7 +153,6 @@ def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> No
 def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]:
     """A training state from what `save_state` wrote and from the adapter's file beside it."""
     rest, metadata = read_tensors(file)
-    _check_config(adapters._adapters[name], json.loads(metadata.get(_CONFIG, "{}")), file.parent)
     held, keys = _in_file(file.parent), _file_keys(adapters._adapters[name], adapters.training_state(name))
     state = rest | {key: held[place] for key, place in keys.items() if key not in rest and place in held}
     if str(len(state)) != metadata.get(_COUNT):
@@ -169,24 +166,6 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
-
-
-def _method_fields(config: AdapterConfig) -> dict[str, Any]:
-    """What a config says beyond its choice of layers, such as `lora_alpha`. No tensor shows that it is another one."""
-    common = {f.name for f in dataclasses.fields(AdapterConfig)}
-    values = config.to_dict()
-    return {f.name: values.get(f.name) for f in dataclasses.fields(config) if f.name not in common}
-
-
-def _check_config(adapter: Adapter, saved: Mapping[str, Any], folder: Path) -> None:
-    own = json.loads(json.dumps(_method_fields(adapter.config)))
-    for field, value in saved.items():
-        if field in own and own[field] != value:
-            raise CheckpointError(
-                f"{folder} was saved with {field} = {value!r}, and adapter {adapter.name!r} has {own[field]!r}. To "
-                "resume, add the adapter with the config that was saved. adapters.load(folder, name, trainable=True) "
-                "starts a new training from the saved weights."
-            )
 
 
 def _in_file(folder: Path) -> Mapping[str, Tensor]:

@@ -6,20 +6,25 @@ out, AdaLoRA its averages and the directions that are switched off.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapterkit.contract import AdapterLayer, Shared, default_registry
+from adapterkit.contract import AdapterConfig, AdapterLayer, Shared, default_registry
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.files import check_tensors
 from adapterkit.model import Adapter, BaseModules, resized_tables, tables
 from adapterkit.tensors import Slot, gathered, real_value, shape_of
 
-# The key of the number of `Adapters.step`s. All other keys have a dot.
-STEPS = "steps"
+# The keys of the number of `Adapters.step`s, and of the config as bytes of JSON. All other keys have a dot.
+STEPS, CONFIG = "steps", "config"
+# The length of the config is a multiple of this: torch.distributed.checkpoint reads into tensors of equal shapes.
+_BLOCK = 256
 
 
 def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
@@ -39,7 +44,7 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
         state = {
             key: slot.tensor.detach() if sharded else real_value(slot.owner, slot.name) for key, slot in slots.items()
         }
-    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu")}
+    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: _encoded(adapter.config)}
 
 
 def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -56,7 +61,7 @@ def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, 
     with gathered(model, (*adapter.modules(), *{**resized, **given}.values()), writing=True):
         required = {**adapter.slots(), **_table_slots(resized)}
         slots = {**_table_slots(given), **required}
-        _check_fits(adapter, {STEPS, *required}, slots, state)
+        _check_fits(adapter, {STEPS, CONFIG, *required}, slots, state)
         steps = int(state[STEPS])
         adapter.write([(slot, state[key]) for key, slot in slots.items()], model)
         adapter.steps = steps
@@ -64,7 +69,7 @@ def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, 
 
 def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot], state: Mapping[str, Tensor]) -> None:
     faults = [f"it lacks {key}" for key in required - state.keys()]
-    faults += [f"nothing here has the key {key}" for key in state.keys() - slots.keys() - {STEPS}]
+    faults += [f"nothing here has the key {key}" for key in state.keys() - slots.keys() - {STEPS, CONFIG}]
     faults += [
         f"{key} is {_shown(state[key])} in the state, and {_shown(slot.tensor)} here"
         for key, slot in slots.items()
@@ -72,6 +77,8 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
     ]
     if STEPS in state and (state[STEPS].dim() or state[STEPS].is_floating_point()):
         faults.append(f"its number of steps is {_shown(state[STEPS])}")
+    if CONFIG in state and not torch.equal(state[CONFIG].cpu(), _encoded(adapter.config)):
+        faults = [_other_config(state[CONFIG], adapter.config)]  # which is why the others do not fit
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(
@@ -79,6 +86,29 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
             "fits an adapter that was added to the same model with the same config, dtype and label set. For the "
             "tensors of an adapter's file use load_state_dict."
         )
+
+
+def _encoded(config: AdapterConfig) -> Tensor:
+    """What a config says beyond its choice of layers, such as `lora_alpha`, which no other tensor of a state shows."""
+    common = {f.name for f in dataclasses.fields(AdapterConfig)}
+    text = json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
+    held = text.encode()
+    return torch.tensor(list(held.ljust(-(-len(held) // _BLOCK) * _BLOCK)), dtype=torch.uint8, device="cpu")
+
+
+def _other_config(saved: Tensor, config: AdapterConfig) -> str:
+    """What differs in the config with which a state was saved, to follow `it ...`."""
+
+    def fields(encoded: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(bytes(encoded.tolist()))
+        return found
+
+    try:
+        theirs, own = fields(saved), fields(_encoded(config))
+    except ValueError:
+        return f"its config is {_shown(saved)} and no JSON"
+    name = min((name for name in theirs.keys() | own.keys() if theirs.get(name) != own.get(name)), default="")
+    return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
 
 
 def _table_slots(found: Mapping[str, nn.Module]) -> dict[str, Slot]:
