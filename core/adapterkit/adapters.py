@@ -114,14 +114,21 @@ def attach(model: nn.Module) -> Adapters:
     return found
 
 
+def adapted_models(module: nn.Module) -> Iterator[tuple[str, Adapters]]:
+    """The adapters of each model inside that has some, the module itself included, with the prefix of its keys."""
+    for path, model in module.named_modules():
+        adapters = model.__dict__.get(ATTRIBUTE)
+        if isinstance(adapters, Adapters) and adapters.names:
+            yield f"{path}." if path else "", adapters
+
+
 def adapters_in(model: nn.Module) -> Adapters:
     """The adapters of a model that a tool holds; they may be attached to a model inside it.
 
     Raises:
         ConfigError: there are none, or several models inside have some.
     """
-    attached = [module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__]
-    found = [adapters for adapters in attached if isinstance(adapters, Adapters) and len(adapters)]
+    found = [adapters for _, adapters in adapted_models(model)]
     if len(found) != 1:
         what = "has no adapters" if not found else "has several models inside with adapters of their own"
         raise ConfigError(

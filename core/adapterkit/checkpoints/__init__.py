@@ -9,11 +9,13 @@ from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
 from adapterkit.checkpoints.training_files import (
     STATE_FILE,
+    base_state,
     load_state,
     load_states,
     restore,
     save_base_state,
     save_state,
+    save_training,
 )
 from adapterkit.checkpoints.training_state import load_training_state, training_state
 
@@ -22,6 +24,7 @@ __all__ = [
     "LoadHooks",
     "Saver",
     "WrittenElsewhere",
+    "base_state",
     "install",
     "load_state",
     "load_states",
@@ -29,6 +32,7 @@ __all__ = [
     "restore",
     "save_base_state",
     "save_state",
+    "save_training",
     "subfolder",
     "tidy",
     "training_state",

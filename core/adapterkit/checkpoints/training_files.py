@@ -18,7 +18,7 @@ from adapterkit.tensors import in_first_process, process_groups
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
-# Holds what `Adapters.training_state` has and the adapter's file beside it has not, bit for bit.
+# Holds those tensors of `Adapters.training_state` that are not in the adapter's file beside it, bit for bit.
 STATE_FILE = "adapter_state.safetensors"
 # Holds what a training changes in the base.
 BASE_FILE = "base_state.safetensors"
@@ -38,6 +38,18 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
     in_first_process(process_groups(adapter.parameters()), write)
+
+
+def save_training(adapters: Adapters, name: str, folder: Path, *, writes: bool) -> None:
+    """Write an adapter to the folder, and beside it what its training needs.
+
+    Args:
+        writes: whether this process writes. Where the adapter is sharded, every process takes part and the first one
+            writes.
+    """
+    if writes or process_groups(adapters.parameters(name)):
+        adapters.save(name, folder)
+        save_state(adapters, name, folder)
 
 
 def load_state(adapters: Adapters, name: str, folder: Path) -> bool:
@@ -103,14 +115,14 @@ def save_base_state(adapters: Adapters, model: nn.Module, folder: Path) -> list[
     Returns:
         The names of the parameters that train.
     """
-    state = _base_state(adapters, model)
+    state = base_state(adapters, model)
     if state:
         with appearing(folder / BASE_FILE) as fresh:
             write_tensors(state, fresh, {"format": "pt"})
     return [key for key, tensor in state.items() if tensor.requires_grad]
 
 
-def _base_state(adapters: Adapters, model: nn.Module) -> dict[str, Tensor]:
+def base_state(adapters: Adapters, model: nn.Module) -> dict[str, Tensor]:
     """Parameters that train and belong to no adapter, and what batch norms count."""
     own = {part for adapter in adapters._adapters.values() for part in (*adapter.modules(), *adapter.parameters())}
     found: dict[str, Tensor] = {}
@@ -129,7 +141,7 @@ def _saved_base_state(adapters: Adapters, model: nn.Module, folder: Path) -> lis
         CheckpointError: the model does not train the same parameters.
     """
     saved = read_tensors(folder / BASE_FILE)[0] if (folder / BASE_FILE).is_file() else {}
-    here = _base_state(adapters, model)
+    here = base_state(adapters, model)
     wrong = [key for key in saved.keys() | here.keys() if _shape(saved.get(key)) != _shape(here.get(key))]
     if wrong:
         raise CheckpointError(

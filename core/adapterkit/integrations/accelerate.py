@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from adapterkit.adapters import Adapters, adapters_in
-from adapterkit.checkpoints import load_states, save_state, subfolder
+from adapterkit.checkpoints import base_state, load_states, save_training, subfolder
 from adapterkit.errors import ConfigError
 from adapterkit.files import read_tensors, write_tensors
-from adapterkit.tensors import process_groups
 
 _STATISTICS = "batch_norms.safetensors"
 
@@ -42,12 +41,9 @@ def save_adapters_alone(accelerator: Accelerator) -> None:
         writes = accelerator.is_local_main_process if on_each_node else accelerator.is_main_process
         for i, place, adapters in _adapted(accelerator, folder):
             for name in adapters.trainable:
-                # Where adapters are sharded, every process takes part and the first one writes.
-                if writes or process_groups(adapters.parameters(name)):
-                    adapters.save(name, subfolder(place, name))
-                    save_state(adapters, name, subfolder(place, name))
+                save_training(adapters, name, subfolder(place, name), writes=writes)
             if weights and adapters.trainable and _is_frozen(adapters):
-                statistics = _statistics(adapters)
+                statistics = base_state(adapters, adapters.model)  # of batch norms: all parameters are frozen
                 if writes and statistics:
                     write_tensors(statistics, place / _STATISTICS, {"format": "pt"})
                 del weights[i]
@@ -72,27 +68,15 @@ def _adapted(accelerator: Accelerator, folder: str) -> Iterator[tuple[int, Path,
         yield i, Path(folder) / (f"adapters_{i}" if i else "adapters"), adapters
 
 
-def _statistics(adapters: Adapters) -> dict[str, Tensor]:
-    """What the base's batch norms count in training, by path."""
-    own = {module for adapter in adapters._adapters.values() for module in adapter.modules()}
-    norms = {
-        path: module
-        for path, module in adapters.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in own
-    }
-    return {f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers()}
-
-
 def _restore_statistics(adapters: Adapters, file: Path) -> None:
     saved = read_tensors(file)[0] if file.is_file() else {}
     with torch.no_grad():
-        for name, buffer in _statistics(adapters).items():
+        for name, buffer in base_state(adapters, adapters.model).items():
             if name in saved:
                 buffer.copy_(saved[name])
 
 
 def _is_frozen(adapters: Adapters) -> bool:
     """Whether nothing but adapters has changed in the model."""
-    own = {id(parameter) for name in adapters for parameter in adapters.parameters(name)}
-    trains = any(parameter.requires_grad and id(parameter) not in own for parameter in adapters.model.parameters())
+    trains = any(tensor.requires_grad for tensor in base_state(adapters, adapters.model).values())
     return not trains and not adapters.merged

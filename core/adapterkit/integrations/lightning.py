@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adapterkit.adapters import Adapters, penalty
-from adapterkit.contract import ATTRIBUTE
+from adapterkit.adapters import Adapters, adapted_models, penalty
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
 
 # Each package has a `Callback` of its own, and its `Trainer` knows that one alone.
@@ -52,7 +50,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Check that there are adapters, and warn of what would write the whole model."""
-        if not any(adapters.names for _, adapters in _adapted(pl_module)):
+        if not any(True for _ in adapted_models(pl_module)):
             raise ConfigError(
                 f"The {type(pl_module).__name__} has no adapters. Add them in its __init__ or configure_model: "
                 "ak.attach(self.model).add(name, config)."
@@ -71,7 +69,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen parameters out, and add what a state dict does not have of the adapters."""
         state, states = checkpoint["state_dict"], checkpoint.setdefault(STATES, {})
-        for path, adapters in _adapted(pl_module):
+        for path, adapters in adapted_models(pl_module):
             if adapters.merged:  # the weights are not the base's
                 continue
             for key in _frozen(adapters):
@@ -92,7 +90,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Restore what a state dict does not have of the adapters."""
         states: dict[str, dict[str, dict[str, Tensor]]] = checkpoint.get(STATES, {})
-        found = [(path, adapters) for path, adapters in _adapted(pl_module) if not adapters.merged]
+        found = [(path, adapters) for path, adapters in adapted_models(pl_module) if not adapters.merged]
         lacking = [(path, name) for path, each in found for name in each.names if name not in states.get(path, ())]
         if lacking and trainer.state.fn == "fit":
             path, name = lacking[0]
@@ -113,7 +111,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
-        for _path, adapters in _adapted(pl_module):
+        for _path, adapters in adapted_models(pl_module):
             term = penalty(adapters.model)
             if term.requires_grad:
                 loss.add_(term.to(loss.device), alpha=scale)
@@ -122,16 +120,8 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
         """Let the adapters make their step if an optimizer has made one."""
         if trainer.global_step != self._steps:
             self._steps = trainer.global_step
-            for _path, adapters in _adapted(pl_module):
+            for _path, adapters in adapted_models(pl_module):
                 adapters.step()
-
-
-def _adapted(module: nn.Module) -> Iterator[tuple[str, Adapters]]:
-    """The adapters of each adapted model inside, with the prefix of its keys."""
-    for path, model in module.named_modules():
-        adapters = model.__dict__.get(ATTRIBUTE)
-        if isinstance(adapters, Adapters) and adapters.names:
-            yield f"{path}." if path else "", adapters
 
 
 def _random_states() -> dict[str, Any]:

@@ -16,12 +16,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from adapterkit.adapters import Adapters, adapters_in, penalty
-from adapterkit.checkpoints import Saver, WrittenElsewhere, load_states, save_base_state, save_state, subfolder, tidy
+from adapterkit.checkpoints import (
+    Saver,
+    WrittenElsewhere,
+    load_states,
+    save_base_state,
+    save_state,
+    save_training,
+    subfolder,
+    tidy,
+)
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
 from adapterkit.errors import AdapterWarning, CheckpointError, StateError, UnsupportedError
 from adapterkit.files import CONFIG_FILE
 from adapterkit.integrations.peft import as_peft
-from adapterkit.tensors import process_groups
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -176,10 +184,7 @@ class AdapterTrainerMixin(_Base):
         if isinstance(own, Saver):
             own.holds_base(folder, training=True)
         for name, place in places.items():
-            # Where adapters are sharded, every process takes part and the first one writes.
-            if self.args.should_save or process_groups(self.adapters.parameters(name)):
-                self.adapters.save(name, place)
-                save_state(self.adapters, name, place)
+            save_training(self.adapters, name, place, writes=self.args.should_save)
         if self.args.should_save:
             tidy(folder, places.values())
 
