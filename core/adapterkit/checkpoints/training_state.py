@@ -44,7 +44,7 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
         state = {
             key: slot.tensor.detach() if sharded else real_value(slot.owner, slot.name) for key, slot in slots.items()
         }
-    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: _encoded(adapter.config)}
+    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: _encoded(_method_fields(adapter.config))}
 
 
 def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -77,8 +77,8 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
     ]
     if STEPS in state and (state[STEPS].dim() or state[STEPS].is_floating_point()):
         faults.append(f"its number of steps is {_shown(state[STEPS])}")
-    if CONFIG in state and not torch.equal(state[CONFIG].cpu(), _encoded(adapter.config)):
-        faults = [_other_config(state[CONFIG], adapter.config)]  # which is why the others do not fit
+    other = _other_config(state[CONFIG], adapter.config) if CONFIG in state else ""
+    faults = [other] if other else faults  # another config is why the rest does not fit
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(
@@ -88,27 +88,30 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
         )
 
 
-def _encoded(config: AdapterConfig) -> Tensor:
-    """What a config says beyond its choice of layers, such as `lora_alpha`, which no other tensor of a state shows."""
+def _method_fields(config: AdapterConfig) -> str:
+    """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No other tensor shows it."""
     common = {f.name for f in dataclasses.fields(AdapterConfig)}
-    text = json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
+    return json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
+
+
+def _encoded(text: str) -> Tensor:
     held = text.encode()
     return torch.tensor(list(held.ljust(-(-len(held) // _BLOCK) * _BLOCK)), dtype=torch.uint8, device="cpu")
 
 
 def _other_config(saved: Tensor, config: AdapterConfig) -> str:
-    """What differs in the config with which a state was saved, to follow `it ...`."""
-
-    def fields(encoded: Tensor) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(bytes(encoded.tolist()))
-        return found
-
+    """What differs in the config with which a state was saved, to follow `it ...`; empty: nothing."""
+    own: dict[str, Any] = json.loads(_method_fields(config))
     try:
-        theirs, own = fields(saved), fields(_encoded(config))
-    except ValueError:
+        theirs: Any = json.loads(bytes(saved.tolist()))
+    except (TypeError, ValueError):
+        theirs = None
+    if not isinstance(theirs, dict):
         return f"its config is {_shown(saved)} and no JSON"
-    name = min((name for name in theirs.keys() | own.keys() if theirs.get(name) != own.get(name)), default="")
-    return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
+    for name in sorted(theirs.keys() | own.keys()):
+        if theirs.get(name) != own.get(name):
+            return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
+    return ""
 
 
 def _table_slots(found: Mapping[str, nn.Module]) -> dict[str, Slot]:
@@ -128,7 +131,7 @@ def _shown(tensor: Tensor) -> str:
 def _check_nothing_is_hidden(adapter: Adapter) -> None:
     """Raise `PluginError` if layers or shared tensors keep tensors that are neither parameters nor buffers.
 
-    What a model's call leaves for the layers belongs to one forward and is no part of the training's state.
+    A `Shared` that replaces the model's call may leave tensors for the layers: these last for one forward only.
     """
     for module in adapter.modules():
         if not isinstance(module, AdapterLayer | Shared) or getattr(module, "replaces_call", False):
