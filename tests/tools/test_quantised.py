@@ -208,6 +208,10 @@ def test_every_method_adds_its_change_to_a_packed_layer_and_trains(
     assert change.abs().max() > 1e-4
     hidden = model.first(X).detach()
     torch.testing.assert_close(output(model), bare + hidden @ change.T, rtol=1e-5, atol=1e-5)
+    shown: Any = ak.as_peft(model)
+    with torch.no_grad():
+        seen = shown.get_base_model().second.get_delta_weight("a")
+    torch.testing.assert_close(seen, change, rtol=1e-5, atol=1e-5)
     adapters.save("a", tmp_path)
     trained = output(model)
     assert torch.equal(adapters.detach()(X), bare)

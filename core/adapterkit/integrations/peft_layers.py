@@ -152,12 +152,13 @@ class LayerView(nn.Module):
         return found
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change of the weight by an adapter, in the weight's layout."""
+        """The change of the weight by an adapter, in the weight's layout; in float32 where the weight is packed."""
         layer, weight = self._layers[adapter], self.base_layer.weight
-        own = layer.kind.canonical(weight).to(torch.promote_types(weight.dtype, torch.float32))
+        own = layer.kind.read(self.base_layer)
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
         change = layer.merged(own, self.base_layer.bias)[0] - own
-        strength = self._active.state.strength(adapter)
-        return layer.kind.laid_out(change * strength, weight).to(weight.dtype)
+        found = layer.kind.laid_out(change * self._active.state.strength(adapter), weight)
+        return found.to(weight.dtype) if weight.is_floating_point() else found  # else the weight is packed
 
     def __repr__(self) -> str:
         name = next(iter(self._layers))
