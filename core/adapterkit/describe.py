@@ -17,7 +17,7 @@ from adapterkit.contract import (
     switched_off,
 )
 from adapterkit.errors import AdapterError, PluginError
-from adapterkit.results import Printed, columns
+from adapterkit.results import Printed, columns, in_lines
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MethodsReport(Printed):
                 lines.append(f"extension {extension.name} ({_package(extension)}): {adds}")
         lines += [f"failed: {plugin.name} ({_package(plugin)}): {plugin.error}" for plugin in self.failed]
         lines += [f"switched off: {name}" for name in self.switched_off]
-        return "\n".join([columns(table), *lines])
+        return in_lines([*columns(table), *lines])
 
 
 def describe_methods(registry: Registry = default_registry) -> MethodsReport:

@@ -1,17 +1,55 @@
 """All errors that adapterkit raises: one small tree under `AdapterError`.
 
 Each class also derives from the builtin error that a caller would expect, so `except KeyError` around a lookup works
-without knowledge of this library.
+without knowledge of this library. Messages quote names and values of files, so all text for people is made `plain`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
+
+# Longer words and lines are cut in the middle.
+_LONGEST_WORD, _LONGEST_LINE = 300, 4000
+# What a terminal obeys or does not show: controls, bidi marks, separators of lines, surrogates
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Two of them join letters, in Persian and Hindi for example, and the parts of emoji.
+_JOINERS = ("\u200c", "\u200d")
+
+
+def plain(text: str) -> str:
+    r"""One line of text that is safe to print, whatever a file put into it.
+
+    Characters that move the cursor, end the line, change the direction of writing or are invisible become escapes such
+    as `\x1b`. Words of over 300 characters and lines of over 4,000 lose their middle.
+    """
+    if len(text) > _LONGEST_WORD:
+        text = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD), text)
+        text = _cut(text, _LONGEST_LINE)
+    if text.isprintable():
+        return text
+    unseen = (unicodedata.category(c) in _UNSEEN and c not in _JOINERS for c in text)
+    return "".join(ascii(c)[1:-1] if hidden else c for c, hidden in zip(text, unseen, strict=True))
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]}[...]{text[-longest // 4 :]}"
 
 
 class AdapterError(Exception):
-    """The base of all errors that adapterkit raises."""
+    """The base of all errors that adapterkit raises.
+
+    Args:
+        message: it becomes one `plain` line.
+        details: text below the message, such as a report, whose lines are kept.
+    """
+
+    def __str__(self) -> str:
+        message, *details = map(str, self.args or ("",))
+        lines = [" ".join(message.split("\n")), *(line for detail in details for line in detail.split("\n"))]
+        return "\n".join(map(plain, lines))
 
 
 class ConfigError(AdapterError, ValueError):
@@ -24,9 +62,6 @@ class UnsupportedError(AdapterError, NotImplementedError):
 
 class UnknownNameError(AdapterError, KeyError):
     """A name (of an adapter, method or field) does not exist. The message lists the existing names."""
-
-    # KeyError would print the message in quotes.
-    __str__ = Exception.__str__
 
 
 class SelectionError(AdapterError, ValueError):
@@ -51,6 +86,8 @@ class PluginError(AdapterError, RuntimeError):
 
 class AdapterWarning(UserWarning):
     """Something is allowed, but probably not intended."""
+
+    __str__ = AdapterError.__str__
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

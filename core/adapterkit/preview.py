@@ -17,7 +17,7 @@ from adapterkit.files import folder as files
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
-from adapterkit.results import Printed, columns
+from adapterkit.results import Printed, columns, in_lines
 
 # A number that is a whole part of a path, or a whole word.
 _NUMBER = re.compile(r"\b(\d+)\b")
@@ -93,7 +93,7 @@ class Preview(Printed):
     def __str__(self) -> str:
         titles = ("layer", "count", "kind", "parameters", "rule")
         rows = [(g.path, str(g.layers), g.kind + g.sizes, f"{g.parameters:,}", g.rule) for g in self.groups]
-        lines = [columns([titles, *rows])]
+        lines = columns([titles, *rows])
         lines += [f"trained in full: {path}, {count:,} parameters" for path, count in self.heads.items()]
         lines += [f"trained biases: {self.biases:,} parameters"] if self.biases else []
         lines += [f"shared by all layers: {self.shared:,} parameters"] if self.shared else []
@@ -104,7 +104,7 @@ class Preview(Printed):
             f"{self.method} on {self.model}: {len(self.paths):,} layers, {self.parameters:,} parameters, "
             f"{self.share:.3%} of the base model's {self.total:,}"
         )
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:

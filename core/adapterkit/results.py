@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from adapterkit.errors import plain
 
 # Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
@@ -14,7 +16,7 @@ _ROUNDING = 1e-6
 
 
 class Printed:
-    """A record that IPython and notebooks show as `print` does."""
+    """A record that IPython and notebooks show as `print` does. Its text is made by `in_lines`."""
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -57,7 +59,7 @@ class AddReport(Printed):
         ]
         lines += [f"  trained in full: {path}" for path in self.heads]
         lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return in_lines(lines + [f"  note: {note}" for note in self.notes])
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class LoadReport(Printed):
             if rows:
                 shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
                 lines += [f"  {title} ({len(rows)}):", *shown]
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class SwapReport(Printed):
         lines = [f"adapter {self.name!r}: new values in {len(self.targets)} layers"]
         lines += [f"  changes nothing now: {path}" for path in self.cleared]
         lines += [f"  head: {path}" for path in self.heads]
-        return "\n".join(lines + [f"  ignored: {key}" for key in self.ignored])
+        return in_lines(lines + [f"  ignored: {key}" for key in self.ignored])
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class CombineReport(Printed):
         if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
         lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped]
-        return "\n".join(lines + [f"  head: {path}" for path in self.heads])
+        return in_lines(lines + [f"  head: {path}" for path in self.heads])
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Status(Printed):
                 trains = f"{r.trainable_parameters:,}"
             places = ", ".join(r.heads) or "-", f"{r.parameters:,}", ", ".join(r.dtypes), ", ".join(r.devices)
             table.append((r.name, r.method, str(r.targets), *places, active, trains, merged))
-        return "\n".join([columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)])
+        return in_lines([*columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)])
 
 
 def brief(value: object) -> str:
@@ -215,7 +217,13 @@ def brief(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines; every column is as wide as its longest cell."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def in_lines(lines: Iterable[str]) -> str:
+    """Lines as the text of a report, each of them plain: no name in a file can begin a line of its own."""
+    return "\n".join(map(plain, lines))

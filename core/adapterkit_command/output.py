@@ -18,14 +18,23 @@ from rich.text import Text
 
 def say(kind: str, message: str, style: str) -> None:
     """Print `kind: message` on stderr."""
-    text = Text.assemble((f"{kind}:", f"bold {style}"), " ", message)
+    text = Text.assemble((f"{kind}:", f"bold {style}"), " ", shown(message))
     Console(file=sys.stderr, highlight=False, markup=False, emoji=False).print(text, soft_wrap=True)
+
+
+# Spaces and joiners that are part of words in some languages.
+_UNPRINTED = "\n\xa0\u200c\u200d\u3000"
+
+
+def shown(text: str) -> str:
+    """Text for a terminal. Reports and errors of the library are plain already; the messages of others may not be."""
+    return "".join(c if c.isprintable() or c in _UNPRINTED else ascii(c)[1:-1] for c in text)
 
 
 def print_text(text: str, stream: IO[str]) -> None:
     """Print a report. Only on a terminal, lines that are too long for it are wrapped and indented."""
     width = shutil.get_terminal_size().columns if stream.isatty() else None
-    for line in text.splitlines():
+    for line in shown(text).split("\n"):
         if width is None or len(line) <= width:
             print(line, file=stream)
             continue
@@ -35,7 +44,7 @@ def print_text(text: str, stream: IO[str]) -> None:
 
 def print_json(value: object, stream: IO[str]) -> None:
     """Print `value` as JSON; the keys of a report are its attributes."""
-    print(json.dumps(jsonable(value), indent=2), file=stream)
+    print(json.dumps(jsonable(value), indent=2).replace("\x7f", "\\u007f"), file=stream)
 
 
 def jsonable(value: Any) -> Any:

@@ -155,7 +155,8 @@ def _failed(error: Exception, as_json: bool, debug: bool, options: Mapping[str, 
         say("error", message, "red")
     else:
         hint = "" if debug else " This is a bug. Run the command again with --debug, and report the traceback."
-        say("internal error", f"{type(error).__name__}: {error}.{hint}", "red")
+        why = " ".join(str(error).split())
+        say("internal error", f"{type(error).__name__}: {why}.{hint}", "red")
     return status
 
 

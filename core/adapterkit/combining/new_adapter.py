@@ -96,7 +96,7 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
     adapter, _ = build_adapter(modules, name, builder, selection, active, tensors | rest)
     check_given(tensors, adapter.layers, builder)
     if not (report := builder.fit.report()).ok:
-        raise StateError(f"The heads and biases of {name!r} do not fit this model.\n{report}")
+        raise StateError(f"The heads and biases of {name!r} do not fit this model.", report)
     first: dict[int, Tensor] = {}
     for path, head in adapter.heads.items():  # heads that share a tensor get one parameter
         for local, slot in module_slots(head):

@@ -19,7 +19,7 @@ from adapterkit.disk.model import Base
 from adapterkit.errors import ConfigError
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
-from adapterkit.results import Printed, brief
+from adapterkit.results import Printed, brief, in_lines
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -119,7 +119,7 @@ class AdapterDiff(Printed):
         return {"equal": self.equal, "same_function": self.same_function, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return in_lines(_lines(self))
 
 
 def _lines(diff: AdapterDiff) -> Iterator[str]:

@@ -19,7 +19,7 @@ from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
 from adapterkit.model import LabelSet
-from adapterkit.results import Printed, brief, columns
+from adapterkit.results import Printed, brief, columns, in_lines
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -102,7 +102,7 @@ class AdapterInspection(Printed):
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return in_lines(_lines(self))
 
 
 @torch.no_grad()
@@ -210,7 +210,7 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
         shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
         numbers = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
         rows.append((row.path, row.kind or "?", shape, *("-" if n is None else f"{n:.4g}" for n in numbers)))
-    yield from (f"  {line}" for line in columns(rows).splitlines())
+    yield from (f"  {line}" for line in columns(rows))
     for path, tensors in found.heads.items():
         yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"
     if found.labels is not None:

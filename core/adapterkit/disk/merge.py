@@ -22,7 +22,7 @@ from adapterkit.files import adapter_folder, load_adapter, local_path, model_fol
 from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
-from adapterkit.results import Printed
+from adapterkit.results import Printed, in_lines
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 
@@ -65,7 +65,7 @@ class MergeReport(Printed):
             ("finished by an earlier run", self.resumed),
         ):
             lines += [f"  {what}: {', '.join(found)}"] if found else []
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes

@@ -134,5 +134,6 @@ def refuse(report: LoadReport, name: str, where: str) -> None:
         reasons.append("some belong to nothing on this model")
     raise CheckpointError(
         f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "
-        f"fits.\n{report}"
+        "fits.",
+        report,
     )

@@ -14,7 +14,7 @@ from adapterkit.errors import ConfigError
 from adapterkit.files.folder import WEIGHTS_FILE, read, read_config
 from adapterkit.files.hub import adapter_folder
 from adapterkit.files.tensors import read_header
-from adapterkit.results import Printed
+from adapterkit.results import Printed, in_lines
 
 ServerName = Literal["vllm", "sglang"]
 # What a server reads of a layer; an embedding has the other pair.
@@ -91,7 +91,7 @@ class ServingReport(Printed):
     def __str__(self) -> str:
         head = f"{self.server} {'serves' if self.ok else 'does not serve'} {self.source}"
         lines = [f"  problem: {problem}" for problem in self.problems] + [f"  note: {note}" for note in self.notes]
-        return "\n".join([head, *lines])
+        return in_lines([head, *lines])
 
 
 def check_serving(source: str | Path, server: ServerName, *, max_rank: int | None = None) -> ServingReport:

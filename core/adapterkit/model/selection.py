@@ -17,7 +17,7 @@ from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.results import Printed, columns
+from adapterkit.results import Printed, columns, in_lines
 
 ALL_LINEAR = "all-linear"
 
@@ -63,8 +63,8 @@ class Selection(Printed):
             ("matched nothing:", [(rule,) for rule in self.unmatched]),
         ):
             lines += [title] if title and rows else []
-            lines += [f"  {line}" for line in columns(rows).splitlines()]
-        return "\n".join(lines)
+            lines += [f"  {line}" for line in columns(rows)]
+        return in_lines(lines)
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:

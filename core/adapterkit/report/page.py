@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.contract import AdapterConfig
+from adapterkit.errors import plain
 from adapterkit.report import plots
 from adapterkit.report.heatmaps import Cell, HeatMap, Places, layer_map, number, percent, shade
 from adapterkit.report.measuring import MOST_ENTRIES, AdapterFinding, Findings, LayerFinding, Pair, PairFinding
@@ -48,7 +49,9 @@ def render(findings: Findings, verdicts: Sequence[Verdict], places: Places, titl
     from markupsafe import Markup
 
     here = files("adapterkit.report")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
+    )
     environment.filters["broken"] = _broken
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
     about = dict.fromkeys(verdict.about for verdict in verdicts)
@@ -69,11 +72,16 @@ def render(findings: Findings, verdicts: Sequence[Verdict], places: Places, titl
     )
 
 
+def _shown(value: object) -> object:
+    """Text of the page, in which names come from files; markup is ours."""
+    return plain(value) if type(value) is str else value
+
+
 def _broken(text: str) -> Markup:
     """Escaped, with places to break a long path, and no break between a number and its percent sign."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([./_])(?=[^\W\d])", r"\1<wbr>", str(escape(text)).replace(" %", "&nbsp;%")))
+    return Markup(re.sub(r"([./_])(?=[^\W\d])", r"\1<wbr>", str(escape(plain(text))).replace(" %", "&nbsp;%")))
 
 
 def _adapter(adapter: AdapterFinding, places: Places) -> dict[str, Any]:

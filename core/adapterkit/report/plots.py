@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapterkit.errors import plain
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -65,4 +67,4 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", text)
     for colour, name in _ON_PAGE.items():
         text = text.replace(colour, name)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip()
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(plain(label))}"', 1).strip()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from adapterkit.report.heatmaps import Places, number, percent
 from adapterkit.report.measuring import AdapterFinding, Findings, PairFinding
+from adapterkit.results import in_lines
 
 # The share of the targets for which a rank must be enough: a few hard targets should not set the rank of all.
 TARGETS_SERVED = 0.95
@@ -62,7 +63,7 @@ class Verdict:
 
     def __str__(self) -> str:
         lines = [f"{' and '.join(self.about)}: {self.headline}", *(f"  {reason}" for reason in self.reasons)]
-        return "\n".join([*lines, f"  {self.call}"] if self.call else lines)
+        return in_lines([*lines, f"  {self.call}"] if self.call else lines)
 
 
 def verdicts(findings: Findings, places: Places) -> list[Verdict]:
