@@ -9,7 +9,7 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -117,38 +117,55 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        cls: Any = type(self)
-        hints = _hints(cls)
-        for f in dataclasses.fields(self):
-            value, hint = _plain(getattr(self, f.name)), hints[f.name]
-            object.__setattr__(self, f.name, value)
-            if not conforms(value, hint):
-                raise ConfigError(
-                    f"{type(self).__name__}: {f.name} = {value!r} is a {type(value).__name__}; "
-                    f"it must be {readable(hint)}."
-                )
-            _check_limits(f.name, value, hint)
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in names:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        self._check_types(names)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where to count layers; it needs layers_to_transform beside it.")
         for name in ("target_modules", "exclude_modules"):
             if getattr(self, name) in ((), ""):
                 raise ConfigError(f"{name} is empty; name at least one module, or leave it None.")
+        cls: Any = type(self)
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
-        if hints["bias"] is str and self.bias not in biases:
+        if _hints(cls)["bias"] is str and self.bias not in biases:
             raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
-        answer: Any = self.check()  # type: ignore[func-returns-value]
-        if answer is not None:
-            raise PluginError(f"{cls.__name__}.check returned {answer!r}; it must raise ConfigError or return nothing.")
-        self._check_pattern_values()
-
-    def _check_pattern_values(self) -> None:
-        """Raise `ConfigError` if a field could not have the value that a pattern gives it."""
+        self._check_own()
         for pattern, own in self.patterns.items():
             for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
                 try:
-                    self.replace(**{own: value}, **{pattern: {} for pattern in self.patterns})
+                    self._of_layer({own: value})
                 except ConfigError as error:
                     raise ConfigError(f"{pattern}: {error}") from error
+
+    def _check_types(self, names: Iterable[str]) -> None:
+        """Raise `ConfigError` if one of these fields has a value that its annotation does not allow."""
+        cls: Any = type(self)
+        hints = _hints(cls)
+        for name in names:
+            value, hint = getattr(self, name), hints[name]
+            if not conforms(value, hint):
+                raise ConfigError(
+                    f"{cls.__name__}: {name} = {value!r} is a {type(value).__name__}; it must be {readable(hint)}."
+                )
+            _check_limits(name, value, hint)
+
+    def _check_own(self) -> None:
+        """Ask the method's own `check`."""
+        answer: Any = self.check()  # type: ignore[func-returns-value]
+        if answer is not None:
+            name = type(self).__name__
+            raise PluginError(f"{name}.check returned {answer!r}; it must raise ConfigError or return nothing.")
+
+    def _of_layer(self, values: Mapping[str, Any]) -> Self:
+        """The config of a layer with these values. Only they are checked: a file may list thousands of layers."""
+        layer = object.__new__(type(self))
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in {**held, **{pattern: {} for pattern in self.patterns}, **values}.items():
+            object.__setattr__(layer, name, value)
+        layer._check_types(values)
+        layer._check_own()
+        return layer
 
     @classmethod
     def type_in_files(cls) -> str:
@@ -168,7 +185,7 @@ class AdapterConfig:
         changes = {own: table.get(path, getattr(self, own)) for own, table in tables.items()}
         key = tuple(changes.values())
         if key not in made:
-            made[key] = self.replace(**changes, **{pattern: {} for pattern in self.patterns})
+            made[key] = self._of_layer(changes)
         return made[key]
 
     @functools.cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -87,26 +88,60 @@ class Rule:
         return [f"{self.field} {n!r}" for n in self.names.names if n not in self.names.used]
 
 
+# A key of names and dots alone, or of several in a group, as `AdapterConfig.with_values` writes them.
+_NAME = r"(?:[\w/-]|\\-|\\?\.)+"
+_PLAIN = re.compile(rf"(\^?)(?:\(\?:({_NAME}(?:\|{_NAME})*)\)|({_NAME}))\$?")
+
+
 class PatternTable:
     """PEFT's `rank_pattern` and `alpha_pattern`: the first key, in order, that is or ends a path.
 
-    A key is a regular expression for the end of the path at a dot; `^` ties it to the beginning.
+    A key is a regular expression for the end of the path at a dot; `^` ties it to the beginning. A file may have one
+    for each of its layers, so keys of names and dots alone are found in a dictionary.
     """
 
     def __init__(self, table: Mapping[str, Any], field: str) -> None:
-        self._rows = [(key, Pattern(rf"(?:.*\.)?(?:{key})$", field), value) for key, value in table.items()]
         self.field = field
         self.used: set[str] = set()
+        self._rows = list(table.items())
+        self._patterns: list[tuple[int, Pattern]] = []
+        # By whether a name must be the whole path, and by the lengths of its pieces: the names, in pieces, and their
+        # rows. A dot that is not escaped stands for any character and separates two pieces.
+        self._names: dict[tuple[bool, tuple[int, ...]], dict[tuple[str, ...], int]] = {}
+        for row, key in enumerate(table):
+            plain = _PLAIN.fullmatch(key)
+            if plain is None:
+                self._patterns.append((row, Pattern(rf"(?:.*\.)?(?:{key})$", field)))
+                continue
+            for name in (plain[2] or plain[3]).split("|"):
+                pieces = tuple(re.sub(r"\\(.)", r"\1", piece) for piece in re.split(r"(?<!\\)\.", name))
+                group = self._names.setdefault((bool(plain[1]), tuple(map(len, pieces))), {})
+                group.setdefault(pieces, row)
 
     def get(self, path: str, default: Any) -> Any:
         """The value for `path`, or `default`."""
-        for key, pattern, value in self._rows:
-            if pattern.matches(path):
-                self.used.add(key)
-                return value
-        return default
+        first = self._row_of_name(path)
+        first = next((row for row, pattern in self._patterns if row < first and pattern.matches(path)), first)
+        if first == len(self._rows):
+            return default
+        key, value = self._rows[first]
+        self.used.add(key)
+        return value
+
+    def _row_of_name(self, path: str) -> int:
+        """The first row with a name that is or ends the path; the number of rows if there is none."""
+        first = len(self._rows)
+        for (whole, lengths), rows in self._names.items():
+            start = len(path) - sum(lengths) - len(lengths) + 1
+            if start == 0 or (start > 0 and not whole and path[start - 1] == "."):
+                pieces = []
+                for length in lengths:
+                    pieces.append(path[start : start + length])
+                    start += length + 1
+                first = min(first, rows.get(tuple(pieces), first))
+        return first
 
     @property
     def unused(self) -> list[str]:
         """Keys that have matched nothing so far."""
-        return [f"{self.field} {key!r}" for key, *_ in self._rows if key not in self.used]
+        return [f"{self.field} {key!r}" for key, _ in self._rows if key not in self.used]
