@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.patterns import Names
-from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
@@ -25,6 +28,8 @@ DOTTED = (
 FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 OPTIONAL = "text_model"
+# Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".
+HEADER = "lora_adapter_metadata"
 # Numbers that another program keeps beside a layer's factors, and PEFT does not.
 _EXTRA = frozenset({"alpha", "scalar"})
 
@@ -164,14 +169,45 @@ class Format:
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config of a file that has these layers. The core sets `target_modules`.
 
-        By default it has the layers' ranks, their alphas (their ranks where the file has no alpha), and `fields`.
+        By default it has the layers' ranks and `fields`, and the other fields that diffusers wrote into the header. An
+        alpha is the one beside the layer's tensors, else the header's, else the rank. Keys in PEFT's names with no
+        alpha at all do not tell how they were scaled, and a warning says so.
 
         Args:
             metadata: the header of a safetensors file.
+
+        Raises:
+            CheckpointError: the header does not say which of its alphas these layers have.
         """
+        header = header_fields([key for layer in layers.values() for key in layer.keys.values()], metadata)
+        base = None if header is None else self.config_type.from_dict(header)
         ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
-        alphas = {path: layer.number("alpha") or float(ranks[path]) for path, layer in layers.items()}
-        return self.config_type.with_values({"r": ranks, self.alpha: alphas}, **fields)
+        told = {path: number for path, layer in layers.items() if (number := layer.number("alpha")) is not None}
+        if base is None:
+            _warn_of_guess([layer for path, layer in layers.items() if path not in told], metadata)
+            other = dict.fromkeys(layers, 0.0)
+        else:
+            other = {path: float(getattr(base.at(path), self.alpha)) for path in layers}
+            self._warn_of_two_scales(base, {path: layers[path] for path in told}, ranks)
+        alphas = {path: told.get(path) or other[path] or float(ranks[path]) for path in layers}
+        found = self.config_type.with_values({"r": ranks, self.alpha: alphas})
+        values = {name: getattr(found, name) for name in ("r", self.alpha, *found.patterns)}
+        return (base or found).replace(**values, **fields)
+
+    def _warn_of_two_scales(self, base: Any, layers: Mapping[str, ForeignLayer], ranks: Mapping[str, int]) -> None:
+        """Warn if the header and the alpha of a layer disagree about its scale; the alpha counts."""
+        for path, layer in layers.items():
+            own, rank, alpha = base.at(path), ranks[path], layer.number("alpha") or 0.0
+            told = own.replace(r=rank).scaling if rank else 1.0
+            if not math.isclose(told, (alpha or rank) / (rank or 1), rel_tol=1e-2):
+                warnings.warn(
+                    f"The header's {HEADER!r} scales {path!r} by {told:.4g}, and {layer.keys['alpha']!r} by "
+                    f"{(alpha or rank) / (rank or 1):.4g}. The alpha beside the tensors counts; if the header is "
+                    "right, take the alphas out of the file.",
+                    AdapterWarning,
+                    stacklevel=9,
+                )
+                return
 
     def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
         """The layer's tensors by the method's own names, exact under this config, which is the layer's own.
@@ -203,7 +239,7 @@ class Format:
         """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
 
         By default each tensor is what `written` gives and has the first of the `names` for it, and each layer has an
-        alpha, `scaling * r`.
+        alpha, `scaling * r`. Diffusers has PEFT's names and shapes, and the config in the header.
 
         Args:
             tensors: for each layer's path its tensors, as the hook `to_file` gives them.
@@ -212,6 +248,9 @@ class Format:
         Raises:
             UnsupportedError: such a file cannot hold this adapter.
         """
+        if naming == "diffusers":
+            config_fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
+            return ForeignFile(tensors, {HEADER: json.dumps(config_fields, sort_keys=True)})
         there = {own: own for own in self.factors} | {own: name for name, own in reversed(list(self.names.items()))}
         found = {}
         for path, held in tensors.items():
@@ -304,6 +343,71 @@ class Format:
                 del read[key]
             read |= {f"{path}.{local}": tensor for local, tensor in self.tensors(layer, config.at(path)).items()}
         return config, read
+
+
+def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The fields of PEFT's config that diffusers wrote into the header for these keys; `None`: it wrote none.
+
+    They are those of the part that the keys begin with. Other programs call that part something else or nothing: then
+    they are the fields without a part, or those of the only part that can be meant.
+
+    Raises:
+        CheckpointError: it is not a JSON object, or several of its parts may be meant, or none.
+    """
+    if HEADER not in metadata:
+        return None
+    try:
+        values: Any = json.loads(metadata[HEADER])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"The header's {HEADER!r} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"The header's {HEADER!r} must hold a JSON object, not a {type(values).__name__}.")
+    if not values:
+        return None
+    heads = {name.partition(".")[0] for name in values if "." in name}
+    parts = sorted({key.partition(".")[0] for key in keys} & heads)
+    if not parts and all("." in name for name in values):
+        roles = {_role(component(key)) for key in keys} - {""}
+        parts = sorted(head for head in heads if not roles or _role(head) in roles)
+        if len(parts) != 1:
+            raise CheckpointError(
+                f"The header's {HEADER!r} scales {', '.join(map(repr, sorted(heads)))}, and keys such as "
+                f"{next(iter(keys), '')!r} do not say which of these they are for. Begin the keys with the part and a "
+                "dot, or put the file into a folder as adapter_model.safetensors beside an adapter_config.json."
+            )
+    start = f"{parts[0]}." if parts else ""
+    return {n.removeprefix(start): v for n, v in values.items() if (n.startswith(start) if start else "." not in n)}
+
+
+def _role(part: str) -> str:
+    """What a part of a pipeline is, whatever a program calls it: `"denoiser"`, `"text encoder 2"`; `""`: not known."""
+    if found := re.fullmatch(r"(?:lora_te|text_encoder_?)(\d*)", part):
+        return f"text encoder {found[1] or 1}"
+    return "" if part in ("", "lycoris") else "denoiser"
+
+
+def _warn_of_guess(layers: Collection[ForeignLayer], metadata: Mapping[str, str]) -> None:
+    """Warn if the scale of these layers, which have no alpha, is not what their program means by that."""
+    if not layers:
+        return
+    bare = next((key for x in layers for local, key in x.keys.items() if key == f"{x.path}.{local}"), None)
+    try:
+        alpha, size = float(metadata.get("ss_network_alpha", "nan")), float(metadata.get("ss_network_dim", "nan"))
+    except ValueError:
+        alpha = size = math.nan
+    if bare is not None:
+        why = f"The file does not say how its layers are scaled: beside {bare!r} is no alpha, and there is no config."
+    elif abs(alpha - size) > 0:
+        why = f"The header says alpha {alpha:g} at rank {size:g}, and {len(layers)} layers have no alpha of their own."
+    else:
+        return
+    warnings.warn(
+        f"{why} They are taken as they are, as if alpha were the rank. If they were trained with another alpha, put "
+        "the file into a folder as adapter_model.safetensors, beside an adapter_config.json with its "
+        "peft_type, target_modules, r and lora_alpha.",
+        AdapterWarning,
+        stacklevel=9,
+    )
 
 
 def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | str:

@@ -15,7 +15,7 @@ from adapterkit.contract.formats import ForeignFile, Format, empty_layer
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened, without_values
 from adapterkit.contract.plugins import manager_of
-from adapterkit.errors import AdapterError, PluginError, UnsupportedError
+from adapterkit.errors import AdapterError, AdapterWarning, PluginError, UnsupportedError
 from adapterkit.kinds import Factors, LayerKind
 
 Tensors = Mapping[str, Tensor]
@@ -125,7 +125,7 @@ class Method:
         """
         try:
             found = function(*args, **named)
-        except AdapterError:
+        except (AdapterError, AdapterWarning):  # a warning, where the user has made them errors
             raise
         except Exception as error:
             raise self.fault(f"{what} raised {type(error).__name__}: {error}") from error

@@ -1,6 +1,5 @@
 """LoRA files of other programs: kohya-ss's, LyCORIS's (LoCon) and diffusers', old and new."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -9,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import CheckpointError, ForeignFile, ForeignLayer, Format, LayerKind
+from adapterkit import CheckpointError, ForeignLayer, Format
 from adapterkit_lora.config import LoraConfig
 
-# Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".
-METADATA = "lora_adapter_metadata"
 _DOWN, _UP, _BIAS, _MID = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid"
 _TABLE = ("lora_embedding_A", "lora_embedding_B")
 _OF_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
@@ -53,16 +50,9 @@ class LoraFormat(Format):
             yield module, local
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
-        """Alphas that no tensor gives are those of the metadata, if there is any."""
-        bias = any(_BIAS in layer.tensors for layer in layers.values())
-        base = _in_metadata(layers, metadata)
-        if base is None:
-            return super().config(layers, metadata, lora_bias=bias, **fields)
-        ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
-        alphas = {path: layer.number("alpha") or float(base.at(path).lora_alpha) for path, layer in layers.items()}
-        found = LoraConfig.with_values({"r": ranks, "lora_alpha": alphas})
-        names = ("r", "lora_alpha", *LoraConfig.patterns)
-        return base.replace(lora_bias=base.lora_bias or bias, **{name: getattr(found, name) for name in names})
+        """B has a bias if the file has one."""
+        found: LoraConfig = super().config(layers, metadata, **fields)
+        return found.replace(lora_bias=found.lora_bias or any(_BIAS in layer.tensors for layer in layers.values()))
 
     def tensors(self, layer: ForeignLayer, config: LoraConfig) -> dict[str, Tensor]:
         """PEFT's names and shapes. A Tucker convolution's `mid (r, r, *kernel)`: `A' = mid x A`, `(r, in, *kernel)`."""
@@ -79,39 +69,3 @@ class LoraFormat(Format):
             if local in values and values[local].flatten(1).shape == (shape[0], math.prod(shape[1:])):
                 values[local] = values[local].reshape(shape)  # `(r, in)` and `(r, in, 1, 1)` are one
         return values
-
-    def write(
-        self,
-        naming: str,
-        config: LoraConfig,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        kinds: Mapping[str, LayerKind],
-        component: str,
-    ) -> ForeignFile:
-        """Diffusers has the scaling in its metadata, and names for B's bias and for embeddings."""
-        if naming != "diffusers":
-            return super().write(naming, config, tensors, kinds, component)
-        fields = {f"{component}.{name}": value for name, value in config.to_dict().items()}
-        return ForeignFile(tensors, {METADATA: json.dumps(fields, sort_keys=True)})
-
-
-def _in_metadata(layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str]) -> LoraConfig | None:
-    """The config that diffusers wrote into the header, for the part of the pipeline that the layers' keys begin with.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-        UnsupportedError: a field that changes the numbers and is not implemented.
-    """
-    if METADATA not in metadata:
-        return None
-    try:
-        values: Any = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The header's {METADATA!r} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"The header's {METADATA!r} must hold a JSON object, not a {type(values).__name__}.")
-    parts = {key.partition(".")[0] + "." for layer in layers.values() for key in layer.keys.values()}
-    part = max((part for part in parts if any(name.startswith(part) for name in values)), default="")
-    own = [name for name in values if (name.startswith(part) if part else "." not in name)]
-    fields = {name.removeprefix(part): values[name] for name in own}
-    return LoraConfig.from_dict(fields) if fields else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ def under_processor(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Te
 
 @pytest.mark.parametrize("prefix", ["unet.", "transformer.", ""])
 @pytest.mark.parametrize("form", [peft_names, old_processors, linear_layers, under_processor])
+@pytest.mark.filterwarnings("ignore:The file does not say how its layers are scaled")
 def test_forms_of_diffusers(model: nn.Module, tmp_path: Path, form: Callable[..., Tensors], prefix: str) -> None:
     values = factors(2, QUERY, VALUE, OUT)
     file = write(tmp_path / "a.safetensors", form(prefix, values))
@@ -287,6 +289,108 @@ def test_alpha_of_diffusers_metadata(model: nn.Module, tmp_path: Path, prefix: s
     text = json.dumps({prefix + name: value for name, value in fields.items()} | {"text_encoder.lora_alpha": 99})
     file = write(tmp_path / "a.safetensors", peft_names(prefix, values), lora_adapter_metadata=text)
     check(model, file, expected(model, values, 3.0))
+
+
+def header(**parts: float) -> str:
+    """A header with an alpha for each of these parts, at rank 2."""
+    return json.dumps(
+        {f"{part}.{name}": n for part, alpha in parts.items() for name, n in (("lora_alpha", alpha), ("r", 2))}
+    )
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text"),
+    [
+        ("diffusion_model.", header(transformer=6)),
+        ("unet.", header(transformer=6)),
+        ("", header(transformer=6)),
+        ("", header(unet=6)),
+        ("diffusion_model.", header(transformer=6, text_encoder=99, text_encoder_2=98)),
+        ("lora_unet_", header(unet=6, text_encoder=99)),
+        ("transformer_2.", header(transformer=99, transformer_2=6)),
+        ("unet.", json.dumps({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_q": 6, "attn1.to_v": 6}})),
+        (
+            "unet.",
+            json.dumps(
+                {"transformer.lora_alpha": 2, "transformer.rank_pattern": {"to_q": 1}, "transformer.r": 6}
+            ).replace('"transformer.lora_alpha": 2', '"transformer.lora_alpha": 6'),
+        ),
+    ],
+)
+def test_alpha_of_a_header_whose_part_the_keys_call_otherwise(
+    model: nn.Module, tmp_path: Path, prefix: str, text: str
+) -> None:
+    values = factors(2, QUERY, VALUE)
+    tensors = kohya("lora_unet", values) if prefix == "lora_unet_" else peft_names(prefix, values)
+    check(model, write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=text), expected(model, values, 3.0))
+
+
+@pytest.mark.parametrize("tensors", [kohya, lambda prefix, values: rename(kohya("lora_te", values), "lora_te", prefix)])
+def test_alphas_of_a_header_for_two_text_encoders(tmp_path: Path, tensors: Callable[..., Tensors]) -> None:
+    model, text = text_encoder().double(), header(text_encoder=2, text_encoder_2=6, unet=99)
+    layer = "encoder.layers.0.self_attn.q_proj"
+    values = [factors(2, layer, size=16, seed=seed) for seed in (0, 1)]
+    both = tensors("lora_te1", values[0]) | tensors("lora_te2", values[1])
+    file = write(tmp_path / "a.safetensors", both, lora_adapter_metadata=text)
+    for part, held, scale in (("lora_te1", values[0], 1.0), ("lora_te2", values[1], 3.0)):
+        check(model, file, expected(model, held, scale), component=part)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "named"),
+    [
+        ("", header(transformer=6, text_encoder=2), "scales 'text_encoder', 'transformer', and keys such as 'down_bl"),
+        ("diffusion_model.", header(transformer=6, transformer_2=2), "'diffusion_model.down_blocks.0.attn1.to_q.lora"),
+        ("unet.", header(text_encoder=2), "scales 'text_encoder', and keys such as 'unet."),
+    ],
+)
+def test_header_of_which_no_part_or_several_may_be_meant(
+    model: nn.Module, tmp_path: Path, prefix: str, text: str, named: str
+) -> None:
+    tensors = peft_names(prefix, factors(2, QUERY))
+    file = write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=text)
+    refuse(model, file, ak.CheckpointError, named, "Begin the keys with the part and a dot")
+
+
+def test_alpha_beside_the_tensors_counts_and_a_header_that_disagrees_raises_a_warning(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    values, file = factors(2, QUERY, VALUE), tmp_path / "a.safetensors"
+    tensors = peft_names("transformer.", values) | {f"transformer.{QUERY}.alpha": torch.tensor(6.0)}
+    deltas = {path: (up @ down) * 3 for path, (down, up) in values.items()}
+    write(file, tensors, lora_adapter_metadata=header(transformer=6))
+    check(model, file, with_weights(model, deltas))
+    write(
+        file, tensors | {f"transformer.{VALUE}.alpha": torch.tensor(1.0)}, lora_adapter_metadata=header(transformer=6)
+    )
+    deltas[VALUE] /= 6
+    with pytest.warns(ak.AdapterWarning, match=r"scales 'down_blocks.0.attn1.to_v' by 3, and .* by 0.5. The alpha"):
+        check(model, file, with_weights(model, deltas))
+
+
+def test_scale_that_no_file_says_is_a_guess(tmp_path: Path) -> None:
+    model, layer = text_encoder().double(), "encoder.layers.0.self_attn.q_proj"
+    values, file = factors(2, layer, size=16), tmp_path / "a.safetensors"
+    write(file, peft_names("", values))
+    with pytest.warns(ak.AdapterWarning, match="does not say how its layers are scaled.*beside an adapter_config.json"):
+        check(model, file, expected(model, values))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", peft_names("", values))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": [layer]})
+    )
+    check(model, folder, expected(model, values, 3.0))
+
+
+@pytest.mark.parametrize(("alpha", "warns"), [("6", True), ("2", False), ("None", False), ("six", False)])
+def test_alpha_of_kohyas_header_is_named_where_layers_have_none(
+    model: nn.Module, tmp_path: Path, alpha: str, warns: bool
+) -> None:
+    values = factors(2, QUERY)
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values), ss_network_alpha=alpha, ss_network_dim="2")
+    with pytest.warns(ak.AdapterWarning, match="alpha 6 at rank 2, and 1 layers") if warns else nullcontext():
+        check(model, file, expected(model, values))
 
 
 def test_rank_stabilised_scaling_of_diffusers_metadata(model: nn.Module, tmp_path: Path) -> None:
