@@ -30,7 +30,6 @@ from adapterkit.combining import (
 from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, Shared, default_registry, twin
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
-    AdapterFiles,
     adapter_folder,
     adapter_tensors,
     load_adapter,
@@ -41,6 +40,7 @@ from adapterkit.files import (
     save_adapter,
     swap_in,
 )
+from adapterkit.formats import AdapterFiles
 from adapterkit.forward import State
 from adapterkit.merging import Merged, Parting, merging, take_heads
 from adapterkit.model import (

@@ -12,8 +12,9 @@ from torch import nn
 
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk import skeleton
-from adapterkit.files import CONFIG_FILE, adapter_folder, local_path
+from adapterkit.files import adapter_folder, local_path
 from adapterkit.files import folder as files
+from adapterkit.formats import CONFIG_FILE
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on

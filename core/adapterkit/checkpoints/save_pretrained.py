@@ -22,7 +22,6 @@ from adapterkit.checkpoints.training_files import STATE_FILE
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
 from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
 from adapterkit.files import (
-    CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
     appearing,
@@ -31,6 +30,7 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
+from adapterkit.formats import CONFIG_FILE
 from adapterkit.merging import Parting
 from adapterkit.model import Adapter, BaseModules, LabelSet, named_modules, resized_keys
 from adapterkit.tensors import gathered, in_first_process, is_sharded, process_groups, real_value, whole

@@ -13,6 +13,7 @@ from adapterkit.contract.formats import (
     ForeignFile,
     ForeignLayer,
     Format,
+    LayerNames,
     component,
     empty_layer,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Holder",
     "Installed",
     "KeyRule",
+    "LayerNames",
     "Limit",
     "LowRankLayer",
     "MajoritySign",

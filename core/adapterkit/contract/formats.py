@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,7 +50,7 @@ class ForeignFile:
 def component(name: str) -> str:
     """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
     head = name.partition(".")[0]
-    return head if head in DOTTED else next((part for part in FLAT if head.startswith(part + "_")), "")
+    return head if head in (*DOTTED, *FLAT) else next((part for part in FLAT if head.startswith(part + "_")), "")
 
 
 class LayerNames:
@@ -71,7 +71,8 @@ class LayerNames:
         part = component(name)
         if name in self._dotted or not part:
             return name if name in self._dotted else None
-        known, separator = (self._dotted, ".") if part in DOTTED else (self._flat, "_")
+        separator = name[len(part)]
+        known = self._dotted if separator == "." else self._flat
         rest, optional = name[len(part) + 1 :], OPTIONAL + separator
         found = next((known[n] for n in (rest, rest.removeprefix(optional), optional + rest) if n in known), [None])
         if len(found) > 1:
@@ -148,6 +149,7 @@ class Format:
         factors: own names of which a layer must have one.
         ranks: own names of factors, and which dimension of each is the rank, for `rank`.
         scaled: own names of the factors that are multiplied by the file's scaling, where it is not the config's.
+        rows: own names of the tensors that have a row for each output of the layer, and which dimension that is.
         unwritten: own names for which the files that are written have no name.
         refused: names of variants that the method does not implement, and what they are.
     """
@@ -159,12 +161,38 @@ class Format:
     factors: frozenset[str] = frozenset()
     ranks: Mapping[str, int] = {}
     scaled: frozenset[str] = frozenset()
+    rows: Mapping[str, int] = {}
     unwritten: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
         """The rank of a layer's tensors, which have the method's own names; by default as `ranks` says."""
         return next(tensors[local].shape[dim] for local, dim in self.ranks.items() if local in tensors)
+
+    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The tensors of a fused layer for each of the layers whose outputs it stacks, such as q, k and v.
+
+        By default the `rows` are cut, and the layers share everything else: `[B_q; B_k; B_v] A`.
+
+        Args:
+            tensors: by own names.
+            sizes: the outputs of each layer, or numbers in the same proportions.
+
+        Raises:
+            UnsupportedError: the change cannot be split there.
+        """
+        found: list[dict[str, Tensor]] = [dict(tensors) for _ in sizes]
+        for local, dim in self.rows.items():
+            if local in tensors:
+                rows, total = tensors[local].shape[dim], sum(sizes)
+                if rows % total and any(rows * size % total for size in sizes):
+                    raise UnsupportedError(
+                        f"A fused layer has {rows} outputs in {local!r}; they cannot be split as {sizes}."
+                    )
+                parts = tensors[local].split([rows * size // total for size in sizes], dim)
+                for own, part in zip(found, parts, strict=True):
+                    own[local] = part
+        return found
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config of a file that has these layers. The core sets `target_modules`.

@@ -19,38 +19,28 @@ from adapterkit.contract import (
     Method,
     Target,
     beside,
-    default_registry,
     file_key,
     shared_tensors,
     strip_file_prefix,
 )
-from adapterkit.disk.model import CONFIG, Base
+from adapterkit.disk.model import CONFIG, Base, skeleton
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError
 from adapterkit.files import (
-    CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
-    AdapterFiles,
     MappedFiles,
     adapter_folder,
     appearing,
-    check_foreign,
     file_config,
     file_tensors,
-    keys_of_other_parts,
-    kinds_of,
-    layers_of,
     local_path,
-    named_layers,
-    of_component,
     read,
-    recognise,
     refuse,
     same_values,
-    shapes_of,
     write_folder,
     write_tensors,
 )
+from adapterkit.formats import CONFIG_FILE, AdapterFiles, layers_of, shapes_of, translate
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
@@ -192,28 +182,24 @@ class AdapterFile(AdapterContent):
         """
         mapped = MappedFiles()
         files = read(adapter_folder(source), mapped.read)
-        passed: Collection[str] = ()
-        tensors: Tensors
+        layers = None if base is None else layers_of(BaseModules(base.model))
+        found = translate(files, layers, part=component, keep_names=keep_names)
+        recorded = found.config.base_model_name_or_path
+        if base is None and not found.layers and recorded and (Path(recorded) / CONFIG).is_file():
+            base = Base(skeleton(recorded), Path(recorded))
+            found = translate(files, layers_of(BaseModules(base.model)), part=component)
+        method, config, tensors = found.method, found.config, dict(found.tensors)
+        kinds = found.layers
         if files.config is None:
-            method, config, kinds, tensors, passed = _foreign(files, base, component, keep_names)
-            files = dataclasses.replace(files, config=config.to_dict(), tensors=dict(tensors))
-        else:
-            method = default_registry.claim(files.config, files.folder)
-            config = method.config_type().from_dict({"modules_to_save": None, **files.config})
-            tensors = strip_file_prefix(files.tensors)
-            kinds = {} if base is not None else kinds_of(method.layers_in_file(shapes_of(tensors), config))
-            recorded = config.base_model_name_or_path
-            if not kinds and base is None and recorded and (Path(recorded) / CONFIG).is_file():
-                base = Base.of(recorded)
-            if kinds:
-                config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
-            elif base is not None:
-                config, tensors, kinds = _of_base(tensors, method, config, base)
+            files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
+        elif base is not None:
+            splits = [method.key_rule(config).split(key) for key in shapes_of(tensors)]
+            kinds = {path: base.kind(path, method) for path in dict.fromkeys(split[0] for split in splits if split)}
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         name = name or files.folder.name
         opened = cls(name=name, files=files, method=method, config=config, kinds=kinds, base=base, mapped=mapped)
-        rule, opened.ignored = method.key_rule(config), [key for key in tensors if key in passed]
-        opened._sort({key: tensor for key, tensor in tensors.items() if key not in passed}, rule)
+        rule, opened.ignored = method.key_rule(config), [key for key in tensors if key in found.passed]
+        opened._sort({key: tensor for key, tensor in tensors.items() if key not in found.passed}, rule)
         opened._build(rule)
         opened.labels = opened._labels()
         places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(files.tensors)]
@@ -373,42 +359,6 @@ class AdapterFile(AdapterContent):
         if own is not None:
             return LabelSet.of_rows(layers, own)
         return LabelSet.numbered(layers[-1][0]) if self.config.task_type in _CLASSIFIERS else None
-
-
-def _of_base(
-    tensors: Tensors, method: Method, config: AdapterConfig, base: Base
-) -> tuple[AdapterConfig, Tensors, dict[str, LayerKind]]:
-    """The config and the tensors as the method reads them, and the base's layers that the keys name.
-
-    Where a method renames its keys in files, they are read with all layers of the base first.
-    """
-    rule = method.key_rule(config)
-    renamed = not any(rule.split(key) for key in shapes_of(tensors))
-    if renamed:
-        layers = layers_of(BaseModules(base.model))
-        config, tensors = method.read(tensors, layers, {}, config) or (config, tensors)
-    splits = [rule.split(key) for key in shapes_of(tensors)]
-    kinds = {path: base.kind(path, method) for path in dict.fromkeys(split[0] for split in splits if split)}
-    if not renamed:
-        config, tensors = method.read(tensors, kinds, {}, config) or (config, tensors)
-    return config, tensors, kinds
-
-
-def _foreign(
-    files: AdapterFiles, base: Base | None, part: str | None, keep_names: bool
-) -> tuple[Method, AdapterConfig, dict[str, LayerKind], dict[str, Tensor], set[str]]:
-    """Another program's file as an adapter folder would hold it, and the keys that are for other models."""
-    check_foreign(files.tensors, files.folder)
-    tensors = of_component(files.tensors, part)
-    if base is None:
-        layers = named_layers(tensors, files.folder, keep_names=keep_names)
-    else:
-        layers = layers_of(BaseModules(base.model))
-    method, config, read = recognise(tensors, layers, files.metadata, files.folder)
-    rule, found = method.key_rule(config), dict(read)
-    splits = (rule.split(key, layers) for key in found)
-    paths = dict.fromkeys(split[0] for split in splits if split and split[0] in layers)
-    return method, config, {path: layers[path] for path in paths}, found, keys_of_other_parts(tensors, found, layers)
 
 
 def natural(path: str) -> list[tuple[int, str]]:

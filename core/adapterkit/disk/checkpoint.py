@@ -12,7 +12,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, unknown
-from adapterkit.files import CONFIG_FILE, Entry, MappedFiles, Shard, read_header
+from adapterkit.files import Entry, MappedFiles, Shard, read_header
+from adapterkit.formats import CONFIG_FILE
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 _INDEX_SUFFIX = ".safetensors.index.json"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.errors import PluginError, SaveError, StateError, UnsupportedError
-from adapterkit.files import CONFIG_FILE, Entry, Shard, appearing, as_bytes, dtype_name, read_entry, write_header
+from adapterkit.files import Entry, Shard, appearing, as_bytes, dtype_name, read_entry, write_header
+from adapterkit.formats import CONFIG_FILE
 from adapterkit.merging import Change, merge_module
 
 MANIFEST = "adapterkit_merge.json"

@@ -1,14 +1,12 @@
 """An adapter as files: PEFT's folder, other programs' files, the hub.
 
 In: a folder, a file or a hub id. Out: the adapter's config and tensors, placed on a model; and the way back.
-Uses: errors, results, tensors, kinds, contract, forward, model.
+Uses: errors, results, tensors, kinds, contract, forward, model, formats.
 """
 
 from adapterkit.files.folder import (
-    CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
-    AdapterFiles,
     appearing,
     local_path,
     read,
@@ -19,16 +17,6 @@ from adapterkit.files.folder import (
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
 from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values
-from adapterkit.files.other_programs import (
-    check_foreign,
-    keys_of_other_parts,
-    kinds_of,
-    layers_of,
-    named_layers,
-    of_component,
-    recognise,
-    shapes_of,
-)
 from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
 from adapterkit.files.serving import ServerName, ServingReport, check_serving, problems_of, server_named
 from adapterkit.files.swap import swap_in
@@ -47,11 +35,9 @@ from adapterkit.files.tensors import (
 )
 
 __all__ = [
-    "CONFIG_FILE",
     "EVERYWHERE",
     "PICKLE_FILE",
     "WEIGHTS_FILE",
-    "AdapterFiles",
     "Entry",
     "FactorSpool",
     "MappedFiles",
@@ -62,7 +48,6 @@ __all__ = [
     "adapter_tensors",
     "appearing",
     "as_bytes",
-    "check_foreign",
     "check_serving",
     "check_tensors",
     "dtype_name",
@@ -71,28 +56,21 @@ __all__ = [
     "file_places",
     "file_tensors",
     "hub_id",
-    "keys_of_other_parts",
-    "kinds_of",
-    "layers_of",
     "load_adapter",
     "local_path",
     "match_adapter",
     "model_folder",
-    "named_layers",
     "not_to_be_had",
-    "of_component",
     "problems_of",
     "read",
     "read_config",
     "read_entry",
     "read_header",
     "read_tensors",
-    "recognise",
     "refuse",
     "same_values",
     "save_adapter",
     "server_named",
-    "shapes_of",
     "short_names",
     "swap_in",
     "umask",

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from adapterkit.errors import CheckpointError, ConfigError, SaveError
 from adapterkit.files.tensors import read_header, read_tensors, write_tensors
+from adapterkit.formats import CONFIG_FILE, AdapterFiles
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -30,16 +29,6 @@ _CONFIG, _REPLACED = "adapterkit.config", "adapterkit.replaced_config"
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
 Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """What an adapter folder holds; or a file of another program, which has no config."""
-
-    folder: Path
-    config: dict[str, Any] | None
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
 
 
 def local_path(source: object) -> Path:

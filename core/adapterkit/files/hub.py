@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import CheckpointError, nearest
-from adapterkit.files.folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, local_path
+from adapterkit.files.folder import PICKLE_FILE, WEIGHTS_FILE, local_path
+from adapterkit.formats import CONFIG_FILE
 
 # What files end in; repositories of the hub do not.
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")

@@ -9,16 +9,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import (
-    AdapterConfig,
-    Names,
-    default_registry,
-    strip_file_prefix,
-)
+from adapterkit.contract import AdapterConfig, Names
 from adapterkit.errors import AdapterWarning, CheckpointError
-from adapterkit.files.folder import AdapterFiles
 from adapterkit.files.match import equals_base, ignore_known_keys, refuse
-from adapterkit.files.other_programs import check_foreign, keys_of_other_parts, layers_of, of_component, recognise
+from adapterkit.formats import AdapterFiles, layers_of, translate
 from adapterkit.forward import Active
 from adapterkit.model import (
     Adapter,
@@ -59,20 +53,9 @@ def load_adapter(
         SelectionError: its config selects nothing on this model.
     """
     modules = BaseModules(model)
-    layers = layers_of(modules)
-    held = strip_file_prefix(files.tensors)
-    own = of_component(held, component)
-    if files.config is None:
-        check_foreign(files.tensors, files.folder)
-        method, config, read = recognise(own, layers, files.metadata, files.folder)
-    else:
-        method = default_registry.claim(files.config, files.folder)
-        config = method.config_type().from_dict({"modules_to_save": None, **files.config})
-        config, read = method.read(own, layers, {}, config) or (config, own)
-    tensors = dict(read)
-    passed = keys_of_other_parts(own, tensors, layers) | (held.keys() - own.keys())
-    tensors |= {key: held[key] for key in held.keys() - own.keys()}
-    config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
+    found = translate(files, layers_of(modules), part=component)
+    tensors, method = dict(found.tensors), found.method
+    config = found.config.replace(modules_to_save=_heads_in_file(found.config, modules, tensors))
     selection = select_on(modules, config)
     tables = _tables_in_file(modules, selection.heads, tensors)
     optional = {*(f"{path}.bias" for path in tables), *(f"{p}.weight" for p, first in tables.items() if p != first)}
@@ -90,7 +73,8 @@ def load_adapter(
     adapter.tables = frozenset(tables)
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
-    ignore_known_keys(fit, model, tensors, passed)
+    fit.ignored += [key for key in found.passed if key not in tensors]
+    ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:
         refuse(report, name, str(files.folder))

@@ -15,7 +15,7 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.other_programs import keys_of_other_parts, layers_of
+from adapterkit.formats import keys_of_other_parts, layers_of
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole

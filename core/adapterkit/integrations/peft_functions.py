@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import default_registry
 from adapterkit.errors import CheckpointError, UnsupportedError
-from adapterkit.files import AdapterFiles
+from adapterkit.formats import AdapterFiles
 from adapterkit.forward import PerAdapter
 from adapterkit.integrations.peft_names import plain
 

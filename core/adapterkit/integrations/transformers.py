@@ -28,7 +28,7 @@ from adapterkit.checkpoints import (
 )
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
 from adapterkit.errors import AdapterWarning, CheckpointError, StateError, UnsupportedError
-from adapterkit.files import CONFIG_FILE
+from adapterkit.formats import CONFIG_FILE
 from adapterkit.integrations.peft import as_peft
 
 if TYPE_CHECKING:

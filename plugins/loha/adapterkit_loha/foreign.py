@@ -1,12 +1,12 @@
 """LoHa files of LyCORIS and kohya-ss."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from adapterkit import CheckpointError, ForeignLayer, Format, LayerKind
+from adapterkit import CheckpointError, ForeignLayer, Format, LayerKind, UnsupportedError
 from adapterkit_loha.config import LoHaConfig
 from adapterkit_loha.layer import kernel_of, with_kernel
 
@@ -20,6 +20,7 @@ class LoHaFormat(Format):
     namings = ("kohya", "lycoris")
     factors = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     scaled = frozenset({"hada_w1_a"})
+    rows = {"hada_w1_a": 0, "hada_w2_a": 0}
     names = {core: core for core in _CORES}
     refused = {"dora_scale": "a LoHa that is weight-decomposed (DoRA), which is not LoHa"}
 
@@ -28,6 +29,11 @@ class LoHaFormat(Format):
         a = 0 if tensors.keys() >= {*_CORES} else 1
         dims = {"hada_w1_b": 0, "hada_w2_b": 0, "hada_w1_a": a, "hada_w2_a": a}
         return next(tensors[local].shape[dim] for local, dim in dims.items() if local in tensors)
+
+    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        if tensors.keys() & {*_CORES}:
+            raise UnsupportedError("A LoHa with cores is a convolution's, and a fused layer is a linear one.")
+        return super().split(tensors, sizes)
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         cores = {layer.tensors.keys() >= {*_CORES} for layer in layers.values() if kernel_of(layer.kind)}

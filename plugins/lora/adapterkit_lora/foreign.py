@@ -30,6 +30,7 @@ class LoraFormat(Format):
     ranks = {_DOWN: 0, _UP: 1, _TABLE[0]: 0, _TABLE[1]: 1}
     factors = frozenset(ranks)
     scaled = frozenset({_UP, _TABLE[1]})
+    rows = {_UP: 0, _BIAS: 0}
     unwritten = frozenset({_BIAS, *_TABLE})
     names = {
         _BIAS: _BIAS,

@@ -1,9 +1,11 @@
-"""Reading files of other programs: which part of a pipeline a model is, and which method a file belongs to."""
+"""The one way from an adapter's files, whoever wrote them, to a method, its config, and tensors in PEFT's names."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,17 +13,95 @@ from torch import Tensor, nn
 
 from adapterkit.contract import (
     DISABLE_VARIABLE,
-    DOTTED,
     FILE_PREFIX,
+    FLAT,
     AdapterConfig,
     Method,
     component,
     default_registry,
+    strip_file_prefix,
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
-from adapterkit.files.folder import CONFIG_FILE
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
+from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors
+
+# Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
+# pipeline is chosen, and those of layers' names behind.
+OF_FILES: tuple[Layout, ...] = (Wrapped(),)
+OF_NAMES: tuple[Layout, ...] = ()
+
+
+@dataclass(frozen=True)
+class Translation:
+    """An adapter in PEFT's names, whoever wrote its files.
+
+    Attributes:
+        tensors: by their keys in PEFT's format without its prefix; what no layer has keeps its key.
+        layers: the layers that the tensors are for, as far as the files or the model tell. Of a PEFT folder on a model:
+            all layers of the model.
+        passed: keys of other models of a pipeline, which are not for this one.
+        programs: the programs whose layouts the files have, as far as they differ from PEFT's.
+    """
+
+    method: Method
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    layers: Mapping[str, LayerKind]
+    passed: frozenset[str]
+    programs: tuple[str, ...]
+
+
+def translate(
+    files: AdapterFiles,
+    layers: Mapping[str, LayerKind] | None,
+    *,
+    part: str | None = None,
+    keep_names: bool = False,
+) -> Translation:
+    """An adapter as PEFT would have written it.
+
+    Args:
+        layers: those of the model; `None`: there is no model, and the tensors tell what they can.
+        part: of a file for a whole pipeline, the part to take.
+        keep_names: without a model, keep the names that another program's file has for its layers.
+
+    Raises:
+        CheckpointError: it is not an adapter, or not one that this model has layers for.
+        UnknownNameError: no plugin provides its method.
+        UnsupportedError: no method implements a field or a variant that it has.
+    """
+    programs: list[str] = []
+
+    def through(layouts: Iterable[Layout], files: AdapterFiles) -> AdapterFiles:
+        for layout in layouts:
+            found = layout.read(files, layers)
+            if found is not None:
+                files = found
+                programs.append(layout.program)
+        return files
+
+    files = through(OF_FILES, files)
+    if files.config is None:
+        check_foreign(files.tensors, files.folder)
+    held = strip_file_prefix(files.tensors)
+    files = through(OF_NAMES, dataclasses.replace(files, tensors=of_component(held, part)))
+    own = files.tensors
+    if files.config is None:
+        known = named_layers(own, files.folder, keep_names=keep_names) if layers is None else layers
+        method, config, read = recognise(own, known, files.metadata, files.folder)
+        rule = method.key_rule(config)
+        splits = (rule.split(key, known) for key in read)
+        found = {split[0]: known[split[0]] for split in splits if split and split[0] in known}
+    else:
+        method = default_registry.claim(files.config, files.folder)
+        config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+        known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
+        config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
+    passed = keys_of_other_parts(own, read, known) if files.config is None else set()
+    passed |= {key for key in held if part is not None and component(key) != part}
+    return Translation(method, config, read, found, frozenset(passed), tuple(programs))
 
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
@@ -62,7 +142,7 @@ def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool)
     if len(parts) > 1:
         listed = ", ".join(map(repr, sorted(parts - {""})))
         raise CheckpointError(f"{file} is for several models of a pipeline: {listed}. Say component=.")
-    flat = next((name for name in found if component(name) not in ("", *DOTTED)), None)
+    flat = next((name for name in found if name.startswith(tuple(f"{part}_" for part in FLAT))), None)
     if flat is not None:
         raise CheckpointError(
             f"{file}: its names, such as {flat!r}, have '_' for '.', so the layers' paths cannot be told from "

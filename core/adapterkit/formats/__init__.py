@@ -1,0 +1,12 @@
+"""The layouts of adapter files that programs write, and the one way from each of them to PEFT's.
+
+In: an adapter's files as read, and the layers of a model, where there is one. Out: its method, its config and its
+tensors in PEFT's names, and the program whose layout it was.
+Uses: errors, kinds, contract, model.
+"""
+
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
+from adapterkit.formats.names import NameTable
+from adapterkit.formats.translation import keys_of_other_parts, layers_of, shapes_of, translate
+
+__all__ = ["CONFIG_FILE", "AdapterFiles", "NameTable", "keys_of_other_parts", "layers_of", "shapes_of", "translate"]

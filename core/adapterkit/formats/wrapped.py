@@ -1,0 +1,61 @@
+"""State dicts of wrapped models: names that PEFT, DDP, torch.compile and others put into their keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adapterkit.contract import FILE_PREFIX, unwrapped_key
+from adapterkit.errors import CheckpointError
+from adapterkit.formats.layouts import AdapterFiles, Layout
+from adapterkit.kinds import LayerKind
+
+# PEFT calls an adapter "default", and diffusers "default_0", between the name of its parameter and "weight".
+_NAMED = re.compile(r"(.+\.[a-z]+_\w+)\.(default(?:_\d+)?)((?:\.\w+)*)")
+# A head that PEFT trains, and the base's own beside it.
+_HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
+
+
+class Wrapped(Layout):
+    """A model's state dict as a training script dumps it: `module.base_model.model.x.lora_A.default.weight`.
+
+    It takes away what wrappers put before a key (`module.`) or into it (`_orig_mod.`), whatever stands before PEFT's
+    prefix, a second such prefix, and the adapter's name.
+    """
+
+    program = "a wrapped model's state dict"
+
+    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
+        """See `Layout.read`."""
+        tensors, before = dict[str, Tensor](), dict[str, str]()
+        outer = _outer(files.tensors, layers or {})
+        heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
+        for key, tensor in files.tensors.items():
+            if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
+                continue
+            short = unwrapped_key(key.removeprefix(outer))
+            while short.startswith(FILE_PREFIX * 2):
+                short = short.removeprefix(FILE_PREFIX)
+            if (named := _NAMED.fullmatch(short)) is not None:
+                short = named[1].removesuffix(_HEAD) + named[3]
+            if short in tensors:
+                raise CheckpointError(
+                    f"{files.folder}: both {before[short]!r} and {key!r} are for {short!r}, so it holds several "
+                    "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
+                )
+            tensors[short], before[short] = tensor, key
+        return None if tensors.keys() == files.tensors.keys() else dataclasses.replace(files, tensors=tensors)
+
+
+def _outer(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> str:
+    """What wrappers put before every key: `module.`, or a path before PEFT's prefix; never a path of the model."""
+    first = next((key for key in tensors if FILE_PREFIX in key), next(iter(tensors), ""))
+    prefix = FILE_PREFIX if FILE_PREFIX in first else ""
+    outer = first[: first.index(prefix)]
+    while not prefix and first.removeprefix(outer).startswith("module."):
+        outer += "module."
+    shared = all(key.startswith(outer) for key in tensors if prefix in key)
+    return outer if shared and not any(f"{path}.".startswith(outer + prefix) for path in layers) else ""

@@ -1,0 +1,123 @@
+"""State dicts of wrapped models: an adapter that a training script dumped, whatever stands around its names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import build
+from torch import Tensor, nn
+
+import adapterkit as ak
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+Keys = Callable[[str], str]
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.arange(3, 12)[None]).logits
+    return found
+
+
+def trained(folder: Path, **options: object) -> tuple[peft.PeftModel, Tensor]:
+    """A model of PEFT, its saved adapter, and what it computes."""
+    model = peft.get_peft_model(build("bert"), peft.LoraConfig(r=2, target_modules=["query", "value"], **options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.eval().save_pretrained(folder)
+    return model, outputs(model)
+
+
+def loaded(place: Path) -> Tensor:
+    model = build("bert").eval()
+    assert ak.attach(model).load(place, "x").ok
+    return outputs(model)
+
+
+def renamed(folder: Path, name: Keys) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name(key): tensor for key, tensor in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def in_parameter(name: str) -> Keys:
+    return lambda key: key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}.")
+
+
+WRAPPERS: dict[str, Keys] = {
+    "ddp": lambda key: f"module.{key}",
+    "ddp twice": lambda key: f"module.module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled inside": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "compiled layers": lambda key: key.replace(".layer.", ".layer._orig_mod."),
+    "ddp and compiled": lambda key: f"module._orig_mod.{key}",
+    "compiled and ddp": lambda key: f"_orig_mod.module.{key}",
+    "lightning": lambda key: f"model.{key}",
+    "lightning and ddp": lambda key: f"model.module.{key}",
+    "fsdp": lambda key: f"_fsdp_wrapped_module.{key}".replace("attention.self", "attention._fsdp_wrapped_module.self"),
+    "checkpointing": lambda key: key.replace(".layer.0.", ".layer.0._checkpoint_wrapped_module."),
+    "peft twice": lambda key: PREFIX + key,
+    "peft three times": lambda key: PREFIX * 2 + key,
+    "name": in_parameter("default"),
+    "name of diffusers": in_parameter("default_0"),
+    "name without prefix": lambda key: in_parameter("default")(key).removeprefix(PREFIX),
+    "all": lambda key: f"module._orig_mod.{in_parameter('default')(PREFIX + key)}",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS.values(), ids=WRAPPERS)
+def test_names_of_wrappers_are_taken_away(name: Keys, tmp_path: Path) -> None:
+    _, expected = trained(tmp_path)
+    renamed(tmp_path, name)
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+def test_on_disk_too(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model, expected = trained(tmp_path / "a", modules_to_save=["classifier"])
+    build("bert").save_pretrained(base)
+    renamed(tmp_path / "a", WRAPPERS["all"])
+    ak.merge_checkpoint(base, tmp_path / "a", tmp_path / "merged")
+    merged = type(model.get_base_model()).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(outputs(merged), expected, rtol=0, atol=1e-5)
+    assert ak.inspect_adapter(tmp_path / "a").unknown == ()
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trained", "all"])
+def test_whole_state_dict_with_a_head(trainable: bool, tmp_path: Path) -> None:
+    """Beside the adapter it holds the base's own weights, and the head as it was before."""
+    model, expected = trained(tmp_path, modules_to_save=["classifier"])
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not trainable}
+    tensors = {f"module.{key}": tensor for key, tensor in model.state_dict().items() if key in wanted}
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+def test_a_module_called_like_a_wrapper_stays(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"module": nn.Linear(4, 4)})
+    adapters = ak.attach(model)
+    adapters.add("a", ak.config("lora", r=2, target_modules=["module"]))
+    adapters.save("a", tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}, tmp_path / WEIGHTS)
+    assert adapters.load(tmp_path, "b").ok
+
+
+def test_two_adapters_in_one_dump_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    both = {
+        in_parameter(name)(key): tensor.clone() for key, tensor in tensors.items() for name in ("default", "default_1")
+    }
+    save_file(both, tmp_path / WEIGHTS)
+    with pytest.raises(ak.CheckpointError, match=r"it holds several adapters\. Save the one that you mean"):
+        loaded(tmp_path)
