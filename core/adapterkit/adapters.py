@@ -985,7 +985,6 @@ class Adapters:
         Raises:
             ConfigError: there are no adapters, or one is named twice.
             StateError: values that are not finite, or on the meta device.
-            UnsupportedError: matplotlib is not installed (the extra `report`).
             SaveError: the file cannot be written.
         """
         from adapterkit.report import Report, live_sources

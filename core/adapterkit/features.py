@@ -194,7 +194,7 @@ def _streamed(parts: Iterable[Tensor], path: Path) -> Path:
     rows, first = 0, None
     with ExitStack() as stack:
         with _saving(path):
-            file = stack.enter_context(stack.enter_context(appearing(path)).open("wb"))
+            file = stack.enter_context(stack.enter_context(appearing(path, follow=True)).open("wb"))
             file.write(b" " * _HEADER_BYTES)
         for part in parts:  # an error of the caller's data is not an error of saving
             first = part[:0] if first is None else first

@@ -178,8 +178,7 @@ def report(
 ) -> dict[str, Any]:
     """Write a page: which layers an adapter changes, which rank is enough, which adapters can be merged.
 
-    The page is one HTML file without scripts that loads nothing from elsewhere. Its verdicts are also printed. This
-    needs matplotlib: pip install 'adapterkit[report]'.
+    The page is one HTML file without scripts that loads nothing from elsewhere. Its verdicts are also printed.
     """
     import adapterkit as ak
 

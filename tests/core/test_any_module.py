@@ -134,7 +134,6 @@ def test_what_needs_a_weight_is_refused_by_name(act: Any, text: str) -> None:
 
 
 def test_a_report_says_that_nothing_can_be_measured() -> None:
-    pytest.importorskip("matplotlib")
     assert "no low-rank form of its change at 1 target" in str(scaled(model(), "mixed").report("a"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -64,10 +63,7 @@ def test_every_target_has_a_cell_in_the_heat_map_of_its_adapter(report: Report) 
 
 def test_each_picture_says_how_to_read_it(report: Report) -> None:
     page = Page(report.html)
-    assert "#0102" not in report.html  # colours are the page's
-    assert "var(--line)" in report.html
-    ids = re.findall(r'<clipPath id="([^"]+)"', report.html)
-    assert len(ids) == len(set(ids)) > 0
+    assert "var(--line)" in report.html  # colours are the page's
     assert page.count("svg") == 2 * 2  # for each adapter the spectra of two module names
     assert all(attrs["role"] == "img" and attrs["aria-label"] for tag, attrs in page.tags if tag == "svg")
     assert page.text.count("How to read:") == 4
@@ -193,14 +189,11 @@ def test_adapters_of_a_model_report(tmp_path: Path) -> None:
     assert [a.name for a in adapters.report("b").findings.adapters] == ["b"]
 
 
-def test_what_makes_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_no_report() -> None:
     with pytest.raises(ak.ConfigError, match="A report needs at least one adapter"):
         Report.of([])
     with pytest.raises(ak.ConfigError, match="Two adapters have one name"):
         Report.of([source("a", stack(1)), source("a", stack(1))])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ak.UnsupportedError, match=re.escape("pip install 'adapterkit[report]'")):
-        Report.of([source("a", stack(1))])
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def write_file(
         SaveError: it cannot be written there; what was there is untouched.
     """
     try:
-        with appearing(place.resolve()) as fresh:
+        with appearing(place, follow=True) as fresh:
             write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, release)
     except OSError as error:
         raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error

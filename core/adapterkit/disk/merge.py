@@ -172,7 +172,7 @@ def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
 
 
 def _inputs(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that determines the output; `resume` compares it."""
+    """Everything that determines the output; `resume` compares it. It has no folders of this machine."""
     from importlib.metadata import version
 
     base, adapters = {}, []
@@ -185,7 +185,7 @@ def _inputs(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mappi
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256}
-        adapters.append({"source": source.given, "weight": source.weight, "files": files})
+        adapters.append({"source": Path(source.given).name, "weight": source.weight, "files": files})
     versions = {name: version(name) for name in ("adapterkit", "torch", "transformers")}
     return {"base": base, "adapters": adapters, "arguments": dict(arguments), "versions": versions}
 

@@ -323,7 +323,7 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
         if old.name not in (LOCK, *done, MANIFEST if done else LOCK):
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
-    manifest = {"base": str(output.base), "inputs": inputs, "files": sizes}
+    manifest = {"base": output.base.resolve().name, "inputs": inputs, "files": sizes}
     with appearing(path) as fresh:
         fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return tuple(done)

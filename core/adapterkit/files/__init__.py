@@ -7,12 +7,9 @@ Uses: errors, results, tensors, kinds, contract, forward, model, formats.
 from adapterkit.files.folder import (
     PICKLE_FILE,
     WEIGHTS_FILE,
-    appearing,
     local_path,
     read,
     read_config,
-    umask,
-    write_folder,
 )
 from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
@@ -33,6 +30,7 @@ from adapterkit.files.tensors import (
     write_header,
     write_tensors,
 )
+from adapterkit.files.writing import appearing, umask, write_folder
 
 __all__ = [
     "EVERYWHERE",

@@ -1,22 +1,20 @@
-"""Adapter folders: `adapter_config.json` beside `adapter_model.safetensors`, read safely and written atomically."""
+"""Adapter folders: `adapter_config.json` beside `adapter_model.safetensors`, read as one version."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterkit.errors import CheckpointError, ConfigError, SaveError
-from adapterkit.files.tensors import read_header, read_tensors, write_tensors
+from adapterkit.errors import CheckpointError, ConfigError
+from adapterkit.files.tensors import read_header, read_tensors
 from adapterkit.formats import CONFIG_FILE, AdapterFiles
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,10 +23,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20
 # In the weights' metadata: the config that they were saved with, and the hash of the one that was there before.
-_CONFIG, _REPLACED = "adapterkit.config", "adapterkit.replaced_config"
+NEW_CONFIG, REPLACED_CONFIG = "adapterkit.config", "adapterkit.replaced_config"
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
-Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
 
 
 def local_path(source: object) -> Path:
@@ -119,8 +116,8 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if metadata.get(_REPLACED) == hashlib.sha256(content).hexdigest():
-        content = metadata.get(_CONFIG, "").encode()
+    if metadata.get(REPLACED_CONFIG) == hashlib.sha256(content).hexdigest():
+        content = metadata.get(NEW_CONFIG, "").encode()
     elif not path.is_file():
         if not folder.is_dir():
             found = "There is no such folder."
@@ -150,103 +147,3 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if without is not None:
         raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")
     return tensors, {}
-
-
-def write_folder(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    writer: Writer = write_tensors,
-) -> None:
-    """Write an adapter folder so that whenever it is read, it is the old adapter whole or the new one whole.
-
-    Both files are written beside their names first. The new weights replace the old ones, then the new config replaces
-    the old one. If the configs differ, the weights hold the new one too, by which `read_config` knows a save that ended
-    between the two. A new folder appears by one rename, when both are in it.
-
-    Args:
-        writer: writes tensors and metadata to a safetensors file.
-
-    Raises:
-        SaveError: it cannot be written there; nothing has changed.
-    """
-    try:
-        text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that matches counts
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
-    try:
-        folder = folder.resolve()  # behind a link is the folder that changes
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder.parent):
-            exists, change = folder.exists(), {}
-            old = (folder / CONFIG_FILE).read_bytes() if (folder / CONFIG_FILE).exists() else b""
-            if exists and old != text.encode():
-                change = {_CONFIG: text, _REPLACED: hashlib.sha256(old).hexdigest()}
-            place = folder if exists else Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                with appearing(place / CONFIG_FILE) as fresh, appearing(place / WEIGHTS_FILE) as weights:
-                    fresh.write_text(text, encoding="utf-8")
-                    _finish(fresh)
-                    writer(dict(tensors), weights, {"format": "pt", **metadata, **change})
-                (place / PICKLE_FILE).unlink(missing_ok=True)  # others would read the old format
-                if not exists:
-                    place.chmod(0o777 & ~umask())
-                    place.rename(folder)
-            finally:
-                if not exists:
-                    shutil.rmtree(place, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
-        raise SaveError(
-            f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
-        ) from error
-
-
-@contextmanager
-def _one_at_a_time(parent: Path) -> Iterator[None]:
-    """Let one process (or thread) at a time save to folders in `parent`, where the system has such locks.
-
-    Every process of a training run may save to the same folder at the same moment.
-    """
-    try:
-        import fcntl
-
-        handle = os.open(parent, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to. It gets that name when the block ends, and goes if the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    fresh = Path(name)
-    try:
-        yield fresh
-        _finish(fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _finish(file: Path) -> None:
-    """Give a file the usual mode, and its bytes to the disk."""
-    file.chmod(0o666 & ~umask())
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-
-
-def umask() -> int:
-    """The process's mask for the modes of new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

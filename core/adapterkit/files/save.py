@@ -19,9 +19,9 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.files.folder import write_folder
 from adapterkit.files.load import EVERYWHERE
 from adapterkit.files.match import check_tensors, file_places, from_model_keys
+from adapterkit.files.writing import write_folder
 from adapterkit.model import (
     ALL_LINEAR,
     Adapter,

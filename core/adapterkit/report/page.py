@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,19 @@ def _facts(adapter: AdapterFinding) -> list[tuple[str, str]]:
         ("target_modules", _short(config.target_modules or "")),
         ("parameters", f"{adapter.parameters:,}"),
         ("dtype", ", ".join(adapter.dtypes)),
-        ("base", config.base_model_name_or_path or "not named"),
+        ("base", _name(config.base_model_name_or_path or "not named")),
         ("task", config.task_type or ""),
         ("heads", ", ".join(adapter.heads)),
         ("labels", f"{len(adapter.labels)}: {_short(adapter.labels)}" if adapter.labels else ""),
         ("size of dW", f"{adapter.norm:.4g} (Frobenius, all targets)" if adapter.layers else ""),
-        ("read from", adapter.place),
+        ("read from", _name(adapter.place)),
     ]
     return [(name, value) for name, value in found if value]
+
+
+def _name(place: str) -> str:
+    """The last name of a path: a page is for others, whom the folders of this machine do not concern."""
+    return Path(place).name if Path(place).is_absolute() or Path(place).exists() else place
 
 
 def _short(value: object) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
 from adapterkit.disk import names_of
-from adapterkit.errors import ConfigError, SaveError, UnsupportedError
+from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files import appearing, local_path
 from adapterkit.report.heatmaps import Places, places_of
 from adapterkit.report.measuring import AdapterFinding, Findings, measure
@@ -39,10 +38,6 @@ class Report:
     @classmethod
     def of(cls, sources: Sequence[AdapterFinding], title: str | None = None) -> Report:
         """Measure the sources; the errors are those of `write_report`. The page is drawn when it is first asked for."""
-        if find_spec("matplotlib") is None:
-            raise UnsupportedError(
-                "A report draws its curves with matplotlib, which is not installed: pip install 'adapterkit[report]'."
-            )
         names = [source.name for source in sources]
         if not names:
             raise ConfigError("A report needs at least one adapter.")
@@ -60,14 +55,14 @@ class Report:
         return render(self.findings, self.verdicts, self._places, self.title)
 
     def save(self, out: str | Path) -> Path:
-        """Write the page to a file. An existing file is replaced in one step.
+        """Write the page to a file. An existing file is replaced in one step; a device or a pipe gets the page.
 
         Raises:
             SaveError: the file cannot be written; nothing has changed.
         """
         path = local_path(out)
         try:
-            with appearing(path) as fresh:
+            with appearing(path, follow=True) as fresh:
                 fresh.write_text(self.html, encoding="utf-8")
         except OSError as error:
             raise SaveError(f"The report cannot be written to {path}: {error}.") from error
@@ -114,7 +109,6 @@ def write_report(
         ConfigError: there is no source, two have one name, or there are more or fewer names than adapters.
         CheckpointError: a source is not an adapter, is damaged, or does not tell the sizes of its layers.
         StateError: a source has values that are not finite, or that are on the meta device.
-        UnsupportedError: matplotlib is not installed (the extra `report`).
         SaveError: the page cannot be written.
     """
     if isinstance(sources, str | Path):
