@@ -151,7 +151,7 @@ def read_config(place: str | Path) -> AdapterConfig:
     path = local_path(place)
     folder = path.parent if path.name == CONFIG_FILE else adapter_folder(place)
     fields = files.read_config(folder)
-    return default_registry.claim(fields, folder).config_type().from_dict({"modules_to_save": None, **fields})
+    return default_registry.read_config(fields, folder)[1]
 
 
 def _count(module: nn.Module) -> int:

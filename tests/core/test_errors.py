@@ -17,6 +17,7 @@ from tests.models import EmbeddingNet, build
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.contract.config import OPTIONS
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
@@ -116,7 +117,8 @@ CONFIGS: list[Row] = [
     ),
     ({"init_lora_weights": 1}, "init_lora_weights = 1 is a int;"),
     ({"init_lora_weights": "eva"}, "'eva' is an option of PEFT that adapterkit does not implement.", UNSUPPORTED),
-    ({"init_lora_weights": "eva"}, "loads if the field is set to true in its adapter_config.json", UNSUPPORTED),
+    ({"init_lora_weights": "MiCA"}, "Files of adapters that were trained from it load.", UNSUPPORTED),
+    ({"init_lora_weights": "loftq"}, "It replaces weights of the base, and the adapter goes with those", UNSUPPORTED),
     ({"r": 3, "init_lora_weights": "orthogonal"}, "r = 3: init_lora_weights='orthogonal' needs an even rank."),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias needs init_lora_weights True or False, not"),
 ]
@@ -135,17 +137,18 @@ def test_config_by_position_is_refused() -> None:
         LoraConfig(8)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("field", sorted({*LoraConfig.not_implemented, "a_field_of_next_year"}))
+@pytest.mark.parametrize("field", sorted(name for name in OPTIONS if name not in LoraConfig.__dataclass_fields__))
 def test_option_of_peft_that_is_not_implemented(field: str) -> None:
-    """Refused in a file and in the constructor; kept where it changes nothing."""
-    may, rest = "may change the adapter's outputs. If not, remove it from the file.", "by the method 'lora' here"
-    with refused(ak.UnsupportedError, f"{field} = ['on'] is not implemented {rest}", may):
-        LoraConfig.from_dict({"peft_type": "LORA", field: ["on"]})
-    if field in LoraConfig.not_implemented:
-        with refused(ak.UnsupportedError, f"LoraConfig: {field} = 'on' is an option of PEFT that adapterkit"):
-            LoraConfig(**{field: "on"})
-        neutral = LoraConfig.not_implemented[field]
-        assert LoraConfig.from_dict({"peft_type": "LORA", field: neutral}).to_dict()[field] == neutral
+    """Refused in the constructor, and in a file where it changes what an adapter computes; else kept."""
+    with refused(ak.UnsupportedError, f"LoraConfig: {field} = 'on' is an option of PEFT that adapterkit"):
+        LoraConfig(**{field: "on"})
+    neutral = OPTIONS[field]
+    if neutral is ...:
+        neutral = ["on"]
+    else:
+        with refused(ak.UnsupportedError, f"{field} = ['on'] changes what the adapter computes, and the method 'lora'"):
+            LoraConfig.from_dict({"peft_type": "LORA", field: ["on"]})
+    assert LoraConfig.from_dict({"peft_type": "LORA", field: neutral}).to_dict()[field] == neutral
 
 
 def test_value_nested_too_deeply_is_refused() -> None:

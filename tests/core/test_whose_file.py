@@ -36,7 +36,6 @@ class GeneralConfig(LoraConfig):
     """Knows the field, and does without the mark."""
 
     method, peft_type = "general", "LORA"
-    not_implemented = {}  # noqa: RUF012
 
     use_dora: bool = False
     lora_alpha: float = 8
@@ -81,11 +80,18 @@ def test_of_two_methods_that_know_a_file_the_one_with_more_marks_takes_it(third_
         default_registry.unregister("general")
 
 
-def test_a_file_that_no_method_takes_names_the_fields_that_each_does_not_know(third_parties: None) -> None:
+def test_a_file_that_no_method_takes_names_the_fields_that_each_does_not_implement(third_parties: None) -> None:
     with pytest.raises(ak.UnsupportedError) as error:
         default_registry.claim({"peft_type": "LORA", "lora_alpha": 4, "use_dora": True, "new": 3}, "there")
-    for part in ("'lora' does not know use_dora = True, new = 3", "'decomposed' does not know lora_alpha = 4, new = 3"):
+    for part in ("'lora' does not implement use_dora = True.", "'decomposed' does not implement lora_alpha = 4;"):
         assert part in str(error.value)
+
+
+def test_a_field_that_nobody_knows_is_kept_with_a_warning(third_parties: None) -> None:
+    fields = {"peft_type": "LORA", "use_dora": True, "torch_dtype": "bfloat16", "peft_version": "0.30.0"}
+    with pytest.warns(ak.AdapterWarning, match="does not know torch_dtype = 'bfloat16'. It was written with PEFT 0.30"):
+        method, config = default_registry.read_config(fields, "there")
+    assert (method.name, config.to_dict()["torch_dtype"]) == ("decomposed", "bfloat16")
 
 
 def test_a_method_whose_marks_a_file_lacks_says_so() -> None:

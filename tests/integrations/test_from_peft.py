@@ -216,7 +216,7 @@ REFUSED = {
     "an option that is not there": (
         lambda: live(LoraConfig(**LORA, trainable_token_indices={"embed": [1]})),
         ak.UnsupportedError,
-        r"This LoraConfig has trainable_token_indices = {'embed': \[1\]}, which the method 'lora' does not implement",
+        r"This LoraConfig: trainable_token_indices = {'embed': \[1\]} changes what the adapter computes",
     ),
     "scalings of layers": (scaled_layer_by_layer, ak.UnsupportedError, "set_scale"),
     "a tied module": (tied, ak.UnsupportedError, "is one module with"),

@@ -8,22 +8,42 @@ import re
 import reprlib
 import types
 import typing
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
-from adapterkit.errors import ConfigError, PluginError, UnknownNameError, UnsupportedError, nearest
+from adapterkit.errors import AdapterWarning, ConfigError, PluginError, UnknownNameError, UnsupportedError, nearest
 
 Modules = str | Sequence[str] | None
 TrainedBiases = Literal["none", "targets", "all"]
 
+# These values say nothing, whatever the field is.
 _NEUTRAL: tuple[object, ...] = (None, False, {}, [], "")
+
+# Where an adapter comes from. Kept in silence.
+_BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
+
+# Options that a method may lack, at the values at which they change nothing; `...`: no value changes a trained adapter.
+# A method refuses a file that has one of them at another value. It keeps every other field that it does not know, with
+# a warning: the field may be of another program, or of a later version of PEFT.
+OPTIONS: Mapping[str, object] = {
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias", "ensure_weight_tying"), False),
+    **dict.fromkeys(("velora_config", "kasa_config", "monteclora_config", "arrow_config", "use_bdlora")),
+    **dict.fromkeys(("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices")),
+    "enable_lora": None,  # before PEFT 0.3: A and B for some of the parts of a fused layer
+    "fine_tune_type": "lora",  # mlx-lm
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), ...),
+    **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size", "runtime_config"), ...),
+}
+
+# A method that scales its change and lacks the field computes something else, at any value.
+_SCALES: Mapping[str, object] = dict.fromkeys(("alpha", "alpha_pattern", "lora_alpha", "scaling"))
+
 # What `starts_as_identity` asks: PEFT calls this field so, or after the method (`init_lora_weights`).
 _INITIAL = re.compile(r"init_(\w+_)?weights")
-# Fields of a file that say where an adapter comes from. They are kept and change no number.
-_BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class AdapterConfig:
             those of the adapted layers) or `"all"`.
         fan_in_fan_out: has no effect, because the layer kind knows its layout. Kept for files.
         task_type, base_model_name_or_path, revision: kept for the file; they change nothing.
-        extra: fields of a file that this class does not have, at values that change nothing; written back.
+        extra: fields of a file that this class does not have; they have no effect and are written back.
 
     Class attributes that a method sets:
         method: its name, which is the name of its entry point.
@@ -70,7 +90,9 @@ class AdapterConfig:
         marks: fields that make a file of that type this method's, `{"use_dora": True}`; `...` stands for any value
             that is not neutral. They are written to files.
         patterns: fields with a value for some layers, and the field that each overrides: `{"rank_pattern": "r"}`.
-        not_implemented: PEFT's fields that the method does not implement, with the values at which they change nothing.
+        not_implemented: fields of files that change what an adapter computes and that the method does not implement,
+            with the values at which they change nothing; `...`: no value changes a trained adapter. For PEFT's fields
+            that several methods have, such as `use_rslora`, the core knows them.
         default_targets: `target_modules` by `model_type`, where it differs from the table of all methods.
         not_in_files: fields above that PEFT's config of the method lacks, so that files have them only where they are
             not at their defaults. A file without `exclude_modules` lists the layers that it leaves.
@@ -107,7 +129,7 @@ class AdapterConfig:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields.keys() - set(known):
-            if name in cls.not_implemented:
+            if name in OPTIONS or name in cls.not_implemented:
                 raise UnsupportedError(
                     f"{cls.__name__}: {name} = {fields[name]!r} is an option of PEFT that adapterkit does not "
                     "implement. Leave it out."
@@ -235,14 +257,23 @@ class AdapterConfig:
         return dict(sorted({**_jsonable(self.extra), **own, **marks, **fixed}.items()))
 
     @classmethod
+    def refused(cls, values: Mapping[str, Any]) -> list[str]:
+        """The fields of an `adapter_config.json` that this method lacks, and that change what the adapter computes."""
+        table = {**OPTIONS, **_SCALES, **cls.not_implemented}
+        return [n for n in cls._lacking(values) if table.get(n, ...) is not ... and values[n] != table[n]]
+
+    @classmethod
     def unknown(cls, values: Mapping[str, Any]) -> list[str]:
-        """The fields of an `adapter_config.json` that this method does not know, at values that may change numbers."""
-        known = {*(f.name for f in dataclasses.fields(cls)), *_BOOKKEEPING, *cls.marks} - {"extra"}
+        """The fields of an `adapter_config.json` that neither this method nor the core knows."""
         return [
-            name
-            for name, value in values.items()
-            if name not in known and value not in _NEUTRAL and value != cls.not_implemented.get(name, _NEUTRAL)
+            n for n in cls._lacking(values) if not any(n in table for table in (OPTIONS, _SCALES, cls.not_implemented))
         ]
+
+    @classmethod
+    def _lacking(cls, values: Mapping[str, Any]) -> list[str]:
+        """The fields that this class does not have, at values that say something."""
+        known = {*(f.name for f in dataclasses.fields(cls)), *_BOOKKEEPING, *cls.marks} - {"extra"}
+        return [name for name, value in values.items() if name not in known and value not in _NEUTRAL]
 
     @classmethod
     def is_marked(cls, values: Mapping[str, Any]) -> bool:
@@ -251,17 +282,37 @@ class AdapterConfig:
         return all(held[n] not in _NEUTRAL if mark is ... else held[n] == mark for n, mark in cls.marks.items())
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(
+        cls, values: Mapping[str, Any], *, where: object = "adapter_config.json", trained: bool = True
+    ) -> Self:
         """A config from the fields of an `adapter_config.json`.
 
+        Fields that nobody knows are kept in `extra`, with a warning.
+
+        Args:
+            where: the file, for messages.
+            trained: whether the adapter has its values already, so that fields for its start alone have no effect.
+
         Raises:
-            UnsupportedError: a field that is unknown, or not implemented, at a value that may change numbers.
+            UnsupportedError: a field that changes what the adapter computes, and that the method does not implement.
             ConfigError: a known field of the wrong type or value.
         """
-        for name in cls.unknown(values):
+        for name in cls.refused(values):
             raise UnsupportedError(
-                f"adapter_config.json: {name} = {reprlib.repr(values[name])} is not implemented by the method "
-                f"{cls.method!r} here, and may change the adapter's outputs. If not, remove it from the file."
+                f"{where}: {name} = {reprlib.repr(values[name])} changes what the adapter computes, and the method "
+                f"{cls.method!r} does not implement it. Use the program that wrote the file, which can merge the "
+                "adapter into its base."
+            )
+        unknown = cls.unknown(values)
+        if unknown:
+            listed = ", ".join(f"{name} = {reprlib.repr(values[name])}" for name in unknown)
+            version = values.get("peft_version")
+            by = f" It was written with PEFT {version}." if isinstance(version, str) else ""
+            warnings.warn(
+                f"{where}: the method {cls.method!r} does not know {listed}.{by} The adapter is read without, and the "
+                "fields are kept. If they change what it computes, its outputs differ here.",
+                AdapterWarning,
+                stacklevel=2,
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
@@ -269,7 +320,7 @@ class AdapterConfig:
         try:
             return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
         except RecursionError as error:
-            raise ConfigError("adapter_config.json: a value is nested too deeply.") from error
+            raise ConfigError(f"{where}: a value is nested too deeply.") from error
 
 
 @functools.cache

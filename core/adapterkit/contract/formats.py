@@ -208,7 +208,7 @@ class Format:
             CheckpointError: the header does not say which of its alphas these layers have.
         """
         header = header_fields([key for layer in layers.values() for key in layer.keys.values()], metadata)
-        base = None if header is None else self.config_type.from_dict(header)
+        base = None if header is None else self.config_type.from_dict(header, where="the file's header")
         ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
         told = {path: number for path, layer in layers.items() if (number := layer.number("alpha")) is not None}
         if base is None:

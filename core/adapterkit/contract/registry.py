@@ -116,8 +116,9 @@ class Registry:
     def claim(self, values: Mapping[str, Any], where: object) -> Method:
         """The method of a file with these fields in its `adapter_config.json`.
 
-        It is the one whose `peft_type` and `marks` agree and that knows every field; of several, the one with the most
-        marks. Where the type has only one method, it is that one, and its config says which fields it does not know.
+        It is the one whose `peft_type` and `marks` agree and that implements every field that changes what the adapter
+        computes; of several, the one that knows the most fields, and then the one with the most marks. Where the type
+        has only one method, it is that one, and its config says which fields it does not implement.
 
         The methods that are `_likely` are asked first. Only if none of them takes the file, every plugin is imported.
 
@@ -127,14 +128,18 @@ class Registry:
         Raises:
             CheckpointError: the file names no type, or several methods take it equally.
             UnknownNameError: no method has that type.
-            UnsupportedError: none of the type's methods takes it; lists the fields that each does not know.
+            UnsupportedError: none of the type's methods takes it; lists the fields that each does not implement.
         """
         kind = values.get("peft_type")
         if not isinstance(kind, str) or not kind:
             raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
         for names in (self._likely(kind), self.methods()):
             found = self._of_type(kind, names)
-            takers = {n: len(c.marks) for n, c in found.items() if c.is_marked(values) and not c.unknown(values)}
+            takers = {
+                name: (-len(config_type.unknown(values)), len(config_type.marks))
+                for name, config_type in found.items()
+                if config_type.is_marked(values) and not config_type.refused(values)
+            }
             if takers:
                 break
         if not found:
@@ -143,23 +148,32 @@ class Registry:
                 f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
                 f"{METHODS_GROUP!r}). Install the package of that one."
             )
-        best = [name for name, marks in takers.items() if marks == max(takers.values())]
+        best = [name for name, known in takers.items() if known == max(takers.values())]
         if len(best) == 1 or len(found) == 1:
             return self.method((best or [*found])[0])
         if best:
             raise CheckpointError(
-                f"{where} may be of any of the methods {' and '.join(map(repr, best))}: each of them knows all "
-                f"its fields. Switch one of them off: {DISABLE_VARIABLE}={best[-1]}."
+                f"{where} may be of any of the methods {' and '.join(map(repr, best))}: each of them knows its "
+                f"fields equally well. Switch one of them off: {DISABLE_VARIABLE}={best[-1]}."
             )
         reasons = []
         for name, config_type in found.items():
-            lacking = ", ".join(f"{field} = {values[field]!r}" for field in config_type.unknown(values))
+            lacking = ", ".join(f"{field} = {values[field]!r}" for field in config_type.refused(values))
             marks = ", ".join(f"{f} = {'a value' if m is ... else repr(m)}" for f, m in config_type.marks.items())
-            reasons.append(f"{name!r} does not know {lacking}" if lacking else f"{name!r} needs {marks}")
+            reasons.append(f"{name!r} does not implement {lacking}" if lacking else f"{name!r} needs {marks}")
         raise UnsupportedError(
             f"{where} is an adapter of type {kind!r}, and none of that type's methods takes it: {'; '.join(reasons)}. "
-            "Install a method that does, or remove fields that change nothing."
+            "Install a method that does, or use the program that wrote the file."
         )
+
+    def read_config(self, values: Mapping[str, Any], where: object) -> tuple[Method, AdapterConfig]:
+        """The method and the config of a folder with these fields in its `adapter_config.json`.
+
+        Raises:
+            AdapterError: see `claim`, and `AdapterConfig.from_dict`.
+        """
+        method, file = self.claim(values, where), f"{where}/adapter_config.json"
+        return method, method.config_type().from_dict({"modules_to_save": None, **values}, where=file)
 
     def _likely(self, kind: str) -> list[str]:
         """The methods whose files may have this `peft_type`, as far as can be told without an import.

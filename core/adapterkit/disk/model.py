@@ -146,9 +146,8 @@ def _outer_modules(place: Path) -> set[str]:
     file = place / WEIGHTS_FILE
     if not file.is_file():  # what another program's file or a pickle names is seen when it is loaded
         return set()
-    config = read_config(place)
-    method = default_registry.claim(config, place)
-    rule = method.key_rule(method.config_type().from_dict(config))
+    method, config = default_registry.read_config(read_config(place), place)
+    rule = method.key_rule(config)
     keys = (e.name.removeprefix(FILE_PREFIX) for e in read_header(file).entries if e.name.startswith(FILE_PREFIX))
     return {key.partition(".")[0] for key in keys if "." in key and not rule.is_shared(key)}
 

@@ -95,8 +95,7 @@ def translate(
         splits = (rule.split(key, known) for key in read)
         found = {split[0]: known[split[0]] for split in splits if split and split[0] in known}
     else:
-        method = default_registry.claim(files.config, files.folder)
-        config = method.config_type().from_dict({"modules_to_save": None, **files.config})
+        method, config = default_registry.read_config(files.config, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()

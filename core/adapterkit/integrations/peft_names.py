@@ -22,7 +22,6 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from torch import nn
 
 from adapterkit.contract import FILE_PREFIX, HEADS, LAYERS, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import UnsupportedError
 from adapterkit.forward import PerAdapter
 
 # What precedes shared tensors on a `PeftModel`; all other keys begin with `FILE_PREFIX`.
@@ -130,12 +129,7 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
         method = default_registry.method(config._method)
     else:
         method = default_registry.claim(values, f"This {type(config).__name__}")
-    for name in method.config_type().unknown(values):
-        raise UnsupportedError(
-            f"This {type(config).__name__} has {name} = {values[name]!r}, which the method {method.name!r} does not "
-            "implement here."
-        )
-    return method.config_type().from_dict(values)
+    return method.config_type().from_dict(values, where=f"This {type(config).__name__}", trained=False)
 
 
 def plain(value: Any) -> Any:

@@ -4,12 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from adapterkit import AdapterConfig, ConfigError, Dropout, Rank, UnsupportedError
 
 _INITS = ("gaussian", "orthogonal", "pissa", "olora")
-# PEFT has these too; they need data or another library.
-_FOREIGN_INITS = ("eva", "loftq", "corda", "lora_ga", "mica")
+# PEFT has these too; they need data or another library. The first two leave the base as it is, so an adapter that was
+# trained from them is plain LoRA. The others change the base's weights.
+_PLAIN_INITS, _CHANGING_INITS = ("eva", "mica"), ("loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,6 @@ class LoraConfig(AdapterConfig):
     method = "lora"
     not_in_files = ()
     patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    not_implemented = {
-        **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), False),
-        **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "velora_config", "kasa_config")),
-        **dict.fromkeys(("arrow_config", "monteclora_config", "alora_invocation_tokens", "use_bdlora")),
-        **dict.fromkeys(("layer_replication", "target_parameters", "trainable_token_indices")),
-        **dict.fromkeys(("megatron_config", "runtime_config")),
-        "loftq_config": {},
-        "qalora_group_size": 16,
-        "megatron_core": "megatron.core",
-    }
-
     r: Rank = 8
     lora_alpha: float = 8
     use_rslora: bool = False
@@ -62,22 +53,42 @@ class LoraConfig(AdapterConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def start(self) -> bool | str:
+        """`init_lora_weights` in lower case, because PEFT takes `"OLoRA"` and `"Gaussian"` too."""
+        return self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else self.init_lora_weights
+
+    @property
     def trains_residual(self) -> bool:
         """Whether the initial factors are a part of the weight itself (PiSSA, OLoRA)."""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+        return isinstance(self.start, str) and self.start.startswith(("pissa", "olora"))
 
     @property
     def pissa_iterations(self) -> int | None:
         """N of `"pissa_niter_N"`, else `None`."""
-        match = re.fullmatch(r"pissa_niter_(\d+)", str(self.init_lora_weights))
+        match = re.fullmatch(r"pissa_niter_(\d+)", str(self.start))
         return int(match[1]) if match else None
 
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, where: object = "adapter_config.json", trained: bool = True
+    ) -> Self:
+        """The config of a file. What was trained from an initial value that leaves the base as it is, is plain LoRA."""
+        if trained and str(values.get("init_lora_weights")).lower() in _PLAIN_INITS:
+            values = {**values, "init_lora_weights": True}
+        return super().from_dict(values, where=where, trained=trained)
+
     def check(self) -> None:
-        init = self.init_lora_weights
-        if init in _FOREIGN_INITS:
+        init = self.start
+        if init in _CHANGING_INITS:
             raise UnsupportedError(
-                f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. A file that "
-                "was trained from it loads if the field is set to true in its adapter_config.json."
+                f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. It replaces "
+                "weights of the base, and the adapter goes with those alone. Save it in PEFT's converted form "
+                "(path_initial_model_for_weight_conversion=), or save the base that PEFT made too."
+            )
+        if init in _PLAIN_INITS:
+            raise UnsupportedError(
+                f"init_lora_weights = {init!r} is an option of PEFT that adapterkit does not implement. Files of "
+                "adapters that were trained from it load."
             )
         if not isinstance(init, bool) and init not in _INITS and self.pissa_iterations is None:
             raise ConfigError(

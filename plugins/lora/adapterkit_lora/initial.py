@@ -15,7 +15,7 @@ Init = float | Callable[[Tensor], object]
 
 def initial_values(target: Target, config: LoraConfig) -> tuple[Init, Init]:
     """How A and B are filled, as `config.init_lora_weights` says."""
-    init = config.init_lora_weights
+    init = config.start
     if config.trains_residual:
         return leading_factors(target, config) if target.file is None else (0.0, 0.0)
     if init == "orthogonal":
@@ -63,7 +63,7 @@ def leading_factors(target: Target, config: LoraConfig) -> tuple[Init, Init]:
         raise StateError(
             f"{start} needs the weight of {target.path!r}, which is on the meta device. Load the base first."
         )
-    if config.init_lora_weights == "olora":
+    if config.start == "olora":
         q, rest = torch.linalg.qr(weight)
         down, up = rest[:r], q[:, :r]
     elif config.pissa_iterations is None:

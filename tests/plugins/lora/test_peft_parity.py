@@ -21,6 +21,7 @@ from tests.plugins.parity import assert_same, fields_for, loaded_here, loaded_in
 from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit.contract.config import OPTIONS
 from adapterkit_lora import LoraConfig
 
 pytestmark = [
@@ -199,12 +200,11 @@ def test_our_defaults_are_pefts(tmp_path: Path) -> None:
     assert ours == {key: theirs[key] for key in ours}
 
 
-def test_what_we_do_not_implement_is_listed_with_pefts_defaults(tmp_path: Path) -> None:
-    theirs = peft_defaults(tmp_path) | {"runtime_config": None}
-    unknown = {key: theirs[key] for key in theirs if key not in LoraConfig().to_dict()}
-    for key in ("auto_mapping", "peft_version"):
-        del unknown[key]
-    assert dict(LoraConfig.not_implemented) == unknown
+def test_every_field_of_pefts_that_lora_lacks_is_in_the_cores_table_with_pefts_default(tmp_path: Path) -> None:
+    lacking = peft_defaults(tmp_path).keys() - {*LoraConfig().to_dict(), "auto_mapping", "peft_version"}
+    assert lacking <= OPTIONS.keys()
+    theirs = peft_defaults(tmp_path)
+    assert {name: OPTIONS[name] for name in lacking if OPTIONS[name] is not ...}.items() <= theirs.items()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +225,7 @@ def test_the_config_file_is_formatted_as_pefts(tmp_path: Path) -> None:
 
 def test_a_field_of_pefts_that_changes_the_numbers_is_refused_by_name(tmp_path: Path) -> None:
     saved_by_peft(build("llama"), tmp_path, "llama", use_dora=True)
-    with pytest.raises(ak.UnsupportedError, match="use_dora = True is not implemented by the method 'lora'"):
+    with pytest.raises(ak.UnsupportedError, match="use_dora = True changes what the adapter computes"):
         ak.attach(build("llama")).load(tmp_path, name="a")
 
 

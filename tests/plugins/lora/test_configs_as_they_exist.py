@@ -1,0 +1,107 @@
+"""`adapter_config.json` as PEFT 0.2 to 0.21 and programs around it write it: what PEFT reads rightly loads as in PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.models import build
+from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, saved_by_peft
+
+import adapterkit as ak
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+UNKNOWN = "the method 'lora' does not know"
+# What a config has more than PEFT's fields of then, and whether that is worth a warning.
+PEFT_0_2 = {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False}
+FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "PEFT 0.2": (PEFT_0_2, None),
+    "PEFT 0.2, merge_weights": ({**PEFT_0_2, "merge_weights": True}, f"{UNKNOWN} merge_weights = True"),
+    "PEFT 0.14, EVA": ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}}, None),
+    "PEFT 0.21, MiCA": ({"init_lora_weights": "MiCA"}, None),
+    "gaussian in capitals": ({"init_lora_weights": "Gaussian"}, None),
+    "an unused loftq_config": ({"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}, None),
+    "an unused eva_config": ({"eva_config": {"rho": 1.0}}, None),
+    "QA-LoRA off, another group size": ({"use_qalora": False, "qalora_group_size": 32}, None),
+    "runtime_config": ({"runtime_config": {"ephemeral_gpu_offload": True}}, None),
+    "megatron": ({"megatron_core": "megatron.core.v2", "megatron_config": None}, None),
+    "unsloth": ({"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}}, None),
+    "langchain": ({"_from_model_config": True}, f"{UNKNOWN} _from_model_config = True"),
+    "LoRA+": ({"lorap_emb_lr": 1e-6, "lorap_lr_ratio": None}, f"{UNKNOWN} lorap_emb_lr = 1e-06"),
+    "a model's field": ({"torch_dtype": "bfloat16"}, f"{UNKNOWN} torch_dtype = 'bfloat16'"),
+    "mlx's field": ({"fine_tune_type": "lora"}, None),
+    "next year's default": ({"peft_version": "0.99.0", "new": "auto"}, "new = 'auto'. It was written with PEFT 0.99.0"),
+}
+# Fields that change what a trained adapter computes.
+CHANGES: dict[str, dict[str, Any]] = {
+    "fused layers of PEFT 0.2": {"enable_lora": [True, False, True]},
+    "DoRA": {"use_dora": True},
+    "DoRA of mlx": {"fine_tune_type": "dora"},
+    "QA-LoRA": {"use_qalora": True},
+    "activated LoRA": {"alora_invocation_tokens": [1, 2]},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "LoftQ": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "CorDA": {"init_lora_weights": "corda", "corda_config": {}},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "KaSA": {"kasa_config": {"beta": 1e-4}},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    saved_by_peft("lora", build("llama"), folder, "llama")
+    return folder
+
+
+def with_fields(saved: Path, folder: Path, fields: dict[str, Any]) -> Path:
+    """A folder with the weights of `saved`, and its config with other fields."""
+    (folder / "adapter_model.safetensors").symlink_to(saved / "adapter_model.safetensors")
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("fields", "warning"), FIELDS.values(), ids=FIELDS)
+def test_a_config_loads_as_in_peft(saved: Path, tmp_path: Path, fields: dict[str, Any], warning: str | None) -> None:
+    folder = with_fields(saved, tmp_path, fields)
+    expected = loaded_in_peft(build("llama"), folder, "llama")
+    model = build("llama")
+    if warning is None:
+        found = loaded_here(model, folder, "llama")
+    else:
+        with pytest.warns(ak.AdapterWarning) as caught:
+            found = loaded_here(model, folder, "llama")
+        assert warning in str(caught[0].message)
+    assert_same(found, expected, "llama")
+
+
+@pytest.mark.parametrize("version", ["0.2", "0.4", "0.7"])
+def test_a_config_with_the_few_fields_of_an_old_version_loads_as_in_peft(
+    saved: Path, tmp_path: Path, version: str
+) -> None:
+    names = ["base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"]
+    names += ["modules_to_save", "peft_type", "r", "target_modules", "task_type"]
+    names += ["auto_mapping", "init_lora_weights", "layers_pattern", "layers_to_transform", "revision"] * (
+        version > "0.2"
+    )
+    names += ["rank_pattern", "alpha_pattern"] * (version == "0.7")
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({name: config[name] for name in names}), encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").symlink_to(saved / "adapter_model.safetensors")
+    expected = loaded_in_peft(build("llama"), tmp_path, "llama")
+    assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, "llama")
+
+
+@pytest.mark.parametrize("fields", CHANGES.values(), ids=CHANGES)
+def test_a_field_that_changes_what_the_adapter_computes_is_refused(
+    saved: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    folder = with_fields(saved, tmp_path, fields)
+    with pytest.raises(ak.UnsupportedError) as error:
+        ak.attach(build("llama")).load(folder, name="a")
+    assert next(iter(fields)) in str(error.value)
+    assert "emove" not in str(error.value)
