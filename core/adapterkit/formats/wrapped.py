@@ -32,12 +32,13 @@ class Wrapped(Layout):
         """See `Layout.read`."""
         tensors, before = dict[str, Tensor](), dict[str, str]()
         outer = _outer(files.tensors, layers or {})
+        doubled = not any(path.startswith(FILE_PREFIX) for path in layers or {})  # a module may be called `base_model`
         heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
         for key, tensor in files.tensors.items():
             if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
                 continue
             short = unwrapped_key(key.removeprefix(outer))
-            while short.startswith(FILE_PREFIX * 2):
+            while doubled and short.startswith(FILE_PREFIX * 2):
                 short = short.removeprefix(FILE_PREFIX)
             if (named := _NAMED.fullmatch(short)) is not None:
                 short = named[1].removesuffix(_HEAD) + named[3]

@@ -1,4 +1,4 @@
-"""`adapter_config.json` as PEFT 0.2 to 0.21 and programs around it write it: what PEFT reads rightly loads as in PEFT."""
+"""`adapter_config.json` as PEFT 0.2 to 0.21 and others write it: what PEFT reads rightly loads as in PEFT."""
 
 from __future__ import annotations
 
