@@ -172,7 +172,7 @@ def wrong(key: str, change: Callable[[dict[str, Tensor], str], object]) -> Calla
         (wrong("steps", lambda s, k: s.pop(k)), "it lacks steps"),
         (wrong("steps", lambda s, k: s.update({k: torch.ones(2)})), "number of steps is float32"),
         (wrong("config", lambda s, k: s.pop(k)), "it lacks config"),
-        (wrong("config", lambda s, k: s.update({k: s[k] + 1})), r"its config is uint8 \(\d+,\) and no JSON"),
+        (wrong("config", lambda s, k: s.update({k: s[k] + 1})), "its config is no JSON"),
         (wrong("lora_A.weight", lambda s, k: s.update({k + "x": s[k]})), "nothing here has the key .*weightx"),
         (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].mT})), r"float32 \(4, 16\) in the state, and float32 "),
         (wrong("lora_B.weight", lambda s, k: s.update({k: s[k].double()})), "float64 .* in the state, and float32"),

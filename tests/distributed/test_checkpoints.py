@@ -93,7 +93,7 @@ def by_torch(folder: Path) -> None:
     saved = two.values()
     keys = FileSystemReader(folder / "two").read_metadata().state_dict_metadata
     held = {key.removeprefix("adapters.").replace(".", " ", 1) for key in keys if not key.startswith("optimizer.")}
-    assert held == saved.keys()  # nothing of the base
+    assert held == {"setting", *saved}  # nothing of the base
     two.step()
     after = two.values()
     again = Training(2, sharded=True)
@@ -120,6 +120,7 @@ def by_torch(folder: Path) -> None:
     ak.attach(two.model).activate("vera")
     refused(lambda: TrainingState(two.model).load_state_dict(state), "'pissa'", "'vera'", error=ak.CheckpointError)
     refused(lambda: TrainingState(build("embednet")), "no adapters", error=ak.ConfigError)
+    ak.attach(two.model).activate(*CONFIGS)
     state["vera.steps"] = state["vera.steps"].float()
     before = two.values()
     loading = TrainingState(two.model, "pissa", "vera").load_state_dict

@@ -98,6 +98,20 @@ def test_a_state_of_other_adapters_is_refused_and_changes_nothing(tmp_path: Path
     assert_equal(script.values(), before)
 
 
+def test_a_state_of_a_training_in_which_adapters_acted_otherwise_is_refused(tmp_path: Path) -> None:
+    script = Script("lora", "loha", seed=1)
+    script.adapters.activate("lora", "loha", heads="lora", trainable=["loha"])
+    script.accelerator.save_state(str(tmp_path))
+    again = Script("lora", "loha", seed=1)
+    again.adapters.activate("lora", "loha", heads="lora", trainable=["loha"], strengths={"loha": 0.5})
+    with pytest.raises(ak.CheckpointError, match=r"activate\('lora', 'loha', trainable=\['loha'\]\)"):
+        again.accelerator.load_state(str(tmp_path))
+    other = Script("lora", "loha", seed=2)
+    other.adapters.activate("lora", "loha", heads="lora", trainable=["loha"])
+    with pytest.raises(ak.CheckpointError, match="adapter 'lora' acted with other values"):
+        other.accelerator.load_state(str(tmp_path))
+
+
 def test_a_base_that_trains_too_is_saved_with_its_adapters(tmp_path: Path) -> None:
     script = Script("loha", seed=1)
     weight = script.model.bert.pooler.dense.weight.requires_grad_(True)

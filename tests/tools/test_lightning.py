@@ -103,6 +103,12 @@ def fit(pl: Any, made: Any, folder: Path, epochs: int = 3, resume: Path | None =
     return found
 
 
+def at_half(made: Any) -> Any:
+    """The module with its adapter at half of its strength."""
+    ak.attach(made.model).activate("lora", strengths={"lora": 0.5})
+    return made
+
+
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     """Equal but for what another alignment of memory may change; a step of training changes ten thousand times that."""
     expected, found = one.state_dict(), other.state_dict()
@@ -226,7 +232,20 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path) -> None:
     fit(pl, module(pl, "lora"), tmp_path, epochs=1)
     with pytest.raises((ak.CheckpointError, RuntimeError), match="loha"):
         fit(pl, module(pl, "loha"), tmp_path / "other", resume=tmp_path / "epoch=0.ckpt")
+    made = module(pl, "lora")
+    with pytest.raises(ak.CheckpointError, match=r"'lora' \(strength 0.5\) acted"):
+        fit(pl, lambda: at_half(made()), tmp_path / "other", resume=tmp_path / "epoch=0.ckpt")
     with pytest.raises(ak.ConfigError, match="no adapters"):
         fit(pl, module(pl), tmp_path / "none")
     with pytest.warns(ak.AdapterWarning, match="save_weights_only"):
         fit(pl, module(pl, "lora"), tmp_path / "whole", epochs=1, checkpoint={"save_weights_only": True})
+
+
+def test_a_fit_that_resumes_without_the_callback_warns(tmp_path: Path) -> None:
+    pl: Any = importlib.import_module("lightning.pytorch")
+    made = module(pl, "lora")
+    fit(pl, made, tmp_path, epochs=1)
+    plain = trainer(pl, tmp_path, epochs=1)
+    plain.callbacks[:] = [each for each in plain.callbacks if not isinstance(each, AdapterCheckpoints)]
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*AdapterCheckpoints"):
+        plain.fit(made(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")

@@ -7,6 +7,7 @@ Uses: errors, tensors, contract, model, formats, files, merging.
 
 from adapterkit.checkpoints.load_state_dict import LoadHooks
 from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
+from adapterkit.checkpoints.setting import check_setting, setting
 from adapterkit.checkpoints.training_files import (
     STATE_FILE,
     base_state,
@@ -25,6 +26,7 @@ __all__ = [
     "Saver",
     "WrittenElsewhere",
     "base_state",
+    "check_setting",
     "install",
     "load_state",
     "load_states",
@@ -33,6 +35,7 @@ __all__ = [
     "save_base_state",
     "save_state",
     "save_training",
+    "setting",
     "subfolder",
     "tidy",
     "training_state",

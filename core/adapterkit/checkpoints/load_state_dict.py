@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.checkpoints.setting import check_setting, decoded
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files import file_places
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Where PEFT keeps an adapted layer, the original of a module that it trains in full, and the trained copy.
 _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
+
+# The key, in the state dict of a training's checkpoint, of how the adapters acted and of their configs.
+SETTING = "adapterkit.setting"
 
 
 class LoadHooks:
@@ -48,6 +52,7 @@ class LoadHooks:
     def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
         """Refuse a state dict that does not restore every adapter that trains; one of the base alone only warns."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+        acted = state.pop(prefix + SETTING, None)
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
         own = self.root.state_dict(keep_vars=True)
@@ -80,6 +85,8 @@ class LoadHooks:
                 "configs; or load one from its folder: adapters.load(folder, name, trainable=True)."
             )
         _check_shapes(adapters, own, state, prefix)
+        if acted is not None:
+            check_setting(adapters, decoded(acted), "The state dict")
         if lacking and given and not given & known:
             warnings.warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.load_state_dict import LoadHooks
+from adapterkit.checkpoints.load_state_dict import SETTING, LoadHooks
+from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
 from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
@@ -296,16 +297,18 @@ class Saver:
 
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         ours = resized_keys(BaseModules(self.module)).union(*map(self._keys, inside))
+        text = setting(self.adapters, held=self.adapters.names, configs=True)
+        acted = {} if self.path else {SETTING: encoded(text)}  # only the whole model's `load_state_dict` knows it
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
-            return dict(zip(found, whole(list(found.values())), strict=True))
+            return {**dict(zip(found, whole(list(found.values())), strict=True)), **acted}
         with gathered(self.root, (module for adapter in inside for module in adapter.modules())):
             found = {key: tensor for key, tensor in self.module.state_dict().items() if key in ours}
         for key, tensor in found.items():
             if tensor.is_meta:
                 owner, _, local = key.rpartition(".")
                 found[key] = real_value(self.module.get_submodule(owner), local)
-        return found
+        return {**found, **acted}
 
     def holds_base(self, folder: Path, *, training: bool) -> bool:
         """Whether the folder holds the base model. Its adapter may lie there, but not a checkpoint of a training.

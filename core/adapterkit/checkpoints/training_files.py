@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adapterkit.checkpoints.setting import check_setting, setting
 from adapterkit.contract import FILE_PREFIX
 from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.files import WEIGHTS_FILE, appearing, file_places, read_header, read_tensors, write_tensors
@@ -22,18 +23,19 @@ if TYPE_CHECKING:
 STATE_FILE = "adapter_state.safetensors"
 # Holds what a training changes in the base.
 BASE_FILE = "base_state.safetensors"
-# In the metadata of STATE_FILE: the adapter's name, and how many tensors the whole state has.
-_NAME, _COUNT = "adapterkit.adapter", "adapterkit.tensors"
+# In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
+_NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
 
 
 def save_state(adapters: Adapters, name: str, folder: Path) -> None:
     """Write to the folder what a training of this adapter needs beside the adapter's file there, if there is one."""
     adapter, state = adapters._adapters[name], adapters.training_state(name)
+    acted = setting(adapters, held=adapters.trainable)
 
     def write() -> None:
         held, keys = _in_file(folder), _file_keys(adapter, state)
         rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(keys[key]))}
-        metadata = {_NAME: name, _COUNT: str(len(state))}
+        metadata = {_NAME: name, _COUNT: str(len(state)), _SETTING: acted}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
@@ -67,22 +69,27 @@ def load_state(adapters: Adapters, name: str, folder: Path) -> bool:
     return True
 
 
-def load_states(adapters: Adapters, folder: Path, model: nn.Module | None = None) -> bool:
+def load_states(adapters: Adapters, folder: Path, model: nn.Module | None = None, *, resumes: bool = True) -> bool:
     """Restore every adapter whose state `save_state` wrote to this folder or its subfolders, all or none.
 
     Args:
         model: restore in it what `save_base_state` wrote, too.
+        resumes: the training goes on from there, so all adapters must act as they did then.
 
     Returns:
         Whether there is one.
 
     Raises:
-        CheckpointError: an adapter that trains has no state there, the model lacks an adapter that has one, or it was
-            saved with another config. Nothing has changed then.
+        CheckpointError: an adapter that trains has no state there, the model lacks an adapter that has one, it was
+            saved with another config, or adapters act that did not act then, or otherwise. Nothing has changed then.
     """
     files = [file for file in (folder / STATE_FILE, *sorted(folder.glob(f"*/{STATE_FILE}"))) if file.is_file()]
-    saved = {read_header(file).metadata.get(_NAME, ""): file for file in files}
+    headers = {file: read_header(file).metadata for file in files}
+    saved = {metadata.get(_NAME, ""): file for file, metadata in headers.items()}
     _check_names(adapters, saved, folder)
+    acted = next((metadata[_SETTING] for metadata in headers.values() if _SETTING in metadata), None)
+    if resumes and acted is not None:
+        check_setting(adapters, acted, folder)
     beside = _saved_base_state(adapters, model, folder) if files and model is not None else []
     restore(adapters, {name: _whole_state(adapters, name, file) for name, file in saved.items()})
     with torch.no_grad():

@@ -6,16 +6,14 @@ out, AdaLoRA its averages and the directions that are switched off.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapterkit.contract import AdapterConfig, AdapterLayer, Shared, default_registry
+from adapterkit.checkpoints.setting import decoded, encoded, method_fields, other_config
+from adapterkit.contract import AdapterLayer, Shared, default_registry
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.files import check_tensors
 from adapterkit.model import Adapter, BaseModules, resized_tables, tables
@@ -23,8 +21,6 @@ from adapterkit.tensors import Slot, gathered, real_value, shape_of
 
 # The keys of the number of `Adapters.step`s, and of the config as bytes of JSON. All other keys have a dot.
 STEPS, CONFIG = "steps", "config"
-# The length of the config is a multiple of this: torch.distributed.checkpoint reads into tensors of equal shapes.
-_BLOCK = 256
 
 
 def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
@@ -44,7 +40,7 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
         state = {
             key: slot.tensor.detach() if sharded else real_value(slot.owner, slot.name) for key, slot in slots.items()
         }
-    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: _encoded(_method_fields(adapter.config))}
+    return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: encoded(method_fields(adapter.config))}
 
 
 def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -77,7 +73,7 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
     ]
     if STEPS in state and (state[STEPS].dim() or state[STEPS].is_floating_point()):
         faults.append(f"its number of steps is {_shown(state[STEPS])}")
-    other = _other_config(state[CONFIG], adapter.config) if CONFIG in state else ""
+    other = other_config(decoded(state[CONFIG]), adapter.config) if CONFIG in state else ""
     faults = [other] if other else faults  # another config is why the rest does not fit
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -86,32 +82,6 @@ def _check_fits(adapter: Adapter, required: set[str], slots: Mapping[str, Slot],
             "fits an adapter that was added to the same model with the same config, dtype and label set. For the "
             "tensors of an adapter's file use load_state_dict."
         )
-
-
-def _method_fields(config: AdapterConfig) -> str:
-    """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No other tensor shows it."""
-    common = {f.name for f in dataclasses.fields(AdapterConfig)}
-    return json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
-
-
-def _encoded(text: str) -> Tensor:
-    held = text.encode()
-    return torch.tensor(list(held.ljust(-(-len(held) // _BLOCK) * _BLOCK)), dtype=torch.uint8, device="cpu")
-
-
-def _other_config(saved: Tensor, config: AdapterConfig) -> str:
-    """What differs in the config with which a state was saved, to follow `it ...`; empty: nothing."""
-    own: dict[str, Any] = json.loads(_method_fields(config))
-    try:
-        theirs: Any = json.loads(bytes(saved.tolist()))
-    except (TypeError, ValueError):
-        theirs = None
-    if not isinstance(theirs, dict):
-        return f"its config is {_shown(saved)} and no JSON"
-    for name in sorted(theirs.keys() | own.keys()):
-        if theirs.get(name) != own.get(name):
-            return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
-    return ""
 
 
 def _table_slots(found: Mapping[str, nn.Module]) -> dict[str, Slot]:

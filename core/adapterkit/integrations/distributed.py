@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from adapterkit.adapters import adapters_in
-from adapterkit.checkpoints import restore
+from adapterkit.checkpoints import check_setting, restore, setting
 from adapterkit.errors import CheckpointError
+
+# The key of how all adapters acted. The others have a dot.
+_SETTING = "setting"
 
 
 class TrainingState(Stateful):
@@ -42,27 +45,36 @@ class TrainingState(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors, by `<adapter>.<key of its training state>`."""
         found: dict[str, Any] = {}
-        for name in self._names or self._adapters.trainable:
+        for name in self._held:
             sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
             state = self._adapters.training_state(name, sharded=sharded)
             # Copies: torch.distributed.checkpoint reads into these tensors, and that may break off.
             found |= {f"{name}.{key}": tensor.clone() for key, tensor in state.items()}
-        return found
+        return {_SETTING: setting(self._adapters, held=self._held), **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, all or nothing.
 
         Raises:
-            CheckpointError: it is of other adapters, or an adapter was saved with another config.
+            CheckpointError: it is of other adapters, an adapter was saved with another config, or adapters act that did
+                not act then, or otherwise.
         """
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._names or self._adapters.trainable}
-        for key, tensor in state_dict.items():
+        states: dict[str, dict[str, Any]] = {name: {} for name in self._held}
+        for key, value in state_dict.items():
             name, _, local = key.partition(".")
+            if key == _SETTING:
+                continue
             if name not in states:
                 raise CheckpointError(
                     f"The checkpoint holds a training of adapter {name!r}, and here "
                     f"{', '.join(map(repr, states)) or 'none'} should be restored. Add and activate the adapters that "
                     "were saved, under the same names, before you load."
                 )
-            states[name][local] = tensor
+            states[name][local] = value
+        if _SETTING in state_dict:
+            check_setting(self._adapters, state_dict[_SETTING], "The checkpoint")
         restore(self._adapters, states)
+
+    @property
+    def _held(self) -> tuple[str, ...]:
+        return self._names or self._adapters.trainable

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapterkit.adapters import Adapters, adapted_models, penalty
+from adapterkit.checkpoints import check_setting, setting
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
 
 # Each package has a `Callback` of its own, and its `Trainer` knows that one alone.
 _PACKAGES = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]
 _CALLBACKS: list[Any] = [import_module(name).Callback for name in _PACKAGES]
-# The keys of a checkpoint under which the training states and the states of the random generators are.
-STATES, GENERATORS = "adapterkit", "adapterkit_random"
+# The keys of a checkpoint for the training states, for how the adapters acted, and for the random generators' states.
+STATES, SETTINGS, GENERATORS = "adapterkit", "adapterkit_setting", "adapterkit_random"
 
 
 class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
@@ -41,12 +42,17 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
 
     Raises:
         ConfigError: the module has no adapters when the fit starts.
-        CheckpointError: a fit that resumes from a checkpoint without the state of an adapter that the module has.
+        CheckpointError: a fit that resumes from a checkpoint without the state of an adapter that the module has, or in
+            which the adapters acted otherwise.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not empty, so that Lightning warns if a fit resumes without this callback."""
+        return {"version": 1}
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Check that there are adapters, and warn of what would write the whole model."""
@@ -79,6 +85,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
                 name: {k: t for k, t in adapters.training_state(name).items() if (t.data_ptr(), t.shape) not in held}
                 for name in adapters.names
             }
+            checkpoint.setdefault(SETTINGS, {})[path] = setting(adapters, held=adapters.names)
 
         own = _random_states()
         every: list[Any] = [own]
@@ -98,6 +105,9 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
                 f"The checkpoint has no training state of the adapter {name!r} at {path.removesuffix('.')!r}. It was "
                 "written without AdapterCheckpoints, or by a module with other adapters."
             )
+        for path, adapters in found if trainer.state.fn == "fit" else ():
+            if path in checkpoint.get(SETTINGS, ()):
+                check_setting(adapters, checkpoint[SETTINGS][path], "The checkpoint")
         for path, adapters in found:
             for name in [name for name in adapters.names if name in states.get(path, ())]:
                 adapters.load_training_state(name, {**adapters.training_state(name), **states[path][name]})

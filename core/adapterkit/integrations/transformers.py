@@ -207,7 +207,8 @@ class AdapterTrainerMixin(_Base):
             load_states(self.adapters, Path(checkpoint))
 
     def _load_best_model(self) -> None:
-        if not load_states(self.adapters, Path(str(self.state.best_model_checkpoint)), self._unwrapped):
+        folder = Path(str(self.state.best_model_checkpoint))
+        if not load_states(self.adapters, folder, self._unwrapped, resumes=False):
             super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -1,0 +1,141 @@
+"""What a training's numbers depend on beside tensors: configs, which adapters act, how strongly, in which order.
+
+A checkpoint that lacks this would go on with other numbers, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.contract import AdapterConfig
+from adapterkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from adapterkit.adapters import Adapters
+
+# The length of text in a tensor is a multiple of this: torch.distributed.checkpoint reads into tensors of equal shapes.
+_BLOCK = 256
+
+
+def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False) -> str:
+    """How the adapters act and train now, as JSON for `check_setting`.
+
+    Args:
+        held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
+        configs: include the configs of `held`, for checkpoints that hold no training state, which has them.
+    """
+    acting = [
+        {"name": name, "strength": strength, "values": None if name in held else _digest(adapters, name)}
+        for name, strength in adapters.strengths.items()
+    ]
+    heads, fields = adapters._active.state.heads, {name: method_fields(adapters.config(name)) for name in held}
+    found = {"trains": adapters.trainable, "acting": acting, "heads": heads, "configs": fields if configs else {}}
+    return json.dumps(found)
+
+
+def check_setting(adapters: Adapters, saved: str, where: object) -> None:
+    """Check that the adapters act and train as they did when `setting` was called.
+
+    Args:
+        where: what holds the saved setting, to begin a message.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    try:
+        then: dict[str, Any] = json.loads(saved)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: how the adapters acted is no JSON.") from error
+    for name, fields in then["configs"].items():
+        other = other_config(fields, adapters.config(name)) if name in adapters else ""
+        if other:
+            raise CheckpointError(
+                f"{where} does not fit adapter {name!r}: {other}. Before you resume, add the adapter with the config "
+                "that was saved."
+            )
+    pairs = [(each["name"], each["strength"]) for each in then["acting"]]
+    trains, strengths = adapters.trainable, adapters.strengths
+    if (then["trains"], then["heads"]) != ([*trains], [*adapters._active.state.heads]) or pairs != [*strengths.items()]:
+        raise CheckpointError(
+            f"{where} is of a training in which {_shown(pairs, then['trains'])}, and here "
+            f"{_shown([*strengths.items()], trains)}. Training on would give other numbers, and an optimizer may mix "
+            "up its averages. Before you resume, add the adapters in the same order and let them act as then: "
+            f"adapters.{_activation(adapters, then)}."
+        )
+    for each in then["acting"]:
+        name, values = each["name"], each["values"]
+        if values is not None and values != _digest(adapters, name):
+            raise CheckpointError(
+                f"{where} is of a training in which adapter {name!r} acted with other values than it has here. It did "
+                f"not train, so the checkpoint does not hold them. Before you resume, load {name!r} from the file that "
+                "was loaded then; if it was trained before that, save it and load that file."
+            )
+
+
+def method_fields(config: AdapterConfig) -> str:
+    """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No other tensor shows it."""
+    common = {f.name for f in dataclasses.fields(AdapterConfig)}
+    return json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
+
+
+def other_config(saved: str, config: AdapterConfig) -> str:
+    """What differs from the config that `method_fields` gave, to follow `it ...`; empty: nothing."""
+    own: dict[str, Any] = json.loads(method_fields(config))
+    try:
+        theirs: Any = json.loads(saved)
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        return "its config is no JSON"
+    for name in sorted(theirs.keys() | own.keys()):
+        if theirs.get(name) != own.get(name):
+            return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
+    return ""
+
+
+def encoded(text: str) -> Tensor:
+    """Text as a tensor of bytes, filled up with spaces."""
+    held = text.encode()
+    return torch.tensor(list(held.ljust(-(-len(held) // _BLOCK) * _BLOCK)), dtype=torch.uint8, device="cpu")
+
+
+def decoded(tensor: Tensor) -> str:
+    """The text of `encoded`; empty: the tensor is none."""
+    try:
+        return bytes(tensor.tolist()).decode().rstrip()
+    except (TypeError, ValueError):
+        return ""
+
+
+def _digest(adapters: Adapters, name: str) -> str:
+    """Of what the adapter's file has: it stays the same when the adapter is saved and loaded again."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(adapters.state_dict(name).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shown(strengths: Sequence[tuple[str, float]], trains: Collection[str]) -> str:
+    acting = ", ".join(f"{name!r}" + f" (strength {strength:g})" * (strength != 1) for name, strength in strengths)
+    return f"{acting or 'nothing'} acted and {', '.join(map(repr, trains)) or 'nothing'} trained"
+
+
+def _activation(adapters: Adapters, then: Mapping[str, Any]) -> str:
+    """The call of `activate` that lets adapters act as they did then."""
+    names = [each["name"] for each in then["acting"]]
+    strengths = {each["name"]: each["strength"] for each in then["acting"] if each["strength"] != 1}
+    options = [repr(name) for name in names]
+    options += [f"trainable={then['trains']!r}"] if {*names} != {*then["trains"]} else []
+    options += (
+        [f"heads={then['heads'][-1]!r}"] if then["heads"] and then["heads"] != [*adapters._active.state.heads] else []
+    )
+    options += [f"strengths={strengths!r}"] if strengths else []
+    return f"activate({', '.join(options)})"

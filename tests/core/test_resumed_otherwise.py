@@ -1,0 +1,129 @@
+"""A training resumes only if the adapters act as they did: otherwise it would go on with other numbers, unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.core.conftest import set_parameters
+from tests.core.test_trainer import values
+from tests.core.test_trainer_mixin import AdapterTrainer, assert_equal, trainer
+from tests.models import build
+from torch import nn
+from transformers import Trainer
+
+import adapterkit as ak
+from adapterkit.integrations.distributed import TrainingState
+from adapterkit_lora import LoraConfig
+
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+TRAINED = LoraConfig(r=2, target_modules=["value"], modules_to_save=None)
+BESIDE = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=None)
+
+
+def together(
+    *names: str, config: ak.AdapterConfig = TRAINED, order: str = "beside t", seed: int = 1, **options: Any
+) -> nn.Module:
+    """A model whose adapter "t" trains beside the frozen adapter "beside"; `names` and the options for `activate`."""
+    model = build("bert")
+    adapters = ak.attach(model)
+    torch.manual_seed(7)
+    for name in order.split():
+        adapters.add(name, config if name == "t" else BESIDE, activate=False)
+    set_parameters(adapters, "beside", seed=seed)
+    adapters.activate(*(names or ("beside", "t")), **{"trainable": ["t"], **options})
+    return model
+
+
+def loaded_again(folder: Path) -> nn.Module:
+    """The same, with "beside" saved and loaded as people do it in a new process."""
+    first = together()
+    ak.attach(first).save("beside", folder)
+    model = build("bert")
+    torch.manual_seed(7)
+    ak.attach(model).load(folder, "beside")
+    ak.attach(model).add("t", TRAINED)
+    ak.attach(model).activate("beside", "t", trainable=["t"])
+    return model
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "not active": (lambda: together("t"), r"'beside', 't' acted and 't' trained, and here 't' acted and 't' trained"),
+    "another order": (lambda: together("t", "beside"), r"adapters.activate\('beside', 't', trainable=\['t'\]\)"),
+    "another strength": (
+        lambda: together(strengths={"beside": 0.5}),
+        r"and here 'beside' \(strength 0.5\), 't' acted",
+    ),
+    "trained too": (lambda: together(trainable=True), "'t' trained, and here .* 'beside', 't' trained|model trains"),
+    "another alpha": (
+        lambda: together(config=TRAINED.replace(lora_alpha=32)),
+        "it was saved with lora_alpha = 8, and here it is 32",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[type[Trainer], Path]:
+    folders = {}
+    for cls in (AdapterTrainer, Trainer):
+        folder = tmp_path_factory.mktemp("training")
+        trainer(together(), folder, cls=cls).train()
+        folders[cls] = folder / "checkpoint-1"
+    return folders
+
+
+@pytest.mark.parametrize("cls", [AdapterTrainer, Trainer], ids=["with the mixin", "plain"])
+@pytest.mark.parametrize(("make", "message"), OTHERS.values(), ids=OTHERS.keys())
+def test_a_training_in_which_adapters_act_otherwise_is_refused_and_changes_nothing(
+    make: Callable[[], nn.Module], message: str, cls: type[Trainer], checkpoints: dict[type[Trainer], Path]
+) -> None:
+    model = make()
+    before = values(model)
+    with pytest.raises(ak.CheckpointError, match=message):
+        trainer(model, checkpoints[cls].parent, cls=cls).train(resume_from_checkpoint=str(checkpoints[cls]))
+    assert_equal(values(model), before)
+
+
+def test_a_frozen_adapter_with_other_values_is_refused(checkpoints: dict[type[Trainer], Path]) -> None:
+    folder = checkpoints[AdapterTrainer]
+    with pytest.raises(ak.CheckpointError, match=r"adapter 'beside' acted with other values.*load 'beside' from"):
+        trainer(together(seed=2), folder.parent).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_plain_trainer_restores_the_frozen_adapter(checkpoints: dict[type[Trainer], Path]) -> None:
+    model = together(seed=2)
+    trainer(model, checkpoints[Trainer].parent, cls=Trainer).train(resume_from_checkpoint=str(checkpoints[Trainer]))
+    for found, expected in zip(
+        ak.attach(model).parameters("beside"), ak.attach(together()).parameters("beside"), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_a_training_beside_an_adapter_that_was_loaded_again_resumes(tmp_path: Path) -> None:
+    whole, again = together(), loaded_again(tmp_path / "beside")
+    trainer(whole, tmp_path).train()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(values(again), values(whole))
+
+
+def test_a_training_state_of_several_processes_is_refused_too() -> None:
+    saved = TrainingState(together()).state_dict()
+    again = together(seed=2)
+    with pytest.raises(ak.CheckpointError, match=r"The checkpoint is .* adapter 'beside' acted with other values"):
+        TrainingState(again).load_state_dict(saved)
+    ak.attach(again).activate("t")
+    with pytest.raises(ak.CheckpointError, match=r"The checkpoint is .* in which 'beside', 't' acted"):
+        TrainingState(again).load_state_dict(saved)
+
+
+def test_an_optimizer_is_not_resumed_for_adapters_in_another_order(tmp_path: Path) -> None:
+    """Averages belong to parameters by their number, and shapes do not tell two adapters apart."""
+    options = {"config": BESIDE, "trainable": True}
+    trainer(together(**options), tmp_path).train()
+    with pytest.raises(ak.CheckpointError, match=r"'beside', 't' trained, and here .* 't', 'beside' trained"):
+        trainer(together(order="t beside", **options), tmp_path).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
