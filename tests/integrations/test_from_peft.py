@@ -10,7 +10,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tests.models import assert_same_outputs, build, inputs, run
@@ -288,3 +297,40 @@ def test_a_transformers_model_keeps_its_head_and_labels() -> None:
     adapters = ak.from_peft(model)
     assert list(adapters.heads("default")) == ["classifier"]
     assert_same_outputs(run(adapters.model, "bert"), before)
+
+
+def add_with_transformers(model: Any) -> None:
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def load_with_transformers(model: Any) -> None:
+    model.load_adapter(
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]), adapter_state_dict={}, adapter_name="other"
+    )
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        add_with_transformers,
+        load_with_transformers,
+        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])),
+        lambda model: get_peft_model(model, LoHaConfig(r=2, target_modules=["v_proj"]), mixed=True),
+        lambda model: get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")),
+        lambda model: inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model),
+        lambda model: get_peft_model(nn.Sequential(model), LoraConfig(r=2, target_modules=["q_proj"])),
+    ],
+    ids=["add_adapter", "load_adapter", "get_peft_model", "mixed", "prompt tuning", "inject", "a model around it"],
+)
+def test_peft_on_an_adapted_model_is_refused_and_changes_nothing(put: Callable[[Any], object]) -> None:
+    model: Any = build("llama")
+    adapters = ak.attach(model)
+    adapters.add("t", ak.config("lora", r=2, target_modules=["q_proj"]))
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ak.ConfigError, match=r"has adapters of adapterkit \('t'\), which PEFT would freeze"):
+        put(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert adapters.trainable == ("t",)
+    assert not model._hf_peft_config_loaded
+    adapters.detach()
+    put(model)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adapterkit.checkpoints.load_state_dict import SETTING, LoadHooks
+from adapterkit.checkpoints.peft import watch_peft
 from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
@@ -54,6 +55,7 @@ _REFUSED = {
 def install(root: nn.Module) -> LoadHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
+    watch_peft()
     writers: dict[str, tuple[nn.Module, str]] = {}  # functions that write a model, or a module of sentence-transformers
     for path, module in named_modules(root):
         for name, argument in ((_SAVE_PART, "safe_serialization"), (_SAVE, "save_directory")):
