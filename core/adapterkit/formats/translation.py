@@ -25,7 +25,7 @@ from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, Plu
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules, layer_tensors
+from adapterkit.model import BaseModules, layer_tensors, with_heads
 
 # Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
 # pipeline is chosen, and those of layers' names behind.
@@ -98,6 +98,7 @@ def translate(
         method, config = default_registry.read_config(files.config, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
+        config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     passed |= {key for key in held if part is not None and component(key) != part}
     return Translation(method, config, read, found, frozenset(passed), tuple(programs))

@@ -11,7 +11,7 @@ from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.optimizing import parameter_groups
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
-from adapterkit.model.sorting import Fit, heads_in_file, layer_tensors, sort_for, sort_tensors
+from adapterkit.model.sorting import Fit, heads_in_file, layer_tensors, sort_for, sort_tensors, with_heads
 from adapterkit.model.vocabulary import resized_keys, resized_tables, tables
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "sort_for",
     "sort_tensors",
     "tables",
+    "with_heads",
 ]

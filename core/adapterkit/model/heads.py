@@ -28,8 +28,8 @@ _TASKS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-# Names of heads of models that do not say which child is their body.
-_HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head")
+# Names of heads: of models that do not say which child is their body, and in files that do not say what they hold.
+TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head")
 
 
 def head_paths(modules: BaseModules, modules_to_save: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
     children = {n: c for n, c in model.named_children() if next(c.parameters(), None) is not None}
     if body in children:
         return tuple(n for n in children if n != body and not isinstance(children[n], nn.ModuleList))
-    return tuple(n for n in children if n in _HEAD_NAMES)
+    return tuple(n for n in children if n in TASK_HEADS)
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:

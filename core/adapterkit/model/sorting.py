@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, KeyRule, Names, Shared, beside
+from adapterkit.contract import BIASES, HEADS, LAYERS, AdapterConfig, KeyRule, Names, Shared, beside
 from adapterkit.errors import CheckpointError
 from adapterkit.model.adapter import Adapter
+from adapterkit.model.heads import TASK_HEADS
 from adapterkit.model.modules import inside
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import Slot, apart, module_slots
 
 Tensors = Mapping[str, Tensor]
 Paths = Mapping[str, str]
+
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 # With bias="all" PEFT writes the biases of heads twice more: the same value, and one that does not act.
 _REPEATED = ("modules_to_save", "original_module")
@@ -114,6 +117,22 @@ def heads_in_file(keys: Iterable[str], wanted: str | Sequence[str] | None) -> li
         if head is not None:
             found[head] = None
     return list(found)
+
+
+def with_heads(config: AdapterConfig, rule: KeyRule, keys: Iterable[str]) -> AdapterConfig:
+    """The config of a file with the heads that the file holds in full, and that `modules_to_save` does not name.
+
+    For a task of classification or of answers to questions, PEFT trains the head without being told, and until 0.8 it
+    did not write that down.
+    """
+    wanted = config.modules_to_save
+    if isinstance(wanted, str):
+        return config
+    full = [k for k in keys if rule.split(k) is None and not k.endswith("bias") and ".base_layer." not in k]
+    named, anywhere = heads_in_file(full, wanted), config.task_type in _TASKS_WITH_HEADS
+    found = heads_in_file((key for key in full if inside(key, named) is None), TASK_HEADS)
+    heads = [path for path in found if anywhere or "." not in path]
+    return config.replace(modules_to_save=(*(wanted or ()), *heads)) if heads else config
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`adapter_config.json` as PEFT 0.2 to 0.21 and others write it: what PEFT reads rightly loads as in PEFT."""
+"""Folders as PEFT 0.2 to 0.21 and programs around it write them: what PEFT reads rightly loads as in PEFT."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 from tests.models import build
-from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, saved_by_peft
+from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, perturb, saved_by_peft
+from torch import Tensor
 
 import adapterkit as ak
 
@@ -105,3 +109,71 @@ def test_a_field_that_changes_what_the_adapter_computes_is_refused(
         ak.attach(build("llama")).load(folder, name="a")
     assert next(iter(fields)) in str(error.value)
     assert "emove" not in str(error.value)
+
+
+# Classifiers of 2023 and early 2024, whose config does not name the head that the file holds
+
+WORDS = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+DISTILBERT = {"vocab_size": 32, "dim": 8, "hidden_dim": 12, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 16}
+CLASSIFIERS: dict[str, tuple[str, str, dict[str, Any], str, list[str]]] = {
+    "classifier": ("BertForSequenceClassification", "SEQ_CLS", WORDS, "query", ["classifier"]),
+    "tokens": ("BertForTokenClassification", "TOKEN_CLS", WORDS, "query", ["classifier"]),
+    "two layers": ("RobertaForSequenceClassification", "SEQ_CLS", WORDS, "query", ["classifier"]),
+    "an end alike": (
+        "DistilBertForSequenceClassification",
+        "SEQ_CLS",
+        DISTILBERT,
+        "q_lin",
+        ["classifier", "pre_classifier"],
+    ),
+    "score": ("LlamaForSequenceClassification", "SEQ_CLS", {**WORDS, "pad_token_id": 0}, "q_proj", ["score"]),
+    "answers": ("BertForQuestionAnswering", "QUESTION_ANS", WORDS, "query", ["qa_outputs"]),
+}
+
+
+def classifier(name: str) -> Any:
+    cls = getattr(transformers, CLASSIFIERS[name][0])
+    torch.manual_seed(0)
+    return cls(cls.config_class(**CLASSIFIERS[name][2])).eval()
+
+
+def outputs(model: Any) -> Tensor:
+    with torch.no_grad():
+        found = model(input_ids=torch.arange(12).view(2, 6) + 2).to_tuple()
+        return torch.cat([t.flatten() for t in found if isinstance(t, Tensor)])
+
+
+def old_classifier(name: str, folder: Path, task_type: str | None) -> None:
+    """A folder of the real PEFT with `modules_to_save: null`, as it wrote it then."""
+    _, task, _, target, _ = CLASSIFIERS[name]
+    model = peft.get_peft_model(classifier(name), peft.LoraConfig(task_type=task, r=2, target_modules=[target]))
+    perturb(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    fields = {**json.loads(path.read_text(encoding="utf-8")), "modules_to_save": None, "task_type": task_type}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_head_of_an_old_classifier_is_the_adapters_as_in_peft(name: str, tmp_path: Path) -> None:
+    old_classifier(name, tmp_path / "a", CLASSIFIERS[name][1])
+    base, heads = classifier(name), CLASSIFIERS[name][4]
+    before = outputs(base)
+    expected = outputs(peft.PeftModel.from_pretrained(classifier(name), tmp_path / "a").eval())
+    assert ak.attach(base).load(tmp_path / "a", name="a").ok
+    torch.testing.assert_close(outputs(base), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-2
+    assert sorted(ak.inspect_adapter(tmp_path / "a").heads) == heads
+    ak.convert_file(tmp_path / "a", tmp_path / "b", to="lora", rank=2)
+    assert sorted(ak.inspect_adapter(tmp_path / "b").heads) == heads
+    classifier(name).save_pretrained(tmp_path / "base")
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = getattr(transformers, CLASSIFIERS[name][0]).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(outputs(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_heads_name_tells_without_a_task(tmp_path: Path) -> None:
+    old_classifier("score", tmp_path, None)
+    base = classifier("score")
+    assert ak.attach(base).load(tmp_path, name="a").ok
+    assert [*ak.attach(base).heads("a")] == [*ak.inspect_adapter(tmp_path).heads] == ["score"]
