@@ -13,9 +13,9 @@ CORE = Path(__file__).parents[1] / "core" / "adapterkit"
 PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
 # Each room may import the rooms before it.
 ROOMS = (
-    *("errors", "results", "tensors", "kinds", "contract", "forward", "rows", "model", "formats", "files", "merging"),
-    *("combining", "checkpoints", "features", "disk", "preview", "describe", "report", "adapters", "integrations"),
-    *("scaffold", "testing"),
+    *("errors", "migration", "results", "tensors", "kinds", "contract", "forward", "rows", "model", "formats", "files"),
+    *("merging", "combining", "checkpoints", "features", "disk", "preview", "describe", "report", "view"),
+    *("adapters", "integrations", "scaffold", "testing"),
 )
 
 

@@ -46,6 +46,7 @@ from adapterkit.features import features
 from adapterkit.files import ServingReport, check_serving
 from adapterkit.forward import Base, declare_reader, effective_weight
 from adapterkit.kinds import Factors, LayerKind
+from adapterkit.migration import FUNCTIONS, advice
 from adapterkit.model import Selection, select
 from adapterkit.preview import LayerGroup, Preview, preview, read_config
 from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
@@ -97,10 +98,15 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name not in _LATE:
-            raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
-        globals()[name] = found = getattr(import_module(_LATE[name]), name)
-        return found
+        if name in _LATE:
+            globals()[name] = found = getattr(import_module(_LATE[name]), name)
+            return found
+        if name.endswith("Config") and name not in FUNCTIONS:
+            return default_registry.config_class(name)
+        raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{advice(name, FUNCTIONS)}")
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)
 
 
 __version__ = version("adapterkit")

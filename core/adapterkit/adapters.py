@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from adapterkit.files import (
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import State
 from adapterkit.merging import Merged, Parting, merging, take_heads
+from adapterkit.migration import METHODS, advice
 from adapterkit.model import (
     AdaptedModel,
     Adapter,
@@ -61,6 +63,7 @@ from adapterkit.model import (
     resized_tables,
     select_on,
     tables,
+    training_among,
 )
 from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
 from adapterkit.rows import Batch, Rows, RowState
@@ -77,6 +80,7 @@ from adapterkit.tensors import (
     uninterrupted,
     watch_wrappers,
 )
+from adapterkit.view import AdapterView
 
 if TYPE_CHECKING:
     from adapterkit.report import Report
@@ -155,7 +159,7 @@ def penalty(model: nn.Module) -> Tensor:
 class Adapters:
     """The adapters of one model. `attach` makes it.
 
-    A call that raises has changed nothing.
+    `adapters["mood"]` is one of them. A call that raises has changed nothing.
     """
 
     # What there is
@@ -204,6 +208,16 @@ class Adapters:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
+
+    def __getitem__(self, name: str) -> AdapterView:
+        """One adapter: its config, layers, heads and parameters; `save`, `merge`."""
+        self._adapter(name)
+        return AdapterView(self, name)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"'Adapters' object has no attribute {name!r}.{advice(name, METHODS)}")
 
     def __repr__(self) -> str:
         if not self._model.attached:
@@ -295,7 +309,8 @@ class Adapters:
             scaled = [f"acts with a strength of {strength:g}"] if strength != 1.0 else []
             notes = (*part, *scaled, *changed, *self._model.never_ran(adapter))
             rows.append(adapter.status(active=name in self.active, merged=name in self.merged, notes=notes))
-        return Status(tuple(rows))
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return Status(tuple(rows), trained, self._model.size)
 
     # Adding
 
@@ -438,7 +453,7 @@ class Adapters:
                 should train.
         """
         adapters, block = [self._adapter(name) for name in names], self._active.in_block
-        trains = self._trains(names, trainable)
+        trains = training_among(names, trainable)
         state = self._attached.state("activate", adapters, heads, strengths, trains=trains, block=block)
         if trains:
             self._model.check_can_train([self._adapter(name) for name in trains])
@@ -458,7 +473,7 @@ class Adapters:
         block; other threads do not. Tasks of one asyncio loop share a thread, and so its blocks. A `backward` may come
         after the block. Adapters that do not train act as constants, whatever `requires_grad` is.
         """
-        adapters, trains = [self._adapter(name) for name in names], self._trains(names, trainable)
+        adapters, trains = [self._adapter(name) for name in names], training_among(names, trainable)
         state = self._attached.state("activated", adapters, heads, strengths, trains=trains, block=True)
         with self._model.block(state, trains=trains):
             yield
@@ -520,7 +535,7 @@ class Adapters:
         self._model.check_unchanged("per_sample", rows.adapters)
         merged = tuple(n for n in self._active.state.heads if n in self.merged)
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
-        trains = self._trains(rows.adapters, trainable)
+        trains = training_among(rows.adapters, trainable)
         state = RowState(rows, Batch(entries), heads, merged, trains=trains, strengths=scales)
         with self._model.block(state, trains=trains):
             yield
@@ -644,7 +659,7 @@ class Adapters:
     def load(  # noqa: PLR0913 - the last four are the hub's
         self,
         source: str | Path,
-        name: str,
+        name: str | None = None,
         *,
         activate: bool = True,
         trainable: bool = False,
@@ -661,7 +676,7 @@ class Adapters:
         Args:
             source: a folder with `adapter_config.json` and the weights, or a hub id such as `"user/name"`; or a file
                 of kohya-ss's programs, LyCORIS or diffusers, if an installed method knows its keys.
-            name: its name here.
+            name: its name here. `None`: the last part of the source: the folder's name, the file's without its ending.
             activate: make it the only active adapter.
             trainable: whether its parameters require gradients, to train it further. With `activate=False` they do so
                 until other adapters are activated.
@@ -676,6 +691,7 @@ class Adapters:
             CheckpointError: damaged or foreign files, or tensors that do not fit.
             UnknownNameError: no installed plugin provides its method.
         """
+        name = local_path(subfolder or source).name.removesuffix(".safetensors") if name is None else name
         self._check_new_name(name)
         _check_dtype(dtype, "model", "file")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
@@ -683,7 +699,7 @@ class Adapters:
             self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
         )
         self._install(adapter, activate=activate, trainable=trainable)
-        return report
+        return dataclasses.replace(report, adapter=adapter.status(active=name in self.active, merged=False))
 
     @torch.inference_mode(False)
     def swap(
@@ -750,6 +766,7 @@ class Adapters:
         method's merge rule.
 
         Args:
+            names: the adapters; without one, those that act now.
             safe: check for values that are not finite, and change nothing if there is one.
             keep_base: keep the replaced weights, so that `unmerge`, or a merge that fails, restores every bit.
                 `False` saves that memory. Then Ctrl-C waits until the merge is complete, and after an error in the
@@ -766,6 +783,7 @@ class Adapters:
                 values that are not finite.
             UnsupportedError: an adapter that cannot be merged.
         """
+        names = names or self.active
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"merge{names!r} must name adapters, each once. There is {self.names}.")
@@ -907,7 +925,7 @@ class Adapters:
         majority_sign_method: MajoritySign = "total",
         seed: int | None = None,
         isotropize: bool = False,
-        same_base: bool = False,
+        same_base: bool = True,
     ) -> CombineReport:
         """Add an adapter that combines others. It is not activated.
 
@@ -927,7 +945,7 @@ class Adapters:
             heads: the head of the result: an adapter's name, `"average"`, `"concat"` or `"drop"`.
             density, majority_sign_method, seed: for the methods that prune, elect signs or draw random numbers.
             isotropize: set all singular values of the result to their mean.
-            same_base: combine even if the configs name different base models.
+            same_base: `False`: refuse adapters whose configs name different base models. They are on one model here.
 
         Raises:
             ConfigError: invalid arguments, heads without a choice, or adapters of different bases.
@@ -1011,18 +1029,6 @@ class Adapters:
         if not isinstance(name, str) or name not in self._adapters:
             raise unknown("adapter", name, self._adapters)
         return self._adapters[name]
-
-    @staticmethod
-    def _trains(names: Sequence[str], trainable: bool | Collection[str]) -> tuple[str, ...]:
-        """Those of these adapters that shall train."""
-        if isinstance(trainable, bool):
-            return tuple(names) if trainable else ()
-        if isinstance(trainable, str) or not isinstance(trainable, Collection):
-            raise ConfigError(f"trainable = {trainable!r} must be True, False, or a list of the names that train.")
-        for name in trainable:
-            if name not in names:
-                raise unknown("active adapter", name, names)
-        return tuple(name for name in names if name in trainable)
 
     def _install(self, adapter: Adapter, *, activate: bool = False, trainable: bool = False) -> None:
         """Put a new adapter on the model and let it act, or change nothing."""

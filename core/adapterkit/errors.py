@@ -102,10 +102,10 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return list(dict.fromkeys(close))[:limit]
 
 
-def unknown(what: str, name: object, known: Iterable[str], advice: str = "") -> UnknownNameError:
-    """The error for a name that does not exist, with the existing names and the most similar one."""
+def unknown(what: str, name: object, known: Iterable[str], advice: str = "", *, guess: bool = True) -> UnknownNameError:
+    """The error for a name that does not exist, with the existing names and, as a guess, the most similar one."""
     names = sorted(known)
     exists = f"Available: {', '.join(map(repr, names))}." if names else "There are none yet."
-    close = nearest(name, names, 1) if isinstance(name, str) else []
+    close = nearest(name, names, 1) if guess and isinstance(name, str) else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UnknownNameError(f"Unknown {what} {name!r}. {exists}{hint}{' ' + advice if advice else ''}")

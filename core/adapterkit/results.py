@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -11,12 +11,21 @@ from adapterkit.errors import plain
 
 # Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
+# Texts name so many paths of one sort.
+_LISTED = 10
 # Truncation errors below this are rounding errors of float32.
 _ROUNDING = 1e-6
 
 
 class Printed:
-    """A record that IPython and notebooks show as `print` does. Its text is made by `in_lines`."""
+    """A record that Python's prompt, IPython and notebooks show as `print` does. Its text is made by `in_lines`."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.__repr__ = Printed.__repr__  # type: ignore[method-assign]  # `dataclass` makes none where there is one
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -54,12 +63,11 @@ class AddReport(Printed):
 
     def __str__(self) -> str:
         lines = [
-            f"adapter {self.name!r}: {len(self.targets)} layers, {self.parameters:,} parameters, "
+            f"adapter {self.name!r}: {counted(len(self.targets), 'layer')}, {counted(self.parameters, 'parameter')}, "
             f"{self.share:.2%} of the base model's {self.total:,}"
         ]
-        lines += [f"  trained in full: {path}" for path in self.heads]
-        lines += [f"  matched nothing: {rule}" for rule in self.unmatched]
-        return in_lines(lines + [f"  note: {note}" for note in self.notes])
+        lines += listed("trained in full", self.heads) + listed("matched nothing", self.unmatched)
+        return in_lines(lines + listed("note", self.notes))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,45 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter's row in `Status`.
+
+    Attributes:
+        targets: how many layers it adapts.
+        ranks: the ranks of its layers, each once; empty for a method without ranks.
+        memory: the bytes of its parameters.
+        active: whether it is active here (inside a `with` block: in this thread's block).
+        trainable: whether any of its parameters requires gradients.
+        trainable_parameters: how many of its parameters require gradients.
+        notes: its problems.
+    """
+
+    name: str
+    method: str
+    targets: int
+    heads: tuple[str, ...]
+    parameters: int
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    active: bool
+    trainable: bool
+    merged: bool = False
+    notes: tuple[str, ...] = ()
+    trainable_parameters: int = 0
+    ranks: tuple[int, ...] = ()
+    memory: int = 0
+
+    def __str__(self) -> str:
+        """`adapter 'mood': lora, 4 layers of rank 8, head classifier, 1,058 parameters`."""
+        parts = [self.method, counted(self.targets, "layer")]
+        if self.ranks:
+            parts[-1] += f" of rank {span(self.ranks)}"
+        parts += [f"head {path}" for path in self.heads[:3]]
+        parts += [f"{len(self.heads) - 3} more heads"] if len(self.heads) > 3 else []
+        return f"adapter {self.name!r}: {', '.join(parts)}, {counted(self.parameters, 'parameter')}"
+
+
+@dataclass(frozen=True)
 class LoadReport(Printed):
     """How the tensors of a file fit an adapter. Keys of the base model are not counted.
 
@@ -84,6 +131,7 @@ class LoadReport(Printed):
         mismatched: tensors with another shape than in the adapter.
         exempt: tensors that the file lacks and may lack, by the method's rule.
         ignored: tensors that were skipped: those of the base model, and of other models in a pipeline.
+        adapter: what `Adapters.load` added.
     """
 
     missing: tuple[str, ...] = ()
@@ -91,6 +139,7 @@ class LoadReport(Printed):
     mismatched: tuple[Mismatch, ...] = ()
     exempt: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    adapter: AdapterStatus | None = field(default=None, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -99,8 +148,12 @@ class LoadReport(Printed):
 
     def __str__(self) -> str:
         lines = ["every tensor of the adapter fits" if self.ok else "the tensors do not fit this adapter"]
+        if self.adapter is not None:
+            acts = "acts" if self.adapter.active else "does not act yet"
+            train = f"does not train: adapters.activate({self.adapter.name!r}) lets it act and train"
+            lines = [str(self.adapter), f"  it {acts}, and {'trains' if self.adapter.trainable else train}", *lines]
         for title, rows in vars(self).items():
-            if rows:
+            if rows and title != "adapter":
                 shown = [f"    {row}" for row in rows[:5]] + ["    ..."] * (len(rows) > 5)
                 lines += [f"  {title} ({len(rows)}):", *shown]
         return in_lines(lines)
@@ -125,10 +178,9 @@ class SwapReport(Printed):
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"adapter {self.name!r}: new values in {len(self.targets)} layers"]
-        lines += [f"  changes nothing now: {path}" for path in self.cleared]
-        lines += [f"  head: {path}" for path in self.heads]
-        return in_lines(lines + [f"  ignored: {key}" for key in self.ignored])
+        lines = [f"adapter {self.name!r}: new values in {counted(len(self.targets), 'layer')}"]
+        lines += listed("changes nothing now", self.cleared) + listed("head", self.heads)
+        return in_lines(lines + listed("ignored", self.ignored))
 
 
 @dataclass(frozen=True)
@@ -152,39 +204,13 @@ class CombineReport(Printed):
     clipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        ranks = sorted(set(self.ranks.values()))
-        span = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
-        lines = [f"adapter {self.name!r} ({self.method}): {len(self.ranks)} layers of rank {span}"]
+        layers = counted(len(self.ranks), "layer")
+        lines = [f"adapter {self.name!r} ({self.method}): {layers} of rank {span(self.ranks.values())}"]
         worst = max(self.errors, key=self.errors.__getitem__)
         if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
-        lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped]
-        return in_lines(lines + [f"  head: {path}" for path in self.heads])
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """One adapter's row in `Status`.
-
-    Attributes:
-        active: whether it is active here (inside a `with` block: in this thread's block).
-        trainable: whether any of its parameters requires gradients.
-        trainable_parameters: how many of its parameters require gradients.
-        notes: its problems.
-    """
-
-    name: str
-    method: str
-    targets: int
-    heads: tuple[str, ...]
-    parameters: int
-    dtypes: tuple[str, ...]
-    devices: tuple[str, ...]
-    active: bool
-    trainable: bool
-    merged: bool = False
-    notes: tuple[str, ...] = ()
-    trainable_parameters: int = 0
+        lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped[:_LISTED]]
+        return in_lines(lines + listed("head", self.heads))
 
 
 _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "device", "active", "trainable", "merged")
@@ -192,9 +218,21 @@ _TITLES = ("adapter", "method", "layers", "heads", "parameters", "dtype", "devic
 
 @dataclass(frozen=True)
 class Status(Printed):
-    """The adapters of a model, one row for each. Prints as a table."""
+    """The adapters of a model, one row for each. Prints as a table.
+
+    Attributes:
+        trainable_parameters: how many parameters of the whole model require gradients.
+        base_parameters: how many parameters the base model has.
+    """
 
     rows: tuple[AdapterStatus, ...]
+    trainable_parameters: int = 0
+    base_parameters: int = 0
+
+    @property
+    def memory(self) -> int:
+        """The bytes of all adapters' parameters."""
+        return sum(row.memory for row in self.rows)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -206,7 +244,31 @@ class Status(Printed):
                 trains = f"{r.trainable_parameters:,}"
             places = ", ".join(r.heads) or "-", f"{r.parameters:,}", ", ".join(r.dtypes), ", ".join(r.devices)
             table.append((r.name, r.method, str(r.targets), *places, active, trains, merged))
-        return in_lines([*columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)])
+        lines = [*columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)]
+        if self.base_parameters:
+            lines.append(
+                f"trainable: {counted(self.trainable_parameters, 'parameter')}, "
+                f"{self.trainable_parameters / self.base_parameters:.2%} of the base model's {self.base_parameters:,}; "
+                f"the adapters take {self.memory / 2**20:,.2f} MiB"
+            )
+        return in_lines(lines)
+
+
+def listed(what: str, entries: Sequence[str]) -> list[str]:
+    """A line for each of the first entries, and one that counts the others."""
+    lines = [f"  {what}: {entry}" for entry in entries[:_LISTED]]
+    return lines + [f"  {what}: {len(entries) - _LISTED:,} more"] * (len(entries) > _LISTED)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 layer`, `1,058 layers`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """`8`, or `4 to 16`."""
+    given = [*numbers]
+    return " to ".join(map(str, dict.fromkeys([min(given), max(given)])))
 
 
 def brief(value: object) -> str:

@@ -271,6 +271,6 @@ def test_adapters_that_cannot_be_combined_are_refused_with_the_reason(case: str)
     adapters = make()
     picture = nothing_changes(adapters) if case != "meta" else nullcontext()
     with picture, pytest.raises(kind, match=message):
-        adapters.combine("c", {"b": 1.0, "a": 1.0} if case == "nan" else {"a": 1.0, "b": 1.0})
-    if case == "bases":
-        adapters.combine("c", {"a": 1.0, "b": 1.0}, same_base=True)
+        adapters.combine("c", {"b": 1.0, "a": 1.0} if case == "nan" else {"a": 1.0, "b": 1.0}, same_base=False)
+    if case == "bases":  # adapters of one model have one base, whatever their configs call it
+        adapters.combine("c", {"a": 1.0, "b": 1.0})

@@ -179,6 +179,8 @@ def test_name_that_no_adapter_can_have(net: nn.Module, tmp_path: Path, call: str
     }
     texts["b"] = "There is an adapter 'b' already. Remove it first, or choose another name."
     for name, text in texts.items():
+        if call == "load" and name is None:  # the folder's name
+            continue
         with unchanged(net), refused(ak.ConfigError, text):
             NEW[call](adapters, tmp_path, name)
 

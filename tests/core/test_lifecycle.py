@@ -355,7 +355,8 @@ def test_status_and_the_container_protocol_tell_what_there_is(trained: Trained) 
     assert b.trainable
     lines = str(adapters.status()).splitlines()
     assert lines[0].split()[:3] == ["adapter", "method", "layers"]
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert lines[3].startswith("trainable: 256 parameters, ")
     assert len(adapters) == 2
     assert list(adapters) == ["a", "b"]
     assert "a" in adapters

@@ -307,7 +307,10 @@ MISUSES = {
     "disabled": (lambda a: (a.merge("a"), a.disabled().__enter__()), r"no bare model while 'a' is merged"),
     "nothing to unmerge": (lambda a: a.unmerge(), r"Nothing is merged"),
     "base gone": (lambda a: (a.merge("a", keep_base=False), a.unmerge()), r"'a' cannot be unmerged: with keep_base"),
-    "no name": (lambda a: a.merge(), r"merge\(\) must name adapters, each once\. There is \('a', 'b'\)"),
+    "no name": (
+        lambda a: (a.activate(), a.merge()),
+        r"merge\(\) must name adapters, each once\. There is \('a', 'b'\)",
+    ),
     "unknown": (lambda a: a.merge("x"), r"Unknown adapter 'x'\. Available: 'a', 'b'"),
     "trained biases": (
         lambda a: (a.merge("a"), a.add("c", LoraConfig(target_modules=TARGETS, bias="all", modules_to_save=None))),

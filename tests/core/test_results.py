@@ -33,7 +33,7 @@ RECORDS: dict[str, tuple[Printed, list[str]]] = {
     "load ok": (ak.LoadReport(exempt=("x",)), ["every tensor of the adapter fits", "  exempt (1):", "    x"]),
     "swap": (
         ak.SwapReport("a", ("p",), ("q",), ("head",), ("k",)),
-        ["adapter 'a': new values in 1 layers", "  changes nothing now: q", "  head: head", "  ignored: k"],
+        ["adapter 'a': new values in 1 layer", "  changes nothing now: q", "  head: head", "  ignored: k"],
     ),
     "combine": (
         ak.CombineReport("ab", "lora", {"p": 4, "q": 2}, {"p": 0.0, "q": 0.125}, ("head",), ("q",)),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import reprlib
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,9 +32,11 @@ from adapterkit.errors import (
     PluginError,
     UnknownNameError,
     UnsupportedError,
+    nearest,
     unknown,
 )
 from adapterkit.kinds import LayerKind
+from adapterkit.migration import COMBINATIONS, advice
 
 DISABLE_VARIABLE = "ADAPTERKIT_DISABLE_PLUGINS"
 
@@ -295,8 +298,34 @@ class Registry:
         self.kinds()  # which loads the extensions
         known = self._combiners()
         if not isinstance(name, str) or name not in known:
-            raise unknown("method of combination", name, known)
+            peft = advice(name, COMBINATIONS) if isinstance(name, str) else ""
+            raise unknown("method of combination", name, known, peft.strip(), guess=not peft)
         return known[name]
+
+    def config_class(self, name: str) -> type[AdapterConfig]:
+        """The config class of that name, whichever method has it: `config_class("LoraConfig")`.
+
+        Raises:
+            AttributeError: no method that can be imported has such a class, or several have.
+        """
+        found, broken = dict[str, list[type[AdapterConfig]]](), []
+        for method in self.methods():
+            try:
+                own = self.method(method).config_type()
+            except PluginError as error:
+                broken.append(f"{method!r} cannot be imported: {error}")
+            else:
+                found.setdefault(own.__name__, []).append(own)
+        if len(found.get(name, ())) == 1:
+            return found[name][0]
+        if name in found:
+            modules = " and ".join(own.__module__ for own in found[name])
+            raise AttributeError(f"Two methods have a config class {name!r}: {modules}. Import the one that you mean.")
+        raise AttributeError(
+            f"No installed method has a config class {name!r}. There are {', '.join(sorted(found)) or 'none'}."
+            + "".join(f" Did you mean {close}?" for close in nearest(name, found, 1))
+            + "".join(f" {fault}" for fault in broken)
+        )
 
     def config(self, method: str, **fields: Any) -> AdapterConfig:
         """A config by the method's name: `config("lora", r=8)`."""
@@ -309,9 +338,15 @@ class Registry:
             ConfigError: not a config, or a config class that the registered method does not use.
         """
         if not isinstance(config, AdapterConfig):
+            kind = type(config)
+            if kind.__module__.partition(".")[0] == "peft":
+                raise ConfigError(
+                    f"This {kind.__name__} is PEFT's. Make adapterkit's, which has the same fields: "
+                    f"ak.{kind.__name__}(...). The adapters of a PeftModel are taken over by ak.from_peft(model)."
+                )
             raise ConfigError(
-                f"{config!r} is not an adapter config. Make one with its class, such as LoraConfig(r=8), or with "
-                "ak.config('lora', r=8)."
+                f"{reprlib.repr(config)} is not an adapter config. Make one with its class, such as "
+                "ak.LoraConfig(r=8), or with ak.config('lora', r=8)."
             )
         method = self.method(config.method)
         if not isinstance(config, method.config_type()):

@@ -5,7 +5,7 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 """
 
 from adapterkit.model.adapted import AdaptedModel
-from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
+from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, training_among
 from adapterkit.model.build import LayerBuilder, build_adapter, completed, initial_values
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
@@ -44,5 +44,6 @@ __all__ = [
     "sort_for",
     "sort_tensors",
     "tables",
+    "training_among",
     "with_heads",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -211,6 +211,8 @@ class Adapter:
             merged=merged,
             notes=notes,
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            ranks=tuple(sorted({layer.config.r for layer in self.layers.values() if hasattr(layer.config, "r")})),
+            memory=sum(p.numel() * p.element_size() for p in parameters),
         )
 
     # On the model
@@ -356,6 +358,18 @@ def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, 
                     stacklevel=4,
                 )
     return tuple(sorted((adapter.name for adapter in adapters if adapter.heads), key=lambda name: name == chosen))
+
+
+def training_among(names: Sequence[str], trainable: bool | Collection[str]) -> tuple[str, ...]:
+    """Those of these adapters that shall train."""
+    if isinstance(trainable, bool):
+        return tuple(names) if trainable else ()
+    if isinstance(trainable, str) or not isinstance(trainable, Collection):
+        raise ConfigError(f"trainable = {trainable!r} must be True, False, or a list of the names that train.")
+    for name in trainable:
+        if name not in names:
+            raise unknown("active adapter", name, names)
+    return tuple(name for name in names if name in trainable)
 
 
 def checked_strengths(
