@@ -301,10 +301,13 @@ NO_SAFETENSORS = "is not a safetensors file, or it is damaged or cut off"
 NO_JSON = "adapter_config.json is not valid JSON"
 NO_TENSORS = "adapter_model.bin holds no mapping from names to tensors."
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (overwrite(b""), NO_SAFETENSORS),
+    "empty": (overwrite(b""), "adapter_model.safetensors is empty: 0 bytes."),
     "half": (lambda f: overwrite((f / WEIGHTS_FILE).read_bytes()[:-100])(f), NO_SAFETENSORS),
     "header of 2**63 bytes": (overwrite(struct.pack("<Q", 2**63) + b"{}"), "Fetch or save it again."),
-    "a web page": (overwrite(b"<!DOCTYPE html><html>Access denied</html>"), NO_SAFETENSORS),
+    "a web page": (
+        overwrite(b"<!DOCTYPE html><html>Access denied</html>"),
+        "is a web page: the download",
+    ),
     "an unknown dtype": (
         lambda f: overwrite((f / WEIGHTS_FILE).read_bytes().replace(b'"F32"', b'"F99"'))(f),
         "unknown variant `F99`",

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Tensor], str]] = {
         f"{NOBODYS}Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.lokr_w1'. "
         "Layers of the model: 'embed', 'layers.0', 'layers.1'.",
     ),
-    "without tensors": (EmbeddingNet, {}, "Keys in the file: none."),
+    "without tensors": (EmbeddingNet, {}, "a.safetensors holds no tensors. PEFT writes such a file where"),
     "for another model": (lambda: build("bert"), LORA, NOBODYS),
     "of two methods": (
         EmbeddingNet,

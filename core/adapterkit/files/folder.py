@@ -15,10 +15,12 @@ from torch import Tensor
 
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_header, read_tensors
-from adapterkit.formats import CONFIG_FILE, AdapterFiles
+from adapterkit.formats import CONFIG_FILE, AdapterFiles, check_content, tensors_in
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+# What a folder's weights may be called, the first that is there counts: PEFT's, PEFT's until 0.5, and mlx-lm's.
+WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, "adapters.safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20
@@ -57,7 +59,7 @@ def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
     if place.is_file():
         if place.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) and (place.parent / CONFIG_FILE).is_file():
             raise CheckpointError(f"{place} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
-        return AdapterFiles(place, None, *(_read_pickle if place.suffix in _PICKLE_SUFFIXES else reader)(place))
+        return AdapterFiles(place, None, *_read_tensors(place, reader))
     for _ in range(_READ_ATTEMPTS):
         before = _version(place)
         try:
@@ -73,17 +75,16 @@ def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
 
 def _version(folder: Path) -> list[tuple[int, int, int]]:
     """What tells one version of the weights from another: a save puts another file in their place."""
-    files = (folder / name for name in (WEIGHTS_FILE, PICKLE_FILE))
+    files = (folder / name for name in WEIGHTS_FILES)
     return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files if f.is_file())]
 
 
 def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
-    if (folder / WEIGHTS_FILE).is_file():
-        tensors, metadata = reader(folder / WEIGHTS_FILE)
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if weights is not None:
+        tensors, metadata = _read_tensors(weights, reader)
         return AdapterFiles(folder, read_config(folder, metadata), tensors, metadata)
-    config = read_config(folder, {})
-    if (folder / PICKLE_FILE).is_file():
-        return AdapterFiles(folder, config, *_read_pickle(folder / PICKLE_FILE))
+    read_config(folder, {})
     names = sorted(path.name for path in folder.iterdir())
     others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
     if any(".index." in n or "-of-" in n for n in others):
@@ -126,7 +127,7 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
             found = f"It holds {', '.join(names)}." if names else "It is empty."
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
     try:
-        config = json.loads(content.decode())
+        config = json.loads(content)  # bytes: it knows byte order marks
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -134,15 +135,18 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
     return config
 
 
+def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and its metadata, by what the file is called."""
+    check_content(file)
+    return _read_pickle(file) if file.suffix in _PICKLE_SUFFIXES else reader(file)
+
+
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in tensors.items()
-    ):
-        raise CheckpointError(f"{path} holds no mapping from names to tensors.")
+    tensors = tensors_in(loaded, path)
     without = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
     if without is not None:
         raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")

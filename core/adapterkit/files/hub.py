@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import CheckpointError, nearest
-from adapterkit.files.folder import PICKLE_FILE, WEIGHTS_FILE, local_path
+from adapterkit.errors import AdapterWarning, CheckpointError, nearest
+from adapterkit.files.folder import WEIGHTS_FILES, local_path
 from adapterkit.formats import CONFIG_FILE
 
 # What files end in; repositories of the hub do not.
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 # Other libraries' messages are cut there.
 _LONGEST = 200
+# Adapters that a message lists.
+_SHOWN = 8
 
 
 def adapter_folder(
@@ -26,19 +29,41 @@ def adapter_folder(
 ) -> Path:
     """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
 
+    For a local folder that is no adapter and holds one, in a folder below, it is that one, and a warning says so.
+
     Raises:
-        CheckpointError: neither a folder nor something the hub, or its cache, has.
+        CheckpointError: neither a folder nor something the hub, or its cache, has; or a folder with several adapters.
     """
     path = local_path(source)
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on names that are too long
         if subfolder:
             raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
         return path
-    if not os.path.isdir(path):  # noqa: PTH112 - as above
+    if os.path.isdir(path):  # noqa: PTH112 - as above
+        path = path if subfolder else _inside(path)
+    else:
         prefix = f"{subfolder}/" if subfolder else ""
-        wanted = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+        wanted = [prefix + name for name in (CONFIG_FILE, *WEIGHTS_FILES)]
         path = _snapshot(source, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted)
     return path / subfolder if subfolder else path
+
+
+def _inside(folder: Path) -> Path:
+    """The folder itself; or, where it is no adapter, the one adapter in a folder below.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    below = sorted(place.parent for depth in ("*", "*/*") for place in folder.glob(f"{depth}/{CONFIG_FILE}"))
+    if len(below) > 1:
+        listed = ", ".join(str(place.relative_to(folder)) for place in below[:_SHOWN])
+        more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
+        raise CheckpointError(f"{folder} is not an adapter, but holds {len(below)}: {listed}{more}. Give one of them.")
+    if below:
+        warnings.warn(f"{folder} is not an adapter; the one below is read: {below[0]}.", AdapterWarning, stacklevel=4)
+    return below[0] if below else folder
 
 
 def model_folder(source: str | Path) -> Path:

@@ -7,6 +7,18 @@ Uses: errors, kinds, contract, model.
 
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
 from adapterkit.formats.names import NameTable
+from adapterkit.formats.refused import check_content
 from adapterkit.formats.translation import keys_of_other_parts, layers_of, shapes_of, translate
+from adapterkit.formats.wrapped import tensors_in
 
-__all__ = ["CONFIG_FILE", "AdapterFiles", "NameTable", "keys_of_other_parts", "layers_of", "shapes_of", "translate"]
+__all__ = [
+    "CONFIG_FILE",
+    "AdapterFiles",
+    "NameTable",
+    "check_content",
+    "keys_of_other_parts",
+    "layers_of",
+    "shapes_of",
+    "tensors_in",
+    "translate",
+]

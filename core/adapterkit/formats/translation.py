@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
+from adapterkit.formats.refused import check_program, is_full_model, is_token
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors, with_heads
@@ -83,9 +84,18 @@ def translate(
         return files
 
     files = through(OF_FILES, files)
+    check_program(files)
+    tokens = [key for key in files.tensors if is_token(key)]
+    if tokens:
+        warnings.warn(
+            f"{files.folder} also has a textual inversion, the embeddings of new tokens, such as {tokens[0]!r}. It is "
+            "not part of the adapter and is left out; a pipeline of diffusers takes it with load_textual_inversion.",
+            AdapterWarning,
+            stacklevel=5,
+        )
     if files.config is None:
         check_foreign(files.tensors, files.folder)
-    held = strip_file_prefix(files.tensors)
+    held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
     files = through(OF_NAMES, dataclasses.replace(files, tensors=of_component(held, part)))
     own = files.tensors
     if files.config is None:
@@ -101,7 +111,7 @@ def translate(
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     passed |= {key for key in held if part is not None and component(key) != part}
-    return Translation(method, config, read, found, frozenset(passed), tuple(programs))
+    return Translation(method, config, read, found, frozenset({*passed, *tokens}), tuple(programs))
 
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
@@ -217,6 +227,22 @@ def recognise(
             warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
         return found[0]
     names = [method.name for method, *_ in found]
+    if not names and is_full_model(tensors):
+        raise CheckpointError(
+            f"{file} holds whole weights, such as {next(iter(tensors))!r}, and no adapter: it is a fine-tuned model, "
+            "or part of one. ak.extract_files(base, tuned) makes an adapter of the difference to its base."
+        )
+    raise CheckpointError(_not_recognised(names, asked, broken, tensors, layers, file))
+
+
+def _not_recognised(
+    names: Sequence[str],
+    asked: Sequence[str],
+    broken: Sequence[str],
+    tensors: Iterable[str],
+    layers: Iterable[str],
+    file: Path,
+) -> str:
     what = f"{file} has no {CONFIG_FILE}, and no method finds layers of its own in it that this model has."
     if names:
         what = (
@@ -230,4 +256,4 @@ def recognise(
         f"Layers of the model: {', '.join(map(repr, list(layers)[:3])) or 'none'}.",
         *(f"Not asked: {fault}" for fault in broken),
     ]
-    raise CheckpointError(" ".join(lines))
+    return " ".join(lines)

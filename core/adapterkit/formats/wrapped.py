@@ -5,18 +5,48 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapterkit.contract import FILE_PREFIX, unwrapped_key
 from adapterkit.errors import CheckpointError
 from adapterkit.formats.layouts import AdapterFiles, Layout
+from adapterkit.formats.refused import check_loaded
 from adapterkit.kinds import LayerKind
 
 # PEFT calls an adapter "default", and diffusers "default_0", between the name of its parameter and "weight".
 _NAMED = re.compile(r"(.+\.[a-z]+_\w+)\.(default(?:_\d+)?)((?:\.\w+)*)")
 # A head that PEFT trains, and the base's own beside it.
 _HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
+# Where training scripts keep the tensors in what they save, beside an optimizer's state, an epoch and the like.
+_INSIDE = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "lora_state_dict", "lora", "adapter"),
+    *("network", "params"),
+)
+
+
+def tensors_in(loaded: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors by name in what `torch.load` gave: a state dict, or one that a training script put inside others.
+
+    Raises:
+        CheckpointError, UnsupportedError: it is neither, and what it is.
+    """
+    held = loaded
+    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
+        inner = next((held[name] for name in _INSIDE if isinstance(held.get(name), Mapping)), None)
+        if inner is None:
+            break
+        held = inner
+    check_loaded(held, file)
+    if not isinstance(held, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for key, value in held.items()
+    ):
+        raise CheckpointError(f"{file} holds no mapping from names to tensors.")
+    return dict(held)
 
 
 class Wrapped(Layout):

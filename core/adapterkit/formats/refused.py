@@ -1,0 +1,196 @@
+"""Files that are no adapter which can be read: what each is, why it cannot be read, and what to do instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.formats.layouts import AdapterFiles
+
+_EXTRACT = "ak.extract_files(base, merged) then makes an adapter of the difference"
+
+
+class _Sign(NamedTuple):
+    """Keys of a program's files, what such a file is, and what to do."""
+
+    keys: re.Pattern[str]
+    what: str
+    cure: str
+
+
+def _sign(keys: str, what: str, cure: str) -> _Sign:
+    return _Sign(re.compile(keys), what, cure)
+
+
+_ZERO = (
+    "Join the parts of that training's checkpoint with the script that DeepSpeed puts into its folder "
+    "(python zero_to_fp32.py . OUT), and load what it writes"
+)
+_CLONEOFSIMO = _sign(
+    r"^(unet|text_encoder)(:\d+)+:(up|down|alpha|rank)$",
+    "a LoRA of cloneofsimo's lora package, which numbers the layers of a diffusers of 2022 and does not name them",
+    f"Merge it there (lora_add MODEL LORA OUT 1.0 --mode upl) and load the result with diffusers; {_EXTRACT}",
+)
+# A file is of a program if any of its keys has the form.
+_PROGRAMS = (
+    _sign(
+        r"\.lora_(left|right)_weight$",
+        "a checkpoint of DeepSpeed-Chat, whose LoRA has no scaling in the file",
+        f"DeepSpeed-Chat merges it into what it saves at the end (convert_lora_to_linear_layer); {_EXTRACT}",
+    ),
+    _sign(
+        r"(^|\.)(adapter_layer\.lora_\w+|lora_\w+_adapter|adapter)\.linear_(in|out)\.weight$",
+        "LoRA of NVIDIA NeMo or Megatron, which splits and joins layers by the settings of its training",
+        "Export it there to Hugging Face's layout, merged or as PEFT's folder",
+    ),
+    _sign(
+        r"(^|\.)(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]$",
+        "LoRA of LitGPT, whose config is in another file and whose q, k and v are interleaved",
+        f"Merge it (litgpt merge_lora) and convert the result (litgpt convert_from_litgpt); {_EXTRACT}",
+    ),
+    _sign(
+        r"^layers\.\d+\.(attn|mlp|cross_attn)\.\w+\.(lora_[ab]\.weight|magnitude)$",
+        "an adapter in torchtune's own names, without its alpha",
+        "torchtune's FullModelHFCheckpointer writes adapter_model.safetensors and adapter_config.json beside it: give "
+        "that folder",
+    ),
+    _sign(
+        r"\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight$",
+        "a Flux LoRA of XLabs, whose processors compute q, k and v together",
+        "Load it with diffusers (pipe.load_lora_weights) and save it there (pipe.transformer.save_lora_adapter)",
+    ),
+    _CLONEOFSIMO,
+    _sign(
+        r"\.(loras\.[^.]+\.lora_[AB]|adapters\.[^.]+\.adapter_(down|up)\.|prefix_tunings?\.)|^prefix_tuning\.",
+        "an adapter of the library adapters (AdapterHub), which has its own modules",
+        f"Merge it there (model.load_adapter(...), model.merge_adapter(name)) and save the model; {_EXTRACT}",
+    ),
+    _sign(
+        r"^(image_proj|ip_adapter)(\.|$)",
+        "an IP-Adapter, which adds attention for images and is not a change of the model's weights",
+        "Load it with diffusers: pipe.load_ip_adapter",
+    ),
+    _sign(
+        r"^lora_controlnet$",
+        "a Control-LoRA, which is a ControlNet's own weights beside factors",
+        "Load it in ComfyUI, or take the ControlNet that it was made from",
+    ),
+    _sign(
+        r"^(emb_params|string_to_param(\..*)?|clip_[lg]|<[^<>]+>)$|^bundle_emb\.",
+        "a textual inversion: embeddings of new tokens, and no change of the model's weights",
+        "Load it with diffusers: pipe.load_textual_inversion",
+    ),
+)
+_OF_ADAPTERS = re.compile(r"lora|hada_|lokr_|adapter|oft_|vera_|ia3|boft|diff")
+_PAGE = "is a web page: the download was not allowed, or the address is that of a page. Fetch the file itself"
+# What a file begins with (in small letters) that is neither safetensors nor a pickle.
+_BEGINNINGS = (
+    (
+        b"version https://git-lfs",
+        "is a pointer of Git LFS, which stands for the file. Fetch the file itself: git lfs pull, in the repository's "
+        "folder",
+    ),
+    (
+        b"gguf",
+        "is a GGUF file of llama.cpp. Give what it was made from: the adapter folder that convert_lora_to_gguf.py "
+        "read, or the model's folder of safetensors",
+    ),
+    (b"algg", "is an adapter of llama.cpp before GGUF. Give the PEFT folder that it was made from"),
+    (b"\x93numpy", "is an array of NumPy. Give the folder that PEFT wrote"),
+    (b"<!doctype", _PAGE),
+    (b"<html", _PAGE),
+)
+_SUFFIXES = {
+    ".npz": "is an archive of arrays, as mlx-lm wrote until 2024. Save the adapter with a later mlx-lm, which writes "
+    "adapters.safetensors",
+    ".nemo": "is an archive of NVIDIA NeMo. Export the adapter there to Hugging Face's layout",
+}
+
+
+def check_content(file: Path) -> None:
+    """Refuse a file that is not one of tensors, whatever it is called.
+
+    Raises:
+        CheckpointError: says what it is, and what to do.
+    """
+    try:
+        with file.open("rb") as opened:
+            first = opened.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    if not first:
+        raise CheckpointError(f"{file} is empty: 0 bytes. It was not written to its end; fetch or save it again.")
+    known = (why for begin, why in _BEGINNINGS if first.lower().startswith(begin))
+    why = _SUFFIXES.get(file.suffix) or next(known, None)
+    if why is not None:
+        raise CheckpointError(f"{file} {why}.")
+
+
+def check_loaded(loaded: Any, file: Path) -> None:
+    """Refuse what a pickle holds where it is known and not names with tensors.
+
+    Raises:
+        UnsupportedError: says what it is, and what to do.
+    """
+    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
+        raise UnsupportedError(_refusal(file, _CLONEOFSIMO, "a list of tensors"))
+    if not isinstance(loaded, Mapping):
+        return
+    if loaded.keys() & {"ds_version", "ds_config", "optimizer_state_dict"}:
+        raise UnsupportedError(f"{file} is one process's part of a DeepSpeed checkpoint. {_ZERO}.")
+    for name, value in loaded.items():
+        found = _program([name, *(f"{name}.{key}" for key in value)] if isinstance(value, Mapping) else [])
+        if found is not None:
+            raise UnsupportedError(_refusal(file, *found))
+
+
+def check_program(files: AdapterFiles) -> None:
+    """Refuse tensors that hold nothing, and those of programs whose adapters cannot be read.
+
+    Raises:
+        CheckpointError: the file has no tensors, or they have no values.
+        UnsupportedError: names the program.
+    """
+    place, tensors = files.folder, files.tensors
+    if not tensors:
+        raise CheckpointError(
+            f"{place} holds no tensors. PEFT writes such a file where a script has replaced model.state_dict, as "
+            "alpaca-lora's did, and where ZeRO-3 or FSDP hold the parameters. The checkpoints of that training may "
+            "have them; else it has to be trained again."
+        )
+    empty = [key for key, tensor in tensors.items() if tensor.shape == (0,)]
+    if len(empty) == len(tensors):
+        raise CheckpointError(
+            f"{place}: every tensor has shape (0,), such as {empty[0]!r}. It was saved under DeepSpeed's ZeRO-3, which "
+            f"had not gathered the parameters. {_ZERO}; or save with stage3_gather_16bit_weights_on_model_save."
+        )
+    beside = [key for key in tensors if not is_token(key)]  # OneTrainer puts them beside a LoRA
+    found = _program(beside or tensors)
+    if found is not None:
+        raise UnsupportedError(_refusal(place, *found))
+
+
+def is_token(key: str) -> bool:
+    """Whether a key is of the embeddings of a new token that OneTrainer puts beside a LoRA."""
+    return key.startswith("bundle_emb.")
+
+
+def _program(keys: Iterable[object]) -> tuple[_Sign, str] | None:
+    """The program that a key betrays, and the key."""
+    named = [key for key in keys if isinstance(key, str)]
+    return next(((sign, repr(key)) for sign in _PROGRAMS for key in named if sign.keys.search(key)), None)
+
+
+def _refusal(place: Path, sign: _Sign, shown: str) -> str:
+    return f"{place} is {sign.what} ({shown}). It cannot be read here. {sign.cure}."
+
+
+def is_full_model(keys: Collection[str]) -> bool:
+    """Whether a file has whole weights of layers, and nothing that looks like an adapter's."""
+    whole = [key for key in keys if key.endswith((".weight", ".bias"))]
+    return len(whole) > 0.9 * len(keys) and not any(_OF_ADAPTERS.search(key) for key in keys)
