@@ -16,11 +16,12 @@ from torch import nn
 
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index
-from adapterkit.disk.model import CONFIG, MappedModel, skeleton_for
+from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
+from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
-from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, plan
+from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
 from adapterkit.results import Printed, in_lines
 
@@ -37,6 +38,7 @@ class MergeReport(Printed):
         merged: the tensors that were changed, by the file they are in; a file with none was copied as it is.
         heads: modules that were taken over from an adapter.
         added: tensors that the base did not have: of heads, and of weights that were tied.
+        vocabulary: the rows of the adapters' embeddings, if they are not the base's.
         absent: tensors of the model that no file holds, and that `from_pretrained` will initialise.
         not_copied: files of the base that are not in the output.
         nbytes: size of the weights.
@@ -52,12 +54,14 @@ class MergeReport(Printed):
     not_copied: tuple[str, ...] = ()
     nbytes: int = 0
     resumed: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     def __str__(self) -> str:
         names = ", ".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.adapters.items())
         files = f"{len(self.merged)} file" + "s" * (len(self.merged) != 1)
         lines = [f"{self.out}: {sum(self.merged.values())} tensors merged ({names}), {self.nbytes:,} bytes in {files}"]
         lines += [f"  taken over in full: {path}" for path in self.heads]
+        lines += [f"  vocabulary: {self.vocabulary:,} rows"] if self.vocabulary is not None else []
         for what, found in (
             ("added", self.added),
             ("in no file", self.absent),
@@ -87,8 +91,10 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
 
     The tensors are, bit for bit, those that `Adapters.merge` gives in memory. The files keep the base's names, tensor
     names, order, dtypes, metadata and index. Config and tokenizer files are copied too, and the adapters' heads and
-    label set taken over. Memory: the largest module's weights and a constant. A manifest (`adapterkit_merge.json`) says
-    what was merged, and the size of every weight file.
+    label set taken over. If the adapters were trained with a resized vocabulary, the output has their embeddings, its
+    config their size, and the tokenizer is the one beside the adapter, if there is one. A manifest
+    (`adapterkit_merge.json`) says what was merged, and the size of every weight file. Memory: the largest module's
+    weights and a constant.
 
     The output appears under its name when it is whole, on the disk. Until then it grows in a folder beside it,
     `.<name>.partial`, from which a run that was broken off can be resumed.
@@ -125,19 +131,24 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         built, named = skeleton_for(folder, [s.place for s in sources], architecture)
     else:
         built = copy.deepcopy(model)
+    files = {source.name: read(source.place) for source in sources}
+    vocabulary = Vocabulary.resize(built, {name: held.tensors for name, held in files.items()})
     mapped = MappedModel(built, checkpoint)
-    changes, acting = _changes(mapped, sources, untie=untie, heads=heads, component=component, safe=safe)
+    changes, acting = _changes(mapped, sources, files, untie=untie, heads=heads, component=component, safe=safe)
     values, parted = _new_values(mapped, changes, acting)
+    values |= {} if vocabulary is None else vocabulary.rest(mapped, values)
     parting = _parting(built, parted)
-    origins, absent = _origins(mapped, values, () if parting is None else parting.freed)
+    origins, absent = _origins(mapped, values, () if parting is None else (*parting.parted, *parting.freed))
     shards = lay_out(checkpoint, origins)
-    small = _new_config(folder / CONFIG, built, named, acting, parting)
+    small = _new_config(folder / CONFIG, built, named, acting, parting, vocabulary)
+    if vocabulary is not None:
+        small |= tokenizer_in(files[vocabulary.owner].folder)
     if checkpoint.index_file is not None:
         small[checkpoint.index_file.name] = new_index(checkpoint, shards)
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
-    inputs = _inputs(checkpoint, sources, arguments)
+    everything = {**checkpoint.entries, **origins}
     mapped.release()
-    output = Output(target, folder, {**checkpoint.entries, **origins}, shards, small, inputs)
+    output = Output(target, folder, everything, shards, small, _inputs(checkpoint, sources, arguments))
     resumed, not_copied = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
     merged = {name for name, origin in origins.items() if isinstance(origin, Merge)}
     return MergeReport(
@@ -150,6 +161,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         not_copied,
         sum(shard.size for shard in shards.values()),
         resumed,
+        None if vocabulary is None else vocabulary.rows,
     )
 
 
@@ -230,13 +242,20 @@ def _sources(adapters: Sources) -> list[_Source]:
 
 
 def _changes(
-    base: MappedModel, sources: Sequence[_Source], *, untie: bool, heads: str | None, component: str | None, safe: bool
+    base: MappedModel,
+    sources: Sequence[_Source],
+    files: Mapping[str, AdapterFiles],
+    *,
+    untie: bool,
+    heads: str | None,
+    component: str | None,
+    safe: bool,
 ) -> tuple[list[Change], list[Adapter]]:
     """What the adapters change in the base's modules, as a merge in memory finds it, and those whose heads act."""
     adapters = []
     for source in sources:
         given: dict[str, Any] = {"strict": True, "dtype": None, "component": component, "device": torch.device("cpu")}
-        adapter, _ = load_adapter(base.model, source.name, read(source.place), Active(), **given)
+        adapter, _ = load_adapter(base.model, source.name, files[source.name], Active(), **given)
         if source.weight != 1.0 and not all(layer.additive for layer in adapter.layers.values()):
             raise UnsupportedError(
                 f"{source.given!r} cannot be merged with the weight {source.weight:g}: the method "
@@ -246,6 +265,7 @@ def _changes(
     changes = plan(adapters, BaseModules(base.model), untie=untie, scales={s.name: s.weight for s in sources})
     for change in changes:
         if change.head is not None:  # its own copy of the module is in memory, and is written as the head that it is
+            part(change)
             merge_module(change, safe=safe)
     chosen = next((s.name for s in sources if heads in (s.given, s.name)), heads)
     acting = [next(a for a in adapters if a.name == name) for name in acting_heads(adapters, chosen)]
@@ -297,14 +317,14 @@ def _parting(model: Any, parted: set[str]) -> Parting | None:
 
 
 def _origins(
-    base: MappedModel, values: Mapping[str, Merge | torch.Tensor], freed: Sequence[Any]
+    base: MappedModel, values: Mapping[str, Merge | torch.Tensor], ended: Sequence[Any]
 ) -> tuple[dict[str, Origin], tuple[str, ...]]:
     """Where tensors of the output come from that are not simply the base's, and what of the model is in no file.
 
-    Of tied tensors the files need to hold one, except where the config no longer says that they are tied (`freed`).
+    Of tied tensors the files need to hold one, except where the config no longer says that they are tied (`ended`).
     """
     entries, in_file = base.checkpoint.entries, base.in_file
-    apart = {key for tie in freed for key in (tie.target, tie.source)}
+    apart = {key for tie in ended for key in (tie.target, tie.source)}
     buffers = {key: value for key, value in values.items() if key not in base.parameters}
     origins: dict[str, Origin] = {in_file.get(key, key): value for key, value in buffers.items()}
     absent = []
@@ -331,7 +351,12 @@ def _origins(
 
 
 def _new_config(
-    path: Path, model: Any, architecture: str | None, acting: Sequence[Adapter], parting: Parting | None
+    path: Path,
+    model: Any,
+    architecture: str | None,
+    acting: Sequence[Adapter],
+    parting: Parting | None,
+    vocabulary: Vocabulary | None,
 ) -> dict[str, bytes]:
     """The content of the output's config by its name, if it is not the base's."""
     if not path.exists():
@@ -340,12 +365,13 @@ def _new_config(
     before = copy.deepcopy(config)
     if architecture is not None:
         config["architectures"] = [architecture]
-    for names, part in nested(model.config) if parting is not None else ():
-        if any(part is cleared for cleared in parting.configs):  # type: ignore[union-attr]
-            inner = config
-            for name in names:
-                inner = inner.setdefault(name, {})
-            inner[FLAG] = False
+    for names, inner in nested(model.config) if parting is not None else ():
+        if any(inner is cleared for cleared in parting.configs):  # type: ignore[union-attr]
+            _inner(config, names)[FLAG] = False
+    if vocabulary is not None:
+        text = model.config.get_text_config()
+        names = next(names for names, part in nested(model.config) if part is text)
+        _inner(config, names)[text.attribute_map.get("vocab_size", "vocab_size")] = vocabulary.rows
     labels = next((a.labels for a in reversed(acting) if a.labels is not None), None)
     own = LabelSet.of(model)
     if labels is not None and (own is None or labels.id2label != own.id2label):
@@ -356,3 +382,12 @@ def _new_config(
         if labels.problem_type is not None or "problem_type" in config:
             config["problem_type"] = labels.problem_type
     return {} if config == before else {path.name: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _inner(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The part of a config's file for the config of these names; configs of older models hold its fields themselves."""
+    for name in names:
+        if not isinstance(config.get(name), dict):
+            break
+        config = config[name]
+    return config

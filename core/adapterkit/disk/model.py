@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import FILE_PREFIX, Method, default_registry
+from adapterkit.contract import FILE_PREFIX, Method, default_registry, strip_file_prefix
 from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
 from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
 from adapterkit.files import (
@@ -25,7 +25,7 @@ from adapterkit.files import (
     read_header,
 )
 from adapterkit.kinds import AnyModule, LayerKind
-from adapterkit.model import base_parameters, named_modules
+from adapterkit.model import BaseModules, base_parameters, both_tables, named_modules
 
 CONFIG = "config.json"
 # By PEFT's `task_type`, transformers' tables from a config's class to the model's.
@@ -37,6 +37,12 @@ _TASKS = {
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
+# What `save_pretrained` of transformers' tokenizers writes.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
@@ -239,6 +245,76 @@ class MappedModel:
 
 def _fits(entry: Entry, parameter: Tensor) -> bool:
     return entry.dtype in _FLOATING and entry.shape == tuple(parameter.shape)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows that a model's embeddings have now, because the files of adapters hold embeddings of that size.
+
+    Attributes:
+        owner: the adapter that says so.
+        resized: the model's keys with another number of rows than before.
+    """
+
+    rows: int
+    owner: str
+    resized: Collection[str]
+
+    @classmethod
+    def resize(cls, model: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]]) -> Vocabulary | None:
+        """Resize a model on the meta device as the embeddings in the files of these adapters are; `None`: as it is.
+
+        Raises:
+            UnsupportedError: two adapters have vocabularies of other sizes.
+        """
+        places = both_tables(BaseModules(model)) if hasattr(model, "resize_token_embeddings") else {}
+        found: dict[int, str] = {}
+        for name, tensors in adapters.items():
+            held = strip_file_prefix(tensors)
+            for path, table in places.items():
+                own: Any = table.weight
+                given = held.get(f"{path}.weight", held.get(f"{path}.base_layer.weight"))
+                if given is not None and given.dim() == 2 and given.shape != own.shape:
+                    found.setdefault(given.shape[0], name)
+        if not found:
+            return None
+        (rows, owner), *others = found.items()
+        if others:
+            raise UnsupportedError(
+                f"{owner!r} holds embeddings of {rows:,} rows and {others[0][1]!r} of {others[0][0]:,}, and a model "
+                "has one vocabulary. Merge one of them."
+            )
+        before = {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
+        resizing: Any = model
+        resizing.resize_token_embeddings(rows, mean_resizing=False)
+        after = model.state_dict(keep_vars=True)
+        return cls(rows, owner, [key for key, tensor in after.items() if before.get(key) != tensor.shape])
+
+    def rest(self, base: MappedModel, values: Collection[str]) -> dict[str, Tensor]:
+        """What was resized and is not among the adapters' values: BART's bias of the logits, zero for new tokens.
+
+        Raises:
+            UnsupportedError: there is something else, whose new rows are not known.
+        """
+        found = {}
+        for key in self.resized:
+            if key.endswith("final_logits_bias") and key in base.in_file:
+                held = base.checkpoint.tensor(base.in_file[key])[..., : self.rows]
+                found[key] = nn.functional.pad(held, (0, self.rows - held.shape[-1]))
+            elif key not in values:
+                raise UnsupportedError(
+                    f"{self.owner!r} was trained with a vocabulary of {self.rows:,} tokens, and its files do not hold "
+                    f"the new rows of {key!r}, which is resized with it. Load the model, call "
+                    f"model.resize_token_embeddings({self.rows}), and merge in memory."
+                )
+        return found
+
+
+def tokenizer_in(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer in a folder, by name; nothing if there is none."""
+    if not (folder / _TOKENIZER[1]).is_file():
+        return {}
+    return {name: (folder / name).read_bytes() for name in _TOKENIZER if (folder / name).is_file()}
 
 
 @dataclass

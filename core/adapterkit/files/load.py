@@ -125,8 +125,8 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
     """Embeddings that the file holds in full, as PEFT writes them when the vocabulary was resized.
 
     Returns:
-        The path of each table, with the path of the table whose tensor it gets. That is its own path, unless the file
-        has only the tensor of a table that it is tied to.
+        The path of each table, with the path of the table whose tensor it gets. That is its own path, unless it is tied
+        to a table, and the file has only that one's tensor or the same values twice.
     """
     get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None
@@ -150,8 +150,12 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
         found[paths[0]] = paths[0]
     for table in [*found]:
         weight = modules.model.get_submodule(table)._parameters["weight"]
-        others = [paths[0] for m, paths in modules.paths_of.items() if m._parameters.get("weight") is weight]
-        found |= {p: table for p in others if f"{p}.weight" not in tensors and p not in heads and p not in found}
+        held = tensors.get(f"{table}.weight", tensors.get(f"{table}.base_layer.weight"))
+        tied = [paths[0] for m, paths in modules.paths_of.items() if m._parameters.get("weight") is weight]
+        for path in tied if found[table] == table else ():
+            again = tensors.get(f"{path}.weight", held if path not in found else None)
+            if path not in heads and again is not None and held is not None and torch.equal(again, held):
+                found[path] = table
     return found
 
 

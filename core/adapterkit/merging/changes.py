@@ -13,7 +13,7 @@ from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.forward import BiasLayer
 from adapterkit.kinds import AddTile, LayerKind, tiles
 from adapterkit.merging.obstacles import is_writable, obstacle
-from adapterkit.merging.places import Place, overlaps, own
+from adapterkit.merging.places import Place, overlaps, own, put_copy
 from adapterkit.model import Adapter, BaseModules
 
 # Rank of exact factors up to which multiplying by them is faster than building the change.
@@ -128,7 +128,8 @@ def plan(
             module = adapter.hosts[path]
             changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
     places = {Place(change.module, name): change for change in changes.values() for name in change.touched}
-    for place, other in overlaps(modules, places).items():
+    heads = {m: f"{path} of {a.name!r}" for a in adapters for path, head in a.heads.items() for m in head.modules()}
+    for place, other in overlaps(modules, places, heads).items():
         places[place].tied[place.name] = other
     for change in changes.values():
         _check(change, untie)
@@ -196,6 +197,13 @@ def check_in_memory(changes: Sequence[Change]) -> None:
                     f"{where} is in read-only memory (a file that is mapped?). Copy it first: layer.{name} = "
                     f"torch.nn.Parameter(layer.{name}.clone())."
                 )
+
+
+def part(change: Change) -> None:
+    """Give the written tensors that are tied memory of their own."""
+    for name, tensor in change.touched.items():
+        if name in change.tied:
+            put_copy(change.module, name, tensor)
 
 
 @torch.no_grad()

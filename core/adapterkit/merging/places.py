@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +65,15 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.numel() > 0 and _span(one)[:3] == _span(other)[:3] and one.stride() == other.stride())
 
 
-def overlaps(modules: BaseModules, places: Iterable[Place]) -> dict[Place, str]:
-    """The places that share memory with another tensor of the model, and its key; `"itself"` for expanded tensors."""
+def overlaps(modules: BaseModules, places: Iterable[Place], heads: Mapping[nn.Module, str]) -> dict[Place, str]:
+    """The places that share memory with another tensor, and its key; `"itself"` for expanded tensors.
+
+    Args:
+        heads: the adapters' own copies of modules, with their names in messages.
+    """
     wanted = set(places)
-    known = {place.module: "its own copy" for place in wanted}  # of modules that are not the model's: heads
-    known |= {modules.model: "", **{module: paths[0] for module, paths in modules.paths_of.items()}}
+    known = {**heads, modules.model: ""}
+    known |= {module: paths[0] for module, paths in modules.paths_of.items()}
     spans, found = [], {}
     for module, path in known.items():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

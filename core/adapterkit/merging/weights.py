@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adapterkit.contract import BIASES
 from adapterkit.errors import AdapterError, StateError
 from adapterkit.forward import BiasLayer, give_dtypes_back
-from adapterkit.merging.changes import Change, check_finite, check_in_memory, merge_module, merged_values, plan
-from adapterkit.merging.places import Place, own, put, put_copy
+from adapterkit.merging.changes import Change, check_finite, check_in_memory, merge_module, merged_values, part, plan
+from adapterkit.merging.places import Place, own, put
 from adapterkit.merging.tied_weights import Parting
 from adapterkit.model import Adapter, BaseModules
 
@@ -136,7 +136,7 @@ def merging(
     modules = BaseModules(model)
     changes = plan(adapters, modules, untie=untie, scales=strengths)
     check_in_memory(changes)
-    parted = {f"{p}.{name}" for c in changes for name in c.tied for p in modules.paths_of.get(c.module, ())}
+    parted = {f"{p}.{name}" for c in changes for name in c.tied for p in modules.paths_of.get(c.module, [c.path])}
     parting = Parting.of(model, parted)
     edited, steps = before.edited, list[Step]()
     try:
@@ -180,8 +180,7 @@ def _carry_out(
         for layer in biases.children() if biases is not None and "bias" in touched else ():
             assert isinstance(layer, BiasLayer)
             layer.keep_base(touched["bias"])
-        for name in change.tied:
-            put_copy(module, name, touched[name])
+        part(change)
         merge_module(change, safe=safe)
         step.whole = True
 

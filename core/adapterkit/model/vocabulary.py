@@ -24,7 +24,7 @@ def resized_tables(modules: BaseModules, without: Collection[str] = ()) -> dict[
 
 def resized_keys(modules: BaseModules) -> set[str]:
     """The keys of both embeddings in the model's state dict if the vocabulary was resized, else nothing."""
-    found = _both(modules) if _was_resized(modules.model) else {}
+    found = both_tables(modules) if _was_resized(modules.model) else {}
     return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
 
 
@@ -34,14 +34,15 @@ def tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.
     If both are tied, only one of them: they are one table.
     """
     found: dict[str, nn.Module] = {}
-    for path, table in _both(modules).items():
+    for path, table in both_tables(modules).items():
         known = [other._parameters["weight"] for other in found.values()]
         if path not in without and not any(table._parameters["weight"] is other for other in known):
             found[path] = table
     return found
 
 
-def _both(modules: BaseModules) -> dict[str, nn.Module]:
+def both_tables(modules: BaseModules) -> dict[str, nn.Module]:
+    """The input and the output embedding of a transformers model by path, also where they are tied."""
     found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
