@@ -10,22 +10,28 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.formats import AdapterFiles, NameTable, layers_of, translate
+from adapterkit.formats import AdapterFiles, layers_of, translate
+from adapterkit.formats.families import Family
+from adapterkit.formats.names import OriginalNames
 from adapterkit.model import BaseModules
 
 Make = Callable[[str, int], tuple[dict[str, Tensor], Tensor]]
-QKV = tuple(f"blocks.{{}}.attn.to_{name}" for name in "qkv")
-SINGLE = tuple(f"blocks.{{}}.single.{name}" for name in "qkv")
-TABLE = NameTable(
-    "a program",
-    ("lora_unet", "diffusion_model", ""),
-    {
-        "double_blocks.{}.qkv": QKV,
-        "double_blocks.{}.qkv.norm": "blocks.{}.norm",
-        "single_blocks.{}.linear1": {**dict.fromkeys(SINGLE, 1), "blocks.{}.mlp": 4},
-        "img_in": "x_embedder",
-    },
-    marks=("double_blocks.{}.qkv", "single_blocks.{}.linear1"),
+QKV = {f"blocks.{{}}.attn.to_{name}": 1 for name in "qkv"}
+SINGLE = {f"blocks.{{}}.single.{name}": 1 for name in "qkv"}
+NAMES = OriginalNames(
+    (
+        Family(
+            "a model",
+            {
+                "double_blocks.{}.qkv": QKV,
+                "double_blocks.{}.qkv.norm": "blocks.{}.norm",
+                "single_blocks.{}.linear1": {**SINGLE, "blocks.{}.mlp": 4},
+                "img_in": "x_embedder",
+                "last": "blocks.0.last",
+            },
+            frozenset({"last"}),
+        ),
+    )
 )
 
 
@@ -48,7 +54,7 @@ def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The change of each layer's weight that a file makes."""
     model = Net()
     layers = layers_of(BaseModules(model))
-    files = TABLE.read(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers)
+    files = NAMES.read(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers)
     assert files is not None
     found = translate(files, layers)
     before = {path: model.get_submodule(path).weight.detach().clone() for path in found.layers}
@@ -81,11 +87,11 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[path], change, rtol=0, atol=1e-5)
 
 
-NAMES = ("lora_unet_double_blocks_10_qkv", "diffusion_model.double_blocks.10.qkv", "double_blocks.10.qkv")
+KEYS = ("lora_unet_double_blocks_10_qkv", "diffusion_model.double_blocks.10.qkv", "double_blocks.10.qkv")
 
 
 @pytest.mark.parametrize("make", [lora, loha])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KEYS)
 def test_rows_of_a_fused_layer_are_split_and_the_rest_is_shared(make: Make, name: str) -> None:
     tensors, change = make(name, 12)
     found = changes(tensors)
@@ -105,13 +111,11 @@ def test_a_name_that_another_begins_with_and_one_of_several_families() -> None:
     qkv, fused = lora("diffusion_model.double_blocks.0.qkv", 12)
     split = {f"blocks.0.attn.to_{n}": part for n, part in zip("qkv", fused.split(4), strict=True)}
     check(changes(norm | outer | qkv), {**split, "blocks.0.norm": change, "x_embedder": other})
-    alone = AdapterFiles(Path("a"), None, outer, {})
-    assert TABLE.read(alone, None) is None
 
 
 def test_without_a_model_shares_are_the_table_s() -> None:
     tensors, _ = lora("lora_unet_single_blocks_3_linear1", 28)
-    files = TABLE.read(AdapterFiles(Path("a"), None, tensors, {}), None)
+    files = NAMES.read(AdapterFiles(Path("a"), None, tensors, {}), None)
     assert files is not None
     shapes = {key: tuple(t.shape) for key, t in files.tensors.items() if key.endswith("up.weight")}
     assert shapes == {

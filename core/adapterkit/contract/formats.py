@@ -20,12 +20,19 @@ from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
+_ENCODERS = ("clip_l", "clip_g", "t5xxl", "t5", "qwen25_7b", "qwen3_4b", "gemma2_2b", "llama", "umt5xxl")
 DOTTED = (
-    *("unet", "transformer", "transformer_2", "prior", "diffusion_model"),
+    *("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+    *(f"text_encoders.{name}{inner}" for name in _ENCODERS for inner in (".transformer", "")),
+    *(f"{name}{inner}" for name in _ENCODERS[:4] for inner in (".transformer", "")),
 )
 # As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
-FLAT = ("lora_unet", "lora_prior_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
+FLAT = (
+    *("lora_unet", "lora_prior_unet", "lora_transformer", "lycoris"),
+    *("lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_te4", "lora_prior_te"),
+)
+_PART = re.compile(rf"({'|'.join(map(re.escape, (*DOTTED, *FLAT)))})\.|({'|'.join(FLAT)})_")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 OPTIONAL = "text_model"
 # Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".
@@ -49,8 +56,8 @@ class ForeignFile:
 
 def component(name: str) -> str:
     """The part of a pipeline that a key or a module's name begins with: `"lora_te1"`, `"unet"`; `""`: none."""
-    head = name.partition(".")[0]
-    return head if head in (*DOTTED, *FLAT) else next((part for part in FLAT if head.startswith(part + "_")), "")
+    found = _PART.match(name)
+    return found[1] or found[2] if found else ""
 
 
 class LayerNames:
@@ -182,6 +189,8 @@ class Format:
             UnsupportedError: the change cannot be split there.
         """
         found: list[dict[str, Tensor]] = [dict(tensors) for _ in sizes]
+        if self.rows.keys().isdisjoint(tensors):
+            raise UnsupportedError(f"{self.config_type.method!r} does not say how a fused layer is split.")
         for local, dim in self.rows.items():
             if local in tensors:
                 rows, total = tensors[local].shape[dim], sum(sizes)
@@ -193,6 +202,26 @@ class Format:
                 for own, part in zip(found, parts, strict=True):
                     own[local] = part
         return found
+
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of the fused layer whose outputs these layers stack: the reverse of `split`.
+
+        By default the `rows` are stacked, and everything else must be the same in all layers.
+
+        Raises:
+            UnsupportedError: no adapter of the method changes the fused layer so.
+        """
+        joined = dict(parts[0])
+        for local, tensor in joined.items():
+            values = [part[local] for part in parts if local in part]
+            if local in self.rows and len(values) == len(parts):
+                joined[local] = torch.cat(values, self.rows[local])
+            elif len(values) < len(parts) or not all(torch.equal(value, tensor) for value in values):
+                raise UnsupportedError(
+                    f"{local!r} differs between layers that are one layer there. Convert the adapter to LoRA "
+                    "(to='lora'), which can join any."
+                )
+        return joined
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """The config of a file that has these layers. The core sets `target_modules`.

@@ -5,16 +5,14 @@ tensors in PEFT's names, and the program whose layout it was.
 Uses: errors, kinds, contract, model.
 """
 
-from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
-from adapterkit.formats.names import NameTable
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.refused import check_content
-from adapterkit.formats.translation import keys_of_other_parts, layers_of, shapes_of, translate
+from adapterkit.formats.translation import keys_of_other_parts, translate
 from adapterkit.formats.wrapped import tensors_in
 
 __all__ = [
     "CONFIG_FILE",
     "AdapterFiles",
-    "NameTable",
     "check_content",
     "keys_of_other_parts",
     "layers_of",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from adapterkit.contract import Method, default_registry
+from adapterkit.errors import PluginError
 from adapterkit.kinds import LayerKind
+from adapterkit.model import BaseModules
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -22,23 +28,59 @@ class AdapterFiles:
     Attributes:
         config: the fields of `adapter_config.json`.
         metadata: the header of the safetensors file.
+        programs: the programs whose layouts the files had, as far as they were read.
     """
 
     folder: Path
     config: dict[str, Any] | None
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    programs: tuple[str, ...] = ()
+
+    def read_as(self, program: str, tensors: dict[str, Tensor]) -> AdapterFiles:
+        """The same adapter with the tensors by other names, which this program's layout gave."""
+        return dataclasses.replace(self, tensors=tensors, programs=(*self.programs, program))
 
 
 class Layout(ABC):
     """How one program, or one way to write files, lays out an adapter."""
 
-    program: str
-
     @abstractmethod
     def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """The same adapter one step nearer to PEFT's layout; `None`: the files are not of this one.
+        """The same adapter one step nearer to PEFT's layout, and the program; `None`: the files are not of this one.
 
         Args:
             layers: those of the model; `None`: there is no model.
         """
+
+
+def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
+    """Every layer of the model that can hold an adapter, by the path it is known by."""
+    return kinds_of({paths[0]: module for module, paths in modules.paths_of.items()})
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same shapes and dtypes on the meta device, of those keys that can be a tensor's of some module."""
+    may_be = [key for key in tensors if all(part and not hasattr(nn.Module, part) for part in key.split("."))]
+    return {key: torch.empty_like(tensors[key], device="meta") for key in may_be}
+
+
+def kinds_of(modules: Mapping[str, nn.Module] | None) -> dict[str, LayerKind]:
+    """What each of these modules is, of those that can hold an adapter."""
+    kinds = {path: default_registry.kind_of(module) for path, module in (modules or {}).items()}
+    return {path: kind for path, kind in kinds.items() if kind is not None}
+
+
+def layers_in_file(tensors: Mapping[str, Tensor]) -> dict[str, LayerKind]:
+    """The layers of another program's file, of any method, by the names that their keys begin with."""
+    shapes, found = shapes_of(tensors), dict[str, LayerKind]()
+    for method in methods():
+        found |= kinds_of(method.layers_in_file(shapes, None))
+    return found
+
+
+def methods() -> Iterator[Method]:
+    """The installed methods; `recognise` tells of those that cannot be asked, if nobody else knows the file."""
+    for name in default_registry.methods():
+        with suppress(PluginError):
+            yield default_registry.method(name)

@@ -1,156 +1,209 @@
-"""Names that other programs have for a model's layers: a table for each family of models, and the one way to use it."""
+"""Names of the original code of image and video models in a file, and the layers of diffusers that they stand for."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache
 
 from torch import Tensor
 
-from adapterkit.contract import FLAT, Format, LayerNames, component, default_registry
-from adapterkit.errors import PluginError
-from adapterkit.formats.layouts import AdapterFiles, Layout
+from adapterkit.contract import Format, LayerNames, component
+from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.formats.families import FAMILIES, Family
+from adapterkit.formats.layouts import AdapterFiles, Layout, layers_in_file, methods
 from adapterkit.kinds import LayerKind
 
-# The layer that a name stands for; or, of a fused layer, the layers whose outputs it stacks, in this order, with their
-# shares of the outputs, which are equal in a tuple.
-Layers = str | tuple[str, ...] | Mapping[str, int]
-
-
-class _Found(NamedTuple):
-    """A key's module: the key up to the tensor's own name, the part of the pipeline, the layers and their shares."""
-
-    module: str
-    part: str
-    layers: Mapping[str, int]
+# The parts of a pipeline that generate images. Text encoders have the names of transformers everywhere.
+_GENERATORS = (
+    *("", "lora_unet", "lora_transformer", "lora_prior_unet", "lycoris"),
+    *("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model"),
+)
+# A number that is a name of its own, or the place for one.
+_NUMBER = re.compile(r"\{\}|(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
-class NameTable(Layout):
-    """One family of models under the names of one program.
+class Place:
+    """A module of a file that has a name of the original code.
 
     Attributes:
-        program: the program and the family, such as `"ComfyUI, Flux in its original names"`.
-        parts: the parts of a pipeline under which such names stand: `"lora_unet"`, `"diffusion_model"`, `""` for none.
-        names: by the name of a layer there, with dots, the layers of the model. `{}` in both stands for a number:
-            `{"double_blocks.{}.img_attn.qkv": ("transformer_blocks.{}.attn.to_q", ...)}`.
-        marks: names of which a file has at least one, where other families share some names; all of them by default.
+        module: what its keys begin with; `part`: the part of a pipeline at the beginning of that, or `""`.
+        paths: the layers of diffusers that its rows belong to, in order.
+        shares: how they share the rows; `()`: the one layer has them all.
+        swapped: diffusers has the two halves of its rows in the other order, if there are two rows for each input.
     """
 
-    program: str
-    parts: tuple[str, ...]
-    names: Mapping[str, Layers]
-    marks: tuple[str, ...] = ()
+    module: str
+    part: str
+    paths: tuple[str, ...]
+    shares: tuple[int, ...]
+    swapped: bool
 
-    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """Keys with the paths of the model's layers: `<part>.<path>.<name of the tensor there>`.
-
-        A name that the model has itself stays, and so does one whose layers it lacks.
-        """
-        if files.config is not None and layers is None:  # PEFT's own names
-            return None
-        known, groups = None if layers is None else LayerNames(layers), dict[str, tuple[_Found, dict[str, str]]]()
-        marked = False
-        for key in files.tensors:
-            found = self._find(key)
-            if found is None:
-                continue
-            marked = marked or self._is_mark(found)
-            there = known is None or known.find(found.module) is None
-            if there and (layers is None or not found.layers.keys().isdisjoint(layers)):
-                groups.setdefault(found.module, (found, {}))[1][key] = key.removeprefix(f"{found.module}.")
-        if not groups or not marked:
-            return None
-        tensors = dict(files.tensors)
-        for found, keys in groups.values():
-            given = {local: tensors.pop(key) for key, local in keys.items()}
-            for path, own in zip(found.layers, _split(given, found.layers, layers), strict=True):
-                place = f"{found.part}.{path}" if found.part else path
-                tensors |= {f"{place}.{local}": tensor for local, tensor in own.items()}
-        return dataclasses.replace(files, tensors=tensors)
-
-    def _find(self, key: str) -> _Found | None:
-        """The layers that a key is for, if it has a name of this table."""
+    @classmethod
+    def of(cls, key: str, family: Family) -> Place | None:
+        """The module that a key is for, if the models of the family have one of that name."""
         part = component(key)
-        if part not in self.parts:
+        if part not in _GENERATORS:
             return None
         start = len(part) + 1 if part else 0
-        flat = part in FLAT and key[start - 1] == "_"
-        match = self._patterns[flat].match(key, start)
-        if match is None or match.lastindex is None:
-            return None
-        name = [*self.names][self._entries[match.lastindex]]
-        numbers = match.groups()[match.lastindex : match.lastindex + name.count("{}")]
-        return _Found(key[: match.end() - 1], part, {p.format(*numbers): n for p, n in _shares(self.names[name])})
+        separator, pieces = key[start - 1] if part else ".", key[start:].split(".")
+        for end in (1,) if separator == "_" else range(len(pieces) - 1, 0, -1):
+            name = ".".join(pieces[:end])
+            found = _find(_table(family, separator), name)
+            if found is not None:
+                original, numbers = found
+                layers = family.names[original]
+                paths = (layers,) if isinstance(layers, str) else tuple(layers)
+                shares = () if isinstance(layers, str) else tuple(layers.values())
+                paths = tuple(path.format(*numbers) for path in paths)
+                return cls(key[:start] + name, part, paths, shares, original in family.swapped)
+        return None
 
-    def _is_mark(self, found: _Found) -> bool:
-        marks = (path for mark in self.marks for path, _ in _shares(self.names[mark]))
-        return not self.marks or any(re.fullmatch(_pattern(m), path) for m in marks for path in found.layers)
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether a module of this size has such shares: the first of several layers, q, has as many rows as inputs."""
+        first = self.shares[0] if len(self.shares) > 1 else 1
+        return not self.shares or outputs * first == inputs * sum(self.shares)
 
-    @cached_property
-    def _order(self) -> list[int]:
-        """The longest name first: one may be the beginning of another."""
-        return sorted(range(len(self.names)), key=lambda i: -len([*self.names][i]))
+    def rows(self, sizes: Mapping[str, LayerKind]) -> list[int]:
+        """How many rows each part has into which the module is split; one number if it stays whole.
 
-    @cached_property
-    def _entries(self) -> dict[int, int]:
-        """By the number of its group in the patterns, which name matched."""
-        names, found, group = [*self.names], {}, 1
-        for i in self._order:
-            found[group] = i
-            group += 1 + names[i].count("{}")
-        return found
+        Args:
+            sizes: the layers of the model by their paths, or those of the file by the names of their modules.
 
-    @cached_property
-    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """All names in one expression, with dots and with `_` for each of them; behind a name there is a dot."""
-        names = [[*self.names][i] for i in self._order]
-        dotted, flat = (
-            "|".join(f"({_pattern(name if dots else name.replace('.', '_'))})" for name in names)
-            for dots in (True, False)
-        )
-        return re.compile(rf"(?:{dotted})\."), re.compile(rf"(?:{flat})\.")
-
-
-def _pattern(name: str) -> str:
-    return re.escape(name).replace(r"\{\}", r"(\d+)")
-
-
-def _shares(layers: Layers) -> Iterable[tuple[str, int]]:
-    if isinstance(layers, Mapping):
-        return layers.items()
-    return [(layers, 1)] if isinstance(layers, str) else [(path, 1) for path in layers]
+        Raises:
+            CheckpointError: there is no model, and the module's tensors do not tell its size.
+        """
+        kinds = [sizes[path] for path in self.paths if path in sizes]
+        if not kinds and self.module not in sizes:
+            raise CheckpointError(
+                f"{self.module!r} has the rows of {', '.join(self.paths)}, and the file does not tell how many each "
+                "has. Give base=, the model that it is for."
+            )
+        outputs = [kind.out_features for kind in kinds or [sizes[self.module]]]
+        inputs = (kinds or [sizes[self.module]])[0].in_features
+        if self.swapped:
+            return [inputs, inputs] if outputs == [2 * inputs] else outputs
+        return outputs if kinds else [outputs[0] * share // sum(self.shares) for share in self.shares]
 
 
-def _split(
-    given: Mapping[str, Tensor], shares: Mapping[str, int], layers: Mapping[str, LayerKind] | None
-) -> list[Mapping[str, Tensor]]:
-    """The tensors of a fused layer, by their names in the file, for each of its layers.
+Names = Mapping[str, list[tuple[str, list[str]]]]
 
-    The method cuts those that it knows (`Format.split`). A layer of a method that is not installed is copied, so that
-    the message about it names its keys.
+
+@cache
+def _table(family: Family, separator: str) -> Names:
+    """The original names by their text with `#` for each number, and those numbers."""
+    table: dict[str, list[tuple[str, list[str]]]] = {}
+    for original in family.names:
+        name = original.replace(".", separator)
+        table.setdefault(_NUMBER.sub("#", name), []).append((original, _NUMBER.findall(name)))
+    return table
+
+
+def _find(table: Names, name: str) -> tuple[str, list[str]] | None:
+    """The entry of a table for a name, and the numbers that stand in its places."""
+    numbers = _NUMBER.findall(name)
+    for original, expected in table.get(_NUMBER.sub("#", name), ()):
+        pairs = list(zip(expected, numbers, strict=True))
+        if all(e in ("{}", number) for e, number in pairs):
+            return original, [number for e, number in pairs if e == "{}"]
+    return None
+
+
+@dataclass(frozen=True)
+class OriginalNames(Layout):
+    """Files that call the layers of a model as its original code does: `diffusion_model.double_blocks.0.img_attn.qkv`.
+
+    A key keeps the part of a pipeline that it begins with, and what follows the module's name. Names that the model has
+    itself stay, and so do those of layers that it lacks.
+
+    Attributes:
+        families: the models whose names are known. The one with most names in the file is meant.
     """
-    if len(shares) == 1:
-        return [given]
-    sizes = [*shares.values()]
-    if layers is not None and shares.keys() <= layers.keys():
-        sizes = [layers[path].out_features for path in shares]
-    for form in _formats():
-        own = {local: next(iter(form.readings(f"x.{local}")), ("", ""))[1] for local in given}
-        if not form.factors.isdisjoint(own.values()):
-            cut = form.split({own[local] or local: tensor for local, tensor in given.items()}, sizes)
-            return [{local: part[own[local] or local] for local in given} for part in cut]
-    return [given] * len(sizes)
+
+    families: tuple[Family, ...] = FAMILIES
+
+    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
+        """See `Layout.read`. Without a model only keys that begin with a part of a pipeline are looked at.
+
+        Raises:
+            CheckpointError: several families have these names and mean different layers, or two keys are for one place.
+            UnsupportedError: the method cannot split a module.
+        """
+        if files.config is not None:
+            return None
+        found = {family: _places(files.tensors, family, layers) for family in self.families}
+        most = max(map(len, found.values()))
+        best = {family: places for family, places in found.items() if 0 < len(places) == most}
+        if not best:
+            return None
+        sizes = layers or layers_in_file(files.tensors)
+        if layers is None:
+            best = {family: places for family, places in best.items() if _fit(places.values(), sizes)} or best
+            if len({tuple(place.paths for place in places.values()) for places in best.values()}) > 1:
+                raise CheckpointError(
+                    f"{files.folder} may be for {' or '.join(family.model for family in best)}, which have the same "
+                    "names for different layers. Give base=, the model that it is for."
+                )
+        family, places = next(iter(best.items()))
+        tensors = _moved(files.tensors, places, sizes)
+        return files.read_as(f"the original code of {family.model}", tensors)
 
 
-def _formats() -> Iterator[Format]:
-    """The formats of all methods; plugins that cannot be asked are told of where the file's method is looked for."""
-    for name in default_registry.methods():
+def _places(tensors: Iterable[str], family: Family, layers: Mapping[str, LayerKind] | None) -> dict[str, Place]:
+    """For each key with an original name of the family its place, as far as the model has the layers."""
+    found = {key: place for key in tensors if (place := Place.of(key, family)) is not None}
+    if layers is None:
+        return {key: place for key, place in found.items() if place.part}
+    names = LayerNames(layers)
+    own = {place.module for place in found.values() if names.find(place.module) is not None}
+    return {k: place for k, place in found.items() if place.module not in own and layers.keys() >= {*place.paths}}
+
+
+def _fit(places: Iterable[Place], sizes: Mapping[str, LayerKind]) -> bool:
+    """Whether the modules whose sizes the file tells have the shares that the family has."""
+    known = [(place, sizes[place.module]) for place in places if place.module in sizes]
+    return all(place.fits(kind.out_features, kind.in_features) for place, kind in known)
+
+
+def _moved(
+    tensors: Mapping[str, Tensor], places: Mapping[str, Place], sizes: Mapping[str, LayerKind]
+) -> dict[str, Tensor]:
+    """The tensors by their new keys, the rows of fused modules split."""
+    moved = {key: tensor for key, tensor in tensors.items() if key not in places}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, place in places.items():
+        modules.setdefault(place.module, {})[key] = tensors[key]
+    for module, held in modules.items():
+        place = places[next(iter(held))]
+        for path, part in zip(place.paths, _parts(place, held, sizes), strict=True):
+            for key, tensor in part.items():
+                name = (f"{place.part}.{path}" if place.part else path) + key.removeprefix(module)
+                if name in moved:
+                    raise CheckpointError(f"{key!r} is for {path!r}, and so are other keys of the file. One must go.")
+                moved[name] = tensor
+    return moved
+
+
+def _parts(place: Place, held: Mapping[str, Tensor], sizes: Mapping[str, LayerKind]) -> list[dict[str, Tensor]]:
+    """The tensors of a module, by their keys in the file, for each of its layers."""
+    rows = place.rows(sizes) if place.swapped or len(place.paths) > 1 else []
+    for form, own in _readings(place.module, held) if len(rows) > 1 else ():
         try:
-            yield from default_registry.method(name).formats()
-        except PluginError:
-            continue
+            found = form.split({local: held[key] for local, key in own.items()}, rows)
+            found = [form.join(found[::-1])] if place.swapped else found
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{place.module!r} has the rows of {', '.join(place.paths)}. {error}") from error
+        rest = {key: tensor for key, tensor in held.items() if key not in own.values()}
+        return [{own[local]: tensor for local, tensor in part.items()} | rest for part in found]
+    return [dict(held) for _ in place.paths]  # if no method knows them, a message names their keys
+
+
+def _readings(module: str, keys: Iterable[str]) -> Iterator[tuple[Format, dict[str, str]]]:
+    """The formats that know factors among a module's keys, and these keys by the formats' own local names."""
+    for method in methods():
+        for form in method.formats():
+            own = {local: key for key in keys for read, local in form.readings(key) if read == module}
+            if not form.factors.isdisjoint(own):
+                yield form, own

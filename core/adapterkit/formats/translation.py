@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkit.contract import (
     DISABLE_VARIABLE,
@@ -22,16 +21,17 @@ from adapterkit.contract import (
     strip_file_prefix,
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
-from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout, kinds_of, layers_in_file, shapes_of
+from adapterkit.formats.names import OriginalNames
 from adapterkit.formats.refused import check_program, is_full_model, is_token
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules, layer_tensors, with_heads
+from adapterkit.model import layer_tensors, with_heads
 
 # Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
 # pipeline is chosen, and those of layers' names behind.
 OF_FILES: tuple[Layout, ...] = (Wrapped(),)
-OF_NAMES: tuple[Layout, ...] = ()
+OF_NAMES: tuple[Layout, ...] = (OriginalNames(),)
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,8 @@ def translate(
         UnknownNameError: no plugin provides its method.
         UnsupportedError: no method implements a field or a variant that it has.
     """
-    programs: list[str] = []
-
-    def through(layouts: Iterable[Layout], files: AdapterFiles) -> AdapterFiles:
-        for layout in layouts:
-            found = layout.read(files, layers)
-            if found is not None:
-                files = found
-                programs.append(layout.program)
-        return files
-
-    files = through(OF_FILES, files)
+    for layout in OF_FILES:
+        files = layout.read(files, layers) or files
     check_program(files)
     tokens = [key for key in files.tensors if is_token(key)]
     if tokens:
@@ -96,7 +87,9 @@ def translate(
     if files.config is None:
         check_foreign(files.tensors, files.folder)
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
-    files = through(OF_NAMES, dataclasses.replace(files, tensors=of_component(held, part)))
+    files = dataclasses.replace(files, tensors=of_component(held, part))
+    for layout in OF_NAMES:
+        files = layout.read(files, layers) or files
     own = files.tensors
     if files.config is None:
         known = named_layers(own, files.folder, keep_names=keep_names) if layers is None else layers
@@ -111,24 +104,7 @@ def translate(
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     passed |= {key for key in held if part is not None and component(key) != part}
-    return Translation(method, config, read, found, frozenset({*passed, *tokens}), tuple(programs))
-
-
-def layers_of(modules: BaseModules) -> dict[str, LayerKind]:
-    """Every layer of the model that can hold an adapter, by the path it is known by."""
-    return kinds_of({paths[0]: module for module, paths in modules.paths_of.items()})
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same shapes and dtypes on the meta device, of those keys that can be a tensor's of some module."""
-    may_be = [key for key in tensors if all(part and not hasattr(nn.Module, part) for part in key.split("."))]
-    return {key: torch.empty_like(tensors[key], device="meta") for key in may_be}
-
-
-def kinds_of(modules: Mapping[str, nn.Module] | None) -> dict[str, LayerKind]:
-    """What each of these modules is, of those that can hold an adapter."""
-    kinds = {path: default_registry.kind_of(module) for path, module in (modules or {}).items()}
-    return {path: kind for path, kind in kinds.items() if kind is not None}
+    return Translation(method, config, read, found, frozenset({*passed, *tokens}), files.programs)
 
 
 def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:
@@ -140,12 +116,7 @@ def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool)
     Raises:
         CheckpointError: the file is for several models, or its names do not tell the layers' paths.
     """
-    found: dict[str, LayerKind] = {}
-    for name in default_registry.methods():
-        try:
-            found |= kinds_of(default_registry.method(name).layers_in_file(shapes_of(tensors), None))
-        except PluginError:  # `recognise` tells of it, if nobody else knows the file
-            continue
+    found = layers_in_file(tensors)
     if keep_names:
         return found
     parts = {component(name) for name in found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +77,7 @@ class Wrapped(Layout):
                     "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
                 )
             tensors[short], before[short] = tensor, key
-        return None if tensors.keys() == files.tensors.keys() else dataclasses.replace(files, tensors=tensors)
+        return None if tensors.keys() == files.tensors.keys() else files.read_as(self.program, tensors)
 
 
 def _outer(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> str:

@@ -1,0 +1,353 @@
+"""What the layers of image and video models are called in the original code, and what diffusers calls them.
+
+Each table maps an original name to diffusers' path. `{}` and `{j}` stand for the number of a block. Where diffusers
+has several layers for one of the original's, `Rows` says how they share its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# The layer of diffusers; or the layers that share the rows of one of the original's, in this order, with their shares.
+Layers = str | Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Models of one architecture.
+
+    Attributes:
+        model: what the models are called.
+        names: for each name of a layer in the original code, with dots, what diffusers has. `{}` stands for a number.
+        swapped: original names of layers that give the shift and the scale of a normalisation, which diffusers has in
+            the other order. A layer that gives more than these two has the same order in both.
+        told_by: an expression that a path of the model must match before its adapters are written in the original
+            names. Stable Diffusion 1 and 2 have SDXL's names, but kohya's programs train them in diffusers'.
+    """
+
+    model: str
+    names: Mapping[str, Layers]
+    swapped: frozenset[str] = frozenset()
+    told_by: str = ""
+
+
+def _inside(theirs: str, ours: str, names: Mapping[str, Layers]) -> dict[str, Layers]:
+    """The names of a block's layers, with the block's own before them."""
+    found: dict[str, Layers] = {}
+    for name, layers in names.items():
+        if isinstance(layers, str):
+            found[f"{theirs}.{name}"] = f"{ours}.{layers}"
+        else:
+            found[f"{theirs}.{name}"] = {f"{ours}.{path}": share for path, share in layers.items()}
+    return found
+
+
+def _fused(name: str, shares: Mapping[str, int]) -> dict[str, Layers]:
+    """A fused layer; the Open Model Initiative's names have a number for each of its parts."""
+    return {name: shares, **{f"{name}.{n}": path for n, path in enumerate(shares)}}
+
+
+def _stable_diffusion() -> dict[str, Layers]:
+    """SD 1, 2 and XL, whose UNets have two residual blocks at each resolution on the way down, and three up."""
+    resnet = {
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
+    inner = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out.0")]
+    inner = [f"transformer_blocks.{{}}.{name}" for name in (*inner, "ff.net.0.proj", "ff.net.2")]
+    attention = {name: name for name in ("proj_in", "proj_out", *inner)}
+    names: dict[str, Layers] = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+        **_inside("middle_block.0", "mid_block.resnets.0", resnet),
+        **_inside("middle_block.1", "mid_block.attentions.0", attention),
+        **_inside("middle_block.2", "mid_block.resnets.1", resnet),
+    }
+    for level in range(4):
+        for n in range(2):
+            place = f"input_blocks.{3 * level + n + 1}"
+            names |= _inside(f"{place}.0", f"down_blocks.{level}.resnets.{n}", resnet)
+            names |= _inside(f"{place}.1", f"down_blocks.{level}.attentions.{n}", attention)
+        for n in range(3):
+            place = f"output_blocks.{3 * level + n}"
+            names |= _inside(f"{place}.0", f"up_blocks.{level}.resnets.{n}", resnet)
+            names |= _inside(f"{place}.1", f"up_blocks.{level}.attentions.{n}", attention)
+        names[f"input_blocks.{3 * level + 3}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        # Behind the attention, where there is one.
+        names[f"output_blocks.{3 * level + 2}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        names[f"output_blocks.{3 * level + 2}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names
+
+
+_IMAGE = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1}
+_TEXT = {"attn.add_q_proj": 1, "attn.add_k_proj": 1, "attn.add_v_proj": 1}
+_LAST = "final_layer.adaLN_modulation.1"
+_STREAMS = {
+    **_inside(
+        "double_blocks.{}",
+        "transformer_blocks.{}",
+        {
+            **_fused("img_attn.qkv", _IMAGE),
+            **_fused("txt_attn.qkv", _TEXT),
+            "img_attn.proj": "attn.to_out.0",
+            "txt_attn.proj": "attn.to_add_out",
+        },
+    ),
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+}
+_MLP = {
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+_SINGLE = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": 4}
+_SINGLES = _inside(
+    "single_blocks.{}",
+    "single_transformer_blocks.{}",
+    {**_fused("linear1", _SINGLE), "linear2": "proj_out"},
+)
+
+
+def _embedder(theirs: str, ours: str, first: str = "in_layer", second: str = "out_layer") -> dict[str, Layers]:
+    return {f"{theirs}.{first}": f"{ours}.linear_1", f"{theirs}.{second}": f"{ours}.linear_2"}
+
+
+_FLUX = {
+    **_STREAMS,
+    **_SINGLES,
+    **_inside("double_blocks.{}", "transformer_blocks.{}", _MLP),
+    "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
+    "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
+    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+    **_embedder("time_in", "time_text_embed.timestep_embedder"),
+    **_embedder("vector_in", "time_text_embed.text_embedder"),
+    **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    _LAST: "norm_out.linear",
+}
+
+_CHROMA = {
+    **_STREAMS,
+    **_SINGLES,
+    **_inside("double_blocks.{}", "transformer_blocks.{}", _MLP),
+    "img_in.proj": "x_embedder",
+    "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
+    "distilled_guidance_layer.out_proj": "distilled_guidance_layer.out_proj",
+    **_embedder("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}"),
+}
+
+_FLUX2 = {
+    **_STREAMS,
+    **_inside(
+        "double_blocks.{}",
+        "transformer_blocks.{}",
+        {
+            "img_mlp.0": "ff.linear_in",
+            "img_mlp.2": "ff.linear_out",
+            "txt_mlp.0": "ff_context.linear_in",
+            "txt_mlp.2": "ff_context.linear_out",
+        },
+    ),
+    # diffusers keeps this one whole: q, k, v, and two hidden layers of three times the input.
+    "single_blocks.{}.linear1": {"single_transformer_blocks.{}.attn.to_qkv_mlp_proj": 9},
+    "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
+    **{
+        f"{name}.lin": f"{name}.linear"
+        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    },
+    **_embedder("time_in", "time_guidance_embed.timestep_embedder"),
+    **_embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
+    _LAST: "norm_out.linear",
+}
+
+_REFINER: dict[str, Layers] = {
+    "self_attn_qkv": _IMAGE,
+    **_fused("self_attn.qkv", _IMAGE),
+    "self_attn_proj": "attn.to_out.0",
+    "self_attn.proj": "attn.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "mlp.0": "ff.net.0.proj",
+    "mlp.2": "ff.net.2",
+    "adaLN_modulation.1": "norm_out.linear",
+}
+_HUNYUAN_VIDEO = {
+    **_STREAMS,
+    **_SINGLES,
+    **_inside(
+        "double_blocks.{}",
+        "transformer_blocks.{}",
+        {
+            "img_attn_qkv": _IMAGE,
+            "img_attn_proj": "attn.to_out.0",
+            "txt_attn_qkv": _TEXT,
+            "txt_attn_proj": "attn.to_add_out",
+            "img_mlp.fc1": "ff.net.0.proj",
+            "img_mlp.fc2": "ff.net.2",
+            "txt_mlp.fc1": "ff_context.net.0.proj",
+            "txt_mlp.fc2": "ff_context.net.2",
+            **_MLP,
+            "img_mod.linear": "norm1.linear",
+            "img_mod.lin": "norm1.linear",
+            "txt_mod.linear": "norm1_context.linear",
+            "txt_mod.lin": "norm1_context.linear",
+        },
+    ),
+    "single_blocks.{}.modulation.linear": "single_transformer_blocks.{}.norm.linear",
+    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+    "img_in.proj": "x_embedder.proj",
+    **_embedder("time_in", "time_text_embed.timestep_embedder", "mlp.0", "mlp.2"),
+    **_embedder("time_in", "time_text_embed.timestep_embedder"),
+    **_embedder("guidance_in", "time_text_embed.guidance_embedder", "mlp.0", "mlp.2"),
+    **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    **_embedder("vector_in", "time_text_embed.text_embedder"),
+    _LAST: "norm_out.linear",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    **_embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder", "mlp.0", "mlp.2"),
+    **_embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder"),
+    **_embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder", "linear_1", "linear_2"),
+    **_embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder"),
+    **_inside(
+        "txt_in.individual_token_refiner.blocks.{}",
+        "context_embedder.token_refiner.refiner_blocks.{}",
+        _REFINER,
+    ),
+}
+
+_SD3 = {
+    **_inside(
+        "joint_blocks.{}",
+        "transformer_blocks.{}",
+        {
+            "x_block.attn.qkv": _IMAGE,
+            "x_block.attn.proj": "attn.to_out.0",
+            "x_block.attn2.qkv": {"attn2.to_q": 1, "attn2.to_k": 1, "attn2.to_v": 1},
+            "x_block.attn2.proj": "attn2.to_out.0",
+            "x_block.mlp.fc1": "ff.net.0.proj",
+            "x_block.mlp.fc2": "ff.net.2",
+            "x_block.adaLN_modulation.1": "norm1.linear",
+            "context_block.attn.qkv": _TEXT,
+            "context_block.attn.proj": "attn.to_add_out",
+            "context_block.mlp.fc1": "ff_context.net.0.proj",
+            "context_block.mlp.fc2": "ff_context.net.2",
+            "context_block.adaLN_modulation.1": "norm1_context.linear",
+        },
+    ),
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    **_embedder("t_embedder", "time_text_embed.timestep_embedder", "mlp.0", "mlp.2"),
+    **_embedder("y_embedder", "time_text_embed.text_embedder", "mlp.0", "mlp.2"),
+    "final_layer.linear": "proj_out",
+    _LAST: "norm_out.linear",
+}
+
+_WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_WAN_BLOCK = {
+    **_inside("self_attn", "attn1", _WAN_ATTENTION),
+    **_inside("cross_attn", "attn2", _WAN_ATTENTION | {"k_img": "add_k_proj", "v_img": "add_v_proj"}),
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+_WAN = {
+    **_inside("blocks.{}", "blocks.{}", _WAN_BLOCK),
+    **_inside("vace_blocks.{}", "vace_blocks.{}", _WAN_BLOCK),
+    "vace_blocks.{}.before_proj": "vace_blocks.{}.proj_in",
+    "vace_blocks.{}.after_proj": "vace_blocks.{}.proj_out",
+    "patch_embedding": "patch_embedding",
+    **_embedder("time_embedding", "condition_embedder.time_embedder", "0", "2"),
+    **_embedder("text_embedding", "condition_embedder.text_embedder", "0", "2"),
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+}
+
+_LTX_BLOCK = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out.0")]
+_LTX = {
+    **{f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in _LTX_BLOCK},
+    **{f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in ("ff.net.0.proj", "ff.net.2")},
+    "patchify_proj": "proj_in",
+    **_embedder("adaln_single.emb.timestep_embedder", "time_embed.emb.timestep_embedder", "linear_1", "linear_2"),
+    "adaln_single.linear": "time_embed.linear",
+    **_embedder("caption_projection", "caption_projection", "linear_1", "linear_2"),
+    "proj_out": "proj_out",
+}
+
+
+def _with_refiners(block: Mapping[str, Layers]) -> dict[str, Layers]:
+    """The blocks of Lumina and its relatives, which have the same layers."""
+    stacks = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+    return {name: target for stack in stacks for name, target in _inside(stack, stack, block).items()}
+
+
+_LUMINA2 = {
+    **_with_refiners(
+        {
+            "attention.qkv": {"attn.to_q": 3, "attn.to_k": 1, "attn.to_v": 1},
+            "attention.out": "attn.to_out.0",
+            **{f"feed_forward.w{n}": f"feed_forward.linear_{n}" for n in (1, 2, 3)},
+            "adaLN_modulation.1": "norm1.linear",
+        }
+    ),
+    "x_embedder": "x_embedder",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    **_embedder("t_embedder", "time_caption_embed.timestep_embedder", "mlp.0", "mlp.2"),
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+}
+
+_Z_IMAGE = {
+    **_with_refiners(
+        {
+            "attention.qkv": {"attention.to_q": 1, "attention.to_k": 1, "attention.to_v": 1},
+            "attention.out": "attention.to_out.0",
+            **{f"attention.to_{part}": f"attention.to_{part}" for part in ("q", "k", "v", "out.0")},
+            **{f"feed_forward.w{n}": f"feed_forward.w{n}" for n in (1, 2, 3)},
+            "adaLN_modulation.0": "adaLN_modulation.0",
+        }
+    ),
+    "x_embedder": "all_x_embedder.2-1",
+    "cap_embedder.1": "cap_embedder.1",
+    "t_embedder.mlp.0": "t_embedder.mlp.0",
+    "t_embedder.mlp.2": "t_embedder.mlp.2",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+}
+
+_QWEN_BLOCK = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")),
+    *(f"attn.add_{name}_proj" for name in ("q", "k", "v")),
+    *(f"{stream}_mlp.net.{name}" for stream in ("img", "txt") for name in ("0.proj", "2")),
+    *("img_mod.1", "txt_mod.1"),
+)
+_QWEN_IMAGE = {
+    name: name
+    for name in (
+        *(f"transformer_blocks.{{}}.{name}" for name in _QWEN_BLOCK),
+        *("img_in", "txt_in", "proj_out", "norm_out.linear"),
+        *(f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)),
+    )
+}
+
+FAMILIES = (
+    Family("Stable Diffusion", _stable_diffusion(), told_by=r"add_embedding|transformer_blocks\.[1-9]"),
+    Family("Flux", _FLUX, frozenset({_LAST})),
+    Family("Wan", _WAN),
+    Family("HunyuanVideo", _HUNYUAN_VIDEO, frozenset({_LAST})),
+    Family("Qwen-Image", _QWEN_IMAGE),
+    Family("Stable Diffusion 3", _SD3, frozenset({_LAST, "joint_blocks.{}.context_block.adaLN_modulation.1"})),
+    Family("Chroma", _CHROMA),
+    Family("Flux 2", _FLUX2, frozenset({_LAST})),
+    Family("Z-Image", _Z_IMAGE),
+    Family("Lumina 2", _LUMINA2),
+    Family("LTX-Video", _LTX),
+)

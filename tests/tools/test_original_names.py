@@ -1,0 +1,210 @@
+"""Files with the names of a model's original code mean what diffusers takes them for, and load onto its models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import FrozenDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import adapterkit as ak
+
+Sizes = Mapping[str, tuple[int, int]]
+R = 2
+
+
+def blocks(prefix: str, names: Sizes) -> dict[str, tuple[int, int]]:
+    return {prefix + name: size for name, size in names.items()}
+
+
+def flux(h: int = 3072) -> Sizes:  # diffusers' conversion has this number in its code
+    double = {f"{s}_attn.qkv": (3 * h, h) for s in ("img", "txt")} | {f"{s}_attn.proj": (h, h) for s in ("img", "txt")}
+    double |= {f"{s}_mlp.0": (4 * h, h) for s in ("img", "txt")} | {f"{s}_mlp.2": (h, 4 * h) for s in ("img", "txt")}
+    double |= {f"{s}_mod.lin": (6 * h, h) for s in ("img", "txt")}
+    single = {"linear1": (7 * h, h), "linear2": (h, 5 * h), "modulation.lin": (3 * h, h)}
+    embedders = {f"{name}.in_layer": (h, n) for name, n in (("time_in", 256), ("vector_in", 5), ("guidance_in", 256))}
+    embedders |= {f"{name}.out_layer": (h, h) for name in ("time_in", "vector_in", "guidance_in")}
+    ends = {"img_in": (h, 4), "txt_in": (h, 6), "final_layer.linear": (4, h)}
+    ends["final_layer.adaLN_modulation.1"] = (2 * h, h)
+    return blocks("double_blocks.0.", double) | blocks("single_blocks.1.", single) | embedders | ends
+
+
+def hunyuan_video(h: int = 3072) -> Sizes:
+    double = {f"{s}_attn_qkv": (3 * h, h) for s in ("img", "txt")} | {f"{s}_attn_proj": (h, h) for s in ("img", "txt")}
+    double |= {f"{s}_mlp.fc1": (4 * h, h) for s in ("img", "txt")} | {
+        f"{s}_mlp.fc2": (h, 4 * h) for s in ("img", "txt")
+    }
+    double |= {f"{s}_mod.linear": (6 * h, h) for s in ("img", "txt")}
+    single = {"linear1": (7 * h, h), "linear2": (h, 5 * h), "modulation.linear": (3 * h, h)}
+    return blocks("double_blocks.0.", double) | blocks("single_blocks.1.", single)
+
+
+def wan() -> Sizes:
+    h, cross = 24, {f"cross_attn.{name}": (24, 24) for name in ("q", "k", "v", "o", "k_img", "v_img")}
+    block = cross | {f"self_attn.{name}": (h, h) for name in "qkvo"} | {"ffn.0": (40, h), "ffn.2": (h, 40)}
+    ends = {"time_projection.1": (6 * h, h), "head.head": (16, h), "img_emb.proj.1": (7, 7), "img_emb.proj.3": (h, 7)}
+    ends |= {"time_embedding.0": (h, 8), "time_embedding.2": (h, h)}
+    ends |= {"text_embedding.0": (h, 6), "text_embedding.2": (h, h)}
+    return blocks("blocks.0.", block) | blocks("blocks.1.", block) | ends
+
+
+def wan_blocks() -> Sizes:
+    return {name: size for name, size in wan().items() if name.startswith("blocks.")}
+
+
+def qwen_image() -> Sizes:
+    h, streams = 16, ("img", "txt")
+    block = {f"attn.{n}": (h, h) for n in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")}
+    block |= {f"attn.add_{n}_proj": (h, h) for n in "qkv"} | {f"{s}_mod.1": (6 * h, h) for s in streams}
+    block |= {f"{s}_mlp.net.0.proj": (4 * h, h) for s in streams} | {f"{s}_mlp.net.2": (h, 4 * h) for s in streams}
+    return blocks("transformer_blocks.10.", block) | {"img_in": (h, 4), "txt_in": (h, 6), "proj_out": (4, h)}
+
+
+def z_image() -> Sizes:
+    h = 16
+    attention = {f"attention.to_{name}": (h, h) for name in ("q", "k", "v", "out.0")}
+    block = attention | {"feed_forward.w1": (40, h), "feed_forward.w2": (h, 40), "feed_forward.w3": (40, h)}
+    return blocks("layers.3.", block | {"adaLN_modulation.0": (64, h)}) | blocks("context_refiner.0.", block)
+
+
+def lumina2() -> Sizes:
+    h = 2304
+    block = {"attention.qkv": (3840, h), "attention.out": (h, h)}
+    block |= {f"feed_forward.w{n}": (60, h) if n != 2 else (h, 60) for n in (1, 2, 3)}
+    stacks = [blocks(f"{s}.0.", block) for s in ("layers", "noise_refiner", "context_refiner")]
+    return {name: size for stack in stacks for name, size in stack.items()} | {
+        f"{stack}.0.adaLN_modulation.1": (80, h) for stack in ("layers", "noise_refiner")
+    }
+
+
+def flux2() -> Sizes:
+    h = 16
+    double = {f"{s}_attn.qkv": (3 * h, h) for s in ("img", "txt")} | {f"{s}_attn.proj": (h, h) for s in ("img", "txt")}
+    double |= {f"{s}_mlp.0": (6 * h, h) for s in ("img", "txt")} | {f"{s}_mlp.2": (h, 3 * h) for s in ("img", "txt")}
+    ends = {f"double_stream_modulation_{s}.lin": (6 * h, h) for s in ("img", "txt")}
+    ends |= {
+        "single_stream_modulation.lin": (3 * h, h),
+        "img_in": (h, 4),
+        "txt_in": (h, 6),
+        "final_layer.linear": (4, h),
+    }
+    return (
+        blocks("double_blocks.0.", double)
+        | blocks("single_blocks.0.", {"linear1": (9 * h, h), "linear2": (h, 4 * h)})
+        | ends
+    )
+
+
+def stable_diffusion_3() -> Sizes:
+    """Two blocks, the first with a second attention, the last without outputs for the text."""
+    h, ends = 16, {"x_embedder.proj": (16, 4), "context_embedder": (16, 6), "final_layer.linear": (16, 16)}
+    x = {"attn.qkv": (3 * h, h), "attn.proj": (h, h), "mlp.fc1": (4 * h, h), "mlp.fc2": (h, 4 * h)}
+    text = x | {"adaLN_modulation.1": (6 * h, h)}
+    found = ends | {"final_layer.adaLN_modulation.1": (2 * h, h)}
+    found |= {f"{name}.mlp.{n}": (h, size) for name, size in (("t_embedder", 256), ("y_embedder", 5)) for n in (0, 2)}
+    found |= {f"{name}.mlp.2": (h, h) for name in ("t_embedder", "y_embedder")}
+    found |= blocks("joint_blocks.0.x_block.", x | {"attn2.qkv": (3 * h, h), "attn2.proj": (h, h)})
+    found |= {"joint_blocks.0.x_block.adaLN_modulation.1": (9 * h, h)} | blocks("joint_blocks.0.context_block.", text)
+    found |= blocks("joint_blocks.1.x_block.", x | {"adaLN_modulation.1": (6 * h, h)})
+    last = {"attn.qkv": (3 * h, h), "adaLN_modulation.1": (2 * h, h)}
+    return found | blocks("joint_blocks.1.context_block.", last)
+
+
+def ltx() -> Sizes:
+    h, names = 16, ("q", "k", "v", "out.0")
+    block = {f"attn{n}.to_{name}": (h, h) for n in (1, 2) for name in names}
+    return blocks("transformer_blocks.7.", block | {"ff.net.0.proj": (4 * h, h), "ff.net.2": (h, 4 * h)})
+
+
+def stable_diffusion_xl() -> Sizes:
+    """The modules of the original's block 4, the middle and block 5, and outside."""
+    resnet = {"in_layers.2": (8, 8), "emb_layers.1": (8, 16), "out_layers.3": (8, 8), "skip_connection": (8, 8)}
+    attention = {f"transformer_blocks.1.attn{n}.to_{x}": (8, 8) for n in (1, 2) for x in ("q", "k", "v", "out.0")}
+    attention |= {"proj_in": (8, 8), "proj_out": (8, 8)}
+    attention |= {"transformer_blocks.1.ff.net.0.proj": (64, 8), "transformer_blocks.1.ff.net.2": (8, 32)}
+    places = {"input_blocks.4.0.": resnet, "input_blocks.4.1.": attention, "middle_block.2.": resnet}
+    places |= {"middle_block.1.": attention, "output_blocks.5.1.": attention, "output_blocks.0.0.": resnet}
+    found = {name: size for place, names in places.items() for name, size in blocks(place, names).items()}
+    return (
+        found
+        | {"input_blocks.3.0.op": (8, 8), "output_blocks.5.2.conv": (8, 8), "time_embed.0": (16, 8)}
+        | {"label_emb.0.2": (16, 16), "out.2": (4, 8), "input_blocks.0.0": (8, 4)}
+    )
+
+
+def lora(names: Sizes, prefix: str, style: str, alpha: float | None) -> dict[str, Tensor]:
+    """Random factors under these names: `kohya`'s have `_` for `.`, `lora_down` and an alpha."""
+    noise, tensors = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for name, (outputs, inputs) in names.items():
+        module = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        for local, shape in zip(style.split(), ((R, inputs), (outputs, R)), strict=True):
+            tensors[f"{module}.{local}.weight"] = torch.randn(shape, generator=noise)
+        if alpha is not None:
+            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+KOHYA, PEFT = "lora_down lora_up", "lora_A lora_B"
+FILES: dict[str, tuple[Any, Any, str, str, float | None]] = {
+    "Flux, kohya": (flux, diffusers.FluxPipeline, "lora_unet_", KOHYA, R),
+    "SDXL, kohya": (stable_diffusion_xl, diffusers.StableDiffusionXLPipeline, "lora_unet_", KOHYA, 1.0),
+    "HunyuanVideo": (hunyuan_video, diffusers.HunyuanVideoPipeline, "diffusion_model.", PEFT, None),
+    "Wan, musubi": (wan_blocks, diffusers.WanPipeline, "lora_unet_", KOHYA, 1.0),
+    "Wan, ComfyUI": (wan, diffusers.WanPipeline, "diffusion_model.", PEFT, None),
+    "Qwen-Image, musubi": (qwen_image, diffusers.QwenImagePipeline, "lora_unet_", KOHYA, 1.0),
+    "Qwen-Image, ComfyUI": (qwen_image, diffusers.QwenImagePipeline, "diffusion_model.", PEFT, None),
+    "Z-Image, musubi": (z_image, diffusers.ZImagePipeline, "lora_unet_", KOHYA, 1.0),
+    "Z-Image, ComfyUI": (z_image, diffusers.ZImagePipeline, "diffusion_model.", PEFT, None),
+    "Lumina 2": (lumina2, diffusers.Lumina2Pipeline, "diffusion_model.", PEFT, None),
+    "Flux 2, ComfyUI": (flux2, diffusers.Flux2Pipeline, "diffusion_model.", PEFT, None),
+    "LTX-Video": (ltx, diffusers.LTXPipeline, "diffusion_model.", PEFT, None),
+}
+
+
+def read_by_diffusers(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the keys that diffusers gives them, without the part of the pipeline, alphas worked in."""
+    options = {}
+    if pipeline is diffusers.StableDiffusionXLPipeline:
+        options = {"unet_config": FrozenDict(layers_per_block=2)}
+    found, alphas = pipeline.lora_state_dict(dict(tensors), **options), {}
+    if options:
+        found, alphas = found
+    read = {}
+    for key, tensor in found.items():
+        name = key.replace(".processor.to_out_lora.", ".to_out.0.lora.").replace("_lora.", ".lora.")
+        name = name.replace(".processor", "").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+        scale = next(iter(alphas.values())) / R if "lora_B" in name and alphas else 1.0  # one alpha for all
+        read[name.removeprefix("transformer.").removeprefix("unet.")] = tensor * scale
+    return read
+
+
+def folder_of(file: Path, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, without PEFT's prefix, and the config of the file as a PEFT folder."""
+    ak.convert_file(file, file.with_suffix(""), **options)
+    tensors = load_file(file.with_suffix("") / "adapter_model.safetensors")
+    config = json.loads((file.with_suffix("") / "adapter_config.json").read_text())
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}, config
+
+
+@pytest.mark.parametrize(("names", "pipeline", "prefix", "style", "alpha"), FILES.values(), ids=FILES.keys())
+def test_without_a_model_layers_and_changes_are_those_of_diffusers(
+    names: Any, pipeline: Any, prefix: str, style: str, alpha: float | None, tmp_path: Path
+) -> None:
+    tensors = lora(names(), prefix, style, alpha)
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": "{}"} if alpha is None else None)
+    expected = read_by_diffusers(pipeline, tensors)
+    found, config = folder_of(tmp_path / "x.safetensors")
+    assert found.keys() == expected.keys()
+    scale = config["lora_alpha"] / config["r"]
+    for key in (key for key in expected if "lora_A" in key):
+        probe = torch.randn(expected[key].shape[1], 2)
+        other = key.replace("lora_A", "lora_B")
+        change = expected[other] @ (expected[key] @ probe)
+        torch.testing.assert_close(scale * (found[other] @ (found[key] @ probe)), change, rtol=1e-5, atol=1e-3)
