@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,18 @@ _TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
+# Keys of a config, at any depth, that name code, or models and files elsewhere. None of them changes the skeleton.
+_CODE = ("auto_map", "_name_or_path", "name_or_path", "checkpoint_path", "custom_generate", "custom_pipelines")
+# A name of an architecture of timm, which may ask the hub or a file for others.
+_NAME = re.compile(r"[\w.-]+")
+# The largest counts of what a model makes modules or names for, by keys of a config, and the largest other number.
+_MOST = {
+    re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|stages?)|(\w+_)?(layers|depths?)"): 1 << 12,
+    re.compile(r"(num|n)_(\w+_)?experts?"): 1 << 16,
+    re.compile(r"(num|n)_(\w+_)?labels?"): 1 << 20,
+}
+_LARGEST = 1 << 40
+_OFFLINE = threading.RLock()
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
@@ -67,7 +83,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} is not a model: it has no {CONFIG}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
-    config = _config(where)
+    config, has_backbone = _config(where)
     import transformers
 
     given = config.architectures if architecture is None else [architecture]
@@ -79,7 +95,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     config.architectures = named
     build = transformers.AutoModel.from_config if cls is None else cls._from_config
     what = f"transformers cannot build {', '.join(named) or 'a model'} from the config of {where}"
-    with _as_checkpoint_error(what), torch.device("meta"):
+    with _as_checkpoint_error(what), _offline() if has_backbone else nullcontext(), torch.device("meta"):
         built: nn.Module = build(config)
     return built.eval()
 
@@ -96,22 +112,78 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {type(error).__name__}: {why}") from error
 
 
-def _config(where: str) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+def _config(where: str) -> tuple[Any, bool]:
+    """The config of a model, and whether it names a backbone. Nothing of it makes transformers run code or fetch."""
+    from transformers import AutoConfig, PretrainedConfig
 
-    with _as_checkpoint_error(f"There is no config of a model for {where!r}"):
+    with _as_checkpoint_error(f"There is no config of a model for {where!r}"), ExitStack() as stack:
         try:
             raw, _ = PretrainedConfig.get_config_dict(where)
         except OSError as error:
             if Path(where).is_dir():
                 raise
             raise not_to_be_had(where, error) from error
-        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+        parts = [part for key, part in _parts("", raw) if isinstance(part, dict)]
+        _check_parts(raw, where)
+        for part in parts:
+            for key in [key for key in part if key in _CODE or key.endswith("_implementation")]:
+                del part[key]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(where).name or "model")
+        folder.mkdir()
+        (folder / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
+        has_backbone = any(isinstance(part.get("backbone"), str) for part in parts)
+        if has_backbone:
+            stack.enter_context(_offline())
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config._name_or_path = where
+        return config, has_backbone
+
+
+def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value in a config, at any depth, with the key that it or its list has."""
+    yield key, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _parts(name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _parts(key, inner)
+
+
+def _check_parts(config: Any, where: str) -> None:
+    """Raise an error for what no folder may ask of transformers: code, models of the hub, and absurd sizes."""
+    from transformers import CONFIG_MAPPING
+
+    for key, value in _parts("", config):
+        if isinstance(value, dict) and "auto_map" in value and value.get("model_type") not in CONFIG_MAPPING:
             raise UnsupportedError(
-                f"{where}: the model is code beside its weights ({raw['auto_map']}), which is not run here. Build it "
-                'yourself under torch.device("meta").'
+                f"{where}: the model is code beside its weights ({value['auto_map']}), which is not run here. Build "
+                'it yourself under torch.device("meta").'
             )
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        if key in ("backbone", "architecture") and isinstance(value, str) and not _NAME.fullmatch(value):
+            raise UnsupportedError(
+                f"{where}: its config names {value!r} as its {key}, which is elsewhere and is not fetched here. Build "
+                'the model yourself under torch.device("meta").'
+            )
+        if isinstance(value, int):
+            most = next((most for keys, most in _MOST.items() if keys.fullmatch(key)), _LARGEST)
+            if abs(value) > most:
+                shown = value if value.bit_length() < 100 else f"2**{value.bit_length() - 1}"
+                raise CheckpointError(f"{where}: {key} = {shown} in its config; the limit here is {most:,}.")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let transformers ask the hub for nothing in this block, nor another thread meanwhile."""
+    from huggingface_hub import constants
+
+    with _OFFLINE:
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
 
 
 def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
