@@ -192,7 +192,6 @@ def recognise(
         found = [(m, c, own) for m, c, own in found if layer_tensors(own, m.key_rule(c), layers)]
     if refused and not found:
         raise refused[0][1]
-    broken += [f"The method {name!r} refuses it: {error}" for name, error in refused]
     if len(found) == 1:
         for fault in broken:
             warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)

@@ -1,15 +1,16 @@
-"""LoKr: the change is a Kronecker product (Yeh et al. 2023, arXiv 2309.14859). Files: PEFT's.
+"""LoKr: the change is a Kronecker product (Yeh et al. 2023, arXiv 2309.14859). Files: PEFT's, LyCORIS', kohya-ss's.
 
 `dW = alpha / r * kron(w1, w2)`, w1 `(a, c)` and w2 `(b, d * kernel)`, for `a b` outputs and `c d` input channels. In
 place of w2, and of w1, there may be two factors of rank r.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 import adapterkit as ak
 
@@ -37,6 +38,11 @@ class LoKrConfig(ak.AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def scaling(self) -> float:
+        """`alpha / r`."""
+        return self.alpha / self.r
+
 
 def split(number: int, factor: int) -> tuple[int, int]:
     """`(a, b)` with `a b = number`: a is `factor` if that divides it, else the largest divisor up to the root."""
@@ -47,29 +53,135 @@ def split(number: int, factor: int) -> tuple[int, int]:
     return small, number // small
 
 
+def outer(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The shape `(a, c)` of w1, whole or in factors; `None`: it is not there, or no matrix."""
+    names = ("lokr_w1", "lokr_w1") if "lokr_w1" in tensors else ("lokr_w1_a", "lokr_w1_b")
+    held = [tensors.get(name) for name in names]
+    if any(t is None or t.dim() != 2 or 0 in t.shape for t in held):
+        return None
+    return held[0].shape[0], held[1].shape[1]  # type: ignore[union-attr]
+
+
 class LoKrLayer(ak.DenseLayer):
-    """`lokr_w1` and `lokr_w2`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is."""
+    """`lokr_w1` and `lokr_w2`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is.
+
+    The sizes of w1, and which of both is whole, follow from a file: LyCORIS divides some layers in another way.
+    """
 
     def setup(self, target: ak.Target, config: LoKrConfig) -> None:
-        r, (_, channels, *kernel) = config.r, target.kind.down_shape(1)
+        r, file, (_, channels, *kernel) = config.r, target.file or {}, target.kind.down_shape(1)
         (a, b), (c, d) = (split(n, config.decompose_factor) for n in (target.out_features, channels))
         self.row_dropout, self.row_dropout_rescales = config.rank_dropout, config.rank_dropout_scale
         self.module_dropout = config.module_dropout
+        found = outer(file)
+        if found is not None and target.out_features % found[0] == 0 == channels % found[1]:
+            (a, c), (b, d) = found, (target.out_features // found[0], channels // found[1])
         first, second = (0.0 if config.init_weights == zero else ak.kaiming for zero in (True, "lycoris"))
-        if config.decompose_both and r < max(a, c) / 2:
-            self.lokr_w1_a, self.lokr_w1_b = target.new(a, r, init=first), target.new(r, c, init=ak.kaiming)
-        else:
+        whole = "lokr_w1" in file if found else not config.decompose_both or r >= max(a, c) / 2
+        if whole:
             self.lokr_w1 = target.new(a, c, init=first)
-        if r < max(b, d) / 2:
+        else:
+            self.lokr_w1_a, self.lokr_w1_b = target.new(a, r, init=first), target.new(r, c, init=ak.kaiming)
+        whole = "lokr_w2" in file if found else r >= max(b, d) / 2
+        if whole:  # with the kernel of a convolution
+            self.lokr_w2 = target.new(b, d, *kernel, init=second)
+        else:
             self.lokr_w2_a = target.new(b, r, init=ak.kaiming)
             self.lokr_w2_b = target.new(r, d * math.prod(kernel), init=second)
-        else:  # with the kernel of a convolution
-            self.lokr_w2 = target.new(b, d, *kernel, init=second)
 
-    def change(self) -> torch.Tensor:
+    def change(self) -> Tensor:
         w1 = self.lokr_w1_a @ self.lokr_w1_b if hasattr(self, "lokr_w1_a") else self.lokr_w1
         w2 = self.lokr_w2_a @ self.lokr_w2_b if hasattr(self, "lokr_w2_a") else self.lokr_w2.flatten(1)
-        return torch.kron(w1 * (self.config.alpha / self.config.r), w2)
+        return torch.kron(w1 * self.config.scaling, w2)
 
 
-plugin = ak.plugin(LoKrConfig, LoKrLayer, prefix="lokr_")
+class LoKrFormat(ak.Format):
+    """`lora_unet_conv_in.lokr_w1`: PEFT's names, with an alpha for each layer, which counts if w1 or w2 has factors.
+
+    A convolution may have a core, `lokr_t2 (r, r, *kernel)`, between `lokr_w2_a (r, b)` and `lokr_w2_b (r, d)`.
+    """
+
+    config_type = LoKrConfig
+    namings = ("kohya", "lycoris")
+    factors = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
+    scaled = frozenset({"lokr_w1", "lokr_w1_a"})
+    names = {"lokr_t2": "lokr_t2"}
+    refused = {"dora_scale": "a LoKr that is weight-decomposed (DoRA), which is not LoKr"}
+
+    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+        """Of two whole matrices: one at which PEFT makes w2 whole."""
+        dims = {"lokr_t2": 0, "lokr_w2_b": 0, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w1_a": 1}
+        found = [tensors[name].shape[dim] for name, dim in dims.items() if name in tensors]
+        return int(found[0] if found else max(t.shape[dim] for t in tensors.values() if t.dim() > 1 for dim in (0, 1)))
+
+    def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, ak.LayerKind]) -> dict[str, ak.ForeignLayer]:
+        """LyCORIS writes an alpha beside two whole matrices and does not use it."""
+        found = super().layers(tensors, kinds)
+        for path, layer in found.items():
+            if {"lokr_w1", "lokr_w2"} <= layer.tensors.keys():
+                kept = {name: tensor for name, tensor in layer.tensors.items() if name != "alpha"}
+                found[path] = ak.ForeignLayer(path, layer.kind, kept, layer.keys)
+        return found
+
+    def config(self, layers: Mapping[str, ak.ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
+        """With the `decompose_factor` that divides all layers so, if there is one: PEFT needs it."""
+        both = any("lokr_w1_a" in layer.tensors for layer in layers.values())
+        sizes = [((x.kind.out_features, x.kind.down_shape(1)[1]), outer(x.tensors)) for x in layers.values()]
+        factors = {-1: None} | dict.fromkeys(n for _, found in sizes if found for n in found)
+        fits = (f for f in factors if all(tuple(split(n, f)[0] for n in size) == found for size, found in sizes))
+        return super().config(layers, metadata, decompose_both=both, decompose_factor=next(fits, -1), **fields)
+
+    def tensors(self, layer: ak.ForeignLayer, config: LoKrConfig) -> dict[str, Tensor]:
+        """PEFT's shapes; a core is worked into `lokr_w2_b (r, d * kernel)`."""
+        values, rank, kernel = super().tensors(layer, config), self.rank(layer.tensors), layer.kind.down_shape(1)[2:]
+        if values.pop("lokr_t2", None) is not None and {"lokr_w2_a", "lokr_w2_b"} <= values.keys():
+            core = layer.wide("lokr_t2")
+            if core.shape[:2] != (rank, rank) or core.numel() != rank * rank * math.prod(kernel):
+                raise ak.CheckpointError(
+                    f"{layer.keys['lokr_t2']!r} has shape {tuple(core.shape)}; the core at the {layer.kind.name} "
+                    f"{layer.path!r} is {(rank, rank, *kernel)}."
+                )
+            values["lokr_w2_a"] = values["lokr_w2_a"].t()
+            values["lokr_w2_b"] = torch.einsum("ijk,jd->idk", core.flatten(2), layer.wide("lokr_w2_b")).flatten(1)
+        if "lokr_w2" in values and values["lokr_w2"][0, 0].numel() == math.prod(kernel):
+            values["lokr_w2"] = values["lokr_w2"].reshape(*values["lokr_w2"].shape[:2], *kernel)
+        return values
+
+    def write(
+        self,
+        naming: str,
+        config: LoKrConfig,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        kinds: Mapping[str, ak.LayerKind],
+        component: str,
+    ) -> ak.ForeignFile:
+        """The scaling of two whole matrices goes into w1."""
+        scaled = {}
+        for path, held in tensors.items():
+            whole, scaling = {"lokr_w1", "lokr_w2"} <= held.keys(), config.at(path).scaling
+            scaled[path] = {**held, "lokr_w1": held["lokr_w1"] * scaling} if whole and scaling != 1.0 else held
+        return super().write(naming, config, scaled, kinds, component)
+
+
+class LoKrPlugin(ak.Plugin):
+    """Its files tell the sizes of layers."""
+
+    config, layer, prefix = LoKrConfig, LoKrLayer, "lokr_"
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> nn.Module | None:
+        """A linear layer, or a convolution where w2 is whole or has a core."""
+        first, core, second = outer(tensors), tensors.get("lokr_t2"), tensors.get("lokr_w2")
+        if second is None and {"lokr_w2_a", "lokr_w2_b"} <= tensors.keys():
+            up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+            kernel = () if core is None else core.shape[2:]
+            second = torch.empty(*up.shape[core is not None :][:1], *down.shape[1:], *kernel, device="meta")
+        if first is None or second is None or second.dim() < 2 or 0 in second.shape:
+            return None
+        return ak.empty_layer(first[0] * second.shape[0], first[1] * second.shape[1], *second.shape[2:])
+
+    def formats(self) -> Sequence[ak.Format]:
+        """LyCORIS' and kohya-ss's."""
+        return [LoKrFormat()]
+
+
+plugin = LoKrPlugin()

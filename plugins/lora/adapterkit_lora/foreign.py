@@ -24,7 +24,7 @@ class LoraFormat(Format):
     And `unet.conv_in.lora_A.weight`, `text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight`.
     """
 
-    config_type = LoraConfig
+    config_type: type[Any] = LoraConfig
     alpha = "lora_alpha"
     namings = ("kohya", "lycoris", "diffusers")
     ranks = {_DOWN: 0, _UP: 1, _TABLE[0]: 0, _TABLE[1]: 1}
@@ -39,7 +39,7 @@ class LoraFormat(Format):
     }
     refused = dict.fromkeys(
         ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"),
-        "DoRA, which scales the columns of the weight too, not LoRA",
+        "DoRA, which scales the weight too, not LoRA. The method 'dora' of the package adapterkit-dora reads it",
     )
 
     def readings(self, key: str) -> Iterator[tuple[str, str]]:
@@ -52,10 +52,10 @@ class LoraFormat(Format):
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """B has a bias if the file has one."""
-        found: LoraConfig = super().config(layers, metadata, **fields)
-        return found.replace(lora_bias=found.lora_bias or any(_BIAS in layer.tensors for layer in layers.values()))
+        found = super().config(layers, metadata, **fields)
+        return found.replace(lora_bias=True) if any(_BIAS in layer.tensors for layer in layers.values()) else found
 
-    def tensors(self, layer: ForeignLayer, config: LoraConfig) -> dict[str, Tensor]:
+    def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
         """PEFT's names and shapes. A Tucker convolution's `mid (r, r, *kernel)`: `A' = mid x A`, `(r, in, *kernel)`."""
         values, rank = super().tensors(layer, config), self.rank(layer.tensors)
         if values.pop(_MID, None) is not None and _DOWN in values:
