@@ -105,8 +105,8 @@ NOBODYS = "a.safetensors has no adapter_config.json, and no method finds layers 
 REFUSED: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "of no method": (
         EmbeddingNet,
-        {"lora_unet_layers_0.lokr_w1": DOWN},
-        f"{NOBODYS}Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.lokr_w1'. "
+        {"lora_unet_layers_0.sum": DOWN},
+        f"{NOBODYS}Methods asked: loha, lora, vera. Keys in the file: 'lora_unet_layers_0.sum'. "
         "Layers of the model: 'embed', 'layers.0', 'layers.1'.",
     ),
     "without tensors": (EmbeddingNet, {}, "a.safetensors holds no tensors. PEFT writes such a file where"),

@@ -126,10 +126,10 @@ class ForeignLayer:
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
     def number(self, local: str) -> float | None:
-        """A tensor of one number, such as an alpha; `None` if the file lacks it.
+        """A tensor of one finite number, such as an alpha; `None` if the file lacks it.
 
         Raises:
-            CheckpointError: it holds several numbers, or none.
+            CheckpointError: it holds several numbers, none, or one that is not finite.
         """
         tensor = self.tensors.get(local)
         if tensor is None:
@@ -138,7 +138,10 @@ class ForeignLayer:
             raise CheckpointError(
                 f"{self.keys[local]!r} has shape {tuple(tensor.shape)}; {local!r} is a single number."
             )
-        return float(tensor.item())
+        number = float(tensor.item())
+        if not math.isfinite(number):
+            raise CheckpointError(f"{self.keys[local]!r} is {number}: the file is damaged, or its training diverged.")
+        return number
 
 
 class Format:

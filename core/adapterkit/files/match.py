@@ -15,7 +15,7 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import keys_of_other_parts, layers_of
+from adapterkit.formats import algorithms_in, keys_of_other_parts, layers_of
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -130,7 +130,9 @@ def refuse(report: LoadReport, name: str, where: str) -> None:
         reasons.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
     if report.mismatched:
         reasons.append("some have other shapes (another base model size, or another rank?)")
-    if report.unexpected:
+    algorithms, others = algorithms_in(report.unexpected)
+    reasons += algorithms
+    if others:
         reasons.append("some belong to nothing on this model")
     raise CheckpointError(
         f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "

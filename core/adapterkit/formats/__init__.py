@@ -5,6 +5,7 @@ tensors in PEFT's names, and the program whose layout it was.
 Uses: errors, kinds, contract, model.
 """
 
+from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.refused import check_content
 from adapterkit.formats.translation import keys_of_other_parts, translate
@@ -13,6 +14,7 @@ from adapterkit.formats.wrapped import tensors_in
 __all__ = [
     "CONFIG_FILE",
     "AdapterFiles",
+    "algorithms_in",
     "check_content",
     "keys_of_other_parts",
     "layers_of",

@@ -21,6 +21,7 @@ from adapterkit.contract import (
     strip_file_prefix,
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
+from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout, kinds_of, layers_in_file, shapes_of
 from adapterkit.formats.names import OriginalNames
 from adapterkit.formats.refused import check_program, is_full_model, is_token
@@ -196,17 +197,18 @@ def recognise(
         for fault in broken:
             warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
         return found[0]
-    names = [method.name for method, *_ in found]
-    if not names and is_full_model(tensors):
+    names, algorithms = [method.name for method, *_ in found], algorithms_in(tensors)[0]
+    if not names and not algorithms and is_full_model(tensors):
         raise CheckpointError(
             f"{file} holds whole weights, such as {next(iter(tensors))!r}, and no adapter: it is a fine-tuned model, "
             "or part of one. ak.extract_files(base, tuned) makes an adapter of the difference to its base."
         )
-    raise CheckpointError(_not_recognised(names, asked, broken, tensors, layers, file))
+    raise CheckpointError(_not_recognised(names, algorithms, asked, broken, tensors, layers, file))
 
 
 def _not_recognised(
     names: Sequence[str],
+    algorithms: Sequence[str],
     asked: Sequence[str],
     broken: Sequence[str],
     tensors: Iterable[str],
@@ -219,6 +221,8 @@ def _not_recognised(
             f"{file} holds layers of several methods: {', '.join(names)}. Split it into one file for each. Where "
             f"one of them takes a file that is another's, switch it off: {DISABLE_VARIABLE}={names[-1]}."
         )
+    elif algorithms:
+        what = f"{file} holds no adapter of an installed method: {'; '.join(algorithms)}."
     lines = [
         what,
         f"Methods asked: {', '.join(asked) or 'none'}.",

@@ -94,9 +94,10 @@ class DoraFormat(LoraFormat):
 
     config_type = DoraConfig
     names = {"dora_scale": _MAGNITUDE, _MAGNITUDE: _MAGNITUDE, f"{_MAGNITUDE}.weight": _MAGNITUDE} | {
-        name: own for name, own in LoraFormat.names.items() if own != "lora_B.bias"
+        name: own for name, own in LoraFormat.names.items() if own not in ("lora_B.bias", "diff_b")
     }
-    refused = {"lora_B.bias": "a DoRA whose B has a bias, which is not implemented"}
+    rows = LoraFormat.rows | {_MAGNITUDE: 0}
+    refused = dict.fromkeys(("lora_B.bias", "diff_b"), "a DoRA with a trained bias, which is not implemented")
 
     def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, ak.LayerKind]) -> dict[str, ak.ForeignLayer]:
         """None, if no layer has a magnitude: the file is plain LoRA."""

@@ -105,8 +105,12 @@ class LoKrFormat(ak.Format):
     namings = ("kohya", "lycoris")
     factors = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
+    rows = {"lokr_w1": 0, "lokr_w1_a": 0}
     names = {"lokr_t2": "lokr_t2"}
-    refused = {"dora_scale": "a LoKr that is weight-decomposed (DoRA), which is not LoKr"}
+    refused = {
+        "dora_scale": "a LoKr that is weight-decomposed (DoRA), which no method here implements. LyCORIS can put "
+        "it into the model (lycoris.create_lycoris_from_weights, then merge_to)"
+    }
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
         """Of two whole matrices: one at which PEFT makes w2 whole."""

@@ -22,7 +22,10 @@ class LoHaFormat(Format):
     scaled = frozenset({"hada_w1_a"})
     rows = {"hada_w1_a": 0, "hada_w2_a": 0}
     names = {core: core for core in _CORES}
-    refused = {"dora_scale": "a LoHa that is weight-decomposed (DoRA), which is not LoHa"}
+    refused = {
+        "dora_scale": "a LoHa that is weight-decomposed (DoRA), which no method here implements. LyCORIS can put "
+        "it into the model (lycoris.create_lycoris_from_weights, then merge_to)"
+    }
 
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
         """Of `w_b (r, in)`, else of `w_a`: `(r, out)` beside a core, `(out, r)` without one."""

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import CheckpointError, ForeignLayer, Format
+from adapterkit import CheckpointError, ForeignLayer, Format, UnsupportedError
 from adapterkit_lora.config import LoraConfig
 
 _DOWN, _UP, _BIAS, _MID = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid"
+# The change of the layer's own bias, which is not scaled.
+_DIFF = "diff_b"
 _TABLE = ("lora_embedding_A", "lora_embedding_B")
 _OF_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
 _OF_PROCESSOR = {"down.weight": _DOWN, "up.weight": _UP, "alpha": "alpha"}
@@ -30,10 +32,11 @@ class LoraFormat(Format):
     ranks = {_DOWN: 0, _UP: 1, _TABLE[0]: 0, _TABLE[1]: 1}
     factors = frozenset(ranks)
     scaled = frozenset({_UP, _TABLE[1]})
-    rows = {_UP: 0, _BIAS: 0}
+    rows = {_UP: 0, _BIAS: 0, _DIFF: 0}
     unwritten = frozenset({_BIAS, *_TABLE})
     names = {
         _BIAS: _BIAS,
+        _DIFF: _DIFF,
         **{f"{there}.weight": own for there, own in (("lora_down", _DOWN), ("lora_up", _UP), ("lora_mid", _MID))},
         **{f"{part}.{there}": own for part in ("lora", "lora_linear_layer") for there, own in _OF_PROCESSOR.items()},
     }
@@ -53,7 +56,8 @@ class LoraFormat(Format):
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """B has a bias if the file has one."""
         found = super().config(layers, metadata, **fields)
-        return found.replace(lora_bias=True) if any(_BIAS in layer.tensors for layer in layers.values()) else found
+        bias = any(layer.tensors.keys() & {_BIAS, _DIFF} for layer in layers.values())
+        return found.replace(lora_bias=True) if bias else found
 
     def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
         """PEFT's names and shapes. A Tucker convolution's `mid (r, r, *kernel)`: `A' = mid x A`, `(r, in, *kernel)`."""
@@ -66,7 +70,20 @@ class LoraFormat(Format):
                     f"{tuple(down.shape)}: a Tucker core is (r, r, kernel), and its factor (r, in)."
                 )
             values[_DOWN] = torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
+        values |= self._bias(layer, values.pop(_DIFF, None), config)
         for local, shape in ((_DOWN, layer.kind.down_shape(rank)), (_UP, layer.kind.up_shape(rank))):
             if local in values and values[local].flatten(1).shape == (shape[0], math.prod(shape[1:])):
                 values[local] = values[local].reshape(shape)  # `(r, in)` and `(r, in, 1, 1)` are one
         return values
+
+    def _bias(self, layer: ForeignLayer, diff: Tensor | None, config: Any) -> dict[str, Tensor]:
+        """B's bias where the file has the change of the layer's bias: that over the scaling, or zeros beside others."""
+        if diff is not None:
+            if not config.scaling:
+                raise UnsupportedError(f"{layer.keys[_DIFF]!r} cannot be the bias of a B that is scaled by 0.")
+            wide = diff.to(torch.promote_types(diff.dtype, torch.float32))
+            return {_BIAS: wide / config.scaling + layer.tensors.get(_BIAS, 0)}
+        kohyas = layer.keys.get(_UP, "").endswith("lora_up.weight")
+        if kohyas and getattr(config, "lora_bias", False) and _BIAS not in layer.tensors:
+            return {_BIAS: torch.zeros(layer.kind.out_features, dtype=layer.tensors[_UP].dtype)}
+        return {}

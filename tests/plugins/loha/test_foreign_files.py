@@ -151,7 +151,7 @@ def test_cores_beside_flat_convolutions(model: nn.Module, tmp_path: Path) -> Non
 
 def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path) -> None:
     lycoris_file(model, tmp_path / "a.safetensors", algo="loha", dora_wd=True)
-    text = ".dora_scale': this is a LoHa that is weight-decomposed (DoRA), which is not LoHa."
+    text = ".dora_scale': this is a LoHa that is weight-decomposed (DoRA), which no method here"
     refuse(model, tmp_path / "a.safetensors", ak.UnsupportedError, text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lycoris import create_lycoris
 from lycoris.modules.locon import LoConModule
 from tests.core.test_errors import unchanged
 from tests.diffusion import loaded, lycoris_file, output, read, rename, text_encoder, unet, with_weights, write
@@ -136,6 +138,41 @@ def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path, rank
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-6)  # its alpha is in float32
 
 
+ALGORITHMS = {
+    "lokr": "of LoKr: the method 'lokr' of the package adapterkit-lokr reads it, and is not installed",
+    "full": "of a full difference of a weight or a bias (LyCORIS' algorithm 'full'): no method here reads it. LyCORIS",
+    "diag-oft": "of OFT or BOFT of LyCORIS or kohya-ss: no method here reads it. LyCORIS puts such a file into a model",
+    "boft": "of OFT or BOFT of LyCORIS",
+    "glora": "of GLoRA: no method here reads it. LyCORIS",
+    "ia3": "of LyCORIS' (IA)3: no method here reads it",
+    "tlora": "of T-LoRA: no method here reads it",
+}
+
+
+@pytest.mark.parametrize(("algorithm", "text"), ALGORITHMS.items())
+def test_other_algorithms_of_lycoris_are_refused_by_name(algorithm: str, text: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    network = create_lycoris(copy.deepcopy(model), 1.0, linear_dim=4, algo=algorithm)
+    network.apply_to()
+    file = write(tmp_path / "a.safetensors", network.state_dict())
+    refuse(model, file, ak.CheckpointError, "holds no adapter of an installed method: 'lycoris_0.", text)
+
+
+def test_norms_that_were_trained_beside_lora_are_named(model: nn.Module, tmp_path: Path) -> None:
+    wanted = lycoris_file(model, tmp_path / "a.safetensors")
+    norm = {"lycoris_norm.w_norm": torch.ones(8), "lycoris_norm.b_norm": torch.ones(8)}
+    file = write(tmp_path / "b.safetensors", read(tmp_path / "a.safetensors") | norm)
+    refuse(
+        model,
+        file,
+        ak.CheckpointError,
+        "'lycoris_norm.b_norm' and 1 more keys are of a norm that was trained in full (LyCORIS' train_norm)",
+        "strict=False loads what fits",
+    )
+    with pytest.warns(ak.AdapterWarning, match="unexpected"):
+        check(model, file, wanted, strict=False)
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path, linear: bool) -> None:
     lycoris_file(model, tmp_path / "a.safetensors", dora_wd=True, wd_on_output=linear)
@@ -167,6 +204,35 @@ def test_scale_is_alpha_by_rank(model: nn.Module, tmp_path: Path, alpha: float |
     values = factors(2, QUERY, VALUE)
     file = write(tmp_path / "a.safetensors", kohya("lora_unet", values, alpha))
     check(model, file, expected(model, values, scale))
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(3.0, dtype=torch.bfloat16), torch.tensor([3]), torch.tensor([[3.0]])])
+def test_an_alpha_is_one_number_of_any_dtype(model: nn.Module, tmp_path: Path, alpha: Tensor) -> None:
+    values = factors(2, QUERY)
+    tensors = kohya("lora_unet", values) | {f"lora_unet_{QUERY.replace('.', '_')}.alpha": alpha}
+    check(model, write(tmp_path / "a.safetensors", tensors), expected(model, values, 1.5))
+
+
+@pytest.mark.parametrize("alpha", [torch.inf, torch.nan])
+def test_an_alpha_that_is_not_finite_is_refused(model: nn.Module, tmp_path: Path, alpha: float) -> None:
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", factors(2, QUERY), alpha))
+    refuse(model, file, ak.CheckpointError, f"attn1_to_q.alpha' is {alpha}: the file is damaged")
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (3.0, 1.5), (-1.0, -0.5)])
+def test_change_of_a_bias_beside_the_factors_is_not_scaled(
+    model: nn.Module, tmp_path: Path, alpha: float | None, scale: float
+) -> None:
+    diff, layer = torch.randn(8).double(), model.get_submodule(OUT)
+    tensors = kohya("lora_unet", factors(2, OUT, QUERY), alpha)
+    file = write(tmp_path / "a.safetensors", tensors | {f"lora_unet_{OUT.replace('.', '_')}.diff_b": diff})
+    bias: Any = layer.bias
+    with torch.no_grad():
+        before = bias.detach().clone()
+        bias.add_(diff)
+        wanted = expected(model, factors(2, OUT, QUERY), scale)
+        bias.copy_(before)
+    assert check(model, file, wanted).ok
 
 
 def test_each_layer_has_its_own_rank_and_alpha(model: nn.Module, tmp_path: Path) -> None:
@@ -413,7 +479,11 @@ def test_bias_of_diffusers(model: nn.Module, tmp_path: Path) -> None:
 
 
 METADATA = {
-    "dora": (metadata(**{"unet.use_dora": True}), ak.UnsupportedError, "use_dora = True is not implemented"),
+    "dora": (
+        metadata(**{"unet.use_dora": True}),
+        ak.UnsupportedError,
+        "use_dora = True changes what the adapter computes",
+    ),
     "no json": ("{", ak.CheckpointError, "The header's 'lora_adapter_metadata' is not valid JSON: "),
     "a list": ("[]", ak.CheckpointError, "The header's 'lora_adapter_metadata' must hold a JSON object, not a list."),
     "alpha": (metadata(**{"unet.lora_alpha": "8"}), ak.ConfigError, "lora_alpha = '8' is a str"),
@@ -546,7 +616,7 @@ DAMAGE = {
     "integers": ("lora_down.weight", torch.ones(2, 8).int(), "holds torch.int32 of shape (2, 8); a factor is a"),
     "two alphas": ("alpha", torch.ones(2), ".alpha' has shape (2,); 'alpha' is a single number."),
     "core": ("lora_mid.weight", torch.ones(3, 2, 3, 3), "a Tucker core is (r, r, kernel), and its factor (r, in)."),
-    "alpha nan": ("alpha", torch.tensor(float("nan")), "must be a finite float32"),
+    "alpha nan": ("alpha", torch.tensor(float("nan")), "is nan: the file is damaged"),
 }
 
 

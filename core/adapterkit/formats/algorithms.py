@@ -1,0 +1,72 @@
+"""Algorithms whose tensors are in files of LyCORIS, kohya-ss and other programs, and who reads them: for messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from adapterkit.contract import default_registry
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What the last part of a key tells.
+
+    Attributes:
+        name: what users call it.
+        endings: an expression for what follows the layer's name and a dot.
+        method: the method that reads it, and `package` the one that has it; empty: there is none.
+        cure: what to do where there is none.
+    """
+
+    name: str
+    endings: str
+    method: str = ""
+    package: str = ""
+    cure: str = (
+        "LyCORIS puts such a file into a model itself (lycoris.create_lycoris_from_weights, then merge_to), and "
+        "ak.extract makes a LoRA of the difference from the base"
+    )
+
+
+ALGORITHMS = (
+    Algorithm("LoHa", r"hada_(w[12]_[ab]|t[12])", "loha", "adapterkit"),
+    Algorithm("LoKr", r"lokr_(w[12](_[ab])?|t[12])", "lokr", "adapterkit-lokr"),
+    Algorithm("DoRA", r"dora_scale|lora_magnitude_vector(\.weight)?", "dora", "adapterkit-dora"),
+    Algorithm("AdaLoRA", r"lora_E", "adalora", "adapterkit-adalora"),
+    Algorithm("VeRA", r"vera_lambda_[bd]", "vera", "adapterkit"),
+    Algorithm("PEFT's OFT", r"oft_[Rr](\.weight)?", "oft", "adapterkit-oft"),
+    Algorithm("PEFT's (IA)3", r"ia3_l", "ia3", "adapterkit-ia3"),
+    Algorithm("a full difference of a weight or a bias (LyCORIS' algorithm 'full')", r"diff(_b)?"),
+    Algorithm("a norm that was trained in full (LyCORIS' train_norm)", r"[wb]_norm"),
+    Algorithm("LyCORIS' (IA)3", r"on_input", cure="Nor does LyCORIS: merge it in the program that wrote it"),
+    Algorithm("OFT or BOFT of LyCORIS or kohya-ss", r"oft_(blocks|diag)|rescale"),
+    Algorithm("PEFT's BOFT", r"boft_[Rs]", cure="PEFT reads its folder, with its adapter_config.json"),
+    Algorithm("GLoRA", r"(a[12]|b[12]|bm)\.weight"),
+    Algorithm("T-LoRA", r"lambda_layer|[pq]_layer\.weight|(base_)?lambda"),
+    Algorithm(
+        "a whole weight that replaces the model's (ComfyUI)", r"set_weight|reshape_weight", cure="Merge it in ComfyUI"
+    ),
+)
+
+
+def algorithms_in(keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """A sentence for each algorithm that no installed method reads, and the keys of no known algorithm."""
+    found: dict[Algorithm, list[str]] = {}
+    installed, others = default_registry.methods(), []
+    for key in keys:
+        algorithm = next((a for a in ALGORITHMS if re.search(rf"\.(?:{a.endings})$", key)), None)
+        if algorithm is None or algorithm.method in installed:
+            others.append(key)
+        else:
+            found.setdefault(algorithm, []).append(key)
+    return [_sentence(algorithm, held) for algorithm, held in found.items()], others
+
+
+def _sentence(algorithm: Algorithm, keys: list[str]) -> str:
+    more = f" and {len(keys) - 1:,} more keys are" if len(keys) > 1 else " is"
+    reader = f"no method here reads it. {algorithm.cure}"
+    if algorithm.method:
+        reader = f"the method {algorithm.method!r} of the package {algorithm.package} reads it, and is not installed"
+    return f"{keys[0]!r}{more} of {algorithm.name}: {reader}"
