@@ -28,7 +28,15 @@ from adapterkit.combining import (
     same_layer,
     wanted_layers,
 )
-from adapterkit.contract import ATTRIBUTE, AdapterConfig, AdapterLayer, MajoritySign, Shared, default_registry, twin
+from adapterkit.contract import (
+    ATTRIBUTE,
+    AdapterConfig,
+    AdapterLayer,
+    MajoritySign,
+    Shared,
+    default_registry,
+    twin,
+)
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
 from adapterkit.files import (
     adapter_folder,
@@ -332,7 +340,7 @@ class Adapters:
         So after `torch.manual_seed` a layer has the same ones in every process, whatever else is adapted or sharded.
 
         Args:
-            name: any text without a dot.
+            name: any text. A dot in it is `·` in the names of parameters.
             config: the method, the layers and the sizes.
             num_labels, id2label: the label set of the adapter's own head; its output layer gets that many rows.
                 `None`: the model's own label set.
@@ -1007,8 +1015,9 @@ class Adapters:
         """
         from adapterkit.report import Report, live_sources
 
-        adapters = [self._adapter(name) for name in names or self.names]
-        for name in names or self.names:
+        names = names or self.names
+        adapters = [self._adapter(name) for name in names]
+        for name in names:
             self._warn_if_changed(name, "The report shows what was trained there, beside the base as it was.")
         with self._gathered(adapters):
             report = Report.of(live_sources(adapters, self._merged), title)
@@ -1083,11 +1092,8 @@ class Adapters:
             self._merged = Merged()
             self._model.set_unmerged([self._adapters[name] for name in names])
 
-    def _check_new_name(self, name: object, *, grows: bool = True) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ConfigError(f"{name!r} cannot be an adapter's name: it must be text, not empty, without a dot.")
-        if name in self._attached.adapters:
-            raise ConfigError(f"There is an adapter {name!r} already. Remove it first, or choose another name.")
+    def _check_new_name(self, name: str, *, grows: bool = True) -> None:
+        self._attached.check_new_name(name)
         if grows:
             check_can_grow(self.model, name)
 

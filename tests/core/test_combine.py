@@ -213,7 +213,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bool": ({"sources": {"a": True}}, ak.ConfigError, "The weight of 'a' is True"),
     "text": ({"sources": {"a": "1"}}, ak.ConfigError, "The weight of 'a' is '1'"),
     "taken": ({"name": "b"}, ak.ConfigError, "There is an adapter 'b' already"),
-    "dot": ({"name": "a.b"}, ak.ConfigError, r"'a\.b' cannot be an adapter's name"),
+    "dots": ({"name": ".."}, ak.ConfigError, r"'\.\.' cannot be an adapter's name"),
     "rank 99": ({"rank": 99}, ak.ConfigError, r"rank = 99 is larger than any .* is 16, min\(out, in\) of '"),
     "to": ({"to": "nothing"}, ak.UnknownNameError, "Unknown adapter method 'nothing'"),
     "ranks": ({"space": "factors"}, ak.ConfigError, RANKS),

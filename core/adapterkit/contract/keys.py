@@ -67,11 +67,17 @@ class KeyRule:
         return any(key == name or key.endswith("." + name) for name in self.exempt)
 
 
+def part_name(name: str) -> str:
+    """What an adapter called `name` is called as a module: torch's paths are split at dots, so `v1.0` is `v1·0`."""
+    return name.replace(".", "·")
+
+
 def split_memory_key(key: str, name: str) -> tuple[str, str, str] | None:
     """`(container, path, local)` of a full state dict's key if it is adapter `name`'s, else `None`.
 
     The key is read part by part, from the right: an adapter may be called like a module of the model.
     """
+    name = part_name(name)
     if f".{name}." not in key:
         return None
     parts = key.split(".")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapterkit.contract import (
     SHARED,
     Method,
+    part_name,
     split_memory_key,
     strip_file_prefix,
     unwrapped_key,
@@ -25,13 +26,14 @@ Values = list[tuple[Slot, Tensor]]
 
 def file_places(adapter: Adapter) -> Iterator[tuple[str, str, Slot]]:
     """Each tensor of the adapter: its key in a file, PEFT's prefix left out; its key in the model; its place."""
+    name = part_name(adapter.name)
     for container, path, module in adapter.parts():
         place = adapter.place_in_file(container, path)
         for local, slot in module_slots(module):
-            yield f"{place}.{local}", f"{path}.{container}.{adapter.name}.{local}", slot
+            yield f"{place}.{local}", f"{path}.{container}.{name}.{local}", slot
     if adapter.shared is not None:
         for local, slot in module_slots(adapter.shared):
-            yield local, f"{SHARED}.{adapter.name}.{local}", slot
+            yield local, f"{SHARED}.{name}.{local}", slot
 
 
 def from_model_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

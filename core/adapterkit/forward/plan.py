@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, Shared
+from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, Shared, part_name
 from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
 from adapterkit.forward.arithmetic import add, kept_rows, with_weight
@@ -395,6 +395,6 @@ def parts_of(slots: nn.Module | None, names: tuple[str, ...]) -> Iterator[tuple[
     """What these adapters have in one container of a module, each with its adapter's name."""
     if slots is not None:
         for name in names:
-            part = slots._modules.get(name)
+            part = slots._modules.get(part_name(name))
             if part is not None:
                 yield part, name

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 
-from adapterkit.contract import CONTAINERS, SHARED, Holder
+from adapterkit.contract import CONTAINERS, SHARED, Holder, part_name
 from adapterkit.errors import StateError
 from adapterkit.forward.plan import INPUT, input_name, run
 from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
@@ -65,14 +65,14 @@ class PerAdapter(Holder):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Note that `to_empty` has taken the values of adapters, which a file may have brought before."""
         if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):
-            for name in self._modules:
-                self.active.adapters[name].unset = True
+            for name, adapter in self.active.adapters.items():
+                adapter.unset = adapter.unset or part_name(name) in self._modules
             for state in list(self.active.alive):
                 state.plans.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> nn.Module:
-        module = self._modules[name]
+        module = self._modules[part_name(name)]
         assert module is not None
         return module
 
@@ -111,7 +111,7 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
     parts.training = module.training
     if part.training != module.training:
         part.train(module.training)
-    parts._modules[name] = part
+    parts._modules[part_name(name)] = part
     if container == SHARED:
         _sign(module)
     active.replan(module)
@@ -121,7 +121,7 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
     """Remove the part of adapter `name` if it is still there. A module without parts gets its own class back."""
     parts = module._modules.get(container)
     if isinstance(parts, PerAdapter):
-        parts._modules.pop(name, None)
+        parts._modules.pop(part_name(name), None)
         if not parts._modules:
             del module._modules[container]
     if ACTIVE in module.__dict__:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from adapterkit.adapters import adapters_in
 from adapterkit.checkpoints import check_setting, restore, setting
+from adapterkit.contract import part_name
 from adapterkit.errors import CheckpointError
 
 # The key of how all adapters acted. The others have a dot.
@@ -49,7 +50,7 @@ class TrainingState(Stateful):
             sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
             state = self._adapters.training_state(name, sharded=sharded)
             # Copies: torch.distributed.checkpoint reads into these tensors, and that may break off.
-            found |= {f"{name}.{key}": tensor.clone() for key, tensor in state.items()}
+            found |= {f"{part_name(name)}.{key}": tensor.clone() for key, tensor in state.items()}
         return {_SETTING: setting(self._adapters, held=self._held), **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,17 +61,18 @@ class TrainingState(Stateful):
                 not act then, or otherwise.
         """
         states: dict[str, dict[str, Any]] = {name: {} for name in self._held}
+        names = {part_name(name): name for name in self._held}
         for key, value in state_dict.items():
             name, _, local = key.partition(".")
             if key == _SETTING:
                 continue
-            if name not in states:
+            if name not in names:
                 raise CheckpointError(
                     f"The checkpoint holds a training of adapter {name!r}, and here "
                     f"{', '.join(map(repr, states)) or 'none'} should be restored. Add and activate the adapters that "
                     "were saved, under the same names, before you load."
                 )
-            states[name][local] = value
+            states[names[name]][local] = value
         if _SETTING in state_dict:
             check_setting(self._adapters, state_dict[_SETTING], "The checkpoint")
         restore(self._adapters, states)

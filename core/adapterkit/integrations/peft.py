@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import nn
 
 from adapterkit.adapters import Adapters, attach
-from adapterkit.contract import AdapterConfig
-from adapterkit.errors import StateError, UnsupportedError
+from adapterkit.contract import AdapterConfig, part_name
+from adapterkit.errors import ConfigError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,6 +54,10 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
         raise StateError(
             "The model has no adapters. Add one first: ak.attach(model).add('default', config). Tools that are "
             "written for PEFT look for an adapter of that name."
+        )
+    if dotted := next((name for name in adapters.names if "." in name), None):
+        raise ConfigError(
+            f"PEFT's names of adapters have no dot. Rename it: adapters.rename({dotted!r}, {part_name(dotted)!r})."
         )
     return PeftView.of(adapters)
 

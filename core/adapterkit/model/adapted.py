@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
-from adapterkit.contract import SHARED
+from adapterkit.contract import SHARED, part_name
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, tensor_parallel, uninstall
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
@@ -135,7 +136,15 @@ class AdaptedModel:
         if container is None:
             container = self.model._modules[SHARED] = PerAdapter()
             container.__dict__["active"] = self.active
-        container._modules[adapter.name] = own
+        container._modules[part_name(adapter.name)] = own
+
+    def check_new_name(self, name: object) -> None:
+        """Raise `ConfigError` if no adapter can have this name, or one has it."""
+        if not isinstance(name, str) or not name.strip("."):
+            raise ConfigError(f"{reprlib.repr(name)} cannot be an adapter's name: it must be text, and not dots alone.")
+        other = next((own for own in self.adapters if part_name(own) == part_name(name)), None)
+        if other is not None:
+            raise ConfigError(f"There is an adapter {other!r} already. Remove it first, or choose another name.")
 
     # What acts and what trains
 

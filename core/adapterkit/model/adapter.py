@@ -24,6 +24,7 @@ from adapterkit.contract import (
     Shared,
     beside,
     default_registry,
+    part_name,
     unwrapped_key,
 )
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError, unknown
@@ -184,9 +185,9 @@ class Adapter:
         """Every key of the adapter in the model's own state dict."""
         for container, path, module in self.parts():
             for place in self.places(path):
-                yield from module.state_dict(prefix=f"{place}.{container}.{self.name}.", keep_vars=True)
+                yield from module.state_dict(prefix=f"{place}.{container}.{part_name(self.name)}.", keep_vars=True)
         if self.shared is not None:
-            yield from self.shared.state_dict(prefix=f"{SHARED}.{self.name}.", keep_vars=True)
+            yield from self.shared.state_dict(prefix=f"{SHARED}.{part_name(self.name)}.", keep_vars=True)
 
     def tie_numbers(self) -> dict[str, int]:
         """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
@@ -256,7 +257,7 @@ class Adapter:
                 found[path] = f"has {what}"
         for container, path, part in self.parts():
             parts = self.hosts[path]._modules.get(container)
-            if path not in found and (parts is None or parts._modules.get(self.name) is not part):
+            if path not in found and (parts is None or parts._modules.get(part_name(self.name)) is not part):
                 found[path] = "has another module in place of the adapter's own: it was replaced"
         return found
 
