@@ -21,7 +21,8 @@ INTRODUCTION = """
 `core/adapterkit_command/` and the text in the script.
 
 `adapterkit COMMAND --help` shows the same text, and `adapterkit --install-completion` installs completion. If the
-script is not on the path, use `python -m adapterkit`. Each command calls one function of the library, which its help
+script is not on the path, use `python -P -m adapterkit`: without `-P`, Python imports modules from the working
+directory, which may be a downloaded one. Each command calls one function of the library, which its help
 names, so Python can do the same. The commands work for every installed method, including third-party methods.
 """
 

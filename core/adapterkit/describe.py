@@ -131,7 +131,7 @@ def describe_methods(registry: Registry = default_registry) -> MethodsReport:
         extensions,
         (*(name for e in usable for name in e.kinds), *(kind.name for kind in kinds.BUILTIN)),
         tuple(sorted((*combiners.BUILTIN, *(name for e in usable for name in e.combiners)))),
-        tuple(sorted(switched_off())),
+        tuple(sorted(set(switched_off()))),
     )
 
 

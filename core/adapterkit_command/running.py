@@ -122,7 +122,7 @@ def _run(
             report, status = report
         print_json(report, sys.stdout) if as_json else print_text(show(report), sys.stdout)
         sys.stdout.flush()
-    except (typer.Exit, typer.BadParameter):
+    except typer.BadParameter:
         raise
     except KeyboardInterrupt:
         say("adapterkit", f"interrupted{'; continue with --resume' if 'resume' in options else ''}", "yellow")
@@ -130,7 +130,7 @@ def _run(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         status = Exit.PIPE
-    except Exception as error:  # noqa: BLE001 - every error of a program becomes a message and a status
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - no plugin ends a command without a word
         status = _failed(error, as_json, debug, options)
     if status:
         raise typer.Exit(status)
@@ -141,7 +141,7 @@ def _note(message: Warning | str, *_: object, **__: object) -> None:
     say("note", " ".join(str(message).split()), "yellow")
 
 
-def _failed(error: Exception, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
+def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
     """Print the error, and return the status for it."""
     from adapterkit import AdapterError
 

@@ -62,9 +62,15 @@ class Extension:
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
 
 
-def switched_off() -> frozenset[str]:
+def switched_off() -> tuple[str, ...]:
     """Names of plugins, and of distributions, that the environment says are not there."""
-    return frozenset(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
+    return tuple(filter(None, (n.strip() for n in os.environ.get(DISABLE_VARIABLE, "").split(","))))
+
+
+def _is_off(name: str) -> bool:
+    """Whether a plugin or a distribution is switched off; its name may have commas itself."""
+    off, own = switched_off(), tuple(part.strip() for part in name.split(","))
+    return any(off[i : i + len(own)] == own for i in range(len(off)))
 
 
 class Registry:
@@ -102,7 +108,7 @@ class Registry:
         claims = {(e.dist.name if e.dist else "", e.value): e for e in _entries(METHODS_GROUP) if e.name == name}
         if not claims:
             advice = f"Methods come from installed packages (entry-point group {METHODS_GROUP!r}) or ak.register."
-            if name in switched_off():
+            if _is_off(name):
                 advice = f"It is switched off by {DISABLE_VARIABLE}. {advice}"
             raise unknown("adapter method", name, self.methods(), advice)
         if len(claims) > 1:
@@ -494,7 +500,9 @@ def _import(entry: EntryPoint, what: str) -> object:
     owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
     try:
         return entry.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(
             f"The {what} {entry.name!r} of {owner} cannot be imported from {entry.value!r}: "
             f"{type(error).__name__}: {error}. Other methods are not affected; reinstall or remove that package, or "
@@ -503,9 +511,8 @@ def _import(entry: EntryPoint, what: str) -> object:
 
 
 def _entries(group: str) -> Iterator[EntryPoint]:
-    disabled = switched_off()
     found = importlib.metadata.entry_points(group=group)
-    return (e for e in found if not disabled & {e.name, e.dist.name if e.dist else e.name})
+    return (e for e in found if not (_is_off(e.name) or (e.dist is not None and _is_off(e.dist.name))))
 
 
 default_registry = Registry()
