@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, Names
 from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.files.differences import with_differences
 from adapterkit.files.match import equals_base, ignore_known_keys, refuse
 from adapterkit.formats import AdapterFiles, layers_of, translate
 from adapterkit.forward import Active
@@ -54,8 +55,11 @@ def load_adapter(
     """
     modules = BaseModules(model)
     found = translate(files, layers_of(modules), part=component)
-    tensors, method = dict(found.tensors), found.method
-    config = found.config.replace(modules_to_save=_heads_in_file(found.config, modules, tensors))
+    tensors, method, config = dict(found.tensors), found.method, found.config
+    if files.config is None:
+        tensors, changed = with_differences(found, modules)
+        config = config.replace(modules_to_save=changed or config.modules_to_save)
+    config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     selection = select_on(modules, config)
     tables = _tables_in_file(modules, selection.heads, tensors)
     optional = {*(f"{path}.bias" for path in tables), *(f"{p}.weight" for p, first in tables.items() if p != first)}

@@ -8,12 +8,13 @@ Uses: errors, kinds, contract, model.
 from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.refused import check_content
-from adapterkit.formats.translation import keys_of_other_parts, translate
+from adapterkit.formats.translation import Translation, keys_of_other_parts, translate
 from adapterkit.formats.wrapped import tensors_in
 
 __all__ = [
     "CONFIG_FILE",
     "AdapterFiles",
+    "Translation",
     "algorithms_in",
     "check_content",
     "keys_of_other_parts",

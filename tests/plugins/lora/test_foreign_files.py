@@ -158,19 +158,53 @@ def test_other_algorithms_of_lycoris_are_refused_by_name(algorithm: str, text: s
     refuse(model, file, ak.CheckpointError, "holds no adapter of an installed method: 'lycoris_0.", text)
 
 
-def test_norms_that_were_trained_beside_lora_are_named(model: nn.Module, tmp_path: Path) -> None:
-    wanted = lycoris_file(model, tmp_path / "a.safetensors")
-    norm = {"lycoris_norm.w_norm": torch.ones(8), "lycoris_norm.b_norm": torch.ones(8)}
-    file = write(tmp_path / "b.safetensors", read(tmp_path / "a.safetensors") | norm)
-    refuse(
-        model,
-        file,
-        ak.CheckpointError,
-        "'lycoris_norm.b_norm' and 1 more keys are of a norm that was trained in full (LyCORIS' train_norm)",
-        "strict=False loads what fits",
-    )
+@pytest.mark.parametrize("projection", [False, True])
+def test_norms_that_were_trained_beside_lora(tmp_path: Path, projection: bool) -> None:
+    model, file = text_encoder(projection), tmp_path / "a.safetensors"
+    wanted = lycoris_file(model, file, train_norm=True)
+    assert any(key.endswith(".w_norm") for key in read(file))
+    adapters, base = ak.attach(model), output(model)
+    assert adapters.load(file, "x").ok
+    assert (wanted - base).abs().max() > 0.01
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+    adapters.save("x", tmp_path / "saved")
+    adapters.merge("x")
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+    adapters.detach()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    for number, source in enumerate((file, tmp_path / "saved")):
+        ak.merge_checkpoint(tmp_path / "base", source, tmp_path / str(number))
+        merged = type(model).from_pretrained(tmp_path / str(number))  # type: ignore[attr-defined]
+        torch.testing.assert_close(output(merged), wanted, rtol=0, atol=1e-5)
+
+
+def test_full_differences_beside_lora(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    diffs = {
+        "lora_unet_conv_in.diff": torch.randn(8, 3, 3, 3).double(),
+        "lora_unet_norm.diff": torch.randn(8).double(),
+        "lora_unet_norm.diff_b": torch.randn(8).double(),
+    }
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values) | diffs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, diff in diffs.items():
+            module = twin.get_submodule(key.removeprefix("lora_unet_").partition(".")[0])
+            module.get_parameter("bias" if key.endswith("_b") else "weight").add_(diff)
+    wanted = expected(twin, values)
+    assert check(model, file, wanted).ok
+    write(file, kohya("lora_unet", values) | {"lora_unet_norm.diff": torch.ones(7)})
+    refuse(model, file, ak.CheckpointError, r"'lora_unet_norm.diff' has shape (7,); 'norm' has (8,)")
+
+
+def test_differences_that_have_no_place_are_named(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    norms = {"lora_unet_other.w_norm": torch.ones(8), "lora_unet_other.b_norm": torch.ones(8)}
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values) | norms)
+    text = "'lora_unet_other.b_norm' and 1 more keys are of a norm that was trained in full (LyCORIS' train_norm)"
+    refuse(model, file, ak.CheckpointError, text, "strict=False loads what fits")
     with pytest.warns(ak.AdapterWarning, match="unexpected"):
-        check(model, file, wanted, strict=False)
+        check(model, file, expected(model, values), strict=False)
 
 
 @pytest.mark.parametrize("linear", [True, False])
