@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from tests.core.test_trainer import Sentences, Wrapped, values
 from tests.models import LABELS, VOCABULARY, build
@@ -58,6 +59,15 @@ def two() -> Any:
     return model
 
 
+def resized() -> nn.Module:
+    """New rows of the vocabulary are random, and an adapter changes the table, too."""
+    model: Any = build("bert")
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    torch.manual_seed(7)
+    ak.attach(model).add("t", LoraConfig(r=2, target_modules=["word_embeddings", "query"]))
+    return model  # type: ignore[no-any-return]
+
+
 def lora(**fields: Any) -> Callable[[], nn.Module]:
     return lambda: adapted(LoraConfig(r=2, target_modules=TARGETS, **fields))
 
@@ -77,6 +87,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "VeRA": lambda: adapted(VeraConfig(r=2, target_modules=["query"], save_projection=False)),
     "AdaLoRA": budget,
     "two adapters": two,
+    "a resized vocabulary": resized,
     "a head of another size": lambda: adapted(LoraConfig(r=2, target_modules=TARGETS), num_labels=5),
     "not transformers'": lambda: Wrapped(inside=False),
     "inside a model that is not transformers'": lambda: Wrapped(inside=True),
@@ -144,6 +155,36 @@ def test_a_checkpoint_holds_the_adapter_once(tmp_path: Path) -> None:
         assert found.keys() == {"adapter_model.safetensors", "adapter_state.safetensors"}
         assert sum(found.values()) <= 1.2 * found["adapter_model.safetensors"]
         assert ak.attach(build("bert")).load(folder, name="t").ok
+
+
+@pytest.mark.parametrize("name", ["PiSSA", "OLoRA", "VeRA"])
+def test_a_checkpoint_holds_nothing_twice_and_nothing_that_is_made_again(name: str, tmp_path: Path) -> None:
+    run = trainer(MODELS[name](), tmp_path)
+    run.train()
+    for file in (tmp_path / "checkpoint-2").glob("adapter_*.safetensors"):
+        held = safetensors.torch.load_file(file)
+        assert ("lora_A" in str(held.keys())) == (name != "VeRA" and file.name == "adapter_model.safetensors")
+        assert not [key for key in held if "vera_A" in key or "vera_B" in key or "lora_init" in key]
+
+
+def test_projections_that_are_not_made_again_are_refused(tmp_path: Path) -> None:
+    trainer(MODELS["VeRA"](), tmp_path).train()
+    other = adapted(VeraConfig(r=2, target_modules=["query"], save_projection=False), dtype=torch.float64)
+    with pytest.raises(ak.CheckpointError, match=r"adapter_shared.vera_A was another"):
+        trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_projections_of_another_seed_are_in_the_checkpoint(tmp_path: Path) -> None:
+    """A resumed training has them, although its own config makes others."""
+    models = [MODELS["VeRA"](), MODELS["VeRA"]()]
+    for seed, model in enumerate(models):
+        shared = next(iter(ak.attach(model).layers("t").values())).shared
+        assert shared is not None
+        torch.manual_seed(seed)
+        shared.get_buffer("vera_A").normal_()
+    trainer(models[0], tmp_path).train()
+    trainer(models[1], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal(state(models[1]), state(models[0]))
 
 
 def test_a_checkpoint_holds_the_adapters_that_train_and_save_model_all(tmp_path: Path) -> None:
@@ -292,7 +333,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rsLoRA": (lora(use_rslora=True), "it was saved with use_rslora = False, and here it is True"),
     "fewer targets": (
         lambda: adapted(LoraConfig(r=2, target_modules=["query"])),
-        "of the training, and .* have a place",
+        "it holds 12 tensors, and .* have a place here",
     ),
     "more targets": (
         lambda: adapted(LoraConfig(r=2, target_modules=[*TARGETS, "key"])),
@@ -300,7 +341,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "another head": (
         lambda: adapted(LoraConfig(r=2, target_modules=TARGETS), num_labels=5),
-        r"does not fit adapter 't': .*\(3,\) in the state, and float32 \(5,\) here",
+        r"another config than adapter 't' has.*classifier.* in the file, \(5, 16\) on this model",
     ),
 }
 

@@ -31,8 +31,9 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
         configs: include the configs of `held`, for checkpoints that hold no training state, which has them.
     """
+    # A state dict is what the adapter's file has: it is the same when an adapter was saved and loaded again.
     acting = [
-        {"name": name, "strength": strength, "values": None if name in held else _digest(adapters, name)}
+        {"name": name, "strength": strength, "values": None if name in held else digest(adapters.state_dict(name))}
         for name, strength in adapters.strengths.items()
     ]
     heads, fields = adapters._active.state.heads, {name: method_fields(adapters.config(name)) for name in held}
@@ -71,7 +72,7 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
         )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
-        if values is not None and values != _digest(adapters, name):
+        if values is not None and values != digest(adapters.state_dict(name)):
             raise CheckpointError(
                 f"{where} is of a training in which adapter {name!r} acted with other values than it has here. It did "
                 f"not train, so the checkpoint does not hold them. Before you resume, load {name!r} from the file that "
@@ -114,10 +115,10 @@ def decoded(tensor: Tensor) -> str:
         return ""
 
 
-def _digest(adapters: Adapters, name: str) -> str:
-    """Of what the adapter's file has: it stays the same when the adapter is saved and loaded again."""
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, dtypes, shapes and bits of these tensors."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(adapters.state_dict(name).items()):
+    for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.setting import check_setting, setting
-from adapterkit.contract import FILE_PREFIX
+from adapterkit.checkpoints.setting import check_setting, decoded, digest, other_config, setting
+from adapterkit.checkpoints.training_state import CONFIG
+from adapterkit.contract import FILE_PREFIX, SHARED, default_registry
 from adapterkit.errors import AdapterError, CheckpointError
-from adapterkit.files import WEIGHTS_FILE, appearing, file_places, read_header, read_tensors, write_tensors
-from adapterkit.model import Adapter
+from adapterkit.files import WEIGHTS_FILE, appearing, match_adapter, read_header, read_tensors, write_tensors
+from adapterkit.model import BaseModules, initial_shared, resized_tables
+from adapterkit.results import LoadReport
 from adapterkit.tensors import in_first_process, process_groups
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ STATE_FILE = "adapter_state.safetensors"
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
 _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
+# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again.
+_MADE = "adapterkit.made_again"
 
 
 def save_state(adapters: Adapters, name: str, folder: Path) -> None:
@@ -33,9 +38,11 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
     acted = setting(adapters, held=adapters.trainable)
 
     def write() -> None:
-        held, keys = _in_file(folder), _file_keys(adapter, state)
-        rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(keys[key]))}
-        metadata = {_NAME: name, _COUNT: str(len(state)), _SETTING: acted}
+        held, _ = _in_file(adapters, name, folder)
+        rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(key))}
+        made = initial_shared(adapter, adapters.model) if any(key.startswith(f"{SHARED}.") for key in rest) else {}
+        digests = {key: digest({key: rest.pop(key)}) for key in made if key in rest and _same(rest[key], made[key])}
+        metadata = {_NAME: name, _COUNT: str(len(state)), _MADE: json.dumps(digests), _SETTING: acted}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
@@ -171,14 +178,22 @@ def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> No
 
 def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]:
     """A training state from what `save_state` wrote and from the adapter's file beside it."""
-    rest, metadata = read_tensors(file)
-    held, keys = _in_file(file.parent), _file_keys(adapters._adapters[name], adapters.training_state(name))
-    state = rest | {key: held[place] for key, place in keys.items() if key not in rest and place in held}
-    if str(len(state)) != metadata.get(_COUNT):
+    adapter, folder, (rest, metadata) = adapters._adapters[name], file.parent, read_tensors(file)
+    held, report = _in_file(adapters, name, folder)
+    digests = json.loads(metadata.get(_MADE, "{}"))
+    made = initial_shared(adapter, adapters.model) if digests else {}
+    state = {**held, **{key: made[key] for key in digests if key in made}, **rest}
+    other = other_config(decoded(rest[CONFIG]), adapter.config) if CONFIG in rest else ""
+    faults = [other] if other else []
+    if str(len(state)) != metadata.get(_COUNT):  # AdaLoRA's file has other shapes, and the state has all of it
+        faults += map(str, report.mismatched)
+        faults.append(f"it holds {metadata.get(_COUNT)} tensors, and {len(state)} of them have a place here")
+    other_keys = [key for key, each in digests.items() if key in made and digest({key: made[key]}) != each]
+    faults += [f"{key} was another" for key in other_keys]
+    if faults:
         raise CheckpointError(
-            f"{file.parent} was saved with another config than adapter {name!r} has on this model: it holds "
-            f"{metadata.get(_COUNT)} tensors of the training, and {len(state)} of them have a place here. Add the "
-            "adapter with the config that was saved."
+            f"{folder} was saved with another config than adapter {name!r} has on this model: {faults[0]}. Add the "
+            "adapter with the config, the dtype and the label set that were saved."
         )
     return state
 
@@ -187,16 +202,21 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _in_file(folder: Path) -> Mapping[str, Tensor]:
-    return read_tensors(folder / WEIGHTS_FILE)[0] if (folder / WEIGHTS_FILE).is_file() else {}
-
-
-def _file_keys(adapter: Adapter, state: Collection[str]) -> dict[str, str]:
-    """The key in the adapter's file of everything that its training state holds, if the file has it at all."""
-    places = {(id(slot.owner), slot.name): key for key, _, slot in file_places(adapter)}
-    slots = adapter.slots()
-    found = {key: places.get((id(slots[key].owner), slots[key].name), key) if key in slots else key for key in state}
-    return {key: FILE_PREFIX + place for key, place in found.items()}
+def _in_file(adapters: Adapters, name: str, folder: Path) -> tuple[dict[str, Tensor], LoadReport]:
+    """What the adapter's file in the folder gives back, by the keys of a training state, and how that fits."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        return {}, LoadReport()
+    adapter, tensors = adapters._adapters[name], read_tensors(folder / WEIGHTS_FILE)[0]
+    values, report = match_adapter(adapter, default_registry.method_of(adapter.config), adapters.model, tensors)
+    keys = {(id(slot.owner), slot.name): key for key, slot in adapter.slots().items()}
+    held = {keys.get((id(slot.owner), slot.name), ""): tensor for slot, tensor in values}
+    embeddings = resized_tables(BaseModules(adapters.model)).items()
+    beside = {
+        f"{path}.{local}": tensors.get(f"{FILE_PREFIX}{path}.{local}")
+        for path, table in embeddings
+        for local in table._parameters
+    }
+    return {key: tensor for key, tensor in {**beside, **held}.items() if key and tensor is not None}, report
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:

@@ -6,7 +6,7 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 
 from adapterkit.model.adapted import AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, training_among
-from adapterkit.model.build import LayerBuilder, build_adapter, completed, initial_values
+from adapterkit.model.build import LayerBuilder, build_adapter, completed, initial_shared, initial_values
 from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, named_modules
 from adapterkit.model.optimizing import parameter_groups
@@ -32,6 +32,7 @@ __all__ = [
     "completed",
     "copy_head",
     "heads_in_file",
+    "initial_shared",
     "initial_values",
     "inner_model",
     "labels_of_new_head",

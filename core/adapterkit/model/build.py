@@ -19,6 +19,7 @@ from adapterkit.contract import (
     BIASES,
     HEADS,
     LAYERS,
+    SHARED,
     AdapterConfig,
     AdapterLayer,
     Method,
@@ -228,13 +229,7 @@ def initial_values(adapter: Adapter, model: nn.Module) -> list[tuple[Slot, Tenso
         StateError: the base has no weights yet; or the adapter is from a file, and its sizes do not follow from its
             config.
     """
-    method = default_registry.method_of(adapter.config)
-    targets = []
-    for path, layer in adapter.layers.items():
-        owner, like = computes_with(adapter.hosts[path], layer.kind, model)
-        own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), trained_dtype(like.dtype))
-        at = execution_device(owner, like)
-        targets.append(Target(path, adapter.hosts[path], layer.kind, own, at))
+    method, targets = default_registry.method_of(adapter.config), _targets(adapter, model)
     adapter.seed = agreed(new_seed() if adapter.seed is None else adapter.seed, model, adapter.parameters())
     shared, layers = LayerBuilder(method, adapter.config).build(targets, model, None, adapter.seed)
     fresh = Adapter(adapter.name, adapter.config, layers=layers, shared=shared)
@@ -256,6 +251,30 @@ def initial_values(adapter: Adapter, model: nn.Module) -> list[tuple[Slot, Tenso
         found.append((slot, value))
     kept = [(path, bias) for path, bias in adapter.biases.items() if bias.base is not None]
     return found + [(Slot(bias, "base"), values[f"{path}.{BIASES}.bias"]) for path, bias in kept]
+
+
+def initial_shared(adapter: Adapter, model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that the layers of an adapter of this config would share, by the keys of `Adapter.slots`.
+
+    Random ones are other than the adapter's, unless they follow from its config, as VeRA's projections do.
+    """
+    if adapter.shared is None:
+        return {}
+    builder = LayerBuilder(default_registry.method_of(adapter.config), adapter.config)
+    targets = _targets(adapter, model)
+    with seeded(0, (target.device for target in targets)):
+        shared = builder.shared(targets, model=model)
+    return {} if shared is None else {f"{SHARED}.{name}": tensor for name, tensor in shared.named_buffers()}
+
+
+def _targets(adapter: Adapter, model: nn.Module) -> list[Target]:
+    """What the hooks got for the layers of an adapter, for the weights that the model has now."""
+    targets = []
+    for path, layer in adapter.layers.items():
+        owner, like = computes_with(adapter.hosts[path], layer.kind, model)
+        own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), trained_dtype(like.dtype))
+        targets.append(Target(path, adapter.hosts[path], layer.kind, own, execution_device(owner, like)))
+    return targets
 
 
 def completed(
