@@ -581,12 +581,12 @@ def test_two_keys_of_one_component_for_one_layer(model: nn.Module, tmp_path: Pat
 
 def test_layers_that_the_model_has_not_are_unexpected(model: nn.Module, tmp_path: Path) -> None:
     values = factors(2, QUERY)
-    strange = kohya("lora_unet", factors(2, "mid_block.to_q"), 1.0) | {"lora_unet_norm.w_norm": torch.ones(8)}
+    strange = kohya("lora_unet", factors(2, "mid_block.to_q"), 1.0) | {"lora_unet_mid_block_norm.w_norm": torch.ones(8)}
     file = write(tmp_path / "a.safetensors", kohya("lora_unet", values, 1.0) | strange)
     refuse(
         model, file, ak.CheckpointError, "some belong to nothing on this model", "unexpected (4)", "lora_unet_mid_bl"
     )
-    with pytest.warns(ak.AdapterWarning, match="lora_unet_norm"):
+    with pytest.warns(ak.AdapterWarning, match="lora_unet_mid_block_norm"):
         report = ak.attach(model).load(file, "x", strict=False)
     assert set(report.unexpected) == set(strange)
     assert report.missing == report.ignored == ()
