@@ -177,7 +177,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     rank: Rank = None,
     energy: Energy = None,
     naming: Annotated[
-        str, typer.Option(help="The naming of the tensors: `peft`, `kohya`, `lycoris` or `diffusers`.")
+        str, typer.Option(help="The naming of the tensors: `peft`, `kohya`, `lycoris`, `diffusers` or `mlx`.")
     ] = "peft",
     base: Base = None,
     component: Component = None,

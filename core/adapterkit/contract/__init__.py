@@ -16,6 +16,7 @@ from adapterkit.contract.formats import (
     LayerNames,
     component,
     empty_layer,
+    exactly,
 )
 from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, hookimpl
 from adapterkit.contract.keys import (
@@ -104,6 +105,7 @@ __all__ = [
     "component",
     "default_registry",
     "empty_layer",
+    "exactly",
     "file_key",
     "hookimpl",
     "kaiming",

@@ -26,8 +26,7 @@ from adapterkit.contract import (
 from adapterkit.disk.model import CONFIG, Base, skeleton
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError
 from adapterkit.files import (
-    PICKLE_FILE,
-    WEIGHTS_FILE,
+    WEIGHTS_FILES,
     MappedFiles,
     adapter_folder,
     appearing,
@@ -40,7 +39,7 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
-from adapterkit.formats import CONFIG_FILE, AdapterFiles, layers_of, shapes_of, translate
+from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of, translate
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
@@ -135,7 +134,9 @@ class AdapterFile(AdapterContent):
     """One adapter's files, sorted.
 
     Attributes:
-        files: as they were read; the tensors are mapped, so their values are read when they are used.
+        files: as they were read; in PEFT's names, if they had another program's. The tensors are mapped, so their
+            values are read when they are used.
+        layout: whose layout they had.
         layers: the tensors of each layer by path and name in the layer; `shared`: those that all layers use.
         unknown: keys that belong to nothing; `ignored`: keys of other models, and what the base has already.
         built: its layers, of mapped tensors; `refused`: those that need the base's weights, and why.
@@ -145,6 +146,7 @@ class AdapterFile(AdapterContent):
 
     name: str
     files: AdapterFiles
+    layout: str
     base: Base | None
     mapped: MappedFiles
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -190,14 +192,23 @@ class AdapterFile(AdapterContent):
             found = translate(files, layers_of(BaseModules(base.model)), part=component)
         method, config, tensors = found.method, found.config, dict(found.tensors)
         kinds = found.layers
-        if files.config is None:
-            files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
-        elif base is not None:
+        if base is not None and files.config is not None:
             splits = [method.key_rule(config).split(key) for key in shapes_of(tensors)]
             kinds = {path: base.kind(path, method) for path in dict.fromkeys(split[0] for split in splits if split)}
+        if found.layout != PEFT:
+            files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
         kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
         name = name or files.folder.name
-        opened = cls(name=name, files=files, method=method, config=config, kinds=kinds, base=base, mapped=mapped)
+        opened = cls(
+            name=name,
+            files=files,
+            layout=found.layout,
+            method=method,
+            config=config,
+            kinds=kinds,
+            base=base,
+            mapped=mapped,
+        )
         rule, opened.ignored = method.key_rule(config), [key for key in tensors if key in found.passed]
         opened._sort({key: tensor for key, tensor in tensors.items() if key not in found.passed}, rule)
         opened._build(rule)
@@ -412,7 +423,7 @@ def output_place(
     place = local_path(out)
     if any(place.resolve() == path.resolve() for path in inputs):
         raise ConfigError(f"{place} is an input; give the output another place.")
-    held = [place / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if (place / name).exists()]
+    held = [place / name for name in (CONFIG_FILE, *WEIGHTS_FILES) if (place / name).exists()]
     held += [place] if place.is_file() else []
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")

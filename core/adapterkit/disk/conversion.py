@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,18 +14,20 @@ from adapterkit.contract import (
     DOTTED,
     FLAT,
     OPTIONAL,
+    AdapterConfig,
     strip_file_prefix,
     twin,
 )
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place, write_file
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
-from adapterkit.errors import CheckpointError, ConfigError, UnsupportedError
-from adapterkit.files import FactorSpool, ServerName, problems_of, server_named
-from adapterkit.model import layer_tensors
+from adapterkit.errors import CheckpointError, ConfigError, SaveError, UnsupportedError
+from adapterkit.files import WEIGHTS_FILE, FactorSpool, ServerName, problems_of, server_named, write_folder
+from adapterkit.formats import MLX_WEIGHTS, mlx_files
+from adapterkit.model import layer_tensors, named_modules
 from adapterkit.results import CombineReport
 
-Naming = Literal["peft", "kohya", "lycoris", "diffusers"]
+Naming = Literal["peft", "kohya", "lycoris", "diffusers", "mlx"]
 # The name of a part of a pipeline by default, and the names that it may have.
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kohya": ("lora_unet", FLAT),
@@ -57,13 +59,14 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     Others are converted as by `Adapters.convert`: exactly, unless `rank` or `energy` truncates.
 
     Other programs' files are read and written: `"kohya"` (kohya-ss and others: `lora_unet_..._to_q.lora_down`),
-    `"lycoris"` (`lycoris_..._to_q`) and `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
-    diffusers 0.34 and later write it). Scalings are exact: alphas by layer, for rsLoRA too (to float32's rounding).
-    Heads and trained biases have no names there. Methods join by the hook `formats`.
+    `"lycoris"` (`lycoris_..._to_q`), `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
+    diffusers 0.34 and later write it) and `"mlx"` (a folder for mlx-lm, with one rank and one scale). Scalings are
+    exact: alphas by layer, for rsLoRA too (to float32's rounding). Heads and trained biases have no names there.
+    Methods join by the hook `formats`. [Which files can be read and written](docs/files.md) has all layouts.
 
     Args:
         source: an adapter folder, a hub id, or a file of another program.
-        out: the folder to write; a file that ends in `.safetensors` for any naming but `"peft"`.
+        out: the folder to write; for `"kohya"`, `"lycoris"` and `"diffusers"` a file that ends in `.safetensors`.
         to, rank, energy: see `Adapters.convert`.
         base: as for `combine_files`; needed where names have `_` for `.`, because these do not tell the layers' paths.
         component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
@@ -87,12 +90,14 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     given = Base.of(base)
     opened = AdapterFile.open(source, given, component=component)
     opened.check_told()
-    place = output_place(out, [opened.files.folder], dtype, overwrite=overwrite, file=naming != "peft")
+    place = output_place(out, [opened.files.folder], dtype, overwrite=overwrite, file=naming in _PARTS)
     with FactorSpool(place.parent, opened.release) as spool:
         choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
         result, report = _converted(opened, choices, place.name, spool, given, server, max_rank)
         if naming == "peft":
             result.write(place, dtype, lambda: release([spool, opened]))
+        elif naming == "mlx":
+            _write_mlx(result, place, dtype, () if given is None else [path for path, _ in named_modules(given.model)])
         else:
             tensors, metadata = _foreign(result, naming, as_component or default)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
@@ -174,17 +179,36 @@ def _as_it_is(opened: AdapterFile, name: str, choices: Choices) -> CombineReport
     return CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
 
 
-def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors, by whole keys, and the metadata of another program's file."""
+def _write_mlx(result: AdapterContent, place: Path, dtype: torch.dtype | None, paths: Collection[str]) -> None:
+    """Write mlx-lm's folder."""
+    if (place / WEIGHTS_FILE).exists():
+        raise SaveError(f"{place} is an adapter in PEFT's format; give mlx-lm's a folder of its own.")
+    config, held = _layers_alone(result, "mlx")
+    fields, tensors = mlx_files(config, held, result.kinds, paths)
+    tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in tensors.items()}
+    write_folder(place, fields, tensors, {}, weights=MLX_WEIGHTS)
+
+
+def _layers_alone(result: AdapterContent, naming: str) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
+    """The config, and the tensors of each layer by PEFT's names.
+
+    Raises:
+        UnsupportedError: there are heads or trained biases.
+    """
     advice = "heads='drop' leaves them out; PEFT's format (naming='peft') keeps them"
     for what, paths, do in (("heads", result.heads, advice), ("trained biases", result.biases, "Keep PEFT's format")):
         if paths:
             raise UnsupportedError(
                 f"naming={naming!r} has no place for {what}, such as that of {next(iter(paths))!r}. {do}."
             )
-    method = result.method
     config, tensors = result.in_file()
-    held = layer_tensors(strip_file_prefix(tensors), method.key_rule(config), result.kinds)
+    return config, layer_tensors(strip_file_prefix(tensors), result.method.key_rule(config), result.kinds)
+
+
+def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors, by whole keys, and the metadata of another program's file."""
+    method = result.method
+    config, held = _layers_alone(result, naming)
     found = method.write(naming, config, held, result.kinds, part)
     if found is None:
         raise UnsupportedError(

@@ -17,7 +17,7 @@ from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
-from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE
+from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
 from adapterkit.results import Printed, brief, columns, in_lines
 
@@ -63,6 +63,7 @@ class AdapterInspection(Printed):
 
     Attributes:
         source: the folder or the file; `weights` its file of tensors, of `size` bytes.
+        layout: the program whose layout the files have (`"PEFT"`, `"kohya-ss"`, `"mlx-lm"`), and what else they are.
         method: its name, `provider` the package that has it.
         base: the base model that its config names.
         config: its fields as `adapter_config.json` has them; what they would be, for another program's file.
@@ -80,6 +81,7 @@ class AdapterInspection(Printed):
     source: str
     weights: str
     size: int
+    layout: str
     method: str
     provider: str
     base: str | None
@@ -136,13 +138,14 @@ def inspect_adapter(
     norms = [row.norm for row in layers if row.rank is not None or row.norm is not None]
     place = files.folder
     if place.is_dir():
-        place /= WEIGHTS_FILE if (place / WEIGHTS_FILE).is_file() else PICKLE_FILE
+        place = next(place / name for name in WEIGHTS_FILES if (place / name).is_file())
     labels = LabelSet.from_metadata(files.metadata)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in files.tensors.values())
     return AdapterInspection(
         source=str(files.folder),
         weights=str(place),
         size=place.stat().st_size,
+        layout=opened.layout,
         method=opened.method.name,
         provider=opened.method.provider,
         base=opened.config.base_model_name_or_path,
@@ -198,6 +201,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
 
 def _lines(found: AdapterInspection) -> Iterator[str]:
     yield f"{found.source}: {found.method} ({found.provider}), base {found.base or 'not named'}"
+    yield f"  layout: {found.layout}"
     unset: tuple[object, ...] = (None, False, "", [], {}, "none")
     fields = [f"{k}={brief(v)}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
     yield f"  config: {', '.join(fields)}"

@@ -7,6 +7,7 @@ Uses: errors, results, tensors, kinds, contract, forward, model, formats.
 from adapterkit.files.folder import (
     PICKLE_FILE,
     WEIGHTS_FILE,
+    WEIGHTS_FILES,
     local_path,
     read,
     read_config,
@@ -36,6 +37,7 @@ __all__ = [
     "EVERYWHERE",
     "PICKLE_FILE",
     "WEIGHTS_FILE",
+    "WEIGHTS_FILES",
     "Entry",
     "FactorSpool",
     "MappedFiles",

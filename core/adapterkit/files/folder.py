@@ -15,12 +15,12 @@ from torch import Tensor
 
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_header, read_tensors
-from adapterkit.formats import CONFIG_FILE, AdapterFiles, check_content, tensors_in
+from adapterkit.formats import CONFIG_FILE, MLX_WEIGHTS, AdapterFiles, check_content, tensors_in
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 # What a folder's weights may be called, the first that is there counts: PEFT's, PEFT's until 0.5, and mlx-lm's.
-WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, "adapters.safetensors")
+WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20

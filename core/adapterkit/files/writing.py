@@ -32,6 +32,7 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     writer: Writer = write_tensors,
+    weights: str = WEIGHTS_FILE,
 ) -> None:
     """Write an adapter folder so that whenever it is read, it is the old adapter whole or the new one whole.
 
@@ -42,6 +43,7 @@ def write_folder(
 
     Args:
         writer: writes tensors and metadata to a safetensors file.
+        weights: the name of that file.
 
     Raises:
         SaveError: it cannot be written there; nothing has changed.
@@ -55,11 +57,11 @@ def write_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder):
             if folder.exists():
-                _write_into(folder, text, tensors, metadata, writer)
+                _write_into(folder, weights, text, tensors, metadata, writer)
             else:
                 place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 try:
-                    _write_into(place, text, tensors, metadata, writer)
+                    _write_into(place, weights, text, tensors, metadata, writer)
                     # A parent's group holds for what is in it, if the parent says so.
                     place.chmod(0o777 & ~umask() | place.stat().st_mode & stat.S_ISGID)
                     place.rename(folder)
@@ -73,10 +75,10 @@ def write_folder(
 
 
 def _write_into(
-    folder: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], writer: Writer
+    folder: Path, name: str, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], writer: Writer
 ) -> None:
     """Put both files into a folder that is there."""
-    config, weights, pickle = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE))
+    config, weights, pickle = (folder / file for file in (CONFIG_FILE, name, PICKLE_FILE))
     old, older_format = config.read_bytes() if config.exists() else b"", _identity(pickle)
     was_adapter = weights.exists() or older_format is not None
     last, first = (config, weights) if was_adapter else (weights, config)

@@ -6,19 +6,23 @@ Uses: errors, kinds, contract, model.
 """
 
 from adapterkit.formats.algorithms import algorithms_in
-from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, layers_of, shapes_of
+from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
+from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.refused import check_content
 from adapterkit.formats.translation import Translation, keys_of_other_parts, translate
 from adapterkit.formats.wrapped import tensors_in
 
 __all__ = [
     "CONFIG_FILE",
+    "MLX_WEIGHTS",
+    "PEFT",
     "AdapterFiles",
     "Translation",
     "algorithms_in",
     "check_content",
     "keys_of_other_parts",
     "layers_of",
+    "mlx_files",
     "shapes_of",
     "tensors_in",
     "translate",

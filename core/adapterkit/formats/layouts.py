@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,12 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import Method, default_registry
+from adapterkit.contract import DOTTED, FLAT, Method, default_registry
 from adapterkit.errors import PluginError
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules
 
 CONFIG_FILE = "adapter_config.json"
+PEFT = "PEFT"
+# Whose names the keys of a file without a config are; the first that fits one of them counts.
+_PROGRAMS = {
+    "LyCORIS": re.compile(r"lycoris_"),
+    "kohya-ss": re.compile(rf"(?:{'|'.join(FLAT)})_"),
+    "diffusers, old names": re.compile(r".*(?:\.processor\.|_lora\.(?:down|up)\.|\.lora_linear_layer\.)"),
+    "ComfyUI": re.compile(r"(?:diffusion_model|text_encoders)\."),
+    "diffusers": re.compile(rf"(?:{'|'.join(DOTTED)})\."),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,14 @@ class AdapterFiles:
     def read_as(self, program: str, tensors: dict[str, Tensor]) -> AdapterFiles:
         """The same adapter with the tensors by other names, which this program's layout gave."""
         return dataclasses.replace(self, tensors=tensors, programs=(*self.programs, program))
+
+
+def program_of(files: AdapterFiles) -> str:
+    """The program whose names an adapter's files have, as far as they tell; `""` for a config that is not PEFT's."""
+    if files.config is not None:
+        return PEFT if "peft_type" in files.config else ""
+    named = (name for name, form in _PROGRAMS.items() if any(map(form.match, files.tensors)))
+    return next(named, "PEFT's names without a config")
 
 
 class Layout(ABC):

@@ -22,7 +22,16 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.formats.algorithms import algorithms_in
-from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout, kinds_of, layers_in_file, shapes_of
+from adapterkit.formats.layouts import (
+    CONFIG_FILE,
+    AdapterFiles,
+    Layout,
+    kinds_of,
+    layers_in_file,
+    program_of,
+    shapes_of,
+)
+from adapterkit.formats.mlx import Mlx
 from adapterkit.formats.names import OriginalNames
 from adapterkit.formats.refused import check_program, is_full_model, is_token
 from adapterkit.formats.wrapped import Wrapped
@@ -31,7 +40,7 @@ from adapterkit.model import layer_tensors, with_heads
 
 # Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
 # pipeline is chosen, and those of layers' names behind.
-OF_FILES: tuple[Layout, ...] = (Wrapped(),)
+OF_FILES: tuple[Layout, ...] = (Wrapped(), Mlx())
 OF_NAMES: tuple[Layout, ...] = (OriginalNames(),)
 
 
@@ -44,7 +53,7 @@ class Translation:
         layers: the layers that the tensors are for, as far as the files or the model tell. Of a PEFT folder on a model:
             all layers of the model.
         passed: keys of other models of a pipeline, which are not for this one.
-        programs: the programs whose layouts the files have, as far as they differ from PEFT's.
+        layout: the program whose layout the files have, and what else they are: `"kohya-ss, SDXL in SGM names"`.
     """
 
     method: Method
@@ -52,7 +61,7 @@ class Translation:
     tensors: Mapping[str, Tensor]
     layers: Mapping[str, LayerKind]
     passed: frozenset[str]
-    programs: tuple[str, ...]
+    layout: str
 
 
 def translate(
@@ -74,6 +83,7 @@ def translate(
         UnknownNameError: no plugin provides its method.
         UnsupportedError: no method implements a field or a variant that it has.
     """
+    program = program_of(files)
     for layout in OF_FILES:
         files = layout.read(files, layers) or files
     check_program(files)
@@ -105,7 +115,8 @@ def translate(
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     passed |= {key for key in held if part is not None and component(key) != part}
-    return Translation(method, config, read, found, frozenset({*passed, *tokens}), files.programs)
+    whose = ", ".join(filter(None, (program, *files.programs)))
+    return Translation(method, config, read, found, frozenset({*passed, *tokens}), whose)
 
 
 def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:

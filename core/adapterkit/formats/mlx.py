@@ -1,0 +1,181 @@
+"""mlx-lm's folders: `adapter_config.json` with its own fields, and `adapters.safetensors` with transposed factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapterkit.contract import AdapterConfig, exactly
+from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
+from adapterkit.kinds import LayerKind
+
+MLX_WEIGHTS = "adapters.safetensors"
+_DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_TABLE = {_DOWN: "lora_embedding_A", _UP: "lora_embedding_B"}
+# mlx-lm's names, for `W + scale (a b)^T` with a of (in, r) and b of (r, out); m has the lengths of the rows of a DoRA.
+_NAMES = {"lora_a": _DOWN, "lora_b": _UP, "m": _MAGNITUDE}
+# What tables of embeddings are called, where there is no model to ask.
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "embed_in", "wte")
+_IN_STACK = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)")
+
+
+class Mlx(Layout):
+    """LoRA and DoRA of mlx-lm: `alpha = scale * r`, since its scale is not divided by the rank."""
+
+    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
+        """See `Layout.read`."""
+        if files.config is None and any(key.endswith((".lora_a", ".lora_b")) for key in files.tensors):
+            raise UnsupportedError(
+                f"{files.folder} has mlx-lm's names, and its scale is in {CONFIG_FILE}. Give the folder that holds "
+                f"both; a checkpoint's weights have to be called {MLX_WEIGHTS} there."
+            )
+        if files.config is None or "lora_parameters" not in files.config or "peft_type" in files.config:
+            return None
+        kind = files.config.get("fine_tune_type", "lora")
+        if kind == "full":
+            raise UnsupportedError(
+                f"{files.folder}: mlx-lm trained the weights themselves here (fine_tune_type: full), so it is no "
+                "adapter. Fuse it there (mlx_lm.fuse); ak.extract_files(base, fused) makes an adapter of it."
+            )
+        tensors, ranks = dict[str, Tensor](), dict[str, int]()
+        for key, tensor in files.tensors.items():
+            path, _, name = key.rpartition(".")
+            if name.removesuffix("_scales").removesuffix("_biases") != name or tensor.dim() > 2:
+                raise UnsupportedError(
+                    f"{files.folder}: {key!r} of shape {tuple(tensor.shape)} is quantised, or of all experts of a "
+                    "layer, which adapterkit does not read. Fuse it with mlx_lm.fuse."
+                )
+            if name not in _NAMES or f"{path}.lora_a" not in files.tensors:
+                tensors[key] = tensor
+                continue
+            own = _NAMES[name]
+            if own in _TABLE and _is_table(path, layers):
+                own = _TABLE[own]
+            tensors[f"{path}.{own}"] = tensor.t() if own != _MAGNITUDE else tensor
+            ranks[path] = files.tensors[f"{path}.lora_a"].shape[-1]
+        config = _peft_config(files, ranks, layers)
+        return dataclasses.replace(files, config=config).read_as("mlx-lm", tensors)
+
+
+def _is_table(path: str, layers: Mapping[str, LayerKind] | None) -> bool:
+    if layers is not None and path in layers:
+        return layers[path].lookup
+    return path.rpartition(".")[2] in _EMBEDDINGS
+
+
+def _peft_config(
+    files: AdapterFiles, ranks: Mapping[str, int], layers: Mapping[str, LayerKind] | None
+) -> dict[str, Any]:
+    """The fields of PEFT's config for these layers.
+
+    Raises:
+        CheckpointError: there are none, or the parameters have no scale.
+    """
+    config = files.config or {}
+    given = config["lora_parameters"]
+    scale, alpha = (given.get(name) for name in ("scale", "alpha")) if isinstance(given, Mapping) else (None, None)
+    if not ranks or isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise CheckpointError(
+            f"{files.folder}: its config is mlx-lm's, and has no number 'scale' in 'lora_parameters', or no layer has "
+            "a 'lora_a'."
+        )
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    if isinstance(alpha, int | float) and alpha != rank:
+        scale = scale * alpha / rank
+        warnings.warn(
+            f"{files.folder}: its config has an alpha of {alpha:g} beside the scale, as mlx-lm until 2024 wrote it. It "
+            f"multiplied the scale by alpha / rank, so {scale:g} is taken. Later ones do not know alpha; if one of "
+            f"them trained this, take it out of {CONFIG_FILE}.",
+            AdapterWarning,
+            stacklevel=7,
+        )
+    others = {path: own for path, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.get("model") if isinstance(config.get("model"), str) else None,
+        "target_modules": exactly(ranks, layers or ()),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": others,
+        "alpha_pattern": {path: scale * own for path, own in others.items()},
+        "lora_dropout": given.get("dropout", 0.0),
+        "use_dora": any(key.endswith(".m") for key in files.tensors),
+    }
+
+
+def mlx_files(
+    config: AdapterConfig,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    kinds: Mapping[str, LayerKind],
+    paths: Collection[str],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of an adapter as mlx-lm has them.
+
+    It knows one rank and one scale: lower ranks are padded with zeros, and other scales are folded into b.
+
+    Args:
+        tensors: by path, and by PEFT's names.
+        paths: of the model's modules, as far as they are known: mlx-lm counts the layers from the end.
+
+    Raises:
+        UnsupportedError: it is not LoRA or DoRA of linear layers and embeddings.
+    """
+    scales: dict[str, float] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    named: dict[str, Tensor] = {}
+    for path, held in tensors.items():
+        down, up = (held.get(name, held.get(_TABLE[name])) for name in (_DOWN, _UP))
+        beside = held.keys() - {_DOWN, _UP, *_TABLE.values(), _MAGNITUDE}
+        if config.type_in_files() != "LORA" or beside or down is None or up is None or down.dim() > 2:
+            raise UnsupportedError(
+                f"mlx-lm has LoRA and DoRA of linear layers and embeddings alone, and {path!r} is a {kinds[path].name} "
+                f"with {', '.join(sorted(held))}. Convert the adapter with to='lora', or keep PEFT's format."
+            )
+        if _MAGNITUDE in held and kinds[path].lookup:
+            raise UnsupportedError(
+                f"{path!r}: the DoRA of an embedding in mlx-lm divides by other lengths than PEFT's. Leave it out."
+            )
+        own: Any = config.at(path)
+        scales[path] = own.lora_alpha / (math.sqrt(down.shape[0]) if own.use_rslora else down.shape[0])
+        factors[path] = (down, up)
+        named |= {f"{path}.m": held[_MAGNITUDE]} if _MAGNITUDE in held else {}
+    rank = max(down.shape[0] for down, _ in factors.values())
+    scale = Counter(scales.values()).most_common(1)[0][0]
+    for path, (down, up) in factors.items():
+        scaled = up if scales[path] == scale else (up.double() * (scales[path] / scale)).to(up.dtype)
+        missing = rank - down.shape[0]
+        named[f"{path}.lora_a"] = F.pad(down, (0, 0, 0, missing)).t()
+        named[f"{path}.lora_b"] = F.pad(scaled, (0, missing)).t()
+    places = dict(_in_stacks(factors))
+    known = [number for number, _ in dict(_in_stacks(paths)).values()] if paths else []
+    parameters = {
+        "rank": rank,
+        "scale": scale,
+        "dropout": getattr(config, "lora_dropout", 0.0),
+        "keys": sorted({places[path][1] if path in places else path for path in factors}),
+    }
+    dora = any(key.endswith(".m") for key in named)
+    return {
+        "fine_tune_type": "dora" if dora else "lora",
+        "model": config.base_model_name_or_path,
+        "num_layers": max(known) + 1 if known else -1,
+        "lora_parameters": parameters,
+    }, named
+
+
+def _in_stacks(paths: Collection[str]) -> Iterator[tuple[str, tuple[int, str]]]:
+    """The layers that are in a stack of layers: the number there, and the path below."""
+    for path in paths:
+        match = _IN_STACK.fullmatch(path)
+        if match is not None:
+            yield path, (int(match[1]), match[2])
