@@ -19,6 +19,7 @@ from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
 from adapterkit.kinds import LayerKind
 
 MLX_WEIGHTS = "adapters.safetensors"
+_PARAMETERS = "lora_parameters"
 _DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE = {_DOWN: "lora_embedding_A", _UP: "lora_embedding_B"}
 # mlx-lm's names, for `W + scale (a b)^T` with a of (in, r) and b of (r, out); m has the lengths of the rows of a DoRA.
@@ -38,7 +39,7 @@ class Mlx(Layout):
                 f"{files.folder} has mlx-lm's names, and its scale is in {CONFIG_FILE}. Give the folder that holds "
                 f"both; a checkpoint's weights have to be called {MLX_WEIGHTS} there."
             )
-        if files.config is None or "lora_parameters" not in files.config or "peft_type" in files.config:
+        if files.config is None or _PARAMETERS not in files.config or "peft_type" in files.config:
             return None
         kind = files.config.get("fine_tune_type", "lora")
         if kind == "full":
@@ -81,7 +82,7 @@ def _peft_config(
         CheckpointError: there are none, or the parameters have no scale.
     """
     config = files.config or {}
-    given = config["lora_parameters"]
+    given = config[_PARAMETERS]
     scale, alpha = (given.get(name) for name in ("scale", "alpha")) if isinstance(given, Mapping) else (None, None)
     if not ranks or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise CheckpointError(
