@@ -16,7 +16,7 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import algorithms_in, keys_of_other_parts, layers_of
+from adapterkit.formats import algorithms_in, layers_of
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -64,15 +64,14 @@ def match_adapter(
         tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
     """
     check_tensors(tensors)
-    rule, passed = method.key_rule(adapter.config), set[str]()
+    rule = method.key_rule(adapter.config)
     own, others = from_model_keys(adapter, tensors)
     if own.keys() & {key for key, _, _ in file_places(adapter)}:  # a full state dict
         tensors = own
     else:
-        given, others, layers = strip_file_prefix(tensors), [], layers_of(BaseModules(model))
-        read = method.read(given, layers, {}, adapter.config)
-        tensors = given if read is None else read[1]
-        passed = keys_of_other_parts(given, tensors, layers)
+        tensors, others = strip_file_prefix(tensors), []
+        read = method.read(tensors, layers_of(BaseModules(model)), {}, adapter.config)
+        tensors = tensors if read is None else read[1]
     fit = Fit(rule)
     found = sort_for(adapter, adapter.layers, tensors, rule, shared=adapter.shared is not None)
     values: Values = []
@@ -81,12 +80,12 @@ def match_adapter(
     if adapter.shared is not None:
         values += fit.match(adapter.shared, found.shared, "")
     fit.add_rest(found)
-    ignore_known_keys(fit, model, tensors, passed)
+    ignore_known_keys(fit, model, tensors)
     fit.ignored += others
     return values, fit.report()
 
 
-def ignore_known_keys(fit: Fit, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str]) -> None:
+def ignore_known_keys(fit: Fit, model: nn.Module, tensors: Mapping[str, Tensor], passed: Collection[str] = ()) -> None:
     """Ignore what has no place and needs none: keys of other models (`passed`), and what the base has already."""
     unexpected, fit.unexpected = fit.unexpected, []
     for key in unexpected:

@@ -9,7 +9,7 @@ from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.refused import check_content
-from adapterkit.formats.translation import Translation, keys_of_other_parts, translate
+from adapterkit.formats.translation import Translation, translate
 from adapterkit.formats.wrapped import tensors_in
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Translation",
     "algorithms_in",
     "check_content",
-    "keys_of_other_parts",
     "layers_of",
     "mlx_files",
     "shapes_of",

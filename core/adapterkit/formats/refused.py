@@ -111,6 +111,13 @@ _SUFFIXES = {
     ".nemo": "is an archive of NVIDIA NeMo. Export the adapter there to Hugging Face's layout",
 }
 
+_TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# What lies beside an adapter and says nothing about it: a training's state, a merged model, converted files.
+_KNOWN_BESIDE = re.compile(
+    r"(\d+_)?adapters?[_.]|(pytorch_)?model(_\d+|-\d+-of-\d+)?\.|consolidated|ggml|pytorch_lora_weights\.|"
+    r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.|sampler|dl_state|base_state\.|batch_norms\."
+)
+
 
 def check_content(file: Path) -> None:
     """Refuse a file that is not one of tensors, whatever it is called.
@@ -194,3 +201,9 @@ def is_full_model(keys: Collection[str]) -> bool:
     """Whether a file has whole weights of layers, and nothing that looks like an adapter's."""
     whole = [key for key in keys if key.endswith((".weight", ".bias"))]
     return len(whole) > 0.9 * len(keys) and not any(_OF_ADAPTERS.search(key) for key in keys)
+
+
+def weights_beside(folder: Path) -> list[str]:
+    """The files of tensors in an adapter's folder that are not the adapter's, a model's, or a training's state."""
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in _TENSOR_SUFFIXES) if folder.is_dir() else []
+    return [name for name in files if not _KNOWN_BESIDE.match(name)]

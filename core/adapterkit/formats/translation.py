@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from adapterkit.formats.layouts import (
 )
 from adapterkit.formats.mlx import Mlx
 from adapterkit.formats.names import OriginalNames
-from adapterkit.formats.refused import check_program, is_full_model, is_token
+from adapterkit.formats.refused import check_program, is_full_model, is_token, weights_beside
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import layer_tensors, with_heads
@@ -88,13 +89,6 @@ def translate(
         files = layout.read(files, layers) or files
     check_program(files)
     tokens = [key for key in files.tensors if is_token(key)]
-    if tokens:
-        warnings.warn(
-            f"{files.folder} also has a textual inversion, the embeddings of new tokens, such as {tokens[0]!r}. It is "
-            "not part of the adapter and is left out; a pipeline of diffusers takes it with load_textual_inversion.",
-            AdapterWarning,
-            stacklevel=5,
-        )
     if files.config is None:
         check_foreign(files.tensors, files.folder)
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
@@ -114,9 +108,33 @@ def translate(
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
+    _warn_of_the_rest(files, tokens, passed)
     passed |= {key for key in held if part is not None and component(key) != part}
     whose = ", ".join(filter(None, (program, *files.programs)))
     return Translation(method, config, read, found, frozenset({*passed, *tokens}), whose)
+
+
+def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterable[str]) -> None:
+    """Tell what the file, or its folder, has beside the adapter for this model."""
+    notes, parts = [], Counter(component(key) for key in passed)
+    if tokens:
+        notes.append(
+            f"has a textual inversion, the embeddings of new tokens, such as {tokens[0]!r}. It is not part of the "
+            "adapter and is left out; a pipeline of diffusers takes it with load_textual_inversion."
+        )
+    if parts:
+        listed = ", ".join(f"{part!r} ({count} tensors)" for part, count in sorted(parts.items()))
+        notes.append(
+            f"is for other models of a pipeline, which this model is not: {listed}. They are left out. Choose a part "
+            "(component) to read it without this warning."
+        )
+    if files.config is not None and (beside := weights_beside(files.folder)):
+        notes.append(
+            f"holds weights beside the adapter: {', '.join(beside)}. They are not read. If they were trained with the "
+            "adapter (the projector of LLaVA, the embeddings of LongLoRA, a value head), put them into the base first."
+        )
+    for note in notes:
+        warnings.warn(f"{files.folder} also {note}", AdapterWarning, stacklevel=6)
 
 
 def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:

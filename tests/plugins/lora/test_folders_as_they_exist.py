@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.models import build
 from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, perturb, saved_by_peft
 from torch import Tensor
@@ -177,3 +179,50 @@ def test_a_heads_name_tells_without_a_task(tmp_path: Path) -> None:
     base = classifier("score")
     assert ak.attach(base).load(tmp_path, name="a").ok
     assert [*ak.attach(base).heads("a")] == [*ak.inspect_adapter(tmp_path).heads] == ["score"]
+
+
+# What a folder holds beside the adapter, or for another model
+
+
+@pytest.mark.parametrize(
+    "name", ["non_lora_trainables.bin", "trainable_params.bin", "mm_projector.bin", "value_head.safetensors", "vit.pt"]
+)
+def test_weights_in_a_second_file_are_told_of(saved: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(b"")
+    build("llama").save_pretrained(tmp_path / "base")
+    calls = {
+        "load": lambda: ak.attach(build("llama")).load(tmp_path / "a", name="a"),
+        "inspect": lambda: ak.inspect_adapter(tmp_path / "a"),
+        "convert": lambda: ak.convert_file(tmp_path / "a", tmp_path / "b"),
+        "merge": lambda: ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged"),
+    }
+    for call in calls.values():
+        with pytest.warns(ak.AdapterWarning, match=rf"holds weights beside the adapter: {name}\. They are not read"):
+            call()
+
+
+def test_files_of_a_training_beside_an_adapter_are_not_told_of(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    names = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "model-00001-of-00002.safetensors")
+    for name in (*names, "pytorch_model.bin", "adapter_model.bin", "scaler.pt", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    assert ak.attach(build("llama")).load(tmp_path / "a", name="a").ok
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "unet", "prior"])
+def test_keys_for_another_part_of_a_pipeline_in_a_folder_of_pefts_are_refused(
+    saved: Path, tmp_path: Path, part: str
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "a")
+    tensors = load_file(saved / "adapter_model.safetensors")
+    key, tensor = next(iter(tensors.items()))
+    other = key.replace("base_model.model.model", f"base_model.model.{part}")
+    save_file({**tensors, other: tensor.clone()}, folder / "adapter_model.safetensors")
+    build("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(ak.CheckpointError, match=f"{part}.layers.0"):
+        ak.attach(build("llama")).load(folder, name="a")
+    with pytest.raises(ak.CheckpointError, match=f"has no '{part}', as the adapters have"):
+        ak.merge_checkpoint(tmp_path / "base", folder, tmp_path / "merged")
+    with pytest.raises(ak.CheckpointError, match=f"{part}.layers.0"):
+        ak.inspect_adapter(folder, base=tmp_path / "base")
