@@ -241,7 +241,7 @@ class AdapterFile(AdapterContent):
         target = host in self.kinds
         if not place or not tensor.is_floating_point():
             return False
-        if local == "bias" and target and host != place and trained != "none":
+        if local == "bias" and target and trained != "none":
             self.biases[host] = tensor
         elif local == "bias" and not target and trained == "all" and tensor.dim() == 1:
             self.biases[place] = tensor

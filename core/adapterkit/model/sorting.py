@@ -63,7 +63,9 @@ def sort_tensors(
             path by which the adapter knows it.
         shared: whether its layers share tensors.
     """
-    found, bias_keys = SortedTensors(), {f"{beside(path, layers)}.bias": known for path, known in biases.items()}
+    # Before PEFT 0.7 there was no `base_layer`.
+    places = {place: known for path, known in biases.items() for place in (path, beside(path, layers))}
+    found, bias_keys = SortedTensors(), {f"{place}.bias": known for place, known in places.items()}
     for key, tensor in tensors.items():
         split = rule.split(key, layers)
         if split is not None and split[0] in layers:
@@ -76,7 +78,7 @@ def sort_tensors(
                 found.heads.setdefault(heads[head], {})[key.removeprefix(place)] = tensor
             else:
                 found.rest[key] = tensor
-        elif key in bias_keys:
+        elif key in bias_keys and bias_keys[key] not in found.biases:
             found.biases.setdefault(bias_keys[key], {})["bias"] = tensor
         elif shared and rule.owns(key):
             found.shared[key] = tensor

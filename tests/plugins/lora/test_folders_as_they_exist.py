@@ -226,3 +226,21 @@ def test_keys_for_another_part_of_a_pipeline_in_a_folder_of_pefts_are_refused(
         ak.merge_checkpoint(tmp_path / "base", folder, tmp_path / "merged")
     with pytest.raises(ak.CheckpointError, match=f"{part}.layers.0"):
         ak.inspect_adapter(folder, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_without_base_layer_as_before_peft_0_7(tmp_path: Path, bias: str) -> None:
+    expected = saved_by_peft("lora", build("bert"), tmp_path / "new", "bert", bias=bias)
+    old = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(old / "adapter_model.safetensors")
+    renamed = {key.replace(".base_layer.bias", ".bias"): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, old / "adapter_model.safetensors")
+    assert_same(loaded_here(build("bert"), old, "bert"), expected, "bert")
+    assert ak.inspect_adapter(old).biases == ak.inspect_adapter(tmp_path / "new").biases
+    base: Any = build("bert")
+    base.save_pretrained(tmp_path / "base")
+    for name in ("old", "new"):
+        ak.merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"merged {name}")
+    one, other = (load_file(tmp_path / f"merged {name}" / "model.safetensors") for name in ("old", "new"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
