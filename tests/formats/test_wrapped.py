@@ -121,3 +121,57 @@ def test_two_adapters_in_one_dump_are_refused(tmp_path: Path) -> None:
     save_file(both, tmp_path / WEIGHTS)
     with pytest.raises(ak.CheckpointError, match=r"it holds several adapters\. Save the one that you mean"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        lambda t: {"state_dict": t, "epoch": 3, "optimizer_states": [{"lr": 1e-3}]},
+        lambda t: {"model": t, "iteration": 10},
+        lambda t: {"checkpoint": 1, "module": {"state_dict": t}},
+    ],
+    ids=["lightning", "model", "nested"],
+)
+def test_state_dict_inside_others(outer: Callable[[dict[str, Tensor]], object], tmp_path: Path) -> None:
+    _, expected = trained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(outer({f"model.{key}": tensor for key, tensor in tensors.items()}), tmp_path / "adapter_model.bin")
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_config_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    _, expected = trained(tmp_path)
+    text = (tmp_path / CONFIG).read_text(encoding="utf-8")
+    (tmp_path / CONFIG).write_text(text, encoding=encoding)
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("below", ["default", "adapter_model", "checkpoint-10/adapter"])
+def test_the_one_adapter_in_a_folder_below_is_read_and_that_is_told(below: str, tmp_path: Path) -> None:
+    _, expected = trained(tmp_path / below)
+    with pytest.warns(ak.AdapterWarning, match=f"is not an adapter; the one below is read: {tmp_path / below}"):
+        torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+def test_several_adapters_in_folders_below_are_named(tmp_path: Path) -> None:
+    for name in ("english", "german"):
+        trained(tmp_path / name)
+    with pytest.raises(ak.CheckpointError, match=r"is not an adapter, but holds 2: english, german\. Give one of them"):
+        ak.inspect_adapter(tmp_path)
+
+
+def test_textual_inversion_beside_an_adapter_is_left_out_and_told(tmp_path: Path) -> None:
+    """OneTrainer's `bundle_emb`."""
+    _, expected = trained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    place = tmp_path / "a.safetensors"
+    plain = {
+        key.removeprefix(PREFIX).replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t
+        for key, t in tensors.items()
+    }
+    alphas = {key.replace("lora_down.weight", "alpha"): torch.tensor(8.0) for key in plain if "down" in key}
+    save_file(plain | alphas | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 16)}, place)
+    with pytest.warns(ak.AdapterWarning, match=r"also has a textual inversion, the embeddings of new tokens"):
+        torch.testing.assert_close(loaded(place), expected, rtol=0, atol=1e-5)
