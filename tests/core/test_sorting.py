@@ -39,7 +39,7 @@ def test_a_tensor_goes_to_the_part_that_its_key_names(key: str, part: str, place
     assert not found.rest
 
 
-@pytest.mark.parametrize("key", ["other.lora_A.weight", "head.weight", "block.q.weight", "conv.weight", "norm.weight"])
+@pytest.mark.parametrize("key", ["other.lora_A.weight", "head.weight", "block.q.weight", "c.weight", "normal.weight"])
 def test_a_tensor_of_no_part_is_left_over(key: str) -> None:
     assert [*sort_tensors({key: torch.ones(1)}, RULE, LAYERS, HEADS, BIASES, shared=True).rest] == [key]
 
