@@ -39,7 +39,7 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
-from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of, translate
+from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, shapes_of, translate
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
@@ -184,12 +184,12 @@ class AdapterFile(AdapterContent):
         """
         mapped = MappedFiles()
         files = read(adapter_folder(source), mapped.read)
-        layers = None if base is None else layers_of(BaseModules(base.model))
-        found = translate(files, layers, part=component, keep_names=keep_names)
+        modules = None if base is None else BaseModules(base.model)
+        found = translate(files, modules, part=component, keep_names=keep_names, other_class=False)
         recorded = found.config.base_model_name_or_path
         if base is None and not found.layers and recorded and (Path(recorded) / CONFIG).is_file():
             base = Base(skeleton(recorded), Path(recorded))
-            found = translate(files, layers_of(BaseModules(base.model)), part=component)
+            found = translate(files, BaseModules(base.model), part=component, other_class=False)
         method, config, tensors = found.method, found.config, dict(found.tensors)
         kinds = found.layers
         if base is not None and files.config is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import CheckpointError, unknown
 from adapterkit.files import Entry, MappedFiles, Shard, read_header
-from adapterkit.formats import CONFIG_FILE
+from adapterkit.formats import CONFIG_FILE, in_order, renaming
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -139,49 +138,12 @@ def match_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str],
         tensors for each that transformers makes of several when it loads, such as stacked experts.
     """
     known = set(model.state_dict(keep_vars=True))
-    rename = _renaming(model, known)
-    try:  # some renamings of transformers depend on what came before
-        names = sorted(names, key=importlib.import_module("transformers.core_model_loading").dot_natural_key)
-    except (ModuleNotFoundError, AttributeError):
-        names = sorted(names)
+    rename = renaming(model, known)
     in_file: dict[str, str] = {}
     fused: dict[str, tuple[str, ...]] = {}
-    for name in names:
+    for name in in_order(names):
         found, made = rename(name)
         fused |= {key: (*fused.get(key, ()), name) for key in made if key in known}
         if not made and found in known:
             in_file.setdefault(found, name)
     return in_file, fused
-
-
-def _renaming(model: nn.Module, known: set[str]) -> Callable[[str], tuple[str, list[str]]]:
-    """From a name in the checkpoint to one in the model, and to those in the model that it is converted into."""
-    prefix = getattr(model, "base_model_prefix", "")
-
-    def placed(name: str) -> str:
-        """The name with the base model's prefix added or removed, if that is what the model has."""
-        if not prefix or name in known:
-            return name
-        return next((n for n in (name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in known), name)
-
-    loading = importlib.import_module("transformers.core_model_loading")
-    mapping = importlib.import_module("transformers.conversion_mapping")
-    if not hasattr(model, "config"):
-        return lambda name: (name, [])
-    conversions = mapping.get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, loading.WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, loading.WeightConverter)]
-    by_source = {source: c for c in converters for source in c.source_patterns}
-
-    def rename(name: str) -> tuple[str, list[str]]:
-        found, _ = loading.rename_source_key(name, renamings, [], None, None)
-        found, source = loading.rename_source_key(found, [], converters, None, None)
-        if source is not None:
-            first, *others = by_source[source].target_patterns
-            made = [placed(key) for key in (found, *(found.replace(first, other) for other in others))]
-            if not known.isdisjoint(made):
-                return found, made
-        found = placed(found)
-        return (found if found in known else placed(name)), []
-
-    return rename

@@ -127,11 +127,11 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     folder = place if place.is_dir() else place.parent
     target = _checked_out(local_path(out).resolve(), [folder, *(s.place for s in sources)], overwrite)
     checkpoint, named = Checkpoint.open(place), None
+    files = {source.name: read(source.place) for source in sources}
     if model is None:
-        built, named = skeleton_for(folder, [s.place for s in sources], architecture)
+        built, named = skeleton_for(folder, [*files.values()], architecture)
     else:
         built = copy.deepcopy(model)
-    files = {source.name: read(source.place) for source in sources}
     vocabulary = Vocabulary.resize(built, {name: held.tensors for name, held in files.items()})
     mapped = MappedModel(built, checkpoint)
     changes, acting = _changes(mapped, sources, files, untie=untie, heads=heads, component=component, safe=safe)

@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,19 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import FILE_PREFIX, Method, default_registry, strip_file_prefix
+from adapterkit.contract import Method, default_registry, strip_file_prefix
 from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
-from adapterkit.errors import AdapterError, CheckpointError, UnsupportedError
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.files import (
-    WEIGHTS_FILE,
     Entry,
     MappedFiles,
     hub_id,
     local_path,
     not_to_be_had,
-    read_config,
-    read_header,
 )
+from adapterkit.formats import AdapterFiles, in_todays_names, todays_paths, translate
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import BaseModules, base_parameters, both_tables, named_modules
 
@@ -186,7 +185,9 @@ def _offline() -> Iterator[None]:
             constants.HF_HUB_OFFLINE = before
 
 
-def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None) -> tuple[nn.Module, str | None]:
+def skeleton_for(
+    base: Path, adapters: Sequence[AdapterFiles], architecture: str | None
+) -> tuple[nn.Module, str | None]:
     """The skeleton that adapters are for, and its class if that is not the one that the base's config names.
 
     A base is often stored without its task's head, and its config then names the bare model. The adapters' task then
@@ -198,13 +199,13 @@ def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None)
     if architecture is not None:
         return skeleton(base, architecture=architecture), architecture
     built: Any = skeleton(base)
-    wanted = {name for place in adapters for name in _outer_modules(place)}
+    wanted = {name for files in adapters for name in _outer_modules(files, built)}
     lacking = sorted(wanted.difference(name for name, _ in built.named_children()))
     if not lacking:
         return built, None
     import transformers
 
-    tasks = {str(read_config(place).get("task_type")) for place in adapters if place.is_dir()}
+    tasks = {str(files.config.get("task_type")) for files in adapters if files.config is not None}
     table = getattr(transformers, _TASKS.get(next(iter(tasks)), "") if len(tasks) == 1 else "", {})
     if type(built.config) in table:
         found = table[type(built.config)]
@@ -219,15 +220,17 @@ def skeleton_for(base: Path, adapters: Sequence[Path], architecture: str | None)
     )
 
 
-def _outer_modules(place: Path) -> set[str]:
-    """The first parts of the paths in an adapter's files."""
-    file = place / WEIGHTS_FILE
-    if not file.is_file():  # what another program's file or a pickle names is seen when it is loaded
+def _outer_modules(files: AdapterFiles, model: nn.Module) -> set[str]:
+    """The first parts of the paths in an adapter's files, by the names that this model may have for them."""
+    if files.config is None:  # what another program's file names is seen when it is loaded
         return set()
-    method, config = default_registry.read_config(read_config(place), place)
-    rule = method.key_rule(config)
-    keys = (e.name.removeprefix(FILE_PREFIX) for e in read_header(file).entries if e.name.startswith(FILE_PREFIX))
-    return {key.partition(".")[0] for key in keys if "." in key and not rule.is_shared(key)}
+    with warnings.catch_warnings():  # which loading gives too
+        warnings.simplefilter("ignore", AdapterWarning)
+        found = translate(files, None)
+    rule = found.method.key_rule(found.config)
+    own = {key: tensor for key, tensor in found.tensors.items() if "." in key and not rule.is_shared(key)}
+    moved = todays_paths(BaseModules(model), own, other_class=False)
+    return {key.partition(".")[0] for key in in_todays_names(own, moved)}
 
 
 class MappedModel:

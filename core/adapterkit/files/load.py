@@ -13,7 +13,7 @@ from adapterkit.contract import AdapterConfig, Names
 from adapterkit.errors import AdapterWarning, CheckpointError
 from adapterkit.files.differences import with_differences
 from adapterkit.files.match import equals_base, ignore_known_keys, refuse
-from adapterkit.formats import AdapterFiles, layers_of, translate
+from adapterkit.formats import AdapterFiles, translate
 from adapterkit.forward import Active
 from adapterkit.model import (
     Adapter,
@@ -54,7 +54,7 @@ def load_adapter(
         SelectionError: its config selects nothing on this model.
     """
     modules = BaseModules(model)
-    found = translate(files, layers_of(modules), part=component)
+    found = translate(files, modules, part=component)
     tensors, method, config = dict(found.tensors), found.method, found.config
     if files.config is None:
         tensors, changed = with_differences(found, modules)

@@ -16,7 +16,7 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import algorithms_in, layers_of
+from adapterkit.formats import algorithms_in, in_todays_names, layers_of, todays_paths
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -69,8 +69,9 @@ def match_adapter(
     if own.keys() & {key for key, _, _ in file_places(adapter)}:  # a full state dict
         tensors = own
     else:
-        tensors, others = strip_file_prefix(tensors), []
-        read = method.read(tensors, layers_of(BaseModules(model)), {}, adapter.config)
+        tensors, others, modules = strip_file_prefix(tensors), [], BaseModules(model)
+        tensors = in_todays_names(tensors, todays_paths(modules, tensors, other_class=True))
+        read = method.read(tensors, layers_of(modules), {}, adapter.config)
         tensors = tensors if read is None else read[1]
     fit = Fit(rule)
     found = sort_for(adapter, adapter.layers, tensors, rule, shared=adapter.shared is not None)

@@ -6,6 +6,7 @@ Uses: errors, kinds, contract, model.
 """
 
 from adapterkit.formats.algorithms import algorithms_in
+from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming, todays_paths
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.refused import check_content
@@ -20,9 +21,13 @@ __all__ = [
     "Translation",
     "algorithms_in",
     "check_content",
+    "in_order",
+    "in_todays_names",
     "layers_of",
     "mlx_files",
+    "renaming",
     "shapes_of",
     "tensors_in",
+    "todays_paths",
     "translate",
 ]

@@ -23,12 +23,14 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
 from adapterkit.formats.algorithms import algorithms_in
+from adapterkit.formats.earlier_names import EARLIER, in_todays_names, todays_paths, with_todays_names
 from adapterkit.formats.layouts import (
     CONFIG_FILE,
     AdapterFiles,
     Layout,
     kinds_of,
     layers_in_file,
+    layers_of,
     program_of,
     shapes_of,
 )
@@ -37,7 +39,7 @@ from adapterkit.formats.names import OriginalNames
 from adapterkit.formats.refused import check_program, is_full_model, is_token, weights_beside
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
-from adapterkit.model import layer_tensors, with_heads
+from adapterkit.model import BaseModules, layer_tensors, with_heads
 
 # Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
 # pipeline is chosen, and those of layers' names behind.
@@ -67,24 +69,26 @@ class Translation:
 
 def translate(
     files: AdapterFiles,
-    layers: Mapping[str, LayerKind] | None,
+    modules: BaseModules | None,
     *,
     part: str | None = None,
     keep_names: bool = False,
+    other_class: bool = True,
 ) -> Translation:
     """An adapter as PEFT would have written it.
 
     Args:
-        layers: those of the model; `None`: there is no model, and the tensors tell what they can.
+        modules: those of the model; `None`: there is no model, and the tensors tell what they can.
         part: of a file for a whole pipeline, the part to take.
         keep_names: without a model, keep the names that another program's file has for its layers.
+        other_class: on a model with another head than the adapter's, or none, name the layers as this model does.
 
     Raises:
         CheckpointError: it is not an adapter, or not one that this model has layers for.
         UnknownNameError: no plugin provides its method.
         UnsupportedError: no method implements a field or a variant that it has.
     """
-    program = program_of(files)
+    program, layers = program_of(files), None if modules is None else layers_of(modules)
     for layout in OF_FILES:
         files = layout.read(files, layers) or files
     check_program(files)
@@ -95,6 +99,8 @@ def translate(
     files = dataclasses.replace(files, tensors=of_component(held, part))
     for layout in OF_NAMES:
         files = layout.read(files, layers) or files
+    moved = {} if modules is None else todays_paths(modules, files.tensors, other_class=other_class)
+    files = files.read_as(EARLIER, in_todays_names(files.tensors, moved)) if moved else files
     own = files.tensors
     if files.config is None:
         known = named_layers(own, files.folder, keep_names=keep_names) if layers is None else layers
@@ -105,6 +111,8 @@ def translate(
     else:
         method, config = default_registry.read_config(files.config, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
+        if modules is not None:
+            config = with_todays_names(config, method.key_rule(config), own, moved, modules, known)
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
