@@ -598,7 +598,8 @@ class Adapters:
     ) -> Path:
         """Write an adapter to a folder in PEFT's format. If that fails, the folder is as it was.
 
-        A warning says if some of its layers never ran since it was activated, so that nothing was trained there.
+        A warning says if some of its layers never ran since it was activated, so that nothing was trained there, or if
+        it trains with a strength, which no file holds.
 
         Args:
             source: take the tensors from this full state dict, as in `state_dict`.
@@ -621,7 +622,7 @@ class Adapters:
             wanted = tables if embeddings else resized_tables
             self._check_tables_not_merged("The file", wanted(BaseModules(self.model), adapter.heads))
         save_adapter(adapter, self.model, path, source, embeddings=embeddings)
-        for note in self._model.never_ran(adapter):
+        for note in self._model.notes_for_file(adapter):
             warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
         return path
 

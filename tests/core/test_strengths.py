@@ -274,3 +274,15 @@ def test_an_adapter_that_is_not_additive_has_none_but_1() -> None:
         with pytest.raises(ak.UnsupportedError, match="has no multiple"):
             refused()
     assert torch.equal(adapters.model(X), acting)
+
+
+@pytest.mark.parametrize("by", ["save", "save_pretrained"])
+def test_a_file_of_an_adapter_that_trains_with_a_strength_comes_with_a_warning(by: str, tmp_path: Path) -> None:
+    model: Any = build("bert")
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["query"], modules_to_save=None))
+    adapters.activate("a", strengths={"a": 0.5})
+    with pytest.warns(ak.AdapterWarning, match=r"trains with a strength of 0.5.*activate\('a', strengths={'a': 0.5}\)"):
+        adapters.save("a", tmp_path) if by == "save" else model.save_pretrained(tmp_path)
+    adapters.activate("a", strengths={"a": 0.5}, trainable=False)
+    adapters.save("a", tmp_path)

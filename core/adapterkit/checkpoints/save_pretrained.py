@@ -279,8 +279,8 @@ class Saver:
             in_first_process(groups, write)
         if source is None:
             self._warn_of_base()
-        never_ran = self.adapters._model.never_ran
-        for note in (f"Adapter {name!r}: {note}." for name in acting for note in never_ran(inside[name])):
+        notes = self.adapters._model.notes_for_file
+        for note in (f"Adapter {name!r}: {note}." for name in acting for note in notes(inside[name])):
             warnings.warn(note, AdapterWarning, stacklevel=3)
 
     def _warn_of_base(self) -> None:

@@ -368,6 +368,17 @@ class AdaptedModel:
             "the model reads their weights instead of calling them, declare the module that does: ak.declare_reader"
         ]
 
+    def notes_for_file(self, adapter: Adapter) -> list[str]:
+        """What someone who saves this adapter should know about what its file will not show."""
+        state, notes = self.active.state, self.never_ran(adapter)
+        strength = state.strength(adapter.name) if adapter.name in state.names else 1.0
+        if strength != 1.0 and adapter.trains():
+            notes.append(
+                f"it trains with a strength of {strength:g}, which its file does not hold, so it acts with 1 when it "
+                f"is loaded. Then call activate({adapter.name!r}, strengths={{{adapter.name!r}: {strength:g}}})"
+            )
+        return notes
+
     def notes(self, adapter: Adapter, modules: BaseModules) -> list[str]:
         """What a user who adds this adapter should know about the model."""
         notes = [
