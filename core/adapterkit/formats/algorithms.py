@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
 
 from adapterkit.contract import default_registry
 
@@ -17,6 +20,7 @@ class Algorithm:
         name: what users call it.
         endings: an expression for what follows the layer's name and a dot.
         method: the method that reads it, and `package` the one that has it; empty: there is none.
+        dims: of the tensor, where the name is another algorithm's as well.
         cure: what to do where there is none.
     """
 
@@ -24,6 +28,7 @@ class Algorithm:
     endings: str
     method: str = ""
     package: str = ""
+    dims: int | None = None
     cure: str = (
         "LyCORIS puts such a file into a model itself (lycoris.create_lycoris_from_weights, then merge_to), and "
         "ak.extract makes a LoRA of the difference from the base"
@@ -40,8 +45,9 @@ ALGORITHMS = (
     Algorithm("PEFT's (IA)3", r"ia3_l", "ia3", "adapterkit-ia3"),
     Algorithm("a full difference of a weight or a bias (LyCORIS' algorithm 'full')", r"diff(_b)?"),
     Algorithm("a norm that was trained in full (LyCORIS' train_norm)", r"[wb]_norm"),
-    Algorithm("LyCORIS' (IA)3", r"on_input", cure="Nor does LyCORIS: merge it in the program that wrote it"),
-    Algorithm("OFT or BOFT of LyCORIS or kohya-ss", r"oft_(blocks|diag)|rescale"),
+    Algorithm("LyCORIS' (IA)3", r"on_input", "ia3", "adapterkit-ia3"),
+    Algorithm("BOFT of LyCORIS", r"oft_blocks", dims=4),
+    Algorithm("OFT of LyCORIS or kohya-ss", r"oft_blocks", "oft", "adapterkit-oft"),
     Algorithm("PEFT's BOFT", r"boft_[Rs]", cure="PEFT reads its folder, with its adapter_config.json"),
     Algorithm("GLoRA", r"(a[12]|b[12]|bm)\.weight"),
     Algorithm("T-LoRA", r"lambda_layer|[pq]_layer\.weight|(base_)?lambda"),
@@ -51,12 +57,16 @@ ALGORITHMS = (
 )
 
 
-def algorithms_in(keys: Iterable[str]) -> tuple[list[str], list[str]]:
+def algorithms_in(
+    keys: Iterable[str], tensors: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[list[str], list[str]]:
     """A sentence for each algorithm that no installed method reads, and the keys of no known algorithm."""
     found: dict[Algorithm, list[str]] = {}
     installed, others = default_registry.methods(), []
     for key in keys:
-        algorithm = next((a for a in ALGORITHMS if re.search(rf"\.(?:{a.endings})$", key)), None)
+        dims = (None, tensors[key].dim() if key in tensors else None)
+        known = (a for a in ALGORITHMS if re.search(rf"\.(?:{a.endings})$", key) and a.dims in dims)
+        algorithm = next(known, None)
         if algorithm is None or algorithm.method in installed:
             others.append(key)
         else:

@@ -234,7 +234,7 @@ def recognise(
         for fault in broken:
             warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
         return found[0]
-    names, algorithms = [method.name for method, *_ in found], algorithms_in(tensors)[0]
+    names, algorithms = [method.name for method, *_ in found], algorithms_in(tensors, tensors)[0]
     if not names and not algorithms and is_full_model(tensors):
         raise CheckpointError(
             f"{file} holds whole weights, such as {next(iter(tensors))!r}, and no adapter: it is a fine-tuned model, "

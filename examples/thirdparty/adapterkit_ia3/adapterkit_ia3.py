@@ -1,12 +1,15 @@
-"""(IA)3: activations are scaled by learned vectors (Liu et al. 2022, arXiv 2205.05638). Files: PEFT's.
+"""(IA)3: activations are scaled by learned vectors (Liu et al. 2022, arXiv 2205.05638). Files: PEFT's and LyCORIS'.
 
-`base(l * x)` at feed-forward layers, `l * base(x)` at all others: one number for each channel. l starts at one.
+`base(l * x)` at feed-forward layers, `l * base(x)` at all others: one number for each channel. l starts at one. LyCORIS
+scales the weight and not the bias, and keeps `l - 1`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -60,4 +63,49 @@ class IA3Layer(ak.AdapterLayer):
         return (blocks * scale.view(self.groups, 1, -1, 1)).reshape(weight.shape), bias
 
 
-plugin = ak.plugin(IA3Config, IA3Layer, prefix="ia3_")
+class IA3RowsLayer(ak.AdapterLayer):
+    """`ia3_rows (out,)` scales the rows of the weight, and not the bias."""
+
+    def setup(self, target: ak.Target, config: IA3Config) -> None:
+        self.ia3_rows = target.new(target.out_features, init=1.0)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.ia3_rows[:, None], bias
+
+
+class IA3Format(ak.Format):
+    """LyCORIS' `lora_unet_conv_in.weight`, `l - 1`, and `on_input`: 1 where it scales the input, 0 the output."""
+
+    config_type = IA3Config
+    names = {"weight": "weight"}
+    factors = frozenset({"on_input"})
+
+    def config(self, layers: Mapping[str, ak.ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> IA3Config:
+        """The layers whose input is scaled are the feed-forward ones."""
+        paths = [path for path, layer in layers.items() if layer.number("on_input")]
+        return IA3Config(feedforward_modules="|".join(map(re.escape, paths)) or None, **fields)
+
+    def tensors(self, layer: ak.ForeignLayer, config: IA3Config) -> dict[str, Tensor]:
+        """L in PEFT's shapes, or `ia3_rows`."""
+        if "weight" not in layer.tensors:
+            return {}
+        scale = layer.tensors["weight"].to(torch.promote_types(layer.tensors["weight"].dtype, torch.float32)) + 1
+        if layer.number("on_input"):
+            return {"ia3_l": scale.reshape(1, -1, *(1 for _ in layer.kind.down_shape(1)[2:]))}
+        return {"ia3_rows": scale.flatten()}
+
+
+class IA3Plugin(ak.Plugin):
+    """What a layer scales beside the inputs follows from a file."""
+
+    config, layer, prefix = IA3Config, IA3Layer, "ia3_"
+
+    def inject(self, target: ak.Target, config: IA3Config, shared: None) -> ak.AdapterLayer:
+        return (IA3RowsLayer if "ia3_rows" in (target.file or {}) else IA3Layer)(target, config)
+
+    def formats(self) -> Sequence[ak.Format]:
+        """LyCORIS'."""
+        return [IA3Format()]
+
+
+plugin = IA3Plugin()

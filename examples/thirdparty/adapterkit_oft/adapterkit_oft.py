@@ -1,11 +1,14 @@
 """OFT, orthogonal fine-tuning (Qiu et al. 2023, arXiv 2306.07280): `W R^T`, R block-diagonal and orthogonal.
 
 Each block of R follows from a skew-symmetric matrix Q by Cayley's formula, `R = (I - Q) (I + Q)^-1`. Q starts at zero,
-so that a new adapter changes nothing. Files: PEFT's.
+so that a new adapter changes nothing. Files: PEFT's; and those of LyCORIS (Diag-OFT) and kohya-ss, which rotate the
+outputs, `R W`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,4 +75,59 @@ class OFTLayer(ak.AdapterLayer):
         return torch.einsum("onc,nkc->onk", parts, turned).flatten(1), bias
 
 
-plugin = ak.plugin(OFTConfig, OFTLayer, prefix="oft_")
+class OFTRowsLayer(ak.AdapterLayer):
+    """`oft_blocks (blocks, side, side)`, with Q as a difference to their transpose; and `oft_rescale (out,)`."""
+
+    def setup(self, target: ak.Target, config: OFTConfig) -> None:
+        file = target.file or {}
+        side = file["oft_blocks"].shape[-1] or 1
+        if target.out_features % side:
+            raise ak.CheckpointError(f"{target.path!r} has {target.out_features} outputs, and no blocks of {side}.")
+        self.oft_blocks = target.new(target.out_features // side, side, side)
+        if "oft_rescale" in file:
+            self.oft_rescale = target.new(target.out_features, init=1.0)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`R W`, block by block, with its rows rescaled."""
+        q, one = self.oft_blocks - self.oft_blocks.mT, torch.eye(self.oft_blocks.shape[-1]).to(self.oft_blocks)
+        rotations = torch.linalg.solve(one + q, one - q).to(weight.dtype)
+        found = (rotations @ weight.unflatten(0, rotations.shape[:2])).flatten(0, 1)
+        return found * self.oft_rescale[:, None] if hasattr(self, "oft_rescale") else found, bias
+
+
+class OFTFormat(ak.Format):
+    """`lora_unet_conv_in.oft_blocks`, `rescale` and `alpha`, the largest length of Q for each output."""
+
+    config_type = OFTConfig
+    names = {"rescale": "oft_rescale"}
+    factors = frozenset({"oft_blocks"})
+
+    def config(self, layers: Mapping[str, ak.ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> OFTConfig:
+        side = next(iter(layers.values())).tensors["oft_blocks"].shape[-1]
+        return OFTConfig(oft_block_size=max(side, 1), use_cayley_neumann=False, **fields)
+
+    def tensors(self, layer: ak.ForeignLayer, config: OFTConfig) -> dict[str, Tensor]:
+        """A Q that is too long is shortened here, once."""
+        blocks, limit = layer.wide("oft_blocks"), (layer.number("alpha") or 0.0) * layer.kind.out_features
+        if blocks.dim() != 3:
+            raise ak.UnsupportedError(f"{layer.keys['oft_blocks']!r}: this is BOFT, several rotations of one weight.")
+        if limit > 0:
+            blocks = blocks * min(1.0, limit / (float((blocks - blocks.mT).norm()) + 1e-8))
+        rescale = layer.tensors.get("oft_rescale")
+        return {"oft_blocks": blocks} | ({} if rescale is None else {"oft_rescale": rescale.flatten()})
+
+
+class OFTPlugin(ak.Plugin):
+    """What is rotated follows from a file."""
+
+    config, layer, prefix = OFTConfig, OFTLayer, "oft_"
+
+    def inject(self, target: ak.Target, config: OFTConfig, shared: None) -> ak.AdapterLayer:
+        return (OFTRowsLayer if "oft_blocks" in (target.file or {}) else OFTLayer)(target, config)
+
+    def formats(self) -> Sequence[ak.Format]:
+        """LyCORIS' and kohya-ss's."""
+        return [OFTFormat()]
+
+
+plugin = OFTPlugin()

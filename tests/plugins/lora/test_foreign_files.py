@@ -141,10 +141,10 @@ def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path, rank
 ALGORITHMS = {
     "lokr": "of LoKr: the method 'lokr' of the package adapterkit-lokr reads it, and is not installed",
     "full": "of a full difference of a weight or a bias (LyCORIS' algorithm 'full'): no method here reads it. LyCORIS",
-    "diag-oft": "of OFT or BOFT of LyCORIS or kohya-ss: no method here reads it. LyCORIS puts such a file into a model",
-    "boft": "of OFT or BOFT of LyCORIS",
+    "diag-oft": "of OFT of LyCORIS or kohya-ss: the method 'oft' of the package adapterkit-oft reads it",
+    "boft": "of BOFT of LyCORIS: no method here reads it. LyCORIS puts such a file into a model itself",
     "glora": "of GLoRA: no method here reads it. LyCORIS",
-    "ia3": "of LyCORIS' (IA)3: no method here reads it",
+    "ia3": "of LyCORIS' (IA)3: the method 'ia3' of the package adapterkit-ia3 reads it",
     "tlora": "of T-LoRA: no method here reads it",
 }
 
