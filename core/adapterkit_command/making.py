@@ -177,7 +177,8 @@ def convert(  # noqa: PLR0913 - one parameter an option
     rank: Rank = None,
     energy: Energy = None,
     naming: Annotated[
-        str, typer.Option(help="The naming of the tensors: `peft`, `kohya`, `lycoris`, `diffusers` or `mlx`.")
+        str,
+        typer.Option(help="The naming of the tensors: `peft`, `kohya`, `comfyui`, `lycoris`, `diffusers` or `mlx`."),
     ] = "peft",
     base: Base = None,
     component: Component = None,

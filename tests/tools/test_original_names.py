@@ -11,10 +11,14 @@ import diffusers
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' own
 
 Sizes = Mapping[str, tuple[int, int]]
 R = 2
@@ -208,3 +212,158 @@ def test_without_a_model_layers_and_changes_are_those_of_diffusers(
         other = key.replace("lora_A", "lora_B")
         change = expected[other] @ (expected[key] @ probe)
         torch.testing.assert_close(scale * (found[other] @ (found[key] @ probe)), change, rtol=1e-5, atol=1e-3)
+
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4}
+STREAMS = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 6}
+UNET = {
+    "block_out_channels": (8, 16, 16),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 3),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 30,
+}
+# Each model, and diffusers' conversion of the original's checkpoints.
+MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "SDXL": (diffusers.UNet2DConditionModel, UNET, "ldm_unet_checkpoint"),
+    "Flux": (
+        diffusers.FluxTransformer2DModel,
+        {**SMALL, **STREAMS, "pooled_projection_dim": 5, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4)},
+        "flux_transformer_checkpoint_to_diffusers",
+    ),
+    "HunyuanVideo": (
+        diffusers.HunyuanVideoTransformer3DModel,
+        {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, **SMALL, "out_channels": 4}
+        | {"text_embed_dim": 6, "pooled_projection_dim": 5, "rope_axes_dim": (2, 2, 4)},
+        "hunyuan_video_transformer_to_diffusers",
+    ),
+    "Wan": (
+        diffusers.WanTransformer3DModel,
+        {"num_layers": 2, **SMALL, "attention_head_dim": 12, "out_channels": 4, "text_dim": 6, "freq_dim": 8}
+        | {"ffn_dim": 40, "image_dim": 7, "added_kv_proj_dim": 24},
+        "wan_transformer_to_diffusers",
+    ),
+    "SD3": (
+        diffusers.SD3Transformer2DModel,
+        {"sample_size": 8, "num_layers": 2, **SMALL, "out_channels": 4, "joint_attention_dim": 6}
+        | {"pooled_projection_dim": 5, "caption_projection_dim": 16, "pos_embed_max_size": 8}
+        | {"dual_attention_layers": (0,)},
+        "sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "Chroma": (
+        diffusers.ChromaTransformer2DModel,
+        {**SMALL, **STREAMS, "axes_dims_rope": (2, 2, 4), "approximator_num_channels": 8}
+        | {"approximator_hidden_dim": 10, "approximator_layers": 1},
+        "chroma_transformer_checkpoint_to_diffusers",
+    ),
+    "Flux 2": (
+        diffusers.Flux2Transformer2DModel,
+        {**SMALL, **STREAMS, "axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 8},
+        "flux2_transformer_checkpoint_to_diffusers",
+    ),
+    "Z-Image": (
+        diffusers.ZImageTransformer2DModel,
+        {"n_layers": 1, "n_refiner_layers": 1, "dim": 16, "n_heads": 2, "n_kv_heads": 2, "in_channels": 4}
+        | {"cap_feat_dim": 6, "axes_dims": [4, 2, 2], "axes_lens": [8, 8, 8]},
+        "z_image_transformer_checkpoint_to_diffusers",
+    ),
+    "LTX-Video": (
+        diffusers.LTXVideoTransformer3DModel,
+        {"num_layers": 1, **SMALL, "out_channels": 4, "cross_attention_dim": 16, "caption_channels": 6},
+        "ltx_transformer_checkpoint_to_diffusers",
+    ),
+    "Lumina 2": (
+        diffusers.Lumina2Transformer2DModel,
+        {"num_layers": 1, "num_refiner_layers": 1, "hidden_size": 24, "num_attention_heads": 3, "num_kv_heads": 1}
+        | {"in_channels": 4, "cap_feat_dim": 6, "axes_dim_rope": (4, 2, 2), "axes_lens": (8, 8, 8)},
+        "lumina2_to_diffusers",
+    ),
+}
+SINGLE = [f"single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+# diffusers splits these by the sizes of the published models, which are numbers in its code.
+FIXED = {
+    **{case: {"single_blocks.0.linear1": SINGLE} for case in ("Flux", "HunyuanVideo", "Chroma")},
+    "Lumina 2": {
+        f"{stack}.0.attention.qkv": [f"{stack}.0.attn.to_{name}" for name in "qkv"]
+        for stack in ("layers", "noise_refiner", "context_refiner")
+    },
+}
+
+
+class Checkpoint(dict[str, Tensor]):
+    """An original checkpoint, as far as an adapter changes it; the rest is zeros of some size."""
+
+    def __missing__(self, key: str) -> Tensor:
+        return torch.zeros(7 * 3072)
+
+    def pop(self, key: str, *default: Any) -> Tensor:
+        return super().pop(key, self[key])
+
+
+def adapted(case: str) -> tuple[Any, dict[str, Tensor]]:
+    """A model with a LoRA `x` on all its linear layers and convolutions, and the changes of their weights."""
+    cls, sizes, _ = MODELS[case]
+    torch.manual_seed(0)
+    model = cls(**sizes).eval()
+    layers = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
+    adapters = ak.attach(model)
+    adapters.add("x", LoraConfig(r=R, lora_alpha=3, target_modules=layers, init_lora_weights=False))
+    return model, changes(model, "x", layers)
+
+
+def changes(model: Any, name: str, layers: list[str]) -> dict[str, Tensor]:
+    """How an adapter changes the weights of these layers."""
+    before = {path: model.get_submodule(path).weight.detach().clone() for path in layers}
+    ak.attach(model).merge(name)
+    found = {path: model.get_submodule(path).weight.detach() - weight for path, weight in before.items()}
+    ak.attach(model).unmerge()
+    return found
+
+
+def changes_in(file: Path) -> dict[str, Tensor]:
+    """The change of each module in a file of ComfyUI's, by kohya's formula `alpha / r * up @ down`."""
+    tensors, found = load_file(file), {}
+    for key in (key for key in tensors if key.endswith(".lora_down.weight")):
+        down, up = tensors[key], tensors[key.replace("lora_down", "lora_up")]
+        scale = float(tensors[key.replace("lora_down.weight", "alpha")]) / len(down)
+        name = key.removeprefix("diffusion_model.").removesuffix(".lora_down.weight")
+        found[name] = (scale * up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+    return found
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_written_names_and_rows_are_those_of_the_original(case: str, tmp_path: Path) -> None:
+    model, expected = adapted(case)
+    ak.attach(model).save("x", tmp_path / "x")
+    ak.convert_file(tmp_path / "x", tmp_path / "x.safetensors", naming="comfyui", base=model)
+    written = changes_in(tmp_path / "x.safetensors")
+    for name, paths in FIXED.get(case, {}).items():
+        whole = torch.cat([expected.pop(path) for path in paths])
+        torch.testing.assert_close(written.pop(name), whole, rtol=0, atol=1e-5)
+    prefix = "model.diffusion_model." if case == "SDXL" else ""
+    checkpoint = Checkpoint({f"{prefix}{name}.weight": change for name, change in written.items()})
+    found = getattr(single_file_utils, f"convert_{MODELS[case][2]}")(checkpoint, config=dict(model.config))
+    for path, change in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], change, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_written_file_is_read_back_onto_the_model_and_without_it(case: str, tmp_path: Path) -> None:
+    model, expected = adapted(case)
+    adapters, file = ak.attach(model), tmp_path / "x.safetensors"
+    adapters.save("x", tmp_path / "x")
+    ak.convert_file(tmp_path / "x", file, naming="kohya", base=model)
+    adapters.remove("x")
+    ak.convert_file(file, tmp_path / "y")
+    for source in (file, tmp_path / "y"):
+        adapters.load(source, "y")
+        found = changes(model, "y", [*expected])
+        adapters.remove("y")
+        for path, change in expected.items():
+            torch.testing.assert_close(found[path], change, rtol=0, atol=1e-5)

@@ -23,14 +23,15 @@ from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, UnsupportedError
 from adapterkit.files import WEIGHTS_FILE, FactorSpool, ServerName, problems_of, server_named, write_folder
-from adapterkit.formats import MLX_WEIGHTS, mlx_files
-from adapterkit.model import layer_tensors, named_modules
+from adapterkit.formats import MLX_WEIGHTS, layers_of, mlx_files, original_names
+from adapterkit.model import BaseModules, layer_tensors, named_modules
 from adapterkit.results import CombineReport
 
-Naming = Literal["peft", "kohya", "lycoris", "diffusers", "mlx"]
+Naming = Literal["peft", "kohya", "comfyui", "lycoris", "diffusers", "mlx"]
 # The name of a part of a pipeline by default, and the names that it may have.
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kohya": ("lora_unet", FLAT),
+    "comfyui": ("diffusion_model", DOTTED),
     "lycoris": ("lycoris", FLAT),
     "diffusers": ("unet", DOTTED),
 }
@@ -59,18 +60,24 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     Others are converted as by `Adapters.convert`: exactly, unless `rank` or `energy` truncates.
 
     Other programs' files are read and written: `"kohya"` (kohya-ss and others: `lora_unet_..._to_q.lora_down`),
-    `"lycoris"` (`lycoris_..._to_q`), `"diffusers"` (`unet....to_q.lora_A`, with the config in the header, as
-    diffusers 0.34 and later write it) and `"mlx"` (a folder for mlx-lm, with one rank and one scale). Scalings are
-    exact: alphas by layer, for rsLoRA too (to float32's rounding). Heads and trained biases have no names there.
-    Methods join by the hook `formats`. [Which files can be read and written](docs/files.md) has all layouts.
+    `"comfyui"` (`diffusion_model....to_q.lora_down`), `"lycoris"` (`lycoris_..._to_q`), `"diffusers"`
+    (`unet....to_q.lora_A`, with the config in the header, as diffusers 0.34 and later write it) and `"mlx"` (a folder
+    for mlx-lm, with one rank and one scale). `"kohya"` and `"comfyui"` write the names of the model's original code
+    where these programs have them: of SDXL (`input_blocks_4_1_...`), Flux (`double_blocks_0_img_attn_qkv`), Wan,
+    HunyuanVideo, Stable Diffusion 3 and others. Layers that are one there are joined: exactly, and LoRA with as many
+    ranks as its layers have different factors A. Scalings are exact: alphas by layer, for rsLoRA too (to float32's
+    rounding). Heads and trained biases have no names there. Methods join by the hook `formats`. [Which files can be
+    read and written](docs/files.md) has all layouts.
 
     Args:
         source: an adapter folder, a hub id, or a file of another program.
-        out: the folder to write; for `"kohya"`, `"lycoris"` and `"diffusers"` a file that ends in `.safetensors`.
+        out: the folder to write; for `"kohya"`, `"comfyui"`, `"lycoris"` and `"diffusers"` a file that ends in `.safetensors`.
         to, rank, energy: see `Adapters.convert`.
-        base: as for `combine_files`; needed where names have `_` for `.`, because these do not tell the layers' paths.
+        base: as for `combine_files`; needed where names have `_` for `.` and are not those of a model's original code,
+            because they do not tell the layers' paths, and where several models have the adapter's names.
         component: of a source for a whole pipeline, the part to convert, as its keys begin: `"unet"`, `"lora_te1"`.
-        as_component: what the part is called in the output: `"lora_unet"`, `"lycoris"` and `"unet"` by default.
+        as_component: what the part is called in the output; by default `"lora_unet"`, `"diffusion_model"`,
+            `"lycoris"` or `"unet"`.
         heads: `"drop"` leaves the adapter's heads out, and with them its labels.
         server: write a folder that `"vllm"` or `"sglang"` serves (see `check_serving`): LoRA of one rank and one alpha.
             Lower ranks are padded with zeros and scalings are folded into B, so the change stays the same. What the
@@ -99,7 +106,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         elif naming == "mlx":
             _write_mlx(result, place, dtype, () if given is None else [path for path, _ in named_modules(given.model)])
         else:
-            tensors, metadata = _foreign(result, naming, as_component or default)
+            tensors, metadata = _foreign(result, naming, as_component or default, given)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
             write_file(tensors, metadata, place, dtypes, lambda: release([spool, opened]))
     return report
@@ -205,22 +212,29 @@ def _layers_alone(result: AdapterContent, naming: str) -> tuple[AdapterConfig, d
     return config, layer_tensors(strip_file_prefix(tensors), result.method.key_rule(config), result.kinds)
 
 
-def _foreign(result: AdapterContent, naming: str, part: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _foreign(
+    result: AdapterContent, naming: str, part: str, base: Base | None
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors, by whole keys, and the metadata of another program's file."""
     method = result.method
     config, held = _layers_alone(result, naming)
-    found = method.write(naming, config, held, result.kinds, part)
+    found = method.write("kohya" if naming == "comfyui" else naming, config, held, result.kinds, part)
     if found is None:
         raise UnsupportedError(
             f"The method {method.name!r} has no form in naming={naming!r}. Convert it: to='lora' expresses every "
             "low-rank change."
         )
+    layers, separator = found.tensors, "." if part in DOTTED else "_"
+    if naming in ("kohya", "comfyui"):
+        known = None if base is None else layers_of(BaseModules(base.model))
+        layers = original_names(layers, result.kinds, known, separator)
     named: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
-    for path, own in found.tensors.items():
+    for path, own in layers.items():
         # transformers 5 has dropped a module of CLIP's text encoder, which these names have.
-        dropped = f"{OPTIONAL}." if part.startswith("lora_te") and path.startswith("encoder.layers.") else ""
-        module = f"{part}.{path}" if naming == "diffusers" else f"{part}_{dropped}{path}".replace(".", "_")
+        encoder = naming != "diffusers" and ("clip" in part or part.startswith("lora_te"))
+        inner = f"{OPTIONAL}.{path}" if encoder and path.startswith("encoder.layers.") else path
+        module = part + separator + inner.replace(".", separator)
         other = owners.setdefault(module, path)
         if other != path:
             raise CheckpointError(

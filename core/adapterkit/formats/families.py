@@ -20,6 +20,7 @@ class Family:
     Attributes:
         model: what the models are called.
         names: for each name of a layer in the original code, with dots, what diffusers has. `{}` stands for a number.
+            Of several names for the same layer the first is written.
         swapped: original names of layers that give the shift and the scale of a normalisation, which diffusers has in
             the other order. A layer that gives more than these two has the same order in both.
         told_by: an expression that a path of the model must match before its adapters are written in the original
@@ -110,6 +111,7 @@ _MLP = {
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
+_MODULATION = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
 _SINGLE = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": 4}
 _SINGLES = _inside(
     "single_blocks.{}",
@@ -125,9 +127,7 @@ def _embedder(theirs: str, ours: str, first: str = "in_layer", second: str = "ou
 _FLUX = {
     **_STREAMS,
     **_SINGLES,
-    **_inside("double_blocks.{}", "transformer_blocks.{}", _MLP),
-    "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
-    "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
+    **_inside("double_blocks.{}", "transformer_blocks.{}", _MLP | _MODULATION),
     "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
     **_embedder("time_in", "time_text_embed.timestep_embedder"),
     **_embedder("vector_in", "time_text_embed.text_embedder"),
@@ -169,20 +169,7 @@ _FLUX2 = {
     _LAST: "norm_out.linear",
 }
 
-_REFINER: dict[str, Layers] = {
-    "self_attn_qkv": _IMAGE,
-    **_fused("self_attn.qkv", _IMAGE),
-    "self_attn_proj": "attn.to_out.0",
-    "self_attn.proj": "attn.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "mlp.0": "ff.net.0.proj",
-    "mlp.2": "ff.net.2",
-    "adaLN_modulation.1": "norm_out.linear",
-}
 _HUNYUAN_VIDEO = {
-    **_STREAMS,
-    **_SINGLES,
     **_inside(
         "double_blocks.{}",
         "transformer_blocks.{}",
@@ -195,32 +182,44 @@ _HUNYUAN_VIDEO = {
             "img_mlp.fc2": "ff.net.2",
             "txt_mlp.fc1": "ff_context.net.0.proj",
             "txt_mlp.fc2": "ff_context.net.2",
-            **_MLP,
             "img_mod.linear": "norm1.linear",
-            "img_mod.lin": "norm1.linear",
             "txt_mod.linear": "norm1_context.linear",
-            "txt_mod.lin": "norm1_context.linear",
         },
     ),
+    **_SINGLES,
     "single_blocks.{}.modulation.linear": "single_transformer_blocks.{}.norm.linear",
-    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
     "img_in.proj": "x_embedder.proj",
     **_embedder("time_in", "time_text_embed.timestep_embedder", "mlp.0", "mlp.2"),
-    **_embedder("time_in", "time_text_embed.timestep_embedder"),
     **_embedder("guidance_in", "time_text_embed.guidance_embedder", "mlp.0", "mlp.2"),
-    **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
     **_embedder("vector_in", "time_text_embed.text_embedder"),
     _LAST: "norm_out.linear",
+    "final_layer.linear": "proj_out",
     "txt_in.input_embedder": "context_embedder.proj_in",
     **_embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder", "mlp.0", "mlp.2"),
-    **_embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder"),
     **_embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder", "linear_1", "linear_2"),
-    **_embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder"),
     **_inside(
         "txt_in.individual_token_refiner.blocks.{}",
         "context_embedder.token_refiner.refiner_blocks.{}",
-        _REFINER,
+        {
+            "self_attn_qkv": _IMAGE,
+            "self_attn_proj": "attn.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+            "adaLN_modulation.1": "norm_out.linear",
+            # From here on names of the Open Model Initiative and of ComfyUI.
+            **_fused("self_attn.qkv", _IMAGE),
+            "self_attn.proj": "attn.to_out.0",
+            "mlp.0": "ff.net.0.proj",
+            "mlp.2": "ff.net.2",
+        },
     ),
+    **_STREAMS,
+    **_inside("double_blocks.{}", "transformer_blocks.{}", _MLP | _MODULATION),
+    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+    **_embedder("time_in", "time_text_embed.timestep_embedder"),
+    **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    **_embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder"),
+    **_embedder("txt_in.c_embedder", "context_embedder.time_text_embed.text_embedder"),
 }
 
 _SD3 = {
@@ -308,9 +307,9 @@ _LUMINA2 = {
 _Z_IMAGE = {
     **_with_refiners(
         {
+            **{f"attention.to_{part}": f"attention.to_{part}" for part in ("q", "k", "v", "out.0")},
             "attention.qkv": {"attention.to_q": 1, "attention.to_k": 1, "attention.to_v": 1},
             "attention.out": "attention.to_out.0",
-            **{f"attention.to_{part}": f"attention.to_{part}" for part in ("q", "k", "v", "out.0")},
             **{f"feed_forward.w{n}": f"feed_forward.w{n}" for n in (1, 2, 3)},
             "adaLN_modulation.0": "adaLN_modulation.0",
         }

@@ -1,9 +1,9 @@
-"""Names of the original code of image and video models in a file, and the layers of diffusers that they stand for."""
+"""Names of the original code of image and video models: read as the layers of diffusers, and written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -53,13 +53,16 @@ class Place:
             name = ".".join(pieces[:end])
             found = _find(_table(family, separator), name)
             if found is not None:
-                original, numbers = found
-                layers = family.names[original]
-                paths = (layers,) if isinstance(layers, str) else tuple(layers)
-                shares = () if isinstance(layers, str) else tuple(layers.values())
-                paths = tuple(path.format(*numbers) for path in paths)
-                return cls(key[:start] + name, part, paths, shares, original in family.swapped)
+                return cls.at(key[:start] + name, part, family, *found)
         return None
+
+    @classmethod
+    def at(cls, module: str, part: str, family: Family, original: str, numbers: Sequence[str]) -> Place:
+        """The module that has this original name, with these numbers in its places."""
+        layers = family.names[original]
+        paths = (layers,) if isinstance(layers, str) else tuple(layers)
+        shares = () if isinstance(layers, str) else tuple(layers.values())
+        return cls(module, part, tuple(path.format(*numbers) for path in paths), shares, original in family.swapped)
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a module of this size has such shares: the first of several layers, q, has as many rows as inputs."""
@@ -88,21 +91,32 @@ class Place:
         return outputs if kinds else [outputs[0] * share // sum(self.shares) for share in self.shares]
 
 
-Names = Mapping[str, list[tuple[str, list[str]]]]
+# Original names, each with the numbers of another name for it, by the text of that with `#` for each number.
+Table = Mapping[str, list[tuple[str, list[str]]]]
 
 
 @cache
-def _table(family: Family, separator: str) -> Names:
-    """The original names by their text with `#` for each number, and those numbers."""
+def _table(family: Family, separator: str) -> Table:
+    """The original names by themselves, with `_` or `.` between their parts."""
+    return _by_text((name.replace(".", separator), name) for name in family.names)
+
+
+@cache
+def _reverse(family: Family) -> Table:
+    """The original names by the layers of diffusers. Where there are several for a layer, the first is written."""
+    layers = {name: [path] if isinstance(path, str) else path for name, path in family.names.items()}
+    return _by_text((path, name) for name, paths in layers.items() for path in paths)
+
+
+def _by_text(names: Iterable[tuple[str, str]]) -> Table:
     table: dict[str, list[tuple[str, list[str]]]] = {}
-    for original in family.names:
-        name = original.replace(".", separator)
+    for name, original in names:
         table.setdefault(_NUMBER.sub("#", name), []).append((original, _NUMBER.findall(name)))
     return table
 
 
-def _find(table: Names, name: str) -> tuple[str, list[str]] | None:
-    """The entry of a table for a name, and the numbers that stand in its places."""
+def _find(table: Table, name: str) -> tuple[str, list[str]] | None:
+    """The original name that a table has for a name, and the numbers that stand in its places."""
     numbers = _NUMBER.findall(name)
     for original, expected in table.get(_NUMBER.sub("#", name), ()):
         pairs = list(zip(expected, numbers, strict=True))
@@ -207,3 +221,93 @@ def _readings(module: str, keys: Iterable[str]) -> Iterator[tuple[Format, dict[s
             own = {local: key for key in keys for read, local in form.readings(key) if read == module}
             if not form.factors.isdisjoint(own):
                 yield form, own
+
+
+def original_names(
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    kinds: Mapping[str, LayerKind],
+    base: Mapping[str, LayerKind] | None,
+    separator: str,
+) -> dict[str, Mapping[str, Tensor]]:
+    """An adapter's tensors by the names of the model's original code, fused layers joined; as they are if it has none.
+
+    Args:
+        tensors: for each layer's path its tensors by another program's names, alphas too.
+        kinds: of these layers; `base`: of all layers of the model, if it is known.
+        separator: what the names will have between their parts.
+
+    Raises:
+        CheckpointError: the layers may be those of several models, which have other original names.
+        UnsupportedError: layers that are one in the original code have changes that the method cannot join.
+    """
+    family = _family_of(tensors, base, separator)
+    if family is None:
+        return dict(tensors)
+    written: dict[str, Mapping[str, Tensor]] = {}
+    for path in tensors:
+        place = _original(path, family)
+        assert place is not None
+        if place.module not in written:
+            written[place.module] = _joined(place, tensors, kinds if base is None else base)
+    return written
+
+
+def _original(path: str, family: Family) -> Place | None:
+    """The module of the original code that has the rows of a layer of diffusers."""
+    found = _find(_reverse(family), path)
+    return None if found is None else Place.at(found[0].format(*found[1]), "", family, *found)
+
+
+def _family_of(paths: Iterable[str], base: Iterable[str] | None, separator: str) -> Family | None:
+    """The family whose original names the layers have; `None` if diffusers' names are the only ones.
+
+    With a model it is the family that names most of the model's layers, and most of them at least.
+    """
+    known = list(paths if base is None else base)
+    found = dict[Family, list[str]]()
+    for family in FAMILIES:
+        places = [_original(path, family) for path in paths]
+        if all(places) and any(re.search(family.told_by, path) for path in known):
+            found[family] = [place.module.replace(".", separator) for place in places if place is not None]
+    if base is not None:
+        named = {family: sum(_original(path, family) is not None for path in known) for family in found}
+        best = max(named, key=lambda family: named[family], default=None)
+        return best if best is not None and 2 * named[best] > len(known) else None
+    if len({tuple(names) for names in found.values()}) > 1:
+        raise CheckpointError(
+            f"The adapter may be for {' or '.join(family.model for family in found)}, whose original code has other "
+            "names for the same layers. Give base=, the model that it is for."
+        )
+    return next(iter(found), None)
+
+
+def _joined(
+    place: Place, tensors: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, LayerKind]
+) -> Mapping[str, Tensor]:
+    """The tensors of a module of the original code. Its layers that the adapter does not change get zeros."""
+    first = next(path for path in place.paths if path in tensors)
+    outputs, inputs = kinds[first].out_features, kinds[first].in_features
+    if len(place.paths) == 1 and not (place.swapped and outputs == 2 * inputs):
+        return tensors[first]
+    form, keys = next(_readings("x", [f"x.{local}" for local in tensors[first]]))
+    names = {key.removeprefix("x."): local for local, key in keys.items()}
+    held = {path: {names[local]: t for local, t in tensors[path].items()} for path in place.paths if path in tensors}
+    if place.swapped:
+        joined = form.join(form.split(held[first], [inputs, inputs])[::-1])
+    else:
+        share = dict(zip(place.paths, place.shares, strict=True))
+        parts = []
+        for path in place.paths:
+            rows = kinds[path].out_features if path in kinds else outputs * share[path] // share[first]
+            parts.append(held[path] if path in held else _zeros(held[first], form, rows))
+        joined = form.join(parts)
+    return {keys[local].removeprefix("x."): tensor for local, tensor in joined.items()}
+
+
+def _zeros(tensors: Mapping[str, Tensor], form: Format, rows: int) -> dict[str, Tensor]:
+    """The tensors of a layer with this many outputs and no change, which has the rest in common with another layer."""
+    zeros = {}
+    for local, dim in form.rows.items():
+        if local in tensors:
+            zeros[local] = tensors[local].new_zeros(*tensors[local].shape[:dim], rows, *tensors[local].shape[dim + 1 :])
+    return {**tensors, **zeros}

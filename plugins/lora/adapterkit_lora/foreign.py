@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit import CheckpointError, ForeignLayer, Format, UnsupportedError
 from adapterkit_lora.config import LoraConfig
@@ -52,6 +52,35 @@ class LoraFormat(Format):
         for module, local in super().readings(key):
             yield module.replace(".processor.", "."), local
             yield module, local
+
+    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """A layer gets the ranks that change its own rows, where others have factors of their own beside them."""
+        found = super().split(tensors, sizes)
+        for part in found if {_DOWN, _UP, "alpha"} <= tensors.keys() else ():
+            used = part[_UP].flatten(1).ne(0).any(0)
+            if used.any() and not used.all():
+                part |= {_UP: part[_UP][:, used], _DOWN: part[_DOWN][used]}
+                part["alpha"] = (part["alpha"] or len(used)) * used.sum() / len(used)
+        return found
+
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Layers with other factors A get ranks of their own: `[B_q 0; 0 B_k] [A_q; A_k]`."""
+        if any(part.keys() != {_DOWN, _UP, "alpha"} for part in parts):
+            return super().join(parts)
+        scales = [(float(part["alpha"]) or len(part[_DOWN])) / len(part[_DOWN]) for part in parts]
+        if len({*scales}) > 1:
+            parts = [{**part, _UP: part[_UP] * scale} for part, scale in zip(parts, scales, strict=True)]
+        downs: list[Tensor] = []
+        columns = []
+        for part in parts:
+            n = next((n for n, down in enumerate(downs) if torch.equal(down, part[_DOWN])), len(downs))
+            downs += [part[_DOWN]] if n == len(downs) else []
+            columns.append(sum(map(len, downs[:n])))
+        down = torch.cat(downs)
+        pads = [(start, len(down) - start - len(part[_DOWN])) for start, part in zip(columns, parts, strict=True)]
+        up = torch.cat([nn.functional.pad(part[_UP], pad) for part, pad in zip(parts, pads, strict=True)])
+        alpha = len(down) * (scales[0] if len({*scales}) == 1 else 1.0)
+        return {_DOWN: down, _UP: up, "alpha": parts[0]["alpha"].new_tensor(alpha)}
 
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """B has a bias if the file has one."""
