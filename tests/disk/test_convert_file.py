@@ -269,7 +269,7 @@ def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     saved(CONFIGS["lora"], tmp_path / "a")
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"naming": "x"}, ak.ConfigError, r"naming = 'x' must be one of 'peft', 'kohya', 'lycoris', 'diffusers'"),
+        ({"naming": "x"}, ak.ConfigError, r"naming = 'x' must be one of 'peft', 'kohya', 'comfyui', 'lycoris'"),
         ({"naming": "kohya"}, ak.ConfigError, r"other programs' form is one file; give it a name that ends in \.safet"),
         (
             {"naming": "kohya", "as_component": "unet"},

@@ -347,7 +347,8 @@ def test_written_names_and_rows_are_those_of_the_original(case: str, tmp_path: P
         whole = torch.cat([expected.pop(path) for path in paths])
         torch.testing.assert_close(written.pop(name), whole, rtol=0, atol=1e-5)
     prefix = "model.diffusion_model." if case == "SDXL" else ""
-    checkpoint = Checkpoint({f"{prefix}{name}.weight": change for name, change in written.items()})
+    biases = {f"{prefix}{name}.bias": torch.zeros(1) for name in written} if prefix else {}
+    checkpoint = Checkpoint({f"{prefix}{name}.weight": change for name, change in written.items()} | biases)
     found = getattr(single_file_utils, f"convert_{MODELS[case][2]}")(checkpoint, config=dict(model.config))
     for path, change in expected.items():
         torch.testing.assert_close(found[f"{path}.weight"], change, rtol=0, atol=1e-5)

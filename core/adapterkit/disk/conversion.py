@@ -71,7 +71,7 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
 
     Args:
         source: an adapter folder, a hub id, or a file of another program.
-        out: the folder to write; for `"kohya"`, `"comfyui"`, `"lycoris"` and `"diffusers"` a file that ends in `.safetensors`.
+        out: the folder to write; a file that ends in `.safetensors` for any naming but `"peft"` and `"mlx"`.
         to, rank, energy: see `Adapters.convert`.
         base: as for `combine_files`; needed where names have `_` for `.` and are not those of a model's original code,
             because they do not tell the layers' paths, and where several models have the adapter's names.
