@@ -53,10 +53,10 @@ class Net(nn.Module):
 def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The change of each layer's weight that a file makes."""
     model = Net()
-    layers = layers_of(BaseModules(model))
-    files = NAMES.read(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers)
+    modules = BaseModules(model)
+    files = NAMES.read(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers_of(modules))
     assert files is not None
-    found = translate(files, layers)
+    found = translate(files, modules)
     before = {path: model.get_submodule(path).weight.detach().clone() for path in found.layers}
     adapters = ak.attach(model)
     adapters.add("a", found.config)
