@@ -235,7 +235,7 @@ def test_a_compiled_model_follows_the_strength() -> None:
 
 def test_a_strength_goes_with_the_name_and_not_with_the_adapter(tmp_path: Path) -> None:
     adapters = adapted(mlp(), a=lora())
-    adapters.activate("a", strengths={"a": 0.5})
+    adapters.activate("a", trainable=False, strengths={"a": 0.5})
     half = adapters.model(X)
     adapters.rename("a", "b")
     assert adapters.strengths == {"b": 0.5}
