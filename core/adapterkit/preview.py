@@ -12,9 +12,9 @@ from torch import nn
 
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.disk import skeleton
-from adapterkit.files import adapter_folder, local_path
+from adapterkit.files import MappedFiles, adapter_folder, local_path
 from adapterkit.files import folder as files
-from adapterkit.formats import CONFIG_FILE
+from adapterkit.formats import CONFIG_FILE, translate
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
@@ -151,6 +151,8 @@ def read_config(place: str | Path) -> AdapterConfig:
     path = local_path(place)
     folder = path.parent if path.name == CONFIG_FILE else adapter_folder(place)
     fields = files.read_config(folder)
+    if "peft_type" not in fields and path.name != CONFIG_FILE:  # another program's, which its tensors complete
+        return translate(files.read(folder, MappedFiles().read), None).config
     return default_registry.read_config(fields, folder)[1]
 
 

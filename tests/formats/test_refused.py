@@ -137,3 +137,38 @@ def test_fine_tuned_model_is_not_an_adapter(tmp_path: Path) -> None:
     for text in refusals(tmp_path / "model.safetensors"):
         assert "holds whole weights" in text
         assert "ak.extract_files(base, tuned)" in text
+
+
+def adapterhub(folder: Path) -> None:
+    (folder / CONFIG).write_text(
+        '{"config": {"architecture": "lora", "r": 8}, "hidden_size": 64, "model_class": "Bert"}'
+    )
+    torch.save({"bert.encoder.layer.0.attention.self.query.loras.a.lora_A": A}, folder / "pytorch_adapter.bin")
+
+
+def zero_checkpoint(folder: Path) -> None:
+    (folder / "global_step10").mkdir()
+    (folder / "zero_to_fp32.py").touch()
+
+
+def pointer_to_config(folder: Path) -> None:
+    (folder / CONFIG).write_bytes(LFS)
+    save_file({"base_model.model.x.lora_A.weight": A}, folder / WEIGHTS)
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "adapters": (adapterhub, "AdapterHub"),
+    "deepspeed": (zero_checkpoint, "python zero_to_fp32.py . OUT"),
+    "litgpt": (lambda f: (f / "lit_model.pth.lora").touch(), "It is of LitGPT. Merge it"),
+    "nemo": (lambda f: [(f / name).mkdir() for name in ("context", "weights")], "It is of NVIDIA NeMo. Export it"),
+    "model": (lambda f: build("bert").save_pretrained(f), "It is a model. ak.extract_files(base, model)"),
+    "one file": (lambda f: save_file({"x": A}, f / "style.safetensors"), "If style.safetensors is another program's"),
+    "pointer": (pointer_to_config, "adapter_config.json is a pointer of Git LFS"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), FOLDERS.values(), ids=FOLDERS)
+def test_folder_of_another_program_is_named(make: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    for text in refusals(tmp_path):
+        assert said in text

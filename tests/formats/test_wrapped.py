@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +176,29 @@ def test_textual_inversion_beside_an_adapter_is_left_out_and_told(tmp_path: Path
     save_file(plain | alphas | {"bundle_emb.cat.string_to_param.*": torch.ones(1, 16)}, place)
     with pytest.warns(ak.AdapterWarning, match=r"also has a textual inversion, the embeddings of new tokens"):
         torch.testing.assert_close(loaded(place), expected, rtol=0, atol=1e-5)
+
+
+def test_a_file_s_content_counts_and_not_its_suffix(tmp_path: Path) -> None:
+    _, expected = trained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+    torch.save(tensors, tmp_path / WEIGHTS)
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+def test_folder_in_which_diffusers_saved_adapters_is_their_file(tmp_path: Path) -> None:
+    _, expected = trained(tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / WEIGHTS)
+    header = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 8})}
+    named = {f"unet.{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
+    save_file(named, tmp_path / "pytorch_lora_weights.safetensors", header)
+    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+
+
+def test_state_dict_of_a_model_with_our_adapters_says_what_to_do(tmp_path: Path) -> None:
+    model = build("bert")
+    ak.attach(model).add("a", ak.config("lora", r=2, target_modules=["query"]))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ak.UnsupportedError, match="Add the adapter with its config and load this"):
+        ak.attach(build("bert")).load(tmp_path / "a.pt", "x")

@@ -15,13 +15,21 @@ from torch import Tensor
 
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_header, read_tensors
-from adapterkit.formats import CONFIG_FILE, MLX_WEIGHTS, AdapterFiles, check_content, tensors_in
+from adapterkit.formats import (
+    CONFIG_FILE,
+    MLX_WEIGHTS,
+    AdapterFiles,
+    check_beginning,
+    check_config,
+    check_content,
+    tensors_in,
+    what_else,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 # What a folder's weights may be called, the first that is there counts: PEFT's, PEFT's until 0.5, and mlx-lm's.
 WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS)
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20
 # In the weights' metadata: the config that they were saved with, and the hash of the one that was there before.
@@ -84,7 +92,7 @@ def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
     if weights is not None:
         tensors, metadata = _read_tensors(weights, reader)
         return AdapterFiles(folder, read_config(folder, metadata), tensors, metadata)
-    read_config(folder, {})
+    check_config(read_config(folder, {}), folder)
     names = sorted(path.name for path in folder.iterdir())
     others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
     if any(".index." in n or "-of-" in n for n in others):
@@ -124,8 +132,9 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
             found = "There is no such folder."
         else:
             names = sorted(p.name for p in folder.iterdir())[:8]
-            found = f"It holds {', '.join(names)}." if names else "It is empty."
+            found = f"It holds {', '.join(names)}.{what_else(folder)}" if names else "It is empty."
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
+    check_beginning(content[:64], path)
     try:
         config = json.loads(content)  # bytes: it knows byte order marks
     except (ValueError, RecursionError) as error:
@@ -136,9 +145,8 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
 
 
 def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata, by what the file is called."""
-    check_content(file)
-    return _read_pickle(file) if file.suffix in _PICKLE_SUFFIXES else reader(file)
+    """The tensors of a file, whatever it is called, and its metadata."""
+    return _read_pickle(file) if check_content(file) else reader(file)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,6 +13,8 @@ from adapterkit.formats import CONFIG_FILE
 
 # What files end in; repositories of the hub do not.
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
+# What diffusers calls a file of all adapters of a pipeline, which has no config beside it.
+_DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Other libraries' messages are cut there.
 _LONGEST = 200
 # Adapters that a message lists.
@@ -29,7 +31,8 @@ def adapter_folder(
 ) -> Path:
     """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
 
-    For a local folder that is no adapter and holds one, in a folder below, it is that one, and a warning says so.
+    For a folder in which diffusers saved adapters it is their file. For a local folder that is no adapter and holds
+    one, in a folder below, it is that one, and a warning says so.
 
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has; or a folder with several adapters.
@@ -40,12 +43,15 @@ def adapter_folder(
             raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
         return path
     if os.path.isdir(path):  # noqa: PTH112 - as above
-        path = path if subfolder else _inside(path)
+        place = path / subfolder if subfolder else _inside(path)
     else:
         prefix = f"{subfolder}/" if subfolder else ""
-        wanted = [prefix + name for name in (CONFIG_FILE, *WEIGHTS_FILES)]
+        wanted = [prefix + name for name in (CONFIG_FILE, *WEIGHTS_FILES, *_DIFFUSERS)]
         path = _snapshot(source, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted)
-    return path / subfolder if subfolder else path
+        place = path / subfolder if subfolder else path
+    if (place / CONFIG_FILE).exists():
+        return place
+    return next((place / name for name in _DIFFUSERS if (place / name).is_file()), place)
 
 
 def _inside(folder: Path) -> Path:
@@ -54,7 +60,7 @@ def _inside(folder: Path) -> Path:
     Raises:
         CheckpointError: there are several.
     """
-    if (folder / CONFIG_FILE).exists():
+    if any((folder / name).exists() for name in (CONFIG_FILE, *_DIFFUSERS)):
         return folder
     below = sorted(place.parent for depth in ("*", "*/*") for place in folder.glob(f"{depth}/{CONFIG_FILE}"))
     if len(below) > 1:

@@ -10,7 +10,7 @@ from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import original_names
-from adapterkit.formats.refused import check_content
+from adapterkit.formats.refused import check_beginning, check_config, check_content, what_else
 from adapterkit.formats.translation import Translation, translate
 from adapterkit.formats.wrapped import tensors_in
 
@@ -21,6 +21,8 @@ __all__ = [
     "AdapterFiles",
     "Translation",
     "algorithms_in",
+    "check_beginning",
+    "check_config",
     "check_content",
     "in_order",
     "in_todays_names",
@@ -32,4 +34,5 @@ __all__ = [
     "tensors_in",
     "todays_paths",
     "translate",
+    "what_else",
 ]

@@ -36,6 +36,21 @@ _CLONEOFSIMO = _sign(
     "a LoRA of cloneofsimo's lora package, which numbers the layers of a diffusers of 2022 and does not name them",
     f"Merge it there (lora_add MODEL LORA OUT 1.0 --mode upl) and load the result with diffusers; {_EXTRACT}",
 )
+_LITGPT = _sign(
+    r"(^|\.)(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]$",
+    "LoRA of LitGPT, whose config is in another file and whose q, k and v are interleaved",
+    f"Merge it (litgpt merge_lora) and convert the result (litgpt convert_from_litgpt); {_EXTRACT}",
+)
+_NEMO = _sign(
+    r"(^|\.)(adapter_layer\.lora_\w+|lora_\w+_adapter|adapter)\.linear_(in|out)\.weight$",
+    "LoRA of NVIDIA NeMo or Megatron, which splits and joins layers by the settings of its training",
+    "Export it there to Hugging Face's layout, merged or as PEFT's folder",
+)
+_ADAPTERHUB = _sign(
+    r"\.(loras\.[^.]+\.lora_[AB]|adapters\.[^.]+\.adapter_(down|up)\.|prefix_tunings?\.)|^prefix_tuning\.",
+    "an adapter of the library adapters (AdapterHub), which has its own modules",
+    f"Merge it there (model.load_adapter(...), model.merge_adapter(name)) and save the model; {_EXTRACT}",
+)
 # A file is of a program if any of its keys has the form.
 _PROGRAMS = (
     _sign(
@@ -43,16 +58,8 @@ _PROGRAMS = (
         "a checkpoint of DeepSpeed-Chat, whose LoRA has no scaling in the file",
         f"DeepSpeed-Chat merges it into what it saves at the end (convert_lora_to_linear_layer); {_EXTRACT}",
     ),
-    _sign(
-        r"(^|\.)(adapter_layer\.lora_\w+|lora_\w+_adapter|adapter)\.linear_(in|out)\.weight$",
-        "LoRA of NVIDIA NeMo or Megatron, which splits and joins layers by the settings of its training",
-        "Export it there to Hugging Face's layout, merged or as PEFT's folder",
-    ),
-    _sign(
-        r"(^|\.)(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]$",
-        "LoRA of LitGPT, whose config is in another file and whose q, k and v are interleaved",
-        f"Merge it (litgpt merge_lora) and convert the result (litgpt convert_from_litgpt); {_EXTRACT}",
-    ),
+    _NEMO,
+    _LITGPT,
     _sign(
         r"^layers\.\d+\.(attn|mlp|cross_attn)\.\w+\.(lora_[ab]\.weight|magnitude)$",
         "an adapter in torchtune's own names, without its alpha",
@@ -65,10 +72,11 @@ _PROGRAMS = (
         "Load it with diffusers (pipe.load_lora_weights) and save it there (pipe.transformer.save_lora_adapter)",
     ),
     _CLONEOFSIMO,
+    _ADAPTERHUB,
     _sign(
-        r"\.(loras\.[^.]+\.lora_[AB]|adapters\.[^.]+\.adapter_(down|up)\.|prefix_tunings?\.)|^prefix_tuning\.",
-        "an adapter of the library adapters (AdapterHub), which has its own modules",
-        f"Merge it there (model.load_adapter(...), model.merge_adapter(name)) and save the model; {_EXTRACT}",
+        r"\.adapter(s|_heads|_biases)\.[^.]+\..+",
+        "the state dict of a model with adapterkit's adapters, without their configs",
+        "Add the adapter with its config and load this with model.load_state_dict; adapters.save writes both",
     ),
     _sign(
         r"^(image_proj|ip_adapter)(\.|$)",
@@ -86,6 +94,9 @@ _PROGRAMS = (
         "Load it with diffusers: pipe.load_textual_inversion",
     ),
 )
+# What safetensors files have before their header, and how pickles of torch begin.
+_LENGTH_BYTES, _ZIP = 8, b"PK\x03\x04"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _OF_ADAPTERS = re.compile(r"lora|hada_|lokr_|adapter|oft_|vera_|ia3|boft|diff")
 _PAGE = "is a web page: the download was not allowed, or the address is that of a page. Fetch the file itself"
 # What a file begins with (in small letters) that is neither safetensors nor a pickle.
@@ -119,8 +130,11 @@ _KNOWN_BESIDE = re.compile(
 )
 
 
-def check_content(file: Path) -> None:
+def check_content(file: Path) -> bool:
     """Refuse a file that is not one of tensors, whatever it is called.
+
+    Returns:
+        Whether it is a pickle of torch, or a safetensors file.
 
     Raises:
         CheckpointError: says what it is, and what to do.
@@ -132,10 +146,44 @@ def check_content(file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     if not first:
         raise CheckpointError(f"{file} is empty: 0 bytes. It was not written to its end; fetch or save it again.")
-    known = (why for begin, why in _BEGINNINGS if first.lower().startswith(begin))
-    why = _SUFFIXES.get(file.suffix) or next(known, None)
+    if file.suffix in _SUFFIXES:
+        raise CheckpointError(f"{file} {_SUFFIXES[file.suffix]}.")
+    check_beginning(first, file)
+    if first.startswith(_ZIP) or first[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{":
+        return first.startswith(_ZIP)
+    return file.suffix in _PICKLE_SUFFIXES  # it is damaged, or in torch's old format
+
+
+def check_beginning(first: bytes, file: Path) -> None:
+    """Raise `CheckpointError` if a file's first bytes are those of something else: of a pointer, of a page."""
+    why = next((why for begin, why in _BEGINNINGS if first.lower().startswith(begin)), None)
     if why is not None:
         raise CheckpointError(f"{file} {why}.")
+
+
+def check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse the `adapter_config.json` of a program whose folders cannot be read.
+
+    Raises:
+        UnsupportedError: names the program.
+    """
+    if "peft_type" not in config and isinstance(config.get("config"), Mapping | str):
+        raise UnsupportedError(_refusal(folder, _ADAPTERHUB, "its adapter_config.json"))
+
+
+def what_else(folder: Path) -> str:
+    """What a folder without an adapter's config is, and what to do, if it is known."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(re.match(r"zero_to_fp32\.py|global_step\d+|(bf16_)?zero_pp_rank|mp_rank_\d+", name) for name in names):
+        return f" It is a checkpoint of DeepSpeed. {_ZERO}."
+    if any(name.startswith("lit_model.pth") for name in names):
+        return f" It is of LitGPT. {_LITGPT.cure}."
+    if {"context", "weights"} <= {*names} or "model_config.yaml" in names:
+        return f" It is of NVIDIA NeMo. {_NEMO.cure}."
+    if "config.json" in names:
+        return " It is a model. ak.extract_files(base, model) makes an adapter of its difference to a base."
+    files = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
+    return f" If {files[0]} is another program's adapter, give that file." if len(files) == 1 else ""
 
 
 def check_loaded(loaded: Any, file: Path) -> None:
