@@ -151,7 +151,8 @@ def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[s
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as opened:  # by its path, torch would go by the suffix
+            loaded = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
     tensors = tensors_in(loaded, path)
