@@ -1,12 +1,16 @@
-"""Tables of names: a fused layer of another program becomes several layers, exactly, for every method."""
+"""Original names of models: a fused layer becomes several layers, exactly, for every method, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests.combining import randomise
+from tests.diffusion import text_encoder
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -14,6 +18,8 @@ from adapterkit.formats import AdapterFiles, layers_of, translate
 from adapterkit.formats.families import Family
 from adapterkit.formats.names import OriginalNames
 from adapterkit.model import BaseModules
+from adapterkit_loha import LoHaConfig
+from adapterkit_lora import LoraConfig
 
 Make = Callable[[str, int], tuple[dict[str, Tensor], Tensor]]
 QKV = {f"blocks.{{}}.attn.to_{name}": 1 for name in "qkv"}
@@ -48,6 +54,7 @@ class Net(nn.Module):
         super().__init__()
         self.x_embedder = nn.Linear(4, 4)
         self.blocks = nn.ModuleList(Block() for _ in range(11))
+        self.blocks[0].last = nn.Linear(4, 8)
 
 
 def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,3 +135,170 @@ def test_rows_that_cannot_be_split_are_refused() -> None:
     tensors, _ = lora("lora_unet_double_blocks_0_qkv", 13)
     with pytest.raises(ak.UnsupportedError, match=r"has 13 outputs in 'lora_B.weight'; they cannot be split as"):
         changes(tensors)
+
+
+def test_halves_of_a_last_layer_change_places() -> None:
+    tensors, change = lora("lora_unet_last", 8)
+    check(changes(tensors), {"blocks.0.last": torch.cat([change[4:], change[:4]])})
+
+
+def test_two_names_for_one_layer_are_refused() -> None:
+    fused, _ = lora("lora_unet_double_blocks_0_qkv", 12)
+    own, _ = lora("diffusion_model.blocks.0.attn.to_q", 4)
+    with pytest.raises(ak.CheckpointError, match=r"Both 'diffusion_model.blocks.0.attn.to_q"):
+        changes(own | fused)
+
+
+# Whole models
+
+
+def model_of(layers: dict[str, tuple[int, int]]) -> nn.Module:
+    """A model with linear layers at these paths, of these outputs and inputs."""
+    model = nn.Module()
+    for path, (outputs, inputs) in layers.items():
+        place, *rest = model, *path.split(".")
+        for name in rest[:-1]:
+            if not hasattr(place, name):
+                place.add_module(name, nn.Module())
+            place = place.get_submodule(name)
+        place.add_module(rest[-1], nn.Linear(inputs, outputs))
+    return model
+
+
+FUSED = [f"transformer_blocks.0.attn.to_{name}" for name in "qkv"]
+MLP = "transformer_blocks.0.ff.net.0.proj"
+FLUX = {
+    **dict.fromkeys([*FUSED, "transformer_blocks.0.attn.to_out.0", "context_embedder"], (8, 8)),
+    **dict.fromkeys([MLP, "single_transformer_blocks.0.proj_mlp"], (32, 8)),
+    "transformer_blocks.0.norm1.linear": (48, 8),
+    "norm_out.linear": (16, 8),
+    "time_text_embed.guidance_embedder.linear_1": (8, 8),
+}
+UNET = {f"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{name}": (8, 8) for name in "qkv"}
+
+
+def saved(model: nn.Module, config: ak.AdapterConfig, folder: Path, *, same: bool = False) -> dict[str, Tensor]:
+    """An adapter with random values in `folder`, with the same A everywhere or not; the change of each layer."""
+    adapters = ak.attach(model)
+    adapters.add("a", config)
+    randomise(adapters, "a", 1)
+    if same:
+        state = adapters.state_dict("a")
+        first = next(tensor for key, tensor in state.items() if "lora_A" in key)
+        adapters.load_state_dict("a", {key: first if "lora_A" in key else t for key, t in state.items()})
+    adapters.save("a", folder)
+    found = merged(adapters, "a", adapters.layers("a"))
+    adapters.remove("a")
+    return found
+
+
+def merged(adapters: ak.Adapters, name: str, paths: Iterable[str]) -> dict[str, Tensor]:
+    """What merging an adapter adds to the weights of these layers."""
+    before = {path: adapters.model.get_submodule(path).weight.detach().clone() for path in paths}
+    adapters.merge(name)
+    found = {path: adapters.model.get_submodule(path).weight.detach() - weight for path, weight in before.items()}
+    adapters.unmerge()
+    return found
+
+
+def written(folder: Path, **options: Any) -> dict[str, tuple[int, Tensor]]:
+    """The rank and the change `alpha / r * up @ down` of each module of the file that `folder` is converted to."""
+    file = folder.with_suffix(".safetensors")
+    ak.convert_file(folder, file, naming="kohya", **options)
+    tensors, found = load_file(file), {}
+    for module in (key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")):
+        up, down = (tensors[f"{module}.lora_{name}.weight"] for name in ("up", "down"))
+        found[module] = len(down), float(tensors[f"{module}.alpha"]) / len(down) * up @ down
+    return found
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "same", "rank"),
+    [
+        (FUSED, {}, False, 6),
+        (FUSED, {}, True, 2),
+        (FUSED, {"alpha_pattern": {"to_k": 7}, "rank_pattern": {"to_v": 3}}, False, 7),
+        (FUSED[::2], {}, False, 4),
+        (FUSED[1:2], {"use_rslora": True}, False, 2),
+    ],
+    ids=["own A", "same A", "own ranks and alphas", "not k", "k alone"],
+)
+def test_layers_that_are_one_in_the_original_are_joined(
+    targets: list[str], options: dict[str, Any], same: bool, rank: int, tmp_path: Path
+) -> None:
+    model = model_of(FLUX)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[*targets, MLP], **options)
+    expected = saved(model, config, tmp_path / "a", same=same)
+    found = written(tmp_path / "a", base=model)
+    zeros = torch.zeros(8, 8)
+    whole = torch.cat([expected.get(path, zeros) for path in FUSED])
+    assert found.keys() == {f"lora_unet_double_blocks_0_img_{name}" for name in ("attn_qkv", "mlp_0")}
+    assert found["lora_unet_double_blocks_0_img_attn_qkv"][0] == rank
+    torch.testing.assert_close(found["lora_unet_double_blocks_0_img_attn_qkv"][1], whole, rtol=0, atol=1e-5)
+    adapters = ak.attach(model)
+    adapters.load(tmp_path / "a.safetensors", "b")
+    check(merged(adapters, "b", FUSED), {path: expected.get(path, zeros) for path in FUSED})
+
+
+def test_factors_that_no_adapter_of_the_method_joins_are_refused(tmp_path: Path) -> None:
+    model = model_of(FLUX)
+    saved(model, LoHaConfig(r=2, target_modules=[*FUSED, MLP]), tmp_path / "a")
+    with pytest.raises(ak.UnsupportedError, match=r"differs between layers that are one layer there.*to='lora'"):
+        written(tmp_path / "a", base=model, to="loha")
+
+
+def test_names_are_written_as_kohya_s_programs_train_the_model(tmp_path: Path) -> None:
+    saved(model_of(UNET), LoraConfig(r=2, target_modules=[*UNET]), tmp_path / "a")
+    xl, original = (
+        {**UNET, "add_embedding.linear_1": (8, 8)},
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_",
+    )
+    assert written(tmp_path / "a", base=model_of(xl)).keys() == {original + name for name in "qkv"}
+    assert written(tmp_path / "a", overwrite=True).keys() == {f"lora_unet_{path.replace('.', '_')}" for path in UNET}
+
+
+def test_layers_of_several_models_ask_for_the_base(tmp_path: Path) -> None:
+    saved(model_of(FLUX), LoraConfig(r=2, target_modules=[MLP]), tmp_path / "a")
+    with pytest.raises(ak.CheckpointError, match=r"may be for Flux or HunyuanVideo or .* Give base="):
+        written(tmp_path / "a")
+    tensors, _ = lora("diffusion_model.layers.0.feed_forward.w1", 12)
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(ak.CheckpointError, match=r"may be for Z-Image or Lumina 2, .* Give base="):
+        ak.convert_file(tmp_path / "b.safetensors", tmp_path / "c")
+    assert "diffusion_model.layers.0.feed_forward.w1" in str(ak.inspect_adapter(tmp_path / "b.safetensors"))
+
+
+def test_inspect_keeps_the_names_and_says_whose_they_are(tmp_path: Path) -> None:
+    tensors, _ = lora("lora_unet_single_blocks_0_linear1", 28)
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = str(ak.inspect_adapter(tmp_path / "a.safetensors"))
+    assert "layout: kohya-ss, Flux in its original names" in report
+    assert "lora_unet_single_blocks_0_linear1 " in report
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *(
+            "lora_te_text_model_",
+            "lora_te1_text_model_",
+            "lora_te2_text_model_",
+            "lora_te4_",
+            "lora_prior_te_text_model_",
+        ),
+        *(
+            "clip_l.text_model.",
+            "clip_g.",
+            "text_encoders.clip_l.transformer.text_model.",
+            "text_encoder_2.text_model.",
+        ),
+    ],
+)
+def test_prefixes_of_text_encoders(prefix: str, tmp_path: Path) -> None:
+    path = "encoder.layers.1.self_attn.q_proj"
+    tensors = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2), "alpha": torch.tensor(1.0)}
+    name = prefix + (path if prefix.endswith(".") else path.replace(".", "_"))
+    save_file({f"{name}.{local}": tensor for local, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    adapters = ak.attach(text_encoder())
+    assert adapters.load(tmp_path / "a.safetensors", "a").ok
+    check(merged(adapters, "a", [path]), {path: torch.ones(16, 16)})

@@ -162,7 +162,7 @@ class OriginalNames(Layout):
                 )
         family, places = next(iter(best.items()))
         tensors = _moved(files.tensors, places, sizes)
-        return files.read_as(f"the original code of {family.model}", tensors)
+        return files.read_as(f"{family.model} in its original names", tensors)
 
 
 def _places(tensors: Iterable[str], family: Family, layers: Mapping[str, LayerKind] | None) -> dict[str, Place]:

@@ -21,7 +21,7 @@ from adapterkit.contract import (
     default_registry,
     strip_file_prefix,
 )
-from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError, UnsupportedError
 from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.earlier_names import EARLIER, in_todays_names, todays_paths, with_todays_names
 from adapterkit.formats.layouts import (
@@ -97,8 +97,7 @@ def translate(
         check_foreign(files.tensors, files.folder)
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
     files = dataclasses.replace(files, tensors=of_component(held, part))
-    for layout in OF_NAMES:
-        files = layout.read(files, layers) or files
+    files = _with_paths(files, layers, only_tell=keep_names and layers is None)
     moved = {} if modules is None else todays_paths(modules, files.tensors, other_class=other_class)
     files = files.read_as(EARLIER, in_todays_names(files.tensors, moved)) if moved else files
     own = files.tensors
@@ -120,6 +119,19 @@ def translate(
     passed |= {key for key in held if part is not None and component(key) != part}
     whose = ", ".join(filter(None, (program, *files.programs)))
     return Translation(method, config, read, found, frozenset({*passed, *tokens}), whose)
+
+
+def _with_paths(files: AdapterFiles, layers: Mapping[str, LayerKind] | None, *, only_tell: bool) -> AdapterFiles:
+    """The layers by the paths of the model; or, to tell the program alone, what the file calls them."""
+    for layout in OF_NAMES:
+        try:
+            found = layout.read(files, layers) or files
+        except (CheckpointError, UnsupportedError):
+            if not only_tell:
+                raise
+        else:
+            files = dataclasses.replace(files, programs=found.programs) if only_tell else found
+    return files
 
 
 def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterable[str]) -> None:
