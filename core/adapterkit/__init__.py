@@ -41,6 +41,7 @@ from adapterkit.errors import (
     StateError,
     UnknownNameError,
     UnsupportedError,
+    UsageError,
 )
 from adapterkit.features import features
 from adapterkit.files import ServingReport, check_serving
@@ -168,6 +169,7 @@ __all__ = [
     "Target",
     "UnknownNameError",
     "UnsupportedError",
+    "UsageError",
     "as_peft",
     "attach",
     "check_serving",

@@ -37,7 +37,7 @@ from adapterkit.contract import (
     default_registry,
     twin,
 )
-from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown, usage
 from adapterkit.files import (
     adapter_folder,
     adapter_tensors,
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
 _KEEPS_REPLACEMENT = "What is there now stays as it is."
 
 
+@usage("adapters = ak.attach(model); adapters.add('mood', ak.LoraConfig(r=8))")
 def attach(model: nn.Module) -> Adapters:
     """The adapters of a model, always the same object. The call itself changes nothing.
 
@@ -124,30 +125,6 @@ def attach(model: nn.Module) -> Adapters:
         found = model.__dict__[ATTRIBUTE] = Adapters(model)
     assert isinstance(found, Adapters)
     return found
-
-
-def adapted_models(module: nn.Module) -> Iterator[tuple[str, Adapters]]:
-    """The adapters of each model inside that has some, the module itself included, with the prefix of its keys."""
-    for path, model in module.named_modules():
-        adapters = model.__dict__.get(ATTRIBUTE)
-        if isinstance(adapters, Adapters) and adapters.names:
-            yield f"{path}." if path else "", adapters
-
-
-def adapters_in(model: nn.Module) -> Adapters:
-    """The adapters of a model that a tool holds; they may be attached to a model inside it.
-
-    Raises:
-        ConfigError: there are none, or several models inside have some.
-    """
-    found = [adapters for _, adapters in adapted_models(model)]
-    if len(found) != 1:
-        what = "has no adapters" if not found else "has several models inside with adapters of their own"
-        raise ConfigError(
-            f"The {type(model).__name__} {what}. Add adapters to one model before you train: "
-            "ak.attach(model).add(name, config)."
-        )
-    return found[0]
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -231,6 +208,9 @@ class Adapters:
         if not self._model.attached:
             return "<Adapters, detached>"
         return f"<Adapters of {type(self.model).__name__}: {', '.join(map(repr, self.names)) or 'none'}>"
+
+    def _repr_html_(self) -> str:
+        return self.status()._repr_html_() if self._model.attached else repr(self)
 
     def config(self, name: str) -> AdapterConfig:
         """The config of an adapter."""
@@ -322,6 +302,7 @@ class Adapters:
 
     # Adding
 
+    @usage("adapters.add('mood', ak.LoraConfig(r=8))")
     @torch.inference_mode(False)
     def add(
         self,
@@ -588,6 +569,7 @@ class Adapters:
             adapter.write(completed(adapter, self.model, values), self.model)
         return report
 
+    @usage("adapters.save('mood', 'out/mood')")
     def save(
         self,
         name: str,
@@ -664,6 +646,7 @@ class Adapters:
         with self._model.writing(adapter), uninterrupted():
             load_training_state(adapter, self.model, state)
 
+    @usage("adapters.load('out/mood'), or adapters.load('out/mood', 'name')")
     @torch.inference_mode(False)
     def load(  # noqa: PLR0913 - the last four are the hub's
         self,
@@ -710,6 +693,7 @@ class Adapters:
         self._install(adapter, activate=activate, trainable=trainable)
         return dataclasses.replace(report, adapter=adapter.status(active=name in self.active, merged=False))
 
+    @usage("adapters.swap('mood', 'out/mood')")
     @torch.inference_mode(False)
     def swap(
         self,
@@ -918,6 +902,7 @@ class Adapters:
 
     # Combining
 
+    @usage("adapters.combine('both', {'mood': 0.7, 'topic': 0.3})")
     @torch.inference_mode(False)
     def combine(  # noqa: PLR0913 - three independent choices and what they need
         self,

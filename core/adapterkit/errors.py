@@ -7,9 +7,15 @@ without knowledge of this library. Messages quote names and values of files, so 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Longer words and lines are cut in the middle.
 _LONGEST_WORD, _LONGEST_LINE = 300, 4000
@@ -56,6 +62,10 @@ class ConfigError(AdapterError, ValueError):
     """A config, a name or an argument is invalid."""
 
 
+class UsageError(ConfigError, TypeError):
+    """A call lacks an argument, or has one that does not exist."""
+
+
 class UnsupportedError(AdapterError, NotImplementedError):
     """The library knows an option or a layer but does not implement it. It never ignores one instead."""
 
@@ -88,6 +98,28 @@ class AdapterWarning(UserWarning):
     """Something is allowed, but probably not intended."""
 
     __str__ = AdapterError.__str__
+
+
+def usage(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a call with missing or unknown arguments raise a `UsageError` that shows how it is called."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as fault:
+                    raise UsageError(f"{function.__name__}: {fault}. It is called so: {example}") from None
+                raise
+
+        return checked
+
+    return decorate
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

@@ -31,7 +31,7 @@ class Printed:
         printer.text(str(self))
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"  # without colors of its own, so it is readable in dark notebooks
+        return in_html(str(self))
 
 
 @dataclass(frozen=True)
@@ -244,14 +244,21 @@ class Status(Printed):
                 trains = f"{r.trainable_parameters:,}"
             places = ", ".join(r.heads) or "-", f"{r.parameters:,}", ", ".join(r.dtypes), ", ".join(r.devices)
             table.append((r.name, r.method, str(r.targets), *places, active, trains, merged))
-        lines = [*columns(table), *(f"{row.name}: {note}" for row in self.rows for note in row.notes)]
+        lines = columns(table)
         if self.base_parameters:
             lines.append(
                 f"trainable: {counted(self.trainable_parameters, 'parameter')}, "
                 f"{self.trainable_parameters / self.base_parameters:.2%} of the base model's {self.base_parameters:,}; "
                 f"the adapters take {self.memory / 2**20:,.2f} MiB"
             )
+        lines += [f"{row.name}: {note}" for row in self.rows for note in row.notes]
         return in_lines(lines)
+
+
+def in_html(text: str) -> str:
+    """Text for a notebook. It has no colors of its own, so that dark notebooks show it as well."""
+    style = "border-left: 3px solid #8888; padding-left: 0.8em; max-height: 40em; overflow: auto"
+    return f'<div style="{style}"><pre>{escape(text)}</pre></div>'
 
 
 def listed(what: str, entries: Sequence[str]) -> list[str]:

@@ -542,6 +542,7 @@ def test_label_set_that_is_refused(given: dict[str, Any], text: str, error: type
 def test_each_error_is_also_the_builtin_that_a_caller_expects() -> None:
     for error, builtin in {
         ak.ConfigError: ValueError,
+        ak.UsageError: TypeError,
         ak.UnsupportedError: NotImplementedError,
         ak.UnknownNameError: KeyError,
         ak.SelectionError: ValueError,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import adapterkit as ak
-from adapterkit.adapters import adapters_in
 from adapterkit.contract.registry import default_registry
+from adapterkit.integrations.models import adapters_in
 from adapterkit.integrations.transformers import AdapterTrainerMixin
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig

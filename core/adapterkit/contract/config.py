@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import re
 import reprlib
 import types
@@ -16,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
 from adapterkit.errors import AdapterWarning, ConfigError, PluginError, UnknownNameError, UnsupportedError, nearest
+from adapterkit.results import in_html
 
 Modules = str | Sequence[str] | None
 TrainedBiases = Literal["none", "targets", "all"]
@@ -46,6 +48,20 @@ _SCALES: Mapping[str, object] = dict.fromkeys(("alpha", "alpha_pattern", "lora_a
 _INITIAL = re.compile(r"init_(\w+_)?weights")
 
 
+# How values are shown in the text of a config.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+# What other programs and papers call a field.
+_SYNONYMS = {
+    **dict.fromkeys(("rank", "dim", "lora_r", "lora_rank", "lora_dim", "network_dim"), "r"),
+    **dict.fromkeys(("targets", "modules", "lora_target_modules", "target_layers"), "target_modules"),
+    **dict.fromkeys(("dropout", "lora_drop"), "lora_dropout"),
+    **dict.fromkeys(("heads", "trainable_modules"), "modules_to_save"),
+    **dict.fromkeys(("layers", "layer"), "layers_to_transform"),
+}
+
+
 @dataclass(frozen=True)
 class Limit:
     """What a number must be, in the annotation of a config's field: `r: Annotated[int, Limit(...)] = 8`.
@@ -62,6 +78,20 @@ class Limit:
 Rank = Annotated[int, Limit(lambda value: value >= 1, ": a rank must be at least 1")]
 Dropout = Annotated[float, Limit(lambda p: 0 <= p < 1, " must be a probability, at least 0 and below 1")]
 Probability = Annotated[float, Limit(lambda p: 0 <= p <= 1, " must be a probability, from 0 to 1")]
+
+
+class _OwnFieldsFirst:
+    """A config class's signature, for `help` and editors: the method's own fields, such as `r`, come first."""
+
+    def __get__(self, config: object, cls: Any) -> inspect.Signature:
+        try:
+            hints = {name: _bare(hint) for name, hint in _hints(cls).items()}
+        except (NameError, TypeError):  # a class in a function, whose names cannot be found from here
+            hints = {}
+        keyword, own = inspect.Parameter.KEYWORD_ONLY, _own_first(cls)
+        return inspect.Signature(
+            [inspect.Parameter(f.name, keyword, default=_default(f), annotation=hints.get(f.name, f.type)) for f in own]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +141,8 @@ class AdapterConfig:
     default_targets: ClassVar[Mapping[str, Sequence[str] | str]] = {}
     not_in_files: ClassVar[tuple[str, ...]] = ("bias", "fan_in_fan_out")
 
+    __signature__ = _OwnFieldsFirst()
+
     target_modules: Modules = None
     exclude_modules: Modules = None
     layers_to_transform: int | Sequence[int] | Mapping[str, str | int | Sequence[int]] | None = None
@@ -123,6 +155,19 @@ class AdapterConfig:
     revision: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.__repr__ = AdapterConfig.__repr__  # type: ignore[method-assign]  # `dataclass` makes none where there is one
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults: `LoraConfig(r=16, target_modules=('query',))`."""
+        pairs = ((f, getattr(self, f.name)) for f in _own_first(type(self)))
+        shown = (f"{f.name}={_SHORT.repr(value)}" for f, value in pairs if value != _default(f))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        return in_html(str(self))
+
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Refuse unknown fields with a helpful message, before `__init__` refuses them with Python's."""
         if args:
@@ -134,7 +179,8 @@ class AdapterConfig:
                     f"{cls.__name__}: {name} = {fields[name]!r} is an option of PEFT that adapterkit does not "
                     "implement. Leave it out."
                 )
-            hint = "".join(f" Did you mean {close!r}?" for close in nearest(name, known, 1))
+            meant = [*(own for own in known if own == _SYNONYMS.get(name)), *nearest(name, known, 1)][:1]
+            hint = "".join(f" Did you mean {close!r}?" for close in meant)
             raise UnknownNameError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
         return super().__new__(cls)
 
@@ -327,6 +373,19 @@ class AdapterConfig:
 def _hints(cls: Any) -> Mapping[str, Any]:
     """The types of a config's fields. They are kept, because resolving them takes as long as the rest of a config."""
     return typing.get_type_hints(cls, include_extras=True)
+
+
+def _own_first(cls: type[AdapterConfig]) -> list[dataclasses.Field[Any]]:
+    """A config's fields: those that its method adds before those that every method has."""
+    common = AdapterConfig.__dataclass_fields__
+    return sorted(dataclasses.fields(cls), key=lambda f: f.name in common)
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    """A field's default; `inspect.Parameter.empty` if a method demands the field."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
 
 
 def _plain(value: Any) -> Any:

@@ -113,6 +113,17 @@ class Holder(nn.Module):
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
+    def __repr__(self) -> str:
+        """The shape of its weight, so that `print(model)` shows `(lora_A): (8, 768)`."""
+        return super().__repr__() if self._modules else _shapes(self, but="weight")
+
+
+def _shapes(module: nn.Module, but: str = "") -> str:
+    """The shapes of a module's own tensors, each behind its name but for that of one."""
+    own = {**module._parameters, **module._buffers}
+    shapes = ((n, f"({', '.join(map(str, t.shape))})") for n, t in own.items() if t is not None)
+    return ", ".join(shape if n == but else f"{n}: {shape}" for n, shape in shapes)
+
 
 def kaiming(parameter: Tensor) -> None:
     """Fill a parameter in place as torch fills the weight of `nn.Linear`: uniform within `1 / sqrt(in)`."""
@@ -186,6 +197,10 @@ class AdapterLayer(nn.Module):
                 f"{cls.__name__} is a subclass of {base.__name__}, so it must define {' or '.join(cls._needs)}: see "
                 f"adapterkit.{base.__name__}."
             )
+
+    def extra_repr(self) -> str:
+        """The shapes of its own tensors, for `print(model)`."""
+        return _shapes(self)
 
     def setup(self, target: Target, config: Any) -> None:
         """Make the parameters and buffers, with `target.new(...)`. Called once: when an adapter is added or loaded."""

@@ -208,8 +208,11 @@ class Method:
         return found[0], found[1]
 
     @torch.no_grad()
-    def check_shapes(self, layer: AdapterLayer, path: str, *, has_bias: bool) -> None:
+    def check_shapes(self, layer: AdapterLayer, path: str, *, has_bias: bool) -> bool:
         """Check the shapes of what the layer's mathematics gives; that of a large layer without values.
+
+        Returns:
+            Whether its factors change the layer's bias.
 
         Raises:
             PluginError: names the function, the layer, and what it must give.
@@ -219,7 +222,7 @@ class Method:
         devices = [tensor.device for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors]
         device = devices[0] if devices else torch.device("cpu")
         if device.type == "meta":
-            return
+            return False
         if math.prod(sizes) > _LARGE:
             layer, device = without_values(layer), torch.device("meta")
         weight, bias = torch.zeros(sizes, device=device), torch.zeros(sizes[0], device=device) if has_bias else None
@@ -230,12 +233,14 @@ class Method:
                     what = f"{type(layer).__name__}.change"
                     raise self.fault(f"{what} gave {path!r} {_shown(change)}; it must be {_shown(weight)}")
             if layer.additive:
-                self.factors(layer, where=repr(path))
-            elif self.merges(layer):
+                factors = self.factors(layer, where=repr(path))
+                return factors is not None and factors.bias is not None
+            if self.merges(layer):
                 self.merge(layer, weight, bias, where=repr(path))
         except PluginError as error:
             if error.__cause__ is None:  # else the function may need values, which the forward shows
                 raise
+        return False
 
     def merges(self, layer: AdapterLayer) -> bool:
         """Whether the layer can be merged, as far as its class tells."""

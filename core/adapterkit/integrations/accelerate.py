@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from adapterkit.adapters import Adapters, adapters_in
+from adapterkit.adapters import Adapters
 from adapterkit.checkpoints import base_state, load_states, save_training, subfolder
 from adapterkit.errors import ConfigError
 from adapterkit.files import read_tensors, write_tensors
+from adapterkit.integrations.models import adapters_in
 
 _STATISTICS = "batch_norms.safetensors"
 

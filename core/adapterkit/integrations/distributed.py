@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from adapterkit.adapters import adapters_in
 from adapterkit.checkpoints import check_setting, restore, setting
 from adapterkit.contract import part_name
 from adapterkit.errors import CheckpointError
+from adapterkit.integrations.models import adapters_in
 
 # The key of how all adapters acted. The others have a dot.
 _SETTING = "setting"

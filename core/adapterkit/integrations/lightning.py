@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adapterkit.adapters import Adapters, adapted_models, penalty
+from adapterkit.adapters import Adapters, penalty
 from adapterkit.checkpoints import check_setting, setting
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
+from adapterkit.integrations.models import adapted_models
 
 # Each package has a `Callback` of its own, and its `Trainer` knows that one alone.
 _PACKAGES = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from adapterkit.adapters import Adapters, adapters_in, penalty
+from adapterkit.adapters import Adapters, penalty
 from adapterkit.checkpoints import (
     Saver,
     WrittenElsewhere,
@@ -29,6 +29,7 @@ from adapterkit.checkpoints import (
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
 from adapterkit.errors import AdapterWarning, CheckpointError, StateError, UnsupportedError
 from adapterkit.formats import CONFIG_FILE
+from adapterkit.integrations.models import adapters_in
 from adapterkit.integrations.peft import as_peft
 
 if TYPE_CHECKING:

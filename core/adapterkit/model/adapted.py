@@ -9,8 +9,8 @@ from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
-from adapterkit.contract import SHARED, part_name
-from adapterkit.errors import ConfigError, StateError
+from adapterkit.contract import SHARED, AdapterConfig, part_name
+from adapterkit.errors import ConfigError, StateError, UsageError
 from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, tensor_parallel, uninstall
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
@@ -140,6 +140,8 @@ class AdaptedModel:
 
     def check_new_name(self, name: object) -> None:
         """Raise `ConfigError` if no adapter can have this name, or one has it."""
+        if isinstance(name, AdapterConfig):
+            raise UsageError("The name comes before the config: adapters.add('mood', ak.LoraConfig(r=8)).")
         if not isinstance(name, str) or not name.strip("."):
             raise ConfigError(f"{reprlib.repr(name)} cannot be an adapter's name: it must be text, and not dots alone.")
         other = next((own for own in self.adapters if part_name(own) == part_name(name)), None)

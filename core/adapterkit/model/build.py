@@ -64,7 +64,9 @@ class LayerBuilder:
         self.method, self.config, self.cast = method, config, cast
         self.rule = method.key_rule(config)
         self.fit = fit or Fit(self.rule)
-        self._checked: set[Hashable] = set()
+        # For layers that are alike, whether they change the bias of the base's layer.
+        self._checked: dict[Hashable, bool] = {}
+        self.without_bias: list[str] = []
 
     def build(
         self, targets: Sequence[Target], model: nn.Module, tensors: Tensors | None, seed: int | None
@@ -134,11 +136,13 @@ class LayerBuilder:
         self._check_names(layer, "hook inject", "parameter and buffer", f" for {target.path!r}")
         layer.__dict__["method"] = self.method.name
         alike = (type(layer), target.kind, id(layer.config))
+        has_bias = target.module is None or isinstance(getattr(target.module, "bias", None), Tensor)
         if alike not in self._checked:
-            self._checked.add(alike)
-            has_bias = target.module is None or isinstance(getattr(target.module, "bias", None), Tensor)
+            self._checked[alike] = False
             with suppress(UnsupportedError):  # it acts all the same
-                self.method.check_shapes(layer, target.path, has_bias=has_bias)
+                self._checked[alike] = self.method.check_shapes(layer, target.path, has_bias=has_bias)
+        if self._checked[alike] and not has_bias:
+            self.without_bias.append(target.path)
         return layer
 
     def _check_names(self, module: nn.Module, maker: str, what: str, where: str = "") -> None:
@@ -219,6 +223,10 @@ def build_adapter(
     adapter.readers = readers_of(modules, adapter.hosts, adapter.heads)
     if given is not None:
         _fill_beside(adapter, builder, given)
+    notes += [
+        f"the adapter cannot be merged: it adds a bias at {path!r}, where the base has none"
+        for path in builder.without_bias[:1]
+    ]
     return adapter, notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def _by_rules(modules: BaseModules, config: AdapterConfig) -> Selection:
             outside.setdefault(by, f"{by} ({path!r}: {reason})")
         skipped.append((path, reason))
     if not targets:
-        raise SelectionError(_nothing(modules, config, skipped))
+        raise SelectionError(_nothing(modules, config, skipped, numbers))
     unmatched += exclude.unused
     if config.target_modules is not None:  # a default names layers that only some models have
         unmatched += [entry for by, entry in outside.items() if by not in {match.rule for match in targets}]
@@ -237,17 +238,27 @@ def _example_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(tails))[:4] or ["name"]
 
 
-def _nothing(modules: BaseModules, config: AdapterConfig, skipped: Sequence[tuple[str, str]]) -> str:
+def _nothing(
+    modules: BaseModules, config: AdapterConfig, skipped: Sequence[tuple[str, str]], numbers: LayerNumbers
+) -> str:
     """Why there is no target."""
     wanted = config.target_modules
     if skipped:
         path, reason = skipped[0]
+        reason += numbers.why_none(path for path, _ in skipped)
         return f"Every layer that {wanted!r} names is left out; {len(skipped)} in all, for example {path!r}: {reason}."
     every = default_registry.method_of(config).any_module
     adaptable = [p for m, paths in modules.paths_of.items() if every or default_registry.kind_of(m) for p in paths]
     if not adaptable:
         return f"{type(modules.model).__name__} has no layer that can be adapted."
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
+    if isinstance(wanted, str):
+        rule = Rule("target_modules", re.findall(r"[^\s,|()]+", wanted))
+        if [path for path in adaptable if rule.match(path)] and not rule.unused:
+            return (
+                f"target_modules {wanted!r} is a regular expression, which must match the full path of a layer, and "
+                f"matches none. Did you mean the list {[*rule.names.names]}, of ends of paths?"
+            )
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
         f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the {len(adaptable)} "
@@ -307,6 +318,23 @@ class LayerNumbers:
                     self.unused = [entry for entry in self.unused if entry not in kept]
                     return None if kept else f"layers_to_transform leaves out layer {number} of {stack!r}"
         return "layers_to_transform: it is outside the stacks whose layers are counted"
+
+    def why_none(self, paths: Iterable[str]) -> str:
+        """Why not one of these layers is kept, if a stack that the model lacks, or a number, is the reason."""
+        if not self._counts:
+            return ""
+        first = dict.fromkeys(found[0][0] for path in paths if (found := _numbers(path)))
+        reasons = []
+        for label, stacks, listed in self._rows:
+            counted = [stack for stack in self._sizes if stacks.matches(stack)] if stacks is not None else [*first]
+            if not counted:
+                there = ", ".join(f"{stack!r} ({self._sizes[stack]} layers)" for stack in [*first][:3])
+                reasons.append(f"{label}: no stack has that name; these layers are in {there or 'no stack'}")
+            sizes = {stack: self._sizes[stack] for stack in counted}
+            if sizes and listed and all(not -size <= n < size for n in listed for size in sizes.values()):
+                there = ", ".join(f"{stack!r} has layers 0 to {size - 1}" for stack, size in [*sizes.items()][:3])
+                reasons.append(f"{label} = {listed}: {there}")
+        return "".join(f"; {reason}" for reason in reasons)
 
 
 def _numbers(path: str) -> list[tuple[str, int]]:

@@ -1,0 +1,176 @@
+"""What people write by mistake: each error says what was wrong and what to write."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+from tests.models import build
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.errors import usage
+from adapterkit_lora import LoraConfig
+
+QUERY = {"target_modules": ["query"]}
+
+
+def adapted(*names: str) -> ak.Adapters:
+    adapters = ak.attach(build("bert"))
+    for name in names:
+        adapters.add(name, LoraConfig(r=2, **QUERY))
+    return adapters
+
+
+def add(**fields: Any) -> object:
+    return adapted().add("a", LoraConfig(**fields))
+
+
+# What is written, and what the message must have.
+WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = {
+    "swapped": (
+        lambda: adapted().add(LoraConfig(**QUERY), "a"),  # type: ignore[arg-type]
+        ak.UsageError,
+        ("The name comes before the config: adapters.add('mood', ak.LoraConfig(r=8))",),
+    ),
+    "no arguments": (
+        lambda: adapted().add(),
+        ak.UsageError,
+        ("'name'. It is called so: adapters.add('mood', ak.Lora",),
+    ),  # type: ignore[call-arg]
+    "no name": (lambda: adapted().add(LoraConfig()), ak.UsageError, ("'config'", "adapters.add('mood', ak.Lora")),  # type: ignore[arg-type,call-arg]
+    "no folder": (lambda: adapted("a").save("a"), ak.UsageError, ("'folder'", "adapters.save('mood', 'out/mood')")),  # type: ignore[call-arg]
+    "attach with a config": (
+        lambda: ak.attach(build("bert"), LoraConfig()),  # type: ignore[call-arg]
+        ak.UsageError,
+        ("adapters = ak.attach(model); adapters.add(",),
+    ),
+    "unknown option": (lambda: adapted("a").save("a", "x", safe=True), ak.UsageError, ("'safe'",)),  # type: ignore[call-arg]
+    "PEFT's config": (
+        lambda: adapted().add("a", peft.LoraConfig(**QUERY)),  # type: ignore[arg-type]
+        ak.ConfigError,
+        ("This LoraConfig is PEFT's", "ak.LoraConfig(...)"),
+    ),
+    "a dictionary": (lambda: adapted().add("a", {"r": 8}), ak.ConfigError, ("ak.LoraConfig(r=8)",)),  # type: ignore[arg-type]
+    "the class": (lambda: adapted().add("a", LoraConfig), ak.ConfigError, ("ak.LoraConfig(r=8)",)),  # type: ignore[arg-type]
+    "rank": (lambda: LoraConfig(rank=8), ak.UnknownNameError, ("no field 'rank'. Did you mean 'r'?",)),
+    "targets": (lambda: LoraConfig(targets=["q"]), ak.UnknownNameError, ("Did you mean 'target_modules'?",)),
+    "positional": (lambda: LoraConfig(8), ak.ConfigError, ("LoraConfig(r=8), not (8,)",)),
+    "r as text": (lambda: LoraConfig(r="8"), ak.ConfigError, ("r = '8' is a str; it must be int",)),
+    "one name": (lambda: add(target_modules="query"), ak.SelectionError, ("Did you mean the list ['query']",)),
+    "names with commas": (
+        lambda: add(target_modules="query,value"),
+        ak.SelectionError,
+        ("Did you mean the list ['query', 'value']",),
+    ),
+    "misspelt target": (lambda: add(target_modules=["querry"]), ak.SelectionError, ("Nearest: 'query'",)),
+    "misspelt stack": (
+        lambda: add(**QUERY, layers_to_transform=[0], layers_pattern="layrs"),
+        ak.SelectionError,
+        ("'layrs': no stack has that name", "'bert.encoder.layer' (2 layers)"),
+    ),
+    "misspelt stack in a mapping": (
+        lambda: add(**QUERY, layers_to_transform={"encoder.layrs": [0]}),
+        ak.SelectionError,
+        ("'encoder.layrs': no stack has that name", "'bert.encoder.layer' (2 layers)"),
+    ),
+    "layer number": (
+        lambda: add(target_modules="all-linear", layers_to_transform=[7]),
+        ak.SelectionError,
+        ("layers_to_transform = [7]: 'bert.encoder.layer' has layers 0 to 1",),
+    ),
+    "misspelt head": (
+        lambda: add(**QUERY, modules_to_save=["clasifier"]),
+        ak.SelectionError,
+        ("Nearest: 'classifier'",),
+    ),
+    "a PeftModel": (
+        lambda: ak.attach(peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))),
+        ak.ConfigError,
+        ("ak.from_peft(model)",),
+    ),
+    "misspelt name": (lambda: adapted("mood").activate("mod"), ak.UnknownNameError, ("Did you mean 'mood'?",)),
+    "no such adapter": (lambda: adapted().activate("mood"), ak.UnknownNameError, ("There are none yet",)),
+    "taken": (lambda: adapted("a").add("a", LoraConfig(**QUERY)), ak.ConfigError, ("already. Remove it first",)),
+    "heads": (
+        lambda: adapted("a", "b").combine("c", {"a": 1, "b": 1}),
+        ak.ConfigError,
+        ("heads='a'", "heads='average'", "heads='concat'"),
+    ),
+    "nothing to unmerge": (lambda: adapted("a").unmerge(), ak.StateError, ("Nothing is merged",)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_message_says_what_was_wrong_and_what_to_write(case: str) -> None:
+    call, kind, parts = WRONG[case]
+    with pytest.raises(kind) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_bias_that_the_base_lacks_is_told_when_the_adapter_is_added() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    fields = {"r": 2, "lora_bias": True}
+    report = ak.attach(model).add("a", LoraConfig(target_modules=["0", "1"], **fields))
+    assert "note: the adapter cannot be merged: it adds a bias at '0', where the base has none" in str(report)
+    assert not ak.attach(model).add("b", LoraConfig(target_modules=["1"], **fields)).notes
+
+
+def test_a_type_error_inside_a_call_stays_what_it_is() -> None:
+    @usage("call(1)")
+    def call(number: int) -> None:
+        raise TypeError(f"inside {number}")
+
+    with pytest.raises(TypeError, match="inside 1") as caught:
+        call(1)
+    assert not isinstance(caught.value, ak.UsageError)
+
+
+# What one reads back
+
+
+def test_a_config_shows_what_differs_from_the_defaults() -> None:
+    assert repr(LoraConfig(r=16, target_modules=["q"])) == "LoraConfig(r=16, target_modules=('q',))"
+    assert repr(LoraConfig()) == "LoraConfig()"
+    assert "&lt;" in LoraConfig(target_modules=["<b>"])._repr_html_()
+
+
+def test_a_long_list_does_not_fill_the_screen() -> None:
+    assert len(repr(LoraConfig(target_modules=[f"layers.{i}" for i in range(1000)]))) < 200
+
+
+def test_a_method_s_own_fields_come_first_in_help() -> None:
+    names = list(inspect.signature(LoraConfig).parameters)
+    assert names[:2] == ["r", "lora_alpha"]
+    assert set(names) == {f.name for f in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize(
+    ("method", "shown"),
+    [("lora", "(lora_A): (2, 4)"), ("loha", "hada_w1_a: (3, 2)"), ("vera", "vera_lambda_d: (2)")],
+)
+def test_printing_a_model_shows_the_shapes_of_adapters(method: str, shown: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    ak.attach(model).add("a", ak.config(method, r=2, target_modules=["0"]))
+    assert shown in str(model)
+
+
+def test_a_notebook_shows_the_adapters_as_their_status() -> None:
+    adapters = adapted("a")
+    assert adapters._repr_html_() == adapters.status()._repr_html_()
+    adapters.detach()
+    assert "detached" in adapters._repr_html_()
+
+
+def test_python_s_prompt_shows_a_report_as_its_text() -> None:
+    adapters = adapted("a")
+    report = adapters.status()
+    assert repr(report) == str(report)
+    assert repr(ak.select(adapters.model, LoraConfig(**QUERY))).startswith("2 layers adapted, ")
