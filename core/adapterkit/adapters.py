@@ -564,7 +564,7 @@ class Adapters:
             values, report = match_adapter(adapter, default_registry.method_of(adapter.config), self.model, tensors)
             if not report.ok:
                 if strict:
-                    refuse(report, name, "The state dict")
+                    refuse(report, name, "The state dict", lenient=True)
                 warnings.warn(str(report), AdapterWarning, stacklevel=3)
             adapter.write(completed(adapter, self.model, values), self.model)
         return report
@@ -688,7 +688,7 @@ class Adapters:
         _check_dtype(dtype, "model", "file")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         adapter, report = load_adapter(
-            self.model, name, read(folder), self._active, strict=strict, dtype=dtype, component=component
+            self.model, name, read(folder), self._active, strict=strict, lenient=True, dtype=dtype, component=component
         )
         self._install(adapter, activate=activate, trainable=trainable)
         return dataclasses.replace(report, adapter=adapter.status(active=name in self.active, merged=False))

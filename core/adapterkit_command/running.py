@@ -58,6 +58,10 @@ MEANINGS = {
 }
 
 
+# The commands by the functions of the library that they call.
+_COMMANDS: dict[str, str] = {}
+
+
 def command(
     panel: str, calls: str, examples: Mapping[str, str], show: Callable[[Any], str] = str
 ) -> Callable[[Callable[..., object]], Callable[..., object]]:
@@ -77,6 +81,7 @@ def command(
             options = {parameter.name or "": parameter.opts[0] for parameter in ctx.command.params}
             _run(functools.partial(function, **arguments), show, as_json, debug, options)
 
+        _COMMANDS[calls] = _COMMANDS[function.__name__] = function.__name__
         function.__annotations__.pop("return", None)  # a type of the library, which is imported only when needed
         signature = inspect.signature(function, eval_str=True)
         described: Any = run
@@ -116,7 +121,7 @@ def _run(
     try:
         # What a plugin prints is not part of the report.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.showwarning = _note
+            warnings.showwarning = functools.partial(_note, options)
             report = call()
         if isinstance(report, tuple):
             report, status = report
@@ -136,9 +141,9 @@ def _run(
         raise typer.Exit(status)
 
 
-def _note(message: Warning | str, *_: object, **__: object) -> None:
+def _note(options: Mapping[str, str], message: Warning | str, *_: object, **__: object) -> None:
     """Print a warning as one line on stderr."""
-    say("note", " ".join(str(message).split()), "yellow")
+    say("note", as_options(" ".join(str(message).split()), options), "yellow")
 
 
 def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
@@ -161,11 +166,19 @@ def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[s
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:
-    """A message with a function's arguments (`rank=4`) replaced by the command's options (`--rank 4`)."""
-    named = {name.strip("_"): option for name, option in options.items() if option.startswith("--")}
+    """A message in the words of the command line: `--rank 4` for `rank=4`, `adapterkit extract` for `ak.extract_files`.
+
+    An argument that the command does not have is another command's option.
+    """
+    group: Any = typer.main.get_command(app)
+    others = {parameter.name: parameter.opts[0] for other in group.commands.values() for parameter in other.params}
+    named = {name.strip("_"): option for name, option in {**others, **options}.items() if option.startswith("--")}
     pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|False\b|(?=[\w'\"\[{{-]))?"
 
     def option(found: re.Match[str]) -> str:
         return f"{'no ' * (found[2] == 'False')}{named[found[1]]}{' ' * (found[2] == '')}"
 
-    return re.sub(pattern, option, message)
+    def called(found: re.Match[str]) -> str:
+        return f"adapterkit {_COMMANDS[found[1]]}" if found[1] in _COMMANDS else found[0]
+
+    return re.sub(pattern, option, re.sub(r"\bak\.(\w+)(\([^()]*\))?", called, message))

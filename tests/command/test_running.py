@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.command.conftest import run
 
 import adapterkit as ak
@@ -174,6 +176,27 @@ def test_only_a_terminal_wraps_lines_and_shows_progress(monkeypatch: pytest.Monk
     assert "0.5/2.0 MB" in terminal.getvalue()
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_in_the_words_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn() -> dict[str, str]:
+        warnings.warn("Say component='unet'.", stacklevel=1)
+        return {}
+
+    monkeypatch.setattr(ak, "describe_methods", warn)
+    assert "Say --component 'unet'." in run("methods").stderr
+
+
+def test_a_merge_of_files_that_do_not_fit_names_no_argument_of_python(files: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(files / "mood", tmp_path / "mood") / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    done = run("merge", str(files / "base"), str(tmp_path / "mood"), "--out", str(tmp_path / "merged"))
+    assert done.exit_code == Exit.ERROR
+    assert "does not fit adapter 'mood'" in done.stderr
+    assert "=" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
@@ -181,6 +204,9 @@ def test_only_a_terminal_wraps_lines_and_shows_progress(monkeypatch: pytest.Monk
         ("merge with resume=False to begin anew", "merge with no --resume to begin anew"),
         ("take rank=4", "take --rank 4"),
         ("give base=, the folder", "give --base, the folder"),
+        ("convert it with to='lora'", "convert it with --to 'lora'"),  # another command's
+        ("ak.extract_files(base, tuned) makes one", "adapterkit extract makes one"),
+        ("ak.attach(model) does not", "ak.attach(model) does not"),
     ],
 )
 def test_arguments_in_messages_become_options(message: str, said: str) -> None:

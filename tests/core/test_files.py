@@ -147,7 +147,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str, list[s
     "mismatched": (
         put(A, torch.ones(3, 8)),
         "mismatched",
-        "some have other shapes (another base model size, or another rank?)",
+        "some have other shapes (a base of another size, or another rank?)",
         ["layers.0.lora_A.weight: (3, 8) in the file, (2, 8) on this model"],
     ),
     "another base weight": (put(PREFIX + "overhead.weight", torch.zeros(8, 8)), "unexpected", "", ["overhead.weight"]),
@@ -169,6 +169,38 @@ def test_what_does_not_fit_is_refused_or_reported(
     with pytest.warns(ak.AdapterWarning, match=rf"{field} \({len(keys)}\)"):
         report = load(model, folder, strict=False)
     assert sorted(map(str, getattr(report, field))) == keys
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], object]:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(PREFIX + old, PREFIX + new)] = tensors.pop(key)
+
+    return rename
+
+
+CAUSES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "a model around it": (
+        renamed("", "unet."),
+        "the file's begin with 'unet'; it is for a model that has this one at 'unet': load it there",
+    ),
+    "a part of it": (renamed("layers.", ""), "it is for what this model has at 'layers': load it there"),
+    "another class": (renamed("layers.", "blocks."), "begin with 'layers', the file's begin with 'blocks'"),
+    "ZeRO-3": (
+        put(A, torch.zeros(0)),
+        "lora_A.weight' has no values (1 such): it was saved under DeepSpeed's",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "cause"), CAUSES.values(), ids=CAUSES)
+def test_the_cause_is_named_and_not_another_base(change: Any, cause: str, model: nn.Module, folder: Path) -> None:
+    rewrite(folder, change)
+    with pytest.raises(ak.CheckpointError) as error:
+        load(model, folder)
+    assert cause in str(error.value)
+    assert "another base" not in str(error.value)
+    assert "another size" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
@@ -244,7 +276,7 @@ def test_load_state_dict_that_does_not_fit_changes_nothing(model: nn.Module, fol
 
 @pytest.mark.parametrize(
     ("size", "layers", "texts"),
-    [(12, 2, ("another base model size", "mismatched (5)")), (8, 1, ("unexpected (2)",))],
+    [(12, 2, ("a base of another size", "mismatched (5)")), (8, 1, ("unexpected (2)",))],
     ids=["another size", "fewer layers"],
 )
 @pytest.mark.filterwarnings("ignore::adapterkit.AdapterWarning")

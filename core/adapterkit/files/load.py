@@ -32,13 +32,14 @@ from adapterkit.tensors import shape_of
 EVERYWHERE = "adapterkit_every_path"
 
 
-def load_adapter(
+def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what messages say
     model: nn.Module,
     name: str,
     files: AdapterFiles,
     active: Active,
     *,
     strict: bool | None,
+    lenient: bool = False,
     dtype: torch.dtype | str | None,
     component: str | None = None,
     device: torch.device | None = None,
@@ -47,6 +48,7 @@ def load_adapter(
 
     Args:
         strict: `None`: what does not fit is in the report, and nowhere else.
+        lenient: whether the caller has an argument `strict`, for messages.
         device: of what the file does not hold; `None`: where the model computes.
 
     Raises:
@@ -81,7 +83,7 @@ def load_adapter(
     ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:
-        refuse(report, name, str(files.folder))
+        refuse(report, name, str(files.folder), lenient=lenient)
     if strict is not None:
         _warn(files, adapter, report)
     adapter.labels = _labels(model, adapter, files)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -125,19 +126,52 @@ def same_values(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
-def refuse(report: LoadReport, name: str, where: str) -> None:
-    """Raise the `CheckpointError` of a strict load, which names the first keys of each sort that does not fit."""
-    reasons = []
-    if report.missing:
-        reasons.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
-    if report.mismatched:
-        reasons.append("some have other shapes (another base model size, or another rank?)")
-    algorithms, others = algorithms_in(report.unexpected)
-    reasons += algorithms
-    if others:
-        reasons.append("some belong to nothing on this model")
+def refuse(report: LoadReport, name: str, where: str, *, lenient: bool = False) -> None:
+    """Raise the `CheckpointError` of a strict load, which says why it does not fit and names the first keys.
+
+    Args:
+        lenient: whether the caller has an argument `strict`.
+    """
+    hint = "; strict=False loads what fits" if lenient else ""
     raise CheckpointError(
-        f"{where} does not fit adapter {name!r}: {'; '.join(reasons)}. Nothing was changed; strict=False loads what "
-        "fits.",
-        report,
+        f"{where} does not fit adapter {name!r}: {'; '.join(_causes(report))}. Nothing was changed{hint}.", report
     )
+
+
+def _causes(report: LoadReport) -> list[str]:
+    """What explains each sort of keys that does not fit."""
+    prefixes = _prefixes(report.missing, report.unexpected)
+    if prefixes is not None:
+        theirs, ours = (prefix.removesuffix(".") for prefix in prefixes)
+        cure = "it is for another class of this model"
+        if not theirs or not ours:
+            inside = f"what this model has at {ours!r}" if ours else f"a model that has this one at {theirs!r}"
+            cure = f"it is for {inside}: load it there"
+        return [f"where this model's names begin with {ours!r}, the file's begin with {theirs!r}; {cure}"]
+    causes = []
+    if report.missing:
+        causes.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
+    empty = [mismatch.key for mismatch in report.mismatched if 0 in mismatch.found]
+    if empty:
+        causes.append(
+            f"{empty[0]!r} has no values ({len(empty)} such): it was saved under DeepSpeed's ZeRO-3 or FSDP, which had "
+            "not gathered it, and only the checkpoints of that training have the values"
+        )
+    if len(report.mismatched) > len(empty):
+        causes.append("some have other shapes (a base of another size, or another rank?)")
+    algorithms, others = algorithms_in(report.unexpected)
+    return causes + algorithms + (["some belong to nothing on this model"] if others else [])
+
+
+def _prefixes(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[str, str] | None:
+    """What all names of a file begin with where the model's begin otherwise, and what these begin with."""
+    given = set(unexpected)
+    for key in unexpected if missing else ():
+        theirs, ours = key.split("."), missing[0].split(".")
+        pairs = zip(reversed(theirs), reversed(ours), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # parts at the end
+        there, here = ("".join(f"{part}." for part in parts[: len(parts) - same]) for parts in (theirs, ours))
+        names = not any(part.isdecimal() for part in (there + here).split("."))  # else it is another layer of a stack
+        if same and names and all(m.startswith(here) and there + m.removeprefix(here) in given for m in missing):
+            return there, here
+    return None
