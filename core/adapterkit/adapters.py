@@ -50,7 +50,7 @@ from adapterkit.files import (
     swap_in,
 )
 from adapterkit.formats import AdapterFiles
-from adapterkit.forward import State
+from adapterkit.forward import State, Strength
 from adapterkit.merging import Merged, Parting, merging, take_heads
 from adapterkit.migration import METHODS, advice
 from adapterkit.model import (
@@ -171,9 +171,9 @@ class Adapters:
         return self._active.state.names
 
     @property
-    def strengths(self) -> dict[str, float]:
+    def strengths(self) -> dict[str, Strength]:
         """What the change of each active adapter is multiplied by; see `activate`."""
-        return {name: self._active.state.strength(name) for name in self.active}
+        return {name: copy.copy(self._active.state.strengths.get(name, 1.0)) for name in self.active}
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -294,7 +294,8 @@ class Adapters:
         for name, adapter in self._adapters.items():
             changed = [f"{path!r} {what} since" for path, what in adapter.changed(paths_now).items()]
             strength = self.strengths.get(name, 1.0)
-            scaled = [f"acts with a strength of {strength:g}"] if strength != 1.0 else []
+            what = "other strengths at each layer" if isinstance(strength, Mapping) else f"a strength of {strength:g}"
+            scaled = [f"acts with {what}"] if strength != 1.0 else []
             notes = (*part, *scaled, *changed, *self._model.never_ran(adapter))
             rows.append(adapter.status(active=name in self.active, merged=name in self.merged, notes=notes))
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -416,7 +417,7 @@ class Adapters:
         *names: str,
         trainable: bool | Collection[str] = True,
         heads: str | None = None,
-        strengths: Mapping[str, float] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
     ) -> None:
         """Make these the active adapters, with their heads and label sets. Without a name: none.
 
@@ -430,8 +431,9 @@ class Adapters:
                 `activate("a", "b", trainable=["b"])`, `b` trains on top of a frozen `a`. No other adapter trains.
             heads: the adapter that provides the head, if several have their own copy of one module.
             strengths: what an adapter's change of weights and biases is multiplied by, `{"a": 0.7}`; 1 for the others.
-                Any finite number: 0 is without effect, and a negative one subtracts. A head has no strength. It is not
-                part of the adapter: `save` and `combine` do not know it.
+                Any finite number: 0 is without effect, and a negative one subtracts. Or numbers for some layers or
+                blocks by their paths, `{"a": {"encoder.layer.0": 0.5}}`, where `None` switches them off. A head has no
+                strength. It is not part of the adapter: `save` and `combine` do not know it.
 
         Raises:
             UnknownNameError: no such adapter.
@@ -454,7 +456,7 @@ class Adapters:
         *names: str,
         trainable: bool | Collection[str] = True,
         heads: str | None = None,
-        strengths: Mapping[str, float] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
     ) -> Iterator[None]:
         """`activate` for a `with` block, in this thread. Afterwards everything is as before.
 
@@ -487,7 +489,7 @@ class Adapters:
         *,
         trainable: bool | Collection[str] = False,
         batch_first: bool = False,
-        strengths: Mapping[str, float] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
     ) -> Iterator[None]:
         """A different adapter, or none, for each row of a batch, for a `with` block in this thread.
 
@@ -751,7 +753,7 @@ class Adapters:
         keep_base: bool = True,
         untie: bool = False,
         heads: str | None = None,
-        strengths: Mapping[str, float] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
     ) -> None:
         """Add adapters to the weights: `W + sum of dW_i`, computed in float32 (float64 for float64), rounded once.
 

@@ -286,3 +286,60 @@ def test_a_file_of_an_adapter_that_trains_with_a_strength_comes_with_a_warning(b
         adapters.save("a", tmp_path) if by == "save" else model.save_pretrained(tmp_path)
     adapters.activate("a", strengths={"a": 0.5}, trainable=False)
     adapters.save("a", tmp_path)
+
+
+BY_LAYER: list[tuple[dict[str, float | None], dict[str, float]]] = [
+    ({"bert.encoder.layer.0": 0.5}, {"layer.0": 0.5, "layer.1": 1.0}),
+    ({"bert.encoder": -1.0, "bert.encoder.layer.1": None}, {"layer.0": -1.0, "layer.1": 0.0}),
+    ({"bert.encoder.layer": 0.25, "bert.encoder.layer.0.attention.self.query": 2.0}, {"layer.0": 2.0, "layer.1": 0.25}),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("given", "at"), BY_LAYER)
+def test_layers_and_blocks_have_strengths_of_their_own(method: str, given: Any, at: dict[str, float]) -> None:
+    sizes = {} if method == "outer" else {"r": 2}
+    model = build("bert").double()
+    adapters = adapted(model, a=ak.config(method, target_modules=["query"], modules_to_save=None, **sizes))
+    changes = {path: change * at[path.split("encoder.")[1][:7]] for path, change in sums(adapters, {"a": 1.0}).items()}
+    expected = run(with_changes(model, changes), "bert")
+    adapters.activate("a", strengths={"a": given})
+    torch.testing.assert_close(run(model, "bert"), expected)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(run(again, "bert"), expected)
+    with adapters.per_sample(["a", None], strengths={"a": given}):
+        torch.testing.assert_close(model(**inputs("bert")).logits[0], expected[0])
+    before = snapshot(model)
+    adapters.merge("a")
+    torch.testing.assert_close(run(model, "bert"), expected)
+    adapters.unmerge()
+    assert_as_before(model, before)
+    torch.testing.assert_close(run(model, "bert"), expected)
+    assert "at each layer" in str(adapters.status())
+
+
+def test_equal_strengths_of_all_layers_are_one() -> None:
+    adapters = adapted(mlp(), a=lora())
+    adapters.activate("a", strengths={"a": {"0": 0.5, "2": 0.5}})
+    assert adapters.strengths == {"a": 0.5}
+    adapters.strengths["a"] = 3.0
+    assert adapters.strengths == {"a": 0.5}
+
+
+def test_a_layer_that_is_off_takes_no_gradients_and_computes_as_the_base() -> None:
+    adapters = adapted(mlp(), a=lora(bias="all"), outer=ak.config("scale", target_modules=["0"]))
+    adapters.activate("a", "outer", strengths={"a": {"0": None}, "outer": {"0": None}})
+    assert torch.equal(adapters.model[0](X), mlp()[0](X))
+    adapters.model(X).sum().backward()
+    assert all(p.grad is None for p in adapters.layers("a")["0"].parameters())
+    assert all(p.grad is not None for p in adapters.layers("a")["2"].parameters())
+
+
+def test_a_strength_is_for_a_layer_that_the_adapter_has() -> None:
+    adapters = adapted(mlp(), a=lora(target_modules=["0"]))
+    for strengths in ({"2": 0.5}, {"": 0.5}):
+        with pytest.raises(ak.UnknownNameError, match="layer of adapter 'a'"):
+            adapters.activate("a", strengths={"a": strengths})
+    with pytest.raises(ak.ConfigError, match="at '0'"):
+        adapters.activate("a", strengths={"a": {"0": "x"}})  # type: ignore[dict-item]
+    assert adapters.active == ()

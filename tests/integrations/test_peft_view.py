@@ -479,7 +479,7 @@ def test_what_peft_cannot_swap_into_a_view_changes_nothing(tmp_path: Path) -> No
         prepare_model_for_compiled_hotswap(ours, target_rank=2)
     layer = ours.base_model.model.model.layers[0].self_attn.q_proj
     with pytest.raises(ak.UnsupportedError, match="strengths"):
-        layer.scaling["default"] = 2.0
+        layer.r["default"] = 2
     assert torch.equal(out(ours), before)
     ours.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
@@ -506,3 +506,169 @@ def test_pefts_own_models_are_still_swapped_by_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(out(theirs), before)
     assert any(".lora_A." in key for key in theirs.state_dict())
     assert not any("lora" in key for key in peft.get_base_model_state_dict(theirs))
+
+
+LAYER = "base_model.model.model.layers.{}.self_attn.q_proj"
+
+
+def layers_of(*models: Any) -> list[list[Any]]:
+    return [[model.get_submodule(LAYER.format(i)) for i in range(2)] for model in models]
+
+
+def trained_pair(other: bool = False) -> tuple[Any, Any]:
+    """A view and PEFT's own model with the same numbers, the base's random biases too."""
+    fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    ours, theirs = view()[0], peft.get_peft_model(build("llama"), peft.LoraConfig(**fields)).eval()
+    for model in (ours, theirs) if other else ():
+        model.add_adapter("other", peft.LoraConfig(**fields))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def test_adapted_modules_are_instances_of_the_layers_and_tuners_of_peft() -> None:
+    ours, theirs = trained_pair()
+    for own, its in zip(*layers_of(ours, theirs), strict=True):
+        assert isinstance(own, torch.nn.Linear)
+        assert isinstance(own, type(its))
+        assert repr(own).startswith("lora.Linear(")
+    assert sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in ours.modules()) == 2
+    assert isinstance(ours.base_model, peft.LoraModel)
+    ours.adapters.add("loha", LoHaConfig(r=2, target_modules=["v_proj"]))
+    v_proj = ours.base_model.model.model.layers[0].self_attn.v_proj
+    assert isinstance(v_proj, peft.tuners.loha.LoHaLayer)
+    assert not isinstance(v_proj, peft.tuners.lora.LoraLayer)
+    ours.adapters.detach()
+    assert type(v_proj) is torch.nn.Linear
+
+
+def test_modules_has_the_containers_of_peft() -> None:
+    for method in PAIRS:
+        ours, theirs = both(method, "layers")
+        ours.add_adapter("other", ours.peft_config["default"])
+        found = dict(ours.named_modules())
+        filled = {name: m for name, m in theirs.named_modules() if hasattr(m, "keys") and "default" in m}
+        expected = {name for name in filled if "vera_A" not in name and "vera_B" not in name and "dropout" not in name}
+        assert expected <= found.keys()
+        assert all("default" in found[name] and "other" in found[name] for name in expected)
+        assert len({id(p) for p in ours.parameters()}) == len([*ours.parameters()])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers[0].enable_adapters(False),
+        lambda layers: layers[1].set_adapter("other"),
+        lambda layers: layers[1].set_adapter(["default", "other"]),
+        lambda layers: layers[0].scale_layer(2.0),
+        lambda layers: layers[0].set_scale("default", 0.5),
+        lambda layers: layers[1].scaling.update(default=3.0),
+        lambda layers: layers[0].scaling.__setitem__("default", 0.0),
+        lambda layers: (layers[0].enable_adapters(False), layers[0].enable_adapters(True)),
+        lambda layers: (layers[0].scale_layer(3.0), layers[0].unscale_layer(2.0), layers[1].unscale_layer()),
+    ],
+)
+def test_one_layer_is_switched_and_scaled_alone_as_in_peft(change: Any) -> None:
+    ours, theirs = trained_pair(other=True)
+    for layers in layers_of(ours, theirs):
+        change(layers)
+    torch.testing.assert_close(out(ours), out(theirs))
+    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (ours, theirs)]
+    assert flags[0] == flags[1]
+    for own, its in zip(*layers_of(ours, theirs), strict=True):
+        assert own.disable_adapters == its.disable_adapters
+        assert own.scaling == its.scaling
+        torch.testing.assert_close(own.get_delta_weight("default"), its.get_delta_weight("default"))
+    ours.merge_adapter()
+    torch.testing.assert_close(out(ours), out(theirs))
+    ours.unmerge_adapter()
+    torch.testing.assert_close(out(ours), out(theirs))
+
+
+def test_set_adapter_of_the_view_ends_what_single_layers_were_set_to_but_their_scalings() -> None:
+    ours, theirs = trained_pair(other=True)
+    for layers in layers_of(ours, theirs):
+        layers[0].scale_layer(2.0)
+        layers[1].set_adapter("other")
+    for model in (ours, theirs):
+        model.set_adapter("default")
+    torch.testing.assert_close(out(ours), out(theirs))
+    ours.base_model.disable_adapter_layers()
+    ours.base_model.enable_adapter_layers()
+    torch.testing.assert_close(out(ours), out(theirs))
+
+
+def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
+    ours, adapters = view(modules_to_save=["lm_head"])
+    ours.add_adapter("other", ours.peft_config["default"])
+    layer, before = ours.get_submodule(LAYER.format(0)), out(ours)
+    for call in (
+        layer.merge,
+        layer.unmerge,
+        lambda: layer.set_adapter("other"),
+        lambda: layer.set_scale("other", 2.0),
+        lambda: ours.base_model.model.lm_head.set_adapter("other"),
+    ):
+        with pytest.raises(ak.UnsupportedError, match=r"view|acts"):
+            call()
+    with pytest.raises(ValueError, match="not found"):
+        layer.set_adapter("nothing")
+    layer.scale_layer(2.0)
+    with pytest.raises(ak.UnsupportedError, match="scaling"):
+        layer.enable_adapters(False)
+    layer.unscale_layer()
+    assert torch.equal(out(ours), before)
+    assert adapters.strengths == {"default": 1.0}
+
+
+def test_a_layer_that_is_off_is_on_after_disable_adapter_with_a_warning() -> None:
+    ours, adapters = view()
+    before = out(ours)
+    ours.get_submodule(LAYER.format(0)).enable_adapters(False)
+    assert not torch.allclose(out(ours), before)
+    with pytest.warns(UserWarning, match="some adapter layers that are enabled"), ours.disable_adapter():
+        pass
+    assert torch.equal(out(ours), before)
+    assert adapters.strengths == {"default": 1.0}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_state_dict_of_one_adapter_has_its_trained_biases_as_peft_writes_them(bias: Any, tmp_path: Path) -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    adapters.add("default", LoraConfig(r=2, target_modules=["query"], bias=bias, modules_to_save=None))
+    ours = ak.as_peft(model)
+    with torch.no_grad():
+        for parameter in adapters.parameters("default"):
+            parameter.normal_()
+    state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(ours).items()}
+    ours.save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    theirs = peft.PeftModel.from_pretrained(build("bert"), tmp_path)
+    expected = peft.get_peft_model_state_dict(theirs)
+    assert {key.replace(".base_layer", "") for key in state} == {key.replace(".base_layer", "") for key in saved}
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value)
+    before = {key: value.clone() for key, value in ours.get_base_model().state_dict().items() if "adapter" not in key}
+    peft.set_peft_model_state_dict(ours, {key: value + 1 for key, value in state.items()})
+    again = peft.get_peft_model_state_dict(ours)
+    assert all(torch.allclose(value, state[key] + 1) for key, value in again.items())
+    assert all(torch.equal(value, ours.get_base_model().state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [
+        ({"target_modules": ["nothing"]}, ValueError, "Target modules .* not found in the base model"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "No modules were targeted"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["layers"]}, TypeError, "cannot be applied to modules of"),
+    ],
+)
+def test_errors_have_the_class_and_the_words_of_peft_and_ours(fields: Any, kind: Any, words: str) -> None:
+    ours, adapters = view()
+    with pytest.raises(kind, match=words) as raised:
+        ours.add_adapter("other", peft.LoraConfig(**fields))
+    assert isinstance(raised.value, ak.SelectionError)
+    with pytest.raises(ak.SelectionError) as own:
+        adapters.add("other", LoraConfig(**fields))
+    assert str(own.value) in str(raised.value)

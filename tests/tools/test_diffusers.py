@@ -168,6 +168,19 @@ def test_strengths_are_what_set_adapters_makes_of_weights(both: tuple[Any, Any],
     assert_close(image(ours.pipeline), image(theirs))
 
 
+def test_blocks_have_the_strengths_that_set_adapters_gives_them(both: tuple[Any, Any]) -> None:
+    theirs, ours = both
+    if "unet" not in ours:
+        pytest.skip("diffusers has strengths of blocks for UNets alone")
+    theirs.set_adapters("a", {"unet": {"down": 0.5, "up": -0.3}, "text_encoder": 0.2})
+    unet, blocks = ours.pipeline.unet, dict[str, float | None]()  # diffusers leaves blocks without attention at 1
+    for name, strength in (("down_blocks", 0.5), ("up_blocks", -0.3)):
+        with_attention = [i for i, block in enumerate(getattr(unet, name)) if hasattr(block, "attentions")]
+        blocks |= {f"{name}.{i}": strength for i in with_attention}
+    ours.activate("a", strengths={"a": {"unet": blocks, "text_encoder": 0.2}})
+    assert_close(image(ours.pipeline), image(theirs))
+
+
 def test_fused_weights_give_what_diffusers_gives_and_the_base_comes_back(both: tuple[Any, Any]) -> None:
     theirs, ours = both
     theirs.set_adapters(["a", "b"], [0.5, -0.5])

@@ -9,7 +9,7 @@ from adapterkit.forward.arithmetic import delta, drops
 from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype, widen
 from adapterkit.forward.plan import Base, Call, Plan, input_name, is_checked, of_input, run, run_layers, summable
 from adapterkit.forward.readers import ACTIVE, Path, declare_reader, effective_weight, readers_of
-from adapterkit.forward.state import Active, State, lock
+from adapterkit.forward.state import Active, State, Strength, lock, strength_at
 from adapterkit.forward.surgery import (
     PerAdapter,
     calls_adapters,
@@ -35,6 +35,7 @@ __all__ = [
     "PerAdapter",
     "Plan",
     "State",
+    "Strength",
     "bias_place",
     "callable_head",
     "calls_adapters",
@@ -58,6 +59,7 @@ __all__ = [
     "run",
     "run_layers",
     "stop_reading",
+    "strength_at",
     "strip",
     "summable",
     "tensor_parallel",

@@ -69,11 +69,11 @@ class Plan:
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.call_head = callable_head(head, module)
-        layers = [(layer, state.strength(name)) for layer, name in state.parts(module, LAYERS, names)]
+        layers = [(layer, state.strength(name, module)) for layer, name in state.parts(module, LAYERS, names)]
         whole = max([0, *(i for i, (layer, _) in enumerate(layers, 1) if layer.any_module)])
         self.calls: list[tuple[Any, float]] = layers[:whole]
         self.layers = layers[whole:]
-        self.biases = [(bias, state.strength(name)) for bias, name in state.parts(module, BIASES, names)]
+        self.biases = [(bias, state.strength(name, module)) for bias, name in state.parts(module, BIASES, names)]
         self.checked = is_checked(module, [layer for layer, _ in layers])
         self.mesh = mesh_of(module)
         self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])

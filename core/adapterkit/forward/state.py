@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import SHARED, twin
+from adapterkit.contract import BIASES, LAYERS, SHARED, twin
 from adapterkit.errors import StateError
 from adapterkit.forward.plan import CallPlan, Plan, parts_of
 from adapterkit.forward.readers import ACTIVE
@@ -29,6 +29,9 @@ from adapterkit.forward.readers import ACTIVE
 if TYPE_CHECKING:
     from adapterkit.model import Adapter
     from adapterkit.rows import Rows
+
+# What the change of an adapter is multiplied by: everywhere, or at each module by its path; `None`: it is off there.
+Strength = float | Mapping[str, float | None]
 
 # Held while what acts, or what trains, changes.
 lock = threading.RLock()
@@ -48,7 +51,7 @@ class State:
         idle: nothing acts.
         removed: the adapters of this state that were removed: its graphs cannot be computed again.
         refuses: why every forward of an adapted module raises `StateError`; empty: it does not.
-        strengths: what the change of an adapter is multiplied by, by name, where that is not 1.
+        strengths: the `Strength` of each adapter that has another than 1, by name.
         rows: which adapter acts on which row of the batch; `None`: all on all rows.
         plans: what acts at each module, by the module's `id`. A plan holds its module, so no `id` is used twice.
         before_first: called once, before the first forward, for checks that would make a switch slow.
@@ -65,7 +68,7 @@ class State:
         *,
         constants: tuple[str, ...] = (),
         merged: tuple[str, ...] = (),
-        strengths: Mapping[str, float] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
         refuses: str = "",
     ) -> None:
         self.strengths = dict(strengths or {})
@@ -103,9 +106,14 @@ class State:
         self.idle = not (self.names or self.heads or self.refuses)
         self.plans.clear()
 
-    def strength(self, name: str) -> float:
-        """What the change of an adapter is multiplied by."""
-        return self.strengths.get(name, 1.0)
+    def strength(self, name: str, module: nn.Module) -> float:
+        """What the change of an adapter at `module` is multiplied by, if it acts there."""
+        found = strength_at(self.strengths.get(name, 1.0), module)
+        return 1.0 if found is None else found
+
+    def acts_at(self, module: nn.Module, name: str) -> bool:
+        """Whether an active adapter is not switched off at `module`, where it has a layer or a bias."""
+        return strength_at(self.strengths.get(name, 1.0), module) is not None
 
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`."""
@@ -140,6 +148,8 @@ class State:
     def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
         """What these adapters have in one container of `module`, each with its adapter's name."""
         found = list(parts_of(module._modules.get(container), names))
+        if self.strengths and container in (LAYERS, BIASES):
+            found = [(part, name) for part, name in found if self.acts_at(module, name)]
         if not (torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constants)):
             return found
         # The compiler guards everything that is read, so it must read `constants` only where that matters.
@@ -149,6 +159,16 @@ class State:
             (twin(part, lambda t: t.detach() if _requires_grad(t) else t) if constant else part, name)
             for (part, name), constant in zip(found, fixed, strict=True)
         ]
+
+
+def strength_at(strength: Strength, at: nn.Module | str) -> float | None:
+    """The strength at a module, or at one of this path. `None`: the adapter is off there."""
+    if not isinstance(strength, Mapping):
+        return strength
+    if isinstance(at, nn.Module):
+        parts: Any = at._modules[LAYERS if LAYERS in at._modules else BIASES]
+        at = parts.path
+    return strength.get(at, 1.0)  # type: ignore[arg-type]
 
 
 def _requires_grad(tensor: Tensor) -> bool:
@@ -165,7 +185,8 @@ class Active:
         adapters: the model's adapters, by name.
         default: the state where no block is open.
         merged: names of the adapters in the weights.
-        extra: a class that the classes of all adapted modules derive from, beside their own.
+        extra: says of which classes an adapted module is an instance beside its own: its class derives from the first,
+            and the others are abstract classes, with which it is registered.
         threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.
@@ -182,7 +203,7 @@ class Active:
         self.adapters: Mapping[str, Adapter]
         self.default: State
         self.merged: tuple[str, ...]
-        self.extra: type | None
+        self.extra: Callable[[nn.Module], tuple[type, ...]] | None
         self.adapters, self.default, self.merged, self.extra = state
         self.caller: int | None = None
         self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()

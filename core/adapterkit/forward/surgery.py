@@ -25,8 +25,8 @@ from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effect
 from adapterkit.forward.state import Active
 
 # The roles of an adapted class: it runs adapters; it is a reader or is read (see `readers`); where adapters replace the
-# model's call, the keywords that they take; and `Active.extra`.
-Roles = tuple[bool, bool, tuple[str, ...] | None, type | None]
+# model's call, the keywords that they take; and what `Active.extra` says.
+Roles = tuple[bool, bool, tuple[str, ...] | None, tuple[type, ...]]
 _classes: weakref.WeakValueDictionary[tuple[type, Roles], type] = weakref.WeakValueDictionary()
 
 
@@ -114,6 +114,8 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
     parts._modules[part_name(name)] = part
     if container == SHARED:
         _sign(module)
+    elif active.extra is not None:
+        _become(module)
     active.replan(module)
 
 
@@ -128,12 +130,14 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
         module.__dict__[ACTIVE].replan(module)
         if container == SHARED:
             _sign(module)
+        elif module.__dict__[ACTIVE].extra is not None:
+            _become(module)
         if not any(c in module._modules for c in CONTAINERS) and _call_keywords(module) is None:
             _release(module)
 
 
-def derive(modules: Iterable[nn.Module], active: Active, extra: type) -> None:
-    """Let the classes of these adapted modules, and of those that are adapted later, derive from `extra`, too."""
+def derive(modules: Iterable[nn.Module], active: Active, extra: Callable[[nn.Module], tuple[type, ...]]) -> None:
+    """Let these adapted modules, and those that are adapted later, be instances of more classes, see `Active.extra`."""
     active.extra = extra
     for module in modules:
         if "_adapted_from" in type(module).__dict__:
@@ -260,9 +264,10 @@ def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None =
     now = type(module)
     # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
     base: type[nn.Module] = now.__dict__.get("_adapted_from", now)
-    known: Roles = now.__dict__.get("_roles", (False, False, None, None))
+    known: Roles = now.__dict__.get("_roles", (False, False, None, ()))
     runs, reads = known[0] if runs is None else runs, known[1] if reads is None else reads
-    extra = module.__dict__[ACTIVE].extra if ACTIVE in module.__dict__ else None
+    active: Active | None = module.__dict__.get(ACTIVE)
+    extra = () if active is None or active.extra is None else active.extra(module)
     wanted = (runs, reads, _call_keywords(module) if runs else None, extra)
     if wanted == known:
         return
@@ -303,7 +308,7 @@ def adapted_class(
     runs: bool = True,
     reads: bool = False,
     keywords: tuple[str, ...] | None = None,
-    extra: type | None = None,
+    extra: tuple[type, ...] = (),
 ) -> type[nn.Module]:
     """The subclass of `cls`, of the same name, with these `Roles`. It is made once."""
     roles = (runs, reads, keywords, extra)
@@ -332,7 +337,9 @@ def adapted_class(
     if keywords is not None:
         body["forward"] = functools.update_wrapper(body["forward"], cls.forward)
         body["forward"].__signature__ = _with_keywords(inspect.signature(cls.forward), keywords)
-    adapted: type[nn.Module] = type(cls.__name__, (cls,) if extra is None else (extra, cls), body)
+    adapted: type[nn.Module] = type(cls.__name__, (*extra[:1], cls), body)
+    for abstract in extra[1:]:
+        abstract.register(adapted)  # type: ignore[attr-defined]
     _classes[cls, roles] = adapted
     return adapted
 

@@ -34,8 +34,9 @@ _COMPONENTS: Mapping[str, tuple[str, ...]] = {
     **{f"lora_{part}": (part,) for part in ("transformer", "prior")},
     "lora_prior_unet": ("prior",),
 }
-# A strength for all components of the pipeline that have the adapter, or one for each: {"unet": 0.7}.
-Strength = float | Mapping[str, float]
+# A strength for all components of the pipeline that have the adapter, or for each one that `activate` takes: a number,
+# or numbers by block: {"unet": {"down_blocks": 0.7}}.
+Strength = float | Mapping[str, float | Mapping[str, float | None]]
 
 
 class PipelineAdapters(Mapping[str, Adapters]):
@@ -138,7 +139,7 @@ class PipelineAdapters(Mapping[str, Adapters]):
 
         Args:
             strengths: what an adapter's change is multiplied by, `{"a": 0.7}`, or by component,
-                `{"a": {"unet": 0.7, "text_encoder": 0.2}}`; 1 where none is given.
+                `{"a": {"unet": 0.7, "text_encoder": {"layers.0": 0.2}}}`, by block if you like; 1 where none is given.
 
         Raises:
             UnknownNameError: no such adapter or component.
@@ -271,8 +272,14 @@ def _trained(adapters: Adapters) -> list[str]:
     return [name for name in adapters.active if name in adapters.trainable]
 
 
-def _of(strength: Strength, part: str) -> float:
+def _of(strength: Strength, part: str) -> float | Mapping[str, float | None]:
     return strength.get(part, 1.0) if isinstance(strength, Mapping) else strength
+
+
+def _times(scale: float, strength: float | Mapping[str, float | None]) -> float | dict[str, float | None]:
+    if isinstance(strength, Mapping):
+        return {path: None if each is None else scale * each for path, each in strength.items()}
+    return scale * strength
 
 
 # The hooks of `CallScale` at each denoiser.
@@ -308,7 +315,7 @@ class CallScale:
                     f"{name}={{'scale': {scale}}} reaches the denoiser alone, and {attach(part).active[0]!r} acts in "
                     f"{place!r} too. Call PipelineAdapters.activate with strengths in place of it."
                 )
-        strengths = {adapter: scale * strength for adapter, strength in adapters.strengths.items()}
+        strengths = {adapter: _times(scale, strength) for adapter, strength in adapters.strengths.items()}
         block = adapters.activated(*strengths, trainable=_trained(adapters), strengths=strengths)
         block.__enter__()
         self.blocks[threading.get_ident()] = block

@@ -14,25 +14,29 @@ from types import ModuleType
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners import tuners_utils
 from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
 
-from adapterkit.contract import default_registry
+from adapterkit.contract import BIASES, FILE_PREFIX, default_registry
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import PerAdapter
-from adapterkit.integrations.peft_names import plain
+from adapterkit.integrations.peft_layers import beside
+from adapterkit.integrations.peft_names import peft_key, plain
 
 
 def answer(view_type: type[nn.Module]) -> None:
     """Let PEFT's functions work on views of this class, or say what to call instead."""
     _replace(view_type, save_and_load, "_get_adapter_state_dict_key_prefixes", _adapter_keys)
+    _replace(view_type, tuners_utils, "_get_tuner_state_dict_key_prefixes", _tuner_keys)
+    _replace(view_type, tuners_utils.BaseTuner, "_get_learnable_bias_state_dict", _biases)
     _replace(view_type, hotswap, "hotswap_adapter_from_state_dict", _swap)
     _replace(view_type, hotswap, "_convert_scalings_to_tensor", _takes_every_scaling)
     _replace(view_type, hotswap, "_pad_lora_weights", _has_room)
 
 
-def _replace(view_type: type[nn.Module], module: ModuleType, name: str, own: Callable[..., Any]) -> None:
+def _replace(view_type: type[nn.Module], module: ModuleType | type, name: str, own: Callable[..., Any]) -> None:
     theirs = getattr(module, name, None)
     if theirs is None:  # another version of PEFT
         return
@@ -40,6 +44,7 @@ def _replace(view_type: type[nn.Module], module: ModuleType, name: str, own: Cal
     @functools.wraps(theirs)
     def answered(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inside = getattr(model, "_orig_mod", model)  # of a compiled view
+        inside = getattr(inside, "_fsdp_wrapped_module", inside)
         return own(inside, *args, **kwargs) if isinstance(inside, view_type) else theirs(model, *args, **kwargs)
 
     setattr(module, name, answered)
@@ -48,6 +53,27 @@ def _replace(view_type: type[nn.Module], module: ModuleType, name: str, own: Cal
 def _adapter_keys(view: Any) -> set[str]:
     """For `get_base_model_state_dict` and `set_base_model_state_dict`: what keys of adapters begin with."""
     return {path for path, module in view.base_model.model.named_modules() if isinstance(module, PerAdapter)}
+
+
+def _tuner_keys(view: Any, adapter_name: str | None = None) -> set[str]:
+    """What the keys of adapters begin with in the view's state dict, but those of trained copies of modules."""
+    name = "" if adapter_name is None else f".{adapter_name}"
+    found = {f"base_model.{local}{name}" for local in view.base_model.shared()}
+    for path, module in view.base_model.model.named_modules():
+        found |= {f"{FILE_PREFIX}{path}.{local}{name}" for local, part in beside(module) if local}
+    return found
+
+
+def _biases(view: Any, state_dict: dict[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
+    """The biases that the adapter of `config` trains, under the keys of the base's: PEFT trains those themselves."""
+    found = dict[str, Tensor]()
+    for name, own in view.peft_config.items():
+        for path, bias in view.adapters._adapter(name).biases.items() if own is config else ():
+            key = peft_key(view.base_model.model, f"{path}.bias")
+            trained = state_dict[peft_key(view.base_model.model, f"{path}.{BIASES}.{name}.bias")]
+            base = state_dict[key]
+            found[key] = trained if bias.base is None else base + (trained - bias.base.to(base.device))
+    return found
 
 
 def _swap(

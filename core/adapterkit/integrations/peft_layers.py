@@ -1,23 +1,29 @@
-"""What PEFT's functions look for in a model, its tuner layers and trained copies, made from adapted modules.
+"""What PEFT's functions and users look for in a model: its tuner layers and trained copies.
 
-They are made when somebody asks, hold the model's own parameters, and own nothing.
+An adapted module of a model with a view is an instance of PEFT's classes for its adapters, and answers to the names of
+PEFT's layers. The answers are those of a `LayerView` or a `HeadView`, which are made when somebody asks, hold the
+model's own parameters, and own nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections import UserDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from adapterkit.adapters import Adapters
 from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
 from adapterkit.errors import UnsupportedError
-from adapterkit.forward import ACTIVE, Active, original_class
+from adapterkit.forward import ACTIVE, Active, original_class, strength_at
 
 
 def views(module: nn.Module) -> Iterator[nn.Module]:
@@ -26,6 +32,15 @@ def views(module: nn.Module) -> Iterator[nn.Module]:
         yield LayerView(module)
     if HEADS in module._modules:
         yield HeadView(module)
+
+
+def beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What PEFT has beside a module, by name: the containers of its adapter layers, and the wrapper of its copies."""
+    if LAYERS in module._modules:
+        layers: Any = module._modules[LAYERS]
+        yield from by_adapter(_parts(module), layers._modules).items()
+    if HEADS in module._modules:
+        yield "", HeadView(module)
 
 
 class _Live:
@@ -48,7 +63,12 @@ class _Buffers(_Live, BufferDict):
     pass
 
 
-class _Values(_Live, dict[str, Any]):
+class _Values(UserDict[str, Any]):
+    """Values of a layer by adapter, with which nothing can be set."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.data = dict(values)
+
     def __setitem__(self, name: str, value: Any) -> None:
         raise UnsupportedError(
             "The values of a layer are those of its adapter's config, and cannot be set here. How strong an adapter "
@@ -57,6 +77,16 @@ class _Values(_Live, dict[str, Any]):
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
+
+
+class _Scalings(_Values):
+    """The scalings of a layer by adapter. One that is set is what the change is multiplied by from now on."""
+
+    layer: LayerView
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.layer.rescale(name, float(value) / self.layer.own_scaling(name))
+        self.data[name] = float(value)
 
 
 def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, nn.Module]:
@@ -117,8 +147,11 @@ class LayerView(nn.Module):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         layers: Any = host._modules[LAYERS]
+        self.__dict__["_host"], self._path = host, layers.path
         self._layers: dict[str, AdapterLayer] = layers._modules
         self._active: Active = host.__dict__[ACTIVE]
+        classes: Any = self._active.extra
+        self._adapters: Adapters = classes.adapters
         self.base_layer: Any = bare(host)
         self._kind = next(iter(self._layers.values())).kind
         for name, container in by_adapter(_parts(host), self._layers).items():
@@ -127,7 +160,7 @@ class LayerView(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What is an attribute of this module; else a field of the layers' configs, by adapter: `r["default"]`."""
         if name in _fields(self.__dict__["_layers"].values()):
-            return self._values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
+            return _Values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
         return super().__getattr__(name)
 
     @property
@@ -141,15 +174,20 @@ class LayerView(nn.Module):
         return int(self._kind.out_features)
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> MutableMapping[str, float]:
         """What the change of each adapter is multiplied by: the scaling of its config, and its strength."""
-        strength = self._active.state.strength
-        return self._values({n: getattr(layer, "scaling", 1.0) * strength(n) for n, layer in self._layers.items()})
-
-    def _values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        found = _Values(values)
-        found.__dict__["held"] = self._layers
+        found = _Scalings({name: self.own_scaling(name) * self.strength(name) for name in self._layers})
+        found.layer = self
         return found
+
+    def own_scaling(self, name: str) -> float:
+        """The scaling of an adapter's config at this layer."""
+        return float(getattr(self._layers[name], "scaling", 1.0))
+
+    def strength(self, name: str) -> float:
+        """The strength of an adapter at this layer; 1 if it does not act here."""
+        state = self._active.state
+        return state.strength(name, self._host) if name in state.names else 1.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight by an adapter, in the weight's layout; in float32 where the weight is packed."""
@@ -157,8 +195,104 @@ class LayerView(nn.Module):
         own = layer.kind.read(self.base_layer)
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         change = layer.merged(own, self.base_layer.bias)[0] - own
-        found = layer.kind.laid_out(change * self._active.state.strength(adapter), weight)
+        found = layer.kind.laid_out(change * self.strength(adapter), weight)
         return found.to(weight.dtype) if weight.is_floating_point() else found  # else the weight is packed
+
+    # What acts at this layer alone
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let these adapters act at this layer, and train here unless `inference_mode`; elsewhere all stays."""
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        self._become({name: self.strength(name) for name in names}, () if inference_mode else names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the adapters act at this layer again, or no adapter."""
+        names = self.active_adapters
+        lost = [name for name in names if name in self._layers and self.strength(name) != 1.0]
+        if enabled:
+            self.set_adapter(names)
+        elif lost:
+            raise UnsupportedError(
+                f"Adapter {lost[0]!r} has another scaling here, which is lost if the layer is switched off alone. Set "
+                f"scaling[{lost[0]!r}] = 0 to switch it off, and to its value later."
+            )
+        else:
+            self._become({}, ())
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the change of an adapter at this layer by `scale`."""
+        if adapter in self._layers:
+            self.rescale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scalings of the adapters that act at this layer by `scale`."""
+        for name in self._active.state.names:
+            if name in self._layers:
+                self.rescale(name, self.strength(name) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scalings of the adapters that act at this layer by `scale`. `None`: those of the configs again."""
+        for name in self._active.state.names:
+            if name in self._layers:
+                self.rescale(name, 1.0 if scale is None else self.strength(name) / scale)
+
+    def rescale(self, name: str, strength: float) -> None:
+        """Give an adapter that acts another strength at this layer."""
+        if name not in self._active.state.names:
+            raise UnsupportedError(
+                f"Adapter {name!r} does not act now, and has a scaling of its own only while it acts. Call "
+                f"set_adapter({name!r}) first."
+            )
+        acting = {n: self.strength(n) for n in self._active.state.names if n in self._layers}
+        self._become({**acting, name: strength}, None)
+
+    def _become(self, strengths: Mapping[str, float], trains: Collection[str] | None) -> None:
+        """Let these adapters act at this layer with these strengths.
+
+        Args:
+            trains: those that train here; `None`: all as before.
+        """
+        adapters, path = self._adapters, self._path
+        before, wanted = adapters.strengths, dict[str, dict[str, float | None]]()
+        for name in dict.fromkeys((*before, *strengths)):
+            if name not in adapters:
+                raise ValueError(f"Adapter {name} not found.")
+            if name not in before and adapters.heads(name):
+                raise UnsupportedError(
+                    f"Adapter {name!r} has modules_to_save, which cannot act at one layer alone. Call set_adapter of "
+                    "the view."
+                )
+            adapter = adapters._adapter(name)
+            places = (*adapter.layers, *adapter.biases)
+            now = {at: strength_at(before[name], at) if name in before else None for at in places}
+            wanted[name] = now | ({path: strengths.get(name)} if path in now else {})
+        acting = {name: layers for name, layers in wanted.items() if any(s is not None for s in layers.values())}
+        others = [
+            layer for name in acting for at, layer in adapters.layers(name).items() if trains is None or at != path
+        ]
+        flags = [(parameter, parameter.requires_grad) for layer in others for parameter in layer.parameters()]
+        trained = [name for name in acting if name in (*adapters.trainable, *(trains or ()))]
+        adapters.activate(*acting, trainable=trained, strengths=acting)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for name, layer in self._layers.items():
+            if trains is not None and name not in trains:
+                layer.requires_grad_(False)
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refuse: an adapter is merged in the whole model.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "An adapter is merged in the whole model here, and not at one layer: merge_adapter() and unmerge_adapter() "
+            "of the view do that. get_delta_weight(name) gives the change of this layer's weight."
+        )
+
+    unmerge = merge
+
+    # What PEFT's layers have
 
     def __repr__(self) -> str:
         name = next(iter(self._layers))
@@ -190,8 +324,10 @@ class LayerView(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act, or would if they were not disabled."""
-        return list(self._active.state.names or self._active.merged or self._active.default.names)
+        """The adapters that act here, or would if they were not disabled or switched off at this layer alone."""
+        state = self._active.state
+        names = list(state.names or self._active.merged or self._active.default.names)
+        return [name for name in names if name in self._layers and state.acts_at(self._host, name)] or names
 
     @property
     def active_adapter(self) -> list[str]:
@@ -210,8 +346,11 @@ class LayerView(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether no adapter acts."""
-        return not (self._active.state.names or self._active.merged)
+        """Whether no adapter acts in the model, or all that do are switched off at this layer."""
+        state = self._active.state
+        here = [name for name in state.names if name in self._layers]
+        off = here and not any(state.acts_at(self._host, name) for name in here)
+        return bool(off) or not (state.names or self._active.merged)
 
 
 class HeadView(ModulesToSaveWrapper):
@@ -232,12 +371,29 @@ class HeadView(ModulesToSaveWrapper):
     def _get_available_adapters(self) -> set[str]:
         return self._adapters
 
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Refuse, unless this copy acts already.
+
+        Raises:
+            UnsupportedError: another copy, or none, acts.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        if [name for name in names if name in self._adapters] != self._active_adapter:
+            raise UnsupportedError(
+                "A trained copy of a module acts with its adapter in the whole model, and not alone. Call set_adapter "
+                "of the view."
+            )
+
 
 class Named:
     """A base of the classes of adapted modules, with which they answer to the names of PEFT's layers.
 
     `model.layers[0].q_proj.lora_A["default"]` is there, and `.base_layer`, although nothing of that is an attribute.
     """
+
+    def __repr__(self) -> str:
+        found = next(views(self), None)  # type: ignore[arg-type]
+        return super().__repr__() if found is None else repr(found)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -249,8 +405,28 @@ class Named:
             raise
 
 
-_ATTRIBUTES = {name for view in (LayerView, HeadView) for name in vars(view) if not name.startswith("_")}
+_ATTRIBUTES = {name for view in (LayerView, HeadView) for name in vars(view) if not name.startswith("__")}
 _ATTRIBUTES |= {"base_layer", "original_module", "modules_to_save"}
+
+
+class Classes:
+    """`Active.extra` of a model with a view: what its adapted modules are to PEFT."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+
+    def __call__(self, module: nn.Module) -> tuple[type, ...]:
+        """`Named`, and PEFT's classes for the adapters at the module, such as `lora.LoraLayer` and `lora.Linear`."""
+        layers: Any = module._modules.get(LAYERS)
+        if layers is None:
+            return (Named,)
+        found: dict[type, None] = {BaseTunerLayer: None}
+        for layer in layers._modules.values():
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(layer.config.to_dict()["peft_type"])
+            general = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+            own = getattr(sys.modules[general.__module__], original_class(module).__name__, general)
+            found |= dict.fromkeys((general, own if issubclass(own, general) else general))
+        return (Named, *found)
 
 
 def _may_be_named(module: nn.Module, name: str) -> bool:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Set
-from contextlib import suppress
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
 
+import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from torch import nn
 
 from adapterkit.contract import FILE_PREFIX, HEADS, LAYERS, SHARED, AdapterConfig, default_registry
+from adapterkit.errors import AdapterError
 from adapterkit.forward import PerAdapter
 
 # What precedes shared tensors on a `PeftModel`; all other keys begin with `FILE_PREFIX`.
@@ -29,6 +31,24 @@ _ROOT = "base_model."
 _HEADS = "modules_to_save"
 # The tasks for which PEFT trains the model's task head without being told.
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# What PEFT says where our message has these words: the class of its error, and what the text begins with.
+_NOTHING = "No modules were targeted for adaptation. "
+_ERRORS: dict[str, tuple[type[Exception], str]] = {
+    "There is no default for target_modules": (ValueError, "Please specify `target_modules` in `peft_config`. "),
+    "matched none of the": (
+        getattr(getattr(peft.utils, "error", None), "NoMatchingPeftModuleError", ValueError),
+        f"Target modules were not found in the base model. {_NOTHING}",
+    ),
+    "is left out; ": (
+        ValueError,
+        f"{_NOTHING}This might be caused by a combination of mismatched target modules and excluded modules. ",
+    ),
+    "is a container, whose forward": (
+        TypeError,
+        "modules_to_save cannot be applied to modules of type ModuleDict or ModuleList. ",
+    ),
+    "and only one can act": (ValueError, "Only one adapter can be set at a time for ModulesToSaveWrapper. "),
+}
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.
 VIEW = "ADAPTERKIT"
 
@@ -130,6 +150,19 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
     else:
         method = default_registry.claim(values, f"This {type(config).__name__}")
     return method.config_type().from_dict(values, where=f"This {type(config).__name__}", trained=False)
+
+
+@contextmanager
+def pefts_errors() -> Iterator[None]:
+    """Let an error of the block be one of the class that PEFT raises, too, with its words before ours."""
+    try:
+        yield
+    except AdapterError as error:
+        for ours, (theirs, words) in _ERRORS.items():
+            if ours in str(error):
+                kind = type(error) if isinstance(error, theirs) else type(theirs.__name__, (type(error), theirs), {})
+                raise kind(f"{words}{error}") from error
+        raise
 
 
 def plain(value: Any) -> Any:

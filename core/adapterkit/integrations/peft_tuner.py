@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from adapterkit.adapters import Adapters, attach
-from adapterkit.contract import FILE_PREFIX, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import StateError, unknown
+from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, default_registry
+from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
+from adapterkit.forward import Strength
 from adapterkit.integrations import peft_merging
-from adapterkit.integrations.peft_layers import by_adapter, views
-from adapterkit.integrations.peft_names import MethodConfig, peft_key, to_peft
+from adapterkit.integrations.peft_layers import LayerView, beside, by_adapter
+from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, to_peft
 from adapterkit.model import BaseModules
 
 
@@ -27,8 +28,7 @@ class _Configs(dict[str, PeftConfig]):
         raise unknown("adapter", name, self, advice)
 
 
-@BaseTuner.register
-class Tuner(nn.Module):
+class Tuner(BaseTuner):
     """`PeftModel.base_model`: what PEFT asks its tuner, answered by the adapters.
 
     Attributes:
@@ -36,13 +36,15 @@ class Tuner(nn.Module):
     """
 
     _model_inside = "model"
+    model: nn.Module
 
     def __init__(self, adapters: Adapters) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.__class__ = _class_of(adapters)
         self.model = adapters.model
         self._configs: dict[str, tuple[AdapterConfig, PeftConfig]] = {}
         self._shown = _Configs()
-        self._disabled: tuple[str, ...] | None = None
+        self._disabled: dict[str, Strength] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -50,10 +52,10 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            shared = self._shared()
+            shared = self.shared()
             return shared[name] if name in shared else getattr(self.model, name)
 
-    def _shared(self) -> dict[str, nn.Module]:
+    def shared(self) -> dict[str, nn.Module]:
         """What layers of an adapter share, which PEFT keeps here: `vera_A["default"]`."""
         shared = self.model._modules.get(SHARED)
         return {} if shared is None else by_adapter(shared._modules.items(), shared._modules)  # type: ignore[arg-type]
@@ -70,7 +72,7 @@ class Tuner(nn.Module):
     # Configs and names
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:  # type: ignore[override]
         """A config of PEFT's class for each adapter, with the layers that it has. The same object as long as it holds.
 
         A change of it changes nothing here.
@@ -93,7 +95,7 @@ class Tuner(nn.Module):
         return adapter.config, to_peft(config, trains=name in self.adapters.trainable)
 
     @property
-    def targeted_module_names(self) -> list[str]:
+    def targeted_module_names(self) -> list[str]:  # type: ignore[override]
         """The paths of all adapted layers."""
         return list(dict.fromkeys(path for name in self.adapters.names for path in self.adapters.layers(name)))
 
@@ -116,13 +118,13 @@ class Tuner(nn.Module):
         return [name for name in own if name in adapters] or [*adapters.names[:1]]
 
     @property
-    def active_adapter(self) -> str | list[str]:
+    def active_adapter(self) -> str | list[str]:  # type: ignore[override]
         """The adapter that acts; a list if several do."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     @property
-    def prefix(self) -> str:
+    def prefix(self) -> str:  # type: ignore[override]
         """What the method's parameters begin with."""
         config = self.adapters.config(self.active_adapters[0])
         prefix = default_registry.method_of(config).key_rule(config).prefix
@@ -139,7 +141,7 @@ class Tuner(nn.Module):
         weight decay, which has none in `nn.LayerNorm`, and `torch.distributed.checkpoint`.
         """
         yield "model", self.model
-        yield from self._shared().items()
+        yield from self.shared().items()
         others, norms = nn.Module(), nn.LayerNorm(1, elementwise_affine=False)
         for path, module in self.model.named_modules():
             names = (norms if isinstance(module, nn.LayerNorm) else others)._parameters
@@ -149,17 +151,27 @@ class Tuner(nn.Module):
         yield "model", others
         yield "model", norms
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Every module, and beside each adapted one what PEFT's functions look for there (see `peft_layers`)."""
-        for name, module in super().named_modules(*args, **kwargs):
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Every module, and beside each adapted one what PEFT has there, such as `lora_A` (see `peft_layers`).
+
+        Containers of parameters come last: the parameters belong to modules that come before.
+        """
+        last = list[tuple[str, nn.Module]]()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
             yield name, module
-            for view in views(module):
-                yield name, view
+            for local, part in beside(module):
+                if part._parameters or part._buffers:
+                    last.append((f"{name}.{local}", part))
+                else:
+                    yield f"{name}.{local}" if local else name, part
+        yield from last if remove_duplicate else ()
 
     # Which adapters act
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let these adapters act, and train unless `inference_mode`.
+        """Let these adapters act, and train unless `inference_mode`. Those that act already keep their strengths.
 
         Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
         """
@@ -167,13 +179,16 @@ class Tuner(nn.Module):
         for name in names:
             if name not in self.adapters:
                 raise ValueError(f"Adapter {name} not found.")
-        try:
-            self.adapters.activate(*names, trainable=not inference_mode)
-        except StateError:
-            # TRL's reference adapter acts in turn with the one that trains, and DDP and DeepSpeed do not know it.
-            if torch.is_grad_enabled():
-                raise
-            self.adapters.activate(*names, trainable=False)
+        now = self.adapters.strengths if self._disabled is None else self._disabled
+        strengths = {name: _on(now[name]) for name in names if name in now}
+        with pefts_errors():
+            try:
+                self.adapters.activate(*names, trainable=not inference_mode, strengths=strengths)
+            except StateError:
+                # TRL's reference adapter acts in turn with the one that trains, and DDP and DeepSpeed do not know it.
+                if torch.is_grad_enabled():
+                    raise
+                self.adapters.activate(*names, trainable=False, strengths=strengths)
         self._disabled = None
 
     def disable_adapter_layers(self) -> None:
@@ -181,13 +196,22 @@ class Tuner(nn.Module):
         if self.adapters.merged:
             self.adapters.unmerge()
         if self._disabled is None:
-            self._disabled = tuple(self.active_adapters)
+            self._disabled = {name: self.adapters.strengths.get(name, 1.0) for name in self.active_adapters}
             self.adapters.activate()
 
     def enable_adapter_layers(self) -> None:
         """Let the adapters act again that acted before `disable_adapter_layers`."""
         if self._disabled is not None:
             self.set_adapter(self.active_adapters)
+
+    def switched(self) -> list[LayerView]:
+        """The layers of adapters that do not act with the same strength everywhere."""
+        strengths = self.adapters.strengths
+        paths = dict.fromkeys(
+            path for strength in strengths.values() if isinstance(strength, Mapping) for path in strength
+        )
+        modules = map(self.model.get_submodule, paths)
+        return [LayerView(module) for module in modules if LAYERS in module._modules]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether the parameters of these adapters require gradients."""
@@ -245,3 +269,40 @@ class Tuner(nn.Module):
     ) -> None:
         """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`)."""
         peft_merging.combine(self.adapters, adapters, weights, adapter_name, combination_type, **options)
+
+    def inject_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse: PEFT would put its own layers into the model.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("Call add_adapter of the view, or ak.attach(model).add(name, config).")
+
+    def _create_and_replace(self, *_: Any, **__: Any) -> None:
+        self.inject_adapter()
+
+
+def _on(strength: Strength) -> Strength:
+    """The strength, with 1 where the adapter is off."""
+    if not isinstance(strength, Mapping):
+        return strength
+    return {path: 1.0 if number is None else number for path, number in strength.items()}
+
+
+def _class_of(adapters: Adapters) -> type[Tuner]:
+    """The class of the tuner, which is PEFT's class for the first adapter's type, too, if PEFT has one."""
+    return _classes.get(adapters.config(adapters.names[0]).to_dict()["peft_type"], Tuner)
+
+
+def _of_type(tuner_class: type[BaseTuner]) -> type[Tuner]:
+    body = {"__module__": __name__, "__doc__": f"A `Tuner` that is a `peft.{tuner_class.__name__}`."}
+    made: type[Tuner] = type(tuner_class.__name__, (Tuner, tuner_class), body)
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
+
+
+_classes: dict[str, type[Tuner]] = {
+    kind.value: _of_type(tuner_class)
+    for kind, tuner_class in PEFT_TYPE_TO_TUNER_MAPPING.items()
+    if issubclass(tuner_class, BaseTuner)
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
-from adapterkit.contract import FILE_PREFIX, default_registry
+from adapterkit.contract import BIASES, FILE_PREFIX, default_registry
 from adapterkit.errors import StateError, UnsupportedError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_functions
-from adapterkit.integrations.peft_layers import Named
-from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key
+from adapterkit.integrations.peft_layers import Classes
+from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, pefts_errors
 from adapterkit.integrations.peft_tuner import Tuner
 from adapterkit.results import LoadReport
 from adapterkit.tensors import process_groups, wrappers_of
@@ -55,8 +56,9 @@ class PeftView(PeftModel):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        adapters = attach(model)
-        adapters.add(adapter_name, from_peft_config(peft_config), **_where(autocast_adapter_dtype, low_cpu_mem_usage))
+        adapters, where = attach(model), _where(autocast_adapter_dtype, low_cpu_mem_usage)
+        with pefts_errors():
+            adapters.add(adapter_name, from_peft_config(peft_config), **where)
         self._show(adapters)
         self.base_model.keep(adapter_name, peft_config)
 
@@ -74,7 +76,7 @@ class PeftView(PeftModel):
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning, self._adapters_disabled = False, False
         hosts = (host for adapter in adapters._adapters.values() for host in adapter.hosts.values())
-        derive(hosts, adapters._active, Named)
+        derive(hosts, adapters._active, Classes(adapters))
         nn.Module.register_state_dict_post_hook(self, _rename_written)
         nn.Module.register_load_state_dict_pre_hook(self, _rename_given)
         nn.Module.register_load_state_dict_post_hook(self, _rename_reported)
@@ -141,15 +143,27 @@ class PeftView(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model for a `with` block: `Adapters.disabled`. What is merged is unmerged, as PEFT does it."""
+        """The base model for a `with` block: `Adapters.disabled`. What is merged is unmerged, as PEFT does it.
+
+        Layers that were switched off alone (`layer.enable_adapters(False)`) are on afterwards, with a warning.
+        """
         if self.adapters.merged:
             self.adapters.unmerge()
+        off = [layer for layer in self.base_model.switched() if layer.disable_adapters]
+        if off:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=3,
+            )
         before, self._adapters_disabled = self._adapters_disabled, True
         try:
             with self.adapters.disabled():
                 yield
         finally:
             self._adapters_disabled = before
+        for layer in off:
+            layer.enable_adapters(True)
 
     # Adapters
 
@@ -171,7 +185,8 @@ class PeftView(PeftModel):
             self.adapters.copy(_FIRST, adapter_name)
         else:
             where = _where(autocast_adapter_dtype, low_cpu_mem_usage)
-            self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
+            with pefts_errors():
+                self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """See `Tuner.set_adapter`."""
@@ -385,10 +400,20 @@ def _rename_given(view: PeftView, state: MutableMapping[str, Any], prefix: str, 
     """Give a state dict with PEFT's keys the model's keys, for `load_state_dict`. It may be of one adapter alone."""
     if view.adapters._load_hooks is not None:
         view.adapters._load_hooks.asks_for_all = False
-    root = f"{prefix}base_model."
-    for key in [key for key in state if key.startswith(root)]:
-        name = own_key(view.base_model.model, key.removeprefix(prefix))
-        state[prefix + FILE_PREFIX + name] = state.pop(key)
+    root, model = f"{prefix}base_model.", view.base_model.model
+    renamed = {key: own_key(model, key.removeprefix(prefix)) for key in state if key.startswith(root)}
+    own = {} if any(f".{BIASES}." in name for name in renamed.values()) else _trained_biases(view)
+    for key, name in renamed.items():
+        state[prefix + FILE_PREFIX + own.get(name, name)] = state.pop(key)
+
+
+def _trained_biases(view: PeftView) -> dict[str, str]:
+    """The keys of biases that one adapter alone trains, by the base's, which is PEFT's key of such a bias in a file."""
+    found: dict[str, list[str]] = {}
+    for name, adapter in view.adapters._adapters.items():
+        for path in adapter.biases:
+            found.setdefault(f"{path}.bias", []).append(f"{path}.{BIASES}.{name}.bias")
+    return {key: names[0] for key, names in found.items() if len(names) == 1}
 
 
 def _rename_reported(view: PeftView, report: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterLayer, DenseLayer, default_registry, widened
 from adapterkit.errors import StateError, UnsupportedError
-from adapterkit.forward import BiasLayer
+from adapterkit.forward import BiasLayer, Strength, strength_at
 from adapterkit.kinds import AddTile, LayerKind, tiles
 from adapterkit.merging.obstacles import is_writable, obstacle
 from adapterkit.merging.places import Place, overlaps, own, put_copy
@@ -101,7 +101,7 @@ class Change:
 
 @torch.no_grad()
 def plan(
-    adapters: Sequence[Adapter], modules: BaseModules, *, untie: bool, scales: Mapping[str, float] | None = None
+    adapters: Sequence[Adapter], modules: BaseModules, *, untie: bool, scales: Mapping[str, Strength] | None = None
 ) -> list[Change]:
     """What merging these adapters changes, checked as far as possible without the weights' values.
 
@@ -116,8 +116,11 @@ def plan(
     changes: dict[nn.Module, Change] = {}
     for adapter in adapters:
         default_registry.method_of(adapter.config).check_no_call(f"Adapter {adapter.name!r} cannot be merged")
-        scale = (scales or {}).get(adapter.name, 1.0)
+        strength = (scales or {}).get(adapter.name, 1.0)
         for path, layer in adapter.layers.items():
+            scale = strength_at(strength, path)
+            if scale is None:
+                continue
             module = adapter.heads.get(path, adapter.hosts[path])
             head = adapter.name if path in adapter.heads else None
             change = changes.setdefault(module, Change(path, module, layer.kind, head=head))
@@ -125,8 +128,9 @@ def plan(
             change.parts.append(Part(adapter.name, layer, scale))
             change.shifts_bias |= _shifts_bias(adapter, path, layer)
         for path, bias in adapter.biases.items():
-            module = adapter.hosts[path]
-            changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
+            module, scale = adapter.hosts[path], strength_at(strength, path)
+            if scale is not None:
+                changes.setdefault(module, Change(path, module, None)).biases.append((bias, scale))
     places = {Place(change.module, name): change for change in changes.values() for name in change.touched}
     heads = {m: f"{path} of {a.name!r}" for a in adapters for path, head in a.heads.items() for m in head.modules()}
     for place, other in overlaps(modules, places, heads).items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import BIASES
 from adapterkit.errors import AdapterError, StateError
-from adapterkit.forward import BiasLayer, give_dtypes_back
+from adapterkit.forward import BiasLayer, Strength, give_dtypes_back
 from adapterkit.merging.changes import Change, check_finite, check_in_memory, merge_module, merged_values, part, plan
 from adapterkit.merging.places import Place, own, put
 from adapterkit.merging.tied_weights import Parting
@@ -117,7 +117,7 @@ def merging(
     untie: bool,
     safe: bool,
     keep_base: bool,
-    strengths: Mapping[str, float],
+    strengths: Mapping[str, Strength],
     stop: Sequence[object],
 ) -> Iterator[Merged]:
     """Merge adapters into a model, and undo that if the merge or the block raises.

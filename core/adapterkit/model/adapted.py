@@ -11,7 +11,17 @@ from torch import nn
 
 from adapterkit.contract import SHARED, AdapterConfig, part_name
 from adapterkit.errors import ConfigError, StateError, UsageError
-from adapterkit.forward import Active, PerAdapter, State, checkpointing, install, lock, tensor_parallel, uninstall
+from adapterkit.forward import (
+    Active,
+    PerAdapter,
+    State,
+    Strength,
+    checkpointing,
+    install,
+    lock,
+    tensor_parallel,
+    uninstall,
+)
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
@@ -155,7 +165,7 @@ class AdaptedModel:
         call: str,
         adapters: Sequence[Adapter],
         heads: str | None,
-        strengths: Mapping[str, float] | None,
+        strengths: Mapping[str, Strength] | None,
         *,
         trains: Collection[str],
         block: bool,
@@ -182,7 +192,7 @@ class AdaptedModel:
         if merged:  # these are active again after `unmerge`
             hidden = tuple(name for name in before.asked[0] if name in merged)
             trained = tuple(name for name in hidden if name in before.trains) + trained
-            scales |= {name: before.strength(name) for name in hidden}
+            scales |= {name: before.strengths[name] for name in hidden if name in before.strengths}
         state = State(hidden + names, acting, trained, constants=constants, merged=merged, strengths=scales)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state

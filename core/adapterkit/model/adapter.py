@@ -28,7 +28,17 @@ from adapterkit.contract import (
     unwrapped_key,
 )
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError, unknown
-from adapterkit.forward import Active, BiasLayer, Path, calls_adapters, install, let_read, stop_reading, uninstall
+from adapterkit.forward import (
+    Active,
+    BiasLayer,
+    Path,
+    Strength,
+    calls_adapters,
+    install,
+    let_read,
+    stop_reading,
+    uninstall,
+)
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import computes_with, inside, modules_below
 from adapterkit.results import AdapterStatus
@@ -374,32 +384,51 @@ def training_among(names: Sequence[str], trainable: bool | Collection[str]) -> t
 
 
 def checked_strengths(
-    call: str, adapters: Sequence[Adapter], strengths: Mapping[str, float] | None
-) -> dict[str, float]:
-    """What the change of each adapter is multiplied by, by name, where that is not 1.
+    call: str, adapters: Sequence[Adapter], strengths: Mapping[str, Strength] | None
+) -> dict[str, Strength]:
+    """What the change of each adapter is multiplied by, by name, where that is not 1 everywhere.
+
+    A strength by module is given for every layer and bias of the adapter. One for a block counts for all layers in it.
 
     Raises:
-        UnknownNameError: a strength for none of these adapters.
+        UnknownNameError: a strength for none of these adapters, or for a module where it has no layer.
         ConfigError: a strength is not a finite number.
         UnsupportedError: its adapter is not additive, so its change has no multiple.
     """
-    named, found = {adapter.name: adapter for adapter in adapters}, dict[str, float]()
+    named, found = {adapter.name: adapter for adapter in adapters}, dict[str, Strength]()
     if strengths is not None and not isinstance(strengths, Mapping):
         raise ConfigError(f"{call} takes strengths by adapter, {{'a': 0.7}}, not {strengths!r}.")
     for name, strength in dict[str, Any](strengths or {}).items():
         if name not in named:
             raise unknown("adapter with a strength", name, named)
-        number: Any = math.nan if isinstance(strength, bool) or not isinstance(strength, Real) else strength
-        if not abs(number) <= sys.float_info.max:  # also true for nan
-            raise ConfigError(f"The strength of {name!r} is {strength!r}, but it must be a finite number.")
-        if number == 1.0:
+        if not isinstance(strength, Mapping):
+            found[name] = _checked_strength(named[name], strength, "")
             continue
-        config, what = named[name].config, f"Adapter {name!r} cannot act with a strength of {number:g}"
-        default_registry.method_of(config).check_no_call(what)
-        if not all(layer.additive for layer in named[name].layers.values()):
-            raise UnsupportedError(
-                f"{what}: the method {config.method!r} is not additive, so its change has no multiple. Leave the "
-                "strength out."
-            )
-        found[name] = float(number)
-    return found
+        layers: dict[str, float | None] = dict.fromkeys((*named[name].layers, *named[name].biases), 1.0)
+        for module in sorted(strength, key=len):  # an inner module's own strength comes last, and counts
+            inner = [path for path in layers if path == module or path.startswith(f"{module}.")]
+            if not inner:
+                raise unknown(f"layer of adapter {name!r}", module, layers)
+            given = strength[module]
+            number = None if given is None else _checked_strength(named[name], given, f" at {module!r}")
+            layers |= dict.fromkeys(inner, number)
+        numbers = set(layers.values())
+        found[name] = (numbers.pop() if len(numbers) == 1 else None) or layers
+    return {name: strength for name, strength in found.items() if strength != 1.0}
+
+
+def _checked_strength(adapter: Adapter, strength: Any, where: str) -> float:
+    """The strength as a float; only of an additive adapter it may differ from 1."""
+    number: Any = math.nan if isinstance(strength, bool) or not isinstance(strength, Real) else strength
+    if not abs(number) <= sys.float_info.max:  # also true for nan
+        raise ConfigError(f"The strength of {adapter.name!r}{where} is {strength!r}, but it must be a finite number.")
+    if number == 1.0:
+        return float(number)
+    what = f"Adapter {adapter.name!r} cannot act with a strength of {number:g}{where}"
+    default_registry.method_of(adapter.config).check_no_call(what)
+    if not all(layer.additive for layer in adapter.layers.values()):
+        raise UnsupportedError(
+            f"{what}: the method {adapter.config.method!r} is not additive, so its change has no multiple. Leave the "
+            "strength out."
+        )
+    return float(number)

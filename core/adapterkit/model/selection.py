@@ -13,7 +13,7 @@ from torch import nn
 
 from adapterkit.contract import AdapterConfig, Pattern, PatternTable, Rule, default_registry
 from adapterkit.errors import ConfigError, SelectionError, nearest
-from adapterkit.forward import original_class
+from adapterkit.forward import ACTIVE, original_class
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
@@ -196,7 +196,7 @@ def _check_no_peft(modules: BaseModules) -> None:
     """Raise `SelectionError` if the model has adapters of PEFT: their layers would look like the model's own."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     for module, paths in modules.paths_of.items() if peft is not None else ():
-        if isinstance(module, peft.BaseTunerLayer):
+        if isinstance(module, peft.BaseTunerLayer) and ACTIVE not in module.__dict__:
             raise SelectionError(
                 f"The model has adapters of PEFT, such as at {paths[0]!r}. Take them off first: peft_model.unload() "
                 "returns the bare model, peft_model.merge_and_unload() the model with them in its weights. After "

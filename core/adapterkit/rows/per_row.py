@@ -24,6 +24,7 @@ from adapterkit.forward import (
     Call,
     Plan,
     State,
+    Strength,
     callable_head,
     delta,
     drops,
@@ -62,7 +63,7 @@ class RowState(State):
         defaults: tuple[str, ...],
         *,
         trains: Collection[str],
-        strengths: Mapping[str, float],
+        strengths: Mapping[str, Strength],
     ) -> None:
         trained = tuple(name for name in rows.adapters if name in trains)
         constants = tuple(name for name in rows.adapters if name not in trains)
@@ -204,7 +205,8 @@ class RowPlan(Plan):
 
     def _one(self, name: str, base: OfInput, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
-        layer, bias, strength = self.parts.get(name), self.shifts.get(name), self.state.strength(name)
+        layer, bias = self.parts.get(name), self.shifts.get(name)
+        strength = self.state.strength(name, self.module)
         layers = [] if layer is None else [(layer, strength)]
         whole = layer is not None and layer.any_module
         out = Call(self.module, base, layers, ())(x) if whole else run_layers(self.module, layers, base, x)
@@ -223,25 +225,27 @@ class RowPlan(Plan):
         dtype = out.dtype
         apart: list[tuple[list[int], Tensor]] = []
         for parts, may_stack in self.groups:
-            change = stacked(rows, parts, x, self.state.strengths) if may_stack else None
+            strengths = [self.state.strength(name, self.module) for name in parts]
+            change = stacked(rows, parts, x, strengths) if may_stack else None
             if change is not None:
                 out = out + change
                 continue
-            for name, layer in parts.items():
+            for (name, layer), strength in zip(parts.items(), strengths, strict=True):
                 own = rows.having(name)
-                apart.append((own, self.state.strength(name) * delta(layer, rows.pick(x, own))))
+                apart.append((own, strength * delta(layer, rows.pick(x, own))))
         out = rows.add(out, apart) if apart else out
         if self.shifts:
             length, shifts = out.shape[0] // rows.count, []
             for name, bias in self.shifts.items():
-                own, shift = rows.having(name), self.state.strength(name) * bias.change(self.module.bias, out)
+                own, strength = rows.having(name), self.state.strength(name, self.module)
+                shift = strength * bias.change(self.module.bias, out)
                 shifts.append((own, shift.expand(len(own) * length, *out.shape[1:])))
             out = rows.add(out, shifts)
         return out.to(dtype)
 
 
-def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths: Mapping[str, float]) -> Tensor | None:
-    """What the layers, each times its adapter's strength, add to all rows; `None`: they are called one by one.
+def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths: Sequence[float]) -> Tensor | None:
+    """What the layers, each times its strength, add to all rows; `None`: they are called one by one.
 
     The cost rule: stacked, each adapter's numbers are copied once, and there are a few kernels whatever the number of
     adapters; one after another, nothing is copied, and each adapter has kernels of its own. With up to `STACKED` rows
@@ -251,17 +255,16 @@ def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths:
     graph serves every assignment.
     """
     layers, names = list(parts.values()), tuple(parts)
-    scales = [strengths.get(name, 1.0) for name in names]
     if any(layer.training and drops(layer) for layer in layers):
         return None
     each = x.reshape(rows.count, -1, x.shape[-1])
     if torch.compiler.is_compiling():
-        change = by_row(layers, scales, rows.slots(names, x.device), each)
+        change = by_row(layers, strengths, rows.slots(names, x.device), each)
     else:
         order, places = rows.groups(names, x.device)
         if len(order) > 2 * len(each):
             return None
-        change = by_row(layers, scales, None, each.index_select(0, order).reshape(len(layers), -1, x.shape[-1]))
+        change = by_row(layers, strengths, None, each.index_select(0, order).reshape(len(layers), -1, x.shape[-1]))
         change = change.reshape(len(order), -1, change.shape[-1]).index_select(0, places)
     mask = rows.mask(names, x.device)
     if mask is not None:
