@@ -103,9 +103,10 @@ def test_a_state_of_a_training_in_which_adapters_acted_otherwise_is_refused(tmp_
     script.adapters.activate("lora", "loha", heads="lora", trainable=["loha"])
     script.accelerator.save_state(str(tmp_path))
     again = Script("lora", "loha", seed=1)
-    again.adapters.activate("lora", "loha", heads="lora", trainable=["loha"], strengths={"loha": 0.5})
-    with pytest.raises(ak.CheckpointError, match=r"activate\('lora', 'loha', trainable=\['loha'\]\)"):
-        again.accelerator.load_state(str(tmp_path))
+    for strength in (0.5, {"bert.encoder.layer.0": 0.5, "bert.encoder.layer.1": None}):
+        again.adapters.activate("lora", "loha", heads="lora", trainable=["loha"], strengths={"loha": strength})
+        with pytest.raises(ak.CheckpointError, match=r"activate\('lora', 'loha', trainable=\['loha'\]\)"):
+            again.accelerator.load_state(str(tmp_path))
     other = Script("lora", "loha", seed=2)
     other.adapters.activate("lora", "loha", heads="lora", trainable=["loha"])
     with pytest.raises(ak.CheckpointError, match="adapter 'lora' acted with other values"):

@@ -179,21 +179,23 @@ def test_flags_that_a_user_set_stay() -> None:
     assert {id(p) for p in adapters.model.parameters() if p.requires_grad} == before
 
 
-def test_a_scaling_that_peft_set_becomes_a_strength() -> None:
+@pytest.mark.parametrize("layers", [["layers.0"], ["layers.0", "layers.1"]])
+def test_scalings_that_peft_set_become_strengths(layers: list[str]) -> None:
     model = live(LoraConfig(**LORA))
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.scale_layer(0.5)
+    scaled = [m for name, m in model.get_base_model().named_modules() if name in layers]
+    for module in scaled:
+        module.scale_layer(0.5)
     before = run(model, "embednet")
     adapters = ak.from_peft(model)
-    assert adapters.strengths == {"default": 0.5}
+    assert len(scaled) == len(layers)
     assert_same_outputs(run(adapters.model, "embednet"), before)
 
 
-def scaled_layer_by_layer() -> PeftModel:
-    """Each layer with another scaling."""
+def scaled_without_acting() -> PeftModel:
+    """An adapter that does not act has another scaling."""
     model = live(LoraConfig(**LORA))
-    model.base_model.model.layers[0].scale_layer(0.5)
+    model.add_adapter("other", LoraConfig(**LORA))
+    model.base_model.model.layers[0].set_scale("other", 0.5)
     return model
 
 
@@ -227,7 +229,7 @@ REFUSED = {
         ak.UnsupportedError,
         r"This LoraConfig: trainable_token_indices = {'embed': \[1\]} changes what the adapter computes",
     ),
-    "scalings of layers": (scaled_layer_by_layer, ak.UnsupportedError, "set_scale"),
+    "scalings of others": (scaled_without_acting, ak.UnsupportedError, "set_scale"),
     "a tied module": (tied, ak.UnsupportedError, "is one module with"),
 }
 

@@ -19,6 +19,7 @@ from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
+    from adapterkit.forward import Strength
 
 # The length of text in a tensor is a multiple of this: torch.distributed.checkpoint reads into tensors of equal shapes.
 _BLOCK = 256
@@ -61,7 +62,7 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
                 f"{where} does not fit adapter {name!r}: {other}. Before you resume, add the adapter with the config "
                 "that was saved."
             )
-    pairs = [(each["name"], each["strength"]) for each in then["acting"]]
+    pairs: list[tuple[str, Strength]] = [(each["name"], each["strength"]) for each in then["acting"]]
     trains, strengths = adapters.trainable, adapters.strengths
     if (then["trains"], then["heads"]) != ([*trains], [*adapters._active.state.heads]) or pairs != [*strengths.items()]:
         raise CheckpointError(
@@ -124,8 +125,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _shown(strengths: Sequence[tuple[str, float]], trains: Collection[str]) -> str:
-    acting = ", ".join(f"{name!r}" + f" (strength {strength:g})" * (strength != 1) for name, strength in strengths)
+def _shown(strengths: Sequence[tuple[str, Strength]], trains: Collection[str]) -> str:
+    acting = ", ".join(
+        f"{name!r}" + f" (strength {'by layer' if isinstance(strength, Mapping) else strength})" * (strength != 1)
+        for name, strength in strengths
+    )
     return f"{acting or 'nothing'} acted and {', '.join(map(repr, trains)) or 'nothing'} trained"
 
 

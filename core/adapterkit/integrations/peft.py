@@ -78,7 +78,7 @@ def from_peft(model: PeftModel) -> Adapters:
         ConfigError: not a `PeftModel`.
         UnknownNameError: no installed method makes an adapter of this type.
         UnsupportedError: an option that its method does not have, prompt learning, several types in one model
-            (`PeftMixedModel`), or scalings that were changed layer by layer.
+            (`PeftMixedModel`), or scalings of an adapter that does not act that were changed.
         StateError: an adapter is merged, or the layers do not agree about which adapters act.
         CheckpointError, SelectionError: the adapters would not be at the same layers.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import AdapterConfig, strip_file_prefix
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
+from adapterkit.forward import Strength
 from adapterkit.files import EVERYWHERE, file_places, load_adapter
 from adapterkit.formats import AdapterFiles
 from adapterkit.integrations.peft_names import from_peft_config
@@ -175,25 +176,26 @@ def _built(adapters: Adapters, name: str, config: AdapterConfig, tensors: dict[s
     return adapter
 
 
-def _strength(adapter: Adapter, wrappers: Mapping[nn.Module, Any], *, acts: bool) -> float:
+def _strength(adapter: Adapter, wrappers: Mapping[nn.Module, Any], *, acts: bool) -> Strength:
     """What PEFT multiplies the adapter's change by, beyond what its config says: `set_scale` and the like.
 
     Raises:
-        UnsupportedError: that is not the same in all layers, or the adapter does not act now.
+        UnsupportedError: the adapter does not act now, so it has no strength.
     """
-    ratios = []
+    ratios = dict[str, float | None]()
     for path, layer in adapter.layers.items():
         own, scaling = getattr(layer, "scaling", None), getattr(wrappers[adapter.hosts[path]], "scaling", None)
         if own and isinstance(scaling, dict):
-            ratios.append(scaling[adapter.name] / own)
-    if all(math.isclose(ratio, 1.0) for ratio in ratios):
+            ratio = float(scaling[adapter.name] / own)
+            ratios[path] = 1.0 if math.isclose(ratio, 1.0) else ratio
+    if set(ratios.values()) <= {1.0}:
         return 1.0
-    if not acts or not all(math.isclose(ratio, ratios[0]) for ratio in ratios):
+    if not acts:
         raise UnsupportedError(
-            f"The scalings of adapter {adapter.name!r} were changed since it was made. One factor for all layers is "
-            "taken over as the strength of an active adapter. For others reset the scalings (set_scale) first."
+            f"The scalings of adapter {adapter.name!r} were changed since it was made. They are taken over as the "
+            "strengths of an active adapter, and this one is not. Activate it, or reset the scalings (set_scale) first."
         )
-    return float(ratios[0])
+    return ratios
 
 
 def _require_alone(base: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
