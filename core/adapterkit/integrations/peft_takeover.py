@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import AdapterConfig, strip_file_prefix
 from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError
-from adapterkit.forward import Strength
 from adapterkit.files import EVERYWHERE, file_places, load_adapter
 from adapterkit.formats import AdapterFiles
+from adapterkit.forward import Strength
 from adapterkit.integrations.peft_names import from_peft_config
 from adapterkit.integrations.peft_view import PeftView
 from adapterkit.model import Adapter

@@ -383,11 +383,15 @@ class AdaptedModel:
     def notes_for_file(self, adapter: Adapter) -> list[str]:
         """What someone who saves this adapter should know about what its file will not show."""
         state, notes = self.active.state, self.never_ran(adapter)
-        strength = state.strength(adapter.name) if adapter.name in state.names else 1.0
+        strength = state.strengths.get(adapter.name, 1.0) if adapter.name in state.names else 1.0
         if strength != 1.0 and adapter.trains():
+            by_layer = isinstance(strength, Mapping)
+            acts, value = (
+                ("strengths by layer", "{...}") if by_layer else (f"a strength of {strength:g}", f"{strength:g}")
+            )
             notes.append(
-                f"it trains with a strength of {strength:g}, which its file does not hold, so it acts with 1 when it "
-                f"is loaded. Then call activate({adapter.name!r}, strengths={{{adapter.name!r}: {strength:g}}})"
+                f"it trains with {acts}, which its file does not hold, so it acts with 1 when it is loaded. Then call "
+                f"activate({adapter.name!r}, strengths={{{adapter.name!r}: {value}}})"
             )
         return notes
 
