@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.contract import LayerNames
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import Translation
+from adapterkit.formats import Translation, original_paths
 from adapterkit.model import BaseModules
 from adapterkit.tensors import real_value
 
@@ -15,38 +15,51 @@ from adapterkit.tensors import real_value
 _PARAMETERS = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
 
 
-def with_differences(found: Translation, modules: BaseModules) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of another program's file, with whole modules in place of differences, and the paths of those.
+def with_differences(
+    found: Translation, modules: BaseModules
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """The tensors of another program's file, with whole modules in place of differences.
 
     `W' = W + diff` is computed in float32. Differences stay, and are reported, at layers that the adapter changes as
     well, and where the module is not there or has no values.
+
+    Returns:
+        The tensors; the paths of the modules; and the keys of differences of zeros, which are left out.
 
     Raises:
         CheckpointError: a difference has another size than the parameter.
     """
     tensors = dict(found.tensors)
     keys = [key for key in tensors if key.rpartition(".")[2] in _PARAMETERS and key not in found.passed]
-    if not keys:
-        return tensors, ()
-    known = {paths[0]: module for module, paths in modules.paths_of.items() if module._parameters}
+    zeros = [key for key in keys if not tensors[key].any()]
+    known = {paths[0]: module for module, paths in modules.paths_of.items() if module._parameters} if keys else {}
     names, changed = LayerNames(known), dict[str, dict[str, Tensor]]()
     for key in keys:
-        name, _, local = key.rpartition(".")
-        path, parameter = names.find(name), _PARAMETERS[local]
-        if path is None or path in found.layers or known[path]._parameters.get(parameter) is None:
+        difference, (name, _, local) = tensors.pop(key), key.rpartition(".")
+        paths = (path for path in (names.find(name), *original_paths(key)) if path in known)
+        path, parameter = next(paths, None), _PARAMETERS[local]
+        if key in zeros:
             continue
-        if any(other.endswith(f".{path}") for other in modules.all_paths):  # an entry for it means that one, too
-            continue
-        value = real_value(known[path], parameter)
-        if value.is_meta or not value.is_floating_point():
-            continue
-        if value.numel() != tensors[key].numel():
-            raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}; {path!r} has {tuple(value.shape)}.")
-        difference = tensors.pop(key).to(value.device, torch.promote_types(value.dtype, torch.float32))
-        changed.setdefault(path, {})[parameter] = value + difference.view(value.shape)
+        own = None if path is None or path in found.layers else _value(known[path], parameter)
+        # An entry of modules_to_save means every module whose path ends like it.
+        if path is None or own is None or any(other.endswith(f".{path}") for other in modules.all_paths):
+            tensors[key] = difference
+        elif own.numel() != difference.numel():
+            raise CheckpointError(f"{key!r} has shape {tuple(difference.shape)}; {path!r} has {tuple(own.shape)}.")
+        else:
+            wide = torch.promote_types(own.dtype, torch.float32)
+            changed.setdefault(path, {})[parameter] = own + difference.to(own.device, wide).view(own.shape)
     for path, given in changed.items():
         module = known[path]
         held = [*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)]
-        rest = [name for name in held if name not in given and getattr(module, name) is not None]
-        tensors |= {f"{path}.{name}": given.get(name, real_value(module, name)) for name in (*given, *rest)}
-    return tensors, tuple(changed)
+        whole = {name: real_value(module, name) for name in held if getattr(module, name) is not None} | given
+        tensors |= {f"{path}.{name}": tensor for name, tensor in whole.items()}
+    return tensors, tuple(changed), tuple(zeros)
+
+
+def _value(module: nn.Module, parameter: str) -> Tensor | None:
+    """The value of a module's own parameter, if it has one of floating numbers."""
+    if module._parameters.get(parameter) is None:
+        return None
+    value = real_value(module, parameter)
+    return None if value.is_meta or not value.is_floating_point() else value

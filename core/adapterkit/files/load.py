@@ -58,8 +58,9 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     modules = BaseModules(model)
     found = translate(files, modules, part=component)
     tensors, method, config = dict(found.tensors), found.method, found.config
+    zeros: tuple[str, ...] = ()
     if files.config is None:
-        tensors, changed = with_differences(found, modules)
+        tensors, changed, zeros = with_differences(found, modules)
         config = config.replace(modules_to_save=changed or config.modules_to_save)
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     selection = select_on(modules, config)
@@ -79,7 +80,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     adapter.tables = frozenset(tables)
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
-    fit.ignored += [key for key in found.passed if key not in tensors]
+    fit.ignored += [*zeros, *(key for key in found.passed if key not in tensors)]
     ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:

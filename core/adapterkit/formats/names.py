@@ -165,6 +165,12 @@ class OriginalNames(Layout):
         return files.read_as(f"{family.model} in its original names", tensors)
 
 
+def original_paths(key: str) -> set[str]:
+    """The layers of diffusers that a key may be for, if it has an original name that stands for one layer."""
+    places = (Place.of(key, family) for family in FAMILIES)
+    return {place.paths[0] for place in places if place is not None and len(place.paths) == 1}
+
+
 def _places(tensors: Iterable[str], family: Family, layers: Mapping[str, LayerKind] | None) -> dict[str, Place]:
     """For each key with an original name of the family its place, as far as the model has the layers."""
     found = {key: place for key in tensors if (place := Place.of(key, family)) is not None}

@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit import CheckpointError, ForeignLayer, Format, UnsupportedError
+from adapterkit import CheckpointError, ForeignLayer, Format, LayerKind, UnsupportedError
 from adapterkit_lora.config import LoraConfig
 
 _DOWN, _UP, _BIAS, _MID = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid"
@@ -82,6 +83,17 @@ class LoraFormat(Format):
         alpha = len(down) * (scales[0] if len({*scales}) == 1 else 1.0)
         return {_DOWN: down, _UP: up, "alpha": parts[0]["alpha"].new_tensor(alpha)}
 
+    def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, LayerKind]) -> dict[str, ForeignLayer]:
+        """Where some layers have the change of a bias, that of the others is zero: all have a bias, or none."""
+        found = super().layers(tensors, kinds)
+        if any(_DIFF in layer.tensors for layer in found.values()):
+            for path, layer in found.items():
+                if layer.tensors.keys().isdisjoint({_DIFF, _BIAS}) and not layer.kind.lookup:
+                    dtype = next(t.dtype for local, t in layer.tensors.items() if local in self.factors)
+                    zeros = torch.zeros(layer.kind.out_features, dtype=dtype)
+                    found[path] = replace(layer, tensors={**layer.tensors, _DIFF: zeros})
+        return found
+
     def config(self, layers: Mapping[str, ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """B has a bias if the file has one."""
         found = super().config(layers, metadata, **fields)
@@ -99,20 +111,14 @@ class LoraFormat(Format):
                     f"{tuple(down.shape)}: a Tucker core is (r, r, kernel), and its factor (r, in)."
                 )
             values[_DOWN] = torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
-        values |= self._bias(layer, values.pop(_DIFF, None), config)
+        if _DIFF in values:
+            if not config.scaling:
+                raise UnsupportedError(f"{layer.path!r}: the bias of a B that is scaled by 0 changes nothing.")
+            diff = values.pop(_DIFF)
+            if config.scaling != 1:
+                diff = diff.to(torch.promote_types(diff.dtype, torch.float32)) / config.scaling
+            values[_BIAS] = diff + values[_BIAS] if _BIAS in values else diff
         for local, shape in ((_DOWN, layer.kind.down_shape(rank)), (_UP, layer.kind.up_shape(rank))):
             if local in values and values[local].flatten(1).shape == (shape[0], math.prod(shape[1:])):
                 values[local] = values[local].reshape(shape)  # `(r, in)` and `(r, in, 1, 1)` are one
         return values
-
-    def _bias(self, layer: ForeignLayer, diff: Tensor | None, config: Any) -> dict[str, Tensor]:
-        """B's bias where the file has the change of the layer's bias: that over the scaling, or zeros beside others."""
-        if diff is not None:
-            if not config.scaling:
-                raise UnsupportedError(f"{layer.keys[_DIFF]!r} cannot be the bias of a B that is scaled by 0.")
-            wide = diff.to(torch.promote_types(diff.dtype, torch.float32))
-            return {_BIAS: wide / config.scaling + layer.tensors.get(_BIAS, 0)}
-        kohyas = layer.keys.get(_UP, "").endswith("lora_up.weight")
-        if kohyas and getattr(config, "lora_bias", False) and _BIAS not in layer.tensors:
-            return {_BIAS: torch.zeros(layer.kind.out_features, dtype=layer.tensors[_UP].dtype)}
-        return {}

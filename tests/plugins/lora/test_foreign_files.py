@@ -197,6 +197,14 @@ def test_full_differences_beside_lora(model: nn.Module, tmp_path: Path) -> None:
     refuse(model, file, ak.CheckpointError, r"'lora_unet_norm.diff' has shape (7,); 'norm' has (8,)")
 
 
+def test_differences_of_zeros_change_nothing(model: nn.Module, tmp_path: Path) -> None:
+    values = factors(2, QUERY)
+    zeros = {f"lora_unet_{name}": torch.zeros(8) for name in ("norm.w_norm", "norm.b_norm", "other.diff")}
+    file = write(tmp_path / "a.safetensors", kohya("lora_unet", values) | zeros)
+    report = check(model, file, expected(model, values))
+    assert set(report.ignored) == set(zeros)
+
+
 def test_differences_that_have_no_place_are_named(model: nn.Module, tmp_path: Path) -> None:
     values = factors(2, QUERY)
     norms = {"lora_unet_other.w_norm": torch.ones(8), "lora_unet_other.b_norm": torch.ones(8)}
