@@ -35,7 +35,7 @@ def inspect(
         bool, typer.Option("--headers-only", help="Read no tensors: no norms, no effective ranks.")
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="The base model's folder or hub id; only its config.json is read.")
+        str | None, typer.Option(help="The base model's folder or hub id; its weights are not loaded.")
     ] = None,
     component: Component = None,
 ) -> AdapterInspection:
@@ -104,7 +104,8 @@ def targets(
     """Show which layers a config would adapt, why, and how many parameters it would add.
 
     The model is built from its config.json without weights. This takes seconds for any size, and downloads no weights.
-    Layers that differ only in the numbers of their path share a row.
+    A model of diffusers is told from the names in its files. Layers that differ only in the numbers of their path share
+    a row.
     """
     fields = arguments.fields(set_ or ())
     named = {

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from adapterkit.contract import empty_layer
 from adapterkit.errors import CheckpointError, unknown
 from adapterkit.files import Entry, MappedFiles, Shard, read_header
 from adapterkit.formats import CONFIG_FILE, in_order, renaming
 
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+# Names that transformers and diffusers give a model's weights.
 _INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHTS_FILES = (
+    *("model.safetensors", f"model{_INDEX_SUFFIX}"),
+    *("diffusion_pytorch_model.safetensors", f"diffusion_pytorch_model{_INDEX_SUFFIX}"),
+)
+# What begins the names of the diffusion model in a file of a whole pipeline under its original names.
+_ORIGINAL = "model.diffusion_model."
+# Modules with a matrix that is a table of rows, by the last part of their path.
+_TABLES = re.compile(r"(?:\w+_)?embeddings?(?:_table)?|embed_tokens|wte|wpe|shared")
+# No model is deeper.
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,20 @@ class Checkpoint:
         return MappedFiles().tensor(self.entries[name])
 
 
-def weights_in(folder: Path) -> Path | None:
-    """The file of weights, or the index, that a folder has under the usual name."""
-    return next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+def weights_in(place: Path) -> Path | None:
+    """The file of weights, or the index, that a folder has under a usual name, or alone; of a file, itself."""
+    if place.is_file():
+        return place
+    for name in WEIGHTS_FILES:
+        if (place / name).is_file():
+            return place / name
+    if (place / CONFIG_FILE).is_file() or (place / "model_index.json").is_file():
+        return None
+    for pattern in (f"*{_INDEX_SUFFIX}", "*.safetensors"):
+        found = [path for path in place.glob(pattern) if not path.name.startswith(".")]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _refuse(folder: Path) -> Path:
@@ -96,7 +120,7 @@ def _refuse(folder: Path) -> Path:
             f"It holds {', '.join(files[:8]) or 'nothing'}. Only safetensors files are read. To convert others, load "
             "the model with transformers and call save_pretrained."
         )
-    raise CheckpointError(f"{folder} has neither {' nor '.join(WEIGHTS_FILES)}. {advice}")
+    raise CheckpointError(f"{folder} has neither {' nor '.join(WEIGHTS_FILES[:2])}. {advice}")
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -127,6 +151,65 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+class PlainModel(nn.Module):
+    """The modules of a checkpoint, told from the names and shapes of its tensors, on the meta device.
+
+    A matrix is a linear layer (or an embedding, by its name), a tensor of three to five dimensions a convolution. It
+    has all that adapters in files need to know of a model, and no forward.
+
+    Attributes:
+        prefix: what the names in the file have before the paths here.
+    """
+
+    prefix = ""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str) -> PlainModel:
+        """The model of a checkpoint; `name` is what messages call its class.
+
+        Raises:
+            CheckpointError: some matrices are stored `(in, out)`, as GPT-2 does, and nothing tells which.
+        """
+        model: PlainModel = type(name, (cls,), {})()
+        model.prefix = _ORIGINAL if any(key.startswith(_ORIGINAL) for key in checkpoint.entries) else ""
+        layers: dict[str, dict[str, Entry]] = {}
+        for key, entry in checkpoint.entries.items():
+            path, _, local = key.removeprefix(model.prefix).rpartition(".")
+            parts = path.split(".") if path else []
+            usable = len(parts) < _DEEPEST and not any(not part or hasattr(nn.Module, part) for part in (*parts, local))
+            if key.startswith(model.prefix) and usable:
+                layers.setdefault(path, {})[local] = entry
+        for path, held in layers.items():
+            weight, bias = held.get("weight"), held.get("bias")
+            if weight and bias and len(weight.shape) == 2 and bias.shape == weight.shape[1:] != weight.shape[:1]:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: '{path}.weight' is stored (in, out), and without a config.json nothing "
+                    "tells which others are. Put the model's config.json beside its weights."
+                )
+        for path in sorted(layers, key=lambda path: path.count(".")):  # outer modules first
+            *parts, last = path.split(".")
+            outer: nn.Module = model
+            for part in parts:
+                outer = outer._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            module = outer._modules.setdefault(last, _layer(last, layers[path])) if path else model
+            assert module is not None
+            for local, entry in layers[path].items():
+                empty = torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
+                module._parameters[local] = nn.Parameter(empty, requires_grad=False)
+        model.eval()
+        return model
+
+
+def _layer(name: str, tensors: Mapping[str, Entry]) -> nn.Module:
+    """The module, as a layer of its sort, that has these tensors."""
+    shape = tensors["weight"].shape if "weight" in tensors else ()
+    if len(shape) == 2 and "bias" not in tensors and _TABLES.fullmatch(name):
+        return nn.Embedding(*shape, device="meta")
+    if 2 <= len(shape) <= 5 and 0 not in shape:
+        return empty_layer(*shape)
+    return nn.Module()
+
+
 def match_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Match a checkpoint's names with a model's as transformers does when it loads.
 
@@ -138,6 +221,8 @@ def match_names(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, str],
         tensors for each that transformers makes of several when it loads, such as stacked experts.
     """
     known = set(model.state_dict(keep_vars=True))
+    if isinstance(model, PlainModel):
+        return {key: model.prefix + key for key in known & {name.removeprefix(model.prefix) for name in names}}, {}
     rename = renaming(model, known)
     in_file: dict[str, str] = {}
     fused: dict[str, tuple[str, ...]] = {}

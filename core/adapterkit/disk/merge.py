@@ -129,10 +129,10 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     checkpoint, named = Checkpoint.open(place), None
     files = {source.name: read(source.place) for source in sources}
     if model is None:
-        built, named = skeleton_for(folder, [*files.values()], architecture)
+        built, named = skeleton_for(place, [*files.values()], architecture)
     else:
         built = copy.deepcopy(model)
-    vocabulary = Vocabulary.resize(built, {name: held.tensors for name, held in files.items()})
+    vocabulary = Vocabulary.resize(built, files)
     mapped = MappedModel(built, checkpoint)
     changes, acting = _changes(mapped, sources, files, untie=untie, heads=heads, component=component, safe=safe)
     values, parted = _new_values(mapped, changes, acting)
@@ -146,9 +146,9 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     if checkpoint.index_file is not None:
         small[checkpoint.index_file.name] = new_index(checkpoint, shards)
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
-    everything = {**checkpoint.entries, **origins}
+    everything, beside = {**checkpoint.entries, **origins}, folder if (folder / CONFIG).is_file() else place
     mapped.release()
-    output = Output(target, folder, everything, shards, small, _inputs(checkpoint, sources, arguments))
+    output = Output(target, beside, everything, shards, small, _inputs(checkpoint, sources, arguments))
     resumed, not_copied = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
     merged = {name for name, origin in origins.items() if isinstance(origin, Merge)}
     return MergeReport(

@@ -134,7 +134,7 @@ class Output:
 
     Attributes:
         out: its folder.
-        base: the base's folder.
+        base: the base's folder, or its single file.
         origins: where every tensor comes from.
         shards: the files of weights.
         small: the content of other files by name.
@@ -252,9 +252,10 @@ def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Ite
 def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
     """Copy the files of the base beside its weights, the content behind links; the files that are left out.
 
-    Those are weights, of this and of other formats, adapters, hidden files, and folders behind links.
+    Those are weights, of this and of other formats, adapters, hidden files, and folders behind links. Nothing is beside
+    a base that is a single file.
     """
-    left, folders = [], [base]
+    left, folders = [], [base] if base.is_dir() else []
     for inside in folders:
         for path in sorted(inside.iterdir()):
             name = path.relative_to(base).as_posix()

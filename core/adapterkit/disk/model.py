@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import Method, default_registry, strip_file_prefix
-from adapterkit.disk.checkpoint import Checkpoint, match_names, weights_in
+from adapterkit.contract import Method, default_registry
+from adapterkit.disk.checkpoint import Checkpoint, PlainModel, match_names, read_object, weights_in
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.files import (
     Entry,
@@ -26,7 +27,7 @@ from adapterkit.files import (
     local_path,
     not_to_be_had,
 )
-from adapterkit.formats import AdapterFiles, in_todays_names, todays_paths, translate
+from adapterkit.formats import AdapterFiles, Translation, in_todays_names, todays_paths, translate
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import BaseModules, base_parameters, both_tables, named_modules
 
@@ -68,19 +69,31 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     `AutoModel`, if they name none), in the config's dtype and in eval mode. Seconds for any size.
     `ak.select(ak.skeleton(folder), config)` tells what a config would adapt.
 
+    The model of a folder of diffusers, or of safetensors files without a config, is told from the names and shapes of
+    its tensors: it has linear layers, convolutions and embeddings, but no forward. A single file that holds a whole
+    pipeline under its original names (`"model.diffusion_model."`) stands for the diffusion model in it.
+
     Args:
         architecture: the class to build, in place of the config's.
 
     Raises:
-        CheckpointError: there is no config, or none that transformers can make a model of.
+        CheckpointError: there is no config, or none that transformers can make a model of; or it is a whole pipeline.
         UnsupportedError: the model's code is not in transformers but beside its weights. Such code is not run here:
             build the model yourself, under `torch.device("meta")`.
     """
     path = local_path(model)
     folder = path.parent if path.is_file() else path
-    if folder.is_dir() and not (folder / CONFIG).is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{folder} is not a model: it has no {CONFIG}. It holds {found}.")
+    if folder.is_dir():
+        plain = _plain_name(folder)
+        weights = weights_in(path) if plain is not None else None
+        if weights is not None and plain is not None:
+            if architecture is not None:
+                raise CheckpointError(f"{path} is not a model of transformers, so it has no class {architecture!r}.")
+            return PlainModel.of(Checkpoint.open(weights), plain)
+        if plain is not None:
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            lacks = f"it has no {CONFIG}" if not (folder / CONFIG).is_file() else "it has no safetensors weights"
+            raise CheckpointError(f"{folder} is not a model: {lacks}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config, has_backbone = _config(where)
     import transformers
@@ -97,6 +110,24 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     with _as_checkpoint_error(what), _offline() if has_backbone else nullcontext(), torch.device("meta"):
         built: nn.Module = build(config)
     return built.eval()
+
+
+def _plain_name(folder: Path) -> str | None:
+    """What to call the model of a folder if its config is not one of transformers', or not there; else `None`.
+
+    Raises:
+        CheckpointError: it is a whole pipeline.
+    """
+    if (folder / CONFIG).is_file():
+        config: dict[str, Any] = {}
+        with suppress(CheckpointError):  # `_config` tells of it
+            config = read_object(folder / CONFIG)
+        return str(config["_class_name"]) if "_class_name" in config and "model_type" not in config else None
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        listed = ", ".join(str(folder / part) for part in parts) or "none is there"
+        raise CheckpointError(f"{folder} is a whole pipeline. Give the folder of one of its models: {listed}.")
+    return "Model"
 
 
 @contextmanager
@@ -205,6 +236,10 @@ def skeleton_for(
         return built, None
     import transformers
 
+    if isinstance(built, PlainModel):
+        raise CheckpointError(
+            f"{base} has no {', '.join(map(repr, lacking))}, as the adapters have. Is it another model?"
+        )
     tasks = {str(files.config.get("task_type")) for files in adapters if files.config is not None}
     table = getattr(transformers, _TASKS.get(next(iter(tasks)), "") if len(tasks) == 1 else "", {})
     if type(built.config) in table:
@@ -224,13 +259,18 @@ def _outer_modules(files: AdapterFiles, model: nn.Module) -> set[str]:
     """The first parts of the paths in an adapter's files, by the names that this model may have for them."""
     if files.config is None:  # what another program's file names is seen when it is loaded
         return set()
+    found = _as_named_by(model, files)
+    rule = found.method.key_rule(found.config)
+    return {key.partition(".")[0] for key in found.tensors if "." in key and not rule.is_shared(key)}
+
+
+def _as_named_by(model: nn.Module, files: AdapterFiles) -> Translation:
+    """An adapter with the names that its model has for modules, also for modules that this one lacks."""
     with warnings.catch_warnings():  # which loading gives too
         warnings.simplefilter("ignore", AdapterWarning)
         found = translate(files, None)
-    rule = found.method.key_rule(found.config)
-    own = {key: tensor for key, tensor in found.tensors.items() if "." in key and not rule.is_shared(key)}
-    moved = todays_paths(BaseModules(model), own, other_class=False)
-    return {key.partition(".")[0] for key in in_todays_names(own, moved)}
+    moved = todays_paths(BaseModules(model), found.tensors, other_class=False)
+    return dataclasses.replace(found, tensors=in_todays_names(found.tensors, moved))
 
 
 class MappedModel:
@@ -336,7 +376,7 @@ class Vocabulary:
     resized: Collection[str]
 
     @classmethod
-    def resize(cls, model: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]]) -> Vocabulary | None:
+    def resize(cls, model: nn.Module, adapters: Mapping[str, AdapterFiles]) -> Vocabulary | None:
         """Resize a model on the meta device as the embeddings in the files of these adapters are; `None`: as it is.
 
         Raises:
@@ -344,8 +384,8 @@ class Vocabulary:
         """
         places = both_tables(BaseModules(model)) if hasattr(model, "resize_token_embeddings") else {}
         found: dict[int, str] = {}
-        for name, tensors in adapters.items():
-            held = strip_file_prefix(tensors)
+        for name, files in adapters.items():
+            held = _as_named_by(model, files).tensors if places and files.config is not None else {}
             for path, table in places.items():
                 own: Any = table.weight
                 given = held.get(f"{path}.weight", held.get(f"{path}.base_layer.weight"))

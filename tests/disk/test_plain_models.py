@@ -1,0 +1,119 @@
+"""Bases that no config of transformers describes: diffusers' folders, and safetensors files alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import diffusion, models
+from tests.command.conftest import run
+from torch import Tensor, nn
+
+import adapterkit as ak
+from adapterkit_lora import LoraConfig
+
+TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "conv_in"]
+ORIGINAL = "model.diffusion_model."
+
+
+def write_base(place: Path, form: str) -> Path:
+    """The U-Net in a folder or a file of this form; what users give as the base."""
+    tensors, file = dict(diffusion.unet().state_dict()), "diffusion_pytorch_model.safetensors"
+    place.mkdir()
+    if form == "diffusers":
+        (place / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", "sample_size": 8}))
+    if form in ("a folder without config", "a file", "a pipeline in one file"):
+        file = "sd15.safetensors"
+    if form == "a pipeline in one file":
+        tensors = {ORIGINAL + key: tensor for key, tensor in tensors.items()}
+        tensors["first_stage_model.conv_in.weight"] = torch.zeros(2, 2, 3, 3)
+    if form == "shards":
+        first, shards = sorted(tensors)[:20], {}
+        shards["a.safetensors"] = {key: tensors[key] for key in first}
+        shards["b.safetensors"] = {key: tensor for key, tensor in tensors.items() if key not in first}
+        for name, held in shards.items():
+            save_file(held, place / name)
+        index = {"metadata": {}, "weight_map": {key: name for name, held in shards.items() for key in held}}
+        (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        (place / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    else:
+        save_file(tensors, place / file, {"format": "pt"})
+    return place / file if form.endswith("file") else place
+
+
+def adapter(folder: Path) -> nn.Module:
+    """Save an adapter of the U-Net as ours and as kohya's, from the live model; the model with it merged."""
+    adapters = ak.attach(diffusion.unet())
+    adapters.add("a", LoraConfig(r=2, target_modules=TARGETS, lora_alpha=3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in adapters.parameters("a"):
+            nn.init.normal_(parameter, std=0.3)
+    adapters.save("a", folder / "a")
+    ak.convert_file(folder / "a", folder / "kohya.safetensors", naming="kohya", as_component="lora_unet")
+    return adapters.merge_and_detach("a")
+
+
+@pytest.mark.parametrize("source", ["a", "kohya.safetensors"])
+@pytest.mark.parametrize("form", ["diffusers", "shards", "a folder without config", "a file", "a pipeline in one file"])
+def test_adapters_merge_into_such_a_base_as_in_memory(form: str, source: str, tmp_path: Path) -> None:
+    base, expected = write_base(tmp_path / "base", form), dict(adapter(tmp_path).state_dict())
+    (tmp_path / "base/another.txt").write_text("not of the model")
+    ak.merge_checkpoint(base, tmp_path / source, tmp_path / "out")
+    found: dict[str, Tensor] = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(file)
+    prefix = ORIGINAL if form == "a pipeline in one file" else ""
+    assert found.keys() - {"first_stage_model.conv_in.weight"} == {prefix + key for key in expected}
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[prefix + key], tensor, atol=1e-6, rtol=1e-5)
+    assert (tmp_path / "out/another.txt").exists() is not form.endswith("file")
+
+
+def test_the_skeleton_has_the_models_layers(tmp_path: Path) -> None:
+    base, real = write_base(tmp_path / "unet", "diffusers"), diffusion.unet()
+    plain = ak.skeleton(base)
+    assert type(plain).__name__ == "UNet2DConditionModel"
+    shapes = ({k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (plain, real))
+    assert next(shapes) == next(shapes)
+    config = LoraConfig(target_modules=TARGETS)
+    assert sorted(ak.select(plain, config).paths) == sorted(ak.select(real, config).paths)
+
+
+def test_the_commands_take_a_folder_of_diffusers(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "unet", "diffusers")
+    adapter(tmp_path)
+    file = str(tmp_path / "kohya.safetensors")
+    assert run("convert", file, "--base", str(base), "--out", str(tmp_path / "b")).exit_code == 0
+    assert run("inspect", file, "--base", str(base)).exit_code == 0
+    assert run("diff", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(base)).exit_code == 0
+    shown = run("targets", str(base), "--target-modules", "to_q")
+    assert "down_blocks.{0-1}.attn1.to_q" in shown.output
+    assert run("report", file, "--base", str(base), "--out", str(tmp_path / "page.html")).exit_code == 0
+
+
+def test_an_adapter_is_extracted_from_two_folders(tmp_path: Path) -> None:
+    base, tuned = write_base(tmp_path / "base", "diffusers"), write_base(tmp_path / "tuned", "diffusers")
+    save_file(dict(adapter(tmp_path).state_dict()), tuned / "diffusion_pytorch_model.safetensors")
+    ak.extract_files(base, tuned, tmp_path / "b", rank=2, target_modules=TARGETS)
+    assert ak.diff_adapters(tmp_path / "a", tmp_path / "b", base=base, tolerance=1e-3).same_function
+
+
+def test_a_whole_pipeline_is_refused_with_its_parts(tmp_path: Path) -> None:
+    write_base(tmp_path / "unet", "diffusers")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(ak.CheckpointError, match=r"whole pipeline.*one of its models: .*unet"):
+        ak.skeleton(tmp_path)
+
+
+def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:
+    model: Any = copy.deepcopy(models.build("gpt2"))
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").unlink()
+    with pytest.raises(ak.CheckpointError, match=r"stored \(in, out\)"):
+        ak.skeleton(tmp_path / "base")
