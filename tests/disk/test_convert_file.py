@@ -266,6 +266,27 @@ def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
         ak.convert_file(tmp_path / "x", tmp_path / "no.safetensors", naming="kohya")
 
 
+def test_old_names_of_diffusers_without_a_base_are_the_layers_of_each_part(tmp_path: Path) -> None:
+    """diffusers called the layers of both models `to_q_lora`; those of the text encoder are `q_proj`."""
+    file, noise = tmp_path / "a.safetensors", torch.Generator().manual_seed(0)
+    parts = {
+        "text_encoder": ("text_model.encoder.layers.1.self_attn.", text_encoder, 16),
+        "unet": ("down_blocks.0.attn1.processor.", unet, 8),
+    }
+    tensors = {
+        f"{part}.{path}to_{name}_lora.{which}.weight": torch.randn(shape, generator=noise)
+        for part, (path, _, size) in parts.items()
+        for name in ("q", "out")
+        for which, shape in (("down", (2, size)), ("up", (size, 2)))
+    }
+    save_file(tensors, file)
+    for part, (_, make, _) in parts.items():
+        ak.convert_file(file, tmp_path / part, component=part)
+        model = make()
+        assert ak.attach(model).load(file, "x", component=part).ok
+        torch.testing.assert_close(loaded(tmp_path / part, make), output(model), rtol=0, atol=1e-6)
+
+
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     saved(CONFIGS["lora"], tmp_path / "a")
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -199,7 +199,8 @@ class Format:
                 rows, total = tensors[local].shape[dim], sum(sizes)
                 if rows % total and any(rows * size % total for size in sizes):
                     raise UnsupportedError(
-                        f"A fused layer has {rows} outputs in {local!r}; they cannot be split as {sizes}."
+                        f"{local!r} has {rows} rows, which cannot be split as {':'.join(map(str, sizes))}: the change "
+                        "of each layer has no tensors of its own. The program that wrote the file can merge it."
                     )
                 parts = tensors[local].split([rows * size // total for size in sizes], dim)
                 for own, part in zip(found, parts, strict=True):

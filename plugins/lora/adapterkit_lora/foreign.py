@@ -48,7 +48,9 @@ class LoraFormat(Format):
 
     def readings(self, key: str) -> Iterator[tuple[str, str]]:
         if old := _OF_ATTENTION.fullmatch(key):
-            for layer in _LAYERS.get(old[2], (f"to_{old[2]}", f"{old[2]}_proj")):
+            encoder = old[1].startswith("text_encoder") or old[1].endswith(".self_attn")  # with transformers' names
+            layers = _LAYERS.get(old[2], (f"to_{old[2]}", f"{old[2]}_proj"))
+            for layer in sorted(layers, key=lambda name: name.endswith("_proj") != encoder):
                 yield f"{old[1]}.{layer}", _OF_PROCESSOR[old[3]]
         for module, local in super().readings(key):
             yield module.replace(".processor.", "."), local
@@ -60,8 +62,8 @@ class LoraFormat(Format):
         for part in found if {_DOWN, _UP, "alpha"} <= tensors.keys() else ():
             used = part[_UP].flatten(1).ne(0).any(0)
             if used.any() and not used.all():
-                part |= {_UP: part[_UP][:, used], _DOWN: part[_DOWN][used]}
-                part["alpha"] = (part["alpha"] or len(used)) * used.sum() / len(used)
+                alpha = (float(part["alpha"]) or len(used)) * int(used.sum()) / len(used)
+                part |= {_UP: part[_UP][:, used], _DOWN: part[_DOWN][used], "alpha": torch.tensor(alpha)}
         return found
 
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
