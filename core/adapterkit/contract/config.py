@@ -361,12 +361,21 @@ class AdapterConfig:
                 stacklevel=2,
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        silent = {name for name in known if name in values and cls._says_nothing(name, values[name])}
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
         extra = {name: value for name, value in values.items() if name not in known | fixed}
         try:
-            return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+            return cls(**{k: v for k, v in values.items() if k in known - silent}, extra=extra)
         except RecursionError as error:
             raise ConfigError(f"{where}: a value is nested too deeply.") from error
+
+    @classmethod
+    def _says_nothing(cls, name: str, value: object) -> bool:
+        """Whether a field of a file is null or empty where that means what its default does."""
+        if name == "target_modules" or value not in (None, [], {}, ""):
+            return False
+        default = getattr(cls, name, None)  # a factory makes an empty mapping
+        return default in (None, False, "none") or _INITIAL.fullmatch(name) is not None
 
 
 @functools.cache

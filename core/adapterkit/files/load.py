@@ -84,7 +84,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:
-        refuse(report, name, str(files.folder), lenient=lenient)
+        refuse(report, name, str(files.folder), model, lenient=lenient)
     if strict is not None:
         _warn(files, adapter, report)
     adapter.labels = _labels(model, adapter, files)

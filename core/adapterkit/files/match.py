@@ -108,13 +108,18 @@ def check_tensors(tensors: object) -> None:
             raise CheckpointError(f"The state dict has no values of {key!r}: it is on the meta device.")
 
 
-def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether a tensor under a key of the base model equals what the model has there."""
+def of_base(model: nn.Module, key: str) -> Tensor | None:
+    """What the model has under a key of a file."""
     *path, name = key.replace(".base_layer.", ".").split(".")
     module: nn.Module | None = model
     for part in path:
         module = module._modules.get(part) if module is not None else None
-    own = None if module is None else {**module._buffers, **module._parameters}.get(name)
+    return None if module is None else {**module._buffers, **module._parameters}.get(name)
+
+
+def equals_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor under a key of the base model equals what the model has there."""
+    own = of_base(model, key)
     return own is not None and not own.is_meta and same_values(own, tensor)
 
 
@@ -126,20 +131,22 @@ def same_values(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
-def refuse(report: LoadReport, name: str, where: str, *, lenient: bool = False) -> None:
+def refuse(report: LoadReport, name: str, where: str, model: nn.Module | None = None, *, lenient: bool = False) -> None:
     """Raise the `CheckpointError` of a strict load, which says why it does not fit and names the first keys.
 
     Args:
         lenient: whether the caller has an argument `strict`.
     """
     hint = "; strict=False loads what fits" if lenient else ""
+    whole = [key for key in report.unexpected if model is not None and of_base(model, key) is not None]
+    causes = _causes(report, whole)
     raise CheckpointError(
-        f"{where} does not fit adapter {name!r}: {'; '.join(_causes(report))}. Nothing was changed{hint}.", report
+        f"{where} does not fit adapter {name!r}: {'; '.join(causes)}. Nothing was changed{hint}.", report
     )
 
 
-def _causes(report: LoadReport) -> list[str]:
-    """What explains each sort of keys that does not fit."""
+def _causes(report: LoadReport, whole: Collection[str]) -> list[str]:
+    """What explains each sort of keys that does not fit; `whole`: unexpected tensors that the model itself has."""
     prefixes = _prefixes(report.missing, report.unexpected)
     if prefixes is not None:
         theirs, ours = (prefix.removesuffix(".") for prefix in prefixes)
@@ -159,7 +166,12 @@ def _causes(report: LoadReport) -> list[str]:
         )
     if len(report.mismatched) > len(empty):
         causes.append("some have other shapes (a base of another size, or another rank?)")
-    algorithms, others = algorithms_in(report.unexpected)
+    if whole:
+        causes.append(
+            f"it holds {', '.join(map(repr, [*whole][:3]))} of the base in full, with other values. If these were "
+            "trained with the adapter, name their modules in modules_to_save of its config"
+        )
+    algorithms, others = algorithms_in(key for key in report.unexpected if key not in whole)
     return causes + algorithms + (["some belong to nothing on this model"] if others else [])
 
 

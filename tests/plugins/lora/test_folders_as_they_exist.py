@@ -32,6 +32,11 @@ FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "an unused loftq_config": ({"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}, None),
     "an unused eva_config": ({"eva_config": {"rho": 1.0}}, None),
     "QA-LoRA off, another group size": ({"use_qalora": False, "qalora_group_size": 32}, None),
+    "null for what is off": (
+        {"fan_in_fan_out": None, "use_rslora": None, "lora_bias": None, "init_lora_weights": None},
+        None,
+    ),
+    "empty lists": ({"layers_to_transform": [], "exclude_modules": [], "layers_pattern": []}, None),
     "runtime_config": ({"runtime_config": {"ephemeral_gpu_offload": True}}, None),
     "megatron": ({"megatron_core": "megatron.core.v2", "megatron_config": None}, None),
     "unsloth": ({"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}}, None),
@@ -179,6 +184,15 @@ def test_a_heads_name_tells_without_a_task(tmp_path: Path) -> None:
     base = classifier("score")
     assert ak.attach(base).load(tmp_path, name="a").ok
     assert [*ak.attach(base).heads("a")] == [*ak.inspect_adapter(tmp_path).heads] == ["score"]
+
+
+def test_modules_in_full_that_the_config_does_not_name_are_refused_with_the_cure(tmp_path: Path) -> None:
+    saved_by_peft("lora", build("llama"), tmp_path, "llama", modules_to_save=["norm"])
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "modules_to_save": None}), encoding="utf-8")
+    with pytest.raises(ak.CheckpointError, match=r"holds '.*norm\.weight' of the base in full, .* in modules_to_save"):
+        ak.attach(build("llama")).load(tmp_path, name="a")
 
 
 # What a folder holds beside the adapter, or for another model
