@@ -94,6 +94,7 @@ _PROGRAMS = (
         "Load it with diffusers: pipe.load_textual_inversion",
     ),
 )
+_ANY = re.compile("|".join(f"(?:{sign.keys.pattern})" for sign in _PROGRAMS))
 # What safetensors files have before their header, and how pickles of torch begin.
 _LENGTH_BYTES, _ZIP = 8, b"PK\x03\x04"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -237,7 +238,7 @@ def is_token(key: str) -> bool:
 
 def _program(keys: Iterable[object]) -> tuple[_Sign, str] | None:
     """The program that a key betrays, and the key."""
-    named = [key for key in keys if isinstance(key, str)]
+    named = [key for key in keys if isinstance(key, str) and _ANY.search(key)]  # none, as a rule
     return next(((sign, repr(key)) for sign in _PROGRAMS for key in named if sign.keys.search(key)), None)
 
 

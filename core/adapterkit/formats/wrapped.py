@@ -17,7 +17,7 @@ from adapterkit.formats.refused import check_loaded
 from adapterkit.kinds import LayerKind
 
 # PEFT calls an adapter "default", and diffusers "default_0", between the name of its parameter and "weight".
-_NAMED = re.compile(r"(.+\.[a-z]+_\w+)\.(default(?:_\d+)?)((?:\.\w+)*)")
+_NAME = re.compile(r"default(?:_\d+)?")
 # A head that PEFT trains, and the base's own beside it.
 _HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
 # Where training scripts keep the tensors in what they save, beside an optimizer's state, an epoch and the like.
@@ -25,6 +25,7 @@ _INSIDE = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "lora_state_dict", "lora", "adapter"),
     *("network", "params"),
 )
+_DEPTH = 4
 
 
 def tensors_in(loaded: Any, file: Path) -> dict[str, Tensor]:
@@ -34,11 +35,9 @@ def tensors_in(loaded: Any, file: Path) -> dict[str, Tensor]:
         CheckpointError, UnsupportedError: it is neither, and what it is.
     """
     held = loaded
-    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
-        inner = next((held[name] for name in _INSIDE if isinstance(held.get(name), Mapping)), None)
-        if inner is None:
-            break
-        held = inner
+    for _ in range(_DEPTH):
+        inside = {} if not isinstance(held, Mapping) or any(isinstance(v, Tensor) for v in held.values()) else held
+        held = next((inside[name] for name in _INSIDE if isinstance(inside.get(name), Mapping)), held)
     check_loaded(held, file)
     if not isinstance(held, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
@@ -69,8 +68,7 @@ class Wrapped(Layout):
             short = unwrapped_key(key.removeprefix(outer))
             while doubled and short.startswith(FILE_PREFIX * 2):
                 short = short.removeprefix(FILE_PREFIX)
-            if (named := _NAMED.fullmatch(short)) is not None:
-                short = named[1].removesuffix(_HEAD) + named[3]
+            short = _without_name(short)
             if short in tensors:
                 raise CheckpointError(
                     f"{files.folder}: both {before[short]!r} and {key!r} are for {short!r}, so it holds several "
@@ -78,6 +76,15 @@ class Wrapped(Layout):
                 )
             tensors[short], before[short] = tensor, key
         return None if tensors.keys() == files.tensors.keys() else files.read_as(self.program, tensors)
+
+
+def _without_name(key: str) -> str:
+    """A key without the adapter's name, which follows a parameter (`lora_A.default.weight`) or `modules_to_save`."""
+    parts = key.split(".") if "default" in key else []
+    for i in range(1, len(parts)):
+        if _NAME.fullmatch(parts[i]) and "_" in parts[i - 1]:
+            return ".".join(parts[:i]).removesuffix(_HEAD) + "".join(f".{part}" for part in parts[i + 1 :])
+    return key
 
 
 def _outer(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> str:
