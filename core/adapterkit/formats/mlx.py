@@ -50,15 +50,15 @@ class Mlx(Layout):
         tensors, ranks = dict[str, Tensor](), dict[str, int]()
         for key, tensor in files.tensors.items():
             path, _, name = key.rpartition(".")
-            if name.removesuffix("_scales").removesuffix("_biases") != name or tensor.dim() > 2:
+            own = _NAMES.get(name)
+            if name.endswith(("_scales", "_biases")) or (own in _TABLE and tensor.dim() != 2):
                 raise UnsupportedError(
                     f"{files.folder}: {key!r} of shape {tuple(tensor.shape)} is quantised, or of all experts of a "
                     "layer, which adapterkit does not read. Fuse it with mlx_lm.fuse."
                 )
-            if name not in _NAMES or f"{path}.lora_a" not in files.tensors:
+            if own is None or f"{path}.lora_a" not in files.tensors:
                 tensors[key] = tensor
                 continue
-            own = _NAMES[name]
             if own in _TABLE and _is_table(path, layers):
                 own = _TABLE[own]
             tensors[f"{path}.{own}"] = tensor.t() if own != _MAGNITUDE else tensor

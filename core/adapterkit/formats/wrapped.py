@@ -18,6 +18,8 @@ from adapterkit.kinds import LayerKind
 
 # PEFT calls an adapter "default", and diffusers "default_0", between the name of its parameter and "weight".
 _NAME = re.compile(r"default(?:_\d+)?")
+# Models that hold the one that is trained: DDP's, and the pipelines of DiffSynth.
+_WRAPPERS = ("module.", "pipe.dit.")
 # A head that PEFT trains, and the base's own beside it.
 _HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
 # Where training scripts keep the tensors in what they save, beside an optimizer's state, an epoch and the like.
@@ -92,7 +94,7 @@ def _outer(tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> st
     first = next((key for key in tensors if FILE_PREFIX in key), next(iter(tensors), ""))
     prefix = FILE_PREFIX if FILE_PREFIX in first else ""
     outer = first[: first.index(prefix)]
-    while not prefix and first.removeprefix(outer).startswith("module."):
-        outer += "module."
+    while not prefix and (wrapper := next((w for w in _WRAPPERS if first.startswith(outer + w)), None)):
+        outer += wrapper
     shared = all(key.startswith(outer) for key in tensors if prefix in key)
     return outer if shared and not any(f"{path}.".startswith(outer + prefix) for path in layers) else ""
