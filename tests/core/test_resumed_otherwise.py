@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import adapterkit as ak
 from adapterkit.integrations.distributed import TrainingState
+from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
@@ -62,6 +63,15 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: together(config=TRAINED.replace(lora_alpha=32)),
         "it was saved with lora_alpha = 8, and here it is 32",
     ),
+    "another method": (
+        lambda: together(config=LoHaConfig(r=2, target_modules=["value"], modules_to_save=None)),
+        "method = 'lora', and here it is 'loha'|holds tensors of adapters that the model lacks",
+    ),
+    "more targets": (
+        lambda: together(config=TRAINED.replace(target_modules=["value", "key"])),
+        "it lacks .*key|4 tensors too few for adapter 't', such as .*key",
+    ),
+    "a head": (lambda: together(config=TRAINED.replace(modules_to_save=["classifier"])), "with the head of 't'"),
 }
 
 
@@ -127,3 +137,20 @@ def test_an_optimizer_is_not_resumed_for_adapters_in_another_order(tmp_path: Pat
         trainer(together(order="t beside", **options), tmp_path).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.to(torch.bfloat16), "whose weights are float32, and here they are bfloat16"),
+        (lambda model: [p.data.mul_(2) for p in model.parameters()], "with other weights than this one has"),
+    ],
+)
+def test_a_warning_says_that_the_base_is_another(change: Callable[[nn.Module], object], message: str) -> None:
+    first, other = build("bert"), build("bert")
+    change(other)
+    for model in (first, other):
+        ak.attach(model).add("t", TRAINED)
+    saved = TrainingState(first).state_dict()
+    with pytest.warns(ak.AdapterWarning, match=f"The checkpoint is of a training on a base {message}"):
+        TrainingState(other).load_state_dict(saved)

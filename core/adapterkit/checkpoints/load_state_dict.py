@@ -87,6 +87,7 @@ class LoadHooks:
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
             check_setting(adapters, decoded(acted), "The state dict")
+            _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
             warnings.warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
@@ -124,6 +125,16 @@ def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[st
         pair: list[Any] = [getattr(tensor, "_local_tensor", tensor) for tensor in (mine, state.get(prefix + key))]
         if pair[1] is not None and 0 != pair[0].data_ptr() == pair[1].data_ptr():
             del state[prefix + key]
+
+
+def _check_complete(lacking: Mapping[str, Collection[str]]) -> None:
+    """Raise `CheckpointError` if a checkpoint of a training holds only a part of an adapter."""
+    for name, keys in lacking.items():
+        if keys:
+            raise CheckpointError(
+                f"The state dict has {len(keys)} tensors too few for adapter {name!r}, such as {min(keys)!r}: it was "
+                "saved with another config (fewer targets, or bias?). Add the adapter with the config that was saved."
+            )
 
 
 def _check_shapes(adapters: Adapters, own: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> None:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adapterkit.contract import AdapterConfig
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import AdapterWarning, CheckpointError
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
-    from adapterkit.forward import Strength
 
 # The length of text in a tensor is a multiple of this: torch.distributed.checkpoint reads into tensors of equal shapes.
 _BLOCK = 256
@@ -37,9 +37,9 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         {"name": name, "strength": strength, "values": None if name in held else digest(adapters.state_dict(name))}
         for name, strength in adapters.strengths.items()
     ]
-    heads, fields = adapters._active.state.heads, {name: method_fields(adapters.config(name)) for name in held}
-    found = {"trains": adapters.trainable, "acting": acting, "heads": heads, "configs": fields if configs else {}}
-    return json.dumps(found)
+    fields = {name: method_fields(adapters.config(name)) for name in held if configs}
+    found = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads, "configs": fields}
+    return json.dumps({**found, "base": _base(adapters)})
 
 
 def check_setting(adapters: Adapters, saved: str, where: object) -> None:
@@ -49,7 +49,7 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
         where: what holds the saved setting, to begin a message.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: they do not. Where only the base is another, a warning says so.
     """
     try:
         then: dict[str, Any] = json.loads(saved)
@@ -62,14 +62,12 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
                 f"{where} does not fit adapter {name!r}: {other}. Before you resume, add the adapter with the config "
                 "that was saved."
             )
-    pairs: list[tuple[str, Strength]] = [(each["name"], each["strength"]) for each in then["acting"]]
-    trains, strengths = adapters.trainable, adapters.strengths
-    if (then["trains"], then["heads"]) != ([*trains], [*adapters._active.state.heads]) or pairs != [*strengths.items()]:
+    now = json.loads(setting(adapters, held=adapters.names))
+    if any(_acts(then, part) != _acts(now, part) for part in ("trains", "heads", "acting")):
         raise CheckpointError(
-            f"{where} is of a training in which {_shown(pairs, then['trains'])}, and here "
-            f"{_shown([*strengths.items()], trains)}. Training on would give other numbers, and an optimizer may mix "
-            "up its averages. Before you resume, add the adapters in the same order and let them act as then: "
-            f"adapters.{_activation(adapters, then)}."
+            f"{where} is of a training in which {_shown(then)}, and here {_shown(now)}. Training on would give other "
+            "numbers, and an optimizer may mix up its averages. Before you resume, add the adapters in the same order "
+            f"and let them act as then: adapters.{_activation(then, now)}."
         )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
@@ -79,12 +77,30 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
                 f"not train, so the checkpoint does not hold them. Before you resume, load {name!r} from the file that "
                 "was loaded then; if it was trained before that, save it and load that file."
             )
+    _warn_of_base(then["base"], now["base"], where)
+
+
+def _warn_of_base(then: Mapping[str, str], now: Mapping[str, str], where: object) -> None:
+    if then["layers"] != now["layers"] or not (then["values"] and now["values"]):
+        return
+    if then["dtypes"] != now["dtypes"]:
+        what = f"whose weights are {then['dtypes']}, and here they are {now['dtypes']}"
+    elif then["values"] != now["values"]:
+        what = "with other weights than this one has"
+    else:
+        return
+    warnings.warn(
+        f"{where} is of a training on a base {what}. The adapters go on from there, with other numbers.",
+        AdapterWarning,
+        stacklevel=5,
+    )
 
 
 def method_fields(config: AdapterConfig) -> str:
-    """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No other tensor shows it."""
+    """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No tensor shows it."""
     common = {f.name for f in dataclasses.fields(AdapterConfig)}
-    return json.dumps({name: value for name, value in config.to_dict().items() if name not in common}, sort_keys=True)
+    own = {name: value for name, value in config.to_dict().items() if name not in common}
+    return json.dumps({"method": config.method, **own})
 
 
 def other_config(saved: str, config: AdapterConfig) -> str:
@@ -96,7 +112,7 @@ def other_config(saved: str, config: AdapterConfig) -> str:
         theirs = None
     if not isinstance(theirs, dict):
         return "its config is no JSON"
-    for name in sorted(theirs.keys() | own.keys()):
+    for name in ("method", *sorted(theirs.keys() | own.keys())):
         if theirs.get(name) != own.get(name):
             return f"it was saved with {name} = {theirs.get(name)!r}, and here it is {own.get(name)!r}"
     return ""
@@ -125,22 +141,45 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _shown(strengths: Sequence[tuple[str, Strength]], trains: Collection[str]) -> str:
+def _base(adapters: Adapters) -> dict[str, str]:
+    """What the adapters that train are trained on: their layers, the dtypes of these, and a little of each weight.
+
+    Nothing of a weight that is sharded, offloaded or trained itself.
+    """
+    hosts = {path: host for name in adapters.trainable for path, host in adapters._adapters[name].hosts.items()}
+    found = {path: host._parameters.get("weight") for path, host in hosts.items()}
+    weights = {path: weight.detach() for path, weight in found.items() if weight is not None and weight.dim()}
+    trained = any(weight is not None and weight.requires_grad for weight in found.values())
+    there = not any(w.is_meta or not w.numel() or type(w) is not Tensor for w in weights.values())
+    rows = {path: weight[(0,) * (weight.dim() - 1)][:16] for path, weight in weights.items() if there}
+    return {
+        "layers": hashlib.sha256(repr([*weights]).encode()).hexdigest()[:16],
+        "dtypes": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
+        "values": digest(rows)[:16] if there and not trained else "",
+    }
+
+
+def _acts(found: Mapping[str, Any], part: str) -> list[Any]:
+    """A part of a setting, without the values of adapters."""
+    return [(each["name"], each["strength"]) for each in found[part]] if part == "acting" else found[part]
+
+
+def _shown(found: Mapping[str, Any]) -> str:
+    """How adapters act and train, in words."""
     acting = ", ".join(
         f"{name!r}" + f" (strength {'by layer' if isinstance(strength, Mapping) else strength})" * (strength != 1)
-        for name, strength in strengths
+        for name, strength in _acts(found, "acting")
     )
-    return f"{acting or 'nothing'} acted and {', '.join(map(repr, trains)) or 'nothing'} trained"
+    trains, heads = (", ".join(map(repr, found[part])) for part in ("trains", "heads"))
+    return f"{acting or 'nothing'} acted and {trains or 'nothing'} trained" + f" with the head of {heads}" * bool(heads)
 
 
-def _activation(adapters: Adapters, then: Mapping[str, Any]) -> str:
+def _activation(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The call of `activate` that lets adapters act as they did then."""
     names = [each["name"] for each in then["acting"]]
     strengths = {each["name"]: each["strength"] for each in then["acting"] if each["strength"] != 1}
     options = [repr(name) for name in names]
     options += [f"trainable={then['trains']!r}"] if {*names} != {*then["trains"]} else []
-    options += (
-        [f"heads={then['heads'][-1]!r}"] if then["heads"] and then["heads"] != [*adapters._active.state.heads] else []
-    )
+    options += [f"heads={then['heads'][-1]!r}"] if then["heads"] and then["heads"] != now["heads"] else []
     options += [f"strengths={strengths!r}"] if strengths else []
     return f"activate({', '.join(options)})"
