@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,19 +43,18 @@ class Place:
     swapped: bool
 
     @classmethod
-    def of(cls, key: str, family: Family) -> Place | None:
-        """The module that a key is for, if the models of the family have one of that name."""
-        part = component(key)
+    def of(cls, key: str, families: tuple[Family, ...]) -> dict[Family, Place]:
+        """The module that a key is for, in each family whose models have one of that name."""
+        part, found = component(key), dict[Family, Place]()
         if part not in _GENERATORS:
-            return None
+            return found
         start = len(part) + 1 if part else 0
         separator, pieces = key[start - 1] if part else ".", key[start:].split(".")
         for end in (1,) if separator == "_" else range(len(pieces) - 1, 0, -1):
             name = ".".join(pieces[:end])
-            found = _find(_table(family, separator), name)
-            if found is not None:
-                return cls.at(key[:start] + name, part, family, *found)
-        return None
+            for family, original, numbers in _find(_table(families, separator), name):
+                found.setdefault(family, cls.at(key[:start] + name, part, family, original, numbers))
+        return found
 
     @classmethod
     def at(cls, module: str, part: str, family: Family, original: str, numbers: Sequence[str]) -> Place:
@@ -91,38 +91,38 @@ class Place:
         return outputs if kinds else [outputs[0] * share // sum(self.shares) for share in self.shares]
 
 
-# Original names, each with the numbers of another name for it, by the text of that with `#` for each number.
-Table = Mapping[str, list[tuple[str, list[str]]]]
+# Families with original names and the numbers of another name for these, by the text of that with `#` for each number.
+Table = Mapping[str, list[tuple[Family, str, list[str]]]]
 
 
 @cache
-def _table(family: Family, separator: str) -> Table:
+def _table(families: tuple[Family, ...], separator: str) -> Table:
     """The original names by themselves, with `_` or `.` between their parts."""
-    return _by_text((name.replace(".", separator), name) for name in family.names)
+    return _by_text((name.replace(".", separator), family, name) for family in families for name in family.names)
 
 
 @cache
-def _reverse(family: Family) -> Table:
+def _reverse() -> Table:
     """The original names by the layers of diffusers. Where there are several for a layer, the first is written."""
-    layers = {name: [path] if isinstance(path, str) else path for name, path in family.names.items()}
-    return _by_text((path, name) for name, paths in layers.items() for path in paths)
+    names = [(family, name, layers) for family in FAMILIES for name, layers in family.names.items()]
+    paths = [([layers] if isinstance(layers, str) else layers, family, name) for family, name, layers in names]
+    return _by_text((path, family, name) for several, family, name in paths for path in several)
 
 
-def _by_text(names: Iterable[tuple[str, str]]) -> Table:
-    table: dict[str, list[tuple[str, list[str]]]] = {}
-    for name, original in names:
-        table.setdefault(_NUMBER.sub("#", name), []).append((original, _NUMBER.findall(name)))
+def _by_text(names: Iterable[tuple[str, Family, str]]) -> Table:
+    table: dict[str, list[tuple[Family, str, list[str]]]] = {}
+    for name, family, original in names:
+        table.setdefault(_NUMBER.sub("#", name), []).append((family, original, _NUMBER.findall(name)))
     return table
 
 
-def _find(table: Table, name: str) -> tuple[str, list[str]] | None:
-    """The original name that a table has for a name, and the numbers that stand in its places."""
+def _find(table: Table, name: str) -> Iterator[tuple[Family, str, list[str]]]:
+    """The original names that a table has for a name, and the numbers that stand in their places."""
     numbers = _NUMBER.findall(name)
-    for original, expected in table.get(_NUMBER.sub("#", name), ()):
+    for family, original, expected in table.get(_NUMBER.sub("#", name), ()):
         pairs = list(zip(expected, numbers, strict=True))
         if all(e in ("{}", number) for e, number in pairs):
-            return original, [number for e, number in pairs if e == "{}"]
-    return None
+            yield family, original, [number for e, number in pairs if e == "{}"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class OriginalNames(Layout):
         """
         if files.config is not None:
             return None
-        found = {family: _places(files.tensors, family, layers) for family in self.families}
+        found = self._places(files.tensors, layers)
         most = max(map(len, found.values()))
         best = {family: places for family, places in found.items() if 0 < len(places) == most}
         if not best:
@@ -164,21 +164,24 @@ class OriginalNames(Layout):
         tensors = _moved(files.tensors, places, sizes)
         return files.read_as(f"{family.model} in its original names", tensors)
 
+    def _places(self, keys: Iterable[str], layers: Mapping[str, LayerKind] | None) -> dict[Family, dict[str, Place]]:
+        """For each family the keys that have an original name of it, as far as the model has the layers."""
+        found: dict[Family, dict[str, Place]] = {family: {} for family in self.families}
+        names = None if layers is None else LayerNames(layers)
+        for key in keys:
+            for family, place in Place.of(key, self.families).items():
+                if layers is None or names is None:
+                    wanted = bool(place.part)
+                else:
+                    wanted = layers.keys() >= {*place.paths} and names.find(place.module) is None
+                if wanted:
+                    found[family][key] = place
+        return found
+
 
 def original_paths(key: str) -> set[str]:
     """The layers of diffusers that a key may be for, if it has an original name that stands for one layer."""
-    places = (Place.of(key, family) for family in FAMILIES)
-    return {place.paths[0] for place in places if place is not None and len(place.paths) == 1}
-
-
-def _places(tensors: Iterable[str], family: Family, layers: Mapping[str, LayerKind] | None) -> dict[str, Place]:
-    """For each key with an original name of the family its place, as far as the model has the layers."""
-    found = {key: place for key in tensors if (place := Place.of(key, family)) is not None}
-    if layers is None:
-        return {key: place for key, place in found.items() if place.part}
-    names = LayerNames(layers)
-    own = {place.module for place in found.values() if names.find(place.module) is not None}
-    return {k: place for k, place in found.items() if place.module not in own and layers.keys() >= {*place.paths}}
+    return {place.paths[0] for place in Place.of(key, FAMILIES).values() if len(place.paths) == 1}
 
 
 def _fit(places: Iterable[Place], sizes: Mapping[str, LayerKind]) -> bool:
@@ -192,12 +195,12 @@ def _moved(
 ) -> dict[str, Tensor]:
     """The tensors by their new keys, the rows of fused modules split."""
     moved = {key: tensor for key, tensor in tensors.items() if key not in places}
-    modules: dict[str, dict[str, Tensor]] = {}
+    forms, modules = _formats(), dict[str, dict[str, Tensor]]()
     for key, place in places.items():
         modules.setdefault(place.module, {})[key] = tensors[key]
     for module, held in modules.items():
         place = places[next(iter(held))]
-        for path, part in zip(place.paths, _parts(place, held, sizes), strict=True):
+        for path, part in zip(place.paths, _parts(place, held, sizes, forms), strict=True):
             for key, tensor in part.items():
                 name = (f"{place.part}.{path}" if place.part else path) + key.removeprefix(module)
                 if name in moved:
@@ -206,10 +209,12 @@ def _moved(
     return moved
 
 
-def _parts(place: Place, held: Mapping[str, Tensor], sizes: Mapping[str, LayerKind]) -> list[dict[str, Tensor]]:
+def _parts(
+    place: Place, held: Mapping[str, Tensor], sizes: Mapping[str, LayerKind], forms: Iterable[Format]
+) -> list[dict[str, Tensor]]:
     """The tensors of a module, by their keys in the file, for each of its layers."""
     rows = place.rows(sizes) if place.swapped or len(place.paths) > 1 else []
-    for form, own in _readings(place.module, held) if len(rows) > 1 else ():
+    for form, own in _readings(place.module, held, forms) if len(rows) > 1 else ():
         try:
             found = form.split({local: held[key] for local, key in own.items()}, rows)
             found = [form.join(found[::-1])] if place.swapped else found
@@ -220,13 +225,17 @@ def _parts(place: Place, held: Mapping[str, Tensor], sizes: Mapping[str, LayerKi
     return [dict(held) for _ in place.paths]  # if no method knows them, a message names their keys
 
 
-def _readings(module: str, keys: Iterable[str]) -> Iterator[tuple[Format, dict[str, str]]]:
+def _formats() -> list[Format]:
+    """The formats of all methods."""
+    return [form for method in methods() for form in method.formats()]
+
+
+def _readings(module: str, keys: Iterable[str], forms: Iterable[Format]) -> Iterator[tuple[Format, dict[str, str]]]:
     """The formats that know factors among a module's keys, and these keys by the formats' own local names."""
-    for method in methods():
-        for form in method.formats():
-            own = {local: key for key in keys for read, local in form.readings(key) if read == module}
-            if not form.factors.isdisjoint(own):
-                yield form, own
+    for form in forms:
+        own = {local: key for key in keys for read, local in form.readings(key) if read == module}
+        if not form.factors.isdisjoint(own):
+            yield form, own
 
 
 def original_names(
@@ -249,19 +258,20 @@ def original_names(
     family = _family_of(tensors, base, separator)
     if family is None:
         return dict(tensors)
-    written: dict[str, Mapping[str, Tensor]] = {}
+    forms, written = _formats(), dict[str, Mapping[str, Tensor]]()
     for path in tensors:
-        place = _original(path, family)
-        assert place is not None
+        place = _originals(path)[family]
         if place.module not in written:
-            written[place.module] = _joined(place, tensors, kinds if base is None else base)
+            written[place.module] = _joined(place, tensors, kinds if base is None else base, forms)
     return written
 
 
-def _original(path: str, family: Family) -> Place | None:
-    """The module of the original code that has the rows of a layer of diffusers."""
-    found = _find(_reverse(family), path)
-    return None if found is None else Place.at(found[0].format(*found[1]), "", family, *found)
+def _originals(path: str) -> dict[Family, Place]:
+    """The module of the original code that has the rows of a layer of diffusers, in each family that has the layer."""
+    found: dict[Family, Place] = {}
+    for family, original, numbers in _find(_reverse(), path):
+        found.setdefault(family, Place.at(original.format(*numbers), "", family, original, numbers))
+    return found
 
 
 def _family_of(paths: Iterable[str], base: Iterable[str] | None, separator: str) -> Family | None:
@@ -269,33 +279,32 @@ def _family_of(paths: Iterable[str], base: Iterable[str] | None, separator: str)
 
     With a model it is the family that names most of the model's layers, and most of them at least.
     """
-    known = list(paths if base is None else base)
-    found = dict[Family, list[str]]()
-    for family in FAMILIES:
-        places = [_original(path, family) for path in paths]
-        if all(places) and any(re.search(family.told_by, path) for path in known):
-            found[family] = [place.module.replace(".", separator) for place in places if place is not None]
+    known, own = list(paths if base is None else base), [_originals(path) for path in paths]
+    told = {family for family in FAMILIES if any(re.search(family.told_by, path) for path in known)}
+    best = [family for family in FAMILIES if family in told and all(family in places for places in own)]
     if base is not None:
-        named = {family: sum(_original(path, family) is not None for path in known) for family in found}
-        best = max(named, key=lambda family: named[family], default=None)
-        return best if best is not None and 2 * named[best] > len(known) else None
-    if len({tuple(names) for names in found.values()}) > 1:
+        named = Counter(family for path in known for family in _originals(path))
+        best = sorted((family for family in best if 2 * named[family] > len(known)), key=lambda f: -named[f])[:1]
+    if len({tuple(places[family].module.replace(".", separator) for places in own) for family in best}) > 1:
         raise CheckpointError(
-            f"The adapter may be for {' or '.join(family.model for family in found)}, whose original code has other "
+            f"The adapter may be for {' or '.join(family.model for family in best)}, whose original code has other "
             "names for the same layers. Give base=, the model that it is for."
         )
-    return next(iter(found), None)
+    return next(iter(best), None)
 
 
 def _joined(
-    place: Place, tensors: Mapping[str, Mapping[str, Tensor]], kinds: Mapping[str, LayerKind]
+    place: Place,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    kinds: Mapping[str, LayerKind],
+    forms: Iterable[Format],
 ) -> Mapping[str, Tensor]:
     """The tensors of a module of the original code. Its layers that the adapter does not change get zeros."""
     first = next(path for path in place.paths if path in tensors)
     outputs, inputs = kinds[first].out_features, kinds[first].in_features
     if len(place.paths) == 1 and not (place.swapped and outputs == 2 * inputs):
         return tensors[first]
-    form, keys = next(_readings("x", [f"x.{local}" for local in tensors[first]]))
+    form, keys = next(_readings("x", [f"x.{local}" for local in tensors[first]], forms))
     names = {key.removeprefix("x."): local for local, key in keys.items()}
     held = {path: {names[local]: t for local, t in tensors[path].items()} for path in place.paths if path in tensors}
     if place.swapped:
