@@ -221,7 +221,7 @@ def _parts(
         except UnsupportedError as error:
             raise UnsupportedError(f"{place.module!r} has the rows of {', '.join(place.paths)}. {error}") from error
         rest = {key: tensor for key, tensor in held.items() if key not in own.values()}
-        return [{own[local]: tensor for local, tensor in part.items()} | rest for part in found]
+        return [{own.get(n, f"{place.module}.{n}"): tensor for n, tensor in part.items()} | rest for part in found]
     return [dict(held) for _ in place.paths]  # if no method knows them, a message names their keys
 
 

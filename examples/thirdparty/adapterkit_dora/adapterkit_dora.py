@@ -99,6 +99,13 @@ class DoraFormat(LoraFormat):
     rows = LoraFormat.rows | {_MAGNITUDE: 0}
     refused = dict.fromkeys(("lora_B.bias", "diff_b"), "a DoRA with a trained bias, which is not implemented")
 
+    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The columns of several layers have a length together, so only a scale of rows can be split."""
+        m = tensors.get(_MAGNITUDE)
+        if m is not None and m.dim() > 1 and m.shape[0] == 1:
+            raise ak.UnsupportedError("A dora_scale of columns holds for all of them together and cannot be split.")
+        return super().split(tensors, sizes)
+
     def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, ak.LayerKind]) -> dict[str, ak.ForeignLayer]:
         """None, if no layer has a magnitude: the file is plain LoRA."""
         found = super().layers(tensors, kinds)

@@ -62,10 +62,16 @@ def outer(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return held[0].shape[0], held[1].shape[1]  # type: ignore[union-attr]
 
 
+def inner_rows(tensors: Mapping[str, Tensor]) -> int:
+    """The rows of w2, whole or in factors."""
+    return tensors["lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"].shape[0]
+
+
 class LoKrLayer(ak.DenseLayer):
     """`lokr_w1` and `lokr_w2`, or `lokr_w1_a` and `lokr_w1_b`, whose product it is.
 
-    The sizes of w1, and which of both is whole, follow from a file: LyCORIS divides some layers in another way.
+    The sizes of w1, and which of both is whole, follow from a file: LyCORIS divides some layers in another way. A file
+    of a fused layer, such as q, k and v in one, gives each of them the rows of the product from `lokr_first` on.
     """
 
     def setup(self, target: ak.Target, config: LoKrConfig) -> None:
@@ -73,8 +79,11 @@ class LoKrLayer(ak.DenseLayer):
         (a, b), (c, d) = (split(n, config.decompose_factor) for n in (target.out_features, channels))
         self.row_dropout, self.row_dropout_rescales = config.rank_dropout, config.rank_dropout_scale
         self.module_dropout = config.module_dropout
-        found = outer(file)
-        if found is not None and target.out_features % found[0] == 0 == channels % found[1]:
+        found, self.first = outer(file), None
+        if found is not None and "lokr_first" in file and found[1] and channels % found[1] == 0:
+            (a, c), b, d, self.first = found, inner_rows(file), channels // found[1], int(file["lokr_first"].item())
+            self.register_buffer("lokr_first", torch.zeros_like(file["lokr_first"], device=target.device))
+        elif found is not None and target.out_features % found[0] == 0 == channels % found[1]:
             (a, c), (b, d) = found, (target.out_features // found[0], channels // found[1])
         first, second = (0.0 if config.init_weights == zero else ak.kaiming for zero in (True, "lycoris"))
         whole = "lokr_w1" in file if found else not config.decompose_both or r >= max(a, c) / 2
@@ -92,7 +101,8 @@ class LoKrLayer(ak.DenseLayer):
     def change(self) -> Tensor:
         w1 = self.lokr_w1_a @ self.lokr_w1_b if hasattr(self, "lokr_w1_a") else self.lokr_w1
         w2 = self.lokr_w2_a @ self.lokr_w2_b if hasattr(self, "lokr_w2_a") else self.lokr_w2.flatten(1)
-        return torch.kron(w1 * self.config.scaling, w2)
+        change = torch.kron(w1 * self.config.scaling, w2)
+        return change if self.first is None else change[self.first : self.first + self.kind.out_features]
 
 
 class LoKrFormat(ak.Format):
@@ -106,7 +116,8 @@ class LoKrFormat(ak.Format):
     factors = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
     rows = {"lokr_w1": 0, "lokr_w1_a": 0}
-    names = {"lokr_t2": "lokr_t2"}
+    names = {name: name for name in ("lokr_t2", "lokr_first")}
+    unwritten = frozenset({"lokr_first"})
     refused = {
         "dora_scale": "a LoKr that is weight-decomposed (DoRA), which no method here implements. LyCORIS can put "
         "it into the model (lycoris.create_lycoris_from_weights, then merge_to)"
@@ -117,6 +128,21 @@ class LoKrFormat(ak.Format):
         dims = {"lokr_t2": 0, "lokr_w2_b": 0, "lokr_w1_b": 0, "lokr_w2_a": 1, "lokr_w1_a": 1}
         found = [tensors[name].shape[dim] for name, dim in dims.items() if name in tensors]
         return int(found[0] if found else max(t.shape[dim] for t in tensors.values() if t.dim() > 1 for dim in (0, 1)))
+
+    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Each part has the rows of w1 that it needs. `lokr_first` says where it begins, if that is inside of one."""
+        if outer(tensors) is None or "lokr_t2" in tensors or not {"lokr_w2", "lokr_w2_a"} & tensors.keys():
+            raise ak.UnsupportedError("A LoKr with a core, or with a factor missing, cannot be split.")
+        name, rows = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a", inner_rows(tensors)
+        total, begin, parts = len(tensors[name]) * rows, 0, []
+        for size in sizes:
+            end = begin + total * size // sum(sizes)
+            part = {**tensors, name: tensors[name][begin // rows : -(-end // rows)]}
+            parts.append(
+                part if begin % rows == 0 == end % rows else {**part, "lokr_first": torch.tensor(begin % rows)}
+            )
+            begin = end
+        return parts
 
     def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, ak.LayerKind]) -> dict[str, ak.ForeignLayer]:
         """LyCORIS writes an alpha beside two whole matrices and does not use it."""
@@ -130,7 +156,8 @@ class LoKrFormat(ak.Format):
     def config(self, layers: Mapping[str, ak.ForeignLayer], metadata: Mapping[str, str], **fields: Any) -> Any:
         """With the `decompose_factor` that divides all layers so, if there is one: PEFT needs it."""
         both = any("lokr_w1_a" in layer.tensors for layer in layers.values())
-        sizes = [((x.kind.out_features, x.kind.down_shape(1)[1]), outer(x.tensors)) for x in layers.values()]
+        plain = [layer for layer in layers.values() if "lokr_first" not in layer.tensors]
+        sizes = [((x.kind.out_features, x.kind.down_shape(1)[1]), outer(x.tensors)) for x in plain]
         factors = {-1: None} | dict.fromkeys(n for _, found in sizes if found for n in found)
         fits = (f for f in factors if all(tuple(split(n, f)[0] for n in size) == found for size, found in sizes))
         return super().config(layers, metadata, decompose_both=both, decompose_factor=next(fits, -1), **fields)
@@ -173,13 +200,13 @@ class LoKrPlugin(ak.Plugin):
     config, layer, prefix = LoKrConfig, LoKrLayer, "lokr_"
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> nn.Module | None:
-        """A linear layer, or a convolution where w2 is whole or has a core."""
+        """A linear layer, or a convolution where w2 is whole or has a core. Some rows of a product do not tell."""
         first, core, second = outer(tensors), tensors.get("lokr_t2"), tensors.get("lokr_w2")
         if second is None and {"lokr_w2_a", "lokr_w2_b"} <= tensors.keys():
             up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
             kernel = () if core is None else core.shape[2:]
             second = torch.empty(*up.shape[core is not None :][:1], *down.shape[1:], *kernel, device="meta")
-        if first is None or second is None or second.dim() < 2 or 0 in second.shape:
+        if first is None or second is None or second.dim() < 2 or 0 in second.shape or "lokr_first" in tensors:
             return None
         return ak.empty_layer(first[0] * second.shape[0], first[1] * second.shape[1], *second.shape[2:])
 

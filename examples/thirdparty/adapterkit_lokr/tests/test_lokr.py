@@ -155,3 +155,41 @@ def test_decomposed_weights_are_refused(model, tmp_path):
     lycoris_file(model, tmp_path / "a.safetensors", dora_wd=True)
     with pytest.raises(ak.UnsupportedError, match="this is a LoKr that is weight-decomposed"):
         ak.attach(model).load(tmp_path / "a.safetensors", "a")
+
+
+class Attention(nn.Module):
+    """Where diffusers has q, k and v of a block of Flux."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v")})})
+        self.transformer_blocks = nn.ModuleList([block])
+
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self.transformer_blocks[0]["attn"].values()], -1)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (3, 2), (4, 8), (1, 1), (24, 1)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_of_a_fused_layer(tmp_path, size, whole):
+    (a, c), name = size, "lora_unet_double_blocks_0_img_attn_qkv"
+    w1, w2 = torch.randn(a, c), torch.randn(24 // a, 8 // c)
+    tensors = {f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2, f"{name}.alpha": torch.tensor(0.5)}
+    if not whole:
+        up, down = torch.randn(24 // a, 1), torch.randn(1, 8 // c)
+        w2 = 0.5 * up @ down
+        tensors = {**tensors, f"{name}.lokr_w2_a": up, f"{name}.lokr_w2_b": down}
+        del tensors[f"{name}.lokr_w2"]
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    model, x = Attention(), torch.randn(5, 8)
+    wanted, adapters = model(x) + x @ torch.kron(w1, w2).T, ak.attach(model)
+    adapters.load(tmp_path / "a.safetensors", "a")
+    adapters.save("a", tmp_path / "saved")
+    for source in (tmp_path / "a.safetensors", tmp_path / "saved"):
+        assert adapters.load(source, "b").ok
+        adapters.activate("b")
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+        adapters.merge("b")
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+        adapters.unmerge()
+        adapters.remove("b")
