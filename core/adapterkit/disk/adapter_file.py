@@ -266,7 +266,13 @@ class AdapterFile(AdapterContent):
             try:
                 self.built[target.path] = builder.layer(target, shared)
             except StateError as error:
-                self.refused[target.path] = str(error)
+                module = None if self.base is None else self.base.with_values(target.path)
+                if module is None:
+                    self.refused[target.path] = f"{error} For files alone, give base=, its folder with the weights."
+                else:
+                    layer = builder.layer(dataclasses.replace(target, module=module), shared)
+                    self.built[target.path] = layer
+                    self.layers[target.path] = {local: slot.tensor for local, slot in module_slots(layer)}
         inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
         self.tensors = inside | (self.shared if shared is None else shared_tensors(shared))
         fit = builder.fit

@@ -47,6 +47,19 @@ def test_an_unconverted_file_of_peft_is_computed_again_from_the_base(
     assert_same(loaded_here(build(name), tmp_path, name), expected, name)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_unconverted_file_of_peft_is_merged_and_converted_with_the_bases_weights(init: str, tmp_path: Path) -> None:
+    base: Any = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    expected = saved_by_peft(build("llama"), tmp_path / "a", "llama", r=4, init_lora_weights=init)
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert_same(run(type(base).from_pretrained(tmp_path / "out").eval(), "llama"), expected, "llama")
+    with pytest.raises(ak.StateError, match="give base="):
+        ak.convert_file(tmp_path / "a", tmp_path / "b")
+    ak.convert_file(tmp_path / "a", tmp_path / "b", base=tmp_path / "base")
+    assert_same(loaded_here(build("llama"), tmp_path / "b", "llama"), expected, "llama")
+
+
 def test_an_unconverted_pissa_file_of_peft_loads_on_conv1d(tmp_path: Path) -> None:
     expected = saved_by_peft(build("gpt2"), tmp_path, "gpt2", r=4, init_lora_weights="pissa")
     assert_same(loaded_here(build("gpt2"), tmp_path, "gpt2"), expected, "gpt2")
