@@ -194,6 +194,7 @@ class CombineReport(Printed):
         errors: the relative error of truncation at each target, `|dW - result| / |dW|`.
         heads: the paths of its heads.
         clipped: targets that are too small for the requested rank. They get their largest possible rank and are exact.
+        unchanged: layers at which `extract` found no difference; the adapter does not have them.
     """
 
     name: str
@@ -202,6 +203,7 @@ class CombineReport(Printed):
     errors: Mapping[str, float]
     heads: tuple[str, ...] = ()
     clipped: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         layers = counted(len(self.ranks), "layer")
@@ -209,6 +211,8 @@ class CombineReport(Printed):
         worst = max(self.errors, key=self.errors.__getitem__)
         if self.errors[worst] >= _ROUNDING:
             lines.append(f"  largest relative error of truncation: {self.errors[worst]:.2%} at {worst}")
+        if self.unchanged:
+            lines.append(f"  left out, because the models are the same there: {counted(len(self.unchanged), 'layer')}")
         lines += [f"  clipped to rank {self.ranks[path]}: {path}" for path in self.clipped[:_LISTED]]
         return in_lines(lines + listed("head", self.heads))
 

@@ -159,3 +159,17 @@ def test_errors_say_what_is_wrong_and_change_nothing(case: str) -> None:
         adapters.merge("there")
     with nothing_changes(adapters), pytest.raises(kind, match=message):
         ak.extract(base, other, **{"rank": 2, "target_modules": ["query"], "modules_to_save": None, **fields})
+
+
+def test_layers_without_a_difference_are_left_out_and_counted() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[1].weight.add_(torch.ones(4, 4))
+    report = ak.extract(base, tuned, rank=1)
+    assert list(report.ranks) == ["1"]
+    assert report.unchanged == ("0", "2")
+    ak.attach(base).activate("extracted")
+    assert "left out, because the models are the same there: 2 layers" in str(report)
+    with torch.no_grad():
+        torch.testing.assert_close(base(torch.ones(1, 4)), tuned(torch.ones(1, 4)))

@@ -71,14 +71,24 @@ def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on
     """
     factors: MutableMapping[str, Factors] = {} if store is None else store
     errors, ranks, kinds = {}, {}, {}
+    unchanged: dict[str, Factors] = {}
     clipped = lowrank.clipped(rank, {m.path: min(m.kind.out_features, m.kind.in_features) for m in selection.targets})
     for match in selection.targets:
         path = match.path
-        made, errors[path] = _difference(match, *layers(match), rank, energy)
+        made, error = _difference(match, *layers(match), rank, energy)
+        if made.bias is None and not made.up.any():
+            unchanged[path] = Factors(made.up[:, :1].clone(), made.down[:1].clone())
+            continue
+        errors[path] = error
         check_finite(name, path, made)
         factors[path], ranks[path], kinds[path] = made, made.rank, match.kind
+    if not ranks:  # the models are the same, and so will the adapter's be
+        for match in selection.targets:
+            path, made = match.path, unchanged.pop(match.path)
+            factors[path], ranks[path], kinds[path], errors[path] = made, made.rank, match.kind, 0.0
+    clipped = tuple(path for path in clipped if path in ranks)
     held = {path: {local: slot.tensor for local, slot in module_slots(head)} for path, head in heads.items()}
-    report = CombineReport(name, to, ranks, errors, tuple(heads), clipped)
+    report = CombineReport(name, to, ranks, errors, tuple(heads), clipped, tuple(unchanged))
     return Changes(factors, kinds, heads=held, labels=labels), report
 
 

@@ -16,7 +16,7 @@ from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.errors import ConfigError
 from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
-from adapterkit.model import BaseModules, LabelSet, Match, copy_head
+from adapterkit.model import BaseModules, LabelSet, Match, copy_head, task_type
 from adapterkit.results import CombineReport
 
 
@@ -77,6 +77,8 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         changes, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, spool)
         names = short_names(changes.factors, modules.all_paths)
         fields = {"base_model_name_or_path": str(base), "target_modules": names}
+        if heads and (task := task_type(model)):
+            fields["task_type"] = task
         result = AdapterContent.of(changes, default_registry.method(to), working, **fields)
         if any(len(modules.paths_of[module]) > 1 for module in adapted):
             result.metadata = {EVERYWHERE: "true"}

@@ -28,6 +28,7 @@ from adapterkit.model import (
     BaseModules,
     resized_tables,
     tables,
+    task_type,
 )
 from adapterkit.tensors import (
     gathered,
@@ -98,6 +99,8 @@ def file_contents(
     base = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     base = base if isinstance(base, str) and base else None
     config = file_config(config, adapter.layers, heads, paths, base, prefix)
+    if heads and config.task_type is None:
+        config = config.replace(task_type=task_type(model))
     return config.to_dict(), tensors, metadata
 
 

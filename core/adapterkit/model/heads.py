@@ -21,13 +21,14 @@ from adapterkit.tensors import gathered, hook_objects, is_fsdp, real_value, remo
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_TASKS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForImageClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
+# How the classes of models with a task head end, and the `task_type` that PEFT's files have for them.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForImageClassification": None,
+    "ForMultipleChoice": None,
+}
 # Names of heads: of models that do not say which child is their body, and in files that do not say what they hold.
 TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head")
 
@@ -66,13 +67,19 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
     That is everything new after `from_pretrained`: `classifier`, `score`, but also DistilBERT's `pre_classifier`.
     """
-    if not any(c.__name__.endswith(_TASKS) for c in type(model).__mro__):
+    if not any(c.__name__.endswith((*_TASKS,)) for c in type(model).__mro__):
         return ()
     body = getattr(model, "base_model_prefix", "")
     children = {n: c for n, c in model.named_children() if next(c.parameters(), None) is not None}
     if body in children:
         return tuple(n for n in children if n != body and not isinstance(children[n], nn.ModuleList))
     return tuple(n for n in children if n in TASK_HEADS)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's `task_type` for an adapter with the head of this model; `None`: PEFT has none."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return next((task for end, task in _TASKS.items() if any(name.endswith(end) for name in names)), None)
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:
