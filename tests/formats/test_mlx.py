@@ -84,6 +84,26 @@ def test_folder_of_mlx_lm_loads_with_its_scale(tmp_path: Path) -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 40.0, 0.1)
 
 
+def test_config_with_pefts_fields_too(tmp_path: Path) -> None:
+    """Scripts that convert an adapter of PEFT for mlx-vlm write both."""
+    model = build("llama")
+    tensors = factors(model, LAYERS[0])
+    wanted = expected(model, tensors, 3.0)
+    beside = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    check(merged(model, folder(tmp_path / "a", tensors, lora_parameters=parameters(scale=3.0), **beside)), wanted)
+
+
+def test_folder_of_mlx_vlm(tmp_path: Path) -> None:
+    model = build("llama")
+    tensors = factors(model, *LAYERS[:2])
+    wanted = expected(model, tensors, 0.1)
+    named = {k.replace(".lora_a", ".A").replace(".lora_b", ".B"): tensor for k, tensor in tensors.items()}
+    place = folder(tmp_path / "a", named)
+    (place / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 0.1, "dropout": 0.1}))
+    check(merged(model, place), wanted)
+    assert ak.inspect_adapter(place).layout == "mlx-vlm"
+
+
 def test_old_alpha_multiplies_the_scale_and_is_told(tmp_path: Path) -> None:
     model = build("llama")
     tensors = factors(model, LAYERS[0])
@@ -182,7 +202,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "full": ({"fine_tune_type": "full"}, {"model.norm.weight": torch.ones(4)}, "fine_tune_type: full"),
     "experts": ({}, {"model.layers.0.mlp.up.lora_a": torch.ones(4, 2, 8)}, "of all experts of a layer"),
     "quantised": ({}, {"model.layers.0.q.lora_a_scales": torch.ones(4, 2)}, "is quantised"),
-    "no scale": ({"lora_parameters": {"rank": 2}}, {"x.lora_a": torch.ones(4, 2)}, "has no number 'scale'"),
+    "no scale": ({"lora_parameters": {"rank": 2}}, {"x.lora_a": torch.ones(4, 2)}, "have no number 'scale'"),
 }
 
 

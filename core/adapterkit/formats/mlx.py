@@ -24,47 +24,73 @@ _DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vecto
 _TABLE = {_DOWN: "lora_embedding_A", _UP: "lora_embedding_B"}
 # mlx-lm's names, for `W + scale (a b)^T` with a of (in, r) and b of (r, out); m has the lengths of the rows of a DoRA.
 _NAMES = {"lora_a": _DOWN, "lora_b": _UP, "m": _MAGNITUDE}
+_FIRST = next(iter(_NAMES))
 # What tables of embeddings are called, where there is no model to ask.
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "embed_in", "wte")
 _IN_STACK = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)")
 
 
 class Mlx(Layout):
-    """LoRA and DoRA of mlx-lm: `alpha = scale * r`, since its scale is not divided by the rank."""
+    """LoRA and DoRA of mlx-lm: `alpha = scale * r`, since its scale is not divided by the rank.
+
+    And of mlx-vlm, which calls the factors `A` and `B`, and the scale alpha.
+    """
 
     def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """See `Layout.read`."""
-        if files.config is None and any(key.endswith((".lora_a", ".lora_b")) for key in files.tensors):
+        """See `Layout.read`. The keys tell: converted configs have PEFT's fields beside mlx-lm's."""
+        config, endings = files.config, {key.rpartition(".")[2] for key in files.tensors}
+        if config is None and _FIRST in endings:
             raise UnsupportedError(
                 f"{files.folder} has mlx-lm's names, and its scale is in {CONFIG_FILE}. Give the folder that holds "
                 f"both; a checkpoint's weights have to be called {MLX_WEIGHTS} there."
             )
-        if files.config is None or _PARAMETERS not in files.config or "peft_type" in files.config:
+        if config is None or ("peft_type" in config and _FIRST not in endings):
             return None
-        kind = files.config.get("fine_tune_type", "lora")
-        if kind == "full":
+        if config.get("fine_tune_type") == "full":
             raise UnsupportedError(
                 f"{files.folder}: mlx-lm trained the weights themselves here (fine_tune_type: full), so it is no "
                 "adapter. Fuse it there (mlx_lm.fuse); ak.extract_files(base, fused) makes an adapter of it."
             )
-        tensors, ranks = dict[str, Tensor](), dict[str, int]()
-        for key, tensor in files.tensors.items():
-            path, _, name = key.rpartition(".")
-            own = _NAMES.get(name)
-            if name.endswith(("_scales", "_biases")) or (own in _TABLE and tensor.dim() != 2):
-                raise UnsupportedError(
-                    f"{files.folder}: {key!r} of shape {tuple(tensor.shape)} is quantised, or of all experts of a "
-                    "layer, which adapterkit does not read. Fuse it with mlx_lm.fuse."
-                )
-            if own is None or f"{path}.lora_a" not in files.tensors:
-                tensors[key] = tensor
-                continue
-            if own in _TABLE and _is_table(path, layers):
-                own = _TABLE[own]
-            tensors[f"{path}.{own}"] = tensor.t() if own != _MAGNITUDE else tensor
-            ranks[path] = files.tensors[f"{path}.lora_a"].shape[-1]
-        config = _peft_config(files, ranks, layers)
-        return dataclasses.replace(files, config=config).read_as("mlx-lm", tensors)
+        if _PARAMETERS in config:
+            return _read(files, layers, "mlx-lm", _NAMES, config[_PARAMETERS])
+        if {"rank", "alpha"} <= config.keys() and {"A", "B"} <= endings:
+            given = {"scale": config["alpha"], "dropout": config.get("dropout", 0.0)}
+            return _read(files, layers, "mlx-vlm", {"A": _DOWN, "B": _UP}, given)
+        return None
+
+
+def _read(
+    files: AdapterFiles,
+    layers: Mapping[str, LayerKind] | None,
+    program: str,
+    names: Mapping[str, str],
+    parameters: Any,
+) -> AdapterFiles:
+    """The folder as PEFT's.
+
+    Args:
+        names: PEFT's names by the program's.
+        parameters: the scale and the dropout.
+    """
+    tensors, ranks = dict[str, Tensor](), dict[str, int]()
+    first = next(iter(names))
+    for key, tensor in files.tensors.items():
+        path, _, name = key.rpartition(".")
+        own = names.get(name)
+        if name.endswith(("_scales", "_biases")) or (own in _TABLE and tensor.dim() != 2):
+            raise UnsupportedError(
+                f"{files.folder}: {key!r} of shape {tuple(tensor.shape)} is quantised, or of all experts of a layer, "
+                "which adapterkit does not read. Fuse it with mlx_lm.fuse."
+            )
+        if own is None or f"{path}.{first}" not in files.tensors:
+            tensors[key] = tensor
+            continue
+        if own in _TABLE and _is_table(path, layers):
+            own = _TABLE[own]
+        tensors[f"{path}.{own}"] = tensor.t() if own != _MAGNITUDE else tensor
+        ranks[path] = files.tensors[f"{path}.{first}"].shape[-1]
+    config = _peft_config(files, parameters, ranks, layers)
+    return dataclasses.replace(files, config=config).read_as(program, tensors)
 
 
 def _is_table(path: str, layers: Mapping[str, LayerKind] | None) -> bool:
@@ -74,7 +100,7 @@ def _is_table(path: str, layers: Mapping[str, LayerKind] | None) -> bool:
 
 
 def _peft_config(
-    files: AdapterFiles, ranks: Mapping[str, int], layers: Mapping[str, LayerKind] | None
+    files: AdapterFiles, given: Any, ranks: Mapping[str, int], layers: Mapping[str, LayerKind] | None
 ) -> dict[str, Any]:
     """The fields of PEFT's config for these layers.
 
@@ -82,12 +108,11 @@ def _peft_config(
         CheckpointError: there are none, or the parameters have no scale.
     """
     config = files.config or {}
-    given = config[_PARAMETERS]
     scale, alpha = (given.get(name) for name in ("scale", "alpha")) if isinstance(given, Mapping) else (None, None)
     if not ranks or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise CheckpointError(
-            f"{files.folder}: its config is mlx-lm's, and has no number 'scale' in 'lora_parameters', or no layer has "
-            "a 'lora_a'."
+            f"{files.folder}: its config is mlx-lm's, and its {_PARAMETERS!r} have no number 'scale', or no layer has "
+            "factors."
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     if isinstance(alpha, int | float) and alpha != rank:
@@ -99,11 +124,12 @@ def _peft_config(
             AdapterWarning,
             stacklevel=7,
         )
+    base = config.get("model", config.get("base_model_name_or_path"))
     others = {path: own for path, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.get("model") if isinstance(config.get("model"), str) else None,
+        "base_model_name_or_path": base if isinstance(base, str) else None,
         "target_modules": exactly(ranks, layers or ()),
         "r": rank,
         "lora_alpha": scale * rank,
