@@ -247,7 +247,7 @@ def test_kohyas_names_of_a_whole_pipeline(tmp_path: Path) -> None:
     assert_close(image(pipeline), image(theirs))
 
 
-def test_names_that_only_diffusers_translates(tmp_path: Path) -> None:
+def test_names_of_stability(tmp_path: Path) -> None:
     pipeline, blocks = stable_diffusion(), "down_blocks_1_attentions_0_transformer_blocks_0"
     layers = linears(pipeline.unet.down_blocks[1], "lora_unet_down_blocks_1", "attn1.to_q")
     tensors = kohya(layers)
@@ -255,8 +255,6 @@ def test_names_that_only_diffusers_translates(tmp_path: Path) -> None:
     assert stability.keys() != tensors.keys()
     save_file(stability, tmp_path / "s.safetensors")
     save_file(tensors, tmp_path / "t.safetensors")
-    with pytest.raises(ak.CheckpointError):
-        ak.attach(pipeline.unet).load(tmp_path / "s.safetensors", "s")
     ours = PipelineAdapters(pipeline)
     ours.load(tmp_path / "s.safetensors", "s")
     found = image(pipeline)
@@ -275,6 +273,20 @@ def test_flux_of_black_forest_labs_with_fused_projections(tmp_path: Path) -> Non
     theirs.load_lora_weights(tmp_path / "f.safetensors")
     ours.load(tmp_path / "f.safetensors", "f")
     assert_close(image(ours.pipeline), image(theirs))
+
+
+def test_parts_of_a_pipeline_by_the_names_of_comfyui(tmp_path: Path) -> None:
+    ours = PipelineAdapters(flux())
+    size = ours["transformer"].model.inner_dim
+    names = {"diffusion_model.single_blocks.0.linear1": nn.Linear(size, 7 * size)}
+    clip = "text_model.encoder.layers.0.self_attn.q_proj"
+    names["text_encoders.clip_l.transformer." + clip] = nn.Linear(16, 16)
+    names["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"] = nn.Linear(16, 8)
+    save_file(kohya(names), tmp_path / "c.safetensors")
+    reports = ours.load(tmp_path / "c.safetensors", "c")
+    assert {part: report.ok for part, report in reports.items()} == dict.fromkeys(ours.names["c"], True)
+    assert set(ours.names["c"]) == {"transformer", "text_encoder", "text_encoder_2"}
+    assert len(ours["transformer"].layers("c")) == 4
 
 
 def test_an_adapter_of_pefts_folder_goes_to_the_denoiser(tmp_path: Path) -> None:

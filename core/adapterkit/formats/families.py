@@ -25,12 +25,14 @@ class Family:
             the other order. A layer that gives more than these two has the same order in both.
         told_by: an expression that a path of the model must match before its adapters are written in the original
             names. Stable Diffusion 1 and 2 have SDXL's names, but kohya's programs train them in diffusers'.
+        rare: files are of these models only if the model is at hand and has the layers.
     """
 
     model: str
     names: Mapping[str, Layers]
     swapped: frozenset[str] = frozenset()
     told_by: str = ""
+    rare: bool = False
 
 
 def _inside(theirs: str, ours: str, names: Mapping[str, Layers]) -> dict[str, Layers]:
@@ -49,8 +51,8 @@ def _fused(name: str, shares: Mapping[str, int]) -> dict[str, Layers]:
     return {name: shares, **{f"{name}.{n}": path for n, path in enumerate(shares)}}
 
 
-def _stable_diffusion() -> dict[str, Layers]:
-    """SD 1, 2 and XL, whose UNets have two residual blocks at each resolution on the way down, and three up."""
+def _stable_diffusion(depth: int) -> dict[str, Layers]:
+    """UNets with so many residual blocks at each resolution on the way down, and one more on the way up."""
     resnet = {
         "in_layers.2": "conv1",
         "emb_layers.1": "time_emb_proj",
@@ -72,18 +74,17 @@ def _stable_diffusion() -> dict[str, Layers]:
         **_inside("middle_block.2", "mid_block.resnets.1", resnet),
     }
     for level in range(4):
-        for n in range(2):
-            place = f"input_blocks.{3 * level + n + 1}"
-            names |= _inside(f"{place}.0", f"down_blocks.{level}.resnets.{n}", resnet)
-            names |= _inside(f"{place}.1", f"down_blocks.{level}.attentions.{n}", attention)
-        for n in range(3):
-            place = f"output_blocks.{3 * level + n}"
-            names |= _inside(f"{place}.0", f"up_blocks.{level}.resnets.{n}", resnet)
-            names |= _inside(f"{place}.1", f"up_blocks.{level}.attentions.{n}", attention)
-        names[f"input_blocks.{3 * level + 3}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        first = level * (depth + 1)  # of the blocks on the way up; on the way down there is one before them
+        for n in range(depth):
+            names |= _inside(f"input_blocks.{first + n + 1}.0", f"down_blocks.{level}.resnets.{n}", resnet)
+            names |= _inside(f"input_blocks.{first + n + 1}.1", f"down_blocks.{level}.attentions.{n}", attention)
+        for n in range(depth + 1):
+            names |= _inside(f"output_blocks.{first + n}.0", f"up_blocks.{level}.resnets.{n}", resnet)
+            names |= _inside(f"output_blocks.{first + n}.1", f"up_blocks.{level}.attentions.{n}", attention)
+        names[f"input_blocks.{first + depth + 1}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         # Behind the attention, where there is one.
-        names[f"output_blocks.{3 * level + 2}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-        names[f"output_blocks.{3 * level + 2}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        names[f"output_blocks.{first + depth}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        names[f"output_blocks.{first + depth}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return names
 
 
@@ -337,8 +338,9 @@ _QWEN_IMAGE = {
     )
 }
 
+_XL = r"add_embedding|transformer_blocks\.[1-9]"
 FAMILIES = (
-    Family("Stable Diffusion", _stable_diffusion(), told_by=r"add_embedding|transformer_blocks\.[1-9]"),
+    Family("Stable Diffusion", _stable_diffusion(2), told_by=_XL),
     Family("Flux", _FLUX, frozenset({_LAST})),
     Family("Wan", _WAN),
     Family("HunyuanVideo", _HUNYUAN_VIDEO, frozenset({_LAST})),
@@ -349,4 +351,5 @@ FAMILIES = (
     Family("Z-Image", _Z_IMAGE),
     Family("Lumina 2", _LUMINA2),
     Family("LTX-Video", _LTX),
+    Family("Stable Diffusion with one layer a block", _stable_diffusion(1), told_by=_XL, rare=True),
 )

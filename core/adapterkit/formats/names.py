@@ -171,7 +171,7 @@ class OriginalNames(Layout):
         for key in keys:
             for family, place in Place.of(key, self.families).items():
                 if layers is None or names is None:
-                    wanted = bool(place.part)
+                    wanted = bool(place.part) and not family.rare
                 else:
                     wanted = layers.keys() >= {*place.paths} and names.find(place.module) is None
                 if wanted:
@@ -282,6 +282,7 @@ def _family_of(paths: Iterable[str], base: Iterable[str] | None, separator: str)
     known, own = list(paths if base is None else base), [_originals(path) for path in paths]
     told = {family for family in FAMILIES if any(re.search(family.told_by, path) for path in known)}
     best = [family for family in FAMILIES if family in told and all(family in places for places in own)]
+    best = [family for family in best if base is not None or not family.rare]
     if base is not None:
         named = Counter(family for path in known for family in _originals(path))
         best = sorted((family for family in best if 2 * named[family] > len(known)), key=lambda f: -named[f])[:1]

@@ -28,9 +28,15 @@ DENOISERS = ("unet", "transformer", "prior")
 # The components of a pipeline that a part of another program's file may be for; the first that is there counts.
 _COMPONENTS: Mapping[str, tuple[str, ...]] = {
     **{part: (part,) for part in DOTTED},
-    **dict.fromkeys(("", "lycoris", "lora_unet", "unet", "transformer", "diffusion_model"), DENOISERS),
-    **dict.fromkeys(("lora_te", "lora_te1"), ("text_encoder",)),
-    **{f"lora_te{number}": (f"text_encoder_{number}",) for number in (2, 3)},
+    **{part: ("text_encoder",) for part in DOTTED if part.startswith("text_encoders.") or "clip_l" in part},
+    **{part: ("text_encoder_2",) for part in DOTTED if "clip_g" in part},
+    **{part: ("text_encoder_3", "text_encoder_2", "text_encoder") for part in DOTTED if "t5" in part},
+    **{part: ("text_encoder_4",) for part in DOTTED if "llama" in part},
+    **dict.fromkeys(("", "lycoris", "lora_unet", "unet", "transformer"), DENOISERS),
+    **dict.fromkeys(("diffusion_model", "model.diffusion_model"), DENOISERS),
+    **dict.fromkeys(("lora_te", "lora_te1", "lora_prior_te"), ("text_encoder",)),
+    **{f"lora_te{number}": (f"text_encoder_{number}",) for number in (2, 4)},
+    "lora_te3": ("text_encoder_3", "text_encoder_2"),  # kohya-ss has T5 there, for Flux too
     **{f"lora_{part}": (part,) for part in ("transformer", "prior")},
     "lora_prior_unet": ("prior",),
 }
@@ -95,9 +101,8 @@ class PipelineAdapters(Mapping[str, Adapters]):
     ) -> dict[str, LoadReport]:
         """Add an adapter to every component that the file has keys for, or to none.
 
-        The file may be of diffusers, PEFT, kohya-ss's programs or LyCORIS, of any installed method. Layer names that
-        only diffusers can translate (Stability's of SDXL, Black Forest Labs' of Flux) are translated by the
-        pipeline's own `lora_state_dict`.
+        The file may be of diffusers, PEFT, kohya-ss's programs, ComfyUI or LyCORIS, of any installed method. Layer
+        names that only diffusers can translate are translated by the pipeline's own `lora_state_dict`.
 
         Args:
             source: a file, a folder, or a hub id.
