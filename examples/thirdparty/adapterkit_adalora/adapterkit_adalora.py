@@ -21,7 +21,7 @@ class AdaLoraConfig(ak.AdapterConfig):
     """From `init_r` directions a layer to `target_r` on average, from step `tinit` to `total_step - tfinal`."""
 
     method, not_in_files = "adalora", ()
-    not_implemented = {"r": 8, "init_lora_weights": True, "qalora_group_size": 16, "megatron_core": "megatron.core"}
+    not_implemented = {"r": ..., "init_lora_weights": ...}
 
     target_r: ak.Rank = 8
     init_r: ak.Rank = 12

@@ -27,7 +27,6 @@ class DoraConfig(ak.AdapterConfig):
 
     method, peft_type, marks, not_in_files = "dora", "LORA", {"use_dora": True}, ()
     patterns = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    not_implemented = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
     r: ak.Rank = 8
     lora_alpha: float = 8

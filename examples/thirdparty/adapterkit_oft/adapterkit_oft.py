@@ -21,7 +21,7 @@ class OFTConfig(ak.AdapterConfig):
     """`oft_block_size` is the side of the blocks, or `r` their number; the other one is 0."""
 
     method = "oft"
-    not_implemented = {"coft": False, "eps": 6e-5, "module_dropout": 0.0}
+    not_implemented = {"coft": False, "eps": ..., "module_dropout": 0.0}
 
     r: int = 0
     oft_block_size: int = 32
