@@ -20,16 +20,18 @@ from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
+_GENERATORS = ("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model")
 _ENCODERS = ("clip_l", "clip_g", "t5xxl", "t5", "qwen25_7b", "qwen3_4b", "gemma2_2b", "llama", "umt5xxl")
 DOTTED = (
-    *("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model"),
+    *_GENERATORS,
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
     *(f"text_encoders.{name}{inner}" for name in _ENCODERS for inner in (".transformer", "")),
     *(f"{name}{inner}" for name in _ENCODERS[:4] for inner in (".transformer", "")),
 )
 # As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
+_FLAT_GENERATORS = ("lora_unet", "lora_prior_unet", "lora_transformer")
 FLAT = (
-    *("lora_unet", "lora_prior_unet", "lora_transformer", "lycoris"),
+    *(*_FLAT_GENERATORS, "lycoris"),
     *("lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_te4", "lora_prior_te"),
 )
 _PART = re.compile(rf"({'|'.join(map(re.escape, (*DOTTED, *FLAT)))})\.|({'|'.join(FLAT)})_")
@@ -428,8 +430,8 @@ def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[st
     heads = {name.partition(".")[0] for name in values if "." in name}
     parts = sorted({key.partition(".")[0] for key in keys} & heads)
     if not parts and all("." in name for name in values):
-        roles = {_role(component(key)) for key in keys} - {""}
-        parts = sorted(head for head in heads if not roles or _role(head) in roles)
+        own = {component(key) for key in keys}
+        parts = sorted(head for head in heads if all(_may_be(part, head) for part in own))
         if len(parts) != 1:
             raise CheckpointError(
                 f"The header's {HEADER!r} scales {', '.join(map(repr, sorted(heads)))}, and keys such as "
@@ -440,11 +442,13 @@ def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[st
     return {n.removeprefix(start): v for n, v in values.items() if (n.startswith(start) if start else "." not in n)}
 
 
-def _role(part: str) -> str:
-    """What a part of a pipeline is, whatever a program calls it: `"denoiser"`, `"text encoder 2"`; `""`: not known."""
-    if found := re.fullmatch(r"(?:lora_te|text_encoder_?)(\d*)", part):
-        return f"text encoder {found[1] or 1}"
-    return "" if part in ("", "lycoris") else "denoiser"
+def _may_be(part: str, head: str) -> bool:
+    """Whether what a file calls `part` may be what diffusers calls `head`; `""` and `"lycoris"` may be anything."""
+    generators = [name in (*_GENERATORS, *_FLAT_GENERATORS) for name in (part, head)]
+    if part in ("", "lycoris") or any(generators):
+        return part in ("", "lycoris") or all(generators)
+    numbers = [re.fullmatch(r"(?:lora_te|text_encoder_?)(\d*)", name) for name in (part, head)]
+    return None in numbers or len({found[1] or "1" for found in numbers if found}) == 1
 
 
 def _warn_of_guess(layers: Collection[ForeignLayer], metadata: Mapping[str, str]) -> None:

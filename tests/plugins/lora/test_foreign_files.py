@@ -450,6 +450,8 @@ def test_alphas_of_a_header_for_two_text_encoders(tmp_path: Path, tensors: Calla
         ("", header(transformer=6, text_encoder=2), "scales 'text_encoder', 'transformer', and keys such as 'down_bl"),
         ("diffusion_model.", header(transformer=6, transformer_2=2), "'diffusion_model.down_blocks.0.attn1.to_q.lora"),
         ("unet.", header(text_encoder=2), "scales 'text_encoder', and keys such as 'unet."),
+        ("clip_l.", header(transformer=6), "scales 'transformer', and keys such as 'clip_l."),
+        ("text_encoder_2.", header(text_encoder=6), "scales 'text_encoder', and keys such as 'text_encoder_2."),
     ],
 )
 def test_header_of_which_no_part_or_several_may_be_meant(
