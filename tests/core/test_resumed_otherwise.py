@@ -154,3 +154,12 @@ def test_a_warning_says_that_the_base_is_another(change: Callable[[nn.Module], o
     saved = TrainingState(first).state_dict()
     with pytest.warns(ak.AdapterWarning, match=f"The checkpoint is of a training on a base {message}"):
         TrainingState(other).load_state_dict(saved)
+
+
+def test_a_checkpoint_of_which_only_a_part_was_written_again_is_refused(tmp_path: Path) -> None:
+    """As when a save into the same folder is killed in the middle."""
+    model = together()
+    trainer(model, tmp_path).train()
+    ak.attach(model).save("t", tmp_path / "checkpoint-1")
+    with pytest.raises(ak.CheckpointError, match=r"checkpoint-1 holds adapter_model.safetensors and .* of two saves"):
+        trainer(together(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

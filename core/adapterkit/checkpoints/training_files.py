@@ -28,8 +28,9 @@ STATE_FILE = "adapter_state.safetensors"
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
 _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
-# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again.
-_MADE = "adapterkit.made_again"
+# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again, and of the
+# adapter's file beside.
+_MADE, _BESIDE = "adapterkit.made_again", "adapterkit.beside"
 
 
 def save_state(adapters: Adapters, name: str, folder: Path) -> None:
@@ -38,11 +39,13 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
     acted = setting(adapters, held=adapters.trainable)
 
     def write() -> None:
-        held, _ = _in_file(adapters, name, folder)
+        tensors = _file_beside(folder)
+        held, _ = _given_back(adapters, name, tensors)
         rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(key))}
         made = initial_shared(adapter, adapters.model) if any(key.startswith(f"{SHARED}.") for key in rest) else {}
         digests = {key: digest({key: rest.pop(key)}) for key in made if key in rest and _same(rest[key], made[key])}
-        metadata = {_NAME: name, _COUNT: str(len(state)), _MADE: json.dumps(digests), _SETTING: acted}
+        metadata = {_NAME: name, _COUNT: str(len(state)), _BESIDE: digest(tensors)}
+        metadata |= {_MADE: json.dumps(digests), _SETTING: acted}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
@@ -179,7 +182,8 @@ def _check_names(adapters: Adapters, saved: Collection[str], folder: Path) -> No
 def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]:
     """A training state from what `save_state` wrote and from the adapter's file beside it."""
     adapter, folder, (rest, metadata) = adapters._adapters[name], file.parent, read_tensors(file)
-    held, report = _in_file(adapters, name, folder)
+    tensors = _file_beside(folder)
+    held, report = _given_back(adapters, name, tensors)
     digests = json.loads(metadata.get(_MADE, "{}"))
     made = initial_shared(adapter, adapters.model) if digests else {}
     state = {**held, **{key: made[key] for key in digests if key in made}, **rest}
@@ -195,6 +199,12 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
             f"{folder} was saved with another config than adapter {name!r} has on this model: {faults[0]}. Add the "
             "adapter with the config, the dtype and the label set that were saved."
         )
+    if metadata.get(_BESIDE) not in (None, digest(tensors)):
+        raise CheckpointError(
+            f"{folder} holds {WEIGHTS_FILE} and {STATE_FILE} of two saves: the second was interrupted, or the adapter "
+            "alone was written there. Resume from another checkpoint, or begin a new training with this adapter: "
+            f"adapters.load(folder, {name!r}, trainable=True)."
+        )
     return state
 
 
@@ -202,11 +212,14 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _in_file(adapters: Adapters, name: str, folder: Path) -> tuple[dict[str, Tensor], LoadReport]:
-    """What the adapter's file in the folder gives back, by the keys of a training state, and how that fits."""
-    if not (folder / WEIGHTS_FILE).is_file():
-        return {}, LoadReport()
-    adapter, tensors = adapters._adapters[name], read_tensors(folder / WEIGHTS_FILE)[0]
+def _file_beside(folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of the adapter's file in the folder, if there is one."""
+    return read_tensors(folder / WEIGHTS_FILE)[0] if (folder / WEIGHTS_FILE).is_file() else {}
+
+
+def _given_back(adapters: Adapters, name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """What an adapter's file gives back, by the keys of a training state, and how that fits."""
+    adapter = adapters._adapters[name]
     values, report = match_adapter(adapter, default_registry.method_of(adapter.config), adapters.model, tensors)
     keys = {(id(slot.owner), slot.name): key for key, slot in adapter.slots().items()}
     held = {keys.get((id(slot.owner), slot.name), ""): tensor for slot, tensor in values}
