@@ -466,24 +466,63 @@ def test_peft_swaps_a_folder_into_an_adapter_of_a_view(tmp_path: Path) -> None:
     assert [parameter.data_ptr() for parameter in adapters.parameters("default")] == memory
 
 
-def test_what_peft_cannot_swap_into_a_view_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True, "lora_dropout": 0.1},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 5}},
+    ],
+)
+def test_peft_makes_room_for_larger_ranks_in_a_view(fields: Any, tmp_path: Path) -> None:
+    other, _ = view(**{**fields, "r": 8, "lora_alpha": 3})
+    other.save_pretrained(tmp_path / "other")
+    ours, adapters = view(r=4, **fields)
+    before, flags = out(ours), [p.requires_grad for p in adapters.parameters("default")]
+    ours.save_pretrained(tmp_path / "ours")
+    prepare_model_for_compiled_hotswap(ours, target_rank=8)
+    torch.testing.assert_close(out(ours), before)
+    assert {layer.r for layer in adapters.layers("default").values()} == {8}
+    assert [p.requires_grad for p in adapters.parameters("default")] == flags
+    assert adapters.config("default").lora_dropout == fields.get("lora_dropout", 0.0)
+    adapters.save("default", tmp_path / "padded")
+    again = build("llama")
+    ak.attach(again).load(tmp_path / "padded", "default")
+    torch.testing.assert_close(out(again), before)
+    for folder, expected in (("other", out(other)), ("ours", before)):
+        hotswap_adapter(ours, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
+        torch.testing.assert_close(out(ours), expected)
+
+
+def test_pefts_swap_of_a_larger_rank_makes_room_for_it(tmp_path: Path) -> None:
     other, _ = view(r=8)
     other.save_pretrained(tmp_path)
     ours, _ = view(r=4)
-    before = out(ours)
-    with pytest.raises(RuntimeError, match="rank"):
+    hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
+    torch.testing.assert_close(out(ours), out(other))
+
+
+def test_what_peft_cannot_swap_into_a_view_changes_nothing(tmp_path: Path) -> None:
+    other, _ = view(r=8, target_modules=["q_proj", "v_proj"])
+    other.save_pretrained(tmp_path)
+    ours, adapters = view(r=4)
+    before, parameters, config = out(ours), [*adapters.parameters("default")], adapters.config("default")
+    with pytest.raises(RuntimeError, match="v_proj"):
         hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
-    with pytest.raises(ak.UnsupportedError, match="with r=8 instead"):
-        prepare_model_for_compiled_hotswap(ours, target_rank=8)
     with pytest.raises(ValueError, match="larger"):
         prepare_model_for_compiled_hotswap(ours, target_rank=2)
     layer = ours.base_model.model.model.layers[0].self_attn.q_proj
     with pytest.raises(ak.UnsupportedError, match="strengths"):
         layer.r["default"] = 2
     assert torch.equal(out(ours), before)
+    assert all(one is other for one, other in zip(adapters.parameters("default"), parameters, strict=True))
+    assert adapters.config("default") is config
     ours.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         hotswap_adapter(ours, str(tmp_path), adapter_name="default", torch_device="cpu")
+    loha, _ = both("loha", "layers")
+    with pytest.raises(ak.UnsupportedError, match="LoRA alone"):
+        prepare_model_for_compiled_hotswap(loha, target_rank=4)
 
 
 def test_pefts_swap_of_an_adapter_with_a_head_says_what_to_call(tmp_path: Path) -> None:

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftType
 from peft.tuners import tuners_utils
 from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, FILE_PREFIX, default_registry
+from adapterkit.adapters import Adapters
+from adapterkit.contract import BIASES, FILE_PREFIX, AdapterConfig, default_registry
 from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.files import swap_in
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import PerAdapter
 from adapterkit.integrations.peft_layers import beside
 from adapterkit.integrations.peft_names import peft_key, plain
+from adapterkit.model import BaseModules, LayerBuilder, build_adapter, select_on
+
+# The first factor of a layer in a file of LoRA's.
+_DOWN = re.compile(r"\.lora_(embedding_A|A\.weight)$")
 
 
 def answer(view_type: type[nn.Module]) -> None:
@@ -33,7 +40,7 @@ def answer(view_type: type[nn.Module]) -> None:
     _replace(view_type, tuners_utils.BaseTuner, "_get_learnable_bias_state_dict", _biases)
     _replace(view_type, hotswap, "hotswap_adapter_from_state_dict", _swap)
     _replace(view_type, hotswap, "_convert_scalings_to_tensor", _takes_every_scaling)
-    _replace(view_type, hotswap, "_pad_lora_weights", _has_room)
+    _replace(view_type, hotswap, "_pad_lora_weights", _make_room)
 
 
 def _replace(view_type: type[nn.Module], module: ModuleType | type, name: str, own: Callable[..., Any]) -> None:
@@ -96,10 +103,25 @@ def _swap(
     named = re.compile(rf"(\.{parameter_prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)")
     tensors = {named.sub(r"\1", key): tensor for key, tensor in state_dict.items()}
     files = AdapterFiles(Path("the adapter of hotswap_adapter"), plain(config.to_dict()), tensors, {})
+    take_back = _room_for(adapters, adapter_name, tensors)
     try:
         adapters._swap(adapter_name, files)
-    except CheckpointError as error:
-        raise RuntimeError(str(error)) from error
+    except BaseException as error:
+        take_back()
+        if isinstance(error, CheckpointError):
+            unknown = ", ".join(state_dict.keys() - view.state_dict().keys())
+            words = f"Hot swapping the adapter did not succeed, unexpected keys found: {unknown}. " if unknown else ""
+            raise RuntimeError(f"{words}{error}") from error
+        raise
+
+
+def _room_for(adapters: Adapters, name: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Give LoRA's layers the largest rank of these tensors if one has no room, and return what takes that back."""
+    found = {_DOWN.sub("", key): tensor.shape[0] for key, tensor in tensors.items() if _DOWN.search(key)}
+    ranks = _ranks(adapters, name)
+    if all(found.get(FILE_PREFIX + path, 0) <= rank for path, rank in ranks.items()):
+        return lambda: None
+    return _grow(adapters, name, max(*found.values(), *ranks.values()))
 
 
 def _takes_every_scaling(view: Any) -> bool:
@@ -107,28 +129,72 @@ def _takes_every_scaling(view: Any) -> bool:
     return bool(view.adapters.names)
 
 
-def _has_room(view: Any, target_rank: int) -> bool:
-    """For `prepare_model_for_compiled_hotswap`: whether all layers have this rank.
+def _make_room(view: Any, target_rank: int) -> bool:
+    """For `prepare_model_for_compiled_hotswap`: give every adapter's layers this rank; the changes stay as they are.
 
     Raises:
         ValueError: a layer has a larger rank.
-        UnsupportedError: a layer has a smaller one. It keeps its parameters, and so its rank.
     """
     for name in view.adapters.names:
-        method = default_registry.method_of(view.adapters.config(name))
-        for path, layer in view.adapters.layers(name).items():
-            factors = method.factors(layer, scaled=False)
-            rank = 0 if factors is None else factors.rank
-            if rank > target_rank:
-                raise ValueError(
-                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({rank}). Leave target_rank out, or give {rank}."
-                )
-            if rank < target_rank:
-                raise UnsupportedError(
-                    f"Adapter {name!r} has the rank {rank} at {path!r}, and prepare_model_for_compiled_hotswap cannot "
-                    f"make it larger in a view. Add an adapter with r={target_rank} instead, compile the model, and "
-                    f"call hotswap_adapter, or ak.attach(model).swap(name, folder): it has room for all files up to "
-                    "its own rank, and for every lora_alpha."
-                )
+        larger = max(_ranks(view.adapters, name).values(), default=0)
+        if larger > target_rank:
+            raise ValueError(
+                f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                f"({larger}). Leave target_rank out, or give {larger}."
+            )
+    for name in view.adapters.names:
+        _grow(view.adapters, name, target_rank)
     return True
+
+
+def _ranks(adapters: Adapters, name: str) -> dict[str, int]:
+    """The rank of each layer of an adapter that has factors."""
+    method = default_registry.method_of(adapters.config(name))
+    factors = {path: method.factors(layer, scaled=False) for path, layer in adapters.layers(name).items()}
+    return {path: found.rank for path, found in factors.items() if found is not None}
+
+
+def _grow(adapters: Adapters, name: str, rank: int) -> Callable[[], None]:
+    """Pad the factors of an adapter with zeros, up to this rank, with new parameters. The change stays as it is.
+
+    With patterns it is the same but for roundings: PEFT swaps no other `alpha_pattern`, so the alphas stay, and the up
+    factors are multiplied.
+
+    Returns:
+        A function that takes it back.
+
+    Raises:
+        UnsupportedError: the adapter is not LoRA, which alone PEFT swaps.
+        CheckpointError: the method cannot express its own change in another rank (PiSSA, OLoRA).
+    """
+    adapter = adapters._adapter(name)
+    old: Any = adapter.config
+    if old.to_dict()["peft_type"] != PeftType.LORA:
+        raise UnsupportedError(f"Adapter {name!r} is of the method {old.method!r}. PEFT gives LoRA alone another rank.")
+    if set(_ranks(adapters, name).values()) <= {rank}:
+        return lambda: None
+    config = old.replace(r=rank, rank_pattern=dict.fromkeys(old.rank_pattern, rank))
+    if not (old.rank_pattern or old.alpha_pattern):
+        config = config.replace(lora_alpha=old.lora_alpha * old.scaling / config.scaling)
+    modules = BaseModules(adapters.model)
+    builder = LayerBuilder(default_registry.method_of(config), config)
+    dtype = next(iter(adapter.parameters())).dtype
+    with torch.random.fork_rng():
+        larger, _ = build_adapter(modules, name, builder, select_on(modules, config), adapters._active, dtype=dtype)
+    swap_in(larger, adapter, Path(f"adapter {name!r}"), adapters.model)
+    for path, layer in adapter.layers.items():
+        trains = {local: parameter.requires_grad for local, parameter in layer.named_parameters()}
+        for local, parameter in larger.layers[path].train(layer.training).named_parameters():
+            parameter.requires_grad_(trains[local])
+    states = {path: dict(layer.__dict__) for path, layer in adapter.layers.items()}
+
+    def become(config: AdapterConfig, states: Mapping[str, Mapping[str, Any]]) -> None:
+        adapter.config = config
+        for path, layer in adapter.layers.items():
+            layer.__dict__.clear()
+            layer.__dict__.update(states[path])
+            adapters._active.replan(adapter.hosts[path])
+        adapter.__dict__.pop("_first_and_last", None)
+
+    become(config, {path: layer.__dict__ for path, layer in larger.layers.items()})
+    return lambda: become(old, states)
