@@ -329,6 +329,14 @@ def test_dora_is_refused_and_not_read_as_lora(tmp_path: Path) -> None:
         PipelineAdapters(pipeline).load(tmp_path / "d.safetensors", "d")
 
 
+def test_differences_that_have_no_place_are_refused_and_not_dropped(tmp_path: Path) -> None:
+    pipeline = stable_diffusion()
+    tensors = kohya(linears(pipeline.unet, "lora_unet", "to_q")) | {"lora_unet_other_norm.w_norm": torch.ones(16)}
+    save_file(tensors, tmp_path / "d.safetensors")
+    with pytest.raises(ak.CheckpointError, match="a norm that was trained in full"):
+        PipelineAdapters(pipeline).load(tmp_path / "d.safetensors", "d")
+
+
 def test_a_wrong_strength_leaves_every_component_as_it_was(both: tuple[Any, Any]) -> None:
     _, ours = both
     ours.activate("a", strengths={"a": 0.5})

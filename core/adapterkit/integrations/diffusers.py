@@ -21,6 +21,7 @@ from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import DOTTED, component
 from adapterkit.errors import CheckpointError, ConfigError, StateError, unknown
 from adapterkit.files import adapter_folder, hub_id, local_path, not_to_be_had, read
+from adapterkit.formats import algorithms_in
 from adapterkit.results import LoadReport
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -231,8 +232,11 @@ class PipelineAdapters(Mapping[str, Adapters]):
     def _translated(self, path: Path, out: Path) -> Path | None:
         """The file in diffusers' own names, as `out`; `None`: diffusers does not know its names either."""
         translate: Any = getattr(self.pipeline, "lora_state_dict", None)
-        if translate is None or path.is_dir() or any("dora_scale" in key for key in read(path).tensors):
-            return None  # diffusers would drop what DoRA adds
+        if translate is None or path.is_dir():
+            return None
+        keys = [*read(path).tensors]
+        if any("dora_scale" in key for key in keys) or algorithms_in(keys)[0]:
+            return None  # diffusers would drop what DoRA adds, and differences of norms
         unet = self.pipeline.components.get("unet")
         how = {"return_lora_metadata": True, "return_alphas": True, "unet_config": getattr(unet, "config", None)}
         try:
