@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.setting import check_setting, decoded, digest, other_config, setting
+from adapterkit.checkpoints.setting import check_setting, decoded, digest, other_config, sample, setting
 from adapterkit.checkpoints.training_state import CONFIG
 from adapterkit.contract import FILE_PREFIX, SHARED, default_registry
 from adapterkit.errors import AdapterError, CheckpointError
@@ -28,8 +28,8 @@ STATE_FILE = "adapter_state.safetensors"
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
 _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
-# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again, and of the
-# adapter's file beside.
+# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again; and a sample
+# of the adapter's file beside.
 _MADE, _BESIDE = "adapterkit.made_again", "adapterkit.beside"
 
 
@@ -44,7 +44,7 @@ def save_state(adapters: Adapters, name: str, folder: Path) -> None:
         rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(key))}
         made = initial_shared(adapter, adapters.model) if any(key.startswith(f"{SHARED}.") for key in rest) else {}
         digests = {key: digest({key: rest.pop(key)}) for key in made if key in rest and _same(rest[key], made[key])}
-        metadata = {_NAME: name, _COUNT: str(len(state)), _BESIDE: digest(tensors)}
+        metadata = {_NAME: name, _COUNT: str(len(state)), _BESIDE: sample(tensors)}
         metadata |= {_MADE: json.dumps(digests), _SETTING: acted}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
@@ -199,7 +199,7 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
             f"{folder} was saved with another config than adapter {name!r} has on this model: {faults[0]}. Add the "
             "adapter with the config, the dtype and the label set that were saved."
         )
-    if metadata.get(_BESIDE) not in (None, digest(tensors)):
+    if metadata.get(_BESIDE) not in (None, sample(tensors)):
         raise CheckpointError(
             f"{folder} holds {WEIGHTS_FILE} and {STATE_FILE} of two saves: the second was interrupted, or the adapter "
             "alone was written there. Resume from another checkpoint, or begin a new training with this adapter: "
