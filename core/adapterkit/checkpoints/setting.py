@@ -142,10 +142,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sample(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest of the first numbers of each tensor. It tells two states of a training apart, and takes no time."""
-    return digest({key: t[(0,) * (t.dim() - 1)][:16] if t.numel() and t.dim() else t for key, t in tensors.items()})[
-        :16
-    ]
+    """A short digest of the first numbers of each tensor, which tells two states of a training apart."""
+    first = {key: t[(0,) * (t.dim() - 1)][:16] if t.numel() and t.dim() else t for key, t in tensors.items()}
+    return digest(first)[:16]
 
 
 def _base(adapters: Adapters) -> dict[str, str]:

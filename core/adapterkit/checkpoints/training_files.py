@@ -28,8 +28,8 @@ STATE_FILE = "adapter_state.safetensors"
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
 _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
-# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again; and a sample
-# of the adapter's file beside.
+# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again; and a
+# sample of the adapter's file beside.
 _MADE, _BESIDE = "adapterkit.made_again", "adapterkit.beside"
 
 
