@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import working
-from adapterkit.errors import ConfigError, SaveError, UnsupportedError
+from adapterkit.errors import ConfigError, SaveError, UnsupportedError, nearest
 from adapterkit.files import Entry, appearing, as_bytes, dtype_name, local_path, write_header
 from adapterkit.forward import original_class
 from adapterkit.model import inner_model
 
 Pooling = Literal["mean", "cls", "last"]
 Stack = Literal["encoder", "decoder"]
-Layer = int | Literal["last"]
-Batches = Iterable[Mapping[str, Any]]
+Layer = int | str
+Batch = Mapping[str, Any] | Tensor | tuple[Any, ...] | list[Any]
+Batches = Iterable[Batch]
 
 LAST = "last"
 # transformers 5 records hidden states by hooks that it leaves on the model, and marks the model that has them.
 _CAPTURING = "_output_capturing_hooks_installed"
 # The header of a streamed file holds the final size. The file starts with room for it, and it is written last.
 _HEADER_BYTES = 256
+_LAYERS = f"{LAST!r}, the number of a layer, such as -1, or the path of a module"
 _NO_BATCHES = "There are no batches. A generator can be read only once."
 
 
@@ -67,19 +69,24 @@ def features(
     progress: bool = True,
     out: str | Path | None = None,
 ) -> Tensor | Path:
-    """Hidden states of a transformers model, with its active or merged adapters and without its head.
+    """Hidden states of a transformers model without its head, or outputs of a layer of any model.
+
+    The model computes with its active or merged adapters.
 
     Runs in eval mode without gradients, and restores the mode of every module. Positions where `attention_mask` is 0
     are never pooled. The rows of a decoder may be padded on the left or on the right, with the same result.
 
     Args:
-        batches: mappings of tensors, as the model takes them; labels and the like are left out.
+        batches: mappings of tensors, as the model takes them; labels and the like are left out. With a layer's path
+            also tensors, or tuples of them, for a model that takes such.
         layer: `"last"` is the output of the body, `last_hidden_state`. A number is the index into the `hidden_states`
             of transformers: `0` is the embeddings, `-1` the output of the last layer, which many models (ViT, CLIP,
-            Whisper) return before their last norm. A list selects several.
+            Whisper) return before their last norm. Other text is the path of a module of the model, of any kind, such
+            as `"stages.3"`: its output, or the first tensor of that. A list selects several.
         pooling: over the positions without padding: `"mean"`; `"cls"`, the first; `"last"`, the last; or `None`, which
             returns every position, with zeros for padding. Images have no padding, and a class token counts as a
-            position; in feature maps `(channels, height, width)` each pixel is one.
+            position; in feature maps `(channels, height, width)` each pixel is one. A module's output
+            `(rows, features)` has no positions and is taken as it is.
         stack: for encoder-decoders. `"encoder"` runs the encoder alone; `"decoder"` needs `decoder_input_ids` and
             uses `decoder_attention_mask`.
         progress: show a progress bar.
@@ -98,10 +105,13 @@ def features(
     if pooling is not None and pooling not in get_args(Pooling):
         raise ConfigError(f"pooling = {pooling!r} must be one of {', '.join(map(repr, get_args(Pooling)))} or None.")
     layers = (layer,) if isinstance(layer, int | str) else tuple(layer)
-    if not layers or any(n != LAST and (isinstance(n, bool) or not isinstance(n, int)) for n in layers):
-        raise ConfigError(f"layer = {layer!r} must be {LAST!r}, the number of a layer, such as -1, or a list of them.")
-    inner = inner_model(model)
-    parts = _pooled(_Body(inner, stack), batches, layers, pooling, progress)
+    if not layers or any(isinstance(n, bool) or not isinstance(n, int | str) for n in layers):
+        raise ConfigError(f"layer = {layer!r} must be {_LAYERS}, or a list of them.")
+    inner, named = inner_model(model), [n for n in layers if isinstance(n, str) and n != LAST]
+    if named and len(named) < len(layers):
+        raise ConfigError(f"layer = {layer!r} mixes paths of modules with hidden states. Request them one by one.")
+    source = _Modules(inner, named) if named else _Body(inner, stack)
+    parts = _pooled(source, batches, layers, pooling, progress)
     if isinstance(layer, int | str):
         parts = (part[:, 0] for part in parts)
     with _evaluating(inner):
@@ -126,16 +136,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _pooled(
-    body: _Body, batches: Batches, layers: tuple[Layer, ...], pooling: Pooling | None, progress: bool
+    source: _Body | _Modules, batches: Batches, layers: tuple[Layer, ...], pooling: Pooling | None, progress: bool
 ) -> Iterator[Tensor]:
     """`(rows, layers, ...)` of each batch."""
     from tqdm import tqdm
 
     for number, batch in enumerate(tqdm(batches, desc="features", unit="batch", disable=not progress)):
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, source.batches):
             raise ConfigError(f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.")
-        states, mask = body.run(batch, layers)
-        pooled = [_pool(state, mask, pooling, number) for state in states]
+        states, mask = source.run(batch, layers)
+        rows = [isinstance(source, _Modules) and state.dim() == 2 for state in states]
+        pooled = [
+            working(state).cpu() if alone else _pool(state, mask, pooling, number)
+            for state, alone in zip(states, rows, strict=True)
+        ]
         if len({tuple(p.shape) for p in pooled}) > 1:
             shapes = ", ".join(f"{n}: {tuple(p.shape[1:])}" for n, p in zip(layers, pooled, strict=True))
             raise ConfigError(f"The layers have different sizes ({shapes}). Request them one by one.")
@@ -225,8 +239,58 @@ def _saving(path: Path) -> Iterator[None]:
         raise SaveError(f"{path} cannot be written: {error}.") from error
 
 
+class _Modules:
+    """Modules of a model by their paths, whose outputs are recorded while the whole model runs."""
+
+    batches: Any = (Mapping, Tensor, tuple, list)
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        known = dict(model.named_modules())
+        for path in paths:
+            if path not in known:
+                close = ", ".join(map(repr, nearest(path, known))) or f"{[*known][1:4]}"
+                raise ConfigError(f"layer = {path!r} must be {_LAYERS}. Nearest: {close}.")
+        self.model, self.modules = model, [known[path] for path in paths]
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def run(self, batch: Any, layers: tuple[Layer, ...]) -> tuple[list[Tensor], Tensor | None]:
+        """The outputs of the modules, and the mask if the batch has one."""
+        found: dict[nn.Module, list[Tensor | None]] = {module: [] for module in self.modules}
+
+        def record(module: nn.Module, args: object, output: Any) -> None:
+            values = output.values() if isinstance(output, Mapping) else output
+            tensors = [output] if isinstance(output, Tensor) else [v for v in values if isinstance(v, Tensor)]
+            found[module].append(tensors[0] if tensors else None)
+
+        handles = [module.register_forward_hook(record) for module in found]
+        mask = None
+        try:
+            if isinstance(batch, Mapping):
+                values = {k: self._moved(v) for k, v in batch.items() if k not in ("labels", "label_ids")}
+                mask = values.get("attention_mask")
+                self.model(**values)
+            else:
+                self.model(*map(self._moved, [batch] if isinstance(batch, Tensor) else batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        states: list[Tensor] = []
+        for path, module in zip(layers, self.modules, strict=True):
+            tensor = found[module][0] if len(found[module]) == 1 else None
+            if tensor is None:
+                what = "gives no tensor" if len(found[module]) == 1 else f"ran {len(found[module])} times"
+                raise UnsupportedError(f"The module {path!r} {what} in one forward, so it has no features.")
+            states.append(tensor)
+        return states, mask if all(mask is not None and mask.shape == state.shape[:-1] for state in states) else None
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+
 class _Body:
     """The part of a model that returns hidden states, and what it takes."""
+
+    batches: Any = Mapping
 
     def __init__(self, model: nn.Module, stack: Stack) -> None:
         if stack not in ("encoder", "decoder"):

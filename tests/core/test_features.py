@@ -268,3 +268,51 @@ def test_a_model_without_hidden_states_is_refused() -> None:
         ak.UnsupportedError, match=r"A Linear returns no last_hidden_state, so it has no features\. Pass"
     ):
         ak.features(nn.Linear(2, 2), [{"input": torch.zeros(1, 2)}], progress=False)
+
+
+def plain_model() -> nn.Module:
+    stages = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)])
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages, self.head = stages, nn.Linear(5, 2)
+
+        def forward(self, image: Tensor) -> Tensor:
+            for stage in self.stages:
+                image = stage(image)
+            return self.head(image.mean((2, 3)))  # type: ignore[no-any-return]
+
+    return Plain()
+
+
+def test_a_named_layer_of_a_plain_model_gives_its_output_with_the_adapters() -> None:
+    torch.manual_seed(0)
+    model, images = plain_model().eval(), torch.randn(4, 3, 8, 8)
+    ak.attach(model).add("a", LoraConfig(r=2, target_modules=["stages.1"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = model.stages[1](model.stages[0](images))  # type: ignore[index]
+    for batches in ([images[:2], images[2:]], [{"image": images}], [(images,)]):
+        found = ak.features(model, batches, layer="stages.1", progress=False)
+        torch.testing.assert_close(found, expected.mean((2, 3)))
+    with torch.no_grad():
+        outputs = model(images)
+    torch.testing.assert_close(ak.features(model, [images], layer="head", progress=False), outputs)
+    assert not model.stages[1]._forward_hooks  # type: ignore[index,union-attr]
+
+
+def test_a_named_layer_of_a_transformers_model_is_pooled_without_padding() -> None:
+    model = build("bert").eval()
+    ids, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    named = ak.features(model, [batch], layer="bert.encoder.layer.1", progress=False)
+    torch.testing.assert_close(named, ak.features(model, [batch], layer=-1, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [("stages.7", r"or the path of a module\. Nearest: "), (["head", -1], "mixes paths of modules")],
+)
+def test_a_layer_that_is_not_there_is_refused(layer: Any, text: str) -> None:
+    with pytest.raises(ak.ConfigError, match=text):
+        ak.features(plain_model(), [torch.ones(1, 3, 8, 8)], layer=layer, progress=False)

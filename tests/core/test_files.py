@@ -610,6 +610,24 @@ def test_hub_id_that_is_not_there_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("call", [lambda m: ak.attach(m).load("no/adapter", "a"), lambda m: ak.skeleton("no/model")])
+def test_without_a_network_nothing_is_tried_again_and_again(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, call: Callable[[nn.Module], object]
+) -> None:
+    asked = []
+
+    def nowhere(*args: object) -> None:
+        asked.append(args)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("adapterkit.files.hub.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", nowhere)
+    with pytest.raises(ak.CheckpointError, match="it is not in the cache, and the hub cannot be reached"):
+        call(model)
+    assert len(asked) <= 2  # six tries, with pauses between them, before
+
+
 def test_hub_repository_that_is_no_adapter(model: nn.Module, cache: Path) -> None:
     (cache / "models--someone--adapter" / "snapshots" / SHA / CONFIG_FILE).unlink()
     refuse(model, "someone/adapter", "it has no adapter_config.json", cache_dir=cache)

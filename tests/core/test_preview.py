@@ -150,7 +150,7 @@ NO_CONFIGS: dict[str, tuple[Any, str]] = {
     "a list": ("[]", "must hold a JSON object"),
     "no method": ("{}", "has no 'peft_type'"),
     "a method that is not installed": (json.dumps({"peft_type": "IA3"}), "no plugin provides the method 'ia3'"),
-    "a field not implemented": (json.dumps({"peft_type": "LORA", "use_dora": True}), "use_dora = True is not"),
+    "a field not implemented": (json.dumps({"peft_type": "LORA", "use_dora": True}), "use_dora = True changes what"),
 }
 
 

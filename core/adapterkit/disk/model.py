@@ -24,6 +24,7 @@ from adapterkit.files import (
     Entry,
     MappedFiles,
     hub_id,
+    hub_is_away,
     local_path,
     not_to_be_had,
 )
@@ -148,7 +149,9 @@ def _config(where: str) -> tuple[Any, bool]:
 
     with _as_checkpoint_error(f"There is no config of a model for {where!r}"), ExitStack() as stack:
         try:
-            raw, _ = PretrainedConfig.get_config_dict(where)
+            raw, _ = PretrainedConfig.get_config_dict(
+                where, local_files_only=not Path(where).is_dir() and hub_is_away()
+            )
         except OSError as error:
             if Path(where).is_dir():
                 raise

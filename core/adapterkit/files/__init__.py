@@ -12,7 +12,7 @@ from adapterkit.files.folder import (
     read,
     read_config,
 )
-from adapterkit.files.hub import adapter_folder, hub_id, model_folder, not_to_be_had
+from adapterkit.files.hub import adapter_folder, hub_id, hub_is_away, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
 from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values
 from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
@@ -56,6 +56,7 @@ __all__ = [
     "file_places",
     "file_tensors",
     "hub_id",
+    "hub_is_away",
     "load_adapter",
     "local_path",
     "match_adapter",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from adapterkit.errors import AdapterWarning, CheckpointError, nearest
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
@@ -91,9 +94,23 @@ def _snapshot(source: str | Path, **arguments: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo, **arguments))
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=hub_is_away(), **arguments))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise not_to_be_had(repo, error) from error
+
+
+def hub_is_away() -> bool:
+    """Whether the hub's name leads nowhere from here. Its functions would try again and again, for half a minute."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if host is None or getproxies():  # a proxy finds the hub
+        return False
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
 
 
 def hub_id(source: str | Path, what: str = "folder") -> str:
