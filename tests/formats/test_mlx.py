@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.formats.dora import dora
 from tests.models import build
 from torch import Tensor, nn
 
@@ -113,32 +111,16 @@ def test_old_alpha_multiplies_the_scale_and_is_told(tmp_path: Path) -> None:
         check(merged(model, place), wanted)
 
 
-@pytest.fixture
-def dora() -> Iterator[None]:
-    """The example of a third party's method."""
-    place = Path(__file__).parents[2] / "examples" / "thirdparty" / "adapterkit_dora" / "adapterkit_dora.py"
-    spec = importlib.util.spec_from_file_location("adapterkit_dora", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    ak.register(module.plugin)
-    yield
-    ak.default_registry.unregister("dora")
-    del sys.modules[spec.name]
-
-
-@pytest.mark.usefixtures("dora")
 def test_dora_of_mlx_lm(tmp_path: Path) -> None:
     model = build("llama")
     tensors = factors(model, LAYERS[0]) | {f"{LAYERS[0]}.m": torch.rand(model.get_submodule(LAYERS[0]).weight.shape[0])}
     wanted = expected(model, tensors, 20.0)
     place = folder(tmp_path / "a", tensors, fine_tune_type="dora", lora_parameters=parameters())
-    check(merged(model, place), wanted)
-    assert ak.inspect_adapter(place, base=build("llama")).method == "dora"
-    ak.convert_file(place, tmp_path / "back", to="dora", naming="mlx", base=build("llama"))
-    check(merged(build("llama"), tmp_path / "back"), wanted)
+    with dora():
+        check(merged(model, place), wanted)
+        assert ak.inspect_adapter(place, base=build("llama")).method == "dora"
+        ak.convert_file(place, tmp_path / "back", to="dora", naming="mlx", base=build("llama"))
+        check(merged(build("llama"), tmp_path / "back"), wanted)
 
 
 def test_whole_folder_on_disk(tmp_path: Path) -> None:
