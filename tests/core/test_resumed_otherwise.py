@@ -26,14 +26,19 @@ BESIDE = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=None
 
 
 def together(
-    *names: str, config: ak.AdapterConfig = TRAINED, order: str = "beside t", seed: int = 1, **options: Any
+    *names: str,
+    config: ak.AdapterConfig = TRAINED,
+    beside: ak.AdapterConfig = BESIDE,
+    order: str = "beside t",
+    seed: int = 1,
+    **options: Any,
 ) -> nn.Module:
     """A model whose adapter "t" trains beside the frozen adapter "beside"; `names` and the options for `activate`."""
     model = build("bert")
     adapters = ak.attach(model)
     torch.manual_seed(7)
     for name in order.split():
-        adapters.add(name, config if name == "t" else BESIDE, activate=False)
+        adapters.add(name, config if name == "t" else beside, activate=False)
     set_parameters(adapters, "beside", seed=seed)
     adapters.activate(*(names or ("beside", "t")), **{"trainable": ["t"], **options})
     return model
@@ -97,10 +102,11 @@ def test_a_training_in_which_adapters_act_otherwise_is_refused_and_changes_nothi
     assert_equal(values(model), before)
 
 
-def test_a_frozen_adapter_with_other_values_is_refused(checkpoints: dict[type[Trainer], Path]) -> None:
+@pytest.mark.parametrize("other", [{"seed": 2}, {"beside": BESIDE.replace(lora_alpha=32)}], ids=["values", "alpha"])
+def test_another_frozen_adapter_is_refused(other: dict[str, Any], checkpoints: dict[type[Trainer], Path]) -> None:
     folder = checkpoints[AdapterTrainer]
     with pytest.raises(ak.CheckpointError, match=r"adapter 'beside' acted with other values.*load 'beside' from"):
-        trainer(together(seed=2), folder.parent).train(resume_from_checkpoint=str(folder))
+        trainer(together(**other), folder.parent).train(resume_from_checkpoint=str(folder))
 
 
 def test_a_plain_trainer_restores_the_frozen_adapter(checkpoints: dict[type[Trainer], Path]) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapterkit.contract import AdapterConfig
+from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.files import adapter_tensors
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -32,9 +33,8 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
         configs: include the configs of `held`, for checkpoints that hold no training state, which has them.
     """
-    # A state dict is what the adapter's file has: it is the same when an adapter was saved and loaded again.
     acting = [
-        {"name": name, "strength": strength, "values": None if name in held else digest(adapters.state_dict(name))}
+        {"name": name, "strength": strength, "values": None if name in held else _in_file(adapters, name)}
         for name, strength in adapters.strengths.items()
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
@@ -71,11 +71,11 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
         )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
-        if values is not None and values != digest(adapters.state_dict(name)):
+        if values is not None and values != _in_file(adapters, name):
             raise CheckpointError(
-                f"{where} is of a training in which adapter {name!r} acted with other values than it has here. It did "
-                f"not train, so the checkpoint does not hold them. Before you resume, load {name!r} from the file that "
-                "was loaded then; if it was trained before that, save it and load that file."
+                f"{where} is of a training in which adapter {name!r} acted with other values, or another config, than "
+                f"here. It did not train, so the checkpoint does not hold it. Before you resume, load {name!r} from "
+                "the file that was loaded then; if it was trained before that, save it and load that file."
             )
     _warn_of_base(then["base"], now["base"], where)
 
@@ -139,6 +139,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _in_file(adapters: Adapters, name: str) -> str:
+    """A digest of what the adapter's file has. It stays the same when the adapter is saved and loaded again."""
+    adapter = adapters._adapters[name]
+    with adapters._gathered([adapter]):
+        config, tensors = adapter_tensors(adapter, default_registry.method_of(adapter.config))
+        return digest({**tensors, "config": encoded(method_fields(config))})
 
 
 def sample(tensors: Mapping[str, Tensor]) -> str:
