@@ -161,6 +161,24 @@ def test_files_alone_are_read_by_the_bases_names(tmp_path: Path) -> None:
     assert ak.diff_adapters(tmp_path / "mean", tmp_path / "new", base=base).same_function
 
 
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_a_folder_of_clip_in_the_names_of_transformers_4_is_a_base(prefix: str, tmp_path: Path) -> None:
+    make, names = EARLIER["CLIP's text encoder"]
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    weights = {prefix + key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    adapters = made(model, tmp_path / "new", LoraConfig(r=2, target_modules=["q_proj", "fc1"]))
+    rename(tmp_path / "new", tmp_path / "old", lambda key: before(key, names))
+    expected = adapters.merge_and_detach("a").state_dict()
+    for name in ("new", "old"):
+        ak.merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / "out", overwrite=True)
+        assert load_file(tmp_path / "out/model.safetensors").keys() == weights.keys()
+        merged = type(model).from_pretrained(tmp_path / "out").state_dict()
+        assert all(torch.equal(merged[key], tensor) for key, tensor in expected.items())
+
+
 def test_a_layer_that_the_file_lacks_is_missing_under_earlier_names_too(tmp_path: Path) -> None:
     _, tensors = llava(tmp_path)
     lacking = {key: tensor for key, tensor in tensors.items() if "language_model.model.layers.0.self_attn.v" not in key}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_a_whole_pipeline_is_refused_with_its_parts(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(ak.CheckpointError, match=r"whole pipeline.*one of its models: .*unet"):
         ak.skeleton(tmp_path)
+
+
+def test_one_of_several_variants_has_to_be_chosen(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "unet", "diffusers")
+    adapter(tmp_path)
+    (base / "diffusion_pytorch_model.safetensors").rename(base / "diffusion_pytorch_model.fp16.safetensors")
+    ak.merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
+    assert (tmp_path / "out/diffusion_pytorch_model.fp16.safetensors").is_file()
+    shutil.copy(base / "diffusion_pytorch_model.fp16.safetensors", base / "diffusion_pytorch_model.non_ema.safetensors")
+    with pytest.raises(ak.CheckpointError, match=r"fp16\.safetensors, .*non_ema.*give the path of the right one"):
+        ak.skeleton(base)
+    assert ak.skeleton(base / "diffusion_pytorch_model.fp16.safetensors") is not None
 
 
 def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:

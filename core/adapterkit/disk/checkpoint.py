@@ -118,7 +118,7 @@ def _refuse(folder: Path) -> Path:
     else:
         advice = (
             f"It holds {', '.join(files[:8]) or 'nothing'}. Only safetensors files are read. To convert others, load "
-            "the model with transformers and call save_pretrained."
+            "the model with its library (transformers, diffusers) and call save_pretrained."
         )
     raise CheckpointError(f"{folder} has neither {' nor '.join(WEIGHTS_FILES[:2])}. {advice}")
 

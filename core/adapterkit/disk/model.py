@@ -86,15 +86,13 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     folder = path.parent if path.is_file() else path
     if folder.is_dir():
         plain = _plain_name(folder)
-        weights = weights_in(path) if plain is not None else None
-        if weights is not None and plain is not None:
+        if plain is not None and ((folder / CONFIG).is_file() or weights_in(path) is not None):
             if architecture is not None:
                 raise CheckpointError(f"{path} is not a model of transformers, so it has no class {architecture!r}.")
-            return PlainModel.of(Checkpoint.open(weights), plain)
+            return PlainModel.of(Checkpoint.open(path), plain)
         if plain is not None:
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            lacks = f"it has no {CONFIG}" if not (folder / CONFIG).is_file() else "it has no safetensors weights"
-            raise CheckpointError(f"{folder} is not a model: {lacks}. It holds {found}.")
+            raise CheckpointError(f"{folder} is not a model: it has no {CONFIG}. It holds {found}.")
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config, has_backbone = _config(where)
     import transformers

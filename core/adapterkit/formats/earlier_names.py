@@ -32,12 +32,14 @@ def todays_paths(modules: BaseModules, keys: Iterable[str], *, other_class: bool
         return {}
     known = set(modules.all_paths)
     leaves = {path for module, paths in modules.paths_of.items() if not module._modules for path in paths}
+    places = {key: _beginnings(key) for key in keys}
+    unknown = [key for key in places if leaves.isdisjoint(places[key])]
+    if not unknown:
+        return {}
     rename = renaming(modules.model, {f"{path}.weight" for path in known}, other_class=other_class)
     found: dict[str, str] = {}
-    for key in in_order(keys):
-        parts = key.split(".")
-        places = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
-        for path in places if leaves.isdisjoint(places) else ():
+    for key in in_order(unknown):
+        for path in places[key]:
             if path in known or path in found:
                 break
             today = rename(f"{path}.weight")[0].removesuffix(".weight")
@@ -45,6 +47,12 @@ def todays_paths(modules: BaseModules, keys: Iterable[str], *, other_class: bool
                 found[path] = today
                 break
     return found
+
+
+def _beginnings(key: str) -> list[str]:
+    """The paths that a key may begin with, the longest first."""
+    parts = key.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
 
 
 def in_todays_names(tensors: Mapping[str, Tensor], moved: Mapping[str, str]) -> dict[str, Tensor]:
@@ -55,9 +63,7 @@ def in_todays_names(tensors: Mapping[str, Tensor], moved: Mapping[str, str]) -> 
     """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        parts = key.split(".")
-        places = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
-        path = next((path for path in places if path in moved), None)
+        path = next((path for path in _beginnings(key) if path in moved), None)
         today = key if path is None else moved[path] + key.removeprefix(path)
         if today in found:
             raise CheckpointError(
