@@ -114,7 +114,7 @@ class PatternTable:
                 self._patterns.append((row, Pattern(rf"(?:.*\.)?(?:{key})$", field)))
                 continue
             for name in (plain[2] or plain[3]).split("|"):
-                pieces = tuple(re.sub(r"\\(.)", r"\1", piece) for piece in re.split(r"(?<!\\)\.", name))
+                pieces = tuple(piece.replace("\\", "") for piece in re.split(r"(?<!\\)\.", name))
                 group = self._names.setdefault((bool(plain[1]), tuple(map(len, pieces))), {})
                 group.setdefault(pieces, row)
 
