@@ -198,8 +198,8 @@ class Format:
             raise UnsupportedError(f"{self.config_type.method!r} does not say how a fused layer is split.")
         for local, dim in self.rows.items():
             if local in tensors:
-                rows, total = tensors[local].shape[dim], sum(sizes)
-                if rows % total and any(rows * size % total for size in sizes):
+                rows, total = tensors[local].shape[dim] if tensors[local].dim() > dim else 0, sum(sizes)
+                if not rows or any(rows * size % total for size in sizes):
                     raise UnsupportedError(
                         f"{local!r} has {rows} rows, which cannot be split as {':'.join(map(str, sizes))}: the change "
                         "of each layer has no tensors of its own. The program that wrote the file can merge it."
@@ -222,7 +222,7 @@ class Format:
             values = [part[local] for part in parts if local in part]
             if local in self.rows and len(values) == len(parts):
                 joined[local] = torch.cat(values, self.rows[local])
-            elif len(values) < len(parts) or not all(torch.equal(value, tensor) for value in values):
+            elif len(values) < len(parts) or not all(value is tensor or torch.equal(value, tensor) for value in values):
                 raise UnsupportedError(
                     f"{local!r} differs between layers that are one layer there. Convert the adapter to LoRA "
                     "(to='lora'), which can join any."

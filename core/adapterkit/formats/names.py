@@ -70,7 +70,7 @@ class Place:
         return not self.shares or outputs * first == inputs * sum(self.shares)
 
     def rows(self, sizes: Mapping[str, LayerKind]) -> list[int]:
-        """How many rows each part has into which the module is split; one number if it stays whole.
+        """How many rows, or what share of them, each part has into which the module is split; one if it stays whole.
 
         Args:
             sizes: the layers of the model by their paths, or those of the file by the names of their modules.
@@ -88,7 +88,7 @@ class Place:
         inputs = (kinds or [sizes[self.module]])[0].in_features
         if self.swapped:
             return [inputs, inputs] if outputs == [2 * inputs] else outputs
-        return outputs if kinds else [outputs[0] * share // sum(self.shares) for share in self.shares]
+        return outputs if kinds else list(self.shares)
 
 
 # Families with original names and the numbers of another name for these, by the text of that with `#` for each number.
@@ -216,8 +216,8 @@ def _parts(
     rows = place.rows(sizes) if place.swapped or len(place.paths) > 1 else []
     for form, own in _readings(place.module, held, forms) if len(rows) > 1 else ():
         try:
-            found = form.split({local: held[key] for local, key in own.items()}, rows)
-            found = [form.join(found[::-1])] if place.swapped else found
+            values = {local: held[key] for local, key in own.items()}
+            found = [_swapped(values, form, rows)] if place.swapped else form.split(values, rows)
         except UnsupportedError as error:
             raise UnsupportedError(f"{place.module!r} has the rows of {', '.join(place.paths)}. {error}") from error
         rest = {key: tensor for key, tensor in held.items() if key not in own.values()}
@@ -309,7 +309,7 @@ def _joined(
     names = {key.removeprefix("x."): local for local, key in keys.items()}
     held = {path: {names[local]: t for local, t in tensors[path].items()} for path in place.paths if path in tensors}
     if place.swapped:
-        joined = form.join(form.split(held[first], [inputs, inputs])[::-1])
+        joined = _swapped(held[first], form, [inputs, inputs])
     else:
         share = dict(zip(place.paths, place.shares, strict=True))
         parts = []
@@ -318,6 +318,11 @@ def _joined(
             parts.append(held[path] if path in held else _zeros(held[first], form, rows))
         joined = form.join(parts)
     return {keys[local].removeprefix("x."): tensor for local, tensor in joined.items()}
+
+
+def _swapped(tensors: Mapping[str, Tensor], form: Format, halves: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of a layer with the halves of its rows in the other order; everything else stays."""
+    return Format.join(form, Format.split(form, tensors, halves)[::-1])
 
 
 def _zeros(tensors: Mapping[str, Tensor], form: Format, rows: int) -> dict[str, Tensor]:

@@ -59,11 +59,14 @@ class LoraFormat(Format):
     def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
         """A layer gets the ranks that change its own rows, where others have factors of their own beside them."""
         found = super().split(tensors, sizes)
-        for part in found if {_DOWN, _UP, "alpha"} <= tensors.keys() else ():
-            used = part[_UP].flatten(1).ne(0).any(0)
+        up, down, alpha = (tensors.get(name) for name in (_UP, _DOWN, "alpha"))
+        if up is None or down is None or alpha is None or up.shape[1:] != down.shape[:1] or alpha.numel() != 1:
+            return found
+        for part in found:
+            used = part[_UP].float().ne(0).any(0)
             if used.any() and not used.all():
-                alpha = (float(part["alpha"]) or len(used)) * int(used.sum()) / len(used)
-                part |= {_UP: part[_UP][:, used], _DOWN: part[_DOWN][used], "alpha": torch.tensor(alpha)}
+                own = (float(alpha.real) or len(down)) * int(used.sum()) / len(down)
+                part |= {_UP: part[_UP][:, used], _DOWN: down[used], "alpha": torch.tensor(own)}
         return found
 
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
