@@ -13,8 +13,8 @@ CORE = Path(__file__).parents[1] / "core" / "adapterkit"
 PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
 # Each room may import the rooms before it.
 ROOMS = (
-    *("errors", "migration", "results", "tensors", "kinds", "contract", "forward", "rows", "model", "formats", "files"),
-    *("merging", "combining", "checkpoints", "features", "disk", "preview", "describe", "report", "view"),
+    *("errors", "door", "migration", "results", "tensors", "kinds", "contract", "forward", "rows", "model", "formats"),
+    *("files", "merging", "combining", "checkpoints", "features", "disk", "preview", "describe", "report", "view"),
     *("adapters", "integrations", "scaffold", "testing"),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, StateError
 from adapterkit.kinds import Factors, numerical_rank
 
 
@@ -30,11 +30,26 @@ def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         `u (out, k)`, `s (k,)` descending and `vh (k, in)`, with `k = min(r, out, in)`.
+
+    Raises:
+        StateError: the change is too large for the dtype.
     """
     qu, ru = torch.linalg.qr(working(factors.up))
     qd, rd = torch.linalg.qr(working(factors.down).t())
-    u, s, vh = torch.linalg.svd(ru @ rd.t(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(finite_product(ru, rd), full_matrices=False)
     return qu @ u, s, vh @ qd.t()
+
+
+def finite_product(ru: Tensor, rd: Tensor) -> Tensor:
+    """`ru rd^T`, of which a decomposition exists.
+
+    Raises:
+        StateError: it has values that are not finite.
+    """
+    product = ru @ rd.t()
+    if not product.is_meta and not bool(product.isfinite().all()):
+        raise StateError(f"The change of a layer is too large for {product.dtype}, or not finite.")
+    return product
 
 
 def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining.lowrank import rank_for_energy, svd, working
+from adapterkit.combining.lowrank import finite_product, rank_for_energy, svd, working
 from adapterkit.kinds import Factors
 
 
@@ -34,7 +34,7 @@ def spectrum(factors: Factors) -> Tensor:
     """
     up, down = working(factors.up), working(factors.down)
     ru, rd = (torch.linalg.qr(m, mode="r").R for m in (up, down.t()))
-    values: Tensor = torch.linalg.svdvals(ru @ rd.t())
+    values: Tensor = torch.linalg.svdvals(finite_product(ru, rd))
     return values
 
 

@@ -1,7 +1,7 @@
 """The same operations on files alone, without a model in memory: merge, combine, convert, extract, inspect, diff.
 
 In: adapter folders and checkpoints. Out: new folders and checkpoints, and reports of what files hold.
-Uses: errors, results, tensors, kinds, contract, forward, model, formats, files, merging, combining.
+Uses: errors, door, results, tensors, kinds, contract, forward, model, formats, files, merging, combining.
 """
 
 from adapterkit.disk.adapter_file import AdapterFile, names_of

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import empty_layer
+from adapterkit.door import read_small
 from adapterkit.errors import CheckpointError, unknown
 from adapterkit.files import Entry, MappedFiles, Shard, read_header
 from adapterkit.formats import CONFIG_FILE, in_order, renaming
@@ -141,9 +142,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        found = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
+from adapterkit.errors import StateError
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
 from adapterkit.results import Printed, brief, columns, in_lines
@@ -194,7 +196,8 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
         size,
     )
     if values and factors is not None and all_finite(*factors[:3]):
-        found = dataclasses.replace(found, **measures.Measure.of(measures.spectrum(factors))._asdict())
+        with suppress(StateError):  # they overflow: there is no norm either
+            found = dataclasses.replace(found, **measures.Measure.of(measures.spectrum(factors))._asdict())
     opened.release()
     return found
 

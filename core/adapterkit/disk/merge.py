@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
-from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index
+from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, of_others
 from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
@@ -112,7 +112,8 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
         model: the model on the meta device, if it is not one of transformers'.
         component: see `Adapters.load`.
         resume: keep the files that a run with the same inputs and arguments had finished.
-        overwrite: let the new model and the one at `out` change places, in one step, and delete the old one.
+        overwrite: let the new model and the one at `out` change places, in one step, and delete the old one, if it
+            holds only what a merge or `save_pretrained` wrote.
         progress: called with the bytes that are done and all bytes.
 
     Raises:
@@ -179,6 +180,13 @@ def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
         if held and not {CONFIG, MANIFEST} & set(held):
             raise SaveError(
                 f"{place} holds {', '.join(held[:4])} and no model, so it is not replaced. Choose another place."
+            )
+        others = of_others(place)
+        if others:
+            more = f" and {len(others) - 4:,} more" if len(others) > 4 else ""
+            raise SaveError(
+                f"{place} holds more than a model: overwrite=True would delete {', '.join(others[:4])}{more}. Move "
+                "that, or choose another place."
             )
     return place
 

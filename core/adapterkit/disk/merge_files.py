@@ -15,13 +15,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.disk.checkpoint import Checkpoint
-from adapterkit.errors import PluginError, SaveError, StateError, UnsupportedError
+from adapterkit.disk.checkpoint import Checkpoint, read_object
+from adapterkit.door import own_file
+from adapterkit.errors import CheckpointError, PluginError, SaveError, StateError, UnsupportedError
 from adapterkit.files import Entry, Shard, appearing, as_bytes, dtype_name, read_entry, write_header
 from adapterkit.formats import CONFIG_FILE
 from adapterkit.merging import Change, merge_module
@@ -31,6 +33,12 @@ LOCK = ".lock"
 _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     *(".onnx_data", ".ot", ".tflite", ".pkl", ".npz", ".mlmodel", ".mlpackage"),
+)
+# Beside these, what `save_pretrained` of models, tokenizers and processors writes.
+_OF_MODELS = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*r_config.json"),
+    *("tokenizer.*", "vocab.*", "merges.txt", "spiece.model", "*.bpe.model", "chat_template.*"),
+    *("special_tokens_map.json", "added_tokens.json"),
 )
 # Bytes that are copied at a time.
 _PIECE_BYTES = 1 << 22
@@ -196,6 +204,9 @@ class Output:
         for name, content in self.small.items():
             with appearing(folder / name) as fresh:
                 fresh.write_bytes(content)
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+        holds = sorted(path.relative_to(folder).as_posix() for path in files)
+        _write_manifest(folder, {**read_object(folder / MANIFEST), "holds": holds})
         return left
 
 
@@ -250,10 +261,10 @@ def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Ite
 
 
 def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
-    """Copy the files of the base beside its weights, the content behind links; the files that are left out.
+    """Copy the files of the base beside its weights; the files that are left out.
 
-    Those are weights, of this and of other formats, adapters, hidden files, and folders behind links. Nothing is beside
-    a base that is a single file.
+    Those are weights, of this and of other formats, adapters, hidden files, and what is not the base's own: folders
+    behind links, links to files elsewhere, devices and pipes. Nothing is beside a base that is a single file.
     """
     left, folders = [], [base] if base.is_dir() else []
     for inside in folders:
@@ -266,12 +277,34 @@ def _copy_others(base: Path, folder: Path, made: set[str]) -> tuple[str, ...]:
                 left.append(name)
             elif path.is_dir():
                 folders.append(path)
+            elif not own_file(path, base):
+                left.append(name)
             else:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
                 with (folder / name).open("rb") as file:
                     os.fsync(file.fileno())
     return tuple(sorted(left))
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    with appearing(folder / MANIFEST) as fresh:
+        fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def of_others(folder: Path) -> list[str]:
+    """Files in a folder that neither a merge wrote, as its manifest says, nor a model's `save_pretrained`."""
+    try:
+        own = set(read_object(folder / MANIFEST)["holds"])
+    except (CheckpointError, LookupError, TypeError):
+        own = set()
+    names = []
+    for place, folders, files in os.walk(folder):
+        links = (name for name in folders if Path(place, name).is_symlink())
+        names += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    known = (*_OF_MODELS, MANIFEST, LOCK)
+    own |= {name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in known)}
+    return sorted(set(names) - own)
 
 
 # The folder in which the output grows
@@ -285,7 +318,8 @@ def held(out: Path) -> Iterator[Path]:
     if folder.is_symlink() or (folder.exists() and not ours):
         raise SaveError(f"{folder} is in the way: it is not an unfinished merge. Move it.")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    # Not behind a link: others may write where the output goes.
+    with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)), "r+b") as lock:
         if sys.platform != "win32":
             import fcntl
 
@@ -325,8 +359,7 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     sizes = {name: {"size": shard.size} for name, shard in output.shards.items()}
     manifest = {"base": output.base.resolve().name, "inputs": inputs, "files": sizes}
-    with appearing(path) as fresh:
-        fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _write_manifest(folder, manifest)
     return tuple(done)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import Method, default_registry
 from adapterkit.disk.checkpoint import Checkpoint, PlainModel, match_names, read_object, weights_in
+from adapterkit.door import own_file, read_small
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.files import (
     Entry,
@@ -428,9 +429,9 @@ class Vocabulary:
 
 def tokenizer_in(folder: Path) -> dict[str, bytes]:
     """The files of a tokenizer in a folder, by name; nothing if there is none."""
-    if not (folder / _TOKENIZER[1]).is_file():
+    if not own_file(folder / _TOKENIZER[1], folder):
         return {}
-    return {name: (folder / name).read_bytes() for name in _TOKENIZER if (folder / name).is_file()}
+    return {name: read_small(folder / name) for name in _TOKENIZER if own_file(folder / name, folder)}
 
 
 @dataclass

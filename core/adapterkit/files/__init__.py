@@ -1,7 +1,7 @@
 """An adapter as files: PEFT's folder, other programs' files, the hub.
 
 In: a folder, a file or a hub id. Out: the adapter's config and tensors, placed on a model; and the way back.
-Uses: errors, results, tensors, kinds, contract, forward, model, formats.
+Uses: errors, door, results, tensors, kinds, contract, forward, model, formats.
 """
 
 from adapterkit.files.folder import (

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from adapterkit.door import check_tensors_of_file, read_pickle, read_small
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_header, read_tensors
 from adapterkit.formats import (
@@ -121,10 +121,7 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
         metadata = {}
         with suppress(CheckpointError):
             metadata = read_header(folder / WEIGHTS_FILE).metadata
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    content = read_small(path) if path.exists() else b""
     if metadata.get(REPLACED_CONFIG) == hashlib.sha256(content).hexdigest():
         content = metadata.get(NEW_CONFIG, "").encode()
     elif not path.is_file():
@@ -137,6 +134,7 @@ def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict
     check_beginning(content[:64], path)
     try:
         config = json.loads(content)  # bytes: it knows byte order marks
+        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair could be neither printed nor saved
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -150,13 +148,6 @@ def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[s
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with path.open("rb") as opened:  # by its path, torch would go by the suffix
-            loaded = torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as a file of tensors only: {error}") from error
-    tensors = tensors_in(loaded, path)
-    without = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
-    if without is not None:
-        raise CheckpointError(f"{path} holds no values of {without!r}: it was saved from the meta device.")
+    tensors = tensors_in(read_pickle(path), path)
+    check_tensors_of_file(tensors, path)
     return tensors, {}

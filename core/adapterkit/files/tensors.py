@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adapterkit.door import check_entry, check_regular
 from adapterkit.errors import CheckpointError, SaveError
 from adapterkit.kinds import Factors
 
@@ -130,6 +131,7 @@ def read_header(file: Path) -> Shard:
             raise ValueError("a name stands twice in its header")
         return table
 
+    check_regular(file)
     try:
         with safe_open(file, "np"), file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -137,6 +139,8 @@ def read_header(file: Path) -> Shard:
             header = length + opened.read(int.from_bytes(length, "little"))
         table = json.loads(header[_LENGTH_BYTES:], object_pairs_hook=each_once)
         metadata = table.pop(_METADATA, None) or {}
+        for name, entry in table.items():
+            check_entry(name, entry["shape"], file)
         entries = tuple(
             Entry(name, e["dtype"], tuple(e["shape"]), file, *(len(header) + place for place in e["data_offsets"]))
             for name, e in table.items()

@@ -204,9 +204,11 @@ def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tupl
         raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
     if not all_finite(*factors[:3]):
         raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
-    u, s, vh = svd(factors)
-    if not bool(torch.isfinite(s).all()):
-        raise StateError(f"Adapter {adapter.name!r} has a change at {path!r} that is too large for {s.dtype}.")
+    try:
+        u, s, vh = svd(factors)
+    except StateError as error:
+        dtype = torch.promote_types(factors.up.dtype, torch.float32)
+        raise StateError(f"Adapter {adapter.name!r} has a change at {path!r} that is too large for {dtype}.") from error
     shape = u.shape[0], vh.shape[1]
     values = s[: numerical_rank(s, max(shape))]
     finding = LayerFinding(

@@ -1,0 +1,133 @@
+"""The door: what others wrote is checked here for its kind, its size and its shapes, before anything else sees it."""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import CheckpointError
+
+# JSON files: an index with every tensor of a large model has a tenth of this.
+_LARGEST_SMALL = 1 << 26
+# torch counts elements and bytes in so many bits, and few of its operations take more dimensions.
+_MOST_ELEMENTS, _MOST_DIMENSIONS = 1 << 62, 32
+_LONGEST_NAME = 2000
+# A file's tensors may share memory, as tied ones do, up to this many times.
+_MOST_SHARED = 4
+_SLACK_BYTES = 1 << 20
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a regular file of at most 64 MiB. A pipe or a device, which may have no end, is not read.
+
+    Raises:
+        CheckpointError: it is something else, or cannot be read.
+    """
+    check_regular(path)
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_SMALL:
+            raise CheckpointError(f"{path} has {size:,} bytes; the limit here is {_LARGEST_SMALL:,}.")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise `CheckpointError` if this is there and not a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} cannot be read: it is not a file, but a folder, a device or a pipe.")
+
+
+def own_file(path: Path, folder: Path) -> bool:
+    """Whether this is a regular file of the folder's own: no device, and no link to elsewhere.
+
+    A snapshot in the hub's cache holds links to the cache's blobs, which are its own.
+    """
+    found, home = path.resolve(), folder.resolve()
+    places = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
+    return found.is_file() and any(found.is_relative_to(place) for place in places)
+
+
+def check_entry(name: str, shape: Any, file: Path) -> None:
+    """Raise `CheckpointError` unless a name of a file's header can be a tensor's, and torch can have its shape."""
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{file}: {name!r} has {len(name):,} characters; the limit here is {_LONGEST_NAME:,}.")
+    sizes = shape if isinstance(shape, list) else [None]
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise CheckpointError(f"{file}: {name!r} has {len(sizes):,} dimensions; the limit here is {_MOST_DIMENSIONS}.")
+    if not all(type(size) is int and 0 <= size < _MOST_ELEMENTS for size in sizes) or (
+        math.prod(size for size in sizes if size) >= _MOST_ELEMENTS
+    ):
+        raise CheckpointError(f"{file}: the shape of {name!r} is not one of a tensor.")
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.load` reads of a file of tensors; no code is run, and no more memory taken than the file is large.
+
+    Raises:
+        CheckpointError: the file is damaged, compressed, or holds something that is not plain data.
+    """
+    _check_archive(path)
+    try:
+        with path.open("rb") as opened:  # by its path, torch would go by the suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a file of tensors only: {_reason(error)}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive whose entries are larger than the file: `torch.save` compresses none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is a damaged archive: {error}.") from error
+    packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(f"{path} has compressed entries, such as {packed!r}, which torch.save never writes.")
+
+
+def _reason(error: Exception) -> str:
+    """Why torch does not read a file, without its advice on how to run the code in it."""
+    text = " ".join(str(error).split())
+    name = re.search(r"GLOBAL ([\w.]+)", text)
+    if name is not None:
+        return f"it holds {name[1]}, which is not data. Code of a file is not run here."
+    text = re.split(r"(?i)\.? (?:please file an issue|in pytorch 2|re-running|\(1\)|do it only)|weights_only", text)[0]
+    return f"{type(error).__name__}: {text}".rstrip(" :.") + "."
+
+
+def check_tensors_of_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise `CheckpointError` unless these are plain tensors with values, which take no more memory than the file.
+
+    A tensor with a stride of 0 is small in its file and as large as its shape once it is copied.
+    """
+    size, total = path.stat().st_size, 0
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{path} holds no values of {key!r}: it was saved from the meta device.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise CheckpointError(f"{path}: {key!r} is quantized, sparse or nested. Only plain tensors are read.")
+        needed = tensor.numel() * tensor.element_size()
+        total += needed
+        if needed > tensor.untyped_storage().nbytes() or total > _MOST_SHARED * size + _SLACK_BYTES:
+            raise CheckpointError(
+                f"{path}: {key!r} of shape {tuple(tensor.shape)} is larger than what the file holds of it: its "
+                "elements share memory. Save it again, after .contiguous()."
+            )
