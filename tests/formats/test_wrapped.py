@@ -69,6 +69,7 @@ WRAPPERS: dict[str, Keys] = {
     "peft three times": lambda key: PREFIX * 2 + key,
     "name": in_parameter("default"),
     "name of diffusers": in_parameter("default_0"),
+    "any name": in_parameter("style_v1"),
     "name without prefix": lambda key: in_parameter("default")(key).removeprefix(PREFIX),
     "all": lambda key: f"module._orig_mod.{in_parameter('default')(PREFIX + key)}",
 }

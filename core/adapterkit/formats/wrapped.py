@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterkit.contract import FILE_PREFIX, unwrapped_key
 from adapterkit.errors import CheckpointError
-from adapterkit.formats.layouts import AdapterFiles, Layout
+from adapterkit.formats.layouts import AdapterFiles, Layout, methods
 from adapterkit.formats.refused import check_loaded
 from adapterkit.kinds import LayerKind
 
@@ -64,13 +64,14 @@ class Wrapped(Layout):
         outer = _outer(files.tensors, layers or {})
         doubled = not any(path.startswith(FILE_PREFIX) for path in layers or {})  # a module may be called `base_model`
         heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
+        name = None if files.config is None else _name_in(files.tensors)
         for key, tensor in files.tensors.items():
             if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
                 continue
             short = unwrapped_key(key.removeprefix(outer))
             while doubled and short.startswith(FILE_PREFIX * 2):
                 short = short.removeprefix(FILE_PREFIX)
-            short = _without_name(short)
+            short = _without_name(short, name)
             if short in tensors:
                 raise CheckpointError(
                     f"{files.folder}: both {before[short]!r} and {key!r} are for {short!r}, so it holds several "
@@ -80,11 +81,29 @@ class Wrapped(Layout):
         return None if tensors.keys() == files.tensors.keys() else files.read_as(self.program, tensors)
 
 
-def _without_name(key: str) -> str:
-    """A key without the adapter's name, which follows a parameter (`lora_A.default.weight`) or `modules_to_save`."""
-    parts = key.split(".") if "default" in key else []
+def _name_in(keys: Iterable[str]) -> str | None:
+    """The name of an adapter that every key has behind the name of a method's parameter: `lora_A.mine.weight`."""
+    ends = [key.split(".")[-3:] for key in keys if _ORIGINAL not in key]
+    common = set(ends[0][1:]) - {"weight", "bias"} if ends else set()
+    for parts in ends:
+        common &= {*parts[1:]}
+        if not common:  # as a rule with the second key
+            return None
+    rules = [method.key_rule(method.config_type()()).prefix for method in methods()]
+    prefixes = (_HEAD[1:], *(prefix for rule in rules for prefix in ((rule,) if isinstance(rule, str) else rule)))
+    behind = (name for name in common if all(parts[parts.index(name) - 1].startswith(prefixes) for parts in ends))
+    return next(behind, None)
+
+
+def _without_name(key: str, name: str | None) -> str:
+    """A key without the adapter's name, which follows a parameter (`lora_A.default.weight`) or `modules_to_save`.
+
+    Args:
+        name: one that is in every key; those that PEFT and diffusers give are taken away without.
+    """
+    parts = key.split(".") if name is not None or "default" in key else []
     for i in range(1, len(parts)):
-        if _NAME.fullmatch(parts[i]) and "_" in parts[i - 1]:
+        if (parts[i] == name or _NAME.fullmatch(parts[i])) and "_" in parts[i - 1]:
             return ".".join(parts[:i]).removesuffix(_HEAD) + "".join(f".{part}" for part in parts[i + 1 :])
     return key
 
