@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import struct
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -589,6 +591,61 @@ def cache(tmp_path: Path, folder: Path, offline: None) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(SHA)
     return tmp_path / "cache"
+
+
+class Repository(BaseHTTPRequestHandler):
+    """Gives the files of one repository, `me/lora`."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        name, content = self.path.rpartition("/resolve/1/")[2], None
+        if "/me/lora/tree/" in self.path:
+            sizes = {name: len(content) for name, content in self.files.items()}
+            content = json.dumps([{"type": "file", "path": n, "size": size, "oid": n} for n, size in sizes.items()])
+            content = content.encode()
+        elif self.path.startswith("/api/models/me/lora"):
+            found = {"id": "me/lora", "sha": "1", "siblings": [{"rfilename": name} for name in self.files]}
+            content = json.dumps(found).encode()
+        else:
+            content = self.files.get(name)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("X-Repo-Commit", "1")
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """The files of `me/lora` on a server that speaks the hub's protocol."""
+    handler = type("Handler", (Repository,), {"files": {p.name: p.read_bytes() for p in folder.iterdir()}})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        places = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        for name, value in places.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        yield handler.files
+        server.shutdown()
+
+
+def test_weights_beside_an_adapter_on_the_hub_are_told_of(
+    model: nn.Module, hub: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.update({"non_lora_trainables.bin": b"", "training_args.bin": b"", "checkpoint-1/value_head.bin": b""})
+    message = "me/lora also holds weights beside the adapter: non_lora_trainables.bin. They are not read."
+    with pytest.warns(ak.AdapterWarning, match=re.escape(message)):
+        assert ak.attach(model).load("me/lora", "x", cache_dir=tmp_path / "cache").ok
 
 
 def test_hub_id_in_the_cache_loads(cache: Path) -> None:

@@ -344,10 +344,10 @@ class AdapterConfig:
             ConfigError: a known field of the wrong type or value.
         """
         for name in cls.refused(values):
+            cure = "Use the program that wrote it, which can merge the adapter into its base." if trained else ""
             raise UnsupportedError(
                 f"{where}: {name} = {reprlib.repr(values[name])} changes what the adapter computes, and the method "
-                f"{cls.method!r} does not implement it. Use the program that wrote the file, which can merge the "
-                "adapter into its base."
+                f"{cls.method!r} does not implement it. {cure or 'Leave it out, or choose another method.'}"
             )
         unknown = cls.unknown(values)
         if unknown:

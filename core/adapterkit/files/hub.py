@@ -12,7 +12,7 @@ from urllib.request import getproxies
 
 from adapterkit.errors import AdapterWarning, CheckpointError, nearest
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
-from adapterkit.formats import CONFIG_FILE
+from adapterkit.formats import CONFIG_FILE, warn_of_weights_beside
 
 # What files end in; repositories of the hub do not.
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
@@ -51,6 +51,7 @@ def adapter_folder(
         prefix = f"{subfolder}/" if subfolder else ""
         wanted = [prefix + name for name in (CONFIG_FILE, *WEIGHTS_FILES, *_DIFFUSERS)]
         path = _snapshot(source, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted)
+        _look_beside(hub_id(source), prefix, revision, token)
         place = path / subfolder if subfolder else path
     if (place / CONFIG_FILE).exists():
         return place
@@ -111,6 +112,21 @@ def hub_is_away() -> bool:
     except OSError:
         return True
     return False
+
+
+def _look_beside(repo: str, prefix: str, revision: str | None, token: str | bool | None) -> None:
+    """Tell of weights beside an adapter on the hub, which are not fetched; in silence where the hub is not reached."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if hub_is_away():
+        return
+    try:
+        found: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, token=token, timeout=5)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+        return
+    names = (file.rfilename for file in found.siblings or () if file.rfilename.startswith(prefix))
+    warn_of_weights_beside(repo, (name for name in (name.removeprefix(prefix) for name in names) if "/" not in name))
 
 
 def hub_id(source: str | Path, what: str = "folder") -> str:

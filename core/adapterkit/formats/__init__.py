@@ -10,7 +10,7 @@ from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import original_names, original_paths
-from adapterkit.formats.refused import check_beginning, check_config, check_content, what_else
+from adapterkit.formats.refused import check_beginning, check_config, check_content, warn_of_weights_beside, what_else
 from adapterkit.formats.translation import Translation, translate
 from adapterkit.formats.wrapped import tensors_in
 
@@ -35,5 +35,6 @@ __all__ = [
     "tensors_in",
     "todays_paths",
     "translate",
+    "warn_of_weights_beside",
     "what_else",
 ]

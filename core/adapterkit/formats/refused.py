@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from adapterkit.errors import CheckpointError, UnsupportedError
+from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.formats.layouts import AdapterFiles
 
 _EXTRACT = "ak.extract_files(base, merged) then makes an adapter of the difference"
@@ -252,7 +253,18 @@ def is_full_model(keys: Collection[str]) -> bool:
     return len(whole) > 0.9 * len(keys) and not any(_OF_ADAPTERS.search(key) for key in keys)
 
 
-def weights_beside(folder: Path) -> list[str]:
-    """The files of tensors in an adapter's folder that are not the adapter's, a model's, or a training's state."""
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in _TENSOR_SUFFIXES) if folder.is_dir() else []
-    return [name for name in files if not _KNOWN_BESIDE.match(name)]
+def warn_of_weights_beside(place: object, names: Iterable[str]) -> None:
+    """Tell of files of tensors beside an adapter's that are not a model's, or of a training's state.
+
+    Args:
+        names: of all files there.
+    """
+    files = sorted(name for name in names if name.endswith(_TENSOR_SUFFIXES) and not _KNOWN_BESIDE.match(name))
+    if files:
+        warnings.warn(
+            f"{place} also holds weights beside the adapter: {', '.join(files)}. They are not read. If they were "
+            "trained with the adapter (the projector of LLaVA, the embeddings of LongLoRA, a value head), put them "
+            "into the base first.",
+            AdapterWarning,
+            stacklevel=7,
+        )

@@ -36,7 +36,7 @@ from adapterkit.formats.layouts import (
 )
 from adapterkit.formats.mlx import Mlx
 from adapterkit.formats.names import OriginalNames
-from adapterkit.formats.refused import check_program, is_full_model, is_token, weights_beside
+from adapterkit.formats.refused import check_program, is_full_model, is_token, warn_of_weights_beside
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors, with_heads
@@ -148,13 +148,10 @@ def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterab
             f"is for other models of a pipeline, which this model is not: {listed}. They are left out. Choose a part "
             "(component) to read it without this warning."
         )
-    if files.config is not None and (beside := weights_beside(files.folder)):
-        notes.append(
-            f"holds weights beside the adapter: {', '.join(beside)}. They are not read. If they were trained with the "
-            "adapter (the projector of LLaVA, the embeddings of LongLoRA, a value head), put them into the base first."
-        )
     for note in notes:
         warnings.warn(f"{files.folder} also {note}", AdapterWarning, stacklevel=6)
+    if files.config is not None and files.folder.is_dir():
+        warn_of_weights_beside(files.folder, (path.name for path in files.folder.iterdir()))
 
 
 def named_layers(tensors: Mapping[str, Tensor], file: Path, *, keep_names: bool) -> dict[str, LayerKind]:
