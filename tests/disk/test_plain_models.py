@@ -112,6 +112,30 @@ def test_a_whole_pipeline_is_refused_with_its_parts(tmp_path: Path) -> None:
         ak.skeleton(tmp_path)
 
 
+def test_an_adapter_in_the_names_of_diffusers_needs_a_base_with_these_names(tmp_path: Path) -> None:
+    blocks = [
+        f"double_blocks.{i}.{part}_{layer}.weight"
+        for i in range(2)
+        for part in ("img", "txt")
+        for layer in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    ]
+    save_file({ORIGINAL + name: torch.zeros(12, 4) for name in blocks}, tmp_path / "flux.safetensors")
+    factors = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(4, 2)}
+    of_diffusers = {f"transformer.transformer_blocks.0.attn.to_q.{name}": t for name, t in factors.items()}
+    save_file(of_diffusers, tmp_path / "of_diffusers.safetensors")
+    with pytest.raises(ak.CheckpointError, match=r"original names of Flux.*give its diffusers folder"):
+        ak.merge_checkpoint(tmp_path / "flux.safetensors", tmp_path / "of_diffusers.safetensors", tmp_path / "out")
+    original = {f"diffusion_model.double_blocks.0.img_attn.proj.{name}": t for name, t in factors.items()}
+    original["diffusion_model.double_blocks.0.img_attn.proj.lora_B.weight"] = torch.ones(12, 2)
+    save_file(
+        original | {"diffusion_model.double_blocks.0.img_attn.proj.alpha": torch.tensor(2.0)},
+        tmp_path / "o.safetensors",
+    )
+    ak.merge_checkpoint(tmp_path / "flux.safetensors", tmp_path / "o.safetensors", tmp_path / "out")
+    merged = load_file(tmp_path / "out/flux.safetensors")
+    assert torch.equal(merged[f"{ORIGINAL}double_blocks.0.img_attn.proj.weight"], torch.full((12, 4), 2.0))
+
+
 def test_one_of_several_variants_has_to_be_chosen(tmp_path: Path) -> None:
     base = write_base(tmp_path / "unet", "diffusers")
     adapter(tmp_path)

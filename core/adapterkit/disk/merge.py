@@ -126,7 +126,8 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     sources = _sources(adapters)
     place = model_folder(base)
     folder = place if place.is_dir() else place.parent
-    target = _checked_out(local_path(out).resolve(), [folder, *(s.place for s in sources)], overwrite)
+    whole = folder if (folder / CONFIG).is_file() else place  # nothing beside a single file belongs to it
+    target = _checked_out(local_path(out).resolve(), [whole, *(s.place for s in sources)], overwrite)
     checkpoint, named = Checkpoint.open(place), None
     files = {source.name: read(source.place) for source in sources}
     if model is None:
@@ -147,9 +148,10 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     if checkpoint.index_file is not None:
         small[checkpoint.index_file.name] = new_index(checkpoint, shards)
     arguments = {"untie": untie, "heads": heads, "safe": safe, "architecture": architecture, "component": component}
-    everything, beside = {**checkpoint.entries, **origins}, folder if (folder / CONFIG).is_file() else place
     mapped.release()
-    output = Output(target, beside, everything, shards, small, _inputs(checkpoint, sources, arguments))
+    output = Output(
+        target, whole, {**checkpoint.entries, **origins}, shards, small, _inputs(checkpoint, sources, arguments)
+    )
     resumed, not_copied = output.write(safe=safe, resume=resume, overwrite=overwrite, progress=progress)
     merged = {name for name, origin in origins.items() if isinstance(origin, Merge)}
     return MergeReport(

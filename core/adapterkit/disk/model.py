@@ -29,7 +29,15 @@ from adapterkit.files import (
     local_path,
     not_to_be_had,
 )
-from adapterkit.formats import AdapterFiles, Translation, in_todays_names, todays_paths, translate
+from adapterkit.formats import (
+    AdapterFiles,
+    Translation,
+    advice_on_names,
+    in_todays_names,
+    layers_of,
+    todays_paths,
+    translate,
+)
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import BaseModules, base_parameters, both_tables, named_modules
 
@@ -239,9 +247,8 @@ def skeleton_for(
     import transformers
 
     if isinstance(built, PlainModel):
-        raise CheckpointError(
-            f"{base} has no {', '.join(map(repr, lacking))}, as the adapters have. Is it another model?"
-        )
+        advice = advice_on_names(layers_of(BaseModules(built))) or "Is it another model?"
+        raise CheckpointError(f"{base} has no {', '.join(map(repr, lacking))}, as the adapters have. {advice}")
     tasks = {str(files.config.get("task_type")) for files in adapters if files.config is not None}
     table = getattr(transformers, _TASKS.get(next(iter(tasks)), "") if len(tasks) == 1 else "", {})
     if type(built.config) in table:

@@ -179,6 +179,19 @@ class OriginalNames(Layout):
         return found
 
 
+def advice_on_names(layers: Iterable[str]) -> str:
+    """What to do if most of a model's layers have names of the original code and an adapter has others; else `""`."""
+    paths = list(layers)
+    places = ((path, Place.of(f"{path}.weight", FAMILIES)) for path in paths)
+    found = Counter(family.model for path, known in places for family in known if path not in known[family].paths)
+    family, count = next(iter(found.most_common(1)), ("", 0))
+    if 2 * count <= len(paths):
+        return ""
+    return (
+        f"The model has the original names of {family}: for an adapter in diffusers' names, give its diffusers folder."
+    )
+
+
 def original_paths(key: str) -> set[str]:
     """The layers of diffusers that a key may be for, if it has an original name that stands for one layer."""
     return {place.paths[0] for place in Place.of(key, FAMILIES).values() if len(place.paths) == 1}

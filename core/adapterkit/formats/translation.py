@@ -35,7 +35,7 @@ from adapterkit.formats.layouts import (
     shapes_of,
 )
 from adapterkit.formats.mlx import Mlx
-from adapterkit.formats.names import OriginalNames
+from adapterkit.formats.names import OriginalNames, advice_on_names
 from adapterkit.formats.refused import check_program, is_full_model, is_token, warn_of_weights_beside
 from adapterkit.formats.wrapped import Wrapped
 from adapterkit.kinds import LayerKind
@@ -274,6 +274,7 @@ def _not_recognised(
         f"Methods asked: {', '.join(asked) or 'none'}.",
         f"Keys in the file: {', '.join(map(repr, list(tensors)[:3])) or 'none'}.",
         f"Layers of the model: {', '.join(map(repr, list(layers)[:3])) or 'none'}.",
+        *filter(None, [advice_on_names(layers)]),
         *(f"Not asked: {fault}" for fault in broken),
     ]
     return " ".join(lines)
