@@ -27,7 +27,7 @@ def with_differences(
         The tensors; the paths of the modules; and the keys of differences of zeros, which are left out.
 
     Raises:
-        CheckpointError: a difference has another size than the parameter.
+        CheckpointError: a difference has another size than the parameter, or is the second one for it.
     """
     tensors = dict(found.tensors)
     keys = [key for key in tensors if key.rpartition(".")[2] in _PARAMETERS and key not in found.passed]
@@ -44,8 +44,15 @@ def with_differences(
         # An entry of modules_to_save means every module whose path ends like it.
         if path is None or own is None or any(other.endswith(f".{path}") for other in modules.all_paths):
             tensors[key] = difference
-        elif own.numel() != difference.numel():
-            raise CheckpointError(f"{key!r} has shape {tuple(difference.shape)}; {path!r} has {tuple(own.shape)}.")
+        elif own.numel() != difference.numel() or not difference.is_floating_point():
+            raise CheckpointError(
+                f"{key!r} holds {difference.dtype} of shape {tuple(difference.shape)}; {path!r} has floating numbers "
+                f"of shape {tuple(own.shape)} there."
+            )
+        elif parameter in changed.get(path, ()):
+            raise CheckpointError(
+                f"{key!r} is a second difference for the {parameter} of {path!r}. One of them must go."
+            )
         else:
             wide = torch.promote_types(own.dtype, torch.float32)
             changed.setdefault(path, {})[parameter] = own + difference.to(own.device, wide).view(own.shape)

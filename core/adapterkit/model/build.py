@@ -27,7 +27,7 @@ from adapterkit.contract import (
     Target,
     default_registry,
 )
-from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
+from adapterkit.errors import CheckpointError, PluginError, SelectionError, StateError, UnsupportedError
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -164,7 +164,13 @@ class LayerBuilder:
             for own, new in zip(module.modules(), fresh().modules(), strict=True):
                 groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
                 for held, made in groups:
-                    held |= {name: made[name] for name, tensor in held.items() if tensor is not None and tensor.is_meta}
+                    for name in [name for name, tensor in held.items() if tensor is not None and tensor.is_meta]:
+                        if name not in made or made[name].shape != held[name].shape:
+                            raise CheckpointError(
+                                f"{place}{name} is missing, or has another shape than {tuple(held[name].shape)}, which "
+                                "goes with the rest of its layer in the file. The file is damaged, or another base's."
+                            )
+                        held[name] = made[name]
         module.to(target.device)
 
 

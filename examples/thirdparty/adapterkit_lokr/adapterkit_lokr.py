@@ -81,7 +81,9 @@ class LoKrLayer(ak.DenseLayer):
         self.module_dropout = config.module_dropout
         found, self.first = outer(file), None
         if found is not None and "lokr_first" in file and found[1] and channels % found[1] == 0:
-            (a, c), b, d, self.first = found, inner_rows(file), channels // found[1], int(file["lokr_first"].item())
+            (a, c), b, d, self.first = found, inner_rows(file), channels // found[1], int(file["lokr_first"].sum())
+            if not 0 <= self.first <= a * b - target.out_features:
+                raise ak.CheckpointError(f"{target.path!r}: lokr_first = {self.first} is outside of {a * b} rows.")
             self.register_buffer("lokr_first", torch.zeros_like(file["lokr_first"], device=target.device))
         elif found is not None and target.out_features % found[0] == 0 == channels % found[1]:
             (a, c), (b, d) = found, (target.out_features // found[0], channels // found[1])
@@ -167,7 +169,7 @@ class LoKrFormat(ak.Format):
         values, rank, kernel = super().tensors(layer, config), self.rank(layer.tensors), layer.kind.down_shape(1)[2:]
         if values.pop("lokr_t2", None) is not None and {"lokr_w2_a", "lokr_w2_b"} <= values.keys():
             core = layer.wide("lokr_t2")
-            if core.shape[:2] != (rank, rank) or core.numel() != rank * rank * math.prod(kernel):
+            if core.dim() < 3 or core.shape[:2] != (rank, rank) or core.numel() != rank * rank * math.prod(kernel):
                 raise ak.CheckpointError(
                     f"{layer.keys['lokr_t2']!r} has shape {tuple(core.shape)}; the core at the {layer.kind.name} "
                     f"{layer.path!r} is {(rank, rank, *kernel)}."

@@ -194,7 +194,9 @@ def test_full_differences_beside_lora(model: nn.Module, tmp_path: Path) -> None:
     wanted = expected(twin, values)
     assert check(model, file, wanted).ok
     write(file, kohya("lora_unet", values) | {"lora_unet_norm.diff": torch.ones(7)})
-    refuse(model, file, ak.CheckpointError, r"'lora_unet_norm.diff' has shape (7,); 'norm' has (8,)")
+    refuse(model, file, ak.CheckpointError, "'lora_unet_norm.diff' holds torch.float32 of shape (7,); 'norm' has")
+    write(file, kohya("lora_unet", values) | {f"lora_unet_norm.{n}": torch.ones(8) for n in ("diff", "w_norm")})
+    refuse(model, file, ak.CheckpointError, "'lora_unet_norm.w_norm' is a second difference for the weight of 'norm'")
 
 
 def test_differences_of_zeros_change_nothing(model: nn.Module, tmp_path: Path) -> None:

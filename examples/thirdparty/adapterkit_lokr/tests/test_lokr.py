@@ -157,6 +157,13 @@ def test_decomposed_weights_are_refused(model, tmp_path):
         ak.attach(model).load(tmp_path / "a.safetensors", "a")
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_factor_that_is_missing_is_named(model, tmp_path, strict):
+    safetensors.torch.save_file({"lycoris_up.lokr_w1": torch.ones(8, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ak.CheckpointError, match=r"up\.lokr_w2_\w is missing, or has another shape than \(2, 8\)"):
+        ak.attach(model).load(tmp_path / "a.safetensors", "a", strict=strict)
+
+
 class Attention(nn.Module):
     """Where diffusers has q, k and v of a block of Flux."""
 
