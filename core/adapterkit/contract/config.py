@@ -344,10 +344,12 @@ class AdapterConfig:
             ConfigError: a known field of the wrong type or value.
         """
         for name in cls.refused(values):
-            cure = "Use the program that wrote it, which can merge the adapter into its base." if trained else ""
+            cure = "Leave it out, or choose a method that does."
+            if trained:
+                cure = "Install one that does, or use the program that wrote it, which can merge it into its base."
             raise UnsupportedError(
                 f"{where}: {name} = {reprlib.repr(values[name])} changes what the adapter computes, and the method "
-                f"{cls.method!r} does not implement it. {cure or 'Leave it out, or choose another method.'}"
+                f"{cls.method!r} does not implement it. {cure}"
             )
         unknown = cls.unknown(values)
         if unknown:
