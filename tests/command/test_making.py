@@ -30,7 +30,7 @@ def test_merge_is_merge_checkpoint(here: Path) -> None:
     assert (again.exit_code, "Say --overwrite to replace it" in again.stderr) == (1, True)
     replaced = run("merge", "base", "mood", "--out", "merged", "--overwrite", "--json")
     assert set(json.loads(replaced.stdout)) == {
-        *("out", "adapters", "merged", "heads", "added", "absent", "not_copied", "nbytes", "resumed")
+        *("out", "adapters", "merged", "heads", "added", "absent", "not_copied", "nbytes", "resumed", "vocabulary")
     }
 
 
