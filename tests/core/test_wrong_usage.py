@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -121,6 +122,15 @@ def test_a_bias_that_the_base_lacks_is_told_when_the_adapter_is_added() -> None:
     report = ak.attach(model).add("a", LoraConfig(target_modules=["0", "1"], **fields))
     assert "note: the adapter cannot be merged: it adds a bias at '0', where the base has none" in str(report)
     assert not ak.attach(model).add("b", LoraConfig(target_modules=["1"], **fields)).notes
+
+
+def test_an_adapter_of_another_model_is_named_as_that(tmp_path: Path) -> None:
+    folder = adapted("a").save("a", tmp_path / "a")
+    with pytest.raises(ak.CheckpointError) as caught:
+        ak.attach(build("llama")).load(folder)
+    assert "is an adapter of another model: this LlamaForCausalLM has none of its 2 layers, such as" in str(
+        caught.value
+    )
 
 
 def test_a_type_error_inside_a_call_stays_what_it_is() -> None:

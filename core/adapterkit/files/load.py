@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import AdapterConfig, Names
-from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.contract import AdapterConfig, KeyRule, Names
+from adapterkit.errors import AdapterWarning, CheckpointError, SelectionError
 from adapterkit.files.differences import with_differences
 from adapterkit.files.match import equals_base, ignore_known_keys, refuse
 from adapterkit.formats import AdapterFiles, translate
-from adapterkit.forward import Active
+from adapterkit.forward import Active, original_class
 from adapterkit.model import (
     Adapter,
     BaseModules,
@@ -63,7 +63,11 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
         tensors, changed, zeros = with_differences(found, modules)
         config = config.replace(modules_to_save=changed or config.modules_to_save)
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
-    selection = select_on(modules, config)
+    try:
+        selection = select_on(modules, config)
+    except SelectionError:
+        _check_of_this_model(method.key_rule(config), tensors, modules, config, files)
+        raise
     tables = _tables_in_file(modules, selection.heads, tensors)
     optional = {*(f"{path}.bias" for path in tables), *(f"{p}.weight" for p, first in tables.items() if p != first)}
     fit = Fit(method.key_rule(config), optional)
@@ -89,6 +93,21 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
         _warn(files, adapter, report)
     adapter.labels = _labels(model, adapter, files)
     return adapter, report
+
+
+def _check_of_this_model(
+    rule: KeyRule, tensors: Mapping[str, Tensor], modules: BaseModules, config: AdapterConfig, files: AdapterFiles
+) -> None:
+    """Raise `CheckpointError` if the model has none of the layers that the file has tensors for."""
+    there = {path for paths in modules.paths_of.values() for path in paths}
+    layers = dict.fromkeys(split[0] for key in tensors if (split := rule.split(key, there)) is not None)
+    if layers and there.isdisjoint(layers):
+        base = config.base_model_name_or_path
+        raise CheckpointError(
+            f"{files.folder} is an adapter of another model: this {original_class(modules.model).__name__} has none of "
+            f"its {len(layers)} layers, such as {next(iter(layers))!r}."
+            + (f" It was trained on {base!r}." if base else "")
+        )
 
 
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
