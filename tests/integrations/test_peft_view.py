@@ -711,3 +711,14 @@ def test_errors_have_the_class_and_the_words_of_peft_and_ours(fields: Any, kind:
     with pytest.raises(ak.SelectionError) as own:
         adapters.add("other", LoraConfig(**fields))
     assert str(own.value) in str(raised.value)
+
+
+def test_a_bias_where_the_layer_has_none_is_warned_of_and_cannot_be_merged() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    ours, _ = view(target_modules=["v_proj"])
+    with pytest.warns(UserWarning, match="the targeted layer of type Linear has no bias"):
+        ours.add_adapter("other", config)
+    before = out(ours)
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
+        ours.merge_adapter(["other"])
+    assert torch.equal(out(ours), before)

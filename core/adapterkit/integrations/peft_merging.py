@@ -12,6 +12,7 @@ from torch import nn
 from adapterkit.adapters import Adapters
 from adapterkit.combining import Space
 from adapterkit.errors import StateError
+from adapterkit.integrations.peft_names import pefts_errors
 
 # PEFT's types of combination: our method, the space it works in, and whether the result has a rank of its own.
 _TYPES: dict[str, tuple[str, Space, bool]] = {
@@ -30,7 +31,7 @@ def merge(adapters: Adapters, names: Sequence[str], safe: bool) -> None:
     """
     wanted = _unmerged(adapters, names)
     if wanted:
-        with _nan_as_value_error(wanted):
+        with pefts_errors(), _nan_as_value_error(wanted):
             adapters.merge(*wanted, safe=safe)
 
 
@@ -39,7 +40,7 @@ def merge_for_good(adapters: Adapters, names: Sequence[str], safe: bool) -> nn.M
     wanted = _unmerged(adapters, names)
     if not wanted:
         adapters.activate()  # else the active ones, which nobody named, would be merged
-    with _nan_as_value_error(wanted):
+    with pefts_errors(), _nan_as_value_error(wanted):
         return adapters.merge_and_detach(*wanted, safe=safe)
 
 

@@ -47,6 +47,10 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "modules_to_save cannot be applied to modules of type ModuleDict or ModuleList. ",
     ),
+    "has no bias to merge the adapter's into": (
+        RuntimeError,
+        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias. ",
+    ),
     "and only one can act": (ValueError, "Only one adapter can be set at a time for ModulesToSaveWrapper. "),
 }
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class PeftView(PeftModel):
         adapters, where = attach(model), _where(autocast_adapter_dtype, low_cpu_mem_usage)
         with pefts_errors():
             adapters.add(adapter_name, from_peft_config(peft_config), **where)
+        _warn_of_biases(adapters, adapter_name)
         self._show(adapters)
         self.base_model.keep(adapter_name, peft_config)
 
@@ -187,6 +189,7 @@ class PeftView(PeftModel):
             where = _where(autocast_adapter_dtype, low_cpu_mem_usage)
             with pefts_errors():
                 self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
+            _warn_of_biases(self.adapters, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """See `Tuner.set_adapter`."""
@@ -328,6 +331,21 @@ class PeftView(PeftModel):
     def get_buffer(self, target: str) -> Tensor:
         """The buffer that PEFT calls so."""
         return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
+
+
+def _warn_of_biases(adapters: Adapters, name: str) -> None:
+    """Warn as PEFT does where an adapter changes the bias of a layer that has none, so that it cannot be merged."""
+    if not getattr(adapters.config(name), "lora_bias", False):
+        return
+    hosts = [adapters._adapter(name).hosts[path] for path in adapters.layers(name)]
+    without = [type(host).__name__ for host in hosts if getattr(host, "bias", None) is None]
+    if without:
+        warnings.warn(
+            f"`lora_bias=True` was passed but the targeted layer of type {without[0]} has no bias. This means that "
+            "merging LoRA weights won't be possible.",
+            getattr(peft.utils.warning, "PeftWarning", UserWarning),
+            stacklevel=4,
+        )
 
 
 def _where(autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> dict[str, Any]:
