@@ -722,3 +722,11 @@ def test_a_bias_where_the_layer_has_none_is_warned_of_and_cannot_be_merged() -> 
     with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
         ours.merge_adapter(["other"])
     assert torch.equal(out(ours), before)
+
+
+def test_tied_weights_are_warned_of_as_peft_does() -> None:
+    model = build("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        peft.get_peft_model(model, ak.as_peft(LoraConfig(r=2, target_modules=["lm_head"])))

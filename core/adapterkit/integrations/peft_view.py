@@ -11,6 +11,7 @@ from typing import Any, Self
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -60,8 +61,8 @@ class PeftView(PeftModel):
         adapters, where = attach(model), _where(autocast_adapter_dtype, low_cpu_mem_usage)
         with pefts_errors():
             adapters.add(adapter_name, from_peft_config(peft_config), **where)
-        _warn_of_biases(adapters, adapter_name)
         self._show(adapters)
+        _warn_of_merges(self.base_model, adapter_name, peft_config)
         self.base_model.keep(adapter_name, peft_config)
 
     @classmethod
@@ -189,7 +190,7 @@ class PeftView(PeftModel):
             where = _where(autocast_adapter_dtype, low_cpu_mem_usage)
             with pefts_errors():
                 self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
-            _warn_of_biases(self.adapters, adapter_name)
+            _warn_of_merges(self.base_model, adapter_name, peft_config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """See `Tuner.set_adapter`."""
@@ -333,11 +334,12 @@ class PeftView(PeftModel):
         return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
 
 
-def _warn_of_biases(adapters: Adapters, name: str) -> None:
-    """Warn as PEFT does where an adapter changes the bias of a layer that has none, so that it cannot be merged."""
-    if not getattr(adapters.config(name), "lora_bias", False):
-        return
-    hosts = [adapters._adapter(name).hosts[path] for path in adapters.layers(name)]
+def _warn_of_merges(tuner: Tuner, name: str, config: PeftConfig) -> None:
+    """Warn as PEFT does of what will not merge: tied weights, and a bias of an adapter where the layer has none."""
+    if hasattr(BaseTuner, "_check_tied_modules"):
+        tuner._check_tied_modules(tuner.model, config)
+    adapter = tuner.adapters._adapter(name)
+    hosts = [adapter.hosts[path] for path in adapter.layers] if getattr(adapter.config, "lora_bias", False) else []
     without = [type(host).__name__ for host in hosts if getattr(host, "bias", None) is None]
     if without:
         warnings.warn(
