@@ -644,10 +644,10 @@ def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
         layer.merge,
         layer.unmerge,
         lambda: layer.set_adapter("other"),
-        lambda: layer.set_scale("other", 2.0),
+        lambda: setattr(layer, "r", {"default": 3}),
         lambda: ours.base_model.model.lm_head.set_adapter("other"),
     ):
-        with pytest.raises(ak.UnsupportedError, match=r"view|acts"):
+        with pytest.raises(ak.UnsupportedError, match=r"view|cannot be set"):
             call()
     with pytest.raises(ValueError, match="not found"):
         layer.set_adapter("nothing")
@@ -730,3 +730,24 @@ def test_tied_weights_are_warned_of_as_peft_does() -> None:
     model.tie_weights()
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         peft.get_peft_model(model, ak.as_peft(LoraConfig(r=2, target_modules=["lm_head"])))
+
+
+def test_the_scalings_of_an_adapter_that_does_not_act_wait_for_it() -> None:
+    ours, theirs = trained_pair(other=True)
+    for model, layers in zip((ours, theirs), layers_of(ours, theirs), strict=True):
+        layers[0].set_scale("other", 2.0)
+        layers[1].scale_layer(3.0)
+        model.set_adapter("other")
+        layers[0].scale_layer(0.5)
+        model.set_adapter("default")
+    torch.testing.assert_close(out(ours), out(theirs))
+    assert [layer.scaling for layer in layers_of(ours)[0]] == [layer.scaling for layer in layers_of(theirs)[0]]
+
+
+def test_pefts_rescale_adapter_scale_acts_on_a_view() -> None:
+    ours, theirs = trained_pair()
+    before = out(ours)
+    with peft.helpers.rescale_adapter_scale(ours, 0.5), peft.helpers.rescale_adapter_scale(theirs, 0.5):
+        torch.testing.assert_close(out(ours), out(theirs))
+        assert not torch.allclose(out(ours), before)
+    assert torch.equal(out(ours), before)

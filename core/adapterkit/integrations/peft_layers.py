@@ -78,6 +78,10 @@ class _Values(UserDict[str, Any]):
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
+    def copy(self) -> Any:
+        """The values now."""
+        return dict(self.data)
+
 
 class _Scalings(_Values):
     """The scalings of a layer by adapter. One that is set is what the change is multiplied by from now on."""
@@ -124,6 +128,16 @@ def _parts(host: nn.Module) -> list[tuple[str, nn.Module]]:
 def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
     """The fields of their configs that not every method has."""
     return {f.name for layer in layers for f in fields(layer.config)} - {f.name for f in fields(AdapterConfig)}
+
+
+def waiting_strength(layer: AdapterLayer) -> float:
+    """With which strength PEFT's `set_adapter` lets the adapter of a layer act that does not act now."""
+    return float(layer.__dict__.get("_peft_strength", 1.0))
+
+
+def let_wait(layer: AdapterLayer, strength: float) -> None:
+    """Set `waiting_strength`."""
+    layer.__dict__["_peft_strength"] = strength
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -185,9 +199,10 @@ class LayerView(nn.Module):
         return float(getattr(self._layers[name], "scaling", 1.0))
 
     def strength(self, name: str) -> float:
-        """The strength of an adapter at this layer; 1 if it does not act here."""
-        state = self._active.state
-        return state.strength(name, self._host) if name in state.names else 1.0
+        """The strength of an adapter at this layer. Of one that does not act: with which `set_adapter` lets it act."""
+        if name in self._active.state.names:
+            return self._active.state.strength(name, self._host)
+        return waiting_strength(self._layers[name]) if name in self._layers else 1.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight by an adapter, in the weight's layout; in float32 where the weight is packed."""
@@ -237,12 +252,12 @@ class LayerView(nn.Module):
                 self.rescale(name, 1.0 if scale is None else self.strength(name) / scale)
 
     def rescale(self, name: str, strength: float) -> None:
-        """Give an adapter that acts another strength at this layer."""
+        """Give an adapter another strength at this layer."""
         if name not in self._active.state.names:
-            raise UnsupportedError(
-                f"Adapter {name!r} does not act now, and has a scaling of its own only while it acts. Call "
-                f"set_adapter({name!r}) first."
-            )
+            if name in self._active.default.names:
+                raise UnsupportedError(f"Adapter {name!r} is disabled in this block. Scale it before or after.")
+            let_wait(self._layers[name], strength)
+            return
         acting = {n: self.strength(n) for n in self._active.state.names if n in self._layers}
         self._become({**acting, name: strength}, None)
 
@@ -394,6 +409,18 @@ class Named:
     def __repr__(self) -> str:
         found = next(views(self), None)  # type: ignore[arg-type]
         return super().__repr__() if found is None else repr(found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As always, but `scaling` of a layer with adapters is theirs, and other names of PEFT's cannot be set."""
+        state = self.__dict__
+        own = name in state or any(name in state.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+        shown = not own and LAYERS in state.get("_modules", ())
+        if shown and name == "scaling":
+            LayerView(self).scaling.update(value)  # type: ignore[arg-type]
+        elif shown and name not in _ATTRIBUTES and _may_be_named(self, name):  # type: ignore[arg-type]
+            raise UnsupportedError(f"{name!r} is of the adapters at this layer, and cannot be set here.")
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

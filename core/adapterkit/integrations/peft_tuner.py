@@ -15,9 +15,9 @@ from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, default_registry
 from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
-from adapterkit.forward import Strength
+from adapterkit.forward import Strength, strength_at
 from adapterkit.integrations import peft_merging
-from adapterkit.integrations.peft_layers import LayerView, beside, by_adapter
+from adapterkit.integrations.peft_layers import LayerView, beside, by_adapter, let_wait, waiting_strength
 from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, to_peft
 from adapterkit.model import BaseModules
 
@@ -171,7 +171,7 @@ class Tuner(BaseTuner):
     # Which adapters act
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let these adapters act, and train unless `inference_mode`. Those that act already keep their strengths.
+        """Let these adapters act, and train unless `inference_mode`. They keep the strengths that they have or had.
 
         Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
         """
@@ -180,7 +180,7 @@ class Tuner(BaseTuner):
             if name not in self.adapters:
                 raise ValueError(f"Adapter {name} not found.")
         now = self.adapters.strengths if self._disabled is None else self._disabled
-        strengths = {name: _on(now[name]) for name in names if name in now}
+        strengths = {name: _on(now[name]) if name in now else self._waiting(name) for name in names}
         with pefts_errors():
             try:
                 self.adapters.activate(*names, trainable=not inference_mode, strengths=strengths)
@@ -189,7 +189,14 @@ class Tuner(BaseTuner):
                 if torch.is_grad_enabled():
                     raise
                 self.adapters.activate(*names, trainable=False, strengths=strengths)
+        for name in now.keys() - {*names}:
+            for path, layer in self.adapters.layers(name).items():
+                let_wait(layer, 1.0 if (number := strength_at(now[name], path)) is None else number)
         self._disabled = None
+
+    def _waiting(self, name: str) -> Strength:
+        """The strengths of an adapter that does not act: those that it had, or that were set at its layers."""
+        return {path: waiting_strength(layer) for path, layer in self.adapters.layers(name).items()}
 
     def disable_adapter_layers(self) -> None:
         """Let no adapter act, until `enable_adapter_layers`. What is merged is unmerged, as PEFT does it."""

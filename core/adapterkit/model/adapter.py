@@ -412,8 +412,9 @@ def checked_strengths(
             given = strength[module]
             number = None if given is None else _checked_strength(named[name], given, f" at {module!r}")
             layers |= dict.fromkeys(inner, number)
-        numbers = set(layers.values())
-        found[name] = (numbers.pop() if len(numbers) == 1 else None) or layers
+        numbers = set(layers.values()) or {1.0}
+        same = numbers.pop() if len(numbers) == 1 else None
+        found[name] = layers if same is None else same
     return {name: strength for name, strength in found.items() if strength != 1.0}
 
 
