@@ -9,8 +9,20 @@ from typing import Any
 
 from adapterkit.errors import ConfigError
 
-# A pattern may come from a downloaded file. All its matches together get this long.
+# A pattern may come from a downloaded file. All its matches together get this long, and those of all patterns of one
+# table ten times as long. States (repeats count as often as they say) take memory, and groups take the stack.
 TIME_LIMIT_SECONDS = 2.0
+_OF_A_TABLE = 10
+_MOST_CHARACTERS, _MOST_STATES, _DEEPEST = 1 << 16, 1 << 16, 64
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*(?:,\d*)?\}|.", re.DOTALL)
+
+
+class Budget:
+    """The seconds that matches may take together; each of them may take `least`, also when the others took all."""
+
+    def __init__(self, seconds: float, least: float = 1e-3) -> None:
+        self.seconds = self.left = seconds
+        self.least = least
 
 
 class Pattern:
@@ -19,19 +31,24 @@ class Pattern:
     Args:
         expression: the pattern, in the syntax of `re`.
         field: the config field it is from, for messages.
+        budget: of several patterns; `None`: it has one of its own.
 
     Raises:
-        ConfigError: not a regular expression, or (when matching) too slow.
+        ConfigError: not a regular expression, too large a one, or (when matching) too slow.
     """
 
-    def __init__(self, expression: str, field: str) -> None:
+    def __init__(self, expression: str, field: str, budget: Budget | None = None) -> None:
         import regex
 
-        self.expression, self.field = expression, field
-        self._left = TIME_LIMIT_SECONDS
+        self.expression, self.field, self._budget = expression, field, budget or Budget(TIME_LIMIT_SECONDS)
+        if len(expression) > _MOST_CHARACTERS or _states(expression) > _MOST_STATES:
+            raise ConfigError(
+                f"{field} = {expression!r} is too large an expression: its repeats or groups would take too much "
+                "memory. Write a simpler one, or list the modules."
+            )
         try:
             self._compiled = regex.compile(expression)
-        except (regex.error, RecursionError, OverflowError) as error:
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise ConfigError(
                 f"{field} = {expression!r} is not a valid regular expression: {error}. "
                 "A list of names, such as ['query', 'value'], is taken literally."
@@ -41,14 +58,38 @@ class Pattern:
         """Whether the whole of `path` matches."""
         start = time.perf_counter()
         try:
-            return self._compiled.fullmatch(path, timeout=max(self._left, 1e-3)) is not None
+            left = max(self._budget.left, self._budget.least)
+            if not left:
+                raise TimeoutError
+            return self._compiled.fullmatch(path, timeout=left) is not None
         except TimeoutError as error:
             raise ConfigError(
-                f"{self.field} = {self.expression!r} took over {TIME_LIMIT_SECONDS:g} s to match the module "
+                f"{self.field} = {self.expression!r} took over {self._budget.seconds:g} s to match the module "
                 "names: it backtracks without end. Write a simpler expression, or list the modules."
             ) from error
         finally:
-            self._left -= time.perf_counter() - start
+            self._budget.left -= time.perf_counter() - start
+
+
+def _states(expression: str) -> int:
+    """About how many states a compiled expression has; more than any limit if its groups are too deep."""
+    sums, last = [0], 0  # of each open group, and of the last element, which a repeat multiplies
+    for token in _TOKEN.findall(expression):
+        if token == "(":
+            sums.append(0)
+            last = 0
+        elif token == ")" and len(sums) > 1:
+            last = sums.pop() + 1
+            sums[-1] += last
+        elif len(token) > 1 and token[0] == "{":
+            counts = [int(count[:9]) for count in re.findall(r"\d+", token)]
+            sums[-1] += last * (max(counts, default=1) - 1)
+        else:
+            last = 1
+            sums[-1] += 1
+        if len(sums) > _DEEPEST or sums[-1] > _MOST_STATES:
+            return _MOST_STATES + 1
+    return sum(sums)
 
 
 class Names:
@@ -105,13 +146,14 @@ class PatternTable:
         self.used: set[str] = set()
         self._rows = list(table.items())
         self._patterns: list[tuple[int, Pattern]] = []
+        budget = Budget(_OF_A_TABLE * TIME_LIMIT_SECONDS, least=0.0)
         # By whether a name must be the whole path, and by the lengths of its pieces: the names, in pieces, and their
         # rows. A dot that is not escaped stands for any character and separates two pieces.
         self._names: dict[tuple[bool, tuple[int, ...]], dict[tuple[str, ...], int]] = {}
         for row, key in enumerate(table):
             plain = _PLAIN.fullmatch(key)
             if plain is None:
-                self._patterns.append((row, Pattern(rf"(?:.*\.)?(?:{key})$", field)))
+                self._patterns.append((row, Pattern(rf"(?:.*\.)?(?:{key})$", field, budget)))
                 continue
             for name in (plain[2] or plain[3]).split("|"):
                 pieces = tuple(piece.replace("\\", "") for piece in re.split(r"(?<!\\)\.", name))
