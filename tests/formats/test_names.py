@@ -274,6 +274,9 @@ def test_inspect_keeps_the_names_and_says_whose_they_are(tmp_path: Path) -> None
     report = str(ak.inspect_adapter(tmp_path / "a.safetensors"))
     assert "layout: kohya-ss, Flux in its original names" in report
     assert "lora_unet_single_blocks_0_linear1 " in report
+    tensors, _ = lora("transformer.transformer_blocks.0.attn.to_q", 4)  # diffusers' name, and Qwen-Image's
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert "original names" not in str(ak.inspect_adapter(tmp_path / "b.safetensors"))
 
 
 @pytest.mark.parametrize(

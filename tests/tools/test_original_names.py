@@ -284,6 +284,39 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
         | {"in_channels": 4, "cap_feat_dim": 6, "axes_dim_rope": (4, 2, 2), "axes_lens": (8, 8, 8)},
         "lumina2_to_diffusers",
     ),
+    "LTX-2": (
+        diffusers.LTX2VideoTransformer3DModel,
+        {"num_layers": 1, **SMALL, "out_channels": 4, "cross_attention_dim": 16, "caption_channels": 6}
+        | {"audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2}
+        | {"audio_attention_head_dim": 4, "audio_cross_attention_dim": 8},
+        "ltx2_transformer_to_diffusers",
+    ),
+    "Krea 2": (
+        diffusers.Krea2Transformer2DModel,
+        {"in_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+        | {"num_key_value_heads": 1, "intermediate_size": 24, "timestep_embed_dim": 8, "text_hidden_dim": 16}
+        | {"num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+        | {"text_intermediate_size": 24, "axes_dims_rope": (2, 2, 4)},
+        "krea2_transformer_checkpoint_to_diffusers",
+    ),
+    "AuraFlow": (
+        diffusers.AuraFlowTransformer2DModel,
+        {"sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, **SMALL, "out_channels": 4}
+        | {"joint_attention_dim": 6, "caption_projection_dim": 16, "pos_embed_max_size": 16},
+        "auraflow_transformer_checkpoint_to_diffusers",
+    ),
+    "Cosmos 2": (
+        diffusers.CosmosTransformer3DModel,
+        {"num_layers": 1, **SMALL, "attention_head_dim": 16, "out_channels": 4, "text_embed_dim": 6}
+        | {"adaln_lora_dim": 4, "max_size": (4, 4, 4), "extra_pos_embed_type": None},
+        "cosmos_transformer_checkpoint_to_diffusers",
+    ),
+    "Sana": (
+        diffusers.SanaTransformer2DModel,
+        {"num_layers": 1, **SMALL, "out_channels": 4, "num_cross_attention_heads": 2}
+        | {"cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 6, "sample_size": 8},
+        "sana_transformer_to_diffusers",
+    ),
 }
 SINGLE = [f"single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
 # diffusers splits these by the sizes of the published models, which are numbers in its code.

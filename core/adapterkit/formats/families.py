@@ -271,15 +271,43 @@ _WAN = {
     "head.head": "proj_out",
 }
 
-_LTX_BLOCK = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out.0")]
-_LTX = {
-    **{f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in _LTX_BLOCK},
-    **{f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in ("ff.net.0.proj", "ff.net.2")},
-    "patchify_proj": "proj_in",
-    **_embedder("adaln_single.emb.timestep_embedder", "time_embed.emb.timestep_embedder", "linear_1", "linear_2"),
-    "adaln_single.linear": "time_embed.linear",
-    **_embedder("caption_projection", "caption_projection", "linear_1", "linear_2"),
-    "proj_out": "proj_out",
+_TO = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def _ltx(*attentions: str, streams: tuple[str, ...] = ("",)) -> dict[str, Layers]:
+    """LTX-Video, and LTX-2, which has a stream for sound beside that for images."""
+    blocks = [f"{attention}.{name}" for attention in attentions for name in _TO]
+    blocks += [f"{stream}ff.net.{name}" for stream in streams for name in ("0.proj", "2")]
+    names: dict[str, Layers] = {f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in blocks}
+    for stream in streams:
+        names[f"{stream}patchify_proj"] = f"{stream}proj_in"
+        names[f"{stream}proj_out"] = f"{stream}proj_out"
+        names |= _embedder(f"{stream}caption_projection", f"{stream}caption_projection", "linear_1", "linear_2")
+        names |= _modulation(f"{stream}adaln_single", f"{stream}time_embed")
+    return names
+
+
+def _modulation(theirs: str, ours: str) -> dict[str, Layers]:
+    """A modulation by the time."""
+    inner = "emb.timestep_embedder"
+    return {
+        **_embedder(f"{theirs}.{inner}", f"{ours}.{inner}", "linear_1", "linear_2"),
+        f"{theirs}.linear": f"{ours}.linear",
+    }
+
+
+_LTX = _ltx("attn1", "attn2")
+_LTX2 = {
+    **_ltx(
+        *("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
+        streams=("", "audio_"),
+    ),
+    **_modulation("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
+    **_modulation("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),
+    **_modulation("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
+    **_modulation("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate"),
+    **_modulation("prompt_adaln_single", "prompt_adaln"),
+    **_modulation("audio_prompt_adaln_single", "audio_prompt_adaln"),
 }
 
 
@@ -338,6 +366,99 @@ _QWEN_IMAGE = {
     )
 }
 
+_AURA_FF = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
+_AURA_OWN = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_AURA_TEXT = {"add_q_proj": "q", "add_k_proj": "k", "add_v_proj": "v", "to_add_out": "o"}
+_AURA_FLOW = {
+    **_inside(
+        "double_layers.{}",
+        "joint_transformer_blocks.{}",
+        {
+            **{f"attn.w2{name}": f"attn.{path}" for path, name in _AURA_OWN.items()},
+            **{f"attn.w1{name}": f"attn.{path}" for path, name in _AURA_TEXT.items()},
+            **_inside("mlpX", "ff", _AURA_FF),
+            **_inside("mlpC", "ff_context", _AURA_FF),
+            "modX.1": "norm1.linear",
+            "modC.1": "norm1_context.linear",
+        },
+    ),
+    **_inside(
+        "single_layers.{}",
+        "single_transformer_blocks.{}",
+        {
+            **{f"attn.w1{name}": f"attn.{path}" for path, name in _AURA_OWN.items()},
+            **_inside("mlp", "ff", _AURA_FF),
+            "modCX.1": "norm1.linear",
+        },
+    ),
+    **_embedder("t_embedder", "time_step_proj", "mlp.0", "mlp.2"),
+    "cond_seq_linear": "context_embedder",
+    "init_x_linear": "pos_embed.proj",
+    "modF.1": "norm_out.linear",
+    "final_linear": "proj_out",
+}
+
+_COSMOS_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"}
+_COSMOS = {
+    **_inside(
+        "blocks.{}",
+        "transformer_blocks.{}",
+        {
+            **_inside("self_attn", "attn1", _COSMOS_ATTENTION),
+            **_inside("cross_attn", "attn2", _COSMOS_ATTENTION),
+            "mlp.layer1": "ff.net.0.proj",
+            "mlp.layer2": "ff.net.2",
+            **_embedder("adaln_modulation_self_attn", "norm1", "1", "2"),
+            **_embedder("adaln_modulation_cross_attn", "norm2", "1", "2"),
+            **_embedder("adaln_modulation_mlp", "norm3", "1", "2"),
+        },
+    ),
+    "x_embedder.proj.1": "patch_embed.proj",
+    **_embedder("t_embedder.1", "time_embed.t_embedder", "linear_1", "linear_2"),
+    **_embedder("final_layer.adaln_modulation", "norm_out", "1", "2"),
+    "final_layer.linear": "proj_out",
+}
+
+_SANA = {
+    **_inside(
+        "blocks.{}",
+        "transformer_blocks.{}",
+        {
+            "attn.qkv": {"attn1.to_q": 1, "attn1.to_k": 1, "attn1.to_v": 1},
+            "attn.proj": "attn1.to_out.0",
+            "cross_attn.q_linear": "attn2.to_q",
+            "cross_attn.kv_linear": {"attn2.to_k": 1, "attn2.to_v": 1},
+            "cross_attn.proj": "attn2.to_out.0",
+            "mlp.inverted_conv.conv": "ff.conv_inverted",
+            "mlp.depth_conv.conv": "ff.conv_depth",
+            "mlp.point_conv.conv": "ff.conv_point",
+        },
+    ),
+    "x_embedder.proj": "patch_embed.proj",
+    **_embedder("t_embedder", "time_embed.emb.timestep_embedder", "mlp.0", "mlp.2"),
+    "t_block.1": "time_embed.linear",
+    **_embedder("y_embedder.y_proj", "caption_projection", "fc1", "fc2"),
+    "final_layer.linear": "proj_out",
+}
+
+_KREA_BLOCK = {
+    **{f"attn.w{name[-1]}": f"attn.{name}" for name in ("to_q", "to_k", "to_v")},
+    "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate",
+    **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+}
+_KREA2 = {
+    **_inside("blocks.{}", "transformer_blocks.{}", _KREA_BLOCK),
+    **_inside("txtfusion.layerwise_blocks.{}", "text_fusion.layerwise_blocks.{}", _KREA_BLOCK),
+    **_inside("txtfusion.refiner_blocks.{}", "text_fusion.refiner_blocks.{}", _KREA_BLOCK),
+    "txtfusion.projector": "text_fusion.projector",
+    "first": "img_in",
+    "last.linear": "final_layer.linear",
+    "tproj.1": "time_mod_proj",
+    **_embedder("tmlp", "time_embed", "0", "2"),
+    **_embedder("txtmlp", "txt_in", "1", "3"),
+}
+
 _XL = r"add_embedding|transformer_blocks\.[1-9]"
 FAMILIES = (
     Family("Stable Diffusion", _stable_diffusion(2), told_by=_XL),
@@ -351,5 +472,10 @@ FAMILIES = (
     Family("Z-Image", _Z_IMAGE),
     Family("Lumina 2", _LUMINA2),
     Family("LTX-Video", _LTX),
+    Family("LTX-2", _LTX2),
+    Family("Krea 2", _KREA2),
+    Family("AuraFlow", _AURA_FLOW, frozenset({"modF.1"})),
+    Family("Cosmos 2 and Anima", _COSMOS),
+    Family("Sana", _SANA),
     Family("Stable Diffusion with one layer a block", _stable_diffusion(1), told_by=_XL, rare=True),
 )

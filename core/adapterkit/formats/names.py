@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,12 @@ class Place:
         paths = (layers,) if isinstance(layers, str) else tuple(layers)
         shares = () if isinstance(layers, str) else tuple(layers.values())
         return cls(module, part, tuple(path.format(*numbers) for path in paths), shares, original in family.swapped)
+
+    @property
+    def same(self) -> bool:
+        """Whether diffusers has the original name, perhaps with dots for `_`."""
+        names = [path.replace(".", "_") for path in (*self.paths, self.module)]
+        return names[-1].endswith(names[0]) and len(names) == 2
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a module of this size has such shares: the first of several layers, q, has as many rows as inputs."""
@@ -162,6 +169,8 @@ class OriginalNames(Layout):
                 )
         family, places = next(iter(best.items()))
         tensors = _moved(files.tensors, places, sizes)
+        if all(place.same for place in places.values()):  # several models may have these names
+            return dataclasses.replace(files, tensors=tensors)
         return files.read_as(f"{family.model} in its original names", tensors)
 
     def _places(self, keys: Iterable[str], layers: Mapping[str, LayerKind] | None) -> dict[Family, dict[str, Place]]:
