@@ -11,6 +11,12 @@ from torch import Tensor
 
 from adapterkit.contract import default_registry
 
+_EXTRACT = (
+    "LyCORIS puts such a file into a model itself (lycoris.create_lycoris_from_weights, then merge_to), and ak.extract "
+    "makes a LoRA of the difference from the base"
+)
+_BESIDE = f"adapters.load and ak.merge_checkpoint add it where the adapter leaves the module of that name. {_EXTRACT}"
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -29,10 +35,7 @@ class Algorithm:
     method: str = ""
     package: str = ""
     dims: int | None = None
-    cure: str = (
-        "LyCORIS puts such a file into a model itself (lycoris.create_lycoris_from_weights, then merge_to), and "
-        "ak.extract makes a LoRA of the difference from the base"
-    )
+    cure: str = f"no method here reads it. {_EXTRACT}"
 
 
 ALGORITHMS = (
@@ -43,16 +46,18 @@ ALGORITHMS = (
     Algorithm("VeRA", r"vera_lambda_[bd]", "vera", "adapterkit"),
     Algorithm("PEFT's OFT", r"oft_[Rr](\.weight)?", "oft", "adapterkit-oft"),
     Algorithm("PEFT's (IA)3", r"ia3_l", "ia3", "adapterkit-ia3"),
-    Algorithm("a full difference of a weight or a bias (LyCORIS' algorithm 'full')", r"diff(_b)?"),
-    Algorithm("a norm that was trained in full (LyCORIS' train_norm)", r"[wb]_norm"),
+    Algorithm("a full difference of a weight or a bias (LyCORIS' algorithm 'full')", r"diff(_b)?", cure=_BESIDE),
+    Algorithm("a norm that was trained in full (LyCORIS' train_norm)", r"[wb]_norm", cure=_BESIDE),
     Algorithm("LyCORIS' (IA)3", r"on_input", "ia3", "adapterkit-ia3"),
     Algorithm("BOFT of LyCORIS", r"oft_blocks", dims=4),
     Algorithm("OFT of LyCORIS or kohya-ss", r"oft_blocks", "oft", "adapterkit-oft"),
-    Algorithm("PEFT's BOFT", r"boft_[Rs]", cure="PEFT reads its folder, with its adapter_config.json"),
+    Algorithm("PEFT's BOFT", r"boft_[Rs]", cure="no method here reads it, but PEFT reads its folder"),
     Algorithm("GLoRA", r"(a[12]|b[12]|bm)\.weight"),
     Algorithm("T-LoRA", r"lambda_layer|[pq]_layer\.weight|(base_)?lambda"),
     Algorithm(
-        "a whole weight that replaces the model's (ComfyUI)", r"set_weight|reshape_weight", cure="Merge it in ComfyUI"
+        "a whole weight that replaces the model's (ComfyUI)",
+        r"set_weight|reshape_weight",
+        cure="no method here reads it. Merge it in ComfyUI",
     ),
 )
 
@@ -76,7 +81,7 @@ def algorithms_in(
 
 def _sentence(algorithm: Algorithm, keys: list[str]) -> str:
     more = f" and {len(keys) - 1:,} more keys are" if len(keys) > 1 else " is"
-    reader = f"no method here reads it. {algorithm.cure}"
+    reader = algorithm.cure
     if algorithm.method:
         reader = f"the method {algorithm.method!r} of the package {algorithm.package} reads it, and is not installed"
     return f"{keys[0]!r}{more} of {algorithm.name}: {reader}"

@@ -141,7 +141,7 @@ def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path, rank
 
 ALGORITHMS = {
     "lokr": "of LoKr: the method 'lokr' of the package adapterkit-lokr reads it, and is not installed",
-    "full": "of a full difference of a weight or a bias (LyCORIS' algorithm 'full'): no method here reads it. LyCORIS",
+    "full": "of a full difference of a weight or a bias (LyCORIS' algorithm 'full'): adapters.load and",
     "diag-oft": "of OFT of LyCORIS or kohya-ss: the method 'oft' of the package adapterkit-oft reads it",
     "boft": "of BOFT of LyCORIS: no method here reads it. LyCORIS puts such a file into a model itself",
     "glora": "of GLoRA: no method here reads it. LyCORIS",
