@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,15 +27,21 @@ def outputs(model: nn.Module) -> Tensor:
     return found
 
 
-def trained(folder: Path, **options: object) -> tuple[peft.PeftModel, Tensor]:
+def trained(
+    folder: Path, config: peft.PeftConfig | None = None, name: str = "default"
+) -> tuple[peft.PeftModel, Tensor]:
     """A model of PEFT, its saved adapter, and what it computes."""
-    model = peft.get_peft_model(build("bert"), peft.LoraConfig(r=2, target_modules=["query", "value"], **options))
+    config = config or peft.LoraConfig(r=2, target_modules=["query", "value"])
+    model = peft.get_peft_model(build("bert"), config, adapter_name=name)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.normal_(std=0.3)
     model.eval().save_pretrained(folder)
+    if name != "default":
+        shutil.copytree(folder / name, folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / name)
     return model, outputs(model)
 
 
@@ -84,7 +91,7 @@ def test_names_of_wrappers_are_taken_away(name: Keys, tmp_path: Path) -> None:
 
 def test_on_disk_too(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    model, expected = trained(tmp_path / "a", modules_to_save=["classifier"])
+    model, expected = trained(tmp_path / "a", DUMPED["head"][0])
     build("bert").save_pretrained(base)
     renamed(tmp_path / "a", WRAPPERS["all"])
     ak.merge_checkpoint(base, tmp_path / "a", tmp_path / "merged")
@@ -93,14 +100,22 @@ def test_on_disk_too(tmp_path: Path) -> None:
     assert ak.inspect_adapter(tmp_path / "a").unknown == ()
 
 
-@pytest.mark.parametrize("trainable", [True, False], ids=["trained", "all"])
-def test_whole_state_dict_with_a_head(trainable: bool, tmp_path: Path) -> None:
-    """Beside the adapter it holds the base's own weights, and the head as it was before."""
-    model, expected = trained(tmp_path, modules_to_save=["classifier"])
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad or not trainable}
-    tensors = {f"module.{key}": tensor for key, tensor in model.state_dict().items() if key in wanted}
+DUMPED: dict[str, tuple[peft.PeftConfig, str]] = {
+    "head": (peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "default"),
+    "head, any name": (peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "my_style"),
+    "biases": (peft.LoraConfig(r=2, target_modules=["query", "word_embeddings"], bias="all"), "mine"),
+    "loha": (peft.LoHaConfig(r=2, target_modules=["query"]), "mine"),
+    "vera": (peft.VeraConfig(r=2, target_modules=["query", "value"]), "default"),
+    "vera, any name": (peft.VeraConfig(r=2, target_modules=["query", "value"]), "mine"),
+}
+
+
+@pytest.mark.parametrize(("config", "name"), DUMPED.values(), ids=DUMPED)
+def test_whole_state_dict_of_pefts_model(config: peft.PeftConfig, name: str, tmp_path: Path) -> None:
+    """Beside the adapter it holds the base's own weights, heads as they were before, and copies at each layer."""
+    model, expected = trained(tmp_path, config, name)
     (tmp_path / WEIGHTS).unlink()
-    torch.save(tensors, tmp_path / "adapter_model.bin")
+    torch.save({f"module.{key}": tensor for key, tensor in model.state_dict().items()}, tmp_path / "adapter_model.bin")
     torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterkit.contract import FILE_PREFIX, unwrapped_key
+from adapterkit.contract import FILE_PREFIX, default_registry, unwrapped_key
 from adapterkit.errors import CheckpointError
-from adapterkit.formats.layouts import AdapterFiles, Layout, methods
+from adapterkit.formats.layouts import AdapterFiles, Layout
 from adapterkit.formats.refused import check_loaded
 from adapterkit.kinds import LayerKind
 
@@ -21,7 +22,7 @@ _NAME = re.compile(r"default(?:_\d+)?")
 # Models that hold the one that is trained: DDP's, and the pipelines of DiffSynth.
 _WRAPPERS = ("module.", "pipe.dit.")
 # A head that PEFT trains, and the base's own beside it.
-_HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
+_SHARED, _HEAD, _ORIGINAL = "base_model.", ".modules_to_save", ".original_module."
 # Where training scripts keep the tensors in what they save, beside an optimizer's state, an epoch and the like.
 _INSIDE = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "lora_state_dict", "lora", "adapter"),
@@ -64,7 +65,7 @@ class Wrapped(Layout):
         outer = _outer(files.tensors, layers or {})
         doubled = not any(path.startswith(FILE_PREFIX) for path in layers or {})  # a module may be called `base_model`
         heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
-        name = None if files.config is None else _name_in(files.tensors)
+        name = _name_in(files)
         for key, tensor in files.tensors.items():
             if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
                 continue
@@ -78,21 +79,38 @@ class Wrapped(Layout):
                     "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
                 )
             tensors[short], before[short] = tensor, key
-        return None if tensors.keys() == files.tensors.keys() else files.read_as(self.program, tensors)
-
-
-def _name_in(keys: Iterable[str]) -> str | None:
-    """The name of an adapter that every key has behind the name of a method's parameter: `lora_A.mine.weight`."""
-    ends = [key.split(".")[-3:] for key in keys if _ORIGINAL not in key]
-    common = set(ends[0][1:]) - {"weight", "bias"} if ends else set()
-    for parts in ends:
-        common &= {*parts[1:]}
-        if not common:  # as a rule with the second key
+        if tensors.keys() == files.tensors.keys():
             return None
-    rules = [method.key_rule(method.config_type()()).prefix for method in methods()]
-    prefixes = (_HEAD[1:], *(prefix for rule in rules for prefix in ((rule,) if isinstance(rule, str) else rule)))
-    behind = (name for name in common if all(parts[parts.index(name) - 1].startswith(prefixes) for parts in ends))
-    return next(behind, None)
+        return files.read_as(self.program, _each_once(tensors))
+
+
+def _each_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the copies of shared tensors that a state dict has at each layer, such as VeRA's projections."""
+    shared = {
+        key.rpartition(".")[2]: t for key, t in tensors.items() if key.count(".") == 1 and key.startswith(_SHARED)
+    }
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.count(".") == 1 or (own := shared.get(key.rpartition(".")[2])) is None or not torch.equal(own, tensor)
+    }
+
+
+def _name_in(files: AdapterFiles) -> str | None:
+    """The adapter's name, if every tensor of the method has it behind its own name: `lora_A.mine.weight`."""
+    if files.config is None or "peft_type" not in files.config:
+        return None
+    method = default_registry.claim(files.config, files.folder)
+    rule, found = method.key_rule(method.config_type()()), list[set[str]]()
+    for key in files.tensors:
+        parts = key.split(".")[-3:]
+        behind = {after for part, after in pairwise(parts) if rule.owns(part)} - {"weight", "bias"}
+        if behind or any(map(rule.owns, parts)):
+            found.append(behind)
+            if not behind:  # as a rule with the first key
+                return None
+    common = set.intersection(*found) if found else set()
+    return next(iter(common), None)
 
 
 def _without_name(key: str, name: str | None) -> str:
