@@ -33,11 +33,12 @@ _BOOKKEEPING = ("peft_type", "inference_mode", "peft_version", "auto_mapping")
 # a warning: the field may be of another program, or of a later version of PEFT.
 OPTIONS: Mapping[str, object] = {
     **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias", "ensure_weight_tying"), False),
-    **dict.fromkeys(("velora_config", "kasa_config", "monteclora_config", "arrow_config", "use_bdlora")),
+    **dict.fromkeys(("kasa_config", "arrow_config", "use_bdlora")),
     **dict.fromkeys(("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices")),
     "enable_lora": None,  # before PEFT 0.3: A and B for some of the parts of a fused layer
     "fine_tune_type": "lora",  # mlx-lm
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), ...),
+    **dict.fromkeys(("velora_config", "monteclora_config"), ...),
     **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size", "runtime_config"), ...),
 }
 
@@ -306,14 +307,13 @@ class AdapterConfig:
     def refused(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of an `adapter_config.json` that this method lacks, and that change what the adapter computes."""
         table = {**OPTIONS, **_SCALES, **cls.not_implemented}
-        return [n for n in cls._lacking(values) if table.get(n, ...) is not ... and values[n] != table[n]]
+        return [n for n in cls._lacking(values) if table.get(n, ...) not in (..., values[n])]
 
     @classmethod
     def unknown(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of an `adapter_config.json` that neither this method nor the core knows."""
-        return [
-            n for n in cls._lacking(values) if not any(n in table for table in (OPTIONS, _SCALES, cls.not_implemented))
-        ]
+        known = {*OPTIONS, *_SCALES, *cls.not_implemented}
+        return [name for name in cls._lacking(values) if name not in known]
 
     @classmethod
     def _lacking(cls, values: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ _INITS = ("gaussian", "orthogonal", "pissa", "olora")
 # PEFT has these too; they need data or another library. The first two leave the base as it is, so an adapter that was
 # trained from them is plain LoRA. The others change the base's weights.
 _PLAIN_INITS, _CHANGING_INITS = ("eva", "mica"), ("loftq", "corda", "lora_ga")
+# Once trained, these are plain LoRA.
+_SPECIAL_TRAINING = ("velora_config", "monteclora_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,12 @@ class LoraConfig(AdapterConfig):
     def from_dict(
         cls, values: Mapping[str, Any], *, where: object = "adapter_config.json", trained: bool = True
     ) -> Self:
-        """The config of a file. What was trained from an initial value that leaves the base as it is, is plain LoRA."""
+        """The config of a file. Where only the start or the training was special, it is plain LoRA."""
+        special = [] if trained else [name for name in _SPECIAL_TRAINING if values.get(name)]
+        if special:
+            raise UnsupportedError(
+                f"{where}: {special[0]} is a way to train of PEFT's that adapterkit does not implement. Leave it out."
+            )
         if trained and str(values.get("init_lora_weights")).lower() in _PLAIN_INITS:
             values = {**values, "init_lora_weights": True}
         return super().from_dict(values, where=where, trained=trained)

@@ -10,6 +10,9 @@ from adapterkit_lora.config import LoraConfig
 from adapterkit_lora.foreign import LoraFormat
 from adapterkit_lora.layer import LoraLayer
 
+# PEFT's tensors for a backward of its own and for samples in training. The trained adapter is plain LoRA.
+_OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
+
 
 class LoraPlugin(ak.Plugin):
     """LoRA: `dW = scaling B A`; see the config."""
@@ -30,7 +33,8 @@ class LoraPlugin(ak.Plugin):
         return residual.to_file(config, tensors) if config.trains_residual else (config, tensors)
 
     def from_file(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Tensor]]:
-        """The reverse, for an adapter that is PiSSA or OLoRA here."""
+        """The reverse, for an adapter that is PiSSA or OLoRA here, without what only training uses."""
+        tensors = {key: tensor for key, tensor in tensors.items() if not any(name in key for name in _OF_TRAINING)}
         return config, residual.from_file(config, tensors) if config.trains_residual else tensors
 
     def from_factors(

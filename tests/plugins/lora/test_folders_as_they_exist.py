@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from tests.models import build
 from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, perturb, saved_by_peft
@@ -116,6 +117,18 @@ def test_a_field_that_changes_what_the_adapter_computes_is_refused(
         ak.attach(build("llama")).load(folder, name="a")
     assert next(iter(fields)) in str(error.value)
     assert "emove" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"velora_config": VeloraConfig(num_groups=2)}, {"monteclora_config": MontecloraConfig()}],
+    ids=["VeLoRA", "MonteCLoRA"],
+)
+def test_variants_that_differ_in_training_alone_are_plain_lora(tmp_path: Path, fields: dict[str, Any]) -> None:
+    saved_by_peft("lora", build("llama"), tmp_path, "llama", **fields)
+    expected = loaded_in_peft(build("llama"), tmp_path, "llama")
+    assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, "llama")
+    assert not ak.inspect_adapter(tmp_path).unknown
 
 
 # Classifiers of 2023 and early 2024, whose config does not name the head that the file holds
