@@ -240,10 +240,10 @@ class Format:
             metadata: the header of a safetensors file.
 
         Raises:
-            CheckpointError: the header does not say which of its alphas these layers have.
+            CheckpointError: the header does not say which of its alphas these layers have, or has other ranks.
         """
-        header = header_fields([key for layer in layers.values() for key in layer.keys.values()], metadata)
-        base = None if header is None else self.config_type.from_dict(header, where="the file's header")
+        header = header_fields([key for layer in layers.values() for key in layer.keys.values()], metadata) or {}
+        base = self.config_type.from_dict(header, where="the file's header") if header else None
         ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
         told = {path: number for path, layer in layers.items() if (number := layer.number("alpha")) is not None}
         if base is None:
@@ -252,6 +252,14 @@ class Format:
         else:
             other = {path: float(getattr(base.at(path), self.alpha)) for path in layers}
             self._warn_of_two_scales(base, {path: layers[path] for path in told}, ranks)
+            wrong = next((p for p in layers if p not in told and "r" in header and base.at(p).r != ranks[p]), None)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"The header's {HEADER!r} has rank {base.at(wrong).r} for {wrong!r}, and its tensors have rank "
+                    f"{ranks[wrong]}. A program has resized them and kept the header, or it is another file's, so its "
+                    "alpha is not theirs. Put the file into a folder as adapter_model.safetensors, beside an "
+                    "adapter_config.json with the right r and lora_alpha."
+                )
         alphas = {path: told.get(path) or other[path] or float(ranks[path]) for path in layers}
         found = self.config_type.with_values({"r": ranks, self.alpha: alphas})
         values = {name: getattr(found, name) for name in ("r", self.alpha, *found.patterns)}

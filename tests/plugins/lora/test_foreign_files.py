@@ -422,9 +422,7 @@ def header(**parts: float) -> str:
         ("unet.", json.dumps({"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_q": 6, "attn1.to_v": 6}})),
         (
             "unet.",
-            json.dumps(
-                {"transformer.lora_alpha": 2, "transformer.rank_pattern": {"to_q": 1}, "transformer.r": 6}
-            ).replace('"transformer.lora_alpha": 2', '"transformer.lora_alpha": 6'),
+            json.dumps({"transformer.lora_alpha": 6, "transformer.r": 9, "transformer.rank_pattern": {"to_q|to_v": 2}}),
         ),
     ],
 )
@@ -463,6 +461,12 @@ def test_header_of_which_no_part_or_several_may_be_meant(
     tensors = peft_names(prefix, factors(2, QUERY))
     file = write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=text)
     refuse(model, file, ak.CheckpointError, named, "Begin the keys with the part and a dot")
+
+
+def test_header_of_other_ranks_is_another_files(model: nn.Module, tmp_path: Path) -> None:
+    tensors = peft_names("transformer.", factors(4, QUERY))
+    file = write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=header(transformer=6))
+    refuse(model, file, ak.CheckpointError, "has rank 2 for 'down_blocks.0.attn1.to_q', and its tensors have rank 4")
 
 
 def test_alpha_beside_the_tensors_counts_and_a_header_that_disagrees_raises_a_warning(
