@@ -9,6 +9,7 @@ import json
 import pickle
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +127,7 @@ VALUES: list[Any] = [
     *("layers.0", ".*", "(", "all-linear", "none", "all", "LORA", "LOHA", "VERA", "../..", "\x00", "é", "\ud800"),
     *([], ["x"], ["layers.0"], [[1]], [None], {}, {"x": 1}, {"layers.0": 2}, {"1": 0}, {"": {}}, [0, 1], [-1]),
     *(["", "."], ["layers.0"] * 300, "a" * 5000, "(a|aa)+!", "(?:" * 300, {"(a+)+$": 4}),
+    *("\x1b]52;c;eA==\x07", "a\nb", "\u202e", "(?:a{9999}){9999}", 3e38, 10**9, ["a" * 50_000]),
 ]
 PARTS = [
     *("base_model.model.", "layers.0", "layers.1", "conv", "embed", "head", "norm", "lora_A.weight"),
@@ -133,6 +135,7 @@ PARTS = [
     *("vera_A", "bias", "weight", "base_layer.", "modules_to_save.", "original_module.", "lora_magnitude_vector"),
     *("dora_scale", "alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_unet_", "lora_te_"),
     *("lycoris_", "unet.", "..", ".", "", "default.", "adapter_shared", "adapters", "é", "\x00", "0", "9999999999"),
+    *("\x1b[2J", "\n", "\u202e"),
 ]
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -260,7 +263,15 @@ def _views(dice: random.Random, given: Input) -> None:
     odd: list[Callable[[Tensor], Any]] = [
         *(lambda t: t.t() if t.dim() == 2 else t, lambda t: t[:1].expand_as(t) if t.dim() else t),
         *(lambda t: nn.Parameter(t) if t.is_floating_point() else t, lambda t: t.to_sparse() if t.dim() else t),
-        *(lambda t: t.to("meta"), lambda t: [t], lambda t: None, lambda t: t.tolist(), lambda t: {"x": t}, lambda t: 3),
+        *(
+            lambda t: torch.zeros(1).expand(1 << 20, 1 << 20),
+            lambda t: t.to("meta"),
+            lambda t: [t],
+            lambda t: None,
+            lambda t: t.tolist(),
+            lambda t: {"x": t},
+            lambda t: 3,
+        ),
     ]
     key = dice.choice([*given.tensors] or ["x"])
     try:
@@ -269,9 +280,18 @@ def _views(dice: random.Random, given: Input) -> None:
             changed = dice.choice(
                 [{3: torch.zeros(1)}, [torch.zeros(1)], torch.zeros(1), None, {"state_dict": changed}]
             )
-        given.raw[PICKLE_FILE] = _pickled(changed)
+        pickled = _pickled(changed)
+        given.raw[PICKLE_FILE] = _compressed(pickled) if dice.random() < 0.1 else pickled
     except (RuntimeError, NotImplementedError, TypeError, pickle.PicklingError):
         pass
+
+
+def _compressed(archive: bytes) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return made.getvalue()
 
 
 def _header(dice: random.Random, given: Input) -> None:
@@ -286,7 +306,7 @@ def _header(dice: random.Random, given: Input) -> None:
         entry = table[dice.choice([*table] or ["x"])]
     except (ValueError, KeyError, TypeError):
         return
-    odd = [0, -1, 1, 4, 2**31, 2**63, 2**64, 1.5, None, "4", True, [], {}]
+    odd = [0, -1, 1, 4, [1] * 100, 2**31, 2**63, 2**64, 1.5, None, "4", True, [], {}]
     match dice.randrange(6):
         case 0:
             entry["data_offsets"] = [dice.choice(odd), dice.choice(odd)]

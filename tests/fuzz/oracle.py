@@ -18,6 +18,7 @@ import adapterkit as ak
 
 # Seconds of the processor's time, so that other processes do not count.
 LONGEST = 2.0
+MOST_CHARACTERS = 5000  # in a line of an error
 
 
 class Hang(BaseException):
@@ -45,7 +46,7 @@ def in_time() -> Iterator[None]:
 
 
 def refused(call: Callable[[], object]) -> bool:
-    """Whether `call` was refused by an error of the library.
+    """Whether `call` was refused by an error of the library, in lines that are safe to print.
 
     Raises:
         Finding: it raised another error, or took too long.
@@ -55,7 +56,9 @@ def refused(call: Callable[[], object]) -> bool:
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", ak.AdapterWarning)
             call()
-    except ak.AdapterError:
+    except ak.AdapterError as error:
+        if any(not line.isprintable() or len(line) > MOST_CHARACTERS for line in str(error).split("\n")):
+            raise Finding(f"its message is not plain: {error}") from error
         return True
     except Hang:
         raise Finding(f"it takes longer than {LONGEST:g} s") from None
