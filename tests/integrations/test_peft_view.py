@@ -751,3 +751,15 @@ def test_pefts_rescale_adapter_scale_acts_on_a_view() -> None:
         torch.testing.assert_close(out(ours), out(theirs))
         assert not torch.allclose(out(ours), before)
     assert torch.equal(out(ours), before)
+
+
+def test_get_peft_model_of_an_adapted_model_replaces_the_adapter_with_a_warning() -> None:
+    ours, adapters = view()
+    with pytest.warns(UserWarning, match="second time"), pytest.raises(ValueError, match="not found"):
+        peft.get_peft_model(ours.get_base_model(), ak.as_peft(LoraConfig(target_modules=["nothing"])))
+    assert adapters.config("default").r == 2
+    with pytest.warns(UserWarning, match="second time"), pytest.warns(UserWarning, match="learned is gone"):
+        again = peft.get_peft_model(ours.get_base_model(), ak.as_peft(LoraConfig(r=3, target_modules=["v_proj"])))
+    assert again.adapters is adapters
+    assert adapters.names == adapters.active == adapters.trainable == ("default",)
+    assert adapters.config("default").r == 3

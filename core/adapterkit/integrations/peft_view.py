@@ -60,7 +60,10 @@ class PeftView(PeftModel):
     ) -> None:
         adapters, where = attach(model), _where(autocast_adapter_dtype, low_cpu_mem_usage)
         with pefts_errors():
-            adapters.add(adapter_name, from_peft_config(peft_config), **where)
+            if adapter_name in adapters:
+                _replace(adapters, adapter_name, peft_config, where)
+            else:
+                adapters.add(adapter_name, from_peft_config(peft_config), **where)
         self._show(adapters)
         _warn_of_merges(self.base_model, adapter_name, peft_config)
         self.base_model.keep(adapter_name, peft_config)
@@ -348,6 +351,19 @@ def _warn_of_merges(tuner: Tuner, name: str, config: PeftConfig) -> None:
             getattr(peft.utils.warning, "PeftWarning", UserWarning),
             stacklevel=4,
         )
+
+
+def _replace(adapters: Adapters, name: str, config: PeftConfig, where: Mapping[str, Any]) -> None:
+    """Put a new adapter in the place of one of this name, as PEFT does it where a model is adapted again."""
+    made = f"{name} again"
+    adapters.add(made, from_peft_config(config), activate=False, **where)
+    warnings.warn(
+        f"The model had an adapter {name!r} already. A new one is in its place now, and what it had learned is gone.",
+        stacklevel=4,
+    )
+    adapters.remove(name)
+    adapters.rename(made, name)
+    adapters.activate(name)
 
 
 def _where(autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> dict[str, Any]:
