@@ -258,3 +258,13 @@ def test_a_bias_that_two_layers_share_is_said_to_be_trained_at_one_alone() -> No
     model.left.bias = model.head.bias
     report = ak.attach(model).add("a", LoraConfig(target_modules=["left", "head"], bias="all"))
     assert any("biases not trained" in note and note.endswith(": head") for note in report.notes)
+
+
+def test_ties_that_end_inside_one_module_raise_a_warning() -> None:
+    """`resize_token_embeddings` makes the three tables of an encoder-decoder one module; files have it once then."""
+    model: Any = transformers.BartForConditionalGeneration(transformers.BartConfig(**HALVES))
+    model.resize_token_embeddings(40)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.warns(ak.AdapterWarning, match=r"are one module.*save the resized model and load it again"):
+        adapters.merge_and_detach("a", untie=True)

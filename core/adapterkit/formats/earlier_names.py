@@ -17,7 +17,7 @@ from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, select_on
 
 # What `inspect` says of a file with such names.
-EARLIER = "transformers, earlier names of the model's layers"
+EARLIER = "in names of an earlier transformers"
 Rename = Callable[[str], tuple[str, list[str]]]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapterkit.errors import AdapterWarning
 from adapterkit.merging.places import own, put, put_copy, same
 from adapterkit.model import Adapter, named_modules
 
@@ -85,6 +87,7 @@ class Parting:
 
     def apply(self) -> None:
         """Make the changes, after the weights were parted."""
+        self._warn_of_shared_modules()
         for config in self.configs:
             self._undo.append(partial(setattr, config, FLAG, True))
             setattr(config, FLAG, False)
@@ -109,6 +112,21 @@ class Parting:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+    def _warn_of_shared_modules(self) -> None:
+        """Warn if ties end between paths of one module, whose values a saved model then has under one path alone."""
+        modules = dict(named_modules(self.model))
+        for tie in (*self.parted, *self.freed) if self.configs else ():
+            target, source = (name.rpartition(".")[0] for name in (tie.target, tie.source))
+            if modules.get(target) is modules.get(source):
+                warnings.warn(
+                    f"{source!r} and {target!r} are one module since the vocabulary was resized. Now that ties end "
+                    "there, save_pretrained writes it under one name alone, and from_pretrained gives the other random "
+                    "values. Before you add adapters, save the resized model and load it again.",
+                    AdapterWarning,
+                    stacklevel=6,
+                )
+                return
 
     def _separate(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
         """Give memory of its own to each of these tensors that shares memory with an earlier one."""
