@@ -72,9 +72,9 @@ def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {path: model.get_submodule(path).weight.detach() - weight for path, weight in before.items()}
 
 
-def lora(name: str, rows: int, alpha: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
+def lora(name: str, rows: int, alpha: float = 1.0, inputs: int = 4) -> tuple[dict[str, Tensor], Tensor]:
     """A layer's tensors in kohya-ss's names, and the change `alpha / r * up @ down`."""
-    up, down = torch.randn(rows, 2), torch.randn(2, 4)
+    up, down = torch.randn(rows, 2), torch.randn(2, inputs)
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
     return {f"{name}.{local}": tensor for local, tensor in tensors.items()}, alpha / 2 * up @ down
 
@@ -277,6 +277,35 @@ def test_inspect_keeps_the_names_and_says_whose_they_are(tmp_path: Path) -> None
     tensors, _ = lora("transformer.transformer_blocks.0.attn.to_q", 4)  # diffusers' name, and Qwen-Image's
     save_file(tensors, tmp_path / "b.safetensors")
     assert "original names" not in str(ak.inspect_adapter(tmp_path / "b.safetensors"))
+
+
+def test_parts_of_a_fused_layer_that_have_numbers(tmp_path: Path) -> None:
+    """The Open Model Initiative's names, which OneTrainer and InvokeAI write."""
+    tensors, change = lora("transformer.double_blocks.0.img_attn.qkv.1", 8, inputs=8)
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = ak.attach(model_of(FLUX))
+    adapters.load(tmp_path / "a.safetensors", "a")
+    assert [*adapters.layers("a")] == [FUSED[1]]
+    check(merged(adapters, "a", FUSED[1:2]), {FUSED[1]: change})
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("lora_unet_input_blocks_7_1_proj_in", "down_blocks.2.attentions.0.proj_in"),
+        ("unet.middle_block.2.out_layers.3", "mid_block.resnets.1.conv2"),
+        ("model.diffusion_model.output_blocks.2.1.conv", "up_blocks.0.upsamplers.0.conv"),
+        ("lora_unet_output_blocks_11_0_emb_layers_1", "up_blocks.3.resnets.2.time_emb_proj"),
+        ("Hunyuan_video_I2V_lora_double_blocks_1_txt_mod_linear", "transformer_blocks.1.norm1_context.linear"),
+        ("diffusion_model.blocks.39.cross_attn.v_img", "blocks.39.attn2.add_v_proj"),
+    ],
+)
+def test_layers_that_original_names_stand_for(name: str, path: str, tmp_path: Path) -> None:
+    tensors, change = lora(name, 8, inputs=8)
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = ak.attach(model_of({path: (8, 8), "proj_out": (8, 8)}))
+    adapters.load(tmp_path / "a.safetensors", "a")
+    check(merged(adapters, "a", [path]), {path: change})
 
 
 @pytest.mark.parametrize(

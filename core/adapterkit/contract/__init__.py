@@ -9,6 +9,7 @@ from adapterkit.contract.config import AdapterConfig, Dropout, Limit, Probabilit
 from adapterkit.contract.formats import (
     DOTTED,
     FLAT,
+    GENERATORS,
     OPTIONAL,
     ForeignFile,
     ForeignLayer,
@@ -69,6 +70,7 @@ __all__ = [
     "EXTENSIONS_GROUP",
     "FILE_PREFIX",
     "FLAT",
+    "GENERATORS",
     "HEADS",
     "LAYERS",
     "OPTIONAL",

@@ -20,20 +20,22 @@ from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
-_GENERATORS = ("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model")
+_DOTTED_GENERATORS = ("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model")
 _ENCODERS = ("clip_l", "clip_g", "t5xxl", "t5", "qwen25_7b", "qwen3_4b", "gemma2_2b", "llama", "umt5xxl")
 DOTTED = (
-    *_GENERATORS,
+    *_DOTTED_GENERATORS,
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
     *(f"text_encoders.{name}{inner}" for name in _ENCODERS for inner in (".transformer", "")),
     *(f"{name}{inner}" for name in _ENCODERS[:4] for inner in (".transformer", "")),
 )
 # As kohya-ss's programs and LyCORIS name them, whatever the method, before the path with "_" for ".".
-_FLAT_GENERATORS = ("lora_unet", "lora_prior_unet", "lora_transformer")
+_FLAT_GENERATORS = ("lora_unet", "lora_prior_unet", "lora_transformer", "Hunyuan_video_I2V_lora")
 FLAT = (
     *(*_FLAT_GENERATORS, "lycoris"),
     *("lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_te4", "lora_prior_te"),
 )
+# The parts that generate images and videos.
+GENERATORS = (*_DOTTED_GENERATORS, *_FLAT_GENERATORS)
 _PART = re.compile(rf"({'|'.join(map(re.escape, (*DOTTED, *FLAT)))})\.|({'|'.join(FLAT)})_")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 OPTIONAL = "text_model"
@@ -452,7 +454,7 @@ def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[st
 
 def _may_be(part: str, head: str) -> bool:
     """Whether what a file calls `part` may be what diffusers calls `head`; `""` and `"lycoris"` may be anything."""
-    generators = [name in (*_GENERATORS, *_FLAT_GENERATORS) for name in (part, head)]
+    generators = [name in GENERATORS for name in (part, head)]
     if part in ("", "lycoris") or any(generators):
         return part in ("", "lycoris") or all(generators)
     numbers = [re.fullmatch(r"(?:lora_te|text_encoder_?)(\d*)", name) for name in (part, head)]

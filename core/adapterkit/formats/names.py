@@ -11,17 +11,12 @@ from functools import cache
 
 from torch import Tensor
 
-from adapterkit.contract import Format, LayerNames, component
+from adapterkit.contract import GENERATORS, Format, LayerNames, component
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.formats.families import FAMILIES, Family
 from adapterkit.formats.layouts import AdapterFiles, Layout, layers_in_file, methods
 from adapterkit.kinds import LayerKind
 
-# The parts of a pipeline that generate images. Text encoders have the names of transformers everywhere.
-_GENERATORS = (
-    *("", "lora_unet", "lora_transformer", "lora_prior_unet", "lycoris"),
-    *("unet", "transformer", "transformer_2", "prior", "diffusion_model", "model.diffusion_model"),
-)
 # A number that is a name of its own, or the place for one.
 _NUMBER = re.compile(r"\{\}|(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
@@ -47,7 +42,7 @@ class Place:
     def of(cls, key: str, families: tuple[Family, ...]) -> dict[Family, Place]:
         """The module that a key is for, in each family whose models have one of that name."""
         part, found = component(key), dict[Family, Place]()
-        if part not in _GENERATORS:
+        if part not in ("", "lycoris", *GENERATORS):  # text encoders have the names of transformers everywhere
             return found
         start = len(part) + 1 if part else 0
         separator, pieces = key[start - 1] if part else ".", key[start:].split(".")

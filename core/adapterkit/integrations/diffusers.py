@@ -34,7 +34,7 @@ _COMPONENTS: Mapping[str, tuple[str, ...]] = {
     **{part: ("text_encoder_3", "text_encoder_2", "text_encoder") for part in DOTTED if "t5" in part},
     **{part: ("text_encoder_4",) for part in DOTTED if "llama" in part},
     **dict.fromkeys(("", "lycoris", "lora_unet", "unet", "transformer"), DENOISERS),
-    **dict.fromkeys(("diffusion_model", "model.diffusion_model"), DENOISERS),
+    **dict.fromkeys(("diffusion_model", "model.diffusion_model", "Hunyuan_video_I2V_lora"), DENOISERS),
     **dict.fromkeys(("lora_te", "lora_te1", "lora_prior_te"), ("text_encoder",)),
     **{f"lora_te{number}": (f"text_encoder_{number}",) for number in (2, 4)},
     "lora_te3": ("text_encoder_3", "text_encoder_2"),  # kohya-ss has T5 there, for Flux too
