@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
@@ -54,3 +55,20 @@ def test_biases_are_changed_beside_the_factors_and_norms_of_zeros_are_ignored(tm
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
     adapters.merge("a")
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "pipe.dit.", "module."])
+def test_state_dict_that_diffsynth_dumps(prefix: str, tmp_path: Path) -> None:
+    """PEFT's names with the adapter's, on the names of the original code; alpha is the rank, which no file says."""
+    model = wan()
+    weight = model.get_submodule("blocks.0.attn1.to_q").weight
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    name = f"{prefix}blocks.0.self_attn.q"
+    tensors = {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = weight.detach() + up @ down
+    adapters = ak.attach(model)
+    with pytest.warns(ak.AdapterWarning, match="does not say how its layers are scaled"):
+        adapters.load(tmp_path / "a.safetensors", "a")
+    adapters.merge("a")
+    torch.testing.assert_close(model.get_submodule("blocks.0.attn1.to_q").weight, expected, rtol=0, atol=1e-5)
