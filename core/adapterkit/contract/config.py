@@ -370,6 +370,8 @@ class AdapterConfig:
             return cls(**{k: v for k, v in values.items() if k in known - silent}, extra=extra)
         except RecursionError as error:
             raise ConfigError(f"{where}: a value is nested too deeply.") from error
+        except (ConfigError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error}") from error
 
     @classmethod
     def _says_nothing(cls, name: str, value: object) -> bool:

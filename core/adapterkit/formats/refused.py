@@ -127,8 +127,9 @@ _SUFFIXES = {
 _TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What lies beside an adapter and says nothing about it: a training's state, a merged model, converted files.
 _KNOWN_BESIDE = re.compile(
-    r"(\d+_)?adapters?[_.]|(pytorch_)?model(_\d+|-\d+-of-\d+)?\.|consolidated|ggml|pytorch_lora_weights\.|"
-    r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.|sampler|dl_state|base_state\.|batch_norms\."
+    r"(\d+_)?adapters?[_.]|(pytorch_)?model(_\d+|_fsdp|-\d+-of-\d+)?\.|consolidated|ggml|pytorch_lora_weights\.|"
+    r"optim|(lr_)?scheduler|(grad_)?scaler|rng_state|random_states|train(ing|er)?_(args|state)|sampler|dl_state|"
+    r"global_step|checkpoint|base_state\.|batch_norms\."
 )
 
 

@@ -232,6 +232,7 @@ def test_weights_in_a_second_file_are_told_of(saved: Path, tmp_path: Path, name:
 def test_files_of_a_training_beside_an_adapter_are_not_told_of(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "a")
     names = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "model-00001-of-00002.safetensors")
+    names += ("pytorch_model_fsdp.bin", "lr_scheduler.bin", "training_state.pt", "random_states_0.pkl", "sampler.bin")
     for name in (*names, "pytorch_model.bin", "adapter_model.bin", "scaler.pt", "tokenizer.json", "model.safetensors"):
         (tmp_path / "a" / name).write_bytes(b"")
     assert ak.attach(build("llama")).load(tmp_path / "a", name="a").ok
