@@ -39,7 +39,7 @@ from adapterkit.files import (
     write_folder,
     write_tensors,
 )
-from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, shapes_of, translate
+from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, algorithms_in, shapes_of, translate
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
@@ -292,13 +292,14 @@ class AdapterFile(AdapterContent):
 
     @property
     def notes(self) -> list[str]:
-        """What its files do not tell, and why."""
+        """What it has of other algorithms; and what its files do not tell, and why."""
         untold = (
             f"the tensors of a {self.method.name!r} adapter do not tell the sizes of the layers that it changes. Give "
             "base=, the folder of the model that it was trained on, of which only config.json is read."
         )
         told = self.kinds or (self.method.replaces_call and not self.layers)
-        return [*dict.fromkeys(self.refused.values()), *([] if told else [untold])]
+        others, _ = algorithms_in(self.unknown)
+        return [*others, *dict.fromkeys(self.refused.values()), *([] if told else [untold])]
 
     def check_told(self) -> None:
         """Raise `CheckpointError` if its files do not tell the sizes of its layers."""

@@ -214,6 +214,7 @@ def test_differences_that_have_no_place_are_named(model: nn.Module, tmp_path: Pa
     file = write(tmp_path / "a.safetensors", kohya("lora_unet", values) | norms)
     text = "'lora_unet_other.b_norm' and 1 more keys are of a norm that was trained in full (LyCORIS' train_norm)"
     refuse(model, file, ak.CheckpointError, text, "strict=False loads what fits")
+    assert text in ak.inspect_adapter(file, base=model).notes[0]
     with pytest.warns(ak.AdapterWarning, match="unexpected"):
         check(model, file, expected(model, values), strict=False)
 
