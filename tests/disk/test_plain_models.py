@@ -108,8 +108,13 @@ def test_an_adapter_is_extracted_from_two_folders(tmp_path: Path) -> None:
 def test_a_whole_pipeline_is_refused_with_its_parts(tmp_path: Path) -> None:
     write_base(tmp_path / "unet", "diffusers")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ak.CheckpointError, match=r"whole pipeline.*one of its models: .*unet"):
-        ak.skeleton(tmp_path)
+    adapter(tmp_path / "adapters")
+    for call in (
+        lambda: ak.skeleton(tmp_path),
+        lambda: ak.merge_checkpoint(tmp_path, tmp_path / "adapters/a", tmp_path.with_name("out")),
+    ):
+        with pytest.raises(ak.CheckpointError, match=r"whole pipeline.*one of its models: .*unet"):
+            call()
 
 
 def test_an_adapter_in_the_names_of_diffusers_needs_a_base_with_these_names(tmp_path: Path) -> None:

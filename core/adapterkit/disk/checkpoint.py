@@ -24,6 +24,8 @@ WEIGHTS_FILES = (
     *("model.safetensors", f"model{_INDEX_SUFFIX}"),
     *("diffusion_pytorch_model.safetensors", f"diffusion_pytorch_model{_INDEX_SUFFIX}"),
 )
+# The index of a whole pipeline of diffusers, whose models are in folders below.
+PIPELINE = "model_index.json"
 # What begins the names of the diffusion model in a file of a whole pipeline under its original names.
 _ORIGINAL = "model.diffusion_model."
 # Modules with a matrix that is a table of rows, by the last part of their path.
@@ -101,7 +103,7 @@ def weights_in(place: Path) -> Path | None:
     for name in WEIGHTS_FILES:
         if (place / name).is_file():
             return place / name
-    if (place / CONFIG_FILE).is_file() or (place / "model_index.json").is_file():
+    if (place / CONFIG_FILE).is_file() or (place / PIPELINE).is_file():
         return None
     for pattern in (f"*{_INDEX_SUFFIX}", "*.safetensors"):
         found = [path for path in place.glob(pattern) if not path.name.startswith(".")]
@@ -114,6 +116,9 @@ def _refuse(folder: Path) -> Path:
     files = sorted(p.name for p in folder.iterdir())
     if CONFIG_FILE in files:
         advice = "It is an adapter; give the model that it was trained on."
+    elif PIPELINE in files:
+        parts = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        advice = f"It is a whole pipeline. Give the folder of one of its models: {', '.join(parts) or 'none is there'}."
     elif others := [name for name in files if name.endswith((".safetensors", _INDEX_SUFFIX))]:
         advice = f"It holds {', '.join(others)}: give the path of the right one."
     else:

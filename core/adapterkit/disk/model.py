@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import Method, default_registry
-from adapterkit.disk.checkpoint import Checkpoint, PlainModel, match_names, read_object, weights_in
+from adapterkit.disk.checkpoint import PIPELINE, Checkpoint, PlainModel, match_names, read_object, weights_in
 from adapterkit.door import own_file, read_small
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError
 from adapterkit.files import (
@@ -93,15 +93,13 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     """
     path = local_path(model)
     folder = path.parent if path.is_file() else path
-    if folder.is_dir():
-        plain = _plain_name(folder)
-        if plain is not None and ((folder / CONFIG).is_file() or weights_in(path) is not None):
-            if architecture is not None:
-                raise CheckpointError(f"{path} is not a model of transformers, so it has no class {architecture!r}.")
-            return PlainModel.of(Checkpoint.open(path), plain)
-        if plain is not None:
+    if folder.is_dir() and (name := _plain_name(folder)) is not None:
+        if not any((folder / file).is_file() for file in (CONFIG, PIPELINE)) and weights_in(path) is None:
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise CheckpointError(f"{folder} is not a model: it has no {CONFIG}. It holds {found}.")
+        if architecture is not None:
+            raise CheckpointError(f"{path} is not a model of transformers, so it has no class {architecture!r}.")
+        return PlainModel.of(Checkpoint.open(path), name)
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
     config, has_backbone = _config(where)
     import transformers
@@ -121,21 +119,13 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
 
 
 def _plain_name(folder: Path) -> str | None:
-    """What to call the model of a folder if its config is not one of transformers', or not there; else `None`.
-
-    Raises:
-        CheckpointError: it is a whole pipeline.
-    """
-    if (folder / CONFIG).is_file():
-        config: dict[str, Any] = {}
-        with suppress(CheckpointError):  # `_config` tells of it
-            config = read_object(folder / CONFIG)
-        return str(config["_class_name"]) if "_class_name" in config and "model_type" not in config else None
-    if (folder / "model_index.json").is_file():
-        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        listed = ", ".join(str(folder / part) for part in parts) or "none is there"
-        raise CheckpointError(f"{folder} is a whole pipeline. Give the folder of one of its models: {listed}.")
-    return "Model"
+    """What to call the model of a folder if its config is not one of transformers', or not there; else `None`."""
+    if not (folder / CONFIG).is_file():
+        return "Model"
+    config: dict[str, Any] = {}
+    with suppress(CheckpointError):  # `_config` tells of it
+        config = read_object(folder / CONFIG)
+    return str(config["_class_name"]) if "_class_name" in config and "model_type" not in config else None
 
 
 @contextmanager
