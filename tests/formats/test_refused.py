@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.models import build
+from torch import nn
 
 import adapterkit as ak
 
@@ -172,3 +173,13 @@ def test_folder_of_another_program_is_named(make: Callable[[Path], object], said
     make(tmp_path)
     for text in refusals(tmp_path):
         assert said in text
+
+
+def test_a_model_s_own_modules_are_no_sign(tmp_path: Path) -> None:
+    """Names such as `adapters` and `adapter` are those of modules, too."""
+    model = nn.ModuleDict({"adapters": nn.ModuleList([nn.Linear(4, 4)]), "adapter": nn.ModuleDict()})
+    model["adapter"]["linear_in"] = nn.Linear(4, 4)  # type: ignore[operator]
+    outer = nn.ModuleDict({"x": model})
+    adapters = ak.attach(outer)
+    adapters.add("a", ak.config("lora", r=2, target_modules=["0", "linear_in"]))
+    assert adapters.load(adapters.save("a", tmp_path / "a"), "b").ok

@@ -39,7 +39,7 @@ _CLONEOFSIMO = _sign(
 )
 _LITGPT = _sign(
     r"(^|\.)(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]$",
-    "LoRA of LitGPT, whose config is in another file and whose q, k and v are interleaved",
+    "LoRA of LitGPT, whose config is in another file and which has q, k and v in one layer",
     f"Merge it (litgpt merge_lora) and convert the result (litgpt convert_from_litgpt); {_EXTRACT}",
 )
 _NEMO = _sign(
@@ -75,7 +75,7 @@ _PROGRAMS = (
     _CLONEOFSIMO,
     _ADAPTERHUB,
     _sign(
-        r"\.adapter(s|_heads|_biases)\.[^.]+\..+",
+        r"\.(adapters\.(?!\d+\.)[^.]+\.[a-z]+_|adapter_(heads|biases)\.)",
         "the state dict of a model with adapterkit's adapters, without their configs",
         "Add the adapter with its config and load this with model.load_state_dict; adapters.save writes both",
     ),
