@@ -42,8 +42,11 @@ OPTIONS: Mapping[str, object] = {
     **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size", "runtime_config"), ...),
 }
 
-# A method that scales its change and lacks the field computes something else, at any value.
-_SCALES: Mapping[str, object] = dict.fromkeys(("alpha", "alpha_pattern", "lora_alpha", "scaling"))
+# By type of file, what scales the change in PEFT: a method that lacks the field computes something else, at any value.
+_SCALES = {
+    **dict.fromkeys(("LORA", "ADALORA"), ("lora_alpha", "alpha_pattern")),
+    **dict.fromkeys(("LOHA", "LOKR"), ("alpha", "alpha_pattern")),
+}
 
 # What `starts_as_identity` asks: PEFT calls this field so, or after the method (`init_lora_weights`).
 _INITIAL = re.compile(r"init_(\w+_)?weights")
@@ -306,14 +309,18 @@ class AdapterConfig:
     @classmethod
     def refused(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of an `adapter_config.json` that this method lacks, and that change what the adapter computes."""
-        table = {**OPTIONS, **_SCALES, **cls.not_implemented}
+        table = cls._known_to_matter()
         return [n for n in cls._lacking(values) if table.get(n, ...) not in (..., values[n])]
 
     @classmethod
     def unknown(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of an `adapter_config.json` that neither this method nor the core knows."""
-        known = {*OPTIONS, *_SCALES, *cls.not_implemented}
-        return [name for name in cls._lacking(values) if name not in known]
+        return [name for name in cls._lacking(values) if name not in cls._known_to_matter()]
+
+    @classmethod
+    def _known_to_matter(cls) -> dict[str, object]:
+        """The fields that this method may lack, with the values at which they change nothing."""
+        return {**OPTIONS, **dict.fromkeys(_SCALES.get(cls.type_in_files(), ())), **cls.not_implemented}
 
     @classmethod
     def _lacking(cls, values: Mapping[str, Any]) -> list[str]:

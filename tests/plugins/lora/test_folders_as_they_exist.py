@@ -44,6 +44,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "langchain": ({"_from_model_config": True}, f"{UNKNOWN} _from_model_config = True"),
     "LoRA+": ({"lorap_emb_lr": 1e-6, "lorap_lr_ratio": None}, f"{UNKNOWN} lorap_emb_lr = 1e-06"),
     "a model's field": ({"torch_dtype": "bfloat16"}, f"{UNKNOWN} torch_dtype = 'bfloat16'"),
+    "ms-swift": ({"lora_dtype": "float32", "lorap_lr_ratio": None}, f"{UNKNOWN} lora_dtype = 'float32'"),
+    "another method's scale": ({"alpha": 16}, f"{UNKNOWN} alpha = 16"),
     "mlx's field": ({"fine_tune_type": "lora"}, None),
     "next year's default": ({"peft_version": "0.99.0", "new": "auto"}, "new = 'auto'. It was written with PEFT 0.99.0"),
 }
@@ -104,6 +106,12 @@ def test_a_config_with_the_few_fields_of_an_old_version_loads_as_in_peft(
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({name: config[name] for name in names}), encoding="utf-8")
     (tmp_path / "adapter_model.safetensors").symlink_to(saved / "adapter_model.safetensors")
+    expected = loaded_in_peft(build("llama"), tmp_path, "llama")
+    assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, "llama")
+
+
+def test_olora_in_any_case_is_computed_from_the_base_as_in_peft(tmp_path: Path) -> None:
+    saved_by_peft("lora", build("llama"), tmp_path, "llama", init_lora_weights="OLoRA")
     expected = loaded_in_peft(build("llama"), tmp_path, "llama")
     assert_same(loaded_here(build("llama"), tmp_path, "llama"), expected, "llama")
 
