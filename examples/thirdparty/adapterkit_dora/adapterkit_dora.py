@@ -123,7 +123,7 @@ class DoraFormat(LoraFormat):
         values = super().tensors(layer, config)
         m, (_, channels, *kernel) = values.get(_MAGNITUDE), layer.kind.down_shape(1)
         rows = layer.kind.out_features
-        if m is None or not layer.keys[_MAGNITUDE].endswith("dora_scale"):
+        if m is None or (m.dim() != 2 and not layer.keys[_MAGNITUDE].endswith("dora_scale")):
             return values
         if m.numel() == rows and m.shape[:1] == (rows,):
             values[_MAGNITUDE] = m.reshape(1, rows, *(1 for _ in kernel)) if kernel else m.flatten()

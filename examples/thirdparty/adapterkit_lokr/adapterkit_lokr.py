@@ -139,10 +139,9 @@ class LoKrFormat(ak.Format):
         total, begin, parts = len(tensors[name]) * rows, 0, []
         for size in sizes:
             end = begin + total * size // sum(sizes)
-            part = {**tensors, name: tensors[name][begin // rows : -(-end // rows)]}
-            parts.append(
-                part if begin % rows == 0 == end % rows else {**part, "lokr_first": torch.tensor(begin % rows)}
-            )
+            parts.append({**tensors, name: tensors[name][begin // rows : -(-end // rows)]})
+            if begin % rows or end % rows:
+                parts[-1]["lokr_first"] = torch.tensor(begin % rows)
             begin = end
         return parts
 

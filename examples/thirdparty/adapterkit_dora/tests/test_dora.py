@@ -92,6 +92,16 @@ def test_files_of_lycoris(model, tmp_path, options):
         adapters.remove("a")
 
 
+def test_scale_by_the_name_that_diffusers_gives_it(model, tmp_path):
+    wanted = lycoris_file(model, tmp_path / "a.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    renamed = {key.replace("_up.dora_scale", "_up.lora_magnitude_vector"): t for key, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    safetensors.torch.save_file(renamed, tmp_path / "b.safetensors")
+    assert ak.attach(model).load(tmp_path / "b.safetensors", "b").ok
+    torch.testing.assert_close(model(X), wanted, rtol=0, atol=1e-5)
+
+
 def test_lycoris_reads_what_is_written(model, tmp_path):
     from lycoris import create_lycoris_from_weights
 
