@@ -169,3 +169,15 @@ def test_a_checkpoint_of_which_only_a_part_was_written_again_is_refused(tmp_path
     ak.attach(model).save("t", tmp_path / "checkpoint-1")
     with pytest.raises(ak.CheckpointError, match=r"checkpoint-1 holds adapter_model.safetensors and .* of two saves"):
         trainer(together(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_view_is_resumed_only_as_it_acted(tmp_path: Path) -> None:
+    trainer(ak.as_peft(together("t", config=BESIDE)), tmp_path, cls=Trainer).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ak.CheckpointError, match=r"and here 't' \(strength 0.5\) acted"):
+        trainer(ak.as_peft(together("t", config=BESIDE, strengths={"t": 0.5})), tmp_path, cls=Trainer).train(
+            resume_from_checkpoint=checkpoint
+        )
+    view = ak.as_peft(together(config=BESIDE))
+    with pytest.warns(ak.AdapterWarning, match=r"only the first active adapter act and train, here 'beside'.*Mixin"):
+        view.load_adapter(f"{checkpoint}/t", "t")

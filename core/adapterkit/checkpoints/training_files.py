@@ -33,10 +33,14 @@ _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterki
 _MADE, _BESIDE = "adapterkit.made_again", "adapterkit.beside"
 
 
-def save_state(adapters: Adapters, name: str, folder: Path) -> None:
-    """Write to the folder what a training of this adapter needs beside the adapter's file there, if there is one."""
+def save_state(adapters: Adapters, name: str, folder: Path, held: Collection[str] | None = None) -> None:
+    """Write to the folder what a training of this adapter needs beside the adapter's file there, if there is one.
+
+    Args:
+        held: all adapters that are saved with it; `None`: those that train.
+    """
     adapter, state = adapters._adapters[name], adapters.training_state(name)
-    acted = setting(adapters, held=adapters.trainable)
+    acted = setting(adapters, held=adapters.trainable if held is None else held)
 
     def write() -> None:
         tensors = _file_beside(folder)
@@ -64,17 +68,23 @@ def save_training(adapters: Adapters, name: str, folder: Path, *, writes: bool) 
         save_state(adapters, name, folder)
 
 
-def load_state(adapters: Adapters, name: str, folder: Path) -> bool:
+def load_state(adapters: Adapters, name: str, folder: Path, *, resumes: bool) -> bool:
     """Restore an adapter from the state that `save_state` wrote to this folder, under whatever name.
+
+    Args:
+        resumes: the training goes on from there, so all adapters must act as they did then, if it has its old name.
 
     Returns:
         Whether there is one.
 
     Raises:
-        CheckpointError: it was saved with another config. Nothing has changed then.
+        CheckpointError: it was saved with another config, or adapters act otherwise. Nothing has changed then.
     """
     if not (folder / STATE_FILE).is_file():
         return False
+    metadata = read_header(folder / STATE_FILE).metadata
+    if resumes and metadata.get(_NAME) == name and _SETTING in metadata:
+        check_setting(adapters, metadata[_SETTING], folder)
     adapters.load_training_state(name, _whole_state(adapters, name, folder / STATE_FILE))
     return True
 

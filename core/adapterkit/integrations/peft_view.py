@@ -18,7 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
 from adapterkit.contract import BIASES, FILE_PREFIX, default_registry
-from adapterkit.errors import StateError, UnsupportedError
+from adapterkit.errors import AdapterWarning, StateError, UnsupportedError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_functions
@@ -253,7 +253,7 @@ class PeftView(PeftModel):
                 torch.save(read(folder).tensors, folder / PICKLE_FILE)
                 (folder / WEIGHTS_FILE).unlink()
             if training and source is None and (is_main_process or together):
-                save_state(self.adapters, name, folder)
+                save_state(self.adapters, name, folder, held=names)
             elif is_main_process:
                 (folder / STATE_FILE).unlink(missing_ok=True)  # it was of what the folder held before
 
@@ -283,6 +283,7 @@ class PeftView(PeftModel):
 
         Args:
             is_trainable: whether a new adapter trains. Without, the model goes to evaluation mode, as PEFT does it.
+                With it, a checkpoint of `Trainer` must be of a training in which the adapters acted as they do now.
 
         Returns:
             The names of the tensors that the file lacks, and of those that belong to nothing, under PEFT's keys.
@@ -291,18 +292,26 @@ class PeftView(PeftModel):
             RuntimeError: tensors of other shapes, unless `ignore_mismatched_sizes`.
         """
         if adapter_name in self.adapters:
-            report = self._load_into(adapter_name, model_id, kwargs)
+            report = self._load_into(adapter_name, model_id, kwargs, resumes=is_trainable)
         else:
             report = _load_new(self.adapters, adapter_name, model_id, kwargs, activate=False, trainable=is_trainable)
         if not is_trainable:
             self.eval()
         return self._keys(adapter_name, report)
 
-    def _load_into(self, name: str, source: str | Path, options: Mapping[str, Any]) -> LoadReport:
+    def _load_into(self, name: str, source: str | Path, options: Mapping[str, Any], *, resumes: bool) -> LoadReport:
         """Load the tensors of a folder into an adapter; everything of its training if the folder has that."""
         adapters, adapter = self.adapters, self.adapters._adapter(name)
         folder = adapter_folder(source, **_on_hub(options))
-        if load_state(adapters, name, folder):
+        if load_state(adapters, name, folder, resumes=resumes):
+            if len(adapters.active) > 1:
+                warnings.warn(
+                    "When Trainer resumes with a PEFT model, it lets only the first active adapter act and train, here "
+                    f"{adapters.active[0]!r} of {', '.join(map(repr, adapters.active))}. To go on with all of them, "
+                    "put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class.",
+                    AdapterWarning,
+                    stacklevel=3,
+                )
             return LoadReport()
         tensors, method = read(folder).tensors, default_registry.method_of(adapter.config)
         _check_sizes(match_adapter(adapter, method, adapters.model, tensors)[1], options)
