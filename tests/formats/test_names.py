@@ -308,6 +308,21 @@ def test_layers_that_original_names_stand_for(name: str, path: str, tmp_path: Pa
     check(merged(adapters, "a", [path]), {path: change})
 
 
+def test_whole_differences_have_the_rows_of_their_layers(tmp_path: Path) -> None:
+    model, halves, bias = model_of(FLUX), torch.randn(16, 8), torch.arange(1.0, 25.0)
+    tensors, _ = lora("diffusion_model.double_blocks.0.img_mlp.0", 32, inputs=8)
+    tensors["diffusion_model.final_layer.adaLN_modulation.1.diff"] = halves
+    tensors["diffusion_model.double_blocks.0.img_attn.qkv.diff_b"] = bias
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = ak.attach(model)
+    adapters.load(tmp_path / "a.safetensors", "a")
+    found = {path: dict(head.named_parameters()) for path, head in adapters.heads("a").items()}
+    change = found["norm_out.linear"]["weight"] - model.get_submodule("norm_out.linear").weight
+    torch.testing.assert_close(change, torch.cat([halves[8:], halves[:8]]), rtol=0, atol=1e-5)
+    for path, own in zip(FUSED, bias.split(8), strict=True):
+        torch.testing.assert_close(found[path]["bias"] - model.get_submodule(path).bias, own, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "prefix",
     [

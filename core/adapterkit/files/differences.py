@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import LayerNames
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import Translation, original_paths
+from adapterkit.formats import Translation
 from adapterkit.model import BaseModules
 from adapterkit.tensors import real_value
 
@@ -36,8 +36,7 @@ def with_differences(
     names, changed = LayerNames(known), dict[str, dict[str, Tensor]]()
     for key in keys:
         difference, (name, _, local) = tensors.pop(key), key.rpartition(".")
-        paths = (path for path in (names.find(name), *original_paths(key)) if path in known)
-        path, parameter = next(paths, None), _PARAMETERS[local]
+        path, parameter = names.find(name), _PARAMETERS[local]
         if key in zeros:
             continue
         own = None if path is None or path in found.layers else _value(known[path], parameter)

@@ -9,7 +9,7 @@ from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming, todays_paths
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
-from adapterkit.formats.names import advice_on_names, original_names, original_paths
+from adapterkit.formats.names import advice_on_names, original_names
 from adapterkit.formats.refused import check_beginning, check_config, check_content, warn_of_weights_beside, what_else
 from adapterkit.formats.translation import Translation, translate
 from adapterkit.formats.wrapped import tensors_in
@@ -30,7 +30,6 @@ __all__ = [
     "layers_of",
     "mlx_files",
     "original_names",
-    "original_paths",
     "renaming",
     "shapes_of",
     "tensors_in",

@@ -196,11 +196,6 @@ def advice_on_names(layers: Iterable[str]) -> str:
     )
 
 
-def original_paths(key: str) -> set[str]:
-    """The layers of diffusers that a key may be for, if it has an original name that stands for one layer."""
-    return {place.paths[0] for place in Place.of(key, FAMILIES).values() if len(place.paths) == 1}
-
-
 def _fit(places: Iterable[Place], sizes: Mapping[str, LayerKind]) -> bool:
     """Whether the modules whose sizes the file tells have the shares that the family has."""
     known = [(place, sizes[place.module]) for place in places if place.module in sizes]
@@ -231,20 +226,30 @@ def _parts(
 ) -> list[dict[str, Tensor]]:
     """The tensors of a module, by their keys in the file, for each of its layers."""
     rows = place.rows(sizes) if place.swapped or len(place.paths) > 1 else []
+    parts, rest = [dict[str, Tensor]() for _ in place.paths], dict(held)
     for form, own in _readings(place.module, held, forms) if len(rows) > 1 else ():
+        if not rest.keys() >= {*own.values()}:  # another method has read them
+            continue
+        values = {local: rest.pop(key) for local, key in own.items()}
         try:
-            values = {local: held[key] for local, key in own.items()}
             found = [_swapped(values, form, rows)] if place.swapped else form.split(values, rows)
         except UnsupportedError as error:
             raise UnsupportedError(f"{place.module!r} has the rows of {', '.join(place.paths)}. {error}") from error
-        rest = {key: tensor for key, tensor in held.items() if key not in own.values()}
-        return [{own.get(n, f"{place.module}.{n}"): tensor for n, tensor in part.items()} | rest for part in found]
-    return [dict(held) for _ in place.paths]  # if no method knows them, a message names their keys
+        for part, tensors in zip(parts, found, strict=True):
+            part |= {own[local]: tensor for local, tensor in tensors.items()}
+    return [part | rest for part in parts]  # no method knows the rest, and a message names its keys
+
+
+class _Differences(Format):
+    """Differences of whole weights and biases, which ComfyUI and LyCORIS have beside adapters."""
+
+    factors = frozenset({"diff", "diff_b"})
+    rows = dict.fromkeys(factors, 0)
 
 
 def _formats() -> list[Format]:
-    """The formats of all methods."""
-    return [form for method in methods() for form in method.formats()]
+    """The formats of all methods, and that of whole differences."""
+    return [*(form for method in methods() for form in method.formats()), _Differences()]
 
 
 def _readings(module: str, keys: Iterable[str], forms: Iterable[Format]) -> Iterator[tuple[Format, dict[str, str]]]:
