@@ -763,3 +763,15 @@ def test_get_peft_model_of_an_adapted_model_replaces_the_adapter_with_a_warning(
     assert again.adapters is adapters
     assert adapters.names == adapters.active == adapters.trainable == ("default",)
     assert adapters.config("default").r == 3
+
+
+def test_nothing_requires_gradients_while_the_adapters_are_disabled_and_a_graph_goes_on() -> None:
+    ours, adapters = view()
+    loss = ours(**MODELS["llama"].inputs()).logits.square().mean()
+    with ours.disable_adapter():
+        assert not any(p.requires_grad for p in ours.parameters())
+    loss.backward()
+    assert all(p.requires_grad and p.grad is not None for p in adapters.parameters("default"))
+    with pytest.raises(KeyError), ours.disable_adapter():
+        raise KeyError
+    assert all(p.requires_grad for p in adapters.parameters("default"))

@@ -149,7 +149,9 @@ class PeftView(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model for a `with` block: `Adapters.disabled`. What is merged is unmerged, as PEFT does it.
+        """The base model for a `with` block: `Adapters.disabled`. Nothing of the adapters requires gradients in it.
+
+        What is merged is unmerged, as PEFT does it.
 
         Layers that were switched off alone (`layer.enable_adapters(False)`) are on afterwards, with a warning.
         """
@@ -163,11 +165,16 @@ class PeftView(PeftModel):
                 stacklevel=3,
             )
         before, self._adapters_disabled = self._adapters_disabled, True
+        trained = [p for name in self.adapters.trainable for p in self.adapters.parameters(name) if p.requires_grad]
         try:
             with self.adapters.disabled():
+                for parameter in trained:
+                    parameter.requires_grad_(False)
                 yield
         finally:
             self._adapters_disabled = before
+            for parameter in trained:
+                parameter.requires_grad_(True)
         for layer in off:
             layer.enable_adapters(True)
 
