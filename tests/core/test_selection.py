@@ -114,6 +114,7 @@ def test_the_layers_are_those_that_peft_targets(name: str, targets: Any, fields:
         {"layers.0.self_attn.q_proj": 2, r"^model\.layers\.0\.self_attn\.v_proj$": 3, "model.layers.1": 4},
         {"^layers.0.self_attn.q_proj": 2, "attn.q_proj": 3, "layers.0.self.attn.k_proj": 4, "o_proj$": 5},
         {r"^(?:model\.layers\.0\.self_attn\.q_proj|model\.layers\.1\.mlp\.up_proj)": 6, "self_attn.q_proj": 7},
+        {".*layers.0.self_attn.q_proj": 2, r".*\.v_proj": 3, ".*_proj": 4, ".*.down_proj": 5},
         {"layers.1.self_attn..*": 3, "layers.1.self_attn.q_proj": 4, "up_proj": 5, "mlp.up_proj": 6},
     ],
     ids=str,
@@ -132,7 +133,9 @@ def test_plain_names_are_found_without_a_regular_expression(monkeypatch: pytest.
     paths = [f"layers.{i}.q_proj" for i in range(20)]
     config = LoraConfig.with_values({"lora_alpha": {path: float(i + 1) for i, path in enumerate(paths)}})
     assert [config.at(path).lora_alpha for path in paths] == list(range(1, 21))
-    assert [matching.PatternTable(dict.fromkeys(paths, 3), "").get(f"model.{path}", 8) for path in paths] == [3] * 20
+    table = matching.PatternTable(dict.fromkeys(paths, 3), "")
+    assert [table.get(f"model.{path}", 8) for path in paths] == [3] * 20
+    assert table.get("a", 8) == 8
 
 
 def test_the_defaults_are_those_of_peft() -> None:

@@ -131,7 +131,7 @@ class Rule:
 
 # A key of names and dots alone, or of several in a group, as `AdapterConfig.with_values` writes them.
 _NAME = r"(?:[\w/-]|\\-|\\?\.)+"
-_PLAIN = re.compile(rf"(\^?)(?:\(\?:({_NAME}(?:\|{_NAME})*)\)|({_NAME}))\$?")
+_PLAIN = re.compile(rf"(\^|\.\*)?(?:\(\?:({_NAME}(?:\|{_NAME})*)\)|({_NAME}))\$?")
 
 
 class PatternTable:
@@ -147,9 +147,9 @@ class PatternTable:
         self._rows = list(table.items())
         self._patterns: list[tuple[int, Pattern]] = []
         budget = Budget(_OF_A_TABLE * TIME_LIMIT_SECONDS, least=0.0)
-        # By whether a name must be the whole path, and by the lengths of its pieces: the names, in pieces, and their
-        # rows. A dot that is not escaped stands for any character and separates two pieces.
-        self._names: dict[tuple[bool, tuple[int, ...]], dict[tuple[str, ...], int]] = {}
+        # By what begins the key, and by the lengths of a name's pieces: the names, in pieces, and their rows. A dot
+        # that is not escaped stands for any character and separates two pieces.
+        self._names: dict[tuple[str | None, tuple[int, ...]], dict[tuple[str, ...], int]] = {}
         for row, key in enumerate(table):
             plain = _PLAIN.fullmatch(key)
             if plain is None:
@@ -157,7 +157,7 @@ class PatternTable:
                 continue
             for name in (plain[2] or plain[3]).split("|"):
                 pieces = tuple(piece.replace("\\", "") for piece in re.split(r"(?<!\\)\.", name))
-                group = self._names.setdefault((bool(plain[1]), tuple(map(len, pieces))), {})
+                group = self._names.setdefault((plain[1], tuple(map(len, pieces))), {})
                 group.setdefault(pieces, row)
 
     def get(self, path: str, default: Any) -> Any:
@@ -173,9 +173,9 @@ class PatternTable:
     def _row_of_name(self, path: str) -> int:
         """The first row with a name that is or ends the path; the number of rows if there is none."""
         first = len(self._rows)
-        for (whole, lengths), rows in self._names.items():
+        for (beginning, lengths), rows in self._names.items():
             start = len(path) - sum(lengths) - len(lengths) + 1
-            if start == 0 or (start > 0 and not whole and path[start - 1] == "."):
+            if start == 0 or (start > 0 and (beginning == ".*" or (beginning is None and path[start - 1] == "."))):
                 pieces = []
                 for length in lengths:
                     pieces.append(path[start : start + length])
