@@ -64,3 +64,9 @@ def test_all_patterns_of_a_table_share_one_budget(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(ak.ConfigError, match=r"took over 0\.2 s"):
         ask_all()
+
+
+def test_compiling_thousands_of_expressions_is_on_the_same_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "TIME_LIMIT_SECONDS", 0.005)
+    with pytest.raises(ak.ConfigError, match=r"took over 0\.05 s"):
+        PatternTable({f"x{number}(a|b){{1,30}}": 1 for number in range(50_000)}, "rank_pattern")

@@ -46,6 +46,7 @@ class Pattern:
                 f"{field} = {expression!r} is too large an expression: its repeats or groups would take too much "
                 "memory. Write a simpler one, or list the modules."
             )
+        start = time.perf_counter()
         try:
             self._compiled = regex.compile(expression)
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
@@ -53,6 +54,10 @@ class Pattern:
                 f"{field} = {expression!r} is not a valid regular expression: {error}. "
                 "A list of names, such as ['query', 'value'], is taken literally."
             ) from error
+        if budget is not None:  # thousands of expressions of a table take long to compile
+            budget.left -= time.perf_counter() - start
+            if budget.left <= 0:
+                raise self._late()
 
     def matches(self, path: str) -> bool:
         """Whether the whole of `path` matches."""
@@ -60,15 +65,19 @@ class Pattern:
         try:
             left = max(self._budget.left, self._budget.least)
             if not left:
-                raise TimeoutError
+                raise self._late()
             return self._compiled.fullmatch(path, timeout=left) is not None
         except TimeoutError as error:
-            raise ConfigError(
-                f"{self.field} = {self.expression!r} took over {self._budget.seconds:g} s to match the module "
-                "names: it backtracks without end. Write a simpler expression, or list the modules."
-            ) from error
+            raise self._late() from error
         finally:
             self._budget.left -= time.perf_counter() - start
+
+    def _late(self) -> ConfigError:
+        return ConfigError(
+            f"{self.field} = {self.expression!r} took over {self._budget.seconds:g} s to match the module names, with "
+            "those before it: it backtracks without end, or there are too many. Write simpler expressions, or list the "
+            "modules."
+        )
 
 
 def _states(expression: str) -> int:
