@@ -443,9 +443,13 @@ class Classes:
         self.adapters = adapters
 
     def __call__(self, module: nn.Module) -> tuple[type, ...]:
-        """`Named`, and PEFT's classes for the adapters at the module, such as `lora.LoraLayer` and `lora.Linear`."""
+        """`Named`, and PEFT's classes for the adapters at the module, such as `lora.LoraLayer` and `lora.Linear`.
+
+        At the output layer `Named` alone: TRL's losses read its weight, so TRL refuses a layer of PEFT's there. Here
+        the weight has the change in it.
+        """
         layers: Any = module._modules.get(LAYERS)
-        if layers is None:
+        if layers is None or module is getattr(self.adapters.model, "get_output_embeddings", lambda: None)():
             return (Named,)
         found: dict[type, None] = {BaseTunerLayer: None}
         for layer in layers._modules.values():
