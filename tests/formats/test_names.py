@@ -266,6 +266,10 @@ def test_layers_of_several_models_ask_for_the_base(tmp_path: Path) -> None:
     with pytest.raises(ak.CheckpointError, match=r"may be for Z-Image or Lumina 2, .* Give base="):
         ak.convert_file(tmp_path / "b.safetensors", tmp_path / "c")
     assert "diffusion_model.layers.0.feed_forward.w1" in str(ak.inspect_adapter(tmp_path / "b.safetensors"))
+    one, other = lora("diffusion_model.single_blocks.0.linear1", 28)[0], lora("diffusion_model.mystery", 8)[0]
+    save_file(one | other, tmp_path / "d.safetensors")
+    with pytest.raises(ak.CheckpointError, match=r"mystery.* is not a name of Flux, .* Give base="):
+        ak.convert_file(tmp_path / "d.safetensors", tmp_path / "e")
 
 
 def test_inspect_keeps_the_names_and_says_whose_they_are(tmp_path: Path) -> None:

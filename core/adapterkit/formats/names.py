@@ -166,6 +166,13 @@ class OriginalNames(Layout):
         tensors = _moved(files.tensors, places, sizes)
         if all(place.same for place in places.values()):  # several models may have these names
             return dataclasses.replace(files, tensors=tensors)
+        parts = {place.part for place in places.values()}
+        other = next((key for key in files.tensors if key not in places and component(key) in parts), None)
+        if layers is None and other is not None:
+            raise CheckpointError(
+                f"{files.folder}: {other!r} is not a name of {family.model}, as the others are. Give base=, the model "
+                "that it is for."
+            )
         return files.read_as(f"{family.model} in its original names", tensors)
 
     def _places(self, keys: Iterable[str], layers: Mapping[str, LayerKind] | None) -> dict[Family, dict[str, Place]]:
