@@ -188,3 +188,21 @@ def test_pages_and_manifests_hold_no_folders_of_this_machine(tmp_path: Path) -> 
     page_of(tmp_path / "a", tmp_path / "page.html")
     for file in (tmp_path / "merged" / "adapterkit_merge.json", tmp_path / "page.html"):
         assert str(tmp_path) not in file.read_text(encoding="utf-8")
+
+
+@linux
+def test_pipes_at_the_places_of_an_adapters_files_are_replaced(adapter: Path) -> None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (adapter / name).unlink()
+        os.mkfifo(adapter / name)
+    files.write_folder(adapter, CONFIG, TENSORS, {})
+    assert files.read(adapter).config == CONFIG
+
+
+def test_a_folder_at_the_place_of_a_file_is_an_error_and_nothing_changes(adapter: Path) -> None:
+    before = (adapter / WEIGHTS_FILE).read_bytes()
+    (adapter / CONFIG_FILE).unlink()
+    (adapter / CONFIG_FILE).mkdir()
+    with pytest.raises(ak.SaveError):
+        files.write_folder(adapter, CONFIG, TENSORS, {})
+    assert (adapter / WEIGHTS_FILE).read_bytes() == before

@@ -79,7 +79,8 @@ def _write_into(
 ) -> None:
     """Put both files into a folder that is there."""
     config, weights, pickle = (folder / file for file in (CONFIG_FILE, name, PICKLE_FILE))
-    old, older_format = config.read_bytes() if config.exists() else b"", _identity(pickle)
+    old = config.read_bytes() if config.is_file() or config.is_dir() else b""  # a folder there is an error, a pipe goes
+    older_format = _identity(pickle)
     was_adapter = weights.exists() or older_format is not None
     last, first = (config, weights) if was_adapter else (weights, config)
     change = {}
