@@ -19,10 +19,14 @@ from adapterkit.kinds import LayerKind
 
 # PEFT calls an adapter "default", and diffusers "default_0", between the name of its parameter and "weight".
 _NAME = re.compile(r"default(?:_\d+)?")
+# PEFT's outermost name, which shared tensors have alone.
+_BASE = "base_model."
 # Models that hold the one that is trained: DDP's, and the pipelines of DiffSynth.
 _WRAPPERS = ("module.", "pipe.dit.")
+# Those that PEFT has adapted together with what they hold, and PEFT's own below its outermost.
+_INNER = ("module.", _BASE)
 # A head that PEFT trains, and the base's own beside it.
-_SHARED, _HEAD, _ORIGINAL = "base_model.", ".modules_to_save", ".original_module."
+_HEAD, _ORIGINAL = ".modules_to_save", ".original_module."
 # Where training scripts keep the tensors in what they save, beside an optimizer's state, an epoch and the like.
 _INSIDE = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "lora_state_dict", "lora", "adapter"),
@@ -79,16 +83,34 @@ class Wrapped(Layout):
                     "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
                 )
             tensors[short], before[short] = tensor, key
+        tensors = _unwrapped(tensors, layers or {})
         if tensors.keys() == files.tensors.keys():
             return None
         return files.read_as(self.program, _each_once(tensors))
 
 
+def _unwrapped(tensors: dict[str, Tensor], layers: Mapping[str, LayerKind]) -> dict[str, Tensor]:
+    """Without wrappers' names between PEFT's prefix and the paths of the model, if every key has them."""
+    shared = {key for key in tensors if key.count(".") == 1 and key.startswith(_BASE)}
+    rest = {key: key.removeprefix(FILE_PREFIX) for key in tensors if key not in shared}
+    inner = ""
+    while not any(_is_inside(key.removeprefix(inner), layers) for key in rest.values()):
+        wrapper = next((w for w in _INNER if all(key.startswith(inner + w) for key in rest.values())), None)
+        if wrapper is None or not rest or not layers:
+            return tensors
+        inner += wrapper
+    named = {key: key.removesuffix(short) + short.removeprefix(inner) for key, short in rest.items()}
+    return {named.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def _is_inside(key: str, layers: Mapping[str, LayerKind]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
+
+
 def _each_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the copies of shared tensors that a state dict has at each layer, such as VeRA's projections."""
-    shared = {
-        key.rpartition(".")[2]: t for key, t in tensors.items() if key.count(".") == 1 and key.startswith(_SHARED)
-    }
+    shared = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.count(".") == 1 and key.startswith(_BASE)}
     return {
         key: tensor
         for key, tensor in tensors.items()
