@@ -153,6 +153,16 @@ def test_one_of_several_variants_has_to_be_chosen(tmp_path: Path) -> None:
     assert ak.skeleton(base / "diffusion_pytorch_model.fp16.safetensors") is not None
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "\x1b[31m", ["x"]])
+def test_names_from_files_are_no_names_of_a_modules_own(name: object, tmp_path: Path) -> None:
+    keys = ("ok", "training", "_modules", "forward", "x.__class__", "a..b", "a." * 70 + "b")
+    save_file({f"{key}.weight": torch.zeros(2, 2) for key in keys}, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    plain = ak.skeleton(tmp_path)
+    assert [path for path, _ in plain.named_modules()] == ["", "ok"]
+    assert type(plain).__name__ == "Model"
+
+
 def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:
     model: Any = copy.deepcopy(models.build("gpt2"))
     model.save_pretrained(tmp_path / "base")

@@ -174,13 +174,14 @@ class PlainModel(nn.Module):
         Raises:
             CheckpointError: some matrices are stored `(in, out)`, as GPT-2 does, and nothing tells which.
         """
-        model: PlainModel = type(name, (cls,), {})()
+        model: PlainModel = type(name if name.isidentifier() else "Model", (cls,), {})()
         model.prefix = _ORIGINAL if any(key.startswith(_ORIGINAL) for key in checkpoint.entries) else ""
         layers: dict[str, dict[str, Entry]] = {}
+        taken = frozenset(dir(nn.Module()))
         for key, entry in checkpoint.entries.items():
             path, _, local = key.removeprefix(model.prefix).rpartition(".")
             parts = path.split(".") if path else []
-            usable = len(parts) < _DEEPEST and not any(not part or hasattr(nn.Module, part) for part in (*parts, local))
+            usable = len(parts) < _DEEPEST and all((*parts, local)) and taken.isdisjoint((*parts, local))
             if key.startswith(model.prefix) and usable:
                 layers.setdefault(path, {})[local] = entry
         for path, held in layers.items():
