@@ -1,5 +1,6 @@
 """LoRA files of other programs: kohya-ss's, LyCORIS's (LoCon) and diffusers', old and new."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,13 +118,21 @@ class LoraFormat(Format):
                 )
             values[_DOWN] = torch.einsum("mn...,nj->mj...", mid, down.flatten(1))
         if _DIFF in values:
-            if not config.scaling:
-                raise UnsupportedError(f"{layer.path!r}: the bias of a B that is scaled by 0 changes nothing.")
-            diff = values.pop(_DIFF)
-            if config.scaling != 1:
-                diff = diff.to(torch.promote_types(diff.dtype, torch.float32)) / config.scaling
-            values[_BIAS] = diff + values[_BIAS] if _BIAS in values else diff
+            values |= _with_bias(values, values.pop(_DIFF), config.scaling)
         for local, shape in ((_DOWN, layer.kind.down_shape(rank)), (_UP, layer.kind.up_shape(rank))):
             if local in values and values[local].flatten(1).shape == (shape[0], math.prod(shape[1:])):
                 values[local] = values[local].reshape(shape)  # `(r, in)` and `(r, in, 1, 1)` are one
         return values
+
+
+def _with_bias(values: Mapping[str, Tensor], diff: Tensor, scaling: float) -> dict[str, Tensor]:
+    """The factors, with the bias of B that makes this change of the layer's bias, in one dtype that rounds nothing."""
+    if not scaling:
+        raise UnsupportedError("A change of a bias cannot be that of a B that is scaled by 0.")
+    held = {name: values[name] for name in (_DOWN, _UP, _BIAS) if name in values}
+    dtypes = {tensor.dtype for tensor in (diff, *held.values())}
+    if scaling != 1 or any(dtype.itemsize == 1 for dtype in dtypes):
+        dtypes = {torch.float64 if torch.float64 in dtypes else torch.float32}
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    found = {name: tensor.to(dtype) for name, tensor in held.items()}
+    return {**found, _BIAS: diff.to(dtype) / scaling + found.get(_BIAS, 0)}

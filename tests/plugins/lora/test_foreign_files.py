@@ -281,6 +281,17 @@ def test_change_of_a_bias_beside_the_factors_is_not_scaled(
     assert check(model, file, wanted).ok
 
 
+@pytest.mark.parametrize("dtype", [None, "file"])
+def test_change_of_a_bias_in_half_precision(tmp_path: Path, dtype: str | None) -> None:
+    tensors = kohya("lora_unet", factors(2, OUT), 3.0) | {f"lora_unet_{OUT.replace('.', '_')}.diff_b": torch.ones(8)}
+    model, file = unet(), tmp_path / "a.safetensors"
+    low, outputs = {key: tensor.half() for key, tensor in tensors.items()}, []
+    for held in (low, {key: tensor.float() for key, tensor in low.items()}):
+        with loaded(model, write(file, held), dtype=dtype):
+            outputs.append(output(model))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
+
+
 def test_each_layer_has_its_own_rank_and_alpha(model: nn.Module, tmp_path: Path) -> None:
     tensors, deltas = {}, {}
     for r, alpha, path in ((2, 1.0, QUERY), (2, 4.0, OUT), (3, 1.0, VALUE), (4, None, "down_blocks.1.attn1.to_q")):
