@@ -156,7 +156,12 @@ def _causes(report: LoadReport, whole: Collection[str]) -> list[str]:
             cure = f"it is for {inside}: load it there"
         return [f"where this model's names begin with {ours!r}, the file's begin with {theirs!r}; {cure}"]
     causes = []
-    if report.missing:
+    if report.missing and all(key.endswith(".base_layer.bias") for key in report.missing):
+        causes.append(
+            "it lacks the biases that were trained: with bias='lora_only' PEFT 0.7 and some later versions did not "
+            "save them, so they are lost"
+        )
+    elif report.missing:
         causes.append("the adapter on this model needs tensors that are missing (another base, or other targets?)")
     empty = [mismatch.key for mismatch in report.mismatched if 0 in mismatch.found]
     if empty:

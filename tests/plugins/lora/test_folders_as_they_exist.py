@@ -216,6 +216,14 @@ def test_modules_in_full_that_the_config_does_not_name_are_refused_with_the_cure
         ak.attach(build("llama")).load(tmp_path, name="a")
 
 
+def test_biases_that_peft_0_7_lost_are_refused_with_the_cause(tmp_path: Path) -> None:
+    saved_by_peft("lora", build("bert"), tmp_path, "bert", bias="lora_only")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith("bias")}, file)
+    with pytest.raises(ak.CheckpointError, match="lacks the biases that were trained: with bias="):
+        ak.attach(build("bert")).load(tmp_path, name="a")
+
+
 # What a folder holds beside the adapter, or for another model
 
 
