@@ -775,3 +775,13 @@ def test_nothing_requires_gradients_while_the_adapters_are_disabled_and_a_graph_
     with pytest.raises(KeyError), ours.disable_adapter():
         raise KeyError
     assert all(p.requires_grad for p in adapters.parameters("default"))
+
+
+def test_rows_name_adapters_that_there_are_and_that_are_not_merged() -> None:
+    ours, _ = view()
+    given = MODELS["llama"].inputs()
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        ours(**given, adapter_names=["default", "nothing"])
+    ours.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        ours(**given, adapter_names=["default", "__base__"])

@@ -64,11 +64,12 @@ def _adapter_keys(view: Any) -> set[str]:
 
 def _tuner_keys(view: Any, adapter_name: str | None = None) -> set[str]:
     """What the keys of adapters begin with in the view's state dict, but those of trained copies of modules."""
-    name = "" if adapter_name is None else f".{adapter_name}"
-    found = {f"base_model.{local}{name}" for local in view.base_model.shared()}
+    found: list[tuple[str, Any]] = [(f"base_model.{local}", part) for local, part in view.base_model.shared().items()]
     for path, module in view.base_model.model.named_modules():
-        found |= {f"{FILE_PREFIX}{path}.{local}{name}" for local, part in beside(module) if local}
-    return found
+        found += [(f"{FILE_PREFIX}{path}.{local}", part) for local, part in beside(module) if local]
+    if adapter_name is None:
+        return {key for key, _ in found}
+    return {f"{key}.{adapter_name}" for key, part in found if adapter_name in part}
 
 
 def _biases(view: Any, state_dict: dict[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:

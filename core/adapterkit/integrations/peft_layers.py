@@ -281,7 +281,11 @@ class LayerView(nn.Module):
             places = (*adapter.layers, *adapter.biases)
             now = {at: strength_at(before[name], at) if name in before else None for at in places}
             wanted[name] = now | ({path: strengths.get(name)} if path in now else {})
-        acting = {name: layers for name, layers in wanted.items() if any(s is not None for s in layers.values())}
+        acting = {
+            name: layers
+            for name, layers in wanted.items()
+            if (name in before and adapters.heads(name)) or any(strength is not None for strength in layers.values())
+        }
         others = [
             layer for name in acting for at, layer in adapters.layers(name).items() if trains is None or at != path
         ]

@@ -144,6 +144,13 @@ class PeftView(PeftModel):
         if names is None or self._adapters_disabled or self.base_model._disabled is not None:
             yield
             return
+        missing = sorted({*names} - {*self.adapters.names, "__base__"})
+        if missing:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}.")
+        if self.adapters.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         with self.adapters.per_sample([None if name == "__base__" else name for name in names]):
             yield
 

@@ -81,7 +81,14 @@ class Result:
         lines = [f"{name}: {file}" for name, file in self.files.items()]
         lines += [f"{len(failures):5}  {reason}" for reason, failures in self.by_size()]
         lines += [f"   ??  {_line(failure)}" for failure in self.unexplained]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"{self.share} of all"])
+
+    @property
+    def share(self) -> str:
+        """The estimated share of all tests that count which pass: each file counts by the tests that it has."""
+        ran = [file for file in self.files.values() if file.ran]
+        passing = sum(file.counted * file.passed / file.ran for file in ran)
+        return f"{passing / max(sum(file.counted for file in ran), 1):.1%}"
 
     def by_size(self) -> list[tuple[str, list[Outcome]]]:
         """The reasons, the most frequent first."""
@@ -116,7 +123,8 @@ def write(result: Result) -> None:
         _table(("why a test fails", "tests", "one of them"), failing),
         _table(("left out: the test needs", "tests"), result.left_out.most_common()),
     )
-    made = f"<!-- results -->\n\nPEFT {version('peft')}.\n\n" + "\n".join(tables) + "\n"
+    share = f"Of all tests that count, {result.share} pass, each file's share taken for all of its tests."
+    made = f"<!-- results -->\n\nPEFT {version('peft')}. {share}\n\n" + "\n".join(tables) + "\n"
     PAGE.write_text(text[:start] + made + text[end:], encoding="utf-8")
 
 

@@ -55,7 +55,9 @@ def watch_adapters() -> None:
         why = missing_option(config, model) if asked else "made without a PeftModel"
         kind = getattr(config.peft_type, "value", config.peft_type)
         made[kind] = made.get(kind) or why
-        return inject(self, model, adapter_name, *args, **kwargs)
+        result = inject(self, model, adapter_name, *args, **kwargs)
+        made[kind] = made[kind] or missing_option(config, model)  # PEFT may have set `target_parameters`
+        return result
 
     def asking(call: Any) -> Any:
         @functools.wraps(call)
