@@ -103,6 +103,24 @@ def test_details_below_a_message_keep_their_lines() -> None:
     assert str(ak.CheckpointError("It does\nnot fit.", "  a\n  b\x1b")) == "It does not fit.\n  a\n  b\\x1b"
 
 
+def test_a_load_that_is_not_strict_warns_with_the_lines_of_its_report(tmp_path: Path) -> None:
+    model = torch.nn.Sequential()
+    model.query = torch.nn.Linear(4, 4)
+    with pytest.warns(ak.AdapterWarning) as caught:
+        ak.attach(model).load(odd_adapter(tmp_path / "a"), "a", strict=False)
+    lines = str(caught[0].message).split("\n")
+    assert lines == [f"{tmp_path / 'a'}:", "the tensors do not fit this adapter", "  unexpected (1):", "    odd\\x1b"]
+
+
+def odd_adapter(place: Path) -> Path:
+    place.mkdir()
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["query"]}))
+    factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    tensors = {f"base_model.model.query.lora_{name}.weight": tensor for name, tensor in factors.items()}
+    save_file(tensors | {"odd\x1b": torch.ones(1)}, place / "adapter_model.safetensors")
+    return place
+
+
 def test_text_of_all_languages_is_shown_as_it_is() -> None:
     for text in ("naïve", "日本語 の", "שלום", "👩\u200d🔬", "हिन्दी"):
         assert str(ak.ConfigError(text)) == text

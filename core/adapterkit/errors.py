@@ -95,7 +95,7 @@ class PluginError(AdapterError, RuntimeError):
 
 
 class AdapterWarning(UserWarning):
-    """Something is allowed, but probably not intended."""
+    """Something is allowed, but probably not intended. Its text is made as that of an error."""
 
     __str__ = AdapterError.__str__
 

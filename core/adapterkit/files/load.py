@@ -113,7 +113,7 @@ def _check_of_this_model(
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
     """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
     if not report.ok:
-        warnings.warn(f"{files.folder}: {report}", AdapterWarning, stacklevel=5)
+        warnings.warn(AdapterWarning(f"{files.folder}:", report), stacklevel=5)
     adapted = {*adapter.layers, *({*adapter.heads} - adapter.tables)}
     path = next((path for path in adapter.aliases if path in adapted), None)
     if path is not None and files.config is not None and EVERYWHERE not in files.metadata:
