@@ -243,7 +243,7 @@ def _parts(
         except UnsupportedError as error:
             raise UnsupportedError(f"{place.module!r} has the rows of {', '.join(place.paths)}. {error}") from error
         for part, tensors in zip(parts, found, strict=True):
-            part |= {own[local]: tensor for local, tensor in tensors.items()}
+            part |= {own.get(local, f"{place.module}.{local}"): tensor for local, tensor in tensors.items()}
     return [part | rest for part in parts]  # no method knows the rest, and a message names its keys
 
 
