@@ -536,6 +536,13 @@ def test_bin_file_loads_unless_it_runs_code(model: nn.Module, folder: Path, tmp_
     assert not (tmp_path / "ran").exists()
 
 
+def test_bin_file_whose_directory_is_damaged_is_named(model: nn.Module, folder: Path) -> None:
+    bin_file(tensors_of(folder))(folder)
+    content = (folder / PICKLE_FILE).read_bytes()
+    (folder / PICKLE_FILE).write_bytes(content.replace(b"PK\x01\x02", b"XX\x01\x02"))
+    refuse(model, folder, "adapter_model.bin is a damaged archive: Bad magic number for central directory.")
+
+
 # Where an adapter is looked for
 
 
