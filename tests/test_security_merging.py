@@ -138,3 +138,12 @@ def test_a_link_at_the_locks_place_is_not_written_through(files: Path, tmp_path:
     with pytest.raises(ak.SaveError):
         merge(files, files / "base", tmp_path / "out")
     assert mine.read_text() == "mine"
+
+
+@linux
+def test_a_replaced_folder_keeps_its_mode(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(files, files / "base", out)
+    out.chmod(0o2750)
+    merge(files, files / "base", out, overwrite=True)
+    assert out.stat().st_mode & 0o7777 == 0o2750

@@ -364,8 +364,12 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the folder the output's name, in one step."""
+    """Give the folder the output's name, in one step; and the mode and the owner of a folder that it replaces."""
     if out.exists() and overwrite:
+        replaced = out.stat()
+        with contextlib.suppress(OSError, AttributeError):  # as in a save
+            os.chown(folder, replaced.st_uid, replaced.st_gid)
+        folder.chmod(replaced.st_mode & 0o7777)
         if not exchange(folder, out):  # where folders cannot change places there is a moment with neither
             old = out.with_name(f".{out.name}.old")
             out.rename(old)
