@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,7 @@ from adapterkit.formats import CONFIG_FILE, translate
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
-from adapterkit.results import Printed, columns, in_lines
-
-# A number that is a whole part of a path, or a whole word.
-_NUMBER = re.compile(r"\b(\d+)\b")
+from adapterkit.results import NUMBER, Printed, columns, in_lines, merged_paths
 
 
 @dataclass(frozen=True)
@@ -165,10 +161,10 @@ def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...
     """The layers, grouped if they differ only in the numbers of their paths; in the order of the model."""
     found: dict[tuple[str, LayerKind, str, int], list[str]] = {}
     for match in targets:
-        key = (_NUMBER.sub("", match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
+        key = (NUMBER.sub("", match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
         found.setdefault(key, []).append(match.path)
     return tuple(
-        LayerGroup(_merged(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)
+        LayerGroup(merged_paths(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)
         for (_, kind, rule, parameters), paths in found.items()
     )
 
@@ -177,22 +173,7 @@ def _skipped(rows: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Path and reason of the layers that are left out, grouped in the same way."""
     found: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
-        found.setdefault(_NUMBER.sub("", " ".join(row)), []).append(row)
-    return tuple((_merged([path for path, _ in group]), _merged([why for _, why in group])) for group in found.values())
-
-
-def _merged(texts: Sequence[str]) -> str:
-    """One text for texts that differ only in numbers, with the numbers in braces: `layers.{0-3,5}.query`."""
-    merged = ""
-    for parts in zip(*map(_NUMBER.split, texts), strict=True):
-        if len(set(parts)) == 1:
-            merged += parts[0]
-            continue
-        runs: list[list[int]] = []
-        for number in sorted({*map(int, parts)}):
-            if runs and number == runs[-1][-1] + 1:
-                runs[-1].append(number)
-            else:
-                runs.append([number])
-        merged += "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
-    return merged
+        found.setdefault(NUMBER.sub("", " ".join(row)), []).append(row)
+    return tuple(
+        (merged_paths([path for path, _ in group]), merged_paths([why for _, why in group])) for group in found.values()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -11,6 +12,8 @@ from adapterkit.errors import plain
 
 # Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
+# A number that is a whole part of a path, or a whole word.
+NUMBER = re.compile(r"\b(\d+)\b")
 # Texts name so many paths of one sort.
 _LISTED = 10
 # Truncation errors below this are rounding errors of float32.
@@ -269,6 +272,23 @@ def listed(what: str, entries: Sequence[str]) -> list[str]:
     """A line for each of the first entries, and one that counts the others."""
     lines = [f"  {what}: {entry}" for entry in entries[:_LISTED]]
     return lines + [f"  {what}: {len(entries) - _LISTED:,} more"] * (len(entries) > _LISTED)
+
+
+def merged_paths(texts: Sequence[str]) -> str:
+    """One text for texts that differ only in numbers, with the numbers in braces: `layers.{0-3,5}.query`."""
+    merged = ""
+    for parts in zip(*map(NUMBER.split, texts), strict=True):
+        if len(set(parts)) == 1:
+            merged += parts[0]
+            continue
+        runs: list[list[int]] = []
+        for number in sorted({*map(int, parts)}):
+            if runs and number == runs[-1][-1] + 1:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        merged += "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
+    return merged
 
 
 def counted(number: int, what: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,19 +17,23 @@ WEIGHTED = "PATH[:WEIGHT]"
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; it appears when it is complete.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in the folder.")]
-Rank = Annotated[int | None, typer.Option(help="Truncate to this rank (best approximation).")]
-MaxRank = Annotated[int | None, typer.Option(help="The server's own `--max-lora-rank`.")]
+Rank = Annotated[int | None, typer.Option(help="Truncate to this rank (best approximation).", min=1)]
+MaxRank = Annotated[int | None, typer.Option(help="The server's own `--max-lora-rank`.", min=1)]
 Energy = Annotated[
     float | None,
-    typer.Option(help="Truncate to the rank that keeps this share of the squared singular values, such as 0.99."),
+    typer.Option(
+        help="Truncate to the rank that keeps this share of the squared singular values, such as 0.99.", min=0, max=1
+    ),
 ]
+Server = Literal["vllm", "sglang"]
 To = Annotated[str, typer.Option(help="The method of the result.")]
 Base = Annotated[
     str | None,
     typer.Option(help="The base model's folder. Required if the adapters' files do not tell the sizes of the layers."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="The dtype of the result: float32, bfloat16, ...", show_default="float32")
+    str | None,
+    typer.Option(help="The dtype of the result.", show_default="float32", metavar="float32|bfloat16|float16|float64"),
 ]
 Component = Annotated[str | None, typer.Option(help="The part to use, such as `unet`, of a file for a whole pipeline.")]
 TargetModules = Annotated[

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from adapterkit_command import arguments
-from adapterkit_command.arguments import Base, Component, ExcludeModules, MaxRank, TargetModules, TargetRegex
+from adapterkit_command.arguments import Base, Component, ExcludeModules, MaxRank, Server, TargetModules, TargetRegex
 from adapterkit_command.running import Exit, command
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 PANEL = "Look"
 _JQ = """adapterkit methods --json | jq -r '.methods[] | select(.name == "lora").prefix'"""
-_LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by(-.norm)[:5][].path'"
 
 
 @command(
@@ -26,7 +25,7 @@ _LARGEST = "adapterkit inspect ./adapters/mood --json | jq -r '.layers | sort_by
         "An adapter's folder": "adapterkit inspect ./adapters/mood",
         "Its ranks alone, from the header": "adapterkit inspect ./adapters/mood --headers-only",
         "A file of another program, with the model's own paths": "adapterkit inspect lora.safetensors --base ./unet",
-        "The five largest changes": _LARGEST,
+        "The five largest changes": "adapterkit inspect ./adapters/mood --sort norm --top 5",
     },
 )
 def inspect(
@@ -38,17 +37,23 @@ def inspect(
         str | None, typer.Option(help="The base model's folder or hub id; its weights are not loaded.")
     ] = None,
     component: Component = None,
+    sort: Annotated[
+        Literal["path", "norm", "effective_rank", "rank", "parameters"],
+        typer.Option(help="The order of the layers; all but paths begin with the largest."),
+    ] = "path",
+    top: Annotated[int | None, typer.Option(help="Show so many layers, the first in that order.", min=1)] = None,
 ) -> AdapterInspection:
     """Show what an adapter's files contain: method, base, ranks, sizes, and how large its changes are.
 
     The base is never loaded. The table shows for each layer the rows and columns of the weight, the rank of the
     factors, the Frobenius norm of the change, its effective rank (the exponential of the entropy of the singular
     values), and how many singular values hold 90 and 99 percent of the energy. If the rank is much larger than these,
-    the adapter does not use it.
+    the adapter does not use it. In order of path, layers of many that differ only in the numbers of their path share a
+    row with the smallest and the largest number.
     """
     import adapterkit as ak
 
-    return ak.inspect_adapter(adapter, values=not headers_only, base=base, component=component)
+    return ak.inspect_adapter(adapter, values=not headers_only, base=base, component=component, sort=sort, top=top)
 
 
 @command(
@@ -62,7 +67,7 @@ def inspect(
 def check(
     adapter: Annotated[str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.")],
     *,
-    server: Annotated[str, typer.Option("--for", help="The server: `vllm` or `sglang`.", metavar="SERVER")],
+    server: Annotated[Server, typer.Option("--for", help="The server.")],
     max_rank: MaxRank = None,
 ) -> tuple[ServingReport, Exit]:
     """Check whether vLLM or SGLang serves an adapter as it is, by the server's own rules.
@@ -72,7 +77,7 @@ def check(
     """
     import adapterkit as ak
 
-    found = ak.check_serving(adapter, server, max_rank=max_rank)  # type: ignore[arg-type]
+    found = ak.check_serving(adapter, server, max_rank=max_rank)
     return found, Exit.OK if found.ok else Exit.DIFFERENT
 
 
@@ -135,7 +140,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="The adapter to compare it with.")],
     *,
     tolerance: Annotated[
-        float, typer.Option(help="Changes are equal up to this distance, relative to the larger one.")
+        float, typer.Option(help="Changes are equal up to this distance, relative to the larger one.", min=0)
     ] = 1e-5,
     base: Base = None,
     component: Component = None,

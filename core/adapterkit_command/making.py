@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ from adapterkit_command.arguments import (
     Out,
     Overwrite,
     Rank,
+    Server,
     TargetModules,
     TargetRegex,
     To,
@@ -119,16 +120,18 @@ def combine(  # noqa: PLR0913 - one parameter an option
         str | None,
         typer.Option(help="Which head the result gets: an adapter's folder name, `average`, `concat` or `drop`."),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="The share of entries to keep, for methods that prune.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of entries to keep, for methods that prune.", min=0, max=1)
+    ] = None,
     space: Annotated[
-        str,
+        Literal["delta", "core", "factors"],
         typer.Option(
             help="What is combined: `delta`, the changes; `core`, their coordinates in common bases; `factors`, A and "
             "B separately, as in PEFT."
         ),
     ] = "delta",
     majority_sign_method: Annotated[
-        str, typer.Option(help="How methods elect signs: `total` or `frequency`.")
+        Literal["total", "frequency"], typer.Option(help="How methods elect signs.")
     ] = "total",
     seed: Annotated[int | None, typer.Option(help="The seed for methods that draw random numbers.")] = None,
     isotropize: Annotated[
@@ -177,19 +180,16 @@ def convert(  # noqa: PLR0913 - one parameter an option
     rank: Rank = None,
     energy: Energy = None,
     naming: Annotated[
-        str,
-        typer.Option(help="The naming of the tensors: `peft`, `kohya`, `comfyui`, `lycoris`, `diffusers` or `mlx`."),
+        Literal["peft", "kohya", "comfyui", "lycoris", "diffusers", "mlx"],
+        typer.Option(help="The program whose naming the tensors get."),
     ] = "peft",
     base: Base = None,
     component: Component = None,
     as_component: Annotated[
         str | None, typer.Option(help="The name of the part in the output, such as `lora_te1`.")
     ] = None,
-    heads: Annotated[str, typer.Option(help="What to do with the heads: `keep` or `drop`.")] = "keep",
-    server: Annotated[
-        str | None,
-        typer.Option("--for", help="Write what this server serves: `vllm` or `sglang`.", metavar="SERVER"),
-    ] = None,
+    heads: Annotated[Literal["keep", "drop"], typer.Option(help="What to do with the heads.")] = "keep",
+    server: Annotated[Server | None, typer.Option("--for", help="Write what this server serves.")] = None,
     max_rank: MaxRank = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,

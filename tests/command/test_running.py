@@ -211,3 +211,27 @@ def test_a_merge_of_files_that_do_not_fit_names_no_argument_of_python(files: Pat
 )
 def test_arguments_in_messages_become_options(message: str, said: str) -> None:
     assert as_options(message, {"resume": "--resume", "rank": "--rank", "base": "--base"}) == said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "a", "--out", "b", "--naming", "nobody"),
+        ("convert", "a", "--out", "b", "--rank", "0"),
+        ("convert", "a", "--out", "b", "--energy", "2"),
+        ("convert", "a", "--out", "b", "--heads", "both"),
+        ("combine", "a", "b", "--out", "c", "--space", "outer"),
+        ("combine", "a", "b", "--out", "c", "--density", "-1"),
+        ("check", "a", "--for", "nginx"),
+        ("inspect", "a", "--sort", "size"),
+        ("inspect", "a", "--top", "0"),
+        ("diff", "a", "b", "--tolerance", "-1"),
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:]),
+)
+def test_a_value_that_is_wrong_in_itself_exits_with_2_before_anything_is_read(
+    arguments: tuple[str, ...],
+) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert arguments[-2] in done.output

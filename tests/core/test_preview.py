@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, LlamaConfig
 
 import adapterkit as ak
-from adapterkit.preview import _merged
+from adapterkit.results import merged_paths
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
@@ -117,7 +117,7 @@ def test_trained_tensors_that_all_layers_share_are_counted_once() -> None:
     ],
 )
 def test_numbers_that_differ_are_in_braces(texts: str, merged: str) -> None:
-    assert _merged(texts.split()) == merged
+    assert merged_paths(texts.split()) == merged
 
 
 def test_refusals_are_those_of_select(tmp_path: Path) -> None:

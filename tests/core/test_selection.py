@@ -304,7 +304,7 @@ def test_the_printed_form_shows_layers_rules_heads_and_what_matched_nothing() ->
         rank_pattern={"embed": 2, "none": 3},
     )
     assert str(selection) == (
-        "2 layers adapted, 1 modules trained in full\n"
+        "2 layers adapted, 1 module trained in full\n"
         "  embed     Embedding(32 -> 8)  target_modules 'embed'\n"
         "  layers.0  Linear(8 -> 8)      target_modules 'layers.0'\n"
         "  head      trained in full     modules_to_save\n"

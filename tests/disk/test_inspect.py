@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from tests.combining import deltas, randomise, tiny
 from tests.diffusion import lycoris_file, unet
 from tests.disk.test_combine_files import WEIGHTS, change, classifiers, fields, mixed, peft_file, read, without
 from tests.models import build
+from torch import nn
 
 import adapterkit as ak
+from adapterkit_lora import LoraConfig
 
 
 def test_norms_and_ranks_are_those_of_the_dense_changes(tmp_path: Path) -> None:
@@ -167,3 +170,35 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     save_file({"nothing": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ak.CheckpointError, match=r"has no adapter_config\.json, and no method finds layers"):
         ak.inspect_adapter(tmp_path / "other.safetensors")
+
+
+def many_layers(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(30)])})
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["q"], rank_pattern={"layers.7.q": 3}, init_lora_weights=False))
+    return adapters.save("a", folder)
+
+
+def test_many_layers_that_differ_in_numbers_alone_share_a_row(tmp_path: Path) -> None:
+    text = str(ak.inspect_adapter(many_layers(tmp_path / "a"), values=False))
+    (row,) = [line for line in text.splitlines() if "layers." in line and "config:" not in line]
+    assert row.split()[:6] == ["layers.{0-29}.q", "Linear", "4", "x", "4", "2"]
+    assert "2 to 3" in row
+
+
+def test_the_largest_come_first_and_top_leaves_the_others_out(tmp_path: Path) -> None:
+    folder = many_layers(tmp_path / "a")
+    every = ak.inspect_adapter(folder)
+    largest = ak.inspect_adapter(folder, sort="norm", top=5)
+    norms = sorted((row.norm or 0.0 for row in every.layers), reverse=True)
+    assert [row.norm for row in largest.layers] == norms[:5]
+    assert "30 layers, 5 of them shown" in str(largest)
+    assert sum("Linear" in line for line in str(largest).splitlines()) == 5
+    assert ak.inspect_adapter(folder, sort="rank", top=1).layers[0].path == "layers.7.q"
+
+
+@pytest.mark.parametrize("wrong", [{"sort": "size"}, {"top": 0}])
+def test_an_order_that_does_not_exist_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ak.ConfigError, match=r"must be one of 'path', 'norm', .* and top at least 1"):
+        ak.inspect_adapter(tmp_path, **wrong)

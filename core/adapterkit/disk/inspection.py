@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,19 @@ from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
-from adapterkit.errors import StateError
+from adapterkit.errors import ConfigError, StateError
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
-from adapterkit.results import Printed, brief, columns, in_lines
+from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_lines, merged_paths
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
 _NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "peft_type")
 _COLUMNS = ("layer", "kind", "shape", "rank", "scaling", "norm", "effective rank", "for 90 %", "for 99 %")
+_NUMBERS = ("rank", "scaling", "norm", "effective_rank", "rank_90", "rank_99")
+_ORDERS = ("path", "norm", "effective_rank", "rank", "parameters")
+# More layers than these share rows.
+_MOST_ALONE = 24
 # Rows of one list in text.
 _MOST_ROWS = 10
 
@@ -69,7 +73,8 @@ class AdapterInspection(Printed):
         method: its name, `provider` the package that has it.
         base: the base model that its config names.
         config: its fields as `adapter_config.json` has them; what they would be, for another program's file.
-        layers: the layers that it changes.
+        layers: the layers that it changes, or the first of them in the order that was asked for; `total`: how many
+            there are.
         heads: shapes of the tensors of each module that it holds in full, by path; `biases`: trained biases.
         shared: shapes of tensors that all layers use.
         labels: the classes that its head tells apart.
@@ -100,6 +105,8 @@ class AdapterInspection(Printed):
     missing: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sort: str = "path"
+    total: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -116,6 +123,8 @@ def inspect_adapter(
     values: bool = True,
     base: str | Path | nn.Module | None = None,
     component: str | None = None,
+    sort: str = "path",
+    top: int | None = None,
 ) -> AdapterInspection:
     """What an adapter's files hold: its config, layers, ranks, sizes, heads, and how large its changes are.
 
@@ -127,11 +136,17 @@ def inspect_adapter(
         base: where the tensors do not tell the layers' sizes, and for real paths in another program's file: the base
             model's folder or hub id (only its `config.json` is read), or the model itself.
         component: of a file for a whole pipeline, the part to look at.
+        sort: the order of the layers: `"path"`; or `"norm"`, `"effective_rank"`, `"rank"` or `"parameters"`, the
+            largest first.
+        top: so many layers, the first in that order. `None`: all.
 
     Raises:
+        ConfigError: another order.
         CheckpointError: it is not an adapter, or it is damaged.
         UnknownNameError: no plugin provides its method.
     """
+    if sort not in _ORDERS or not (top is None or top >= 1):
+        raise ConfigError(f"sort = {sort!r} must be one of {', '.join(map(repr, _ORDERS))}, and top at least 1.")
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
     files = opened.files
     paths = opened.kinds or sorted(opened.layers, key=natural)
@@ -152,7 +167,9 @@ def inspect_adapter(
         provider=opened.method.provider,
         base=opened.config.base_model_name_or_path,
         config=files.config or {},
-        layers=layers,
+        layers=_in_order(layers, sort)[:top],
+        sort=sort,
+        total=len(layers),
         # A file has the bias of a head before its weight; modules have it behind.
         heads={
             path: _shapes(dict(sorted(head.items(), key=lambda item: not item[0].endswith("weight"))))
@@ -170,6 +187,30 @@ def inspect_adapter(
         mismatched=tuple(map(str, opened.report.mismatched)),
         notes=(*opened.notes, *(f"{path} has values that are not finite" for path in odd if values)),
     )
+
+
+def _in_order(layers: Sequence[LayerInspection], sort: str) -> tuple[LayerInspection, ...]:
+    """The layers by path as they are, or those with the largest number first and those without one last."""
+    if sort == "path":
+        return tuple(layers)
+    numbers: dict[str, Any] = {row.path: getattr(row, sort) for row in layers}
+    return tuple(sorted(layers, key=lambda row: -math.inf if (n := numbers[row.path]) is None else n, reverse=True))
+
+
+def _groups(found: AdapterInspection) -> Iterator[Sequence[LayerInspection]]:
+    """The layers row by row: one each, or, of many in order of path, those that differ in numbers alone."""
+    if found.sort != "path" or len(found.layers) <= _MOST_ALONE:
+        yield from ((row,) for row in found.layers)
+        return
+    groups: dict[tuple[object, ...], list[LayerInspection]] = {}
+    for row in found.layers:
+        groups.setdefault((NUMBER.sub("", row.path), row.kind, row.shape), []).append(row)
+    yield from groups.values()
+
+
+def _span(numbers: Sequence[float | None]) -> str:
+    given = [number for number in numbers if number is not None]
+    return " to ".join(dict.fromkeys(f"{n:.4g}" for n in (min(given), max(given)))) if given else "-"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -209,14 +250,17 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
     fields = [f"{k}={brief(v)}" for k, v in found.config.items() if k not in _NOT_SHOWN and v not in unset]
     yield f"  config: {', '.join(fields)}"
     dtypes = ", ".join(f"{name} x {count}" for name, count in found.dtypes.items())
-    yield f"  {len(found.layers)} layers, {found.parameters:,} parameters, {found.size:,} bytes ({dtypes})"
+    shown = f", {len(found.layers)} of them shown" if len(found.layers) < found.total else ""
+    layers = f"{counted(found.total or len(found.layers), 'layer')}{shown}"
+    yield f"  {layers}, {counted(found.parameters, 'parameter')}, {found.size:,} bytes ({dtypes})"
     if found.norm is not None:
         yield f"  norm of all changes: {found.norm:.4g}"
     rows: list[tuple[str, ...]] = [_COLUMNS] if found.layers else []
-    for row in found.layers:
-        shape = "?" if row.shape is None else f"{row.shape[0]} x {row.shape[1]}"
-        numbers = (row.rank, row.scaling, row.norm, row.effective_rank, row.rank_90, row.rank_99)
-        rows.append((row.path, row.kind or "?", shape, *("-" if n is None else f"{n:.4g}" for n in numbers)))
+    for group in _groups(found):
+        first = group[0]
+        shape = "?" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
+        numbers = (_span([getattr(row, name) for row in group]) for name in _NUMBERS)
+        rows.append((merged_paths([row.path for row in group]), first.kind or "?", shape, *numbers))
     yield from (f"  {line}" for line in columns(rows))
     for path, tensors in found.heads.items():
         yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"

@@ -18,7 +18,7 @@ from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.results import Printed, columns, in_lines
+from adapterkit.results import Printed, columns, counted, in_lines
 
 ALL_LINEAR = "all-linear"
 
@@ -57,7 +57,8 @@ class Selection(Printed):
     def __str__(self) -> str:
         layers = [(m.path, str(m.kind), m.rule) for m in self.targets]
         layers += [(path, "trained in full", "modules_to_save") for path in self.heads]
-        lines = [f"{len(self.targets)} layers adapted, {len(self.heads)} modules trained in full"]
+        heads = counted(len(self.heads), "module")
+        lines = [f"{counted(len(self.targets), 'layer')} adapted, {heads} trained in full"]
         for title, rows in (
             ("", layers),
             ("left out:", self.skipped),
