@@ -75,7 +75,7 @@ _PROGRAMS = (
     _CLONEOFSIMO,
     _ADAPTERHUB,
     _sign(
-        r"\.(adapters\.(?!\d+\.)[^.]+\.[a-z]+_|adapter_(heads|biases)\.)",
+        r"^(?!base_model\.).*\.(adapters\.(?!\d+\.)[^.]+\.[a-z]+_|adapter_(heads|biases)\.)",
         "the state dict of a model with adapterkit's adapters, without their configs",
         "Add the adapter with its config and load this with model.load_state_dict; adapters.save writes both",
     ),
