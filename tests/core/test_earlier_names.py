@@ -208,8 +208,13 @@ def test_an_adapter_goes_from_a_model_with_a_head_to_one_without_and_back(
     body = copy.deepcopy(whole.model)
     source, target = (whole, body) if to_body else (body, whole)
     trained = made(source, tmp_path / "a", config.replace(target_modules=["q_proj", "down_proj"]))
+    target.save_pretrained(tmp_path / "base")
     loaded = ak.attach(target.eval())
     assert loaded.load(tmp_path / "a", "a").ok
     ids = models.tokens()
     outputs = [getattr(a.model, "model", a.model)(ids).last_hidden_state for a in (trained, loaded)]
     models.assert_same_outputs(*outputs)
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = type(target).from_pretrained(tmp_path / "merged").state_dict()
+    for key, tensor in loaded.merge_and_detach().state_dict().items():
+        torch.testing.assert_close(merged[key], tensor, rtol=0, atol=1e-6)

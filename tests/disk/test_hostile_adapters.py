@@ -79,6 +79,27 @@ def test_a_layer_that_is_not_there_is_nobodys_and_differs(tmp_path: Path) -> Non
     assert [layer.path for layer in ak.diff_adapters(odd, sound).layers if not layer.same_tensors] == ["nowhere"]
 
 
+@pytest.mark.parametrize(
+    "named", [{"target_modules": ["key"]}, {"exclude_modules": ["query"]}, {"target_modules": ".*key"}]
+)
+def test_a_layer_that_the_config_does_not_select_is_nobodys_as_on_a_model(
+    named: dict[str, object], tmp_path: Path
+) -> None:
+    folder = tiny("bert", {"a": {"target_modules": ["key", "query"]}}, torch.float32).save("a", tmp_path / "a")
+    fields(folder, **named)
+    found = ak.inspect_adapter(folder)
+    assert found.unknown
+    assert all(".query." in key for key in found.unknown)
+    with pytest.raises(ak.CheckpointError, match="belong to nothing on this model"):
+        ak.attach(build("bert")).load(folder, "a")
+    for job in (
+        lambda: ak.combine_files({folder: 1.0}, tmp_path / "out"),
+        lambda: ak.convert_file(folder, tmp_path / "out", rank=1),
+    ):
+        with pytest.raises(ak.CheckpointError, match=r"query.*, which its config does not select"):
+            job()
+
+
 @pytest.mark.parametrize(("bias", "unknown"), [("none", True), ("lora_only", False)])
 def test_a_bias_of_a_layer_is_nobodys_if_the_config_trains_none(bias: str, unknown: bool, tmp_path: Path) -> None:
     folder = tiny("bert", {"a": {"bias": "lora_only"}}, torch.float32).save("a", tmp_path / "a")

@@ -401,3 +401,37 @@ def test_written_file_is_read_back_onto_the_model_and_without_it(case: str, tmp_
         adapters.remove("y")
         for path, change in expected.items():
             torch.testing.assert_close(found[path], change, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("case", ["Flux", "Wan"])
+def test_a_folder_of_pefts_under_original_names_is_read_onto_the_model(
+    case: str, use_rslora: bool, tmp_path: Path
+) -> None:
+    model, expected = adapted(case)
+    ak.attach(model).save("x", tmp_path / "x")
+    ak.convert_file(tmp_path / "x", tmp_path / "x.safetensors", naming="comfyui", base=model)
+    ak.attach(model).remove("x")
+    file = load_file(tmp_path / "x.safetensors")
+    alphas = {key.removesuffix(".alpha"): float(file.pop(key)) for key in [*file] if key.endswith(".alpha")}
+    ranks = {name: len(file[f"{name}.lora_down.weight"]) for name in alphas}
+    own = {name: name.removeprefix("diffusion_model.") for name in alphas}
+    root = {name: rank**0.5 if use_rslora else 1.0 for name, rank in ranks.items()}
+    config = {"peft_type": "LORA", "r": 99, "lora_alpha": 99, "target_modules": [*own.values()]}
+    config |= {"use_rslora": use_rslora, "rank_pattern": {own[name]: rank for name, rank in ranks.items()}}
+    config |= {"alpha_pattern": {own[name]: alpha / root[name] for name, alpha in alphas.items()}}
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    names = {"diffusion_model.": "base_model.model.", "lora_down": "lora_A", "lora_up": "lora_B"}
+    for before, after in names.items():
+        file = {key.replace(before, after): tensor for key, tensor in file.items()}
+    save_file(file, tmp_path / "y" / "adapter_model.safetensors")
+    assert "original names" in ak.inspect_adapter(tmp_path / "y", base=model).layout
+    ak.attach(model).load(tmp_path / "y", "y")
+    found = changes(model, "y", [*expected])
+    ak.attach(model).detach().save_pretrained(tmp_path / "base")
+    ak.merge_checkpoint(tmp_path / "base", tmp_path / "y", tmp_path / "merged")
+    before, merged = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("base", "merged"))
+    for path, change in expected.items():
+        torch.testing.assert_close(found[path], change, rtol=0, atol=1e-5)
+        torch.testing.assert_close(merged[f"{path}.weight"] - before[f"{path}.weight"], change, rtol=0, atol=1e-5)

@@ -465,7 +465,8 @@ def _warn_of_guess(layers: Collection[ForeignLayer], metadata: Mapping[str, str]
     """Warn if the scale of these layers, which have no alpha, is not what their program means by that."""
     if not layers:
         return
-    bare = next((key for x in layers for local, key in x.keys.items() if key == f"{x.path}.{local}"), None)
+    keys = (key for x in layers for local, key in x.keys.items() if key == f"{x.path}.{local}")
+    bare = next((key for key in keys if component(key) in ("", "transformer")), None)  # GPT-2 has a `transformer`
     try:
         alpha, size = float(metadata.get("ss_network_alpha", "nan")), float(metadata.get("ss_network_dim", "nan"))
     except ValueError:

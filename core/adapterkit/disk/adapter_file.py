@@ -17,6 +17,7 @@ from adapterkit.contract import (
     AdapterLayer,
     KeyRule,
     Method,
+    Rule,
     Target,
     beside,
     file_key,
@@ -26,6 +27,7 @@ from adapterkit.contract import (
 from adapterkit.disk.model import CONFIG, Base, skeleton
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError
 from adapterkit.files import (
+    EVERYWHERE,
     WEIGHTS_FILES,
     MappedFiles,
     adapter_folder,
@@ -42,7 +44,7 @@ from adapterkit.files import (
 from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, algorithms_in, shapes_of, translate
 from adapterkit.forward import trained_dtype
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
+from adapterkit.model import ALL_LINEAR, BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import module_slots
 
@@ -139,6 +141,7 @@ class AdapterFile(AdapterContent):
         layout: whose layout they had.
         layers: the tensors of each layer by path and name in the layer; `shared`: those that all layers use.
         unknown: keys that belong to nothing; `ignored`: keys of other models, and what the base has already.
+        unselected: layers that the file has tensors for and the config does not select.
         built: its layers, of mapped tensors; `refused`: those that need the base's weights, and why.
         report: what fits, and what does not.
         broken: layers with a tensor that is missing or does not fit.
@@ -156,6 +159,7 @@ class AdapterFile(AdapterContent):
     shared: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    unselected: list[str] = field(default_factory=list)
     built: dict[str, AdapterLayer] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     report: LoadReport = field(default_factory=LoadReport)
@@ -233,6 +237,17 @@ class AdapterFile(AdapterContent):
         if self.kinds:  # the base lacks the layers of other tensors
             others = [path for path in found.layers if path not in self.kinds]
             self.unknown += [f"{path}.{local}" for path in others for local in found.layers[path]]
+        self.unselected = self._unselected([path for path in found.layers if path in self.kinds])
+        self.unknown += [f"{path}.{local}" for path in self.unselected for local in found.layers[path]]
+
+    def _unselected(self, paths: Sequence[str]) -> list[str]:
+        """The layers among these that the config leaves out, as far as it tells without a model."""
+        targets = self.config.target_modules
+        if targets in (None, ALL_LINEAR) or "targets" in self.method.hooks or EVERYWHERE in self.files.metadata:
+            return []
+        named = Rule("target_modules", targets or ())
+        excluded = Rule("exclude_modules", self.config.exclude_modules or ())
+        return [path for path in paths if named.match(path) is None or excluded.match(path) is not None]
 
     def _sort_of_base(self, key: str, tensor: Tensor) -> bool:
         """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
@@ -321,6 +336,12 @@ class AdapterFile(AdapterContent):
                         f"'{path}.{local}' holds {tensor.dtype}, and floating numbers are needed: it is quantised, or "
                         "damaged."
                     )
+        if self.unselected:
+            raise CheckpointError(
+                f"{self.files.folder} has tensors for {self.unselected[0]!r}, which its config does not select "
+                "(target_modules, exclude_modules), so a model has no adapter there. Select the layer in the config, "
+                "or take its tensors out of the file."
+            )
         if not self.report.ok:
             refuse(self.report, self.name, str(self.files.folder))
         if self.refused:

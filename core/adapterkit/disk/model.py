@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import tempfile
@@ -33,9 +32,7 @@ from adapterkit.formats import (
     AdapterFiles,
     Translation,
     advice_on_names,
-    in_todays_names,
     layers_of,
-    todays_paths,
     translate,
 )
 from adapterkit.kinds import AnyModule, LayerKind
@@ -247,6 +244,9 @@ def skeleton_for(
         model = skeleton(base, architecture=name)
         if wanted <= {name for name, _ in model.named_children()}:
             return model, name
+    own = {name for files in adapters for name in _outer_modules(files, built, other_class=True)}
+    if own <= {name for name, _ in built.named_children()}:  # its layers are here, and no head is missing
+        return built, None
     raise CheckpointError(
         f"The config of {base} names {type(built).__name__}, which has no {', '.join(map(repr, lacking))}, as the "
         "adapters have. If they are for this model with a task's head, say its class: "
@@ -254,22 +254,24 @@ def skeleton_for(
     )
 
 
-def _outer_modules(files: AdapterFiles, model: nn.Module) -> set[str]:
-    """The first parts of the paths in an adapter's files, by the names that this model may have for them."""
+def _outer_modules(files: AdapterFiles, model: nn.Module, *, other_class: bool = False) -> set[str]:
+    """The first parts of the paths in an adapter's files, by the names that this model may have for them.
+
+    Args:
+        other_class: also take names that only the model with another head, or none, has.
+    """
     if files.config is None:  # what another program's file names is seen when it is loaded
         return set()
-    found = _as_named_by(model, files)
+    found = _as_named_by(model, files, other_class=other_class)
     rule = found.method.key_rule(found.config)
     return {key.partition(".")[0] for key in found.tensors if "." in key and not rule.is_shared(key)}
 
 
-def _as_named_by(model: nn.Module, files: AdapterFiles) -> Translation:
+def _as_named_by(model: nn.Module, files: AdapterFiles, *, other_class: bool = False) -> Translation:
     """An adapter with the names that its model has for modules, also for modules that this one lacks."""
     with warnings.catch_warnings():  # which loading gives too
         warnings.simplefilter("ignore", AdapterWarning)
-        found = translate(files, None)
-    moved = todays_paths(BaseModules(model), found.tensors, other_class=False)
-    return dataclasses.replace(found, tensors=in_todays_names(found.tensors, moved))
+        return translate(files, BaseModules(model), other_class=other_class)
 
 
 class MappedModel:

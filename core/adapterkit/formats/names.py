@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from adapterkit.contract import GENERATORS, Format, LayerNames, component
+from adapterkit.contract import GENERATORS, Format, LayerNames, component, default_registry
 from adapterkit.errors import CheckpointError, UnsupportedError
 from adapterkit.formats.families import FAMILIES, Family
-from adapterkit.formats.layouts import AdapterFiles, Layout, layers_in_file, methods
+from adapterkit.formats.layouts import AdapterFiles, Layout, layers_in_file, methods, shapes_of
 from adapterkit.kinds import LayerKind
 
 # A number that is a name of its own, or the place for one.
@@ -148,7 +150,9 @@ class OriginalNames(Layout):
             UnsupportedError: the method cannot split a module.
         """
         if files.config is not None:
-            return None
+            if layers is None or not any(self._places(files.tensors, layers).values()):
+                return None
+            files = _without_config(files, files.config)
         found = self._places(files.tensors, layers)
         most = max(map(len, found.values()))
         best = {family: places for family, places in found.items() if 0 < len(places) == most}
@@ -188,6 +192,25 @@ class OriginalNames(Layout):
                 if wanted:
                     found[family][key] = place
         return found
+
+
+def _without_config(files: AdapterFiles, fields: Mapping[str, Any]) -> AdapterFiles:
+    """A folder of PEFT's as a file without a config, whose layers have their alphas beside them.
+
+    Raises:
+        UnsupportedError: the scale of its layers is not in the config, or part of them is in the base's weights.
+    """
+    method, config = default_registry.read_config(fields, files.folder)
+    if not hasattr(config, "scaling") or method.key_rule(config).exempt:
+        raise UnsupportedError(
+            f"{files.folder}: its layers have names of the model's original code, and an adapter of the method "
+            f"{method.name!r} with this config cannot be brought to diffusers' layers. Convert it to plain LoRA there."
+        )
+    tensors = dict(files.tensors)
+    for path in method.layers_in_file(shapes_of(files.tensors), config):
+        own: Any = config.at(path)
+        tensors.setdefault(f"{path}.alpha", torch.tensor(float(own.scaling * own.r)))
+    return dataclasses.replace(files, config=None, tensors=tensors)
 
 
 def advice_on_names(layers: Iterable[str]) -> str:

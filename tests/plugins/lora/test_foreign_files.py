@@ -512,6 +512,13 @@ def test_scale_that_no_file_says_is_a_guess(tmp_path: Path) -> None:
     check(model, folder, expected(model, values, 3.0))
 
 
+def test_scale_of_a_program_that_writes_no_alpha_is_none(tmp_path: Path) -> None:
+    """ComfyUI and ai-toolkit take a missing alpha for the rank."""
+    file = tmp_path / "a.safetensors"
+    write(file, peft_names("diffusion_model.", factors(2, "blocks.0.q", size=16)))
+    assert [layer.scaling for layer in ak.inspect_adapter(file).layers] == [1.0]  # and no warning
+
+
 @pytest.mark.parametrize(("alpha", "warns"), [("6", True), ("2", False), ("None", False), ("six", False)])
 def test_alpha_of_kohyas_header_is_named_where_layers_have_none(
     model: nn.Module, tmp_path: Path, alpha: str, warns: bool
