@@ -42,6 +42,7 @@ from adapterkit.errors import (
     UnknownNameError,
     UnsupportedError,
     UsageError,
+    nearest,
 )
 from adapterkit.features import features
 from adapterkit.files import ServingReport, check_serving
@@ -104,7 +105,9 @@ def __getattr__(name: str) -> Any:
         return found
     if name.endswith("Config") and name not in FUNCTIONS:
         return default_registry.config_class(name)
-    raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{advice(name, FUNCTIONS)}")
+    close = [] if name in FUNCTIONS else nearest(name, __all__)
+    hint = f" Did you mean {' or '.join(close)}?" if close else advice(name, FUNCTIONS)
+    raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{hint}")
 
 
 def __dir__() -> list[str]:

@@ -216,6 +216,7 @@ class Adapters:
         """The config of an adapter."""
         return self._adapter(name).config
 
+    @usage("adapters.parameters('mood')")
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter: of its layers, its heads and its biases, and those that its layers share."""
         return (parameter for _, parameter in self.named_parameters(name))
@@ -244,6 +245,7 @@ class Adapters:
                     self._make_step(adapter, adapter.shared)
             adapter.steps += 1
 
+    @usage("adapters.named_parameters('mood')")
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with names: `<module path>.<parameter>`, or `<parameter>` if the layers share it."""
         adapter = self._adapter(name)
@@ -273,7 +275,8 @@ class Adapters:
         if not isinstance(options, Mapping):
             raise ConfigError("options must be those of each adapter's group: parameter_groups({'a': {'lr': 1e-4}}).")
         if not trainable:
-            raise StateError("No adapter trains, so there is nothing for an optimizer. Call activate first.")
+            first = f"{self.merged[0]!r} is merged; call unmerge()" if self.merged else "Call activate"
+            raise StateError(f"No adapter trains, so there is nothing for an optimizer. {first} first.")
         for name in options:
             if self._adapter(name).name not in trainable:
                 raise StateError(f"Adapter {name!r} does not train. Call activate first, with all that should train.")
@@ -379,6 +382,7 @@ class Adapters:
                 adapter.write(values, self.model)
             adapter.steps = 0
 
+    @usage("adapters.copy('mood', 'mood-2')")
     @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:
         """Add an independent copy of an adapter under another name. The copy is not active."""
@@ -392,6 +396,7 @@ class Adapters:
         duplicate.trains_for_now, duplicate.trained_before = [], []
         self._install(duplicate)
 
+    @usage("adapters.rename('mood', 'tone')")
     @uninterrupted()
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
@@ -402,6 +407,7 @@ class Adapters:
         self._model.check_unchanged("rename", [old])
         self._model.rename(adapter, new)
 
+    @usage("adapters.remove('mood')")
     @uninterrupted()
     def remove(self, name: str) -> None:
         """Remove an adapter with its layers, head and biases. It is not active any more."""
@@ -412,6 +418,7 @@ class Adapters:
 
     # Which adapters act
 
+    @usage("adapters.activate('mood'), or adapters.activate('mood', 'topic', heads='mood')")
     def activate(
         self,
         *names: str,
@@ -450,6 +457,7 @@ class Adapters:
             self._model.check_can_train([self._adapter(name) for name in trains])
         self._model.activate(state, trains=trains)
 
+    @usage("with adapters.activated('mood'): ...")
     @contextmanager
     def activated(
         self,
@@ -482,6 +490,7 @@ class Adapters:
         with self._attached.block(State()):
             yield
 
+    @usage("with adapters.per_sample(['mood', None]): ...")
     @contextmanager
     def per_sample(
         self,
@@ -746,6 +755,7 @@ class Adapters:
 
     # Merging
 
+    @usage("adapters.merge(), or adapters.merge('mood', 'topic', heads='mood')")
     def merge(
         self,
         *names: str,
@@ -781,7 +791,12 @@ class Adapters:
         names = names or self.active
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"merge{names!r} must name adapters, each once. There is {self.names}.")
+            raise ConfigError(
+                f"merge{names!r} must name each adapter once."
+                if names
+                else "merge() takes the active adapters, and none is active. "
+                f"There is {self.names}; merged already: {self.merged or 'none'}."
+            )
         self._model.check_not_merged(names)
         self._model.check_not_per_sample("merge")
         self._model.check_unchanged("merge", names)
@@ -809,6 +824,7 @@ class Adapters:
                 go_back()
                 raise
 
+    @usage("adapters.unmerge(), which restores all")
     def unmerge(self) -> None:
         """Restore the weights, every bit as before the first merge.
 
@@ -828,6 +844,7 @@ class Adapters:
         self._check_not_edited("unmerge")
         self._unmerge()
 
+    @usage("model = adapters.merge_and_detach('mood')")
     def merge_and_detach(
         self, *names: str, safe: bool = False, untie: bool = False, heads: str | None = None
     ) -> nn.Module:
@@ -975,6 +992,7 @@ class Adapters:
         self._install(adapter)
         return report
 
+    @usage("adapters.convert('mood', to='lora', name='mood-lora')")
     def convert(
         self, source: str, *, to: str, name: str, rank: int | None = None, energy: float | None = None
     ) -> CombineReport:
@@ -1024,7 +1042,8 @@ class Adapters:
     def _adapter(self, name: str) -> Adapter:
         _ = self._attached
         if not isinstance(name, str) or name not in self._adapters:
-            raise unknown("adapter", name, self._adapters)
+            several = isinstance(name, list | tuple | set | dict)
+            raise unknown("adapter", name, self._adapters, "Give each name by itself, not in one argument." * several)
         return self._adapters[name]
 
     def _install(self, adapter: Adapter, *, activate: bool = False, trainable: bool = False) -> None:
@@ -1173,6 +1192,9 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         StateError: weights that are not in memory or not finite, or a base with something merged into it.
         UnsupportedError: a layer computes something else than the plain product with its weight.
     """
+    for model in base, tuned:
+        if isinstance(model, str | Path):
+            raise ConfigError(f"extract needs models, not {str(model)!r}: ak.extract_files reads models' folders.")
     adapters = attach(base)
     adapters._check_new_name(name)
     if adapters.merged:

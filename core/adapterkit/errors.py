@@ -114,7 +114,9 @@ def usage(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 try:
                     signature.bind(*args, **kwargs)
                 except TypeError as fault:
-                    raise UsageError(f"{function.__name__}: {fault}. It is called so: {example}") from None
+                    close = [name for key in kwargs for name in nearest(key, signature.parameters, 1) if name != key]
+                    hint = f" Did you mean {close[0]!r}?" if close else ""
+                    raise UsageError(f"{function.__name__}: {fault}.{hint} It is called so: {example}") from None
                 raise
 
         return checked

@@ -72,4 +72,5 @@ COMBINATIONS = {
 
 def advice(name: str, table: dict[str, str]) -> str:
     """A sentence that names what does the same here, to follow an error's; empty if PEFT has no such name."""
-    return f" That is PEFT's name; here it is {table[name]}." if name in table else ""
+    end = "" if table.get(name, "").endswith("...") else "."
+    return f" That is PEFT's name; here it is {table[name]}{end}" if name in table else ""

@@ -258,6 +258,10 @@ class Status(Printed):
                 f"{self.trainable_parameters / self.base_parameters:.2%} of the base model's {self.base_parameters:,}; "
                 f"the adapters take {self.memory / 2**20:,.2f} MiB"
             )
+        if self.base_parameters and not self.trainable_parameters:
+            any_merged = any(row.merged for row in self.rows)
+            how = "merged adapters train only after unmerge()" if any_merged else "activate(name) lets an adapter train"
+            lines.append(f"nothing trains: {how}")
         lines += [f"{row.name}: {note}" for row in self.rows for note in row.notes]
         return in_lines(lines)
 

@@ -67,7 +67,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     out: Out,
     heads: Annotated[
         str | None,
-        typer.Option(help="If several adapters have a head, use the head of this one; write it as in ADAPTERS."),
+        typer.Option(help="If several adapters have a head, use the head of this one; write it as in PATH."),
     ] = None,
     untie: Annotated[
         bool, typer.Option("--untie", help="Untie a target if its weight is tied to another module.")
@@ -167,7 +167,7 @@ def combine(  # noqa: PLR0913 - one parameter an option
 )
 def convert(  # noqa: PLR0913 - one parameter an option
     source: Annotated[
-        str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.", metavar="ADAPTER")
+        str, typer.Argument(help="An adapter's folder, a hub id, or a file of another program.", metavar="adapter")
     ],
     *,
     out: Annotated[

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,7 +80,10 @@ def command(
         def run(ctx: typer.Context, as_json: bool, debug: bool, **arguments: object) -> None:
             debug = debug or bool(ctx.parent and ctx.parent.params.get("debug"))
             options = {parameter.name or "": parameter.opts[0] for parameter in ctx.command.params}
+            new = _missing_parent(arguments.get("out") or arguments.get("folder"))
             _run(functools.partial(function, **arguments), show, as_json, debug, options)
+            if new is not None and new.is_dir():
+                say("note", f"made the folder {new}", "yellow")
 
         _COMMANDS[calls] = _COMMANDS[function.__name__] = function.__name__
         function.__annotations__.pop("return", None)  # a type of the library, which is imported only when needed
@@ -105,6 +109,13 @@ def command(
         return function
 
     return register
+
+
+def _missing_parent(out: object) -> Path | None:
+    """The first folder on the way to an output that does not exist yet."""
+    if not isinstance(out, Path):
+        return None
+    return next((folder for folder in reversed(out.parents) if not folder.exists()), None)
 
 
 def flowing(text: str | None) -> str:

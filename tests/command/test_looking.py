@@ -110,6 +110,13 @@ def test_report_writes_the_page_and_says_its_answers(here: Path) -> None:
     lines = run("report", "loha", "--out", "page.html").stdout.splitlines()
     assert lines[0].startswith("loha: ")
     assert lines[-1] == "written: page.html"
+    assert "made the folder" not in done.stderr
+
+
+def test_a_folder_that_is_made_for_an_output_is_named(here: Path) -> None:
+    done = run("report", "mood", "--out", "new/deep/page.html")
+    assert done.stderr == "note: made the folder new\n"
+    assert (here / "new/deep/page.html").is_file()
 
 
 def test_long_lists_are_cut_in_text_and_whole_in_json(here: Path) -> None:

@@ -400,7 +400,7 @@ ODD_MODELS: list[tuple[Callable[[], nn.Module], type[ak.AdapterError], dict[str,
         "An embedding with max_norm rewrites its own rows.",
     ),
     (lambda: with_layer(nn.LazyLinear(4)), SELECTION, ODD, "It has no sizes yet: run the model once, then add"),
-    (int8, SELECTION, ODD, "Its weight is quantised (torch.int8); no installed extension"),
+    (int8, SELECTION, ODD, "is a Linear, which cannot be adapted: its weight is quantised (torch.int8), in a way"),
     (
         lambda: with_layer(nn.Linear(4, 4, dtype=torch.complex64)),
         SELECTION,

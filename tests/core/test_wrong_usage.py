@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from tests.models import build
 from torch import nn
 
@@ -29,6 +31,13 @@ def adapted(*names: str) -> ak.Adapters:
 
 def add(**fields: Any) -> object:
     return adapted().add("a", LoraConfig(**fields))
+
+
+def dynamic() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
 # What is written, and what the message must have.
@@ -102,6 +111,53 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ak.ConfigError,
         ("heads='a'", "heads='average'", "heads='concat'"),
     ),
+    "names in a list": (
+        lambda: adapted("a", "b").activate(["a", "b"]),  # type: ignore[arg-type]
+        ak.UnknownNameError,
+        ("Give each name by itself",),
+    ),
+    "PEFT's argument": (
+        lambda: adapted().load("out/mood", is_trainable=True),  # type: ignore[call-arg]
+        ak.UsageError,
+        ("'is_trainable'. Did you mean 'trainable'? It is called so: adapters.load('out/mood')",),
+    ),
+    "no adapter's parameters": (
+        lambda: adapted("a").parameters(),  # type: ignore[call-arg]
+        ak.UsageError,
+        ("adapters.parameters('mood')",),
+    ),
+    "unmerge one": (lambda: adapted("a").unmerge("a"), ak.UsageError, ("adapters.unmerge(), which restores all",)),  # type: ignore[call-arg]
+    "convert by position": (
+        lambda: adapted("a").convert("a", "lora"),  # type: ignore[call-arg,misc]
+        ak.UsageError,
+        ("adapters.convert('mood', to='lora', name=",),
+    ),
+    "merge twice": (
+        lambda: (adapters := adapted("a")).merge() or adapters.merge(),
+        ak.ConfigError,
+        ("none is active. There is ('a',); merged already: ('a',).",),
+    ),
+    "an optimizer while merged": (
+        lambda: (adapters := adapted("a")).merge() or adapters.parameter_groups(),
+        ak.StateError,
+        ("'a' is merged; call unmerge() first",),
+    ),
+    "extract from folders": (
+        lambda: ak.extract("base", "tuned", rank=4),  # type: ignore[arg-type]
+        ak.ConfigError,
+        ("ak.extract_files reads models' folders",),
+    ),
+    "a quantised layer": (
+        lambda: ak.attach(dynamic()).add("a", LoraConfig(target_modules=["0"])),
+        ak.SelectionError,
+        ("is a Linear, which cannot be adapted: its weight is quantised, in a way", "before it is quantised"),
+    ),
+    "a quantised model": (
+        lambda: ak.attach(dynamic()).add("a", LoraConfig(target_modules="all-linear")),
+        ak.SelectionError,
+        ("has no linear layer that can be adapted: '0', for one, is quantised", "before it is quantised"),
+    ),
+    "a name of the package": (lambda: ak.atach, AttributeError, ("Did you mean attach",)),  # type: ignore[attr-defined]
     "nothing to unmerge": (lambda: adapted("a").unmerge(), ak.StateError, ("Nothing is merged",)),
 }
 
@@ -131,6 +187,20 @@ def test_an_adapter_of_another_model_is_named_as_that(tmp_path: Path) -> None:
     assert "is an adapter of another model: this LlamaForCausalLM has none of its 2 layers, such as" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda adapters: adapters.merge(), "nothing trains: merged adapters train only after unmerge()"),
+        (lambda adapters: adapters.activate(), "nothing trains: activate(name) lets an adapter train"),
+    ],
+)
+def test_the_status_says_why_nothing_trains(call: Callable[[ak.Adapters], object], line: str) -> None:
+    adapters = adapted("a")
+    assert "nothing trains" not in str(adapters.status())
+    call(adapters)
+    assert line in str(adapters.status()).splitlines()
 
 
 def test_a_type_error_inside_a_call_stays_what_it_is() -> None:

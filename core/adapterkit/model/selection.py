@@ -217,21 +217,35 @@ def _kind_of(module: nn.Module, path: str, by: str, config: AdapterConfig) -> La
         kind = AnyModule()
     if kind is not None:
         return kind
+    what = f"{path!r}, taken by {by}, is a {original_class(module).__name__}, which cannot be adapted"
+    weight: Any = getattr(module, "weight", None)
+    if _is_quantised(module):
+        how = f" ({weight.dtype})" if isinstance(weight, torch.Tensor) else ""
+        raise SelectionError(f"{what}: its weight is quantised{how}, {_UNKNOWN_QUANTISATION}")
     kinds = ", ".join(kind.name for kind in default_registry.kinds())
     advice = "Leave it out with exclude_modules, or name the layers inside it."
-    weight: Any = getattr(module, "weight", None)
     if getattr(module, "max_norm", None) is not None:
         advice = "An embedding with max_norm rewrites its own rows. " + advice
     elif nn.parameter.is_lazy(weight):
         advice = "It has no sizes yet: run the model once, then add the adapter. Or leave it out with exclude_modules."
     elif isinstance(weight, torch.Tensor) and weight.is_complex():
         advice = f"Its weight is complex ({weight.dtype}). " + advice
-    elif isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-        advice = f"Its weight is quantised ({weight.dtype}); no installed extension knows that kind. " + advice
-    raise SelectionError(
-        f"{path!r}, taken by {by}, is a {original_class(module).__name__}, which cannot be adapted "
-        f"(layer kinds: {kinds}). {advice}"
-    )
+    raise SelectionError(f"{what} (layer kinds: {kinds}). {advice}")
+
+
+_UNKNOWN_QUANTISATION = (
+    "in a way that no installed extension knows. Adapt the model before it is quantised, or one that bitsandbytes, "
+    "torchao or quanto quantised; or leave the layer out with exclude_modules."
+)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether a layer without a kind holds packed numbers: those of torch.ao, HQQ, GPTQ, AWQ, compressed-tensors."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and not nn.parameter.is_lazy(weight):
+        return not (weight.is_floating_point() or weight.is_complex())
+    packed = any(isinstance(getattr(module, name, None), torch.Tensor) for name in ("qweight", "W_q", "weight_packed"))
+    return packed or (callable(weight) and not isinstance(weight, (nn.Module, torch.Tensor)))
 
 
 def _example_names(model: nn.Module) -> list[str]:
@@ -250,8 +264,10 @@ def _nothing(
         return f"Every layer that {wanted!r} names is left out; {len(skipped)} in all, for example {path!r}: {reason}."
     every = default_registry.method_of(config).any_module
     adaptable = [p for m, paths in modules.paths_of.items() if every or default_registry.kind_of(m) for p in paths]
-    if not adaptable:
-        return f"{type(modules.model).__name__} has no layer that can be adapted."
+    if not adaptable or wanted == "all-linear":
+        what = f"{type(modules.model).__name__} has no {'linear ' * bool(adaptable)}layer that can be adapted"
+        packed = next((paths[0] for module, paths in modules.paths_of.items() if _is_quantised(module)), None)
+        return f"{what}." if packed is None else f"{what}: {packed!r}, for one, is quantised, {_UNKNOWN_QUANTISATION}"
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
     if isinstance(wanted, str):
         rule = Rule("target_modules", re.findall(r"[^\s,|()]+", wanted))
@@ -262,8 +278,8 @@ def _nothing(
             )
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
-        f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the {len(adaptable)} "
-        f"{'modules' if every else 'layers'} that can be adapted. Nearest: "
+        f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the "
+        f"{counted(len(adaptable), 'module' if every else 'layer')} that can be adapted. Nearest: "
         f"{', '.join(map(repr, dict.fromkeys(close)))}. A list takes exact paths or suffixes at a dot; a string is a "
         "regular expression for the full path."
     )
