@@ -110,6 +110,7 @@ def attach(model: nn.Module) -> Adapters:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"attach needs a torch.nn.Module, not a {type(model).__name__}."
+            + " Load the model first; ak.extract_files and others take folders." * isinstance(model, str)
             + (" These are adapters already, and adapters.model is their model." * isinstance(model, Adapters))
         )
     watch_wrappers()
@@ -245,7 +246,6 @@ class Adapters:
                     self._make_step(adapter, adapter.shared)
             adapter.steps += 1
 
-    @usage("adapters.named_parameters('mood')")
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """`parameters` with names: `<module path>.<parameter>`, or `<parameter>` if the layers share it."""
         adapter = self._adapter(name)
@@ -382,7 +382,6 @@ class Adapters:
                 adapter.write(values, self.model)
             adapter.steps = 0
 
-    @usage("adapters.copy('mood', 'mood-2')")
     @torch.inference_mode(False)
     def copy(self, source: str, target: str) -> None:
         """Add an independent copy of an adapter under another name. The copy is not active."""
@@ -396,7 +395,6 @@ class Adapters:
         duplicate.trains_for_now, duplicate.trained_before = [], []
         self._install(duplicate)
 
-    @usage("adapters.rename('mood', 'tone')")
     @uninterrupted()
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
@@ -407,7 +405,6 @@ class Adapters:
         self._model.check_unchanged("rename", [old])
         self._model.rename(adapter, new)
 
-    @usage("adapters.remove('mood')")
     @uninterrupted()
     def remove(self, name: str) -> None:
         """Remove an adapter with its layers, head and biases. It is not active any more."""
@@ -457,7 +454,6 @@ class Adapters:
             self._model.check_can_train([self._adapter(name) for name in trains])
         self._model.activate(state, trains=trains)
 
-    @usage("with adapters.activated('mood'): ...")
     @contextmanager
     def activated(
         self,
@@ -490,7 +486,6 @@ class Adapters:
         with self._attached.block(State()):
             yield
 
-    @usage("with adapters.per_sample(['mood', None]): ...")
     @contextmanager
     def per_sample(
         self,
@@ -791,12 +786,7 @@ class Adapters:
         names = names or self.active
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(
-                f"merge{names!r} must name each adapter once."
-                if names
-                else "merge() takes the active adapters, and none is active. "
-                f"There is {self.names}; merged already: {self.merged or 'none'}."
-            )
+            raise ConfigError(f"merge{names!r} needs active adapters, or each name once. Merged: {self.merged}.")
         self._model.check_not_merged(names)
         self._model.check_not_per_sample("merge")
         self._model.check_unchanged("merge", names)
@@ -844,7 +834,6 @@ class Adapters:
         self._check_not_edited("unmerge")
         self._unmerge()
 
-    @usage("model = adapters.merge_and_detach('mood')")
     def merge_and_detach(
         self, *names: str, safe: bool = False, untie: bool = False, heads: str | None = None
     ) -> nn.Module:
@@ -1192,9 +1181,6 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         StateError: weights that are not in memory or not finite, or a base with something merged into it.
         UnsupportedError: a layer computes something else than the plain product with its weight.
     """
-    for model in base, tuned:
-        if isinstance(model, str | Path):
-            raise ConfigError(f"extract needs models, not {str(model)!r}: ak.extract_files reads models' folders.")
     adapters = attach(base)
     adapters._check_new_name(name)
     if adapters.merged:

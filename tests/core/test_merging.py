@@ -309,7 +309,7 @@ MISUSES = {
     "base gone": (lambda a: (a.merge("a", keep_base=False), a.unmerge()), r"'a' cannot be unmerged: with keep_base"),
     "no name": (
         lambda a: (a.activate(), a.merge()),
-        r"merge\(\) takes the active adapters, and none is active\. There is \('a', 'b'\)",
+        r"merge\(\) needs active adapters, or each name once\. Merged: \(\)\.",
     ),
     "unknown": (lambda a: a.merge("x"), r"Unknown adapter 'x'\. Available: 'a', 'b'"),
     "trained biases": (

@@ -135,17 +135,27 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
     "merge twice": (
         lambda: (adapters := adapted("a")).merge() or adapters.merge(),
         ak.ConfigError,
-        ("none is active. There is ('a',); merged already: ('a',).",),
+        ("needs active adapters, or each name once. Merged: ('a',).",),
     ),
     "an optimizer while merged": (
         lambda: (adapters := adapted("a")).merge() or adapters.parameter_groups(),
         ak.StateError,
         ("'a' is merged; call unmerge() first",),
     ),
+    "all-linear in a list": (
+        lambda: add(target_modules=["all-linear"]),
+        ak.SelectionError,
+        ("Did you mean target_modules='all-linear', as text?",),
+    ),
+    "another spelling of all-linear": (
+        lambda: add(target_modules="all_linear"),
+        ak.SelectionError,
+        ("Did you mean target_modules='all-linear'",),
+    ),
     "extract from folders": (
         lambda: ak.extract("base", "tuned", rank=4),  # type: ignore[arg-type]
         ak.ConfigError,
-        ("ak.extract_files reads models' folders",),
+        ("Load the model first; ak.extract_files",),
     ),
     "a quantised layer": (
         lambda: ak.attach(dynamic()).add("a", LoraConfig(target_modules=["0"])),

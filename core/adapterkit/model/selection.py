@@ -276,6 +276,8 @@ def _nothing(
                 f"target_modules {wanted!r} is a regular expression, which must match the full path of a layer, and "
                 f"matches none. Did you mean the list {[*rule.names.names]}, of ends of paths?"
             )
+    if any(isinstance(name, str) and name.replace("_", "-").lower() == "all-linear" for name in names):
+        return f"target_modules {wanted!r} matched no layer. Did you mean target_modules='all-linear', as text?"
     close = [c for n in names for c in nearest(n, adaptable)] or _example_names(modules.model)
     return (
         f"target_modules {wanted if isinstance(wanted, str) else names!r} matched none of the "
