@@ -557,7 +557,7 @@ class Adapters:
         """Copy tensors into an existing adapter. One that was made on the meta device gets initial values for the rest.
 
         Args:
-            tensors: with the keys of a file, or a full state dict of an adapted model.
+            tensors: with the keys of a file, PEFT's or another program's, or a full state dict of an adapted model.
             strict: raise if a tensor is missing, unexpected or mismatched; else warn, and load what fits.
 
         Raises:

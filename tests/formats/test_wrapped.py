@@ -92,6 +92,20 @@ def test_names_of_wrappers_are_taken_away(name: Keys, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", [WRAPPERS[case] for case in ("ddp and compiled", "checkpointing", "peft twice", "name")]
+)
+def test_names_of_wrappers_are_taken_away_from_state_dicts(name: Keys, tmp_path: Path) -> None:
+    _, expected = trained(tmp_path)
+    model = build("bert").eval()
+    adapters = ak.attach(model)
+    adapters.load(tmp_path, "x")
+    renamed(tmp_path, name)
+    adapters.reset("x")
+    assert adapters.load_state_dict("x", load_file(tmp_path / WEIGHTS)).ok
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-5)
+
+
 def test_on_disk_too(tmp_path: Path) -> None:
     base = tmp_path / "base"
     model, expected = trained(tmp_path / "a", DUMPED["head"][0])

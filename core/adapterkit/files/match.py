@@ -13,11 +13,10 @@ from adapterkit.contract import (
     Method,
     part_name,
     split_memory_key,
-    strip_file_prefix,
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
-from adapterkit.formats import algorithms_in, in_todays_names, layers_of, todays_paths
+from adapterkit.formats import algorithms_in, in_names_of, layers_of
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -62,7 +61,7 @@ def match_adapter(
     """The places of given tensors in an adapter; nothing is written.
 
     Args:
-        tensors: keys as in a file, PEFT's prefix optional, or a full state dict of an adapted model.
+        tensors: keys as in a file, of any program, or a full state dict of an adapted model.
     """
     check_tensors(tensors)
     rule = method.key_rule(adapter.config)
@@ -70,8 +69,8 @@ def match_adapter(
     if own.keys() & {key for key, _, _ in file_places(adapter)}:  # a full state dict
         tensors = own
     else:
-        tensors, others, modules = strip_file_prefix(tensors), [], BaseModules(model)
-        tensors = in_todays_names(tensors, todays_paths(modules, tensors, other_class=True))
+        others, modules = [], BaseModules(model)
+        tensors = in_names_of(tensors, modules)
         read = method.read(tensors, layers_of(modules), {}, adapter.config)
         tensors = tensors if read is None else read[1]
     fit = Fit(rule)

@@ -11,7 +11,7 @@ from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_o
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import advice_on_names, original_names
 from adapterkit.formats.refused import check_beginning, check_config, check_content, warn_of_weights_beside, what_else
-from adapterkit.formats.translation import Translation, translate
+from adapterkit.formats.translation import Translation, in_names_of, translate
 from adapterkit.formats.wrapped import tensors_in
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_beginning",
     "check_config",
     "check_content",
+    "in_names_of",
     "in_order",
     "in_todays_names",
     "layers_of",

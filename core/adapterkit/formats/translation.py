@@ -121,6 +121,19 @@ def translate(
     return Translation(method, config, read, found, frozenset({*passed, *tokens}), whose)
 
 
+def in_names_of(tensors: Mapping[str, Tensor], modules: BaseModules) -> dict[str, Tensor]:
+    """A state dict of an adapter, whatever layout it has, by the paths of the model and without PEFT's prefix.
+
+    Raises:
+        CheckpointError, UnsupportedError: it is known, and not for this model, or it cannot be read.
+    """
+    files, layers = AdapterFiles(Path("The state dict"), None, dict(tensors), {}), layers_of(modules)
+    for layout in OF_FILES:
+        files = layout.read(files, layers) or files
+    files = _with_paths(dataclasses.replace(files, tensors=strip_file_prefix(files.tensors)), layers, only_tell=False)
+    return in_todays_names(files.tensors, todays_paths(modules, files.tensors, other_class=True))
+
+
 def _with_paths(files: AdapterFiles, layers: Mapping[str, LayerKind] | None, *, only_tell: bool) -> AdapterFiles:
     """The layers by the paths of the model; or, to tell the program alone, what the file calls them."""
     for layout in OF_NAMES:
