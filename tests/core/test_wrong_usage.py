@@ -199,6 +199,21 @@ def test_an_adapter_of_another_model_is_named_as_that(tmp_path: Path) -> None:
     )
 
 
+def test_training_while_merged_is_warned_of_once() -> None:
+    adapters = adapted("a")
+    adapters.merge()
+    adapters.add("b", LoraConfig(r=2, target_modules=["key"], modules_to_save=None))
+    adapters.model.train()  # b trains
+    adapters.activate("b", trainable=False)
+    adapters.model.eval()
+    with pytest.warns(ak.AdapterWarning, match=r"while 'a' is merged .* Call unmerge\(\)") as caught:
+        adapters.model.train()
+    assert len(caught) == 1
+    adapters.model.train()
+    adapters.unmerge()
+    adapters.model.train()
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [

@@ -185,6 +185,7 @@ class Active:
         adapters: the model's adapters, by name.
         default: the state where no block is open.
         merged: names of the adapters in the weights.
+        warned: whether the user was warned that these do not train.
         extra: says of which classes an adapted module is an instance beside its own: its class derives from the first,
             and the others are abstract classes, with which it is registered.
         threads: the threads that have read it.
@@ -205,6 +206,7 @@ class Active:
         self.merged: tuple[str, ...]
         self.extra: Callable[[nn.Module], tuple[type, ...]] | None
         self.adapters, self.default, self.merged, self.extra = state
+        self.warned = False
         self.caller: int | None = None
         self.threads: weakref.WeakSet[Thread] = weakref.WeakSet()
         self.alive: weakref.WeakSet[State] = weakref.WeakSet([self.default])
@@ -291,7 +293,7 @@ class Active:
     def set_merged(self, merged: tuple[str, ...], heads: tuple[str, ...]) -> None:
         """These adapters are in the weights now, and these heads of theirs act."""
         with lock:
-            self.merged = merged
+            self.merged, self.warned = merged, False
             for state in list(self.alive):
                 state.see_merged(merged, heads)
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.jit import ScriptModule
 
 from adapterkit.contract import CONTAINERS, SHARED, Holder, part_name
-from adapterkit.errors import StateError
+from adapterkit.errors import AdapterWarning, StateError
 from adapterkit.forward.plan import INPUT, input_name, run
 from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
 from adapterkit.forward.state import Active
@@ -70,6 +71,23 @@ class PerAdapter(Holder):
             for state in list(self.active.alive):
                 state.plans.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Self:
+        """Warn once if the model is set to train while adapters are merged and none trains.
+
+        Without it `backward` ends in an error of torch's that does not name the cause.
+        """
+        active = self.active
+        unwarned = mode and active.merged and not active.warned
+        if unwarned and not any(adapter.may_train() for adapter in active.adapters.values()):
+            active.warned, names = True, ", ".join(map(repr, active.merged))
+            warnings.warn(
+                f"The model is set to train while {names} is merged into its weights, and no adapter trains. Call "
+                "unmerge(), and activate what should train.",
+                AdapterWarning,
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def __getitem__(self, name: str) -> nn.Module:
         module = self._modules[part_name(name)]
