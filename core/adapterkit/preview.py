@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from adapterkit.contract import AdapterConfig, default_registry
+from adapterkit.contract import ATTRIBUTE, AdapterConfig, default_registry
 from adapterkit.disk import skeleton
 from adapterkit.files import WEIGHTS_FILES, MappedFiles, adapter_folder, local_path
 from adapterkit.files import folder as files
@@ -17,7 +18,8 @@ from adapterkit.formats import CONFIG_FILE, translate
 from adapterkit.forward import Active
 from adapterkit.kinds import LayerKind
 from adapterkit.model import Adapter, BaseModules, LayerBuilder, Match, build_adapter, select_on
-from adapterkit.results import NUMBER, Printed, columns, in_lines, merged_paths
+from adapterkit.results import NUMBER, Printed, columns, grouped, in_lines, merged_paths
+from adapterkit.tensors import size_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     modules = BaseModules(module)
     selection = select_on(modules, config)
     builder, meta = LayerBuilder(method, config), torch.device("meta")
-    adapter, notes = build_adapter(modules, "preview", builder, selection, Active(), {}, device=meta)
+    own: Any = module.__dict__.get(ATTRIBUTE)  # its adapters, which the new one would be beside
+    active, size = (own._active, own._model.size) if own else (Active(), size_of(module.parameters()))
+    adapter, notes = build_adapter(modules, "preview", builder, selection, active, {}, device=meta)
     return Preview(
         type(module).__name__,
         method.name,
@@ -129,8 +133,8 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
         selection.paths,
         {path: _count(head) for path, head in adapter.heads.items()},
         sum(_count(bias) for bias in adapter.biases.values()),
-        sum(p.numel() for p in module.parameters()),
-        _skipped(selection.skipped),
+        size,
+        tuple((path, why) for path, why in grouped(selection.skipped)),
         selection.unmatched,
         tuple(notes),
         0 if adapter.shared is None else _count(adapter.shared),
@@ -166,14 +170,4 @@ def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...
     return tuple(
         LayerGroup(merged_paths(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)
         for (_, kind, rule, parameters), paths in found.items()
-    )
-
-
-def _skipped(rows: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Path and reason of the layers that are left out, grouped in the same way."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for row in rows:
-        found.setdefault(NUMBER.sub("", " ".join(row)), []).append(row)
-    return tuple(
-        (merged_paths([path for path, _ in group]), merged_paths([why for _, why in group])) for group in found.values()
     )

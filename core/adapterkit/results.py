@@ -295,6 +295,14 @@ def merged_paths(texts: Sequence[str]) -> str:
     return merged
 
 
+def grouped(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows whose first and last texts differ only in numbers as one row each, in the order of the first ones."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        found.setdefault((NUMBER.sub("", row[0]), *row[1:-1], NUMBER.sub("", row[-1])), []).append(row)
+    return [tuple(merged_paths(texts) for texts in zip(*group, strict=True)) for group in found.values()]
+
+
 def counted(number: int, what: str) -> str:
     """`1 layer`, `1,058 layers`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -62,6 +62,17 @@ def test_a_model_of_70_billion_parameters_from_its_config_alone(tmp_path: Path) 
     )
 
 
+def test_a_model_with_adapters_is_previewed_as_its_base() -> None:
+    model = build("bert")
+    config = LoraConfig(r=2, target_modules="all-linear")
+    expected = ak.preview(model, config)
+    adapters = ak.attach(model)
+    adapters.add("a", config)
+    assert ak.preview(model, config) == expected
+    adapters.merge()
+    assert str(ak.preview(model, config)) == str(expected)
+
+
 def test_layers_alike_are_one_row_and_others_are_not() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4))})
     groups = ak.preview(model, LoraConfig(r=1, target_modules="all-linear")).groups

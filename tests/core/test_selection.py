@@ -317,6 +317,14 @@ def test_the_printed_form_shows_layers_rules_heads_and_what_matched_nothing() ->
     )
 
 
+def test_layers_that_differ_only_in_numbers_share_a_line() -> None:
+    lines = str(select(build("bert"), ["query", "value"])).splitlines()
+    assert lines[0].startswith("4 layers adapted")
+    assert [line.split()[0] for line in lines[1:3]] == [
+        f"bert.encoder.layer.{{0-1}}.attention.self.{name}" for name in ("query", "value")
+    ]
+
+
 def test_select_changes_nothing() -> None:
     model = build("bert")
     before = {n: (type(m), dict(m.__dict__)) for n, m in model.named_modules()}

@@ -18,7 +18,7 @@ from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
 from adapterkit.model.heads import head_paths, output_layers
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.results import Printed, columns, counted, in_lines
+from adapterkit.results import Printed, columns, counted, grouped, in_lines
 
 ALL_LINEAR = "all-linear"
 
@@ -35,7 +35,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Selection(Printed):
-    """What a config adapts on a model, and why. `print` shows a table.
+    """What a config adapts on a model, and why. `print` shows a table; paths that differ only in numbers share a row.
 
     Attributes:
         targets: the layers that get an adapter layer, in the order of the model.
@@ -65,7 +65,7 @@ class Selection(Printed):
             ("matched nothing:", [(rule,) for rule in self.unmatched]),
         ):
             lines += [title] if title and rows else []
-            lines += [f"  {line}" for line in columns(rows)]
+            lines += [f"  {line}" for line in columns(grouped(rows))]
         return in_lines(lines)
 
 
