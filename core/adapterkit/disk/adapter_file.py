@@ -260,7 +260,7 @@ class AdapterFile(AdapterContent):
             self.biases[host] = tensor
         elif local == "bias" and not target and trained == "all" and tensor.dim() == 1:
             self.biases[place] = tensor
-        elif local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup):
+        elif local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup or host != place):
             own = None if self.base is None else self.base.parameter(host, "weight")
             if own is not None and same_values(own, tensor):
                 self.ignored.append(key)

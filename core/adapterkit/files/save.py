@@ -210,10 +210,11 @@ def file_config(
     resolved = ["layers_to_transform"]
     if "exclude_modules" in config.not_in_files:
         resolved.append("exclude_modules")
-    chosen = config.target_modules in (None, ALL_LINEAR) or any(getattr(config, n) is not None for n in resolved)
-    if layers and (prefix or chosen):
-        changes |= {
-            "target_modules": short_names([p.removeprefix(prefix) for p in layers], paths),
+    narrowed = any(getattr(config, name) is not None for name in resolved)
+    if layers and (prefix or narrowed or config.target_modules in (None, ALL_LINEAR)):
+        named = [path.removeprefix(prefix) for path in layers]
+        changes |= {  # the layers that are left out may not be known
+            "target_modules": tuple(sorted(named)) if narrowed else short_names(named, paths),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,

@@ -288,3 +288,20 @@ def test_biases_without_base_layer_as_before_peft_0_7(tmp_path: Path, bias: str)
         ak.merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"merged {name}")
     one, other = (load_file(tmp_path / f"merged {name}" / "model.safetensors") for name in ("old", "new"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["embed_tokens", "lm_head"]},  # PEFT saves both tables beside the factors
+    ],
+    ids=["some layers", "embeddings"],
+)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_what_is_converted_without_a_change_loads_as_before(
+    fields: dict[str, Any], with_base: bool, tmp_path: Path
+) -> None:
+    expected = saved_by_peft("lora", build("llama"), tmp_path / "a", "llama", **fields)
+    ak.convert_file(tmp_path / "a", tmp_path / "b", base=build("llama") if with_base else None)
+    assert_same(loaded_here(build("llama"), tmp_path / "b", "llama"), expected, "llama")
