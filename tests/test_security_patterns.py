@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,20 +55,29 @@ def test_ordinary_expressions_are_not_too_large(expression: str, path: str) -> N
     assert Pattern(expression, "target_modules").matches(path)
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which everything that is timed takes 10 ms."""
+    ticks = itertools.count()
+    monkeypatch.setattr(patterns, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.01))
+
+
+@pytest.mark.usefixtures("slow")
 def test_all_patterns_of_a_table_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand patterns that each take a little less than the limit, at each of 200 layers, would take days."""
     monkeypatch.setattr(patterns, "TIME_LIMIT_SECONDS", 0.02)
-    table = PatternTable({rf"(a+)+{number}b": 1 for number in range(50)}, "rank_pattern")
+    table = PatternTable({rf"(a)+{number}b": 1 for number in range(5)}, "rank_pattern")
 
     def ask_all() -> None:
         for layer in range(200):
-            table.get(f"layers.{layer}.{'a' * (10 + layer % 20)}", None)
+            table.get(f"layers.{layer}.a", None)
 
     with pytest.raises(ak.ConfigError, match=r"took over 0\.2 s"):
         ask_all()
 
 
+@pytest.mark.usefixtures("slow")
 def test_compiling_thousands_of_expressions_is_on_the_same_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "TIME_LIMIT_SECONDS", 0.005)
     with pytest.raises(ak.ConfigError, match=r"took over 0\.05 s"):
-        PatternTable({f"x{number}(a|b){{1,30}}": 1 for number in range(50_000)}, "rank_pattern")
+        PatternTable({f"x{number}(a|b){{1,30}}": 1 for number in range(50)}, "rank_pattern")
