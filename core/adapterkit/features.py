@@ -143,7 +143,10 @@ def _pooled(
 
     for number, batch in enumerate(tqdm(batches, desc="features", unit="batch", disable=not progress)):
         if not isinstance(batch, source.batches):
-            raise ConfigError(f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.")
+            other = " For plain tensors name a module: layer='encoder'." * isinstance(batch, Tensor)
+            raise ConfigError(
+                f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.{other}"
+            )
         states, mask = source.run(batch, layers)
         rows = [isinstance(source, _Modules) and state.dim() == 2 for state in states]
         pooled = [

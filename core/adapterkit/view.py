@@ -65,6 +65,13 @@ class AdapterView(Printed):
         """Merge it into the base; see `Adapters.merge`."""
         self.adapters.merge(self.name, **options)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            known = not name.startswith("_") and callable(getattr(type(self.adapters), name, None))
+            hint = f" Write adapters.{name}, with the name." * known
+            raise AttributeError(f"'AdapterView' object has no attribute {name!r}.{hint}")
+
     def __str__(self) -> str:
         row = self.status
         states = {"active": row.active, "trains": row.trainable, "merged": row.merged}

@@ -296,7 +296,7 @@ CALLS: list[Row] = [
     (lambda a: a.add("c", ak.AdapterConfig()), "Unknown adapter method ''", UNKNOWN_NAME),
     (
         lambda a: a.add("c", LoraConfig(**FIELDS, modules_to_save=["head"]), num_labels=4),
-        "num_labels and id2label set the size of an adapter's head, but the model's config has no labels.",
+        "num_labels and id2label set the size of an adapter's head, but the model has no config with labels.",
     ),
     (lambda a: ak.select(a.model, "lora"), "select needs an adapter config such as LoraConfig(r=8), not a str."),
     (lambda a: ak.select("model", LoraConfig()), "select needs a torch.nn.Module, not a str."),

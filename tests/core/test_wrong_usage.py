@@ -168,6 +168,21 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ("has no linear layer that can be adapted: '0', for one, is quantised", "before it is quantised"),
     ),
     "a name of the package": (lambda: ak.atach, AttributeError, ("Did you mean attach",)),  # type: ignore[attr-defined]
+    "a call of all adapters on one": (
+        lambda: adapted("a")["a"].activate,  # type: ignore[attr-defined]
+        AttributeError,
+        ("Write adapters.activate, with the name.",),
+    ),
+    "features of tensors": (
+        lambda: ak.features(nn.Sequential(nn.Linear(4, 4)), [torch.zeros(1, 4)], progress=False),  # type: ignore[list-item]
+        ak.ConfigError,
+        ("must be a mapping of tensors by name. For plain tensors name a module",),
+    ),
+    "labels of a plain model": (
+        lambda: ak.attach(nn.Sequential(nn.Linear(4, 4))).add("a", LoraConfig(target_modules=["0"]), num_labels=2),
+        ak.ConfigError,
+        ("the model has no config with labels. Leave them out.",),
+    ),
     "nothing to unmerge": (lambda: adapted("a").unmerge(), ak.StateError, ("Nothing is merged",)),
 }
 

@@ -149,3 +149,19 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         ak.diff_adapters(tmp_path, tmp_path, tolerance=2)
     with pytest.raises(ak.CheckpointError, match="is not an adapter"):
         ak.diff_adapters(tmp_path, tmp_path)
+
+
+def test_of_many_layers_the_text_shows_the_most_different(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(30)))
+    adapters = ak.attach(model)
+    for name in ("a", "b"):
+        adapters.add(name, ak.LoraConfig(r=1, target_modules="all-linear"))
+        with torch.no_grad():
+            for number, layer in enumerate(adapters.layers(name).values()):
+                torch.nn.init.constant_(layer.lora_A.weight, 1.0)
+                torch.nn.init.constant_(layer.lora_B.weight, 1.0 + number * (name == "b"))
+        adapters.save(name, tmp_path / name)
+    lines = str(ak.diff_adapters(tmp_path / "a", tmp_path / "b")).splitlines()
+    assert "1 of 30 layers have the same change" in lines[1]
+    assert [line.split()[1] for line in lines if "distance" in line] == [f"{i}:" for i in range(29, 9, -1)]
+    assert lines[-1].startswith("  9 more layers differ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,10 @@ class TensorDifference:
     distance: float | None = None
 
 
+# Of more layers that differ, the text shows the most different ones.
+_LISTED = 20
+
+
 @dataclass(frozen=True)
 class AdapterDiff(Printed):
     """What two adapters differ in. Prints as text; `to_dict` is for JSON.
@@ -137,7 +142,12 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
         yield from (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
     differing = [layer for layer in diff.layers if not layer.same]
     yield f"  {len(diff.layers) - len(differing)} of {len(diff.layers)} layers have the same change"
-    yield from (f"  layer {layer.path}: {layer}" for layer in differing)
+    shown = differing
+    if len(differing) > _LISTED:
+        shown = sorted(differing, key=lambda layer: -math.inf if layer.distance is None else -layer.distance)[:_LISTED]
+    yield from (f"  layer {layer.path}: {layer}" for layer in shown)
+    if len(differing) > _LISTED:
+        yield f"  {len(differing) - _LISTED:,} more layers differ, by no more than these; `layers`, and JSON, have all"
     for tensor in diff.tensors:
         one, other = ("-" if t is None else f"{t[0]} {t[1]}" for t in (tensor.a, tensor.b))
         apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"

@@ -184,8 +184,8 @@ def labels_of_new_head(
     if chosen is None:
         return base if heads else None
     if not heads or base is None:
-        why = "it has no head (modules_to_save)" if base is not None else "the model's config has no labels"
-        raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}.")
+        why = "it has no head (modules_to_save)" if base is not None else "the model has no config with labels"
+        raise ConfigError(f"num_labels and id2label set the size of an adapter's head, but {why}. Leave them out.")
     old, new = len(base.id2label), len(chosen.id2label)
     if old == new:
         return chosen
