@@ -247,6 +247,16 @@ def test_kohyas_names_of_a_whole_pipeline(tmp_path: Path) -> None:
     assert_close(image(pipeline), image(theirs))
 
 
+def test_a_textual_inversion_beside_an_adapter_is_left_out_and_told(tmp_path: Path) -> None:
+    ours = PipelineAdapters(stable_diffusion())
+    unet = kohya(linears(ours["unet"].model, "lora_unet", "to_q"))
+    text = kohya(linears(ours["text_encoder"].model, "lora_te_text_model", "q_proj"))
+    save_file({**unet, **text, "bundle_emb.cat.clip_l": torch.ones(1, 16)}, tmp_path / "k.safetensors")
+    with pytest.warns(ak.AdapterWarning, match="also has a textual inversion"):
+        ours.load(tmp_path / "k.safetensors", "k")
+    assert set(ours.names["k"]) == {"unet", "text_encoder"}
+
+
 def test_names_of_stability(tmp_path: Path) -> None:
     pipeline, blocks = stable_diffusion(), "down_blocks_1_attentions_0_transformer_blocks_0"
     layers = linears(pipeline.unet.down_blocks[1], "lora_unet_down_blocks_1", "attn1.to_q")

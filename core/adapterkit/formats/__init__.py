@@ -10,7 +10,14 @@ from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import advice_on_names, original_names
-from adapterkit.formats.refused import check_beginning, check_config, check_content, warn_of_weights_beside, what_else
+from adapterkit.formats.refused import (
+    check_beginning,
+    check_config,
+    check_content,
+    is_token,
+    warn_of_weights_beside,
+    what_else,
+)
 from adapterkit.formats.translation import Translation, in_names_of, translate
 from adapterkit.formats.wrapped import tensors_in
 
@@ -28,6 +35,7 @@ __all__ = [
     "in_names_of",
     "in_order",
     "in_todays_names",
+    "is_token",
     "layers_of",
     "mlx_files",
     "original_names",
