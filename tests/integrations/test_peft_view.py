@@ -645,9 +645,14 @@ def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
         layer.unmerge,
         lambda: layer.set_adapter("other"),
         lambda: setattr(layer, "r", {"default": 3}),
+        lambda: layer.lora_A.__setitem__("default", torch.nn.Linear(1, 1)),
+        lambda: layer.lora_A.update({"default": torch.nn.Linear(1, 1)}),
+        lambda: layer.lora_B.pop("default"),
+        layer.lora_A.clear,
+        lambda: layer.scaling.pop("default"),
         lambda: ours.base_model.model.lm_head.set_adapter("other"),
     ):
-        with pytest.raises(ak.UnsupportedError, match=r"view|cannot be set"):
+        with pytest.raises(ak.UnsupportedError, match=r"view|cannot be (set|removed)"):
             call()
     with pytest.raises(ValueError, match="not found"):
         layer.set_adapter("nothing")

@@ -43,12 +43,31 @@ def beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", HeadView(module)
 
 
+_NOT_REMOVED = "An adapter cannot be removed from a layer alone. From the whole model: ak.attach(model).remove({!r})."
+
+
 class _Live:
-    """A container by adapter. An adapter that was removed since is not in it."""
+    """A container by adapter. An adapter that was removed since is not in it, and nothing can be put in or out."""
 
     def __contains__(self, name: object) -> bool:
         held: Mapping[str, object] = self.__dict__["held"]
         return name in held and super().__contains__(name)  # type: ignore[misc]
+
+    def put(self, name: str, value: Any) -> None:
+        """What an adapter has, when the container is made."""
+        super().__setitem__(name, value)  # type: ignore[misc]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise UnsupportedError(
+            f"What {name!r} has at a layer is the adapter's own, and cannot be set here. Copy other values of the same "
+            "shape into the parameter: parameter.data.copy_(values)."
+        )
+
+    def __delitem__(self, name: str) -> None:
+        raise UnsupportedError(_NOT_REMOVED.format(name))
+
+    def clear(self) -> None:
+        raise UnsupportedError(_NOT_REMOVED.format("mood"))
 
 
 class _Modules(_Live, nn.ModuleDict):
@@ -74,6 +93,9 @@ class _Values(UserDict[str, Any]):
             "The values of a layer are those of its adapter's config, and cannot be set here. How strong an adapter "
             f"acts is ak.attach(model).activate({name!r}, strengths={{{name!r}: 0.5}})."
         )
+
+    def __delitem__(self, name: str) -> None:
+        raise UnsupportedError(_NOT_REMOVED.format(name))
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
@@ -106,7 +128,7 @@ def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object
             if local not in found:
                 found[local] = container()
                 found[local].__dict__["held"] = held
-            found[local][name] = value
+            found[local].put(name, value)
 
     for name, part in parts:
         for local, module in part._modules.items():
