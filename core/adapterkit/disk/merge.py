@@ -23,7 +23,7 @@ from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
-from adapterkit.results import Printed, in_lines
+from adapterkit.results import Printed, counted, in_lines
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 
@@ -58,8 +58,8 @@ class MergeReport(Printed):
 
     def __str__(self) -> str:
         names = ", ".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.adapters.items())
-        files = f"{len(self.merged)} file" + "s" * (len(self.merged) != 1)
-        lines = [f"{self.out}: {sum(self.merged.values())} tensors merged ({names}), {self.nbytes:,} bytes in {files}"]
+        tensors, files = counted(sum(self.merged.values()), "tensor"), counted(len(self.merged), "file")
+        lines = [f"{self.out}: {tensors} merged ({names}), {self.nbytes:,} bytes in {files}"]
         lines += [f"  taken over in full: {path}" for path in self.heads]
         lines += [f"  vocabulary: {self.vocabulary:,} rows"] if self.vocabulary is not None else []
         for what, found in (
