@@ -790,3 +790,13 @@ def test_rows_name_adapters_that_there_are_and_that_are_not_merged() -> None:
     ours.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         ours(**given, adapter_names=["default", "__base__"])
+
+
+def test_what_a_container_has_may_be_changed_in_place() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ak.attach(model).add("default", ak.config("vera", r=2, target_modules=["0"]))
+    view = ak.as_peft(model)
+    before = view.base_model.vera_A["default"].clone()
+    with torch.no_grad():
+        view.base_model.vera_A["default"] += 1.0
+    torch.testing.assert_close(ak.as_peft(model).base_model.vera_A["default"], before + 1.0)

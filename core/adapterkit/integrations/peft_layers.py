@@ -58,6 +58,8 @@ class _Live:
         super().__setitem__(name, value)  # type: ignore[misc]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if name in self and value is self[name]:  # type: ignore[index]
+            return  # `container[name] += 1` has changed it in place
         raise UnsupportedError(
             f"What {name!r} has at a layer is the adapter's own, and cannot be set here. Copy other values of the same "
             "shape into the parameter: parameter.data.copy_(values)."
