@@ -142,8 +142,8 @@ class Registry:
         kind = values.get("peft_type")
         if not isinstance(kind, str) or not kind:
             raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
-        for names in (self._likely(kind), self.methods()):
-            found = self._of_type(kind, names)
+        for candidates in (lambda: self._likely(kind), self.methods):
+            found = self._of_type(kind, candidates())
             takers = {
                 name: (-len(config_type.unknown(values)), len(config_type.marks))
                 for name, config_type in found.items()
@@ -348,7 +348,7 @@ class Registry:
             if kind.__module__.partition(".")[0] == "peft":
                 raise ConfigError(
                     f"This {kind.__name__} is PEFT's. Make adapterkit's, which has the same fields: "
-                    f"ak.{kind.__name__}(...). The adapters of a PeftModel are taken over by ak.from_peft(model)."
+                    f"ak.{kind.__name__}(...). ak.from_peft(model) takes over the adapters of a PeftModel."
                 )
             raise ConfigError(
                 f"{reprlib.repr(config)} is not an adapter config. Make one with its class, such as "
