@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from adapterkit.errors import plain
+
+T = TypeVar("T")
 
 # Longer values of a config are cut in text.
 _LONGEST_VALUE = 200
@@ -295,12 +297,18 @@ def merged_paths(texts: Sequence[str]) -> str:
     return merged
 
 
+def in_groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items with equal keys together, in the order of the first of each group."""
+    found: dict[Hashable, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
 def grouped(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows whose first and last texts differ only in numbers as one row each, in the order of the first ones."""
-    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for row in rows:
-        found.setdefault((NUMBER.sub("", row[0]), *row[1:-1], NUMBER.sub("", row[-1])), []).append(row)
-    return [tuple(merged_paths(texts) for texts in zip(*group, strict=True)) for group in found.values()]
+    groups = in_groups(rows, lambda row: (NUMBER.sub("", row[0]), *row[1:-1], NUMBER.sub("", row[-1])))
+    return [tuple(merged_paths(texts) for texts in zip(*group, strict=True)) for group in groups]
 
 
 def counted(number: int, what: str) -> str:
@@ -308,10 +316,10 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def span(numbers: Iterable[int]) -> str:
-    """`8`, or `4 to 16`."""
+def span(numbers: Iterable[float], form: str = "") -> str:
+    """`8`, or `4 to 16`; each as this format specification has it."""
     given = [*numbers]
-    return " to ".join(map(str, dict.fromkeys([min(given), max(given)])))
+    return " to ".join(dict.fromkeys(f"{number:{form}}" for number in (min(given), max(given))))
 
 
 def brief(value: object) -> str:

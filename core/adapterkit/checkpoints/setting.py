@@ -1,6 +1,6 @@
 """What a training's numbers depend on beside tensors: configs, which adapters act, how strongly, in which order.
 
-A checkpoint that lacks this would go on with other numbers, and nobody would notice.
+Without it a resumed training gives other numbers, and no error.
 """
 
 from __future__ import annotations

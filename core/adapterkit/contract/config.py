@@ -42,7 +42,7 @@ OPTIONS: Mapping[str, object] = {
     **dict.fromkeys(("megatron_config", "megatron_core", "qalora_group_size", "runtime_config"), ...),
 }
 
-# By type of file, what scales the change in PEFT: a method that lacks the field computes something else, at any value.
+# The fields that scale the change in PEFT, by type of file. A method without them computes something else.
 _SCALES = {
     **dict.fromkeys(("LORA", "ADALORA"), ("lora_alpha", "alpha_pattern")),
     **dict.fromkeys(("LOHA", "LOKR"), ("alpha", "alpha_pattern")),

@@ -21,7 +21,7 @@ from adapterkit.disk.model import Base
 from adapterkit.errors import ConfigError, StateError
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
-from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_lines, merged_paths
+from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, merged_paths, span
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -202,15 +202,12 @@ def _groups(found: AdapterInspection) -> Iterator[Sequence[LayerInspection]]:
     if found.sort != "path" or len(found.layers) <= _MOST_ALONE:
         yield from ((row,) for row in found.layers)
         return
-    groups: dict[tuple[object, ...], list[LayerInspection]] = {}
-    for row in found.layers:
-        groups.setdefault((NUMBER.sub("", row.path), row.kind, row.shape), []).append(row)
-    yield from groups.values()
+    yield from in_groups(found.layers, lambda row: (NUMBER.sub("", row.path), row.kind, row.shape))
 
 
 def _span(numbers: Sequence[float | None]) -> str:
     given = [number for number in numbers if number is not None]
-    return " to ".join(dict.fromkeys(f"{n:.4g}" for n in (min(given), max(given)))) if given else "-"
+    return span(given, ".4g") if given else "-"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -99,7 +99,7 @@ def _check_of_this_model(
     rule: KeyRule, tensors: Mapping[str, Tensor], modules: BaseModules, config: AdapterConfig, files: AdapterFiles
 ) -> None:
     """Raise `CheckpointError` if the model has none of the layers that the file has tensors for."""
-    there = {path for paths in modules.paths_of.values() for path in paths}
+    there = set(modules.all_paths)
     layers = dict.fromkeys(split[0] for key in tensors if (split := rule.split(key, there)) is not None)
     if layers and there.isdisjoint(layers):
         base = config.base_model_name_or_path
