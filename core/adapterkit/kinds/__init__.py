@@ -13,16 +13,3 @@ from adapterkit.kinds.linear import Linear, PackedLinear, TransposedLinear
 from adapterkit.kinds.tiles import AddTile
 
 BUILTIN: tuple[type[LayerKind], ...] = (Linear, TransposedLinear, Conv1d, Conv2d, Conv3d, Embedding, PackedLinear)
-
-__all__ = [
-    "BUILTIN",
-    "AddTile",
-    "AnyModule",
-    "Factors",
-    "LayerKind",
-    "Linear",
-    "dense",
-    "is_special",
-    "no_weight",
-    "numerical_rank",
-]

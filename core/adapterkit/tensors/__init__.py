@@ -29,36 +29,3 @@ from adapterkit.tensors.distributed import (
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
 from adapterkit.tensors.seeds import new_seed, seeded
-
-__all__ = [
-    "Slot",
-    "agreed",
-    "apart",
-    "check_averaged",
-    "check_can_grow",
-    "execution_device",
-    "full",
-    "gathered",
-    "has_fsdp1",
-    "hook_objects",
-    "in_first_process",
-    "is_dtensor",
-    "is_fsdp",
-    "is_hooked",
-    "is_sharded",
-    "module_slots",
-    "new_seed",
-    "process_groups",
-    "put",
-    "real_value",
-    "refuse_fsdp1",
-    "remove_hooks",
-    "reshard",
-    "seeded",
-    "shape_of",
-    "size_of",
-    "uninterrupted",
-    "watch_wrappers",
-    "whole",
-    "wrappers_of",
-]
