@@ -37,7 +37,7 @@ from adapterkit.contract import (
     default_registry,
     twin,
 )
-from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown, usage
+from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown, usage, usage_of_methods
 from adapterkit.files import (
     adapter_folder,
     adapter_tensors,
@@ -128,6 +128,7 @@ def attach(model: nn.Module) -> Adapters:
     return found
 
 
+@usage()
 def penalty(model: nn.Module) -> Tensor:
     """The terms of the loss that the active adapters add: `loss = loss + ak.penalty(model)`. Zero if none adds any."""
     adapters = attach(model)
@@ -142,6 +143,7 @@ def penalty(model: nn.Module) -> Tensor:
     return total
 
 
+@usage_of_methods("adapters")
 class Adapters:
     """The adapters of one model. `attach` makes it.
 
@@ -187,7 +189,7 @@ class Adapters:
         return tuple(name for name, adapter in self._adapters.items() if adapter.trains())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        return isinstance(name, str) and name in self._adapters
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -342,8 +344,8 @@ class Adapters:
         """
         self._check_new_name(name)
         _check_dtype(dtype, "model")
-        meta = None if device is None else torch.device(device)
-        if meta is not None and meta.type != "meta":
+        meta = None if device is None else torch.device("meta")
+        if device not in (None, "meta", meta):
             raise ConfigError(f"device = {device!r} must be 'meta' or None: an adapter is where its layers compute.")
         method = default_registry.method_of(config)
         labels = LabelSet.chosen(num_labels, id2label)
@@ -1147,6 +1149,7 @@ def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:
         raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype of 16 bits or more, {listed} or None.")
 
 
+@usage()
 @torch.inference_mode(False)
 @torch.no_grad()
 def extract(  # noqa: PLR0913 - two models, a size, and the selection fields

@@ -16,7 +16,7 @@ from adapterkit.contract import (
     default_registry,
     switched_off,
 )
-from adapterkit.errors import AdapterError, PluginError
+from adapterkit.errors import AdapterError, PluginError, usage
 from adapterkit.results import Printed, columns, in_lines
 
 
@@ -119,6 +119,7 @@ class MethodsReport(Printed):
         return in_lines([*columns(table), *lines])
 
 
+@usage("ak.describe_methods()")
 def describe_methods(registry: Registry = default_registry) -> MethodsReport:
     """Every method and extension that is installed or registered, and what it can do.
 

@@ -10,12 +10,16 @@ import difflib
 import functools
 import inspect
 import re
+import reprlib
+import types
+import typing
 import unicodedata
-from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # Longer words and lines are cut in the middle.
 _LONGEST_WORD, _LONGEST_LINE = 300, 4000
@@ -63,7 +67,7 @@ class ConfigError(AdapterError, ValueError):
 
 
 class UsageError(ConfigError, TypeError):
-    """A call lacks an argument, or has one that does not exist."""
+    """A call lacks an argument, or has one that does not exist or is of a wrong type."""
 
 
 class UnsupportedError(AdapterError, NotImplementedError):
@@ -100,28 +104,87 @@ class AdapterWarning(UserWarning):
     __str__ = AdapterError.__str__
 
 
-def usage(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a call with missing or unknown arguments raise a `UsageError` that shows how it is called."""
+def usage(example: str = "", *, of: str = "ak") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a call with missing, unknown or unsuitable arguments raise a `UsageError` that shows how it is called.
+
+    Arguments are looked at only after a `TypeError` or `AttributeError`, so a call that works costs nothing more.
+
+    Args:
+        example: the call that the message shows. Empty: the signature of the function.
+        of: the object or module on which that signature is called.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
-            except TypeError:
-                try:
-                    signature.bind(*args, **kwargs)
-                except TypeError as fault:
-                    close = [name for key in kwargs for name in nearest(key, signature.parameters, 1) if name != key]
-                    hint = f" Did you mean {close[0]!r}?" if close else ""
-                    raise UsageError(f"{function.__name__}: {fault}.{hint} It is called so: {example}") from None
+            except AdapterError:
                 raise
+            except (TypeError, AttributeError) as error:
+                signature = inspect.signature(function)
+                unbound = _unbound(signature, args, kwargs)
+                fault = unbound or _unsuitable(function, signature, args, kwargs)
+                if not fault:
+                    raise
+                shown = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+                called = example or f"{of}.{function.__name__}{inspect.Signature(shown)}"
+                raise UsageError(f"{function.__name__}: {fault} It is called so: {called}") from (
+                    None if unbound else error
+                )
 
         return checked
 
     return decorate
+
+
+def usage_of_methods(of: str) -> Callable[[type[T]], type[T]]:
+    """`usage` for every public method of a class; a method with an example of its own keeps that."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        for name, method in [*vars(cls).items()]:
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, usage(of=of)(method))
+        return cls
+
+    return decorate
+
+
+def _unbound(signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """A sentence about an argument that is missing or unknown; empty if there is none."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as fault:
+        close = [name for key in kwargs for name in nearest(key, signature.parameters, 1) if name != key]
+        return f"{fault}." + "".join(f" Did you mean {name!r}?" for name in close[:1])
+    return ""
+
+
+def _unsuitable(
+    function: Callable[..., object], signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str:
+    """A sentence about an argument with a value that its annotation does not allow; empty if there is none."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(function))
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            parameter = signature.parameters[name]
+            if parameter.kind not in several and name in hints and not _allows(hints[name], value):
+                choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
+                must = " or ".join(map(repr, choices)) or parameter.annotation
+                return f"{name} = {reprlib.repr(value)} has the type {type(value).__name__}; it must be {must}."
+    except (NameError, TypeError):  # names for type checkers alone, and types that nothing can be an instance of
+        pass
+    return ""
+
+
+def _allows(hint: Any, value: object) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_allows(member, value) for member in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is typing.Literal:
+        kind = tuple(map(type, typing.get_args(hint)))
+    return isinstance(value, (int, float) if kind is float else kind) if isinstance(kind, type | tuple) else True
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import working
-from adapterkit.errors import ConfigError, SaveError, UnsupportedError, nearest
+from adapterkit.errors import ConfigError, SaveError, UnsupportedError, nearest, usage
 from adapterkit.files import Entry, appearing, as_bytes, dtype_name, local_path, write_header
 from adapterkit.forward import original_class
 from adapterkit.model import inner_model
@@ -58,6 +58,7 @@ def features(
 ) -> Path: ...
 
 
+@usage()
 @torch.no_grad()
 def features(
     model: nn.Module,

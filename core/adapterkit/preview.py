@@ -12,6 +12,7 @@ from torch import nn
 
 from adapterkit.contract import ATTRIBUTE, AdapterConfig, default_registry
 from adapterkit.disk import skeleton
+from adapterkit.errors import usage
 from adapterkit.files import WEIGHTS_FILES, MappedFiles, adapter_folder, local_path
 from adapterkit.files import folder as files
 from adapterkit.formats import CONFIG_FILE, translate
@@ -106,6 +107,7 @@ class Preview(Printed):
         return in_lines(lines)
 
 
+@usage()
 def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     """What `ak.attach(model).add(name, config)` would change, computed on the meta device. The model is not changed.
 
@@ -141,6 +143,7 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
     )
 
 
+@usage()
 def read_config(place: str | Path) -> AdapterConfig:
     """The config of an adapter: from its folder, from the hub, or from an `adapter_config.json` alone.
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from adapterkit.contract import AdapterConfig, AdapterLayer
+from adapterkit.errors import usage_of_methods
 from adapterkit.results import AdapterStatus, Printed, listed
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
 
 
+@usage_of_methods("adapters['mood']")
 @dataclass(frozen=True)
 class AdapterView(Printed):
     """One adapter of a model, as it is now. Each call is the call of `Adapters` with this name.

@@ -197,6 +197,48 @@ def test_the_message_says_what_was_wrong_and_what_to_write(case: str) -> None:
     assert len(str(caught.value)) < 600
 
 
+def public_calls() -> dict[str, Callable[..., object]]:
+    """Every function of the package, and every public method of what a user holds, by how it is called."""
+    adapters = adapted("a")
+    of = {"adapters": adapters, "adapters['mood']": adapters["a"], "ak": ak}
+    names = [(prefix, name) for prefix, owner in of.items() for name in dir(owner) if not name.startswith("_")]
+    found = {f"{prefix}.{name}": getattr(of[prefix], name) for prefix, name in names}
+    found = {name: call for name, call in found.items() if inspect.isroutine(call) and name != "ak.hookimpl"}
+    return {**found, "config.replace": LoraConfig().replace}
+
+
+CALLS = public_calls()
+
+
+@pytest.mark.parametrize("called", CALLS)
+def test_a_call_with_an_unknown_argument_shows_how_it_is_called(called: str) -> None:
+    arguments = [None] * 20 if called in ("ak.config", "config.replace") else []
+    unknown = {} if arguments else {"unheard_of": 1}
+    with pytest.raises(ak.UsageError) as caught:
+        CALLS[called](*arguments, **unknown)
+    text = str(caught.value)
+    assert text.startswith(f"{called.rpartition('.')[2]}: ")
+    assert " It is called so: " in text
+    assert not any(name in text for name in ("Adapters.", "AdapterView", "Registry", "AdapterConfig.", "self"))
+    assert caught.value.__suppress_context__  # the message of Python, which names a class, is not shown above
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (lambda: ak.merge_checkpoint("base", 5, "out"), "adapters = 5 has the type int; it must be "),  # type: ignore[arg-type]
+        (lambda: ak.inspect_adapter("a", top="3"), "top = '3' has the type str; it must be int | None"),  # type: ignore[arg-type]
+        (lambda: ak.describe_methods("lora"), "registry = 'lora' has the type str; it must be Registry"),  # type: ignore[arg-type]
+        (lambda: ak.check_serving("a", []), "server = [] has the type list; it must be 'vllm' or 'sglang'"),  # type: ignore[arg-type]
+        (lambda: ak.skeleton(build("bert")), "A BertForSequenceClassification is not a folder: give its path"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(call: Callable[[], object], part: str) -> None:
+    with pytest.raises(ak.ConfigError) as caught:
+        call()
+    assert part in str(caught.value)
+
+
 def test_a_bias_that_the_base_lacks_is_told_when_the_adapter_is_added() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     fields = {"r": 2, "lora_bias": True}

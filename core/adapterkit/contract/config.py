@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
-from adapterkit.errors import AdapterWarning, ConfigError, PluginError, UnknownNameError, UnsupportedError, nearest
+from adapterkit.errors import (
+    AdapterWarning,
+    ConfigError,
+    PluginError,
+    UnknownNameError,
+    UnsupportedError,
+    nearest,
+    usage,
+)
 from adapterkit.results import in_html
 
 Modules = str | Sequence[str] | None
@@ -294,6 +302,7 @@ class AdapterConfig:
             fields[tables[own]] = {f"^(?:{'|'.join(group)})": value for value, group in paths.items()}
         return cls(**fields)
 
+    @usage("config.replace(r=16)")
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.patterns import Names
-from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
+from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError, usage
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
@@ -494,6 +494,7 @@ def exactly(paths: Collection[str], among: Iterable[str]) -> tuple[str, ...] | s
     return "|".join(map(re.escape, paths))
 
 
+@usage()
 def empty_layer(outputs: int, inputs: int, *kernel: int, groups: int = 1) -> nn.Module:
     """A linear layer of these sizes on the meta device, or a convolution if there is a kernel: for the hook `sizes`."""
     convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.get(len(kernel))

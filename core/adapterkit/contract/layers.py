@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import PluginError, UnsupportedError
+from adapterkit.errors import PluginError, UnsupportedError, usage
 from adapterkit.kinds import Factors, LayerKind, dense, no_weight
 from adapterkit.tensors import gathered
 
@@ -125,6 +125,7 @@ def _shapes(module: nn.Module, but: str = "") -> str:
     return ", ".join(shape if n == but else f"{n}: {shape}" for n, shape in shapes)
 
 
+@usage()
 def kaiming(parameter: Tensor) -> None:
     """Fill a parameter in place as torch fills the weight of `nn.Linear`: uniform within `1 / sqrt(in)`."""
     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

@@ -18,7 +18,7 @@ from adapterkit.contract import config as configs
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer, Shared, Target
-from adapterkit.errors import PluginError, nearest
+from adapterkit.errors import PluginError, nearest, usage
 
 _MARK = f"{hookspecs.PROJECT}_impl"
 
@@ -80,6 +80,7 @@ class Plugin:
         return self.layer(target, config, shared)
 
 
+@usage()
 def plugin(
     config: type[AdapterConfig],
     layer: type[AdapterLayer],

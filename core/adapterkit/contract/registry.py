@@ -34,6 +34,7 @@ from adapterkit.errors import (
     UnsupportedError,
     nearest,
     unknown,
+    usage_of_methods,
 )
 from adapterkit.kinds import LayerKind
 from adapterkit.migration import COMBINATIONS, advice
@@ -73,6 +74,7 @@ def _is_off(name: str) -> bool:
     return any(off[i : i + len(own)] == own for i in range(len(off)))
 
 
+@usage_of_methods("ak")
 class Registry:
     """Adapter methods, layer kinds and combiners, from entry points and from `register`.
 

@@ -15,13 +15,14 @@ from adapterkit.combining import Choices, Space, check_sources, mix
 from adapterkit.contract import MajoritySign, default_registry
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, names_of, natural, output_place
 from adapterkit.disk.model import Base
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, usage
 from adapterkit.files import FactorSpool, short_names
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
 
 
+@usage()
 def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files need
     sources: Mapping[str | Path, float],
     out: str | Path,

@@ -21,7 +21,7 @@ from adapterkit.contract import (
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place, write_file
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
-from adapterkit.errors import CheckpointError, ConfigError, SaveError, UnsupportedError
+from adapterkit.errors import CheckpointError, ConfigError, SaveError, UnsupportedError, usage
 from adapterkit.files import WEIGHTS_FILE, FactorSpool, ServerName, problems_of, server_named, write_folder
 from adapterkit.formats import MLX_WEIGHTS, layers_of, mlx_files, original_names
 from adapterkit.model import BaseModules, layer_tensors, named_modules
@@ -37,6 +37,7 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+@usage()
 def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from and to
     source: str | Path,
     out: str | Path,

@@ -17,7 +17,7 @@ from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.inspection import LayerInspection, inspect_layer
 from adapterkit.disk.model import Base
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, usage
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
 from adapterkit.results import Printed, brief, in_lines
@@ -155,6 +155,7 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
     yield from (f"  note: {note}" for note in diff.notes)
 
 
+@usage()
 @torch.no_grad()
 def diff_adapters(
     a: str | Path,

@@ -14,12 +14,13 @@ from adapterkit.contract import default_registry
 from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, usage
 from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
 from adapterkit.model import BaseModules, LabelSet, Match, copy_head, task_type
 from adapterkit.results import CombineReport
 
 
+@usage()
 @torch.no_grad()
 def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     base: str | Path,

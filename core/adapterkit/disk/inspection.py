@@ -18,7 +18,7 @@ from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
-from adapterkit.errors import ConfigError, StateError
+from adapterkit.errors import ConfigError, StateError, usage
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
 from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, merged_paths, span
@@ -116,6 +116,7 @@ class AdapterInspection(Printed):
         return in_lines(_lines(self))
 
 
+@usage()
 @torch.no_grad()
 def inspect_adapter(
     source: str | Path,

@@ -17,7 +17,7 @@ from torch import nn
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, of_others
 from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
-from adapterkit.errors import ConfigError, SaveError, UnsupportedError
+from adapterkit.errors import ConfigError, SaveError, UnsupportedError, usage
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
@@ -72,6 +72,7 @@ class MergeReport(Printed):
         return in_lines(lines)
 
 
+@usage()
 def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     base: str | Path,
     adapters: Sources,

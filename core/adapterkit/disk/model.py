@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adapterkit.contract import Method, default_registry
 from adapterkit.disk.checkpoint import PIPELINE, Checkpoint, PlainModel, match_names, read_object, weights_in
 from adapterkit.door import own_file, read_small
-from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, usage
 from adapterkit.files import (
     Entry,
     MappedFiles,
@@ -69,6 +69,7 @@ _OFFLINE = threading.RLock()
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
+@usage()
 def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module:
     """The model of a folder or of a hub id, on the meta device: every module, shape and tie, and no values.
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.door import check_tensors_of_file, read_pickle, read_small
 from adapterkit.errors import CheckpointError, ConfigError
@@ -45,7 +45,8 @@ def local_path(source: object) -> Path:
         ConfigError: not text or a path, empty, or the home of somebody unknown.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
-        raise ConfigError(f"{source!r} is not a folder: give its path, as text or as a pathlib.Path.")
+        shown = f"A {type(source).__name__}" if isinstance(source, nn.Module) else repr(source)
+        raise ConfigError(f"{shown} is not a folder: give its path, as text or as a pathlib.Path.")
     try:
         return Path(source).expanduser()
     except RuntimeError as error:

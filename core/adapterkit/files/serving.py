@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from adapterkit.contract import DOTTED, FILE_PREFIX
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, usage
 from adapterkit.files.folder import WEIGHTS_FILE, read, read_config
 from adapterkit.files.hub import adapter_folder
 from adapterkit.files.tensors import read_header
@@ -94,6 +94,7 @@ class ServingReport(Printed):
         return in_lines([head, *lines])
 
 
+@usage()
 def check_serving(source: str | Path, server: ServerName, *, max_rank: int | None = None) -> ServingReport:
     """Whether a server serves an adapter as it is, judged by the adapter's files and the server's own rules.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adapterkit.contract import AdapterLayer, LowRankLayer, widened
-from adapterkit.errors import ConfigError, UnsupportedError
+from adapterkit.errors import ConfigError, UnsupportedError, usage
 from adapterkit.forward.known_readers import known
 from adapterkit.kinds import LayerKind
 
@@ -101,6 +101,7 @@ def reading(module: nn.Module) -> nn.Module | None:
     return None
 
 
+@usage()
 def declare_reader(reader: type[nn.Module] | str, *children: str) -> None:
     """Declare that the forward of a class of modules reads the weights of layers below it instead of calling them.
 
@@ -201,6 +202,7 @@ def own(module: nn.Module, name: str) -> Any:
         running.stack.pop()
 
 
+@usage()
 def effective_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
     """The weight with which a layer computes now: `W + dW` of all adapters that act there, or the acting copy's.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import AdapterConfig, part_name
-from adapterkit.errors import ConfigError, StateError, UnsupportedError
+from adapterkit.errors import ConfigError, StateError, UnsupportedError, usage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def as_peft(what: nn.Module) -> PeftView: ...
 @overload
 def as_peft(what: AdapterConfig) -> Any: ...
+@usage()
 def as_peft(what: nn.Module | AdapterConfig) -> Any:
     """A view of an adapted model that is a `peft.PeftModel`, for TRL and other tools that are written for PEFT.
 
@@ -62,6 +63,7 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
     return PeftView.of(adapters)
 
 
+@usage()
 def from_peft(model: PeftModel) -> Adapters:
     """Take over the adapters of a live `PeftModel`. Its base model is plain again and has them instead.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adapterkit.contract import AdapterConfig, Pattern, PatternTable, Rule, default_registry
-from adapterkit.errors import ConfigError, SelectionError, nearest
+from adapterkit.errors import ConfigError, SelectionError, nearest, usage
 from adapterkit.forward import ACTIVE, original_class
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import default_targets as defaults
@@ -69,6 +69,7 @@ class Selection(Printed):
         return in_lines(lines)
 
 
+@usage()
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
     """What `config` adapts on `model`, and why. It changes nothing and works on the meta device.
 

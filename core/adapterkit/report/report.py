@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from adapterkit.disk import names_of
-from adapterkit.errors import ConfigError, SaveError
+from adapterkit.errors import ConfigError, SaveError, usage
 from adapterkit.files import appearing, local_path
 from adapterkit.report.heatmaps import Places, places_of
 from adapterkit.report.measuring import AdapterFinding, Findings, measure
@@ -54,6 +54,7 @@ class Report:
         """The whole page. It has no script and loads nothing from elsewhere."""
         return render(self.findings, self.verdicts, self._places, self.title)
 
+    @usage("report.save('report.html')")
     def save(self, out: str | Path) -> Path:
         """Write the page to a file. An existing file is replaced in one step; a device or a pipe gets the page.
 
@@ -83,6 +84,7 @@ class Report:
         )
 
 
+@usage()
 def write_report(
     sources: Sequence[str | Path],
     out: str | Path,

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from adapterkit.describe import describe_methods
-from adapterkit.errors import ConfigError, PluginError, SaveError
+from adapterkit.errors import ConfigError, PluginError, SaveError, usage
 from adapterkit.files import local_path, umask
 
 # Each template and its place; both may contain placeholders.
@@ -35,6 +35,7 @@ _FILES = {
 _LONGEST_NAME = 32
 
 
+@usage()
 def new_package(name: str, folder: str | Path | None = None) -> Path:
     """Write a package with an adapter method of this name. It installs and passes the test kit without changes.
 
