@@ -7,5 +7,3 @@ Uses: errors, tensors, contract, forward.
 from adapterkit.rows.batch import Batch, Entries
 from adapterkit.rows.per_row import RowState
 from adapterkit.rows.rows import Rows
-
-__all__ = ["Batch", "Entries", "RowState", "Rows"]

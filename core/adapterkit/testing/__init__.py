@@ -14,7 +14,7 @@ Uses: errors, contract, files, disk, and the public names of `adapterkit`.
 """
 
 try:
-    import pytest  # noqa: F401
+    import pytest
 except ImportError as error:
     raise ImportError(
         "adapterkit.testing needs pytest, which is not installed: pip install 'adapterkit[testing]'."
