@@ -200,7 +200,7 @@ class AdapterConfig:
         names = [f.name for f in dataclasses.fields(self)]
         for name in names:
             object.__setattr__(self, name, _plain(getattr(self, name)))
-        self._check_types(names)
+        self._check(names)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where to count layers; it needs layers_to_transform beside it.")
         for name in ("target_modules", "exclude_modules"):
@@ -210,7 +210,6 @@ class AdapterConfig:
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
         if _hints(cls)["bias"] is str and self.bias not in biases:
             raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
-        self._check_own()
         for pattern, own in self.patterns.items():
             for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
                 try:
@@ -218,8 +217,8 @@ class AdapterConfig:
                 except ConfigError as error:
                     raise ConfigError(f"{pattern}: {error}") from error
 
-    def _check_types(self, names: Iterable[str]) -> None:
-        """Raise `ConfigError` if one of these fields has a value that its annotation does not allow."""
+    def _check(self, names: Iterable[str]) -> None:
+        """Raise `ConfigError` if one of these fields breaks its annotation, or the config breaks the method's rules."""
         cls: Any = type(self)
         hints = _hints(cls)
         for name in names:
@@ -229,13 +228,9 @@ class AdapterConfig:
                     f"{cls.__name__}: {name} = {value!r} is a {type(value).__name__}; it must be {readable(hint)}."
                 )
             _check_limits(name, value, hint)
-
-    def _check_own(self) -> None:
-        """Ask the method's own `check`."""
         answer: Any = self.check()  # type: ignore[func-returns-value]
         if answer is not None:
-            name = type(self).__name__
-            raise PluginError(f"{name}.check returned {answer!r}; it must raise ConfigError or return nothing.")
+            raise PluginError(f"{cls.__name__}.check returned {answer!r}; it must raise ConfigError or return nothing.")
 
     def _of_layer(self, values: Mapping[str, Any]) -> Self:
         """The config of a layer with these values. Only they are checked: a file may list thousands of layers."""
@@ -243,8 +238,7 @@ class AdapterConfig:
         held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in {**held, **{pattern: {} for pattern in self.patterns}, **values}.items():
             object.__setattr__(layer, name, value)
-        layer._check_types(values)
-        layer._check_own()
+        layer._check(values)
         return layer
 
     @classmethod
@@ -316,26 +310,17 @@ class AdapterConfig:
         return dict(sorted({**_jsonable(self.extra), **own, **marks, **fixed}.items()))
 
     @classmethod
-    def refused(cls, values: Mapping[str, Any]) -> list[str]:
-        """The fields of an `adapter_config.json` that this method lacks, and that change what the adapter computes."""
-        table = cls._known_to_matter()
-        return [n for n in cls._lacking(values) if table.get(n, ...) not in (..., values[n])]
+    def lacking(cls, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The fields of an `adapter_config.json` that this class does not have, at values that say something.
 
-    @classmethod
-    def unknown(cls, values: Mapping[str, Any]) -> list[str]:
-        """The fields of an `adapter_config.json` that neither this method nor the core knows."""
-        return [name for name in cls._lacking(values) if name not in cls._known_to_matter()]
-
-    @classmethod
-    def _known_to_matter(cls) -> dict[str, object]:
-        """The fields that this method may lack, with the values at which they change nothing."""
-        return {**OPTIONS, **dict.fromkeys(_SCALES.get(cls.type_in_files(), ())), **cls.not_implemented}
-
-    @classmethod
-    def _lacking(cls, values: Mapping[str, Any]) -> list[str]:
-        """The fields that this class does not have, at values that say something."""
-        known = {*(f.name for f in dataclasses.fields(cls)), *_BOOKKEEPING, *cls.marks} - {"extra"}
-        return [name for name, value in values.items() if name not in known and value not in _NEUTRAL]
+        Returns:
+            Those that change what the adapter computes, and those that neither this method nor the core knows.
+        """
+        own = {*(f.name for f in dataclasses.fields(cls)), *_BOOKKEEPING, *cls.marks} - {"extra"}
+        neutral = {**OPTIONS, **dict.fromkeys(_SCALES.get(cls.type_in_files(), ())), **cls.not_implemented}
+        lacking = [name for name, value in values.items() if name not in own and value not in _NEUTRAL]
+        refused = [name for name in lacking if neutral.get(name, ...) not in (..., values[name])]
+        return refused, [name for name in lacking if name not in neutral]
 
     @classmethod
     def is_marked(cls, values: Mapping[str, Any]) -> bool:
@@ -359,7 +344,8 @@ class AdapterConfig:
             UnsupportedError: a field that changes what the adapter computes, and that the method does not implement.
             ConfigError: a known field of the wrong type or value.
         """
-        for name in cls.refused(values):
+        refused, unknown = cls.lacking(values)
+        for name in refused:
             cure = "Leave it out, or choose a method that does."
             if trained:
                 cure = "Install one that does, or use the program that wrote it, which can merge it into its base."
@@ -367,7 +353,6 @@ class AdapterConfig:
                 f"{where}: {name} = {reprlib.repr(values[name])} changes what the adapter computes, and the method "
                 f"{cls.method!r} does not implement it. {cure}"
             )
-        unknown = cls.unknown(values)
         if unknown:
             listed = ", ".join(f"{name} = {reprlib.repr(values[name])}" for name in unknown)
             version = values.get("peft_version")
@@ -379,11 +364,11 @@ class AdapterConfig:
                 stacklevel=2,
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        silent = {name for name in known if name in values and cls._says_nothing(name, values[name])}
+        given = {name: value for name, value in values.items() if name in known and not cls._says_nothing(name, value)}
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
         extra = {name: value for name, value in values.items() if name not in known | fixed}
         try:
-            return cls(**{k: v for k, v in values.items() if k in known - silent}, extra=extra)
+            return cls(**given, extra=extra)
         except RecursionError as error:
             raise ConfigError(f"{where}: a value is nested too deeply.") from error
         except (ConfigError, UnsupportedError) as error:

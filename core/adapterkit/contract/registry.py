@@ -146,10 +146,11 @@ class Registry:
             raise CheckpointError(f"{where}: adapter_config.json has no 'peft_type', so its method is not known.")
         for candidates in (lambda: self._likely(kind), self.methods):
             found = self._of_type(kind, candidates())
+            lacking = {name: config_type.lacking(values) for name, config_type in found.items()}
             takers = {
-                name: (-len(config_type.unknown(values)), len(config_type.marks))
-                for name, config_type in found.items()
-                if config_type.is_marked(values) and not config_type.refused(values)
+                name: (-len(unknown), len(found[name].marks))
+                for name, (refused, unknown) in lacking.items()
+                if found[name].is_marked(values) and not refused
             }
             if takers:
                 break
@@ -169,9 +170,9 @@ class Registry:
             )
         reasons = []
         for name, config_type in found.items():
-            lacking = ", ".join(f"{field} = {values[field]!r}" for field in config_type.refused(values))
+            refused = ", ".join(f"{field} = {values[field]!r}" for field in lacking[name][0])
             marks = ", ".join(f"{f} = {'a value' if m is ... else repr(m)}" for f, m in config_type.marks.items())
-            reasons.append(f"{name!r} does not implement {lacking}" if lacking else f"{name!r} needs {marks}")
+            reasons.append(f"{name!r} does not implement {refused}" if refused else f"{name!r} needs {marks}")
         raise UnsupportedError(
             f"{where} is an adapter of type {kind!r}, and none of that type's methods takes it: {'; '.join(reasons)}. "
             "Install a method that does, or use the program that wrote the file."

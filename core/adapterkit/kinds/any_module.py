@@ -36,10 +36,6 @@ class AnyModule(LayerKind):
         """See `LayerKind.fits`."""
         return True
 
-    def held(self, module: nn.Module) -> tuple[str, ...]:
-        """See `LayerKind.held`."""
-        return ()
-
     def up_shape(self, rank: int) -> NoReturn:
         """See `LayerKind.up_shape`; raises `UnsupportedError`."""
         raise no_weight()

@@ -27,7 +27,9 @@ class LayerKind(ABC):
 
     Attributes:
         name: what users read, such as `"Linear"`.
+        module_type: a class of torch's whose forward computes `apply_weight`, `None` where there is none.
         has_weight: whether there is a canonical weight at all: `AnyModule` has none.
+        transposed: the layer keeps its weight as `(in, out)`.
         lookup: the input is row numbers, which stand for one-hot vectors (embeddings).
         all_linear: whether `target_modules="all-linear"` takes layers of this kind.
         sample_dims: dimensions of one sample's smallest input, without the batch's.
@@ -39,7 +41,9 @@ class LayerKind(ABC):
     """
 
     name: ClassVar[str]
+    module_type: ClassVar[type[nn.Module] | None] = None
     has_weight: ClassVar[bool] = True
+    transposed: ClassVar[bool] = False
     lookup: ClassVar[bool] = False
     all_linear: ClassVar[bool] = False
     sample_dims: ClassVar[int] = 1
@@ -101,12 +105,12 @@ class LayerKind(ABC):
         own.detach().copy_(self.laid_out(weight, own))
 
     def canonical(self, weight: Tensor) -> Tensor:
-        """A weight in the layer's own layout as `(out, in)`, with gradients."""
-        return weight
+        """A weight in the layer's own layout as `(out, in)`, with gradients: a view where that is possible."""
+        return weight.t() if self.transposed else weight
 
     def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
         """The reverse of `canonical`: a weight `(out, in)` in the layout of the layer's `own`, with gradients."""
-        return weight
+        return weight.t() if self.transposed else weight
 
     def apply(self, x: Tensor, factors: Factors, dropout: float = 0.0) -> Tensor:
         """What the layer would add to its output if the change that `factors` stand for were added to its weight.
@@ -152,7 +156,7 @@ class LayerKind(ABC):
         That is `apply_weight(x, read(module), module.bias)`, as the module is now. Where it is not known, a merge runs
         the forward to prove it, which costs a product with a second weight of that size.
         """
-        return False
+        return self.module_type is not None and getattr(forward, "__func__", forward) is self.module_type.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""

@@ -34,7 +34,7 @@ class Conv(LayerKind):
     """
 
     dims: ClassVar[int]
-    module_type: ClassVar[type[nn.Module]]
+    module_type: ClassVar[Any]
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -128,9 +128,8 @@ class Conv(LayerKind):
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.computes_plainly`. Programs replace `_conv_forward`, or the padding, of layers that exist."""
-        cls: Any = self.module_type
         own: Any = type(module)
-        plain = getattr(forward, "__func__", forward) is cls.forward and own._conv_forward is cls._conv_forward
+        plain = super().computes_plainly(forward, module) and own._conv_forward is self.module_type._conv_forward
         return plain and "_conv_forward" not in module.__dict__ and self == self.of(module)
 
     def work(self, x: Tensor, rank: int | None = None) -> int:

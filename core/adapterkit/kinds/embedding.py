@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -26,8 +25,8 @@ class Embedding(LayerKind):
         scaled_by: the layer that holds its `embed_scale`, if it has one.
     """
 
-    name = "Embedding"
-    lookup = True
+    name, module_type = "Embedding", nn.Embedding
+    lookup = transposed = True
     sample_dims = 0
 
     padding_idx: int | None
@@ -54,14 +53,6 @@ class Embedding(LayerKind):
         """The copy of an adapted model scales by its own layer; the copy of an adapter alone by the same layer."""
         return replace(self, scaled_by=memo.get(id(self.scaled_by), self.scaled_by))
 
-    def canonical(self, weight: Tensor) -> Tensor:
-        """See `LayerKind.canonical`: a transposed view."""
-        return weight.t()
-
-    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
-        """See `LayerKind.laid_out`."""
-        return weight.t()
-
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """See `LayerKind.project`. Dropping an entry of a one-hot input drops its whole row."""
         hidden = F.embedding(x, down.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
@@ -77,10 +68,6 @@ class Embedding(LayerKind):
         """See `LayerKind.apply_weight`."""
         rows = self.project(x, weight, dropout)
         return self._scaled(rows if bias is None else rows + bias)
-
-    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
-        """See `LayerKind.computes_plainly`."""
-        return getattr(forward, "__func__", forward) is nn.Embedding.forward
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`: reading rows takes none."""

@@ -18,7 +18,7 @@ from adapterkit.tensors import shape_of
 class Linear(LayerKind):
     """`torch.nn.Linear` and its subclasses with a floating weight."""
 
-    name = "Linear"
+    name, module_type = "Linear", nn.Linear
     all_linear = True
 
     @classmethod
@@ -28,17 +28,13 @@ class Linear(LayerKind):
             return cls(module.out_features, module.in_features)
         return None
 
-    def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
-        """See `LayerKind.computes_plainly`."""
-        return getattr(forward, "__func__", forward) is nn.Linear.forward
-
 
 @dataclass(frozen=True)
 class TransposedLinear(LayerKind):
     """transformers' `Conv1D` (GPT-2): a linear layer with its weight stored as `(in, out)`."""
 
     name = "Conv1D"
-    all_linear = True
+    all_linear = transposed = True
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
@@ -53,14 +49,6 @@ class TransposedLinear(LayerKind):
         """See `LayerKind.computes_plainly`."""
         plain = sys.modules["transformers.pytorch_utils"].Conv1D.forward
         return getattr(forward, "__func__", forward) is plain
-
-    def canonical(self, weight: Tensor) -> Tensor:
-        """See `LayerKind.canonical`: a transposed view."""
-        return weight.t()
-
-    def laid_out(self, weight: Tensor, own: Tensor) -> Tensor:
-        """See `LayerKind.laid_out`."""
-        return weight.t()
 
 
 @dataclass(frozen=True)
