@@ -147,6 +147,10 @@ class ForeignLayer:
             raise CheckpointError(f"{self.keys[local]!r} is {number}: the file is damaged, or its training diverged.")
         return number
 
+    def scale(self, rank: int) -> float:
+        """What the file's alpha scales the change by: `alpha / rank`; 1 without an alpha, or with one of 0."""
+        return (self.number("alpha") or rank) / rank if rank else 1.0
+
 
 class Format:
     """Other programs' files of a method: kohya-ss's, LyCORIS's, diffusers'. A hook `formats` returns such objects.
@@ -248,13 +252,13 @@ class Format:
         base = self.config_type.from_dict(header, where="the file's header") if header else None
         ranks = {path: self.rank(layer.tensors) for path, layer in layers.items()}
         told = {path: number for path, layer in layers.items() if (number := layer.number("alpha")) is not None}
+        untold = {path: layer for path, layer in layers.items() if path not in told}
         if base is None:
-            _warn_of_guess([layer for path, layer in layers.items() if path not in told], metadata)
-            other = dict.fromkeys(layers, 0.0)
+            _warn_of_guess(untold.values(), metadata)
+            other = {}
         else:
-            other = {path: float(getattr(base.at(path), self.alpha)) for path in layers}
-            self._warn_of_two_scales(base, {path: layers[path] for path in told}, ranks)
-            wrong = next((p for p in layers if p not in told and "r" in header and base.at(p).r != ranks[p]), None)
+            other = {path: float(getattr(base.at(path), self.alpha)) for path in untold}
+            wrong = next((path for path in untold if "r" in header and base.at(path).r != ranks[path]), None)
             if wrong is not None:
                 raise CheckpointError(
                     f"The header's {HEADER!r} has rank {base.at(wrong).r} for {wrong!r}, and its tensors have rank "
@@ -262,25 +266,11 @@ class Format:
                     "alpha is not theirs. Put the file into a folder as adapter_model.safetensors, beside an "
                     "adapter_config.json with the right r and lora_alpha."
                 )
-        alphas = {path: told.get(path) or other[path] or float(ranks[path]) for path in layers}
+            _warn_of_two_scales(base, [layers[path] for path in told], ranks)
+        alphas = {path: told.get(path) or other.get(path) or float(ranks[path]) for path in layers}
         found = self.config_type.with_values({"r": ranks, self.alpha: alphas})
         values = {name: getattr(found, name) for name in ("r", self.alpha, *found.patterns)}
         return (base or found).replace(**values, **fields)
-
-    def _warn_of_two_scales(self, base: Any, layers: Mapping[str, ForeignLayer], ranks: Mapping[str, int]) -> None:
-        """Warn if the header and the alpha of a layer disagree about its scale; the alpha counts."""
-        for path, layer in layers.items():
-            own, rank, alpha = base.at(path), ranks[path], layer.number("alpha") or 0.0
-            told = own.replace(r=rank).scaling if rank else 1.0
-            if not math.isclose(told, (alpha or rank) / (rank or 1), rel_tol=1e-2):
-                warnings.warn(
-                    f"The header's {HEADER!r} scales {path!r} by {told:.4g}, and {layer.keys['alpha']!r} by "
-                    f"{(alpha or rank) / (rank or 1):.4g}. The alpha beside the tensors counts; if the header is "
-                    "right, take the alphas out of the file.",
-                    AdapterWarning,
-                    stacklevel=9,
-                )
-                return
 
     def tensors(self, layer: ForeignLayer, config: Any) -> dict[str, Tensor]:
         """The layer's tensors by the method's own names, exact under this config, which is the layer's own.
@@ -289,11 +279,10 @@ class Format:
         config's. The file's scaling is `alpha / rank`, where an alpha of 0 means the rank, times the scalar, which
         LyCORIS may have trained.
         """
-        rank, scale, alpha = self.rank(layer.tensors), layer.number("scalar"), layer.number("alpha")
-        scale = 1.0 if scale is None else scale
-        if alpha is not None:
-            own = (config if config.r == rank else config.replace(r=rank)).scaling
-            scale *= ((alpha or rank) / rank if rank else 1.0) / (own or 1.0)
+        rank, scalar = self.rank(layer.tensors), layer.number("scalar")
+        scale = 1.0 if scalar is None else scalar
+        if "alpha" in layer.tensors:
+            scale *= layer.scale(rank) / (_scaling(config, rank) or 1.0)
         values = {name: tensor for name, tensor in layer.tensors.items() if name not in _EXTRA}
         for local in self.factors & values.keys():
             layer.matrix(local)
@@ -332,8 +321,8 @@ class Format:
                 raise UnsupportedError(
                     f"naming={naming!r} has no name for {unnamed[0]!r} of {path!r}. Keep PEFT's format (naming='peft')."
                 )
-            own, rank = config.at(path), self.rank(held)
-            alpha = (own if own.r == rank else own.replace(r=rank)).scaling * rank
+            rank = self.rank(held)
+            alpha = _scaling(config.at(path), rank) * rank
             named = {there[local]: tensor for local, tensor in self.written(held, kinds[path]).items()}
             found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32)}
         return ForeignFile(found)
@@ -459,6 +448,27 @@ def _may_be(part: str, head: str) -> bool:
         return part in ("", "lycoris") or all(generators)
     numbers = [re.fullmatch(r"(?:lora_te|text_encoder_?)(\d*)", name) for name in (part, head)]
     return None in numbers or len({found[1] or "1" for found in numbers if found}) == 1
+
+
+def _scaling(config: Any, rank: int) -> float:
+    """What a layer's config scales its change by, where it has this rank."""
+    return float((config if config.r == rank else config.replace(r=rank)).scaling)
+
+
+def _warn_of_two_scales(base: Any, layers: Iterable[ForeignLayer], ranks: Mapping[str, int]) -> None:
+    """Warn if the header and the alpha of a layer disagree about its scale; the alpha counts."""
+    for layer in layers:
+        rank = ranks[layer.path]
+        told, own = _scaling(base.at(layer.path), rank) if rank else 1.0, layer.scale(rank)
+        if not math.isclose(told, own, rel_tol=1e-2):
+            warnings.warn(
+                f"The header's {HEADER!r} scales {layer.path!r} by {told:.4g}, and {layer.keys['alpha']!r} by "
+                f"{own:.4g}. The alpha beside the tensors counts; if the header is right, take the alphas out of the "
+                "file.",
+                AdapterWarning,
+                stacklevel=9,
+            )
+            return
 
 
 def _warn_of_guess(layers: Collection[ForeignLayer], metadata: Mapping[str, str]) -> None:

@@ -153,6 +153,7 @@ class AdapterLayer(nn.Module):
         up_factor: of the class: the names of the parameters that are B in `B A`, such as `("lora_B.weight",)`. LoRA+
             trains them with a larger learning rate.
         method: the name of the method that made it; set by the core.
+        additive: of the class: the adapter adds a change to the weight that does not depend on the weight.
 
     Raises:
         PluginError: when a subclass is defined without a method that its base class needs.
@@ -168,6 +169,7 @@ class AdapterLayer(nn.Module):
     up_factor: ClassVar[tuple[str, ...]] = ()
     method: str = ""
     any_module: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     # A subclass must define one of these.
     _needs: ClassVar[tuple[str, ...]] = ("merged", "forward")
@@ -229,19 +231,15 @@ class AdapterLayer(nn.Module):
         return dropped
 
     @property
-    def additive(self) -> bool:
-        """Whether the adapter adds a change to the weight that does not depend on the weight."""
-        return isinstance(self, LowRankLayer | DenseLayer)
-
-    @property
     def summed(self) -> bool:
         """Whether the core adds the change to the output by itself: it is additive and has no `forward` of its own."""
-        return isinstance(self, LowRankLayer | DenseLayer) and type(self).forward is AdapterLayer.forward
+        return self.additive and type(self).forward is AdapterLayer.forward
 
 
 class LowRankLayer(AdapterLayer):
     """A change of low rank: a subclass defines `factors`."""
 
+    additive = True
     _needs = ("factors",)
 
     def factors(self) -> Factors:
@@ -281,6 +279,7 @@ class DenseLayer(AdapterLayer):
     few: Any = None
     tile: Any = None
 
+    additive = True
     _needs = ("change",)
 
     def change(self) -> Tensor:
@@ -432,9 +431,10 @@ class Shared(nn.Module):
         if type(self) is not type(other) or any(True for part in (self, other) for _ in part.parameters()):
             return False
         ours, theirs = dict(self.named_buffers()), dict(other.named_buffers())
-        pairs = [(own, theirs[name]) for name, own in ours.items() if name in theirs]
-        alike = all(not a.is_meta and a.device == b.device and a.dtype == b.dtype for a, b in pairs)
-        return ours.keys() == theirs.keys() and alike and all(torch.equal(a, b) for a, b in pairs)
+        return ours.keys() == theirs.keys() and all(
+            not a.is_meta and a.device == theirs[n].device and a.dtype == theirs[n].dtype and torch.equal(a, theirs[n])
+            for n, a in ours.items()
+        )
 
 
 def shared_tensors(shared: Shared | None) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class Method:
         name: the method's name, such as `"lora"`.
         provider: who provides it, for messages: the distribution and version, or the module.
         shared: the plugin's subclass of `Shared`, or `None`.
+        replaces_call: its adapters are the model's call while they act (`Shared.forward`).
+        any_module: its targets may be modules without a layer kind.
         manager: pluggy's manager of this plugin alone, and of the extensions that wrap its hooks.
         hooks: the names of the hooks that the plugin implements.
     """
@@ -39,6 +41,8 @@ class Method:
     def __init__(self, name: str, plugin: object, provider: str) -> None:
         self.name, self.plugin, self.provider = name, plugin, provider
         self.shared: type[Shared] | None = getattr(plugin, "shared", None)
+        self.replaces_call = bool(getattr(self.shared, "replaces_call", False))
+        self.any_module = bool(getattr(getattr(plugin, "layer", None), "any_module", False))
         self.manager = manager_of(plugin, f"The method {name!r} ({provider})")
         self.hooks = tuple(sorted(c.name for c in self.manager.get_hookcallers(plugin) or []))
 
@@ -138,16 +142,6 @@ class Method:
     def fault(self, what: str) -> PluginError:
         """The error for something that the plugin did wrong."""
         return PluginError(f"The method {self.name!r} ({self.provider}): {what}.")
-
-    @property
-    def any_module(self) -> bool:
-        """Whether its targets may be modules without a layer kind."""
-        return bool(getattr(getattr(self.plugin, "layer", None), "any_module", False))
-
-    @property
-    def replaces_call(self) -> bool:
-        """Whether its adapters are the model's call while they act (`Shared.forward`)."""
-        return self.shared is not None and self.shared.replaces_call
 
     def check_no_call(self, what: str) -> None:
         """Raise `UnsupportedError` if its adapters replace the model's call; `what` is then not possible."""

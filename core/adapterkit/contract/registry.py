@@ -9,6 +9,7 @@ import os
 import reprlib
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
@@ -88,13 +89,8 @@ class Registry:
 
     def methods(self) -> Mapping[str, Installed]:
         """Every method by name: registered ones and those that installed packages announce. Imports none."""
-        found = {}
-        for entry in _entries(METHODS_GROUP):
-            dist = entry.dist
-            found[entry.name] = Installed(entry.name, *((dist.name, dist.version) if dist else (entry.value, None)))
-        for name, method in self._methods.items():
-            found.setdefault(name, Installed(name, method.provider, None))
-        return dict(sorted(found.items()))
+        registered = {name: Installed(name, method.provider, None) for name, method in self._methods.items()}
+        return dict(sorted({**registered, **{entry.name: owner for entry, owner in _announced(METHODS_GROUP)}}.items()))
 
     def method(self, name: str) -> Method:
         """The method called `name`, its plugin imported if need be.
@@ -107,22 +103,21 @@ class Registry:
             raise unknown("adapter method", name, self.methods())
         if name in self._methods:
             return self._methods[name]
-        claims = {(e.dist.name if e.dist else "", e.value): e for e in _entries(METHODS_GROUP) if e.name == name}
+        claims = {(o.provider, e.value): (e, o) for e, o in _announced(METHODS_GROUP) if e.name == name}
         if not claims:
             advice = f"Methods come from installed packages (entry-point group {METHODS_GROUP!r}) or ak.register."
             if _is_off(name):
                 advice = f"It is switched off by {DISABLE_VARIABLE}. {advice}"
             raise unknown("adapter method", name, self.methods(), advice)
         if len(claims) > 1:
-            owners = " and ".join(sorted(f"{dist or '?'} ({value})" for dist, value in claims))
+            owners = " and ".join(sorted(f"{dist} ({value})" for dist, value in claims))
             raise PluginError(
                 f"Two packages provide the method {name!r}: {owners}. Uninstall one of them, or switch it off: "
                 f"{DISABLE_VARIABLE}={min(claims)[0]}."
             )
-        (entry,) = claims.values()
-        provider = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-        self._methods[name] = self._made(_import(entry, "method"), name, provider)
-        return self._methods[name]
+        ((entry, owner),) = claims.values()
+        made = self._made(_import(entry, owner, "method"), name, f"{owner.provider} {owner.version}")
+        return self._methods.setdefault(name, made)
 
     def claim(self, values: Mapping[str, Any], where: object) -> Method:
         """The method of a file with these fields in its `adapter_config.json`.
@@ -194,7 +189,7 @@ class Registry:
         brackets: `dora = "adapterkit_dora:plugin [lora]"`. The others count only if none of these takes a file, so that
         the result does not depend on what was imported before.
         """
-        installed = {entry.name: entry.extras for entry in _entries(METHODS_GROUP)}
+        installed = {entry.name: entry.extras for entry, _ in _announced(METHODS_GROUP)}
         said = [name for name, types in installed.items() if kind.lower() in (name, *map(str.lower, types))]
         return [*said, *(name for name in self._methods if name not in installed)]
 
@@ -224,12 +219,10 @@ class Registry:
             PluginError: the plugin breaks the contract, or its name is taken.
         """
         method = self._made(plugin, name, _name_of(plugin))
-        for entry in _entries(METHODS_GROUP):
+        for entry, owner in _announced(METHODS_GROUP):
             if entry.name == method.name:
-                owner = entry.dist.name if entry.dist else entry.value
-                raise method.fault(f"the name is taken by the installed package {owner}. Choose another name")
-        self._methods[method.name] = method
-        return method
+                raise method.fault(f"the name is taken by the installed package {owner.provider}. Choose another name")
+        return self._methods.setdefault(method.name, method)
 
     def unregister(self, name: str) -> None:
         """Forget a method that `register` or discovery made available.
@@ -372,13 +365,13 @@ class Registry:
     def _load_extensions(self) -> dict[str, PluginError]:
         """Load what is announced and not there yet; what fails breaks only itself, and is returned by name."""
         failed = {}
-        entries = list(dict.fromkeys(_entries(EXTENSIONS_GROUP)))
-        for entry in entries:
-            shared = sum(other.name == entry.name for other in entries) > 1
-            name = f"{entry.name} ({entry.value})" if shared else entry.name
+        entries = dict(_announced(EXTENSIONS_GROUP))
+        names = Counter(entry.name for entry in entries)
+        for entry, owner in entries.items():
+            name = f"{entry.name} ({entry.value})" if names[entry.name] > 1 else entry.name
             if name not in self._extensions:
                 try:
-                    self._extend(_import(entry, "extension"), name)
+                    self._extend(_import(entry, owner, "extension"), name)
                 except PluginError as error:
                     failed[name] = error
         return failed
@@ -499,23 +492,25 @@ def _name_of(plugin: object) -> str:
     return plugin.__name__ if isinstance(plugin, ModuleType) else type(plugin).__name__
 
 
-def _import(entry: EntryPoint, what: str) -> object:
-    owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
+def _import(entry: EntryPoint, owner: Installed, what: str) -> object:
     try:
         return entry.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise PluginError(
-            f"The {what} {entry.name!r} of {owner} cannot be imported from {entry.value!r}: "
+            f"The {what} {entry.name!r} of {owner.provider} {owner.version} cannot be imported from {entry.value!r}: "
             f"{type(error).__name__}: {error}. Other methods are not affected; reinstall or remove that package, or "
             f"set {DISABLE_VARIABLE}={entry.name}."
         ) from error
 
 
-def _entries(group: str) -> Iterator[EntryPoint]:
-    found = importlib.metadata.entry_points(group=group)
-    return (e for e in found if not (_is_off(e.name) or (e.dist is not None and _is_off(e.dist.name))))
+def _announced(group: str) -> Iterator[tuple[EntryPoint, Installed]]:
+    """What installed packages announce in this entry-point group, without what is switched off."""
+    for entry in importlib.metadata.entry_points(group=group):
+        dist: Any = entry.dist
+        if not (_is_off(entry.name) or _is_off(dist.name)):
+            yield entry, Installed(entry.name, dist.name, dist.version)
 
 
 default_registry = Registry()
