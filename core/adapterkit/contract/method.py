@@ -34,7 +34,7 @@ class Method:
         shared: the plugin's subclass of `Shared`, or `None`.
         replaces_call: its adapters are the model's call while they act (`Shared.forward`).
         any_module: its targets may be modules without a layer kind.
-        manager: pluggy's manager of this plugin alone, and of the extensions that wrap its hooks.
+        manager: pluggy's manager of this plugin alone.
         hooks: the names of the hooks that the plugin implements.
     """
 
@@ -116,10 +116,7 @@ class Method:
         return found[0], found[1]
 
     def _call(self, hook: str, /, *kinds: type, **arguments: Any) -> Any:
-        caller = getattr(self.manager.hook, hook)
-        wrappers = [i.plugin_name for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
-        wrapped = f" (which is wrapped by the extensions {', '.join(wrappers)})" if wrappers else ""
-        return self.ask(f"its hook {hook}{wrapped}", kinds, caller, **arguments)
+        return self.ask(f"its hook {hook}", kinds, getattr(self.manager.hook, hook), **arguments)
 
     def ask(self, what: str, kinds: tuple[type, ...], function: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
         """What a function of the plugin gives. `what` names the function in messages.

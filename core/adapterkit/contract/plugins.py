@@ -6,7 +6,6 @@ import collections.abc
 import inspect
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pluggy
@@ -108,44 +107,40 @@ def manager_of(plugin: object, who: str) -> pluggy.PluginManager:
     """
     if getattr(plugin, "__hash__", None) is None:
         raise PluginError(f"{who}: a plugin must be hashable, as modules are, not a {type(plugin).__name__}.")
-    marked = {name for name, *_ in implementations(plugin)}
-    for name in hookspecs.names():
-        if name not in marked and inspect.isroutine(getattr(plugin, name, None)):
+    for name in dir(plugin):
+        function = inspect.getattr_static(plugin, name)
+        function = getattr(function, "__func__", function)
+        options = getattr(function, _MARK, None)
+        if isinstance(options, dict):
+            _check_hook(function, name, options.get("specname") or name, who)
+        elif name in hookspecs.names() and inspect.isroutine(getattr(plugin, name, None)):
             raise PluginError(f"{who}: {name} has the name of a hook but no @ak.hookimpl, so nothing would call it.")
-    for name, hook, function, wraps in implementations(plugin):
-        if hook not in hookspecs.names():
-            known = ", ".join(sorted(hookspecs.names()))
-            raise PluginError(f"{who} implements {name!r}, which is not a hook.{_hint(hook)} Hooks: {known}.")
-        spec = getattr(hookspecs, hook)
-        gives = [*inspect.signature(spec).parameters]
-        takes = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
-        extra = [repr(name) for name in takes if name not in gives]
-        if extra:
-            raise PluginError(
-                f"{who}: hook {hook}({', '.join(takes)}) takes {', '.join(extra)}, which its spec does not give. It "
-                f"gives: {', '.join(gives) or 'nothing'}."
-            )
-        ours, theirs = _hints(spec), _hints(function)
-        for argument in theirs.keys() & ours.keys() - ({"return"} if wraps else set()):
-            if not _agree(theirs[argument], ours[argument]):
-                what = "returns" if argument == "return" else f"takes {argument} as"
-                given, wanted = (getattr(h, "__name__", h) for h in (theirs[argument], ours[argument]))
-                raise PluginError(f"{who}: hook {hook} {what} {given}; the spec says {wanted}.")
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin)
     return manager
 
 
-def implementations(plugin: object) -> Iterator[tuple[str, str, Any, bool]]:
-    """The plugin's functions that are marked as hooks: name, hook, function, and whether it wraps the hook."""
-    for name in dir(plugin):
-        function = inspect.getattr_static(plugin, name)
-        function = getattr(function, "__func__", function)
-        options = getattr(function, _MARK, None)
-        if isinstance(options, dict):
-            wraps = bool(options.get("wrapper") or options.get("hookwrapper"))
-            yield name, options.get("specname") or name, function, wraps
+def _check_hook(function: Any, name: str, hook: str, who: str) -> None:
+    """Raise `PluginError` if a function `name` cannot implement this hook: it is unknown, or the signatures differ."""
+    if hook not in hookspecs.names():
+        known = ", ".join(sorted(hookspecs.names()))
+        raise PluginError(f"{who} implements {name!r}, which is not a hook.{_hint(hook)} Hooks: {known}.")
+    spec = getattr(hookspecs, hook)
+    gives = [*inspect.signature(spec).parameters]
+    takes = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    extra = [repr(name) for name in takes if name not in gives]
+    if extra:
+        raise PluginError(
+            f"{who}: hook {hook}({', '.join(takes)}) takes {', '.join(extra)}, which its spec does not give. It "
+            f"gives: {', '.join(gives) or 'nothing'}."
+        )
+    ours, theirs = _hints(spec), _hints(function)
+    for argument in theirs.keys() & ours.keys():
+        if not _agree(theirs[argument], ours[argument]):
+            what = "returns" if argument == "return" else f"takes {argument} as"
+            given, wanted = (getattr(h, "__name__", h) for h in (theirs[argument], ours[argument]))
+            raise PluginError(f"{who}: hook {hook} {what} {given}; the spec says {wanted}.")
 
 
 def _hint(name: str) -> str:

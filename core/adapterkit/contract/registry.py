@@ -25,7 +25,7 @@ from adapterkit.contract.config import AdapterConfig, conforms, readable
 from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, REQUIRED
 from adapterkit.contract.layers import Shared
 from adapterkit.contract.method import Method
-from adapterkit.contract.plugins import Plugin, implementations, manager_of
+from adapterkit.contract.plugins import Plugin, manager_of
 from adapterkit.errors import (
     AdapterWarning,
     CheckpointError,
@@ -57,7 +57,7 @@ class Installed:
 
 @dataclass(frozen=True)
 class Extension:
-    """A plugin that is not a method: the layer kinds and combiners that it adds. It may also wrap hooks of methods."""
+    """A plugin that is not a method: the layer kinds and combiners that it adds."""
 
     plugin: object
     kinds: tuple[type[LayerKind], ...] = ()
@@ -235,7 +235,7 @@ class Registry:
         del self._methods[name]
 
     def extend(self, plugin: object) -> None:
-        """Add an extension: layer kinds, combiners, or wrappers around hooks.
+        """Add an extension: layer kinds and combiners.
 
         Raises:
             PluginError: it breaks the contract.
@@ -254,8 +254,6 @@ class Registry:
             raise unknown("extension", plugin, self._extensions)
         del self._extensions[name]
         self._kinds = None
-        for method in self._methods.values():
-            method.manager.unregister(plugin)
 
     def extensions(self) -> Mapping[str, Extension | PluginError]:
         """Every extension by name; for one that could not be loaded the error that says why."""
@@ -381,20 +379,18 @@ class Registry:
         who = f"The extension {name!r}"
         if any(extension.plugin is plugin for extension in self._extensions.values()):
             raise PluginError(f"{who} is registered already.")
-        manager = manager_of(plugin, who)
-        for _, hook, _, wraps in implementations(plugin):
-            if hook not in ("layer_kinds", "combiners") and not wraps:
-                raise PluginError(
-                    f"{who} is not a method, so it may not answer hook {hook}: it would answer for every method. "
-                    "Make it a wrapper (@hookimpl(wrapper=True)), or register the plugin as a method (ak.register)."
-                )
         given: dict[str, Any] = {}
-        for hook in ("layer_kinds", "combiners"):
+        for hook in manager_of(plugin, who).get_hookcallers(plugin) or ():
+            if hook.name not in ("layer_kinds", "combiners"):
+                raise PluginError(
+                    f"{who} is not a method, so it may not answer hook {hook.name}: it would answer for every method. "
+                    "Register the plugin as a method (ak.register)."
+                )
             try:
-                given[hook] = next(iter(getattr(manager.hook, hook)()), ())
+                given[hook.name] = next(iter(hook()), ())
             except Exception as error:
-                raise PluginError(f"{who}: its hook {hook} raised {type(error).__name__}: {error}.") from error
-        kinds, ways = given["layer_kinds"], given["combiners"] or {}
+                raise PluginError(f"{who}: its hook {hook.name} raised {type(error).__name__}: {error}.") from error
+        kinds, ways = given.get("layer_kinds", ()), given.get("combiners") or {}
         if not isinstance(kinds, Sequence) or not all(isinstance(k, type) and issubclass(k, LayerKind) for k in kinds):
             raise PluginError(
                 f"{who}: its hook layer_kinds returned {kinds!r}; it must return a list of LayerKind classes."
@@ -406,8 +402,6 @@ class Registry:
             raise PluginError(f"{who}: its hook combiners gives {taken[0]!r}, a name that is taken. Choose another.")
         self._extensions[name] = Extension(plugin, tuple(kinds), ways)
         self._kinds = None
-        for method in self._methods.values():
-            method.manager.register(plugin, name)
 
     def _made(self, plugin: object, name: str | None, provider: str) -> Method:
         """The method of a plugin, checked."""
@@ -418,8 +412,6 @@ class Registry:
         missing = [hook for hook in REQUIRED if hook not in method.hooks]
         if missing:
             raise method.fault(f"it lacks the required hook{'s' * (len(missing) > 1)} {', '.join(missing)}")
-        for known, extension in self._extensions.items():
-            method.manager.register(extension.plugin, known)
         method.name = name or method.config_type().method
         if method.name in self._methods:
             raise method.fault(f"the name is taken by {self._methods[method.name].provider}")
