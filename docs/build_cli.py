@@ -84,8 +84,8 @@ row is one line. Messages have colours only on terminals, and never if `NO_COLOR
 
 With `--json` a report is one JSON value. Its keys are the attributes of the report in Python, fields and properties;
 infinite numbers and NaN are `null`. Until the next major version keys may be added, but not renamed or removed.
-Errors are then JSON objects on stderr, `{"error": {"type": ..., "message": ..., "status": ...}}`; mistakes in the
-command line itself (status 2) are text.
+Errors are then JSON objects on stderr, `{"error": {"type": ..., "message": ..., "status": ...}}`; mistakes that are
+seen while the command line is parsed are text.
 """
 
 

@@ -689,7 +689,7 @@ class Adapters:
 
         Raises:
             CheckpointError: damaged or foreign files, or tensors that do not fit.
-            UnknownNameError: no installed plugin provides its method.
+            MissingMethodError: no installed plugin provides its method.
         """
         name = local_path(subfolder or source).name.removesuffix(".safetensors") if name is None else name
         self._check_new_name(name)

@@ -67,7 +67,7 @@ class ConfigError(AdapterError, ValueError):
 
 
 class UsageError(ConfigError, TypeError):
-    """A call lacks an argument, or has one that does not exist or is of a wrong type."""
+    """A call is wrong, whatever the model and the files hold: an argument is missing, unknown or impossible."""
 
 
 class UnsupportedError(AdapterError, NotImplementedError):
@@ -88,6 +88,10 @@ class StateError(AdapterError, RuntimeError):
 
 class CheckpointError(AdapterError, ValueError):
     """A file is damaged, has another format, or does not fit the model."""
+
+
+class MissingMethodError(CheckpointError, UnknownNameError):
+    """A file needs a method that no installed plugin provides."""
 
 
 class SaveError(AdapterError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -91,11 +92,15 @@ def modules(listed: Sequence[str] | None, expression: str | None) -> str | list[
     """The value of `target_modules`: a list, a regular expression, or `"all-linear"`.
 
     Raises:
-        typer.BadParameter: both a list and an expression are given.
+        typer.BadParameter: both a list and an expression are given, or the expression is malformed.
     """
     found = names(listed)
     if expression is not None and found is not None:
         raise typer.BadParameter("give --target-modules or --target-regex, not both.")
+    try:
+        re.compile(expression or "")
+    except re.error as error:
+        raise typer.BadParameter(f"--target-regex {expression}: {error}.") from None
     if found == ["all-linear"]:
         return "all-linear"
     return expression if expression is not None else found

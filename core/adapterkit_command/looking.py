@@ -122,9 +122,12 @@ def targets(
         raise typer.BadParameter("--config already names the method. Leave --method out.")
     import adapterkit as ak
 
-    if config is not None:
-        return ak.preview(model, ak.read_config(config).replace(**fields))
-    return ak.preview(model, ak.config(method or "lora", **fields))
+    start = None if config is None else ak.read_config(config)
+    try:
+        made = ak.config(method or "lora", **fields) if start is None else start.replace(**fields)
+    except (ak.ConfigError, ak.UnsupportedError) as error:
+        raise ak.UsageError(str(error)) from error
+    return ak.preview(model, made)
 
 
 @command(

@@ -213,8 +213,8 @@ def convert(  # noqa: PLR0913 - one parameter an option
     show=written,
 )
 def extract(  # noqa: PLR0913 - one parameter an option
-    base: Annotated[str, typer.Argument(help="The base model's folder.")],
-    tuned: Annotated[str, typer.Argument(help="The folder of the fine-tuned model.")],
+    base: Annotated[str, typer.Argument(help="The base model's folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model's folder or hub id.")],
     *,
     out: Out,
     rank: Rank = None,

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from adapterkit_command.output import print_json, print_text, say
 
@@ -36,6 +37,19 @@ app = typer.Typer(
 )
 
 
+class _Command(TyperCommand):
+    """A command that says what is wrong with an option in plain words."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            # The words of pydantic, with which typer reads values
+            text = error.message.removeprefix("Value error, ").replace("Input should be", "it must be")
+            error.message = text.partition(", unable to parse")[0]
+            raise
+
+
 class Exit(IntEnum):
     """The exit statuses; scripts can rely on them."""
 
@@ -50,8 +64,9 @@ class Exit(IntEnum):
 
 MEANINGS = {
     Exit.OK: "done",
-    Exit.ERROR: "the command failed; the message gives the reason, and nothing was changed",
-    Exit.USAGE: "the command line itself is wrong",
+    Exit.ERROR: "the command failed because of a file, a model or the system; the message gives the reason, and "
+    "nothing was changed",
+    Exit.USAGE: "the command line is wrong, whatever the files hold: an argument is missing, unknown or impossible",
     Exit.INTERNAL: "a bug in adapterkit or in another library; `--debug` shows the traceback",
     Exit.DIFFERENT: "with `diff --exit-code`: the adapters differ; with `check`: the server does not serve the adapter",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
@@ -102,6 +117,7 @@ def command(
         lines = (f"[dim]{escape(task)}:[/dim]\n  $ {escape(line)}" for task, line in examples.items())
         app.command(
             function.__name__,
+            cls=_Command,
             help=f"{flowing(function.__doc__)}\n\nIn Python: adapterkit.{calls}",
             epilog="\n\n".join(lines),
             rich_help_panel=panel,
@@ -159,15 +175,17 @@ def _note(options: Mapping[str, str], message: Warning | str, *_: object, **__: 
 
 def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
     """Print the error, and return the status for it."""
-    from adapterkit import AdapterError
+    from adapterkit import AdapterError, CheckpointError, UnknownNameError, UsageError
 
     if debug:
         traceback.print_exception(error)
     message = as_options(str(error), options)
+    wrong_call = isinstance(error, UsageError | UnknownNameError) and not isinstance(error, CheckpointError)
     status = Exit.ERROR if isinstance(error, AdapterError | OSError) else Exit.INTERNAL
+    status = Exit.USAGE if wrong_call else status
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message, "status": int(status)}}, sys.stderr)
-    elif status is Exit.ERROR:
+    elif status is not Exit.INTERNAL:
         say("error", message, "red")
     else:
         hint = "" if debug else " This is a bug. Run the command again with --debug, and report the traceback."
@@ -184,7 +202,7 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
     group: Any = typer.main.get_command(app)
     others = {parameter.name: parameter.opts[0] for other in group.commands.values() for parameter in other.params}
     named = {name.strip("_"): option for name, option in {**others, **options}.items() if option.startswith("--")}
-    pattern = rf"\b({'|'.join(map(re.escape, named))})=(True\b|False\b|(?=[\w'\"\[{{-]))?"
+    pattern = rf"\b({'|'.join(map(re.escape, named))})(?:=| = )(True\b|False\b|(?=[\w'\"\[({{.-]))?"
 
     def option(found: re.Match[str]) -> str:
         return f"{'no ' * (found[2] == 'False')}{named[found[1]]}{' ' * (found[2] == '')}"

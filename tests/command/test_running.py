@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.command.conftest import run
+from typer.testing import Result
 
 import adapterkit as ak
 from adapterkit_command.output import bytes_bar, jsonable, print_text
@@ -213,25 +214,83 @@ def test_arguments_in_messages_become_options(message: str, said: str) -> None:
     assert as_options(message, {"resume": "--resume", "rank": "--rank", "base": "--base"}) == said
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("convert", "a", "--out", "b", "--naming", "nobody"),
-        ("convert", "a", "--out", "b", "--rank", "0"),
-        ("convert", "a", "--out", "b", "--energy", "2"),
-        ("convert", "a", "--out", "b", "--heads", "both"),
-        ("combine", "a", "b", "--out", "c", "--space", "outer"),
-        ("combine", "a", "b", "--out", "c", "--density", "-1"),
-        ("check", "a", "--for", "nginx"),
-        ("inspect", "a", "--sort", "size"),
-        ("inspect", "a", "--top", "0"),
-        ("diff", "a", "b", "--tolerance", "-1"),
-    ],
-    ids=lambda arguments: " ".join(arguments[-2:]),
-)
-def test_a_value_that_is_wrong_in_itself_exits_with_2_before_anything_is_read(
-    arguments: tuple[str, ...],
-) -> None:
-    done = run(*arguments)
-    assert done.exit_code == 2, done.output
-    assert arguments[-2] in done.output
+NOWHERE = "'nowhere' is not a folder here (working directory:"
+# Command lines, each with a part of its message. There are no files `a`, `b` and `c`.
+WRONG_CALLS = {
+    "convert a --out b --naming nobody": "'--naming': 'nobody' is not one of 'peft',",
+    "convert mood --out b --naming kohya": "give it a name that ends in .safetensors",
+    "convert a --out b --rank 0": "'--rank': it must be greater than or equal to 1",
+    "convert a --out b --rank four": "'--rank': it must be a valid integer",
+    "convert a --out b --energy 2": "'--energy': it must be less than or equal to 1",
+    "convert a --out b --rank 4 --energy 0.5": "Give --rank or --energy, not both.",
+    "convert a --out b --heads both": "'--heads': 'both' is not one of 'keep', 'drop'",
+    "convert a --out b --for vllm --max-rank 3": "--max-rank 3 must be one of 1, 8,",
+    "convert mood --out b --to lorra": "Unknown adapter method 'lorra'.",
+    "combine a b --out c --space outer": "'--space': 'outer' is not one of",
+    "combine a b --out c --density -1": "'--density': it must be greater",
+    "combine a b --out c --method cat": "here it is --method 'linear'",
+    "combine a b --out c --method ties": "'ties' prunes. Pass --density, the share",
+    "combine a b --out c --density 0.3": "so --density 0.3 has no effect",
+    "combine a:nan b --out c": "give PATH:WEIGHT, with a finite number",
+    "combine a a --out c": "'a' is given twice",
+    "combine mood topic --out c --heads nobody": "Unknown choice of heads 'nobody'",
+    "extract a b --out c": "extract needs --rank or --energy",
+    "extract a b --out c --rank 2 --to lorra": "Unknown adapter method 'lorra'.",
+    "extract a b --out c --rank 2 --dtype int8": "'int8' is not a floating dtype",
+    "extract a b --out c --rank 2 --target-regex (": "--target-regex (: missing )",
+    "merge a mood:much --out c": "'much' is not a number",
+    "check a --for nginx": "'--for': 'nginx' is not one of",
+    "check a --for vllm --max-rank 7": "--max-rank 7 must be one of",
+    "inspect a --sort size": "'--sort': 'size' is not one of",
+    "inspect a --top 0": "'--top': it must be greater than or equal to 1",
+    "targets a --set rank=8": "no field 'rank'. Did you mean 'r'? Its fields: r, lora_alpha, ",
+    "targets a --set r=0": "r = 0: a rank must be at least 1",
+    "targets a --set lora_dropout=50": "lora_dropout = 50 must be a probability",
+    "targets a --set task_type=CAUSALLM": "did you mean 'CAUSAL_LM'? PEFT knows",
+    "targets a --set use_qalora=true": "an option of PEFT that adapterkit does not implement",
+    "targets a --method lorra": "Did you mean 'lora'?",
+    "diff a b --tolerance -1": "'--tolerance': it must be greater",
+    "diff a b --tolerance 2": "--tolerance 2.0 must be a share",
+    "report a a --out c.html": "An adapter is named twice: 'a', 'a'.",
+    "new 9": "'9' cannot be a method's name",
+    "new class": "'class' is a keyword of Python",
+}
+FAILS = {
+    "inspect alien": "no plugin provides the method 'foo'",
+    "inspect broken": "broken/adapter_config.json: LoraConfig: r = '8' is a str; it must be int.",
+    "inspect nowhere": NOWHERE,
+    "check nowhere --for vllm": NOWHERE,
+    "targets nowhere": NOWHERE,
+    "targets base --config nowhere": NOWHERE,
+    "diff mood nowhere": NOWHERE,
+    "report nowhere --out c.html": NOWHERE,
+    "convert nowhere --out c": NOWHERE,
+    "combine mood nowhere --out c --heads mood": NOWHERE,
+    "merge nowhere mood --out c": NOWHERE,
+    "merge base nowhere --out c": NOWHERE,
+    "extract nowhere base --out c --rank 2": NOWHERE,
+    "extract base nowhere --out c --rank 2": NOWHERE,
+    "combine mood topic --out c": "Choose one of --heads 'mood', --heads 'topic'",
+}
+
+
+def one_line(done: Result) -> str:
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("line", WRONG_CALLS)
+def test_a_wrong_call_is_2(line: str, here: Path) -> None:
+    done = run(*line.split())
+    assert (done.exit_code, done.stdout) == (Exit.USAGE, "")
+    assert WRONG_CALLS[line] in one_line(done)
+
+
+@pytest.mark.parametrize("line", FAILS)
+def test_what_the_files_make_impossible_is_1(line: str, here: Path) -> None:
+    for name, config in {"alien": {"peft_type": "FOO"}, "broken": {"peft_type": "LORA", "r": "8"}}.items():
+        (here / name).mkdir()
+        (here / name / "adapter_config.json").write_text(json.dumps(config))
+        (here / name / "adapter_model.safetensors").symlink_to(here / "mood" / "adapter_model.safetensors")
+    done = run(*line.split())
+    assert (done.exit_code, done.stdout) == (Exit.ERROR, "")
+    assert FAILS[line] in one_line(done)

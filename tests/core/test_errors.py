@@ -89,7 +89,7 @@ def net() -> nn.Module:
 
 NAN = float("nan")
 CONFIGS: list[Row] = [
-    ({"rnak": 8}, "LoraConfig has no field 'rnak'. Its fields: target_modules, ", UNKNOWN_NAME),
+    ({"rnak": 8}, "LoraConfig has no field 'rnak'. Did you mean 'r'? Its fields: r, lora_alpha, ", UNKNOWN_NAME),
     ({"lora_alhpa": 8}, "Did you mean 'lora_alpha'?", UNKNOWN_NAME),
     ({"r": 8.0}, "LoraConfig: r = 8.0 is a float; it must be int."),
     ({"r": True}, "r = True is a bool; it must be int."),

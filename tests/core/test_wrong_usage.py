@@ -68,6 +68,12 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
     "a dictionary": (lambda: adapted().add("a", {"r": 8}), ak.ConfigError, ("ak.LoraConfig(r=8)",)),  # type: ignore[arg-type]
     "the class": (lambda: adapted().add("a", LoraConfig), ak.ConfigError, ("ak.LoraConfig(r=8)",)),  # type: ignore[arg-type]
     "rank": (lambda: LoraConfig(rank=8), ak.UnknownNameError, ("no field 'rank'. Did you mean 'r'?",)),
+    "misspelt task": (
+        lambda: LoraConfig(task_type="CAUSALLM"),
+        ak.ConfigError,
+        ("task_type = 'CAUSALLM': did you mean 'CAUSAL_LM'? PEFT knows ",),
+    ),
+    "order of fields": (lambda: LoraConfig(size=8), ak.UnknownNameError, ("Its fields: r, lora_alpha, use_rslora,",)),
     "targets": (lambda: LoraConfig(targets=["q"]), ak.UnknownNameError, ("Did you mean 'target_modules'?",)),
     "positional": (lambda: LoraConfig(8), ak.ConfigError, ("LoraConfig(r=8), not (8,)",)),
     "r as text": (lambda: LoraConfig(r="8"), ak.ConfigError, ("r = '8' is a str; it must be int",)),
@@ -254,6 +260,14 @@ def test_an_adapter_of_another_model_is_named_as_that(tmp_path: Path) -> None:
     assert "is an adapter of another model: this LlamaForCausalLM has none of its 2 layers, such as" in str(
         caught.value
     )
+
+
+def test_a_file_with_a_misspelt_task_is_read(tmp_path: Path) -> None:
+    folder = adapted("a").save("a", tmp_path / "a")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"SEQ_CLS"', '"seq_cls"'))
+    with pytest.warns(ak.AdapterWarning, match="task_type = 'seq_cls' is read as 'SEQ_CLS'"):
+        assert ak.read_config(folder).task_type == "SEQ_CLS"
 
 
 def test_training_while_merged_is_warned_of_once() -> None:

@@ -17,7 +17,7 @@ from adapterkit.combining.heads import combine_heads
 from adapterkit.combining.methods import Choices, combine_factors
 from adapterkit.combining.new_adapter import Changes, check_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
-from adapterkit.errors import ConfigError, StateError, UnsupportedError
+from adapterkit.errors import ConfigError, StateError, UnsupportedError, UsageError
 from adapterkit.kinds import Factors, LayerKind
 from adapterkit.model import Adapter, LabelSet
 from adapterkit.results import CombineReport
@@ -27,11 +27,11 @@ from adapterkit.tensors import module_slots
 def check_sources(sources: object) -> None:
     """Raise `ConfigError` unless these are adapters and their weights."""
     if not isinstance(sources, Mapping) or not sources:
-        raise ConfigError(f"combine takes adapters and their weights, {{'a': 0.7, 'b': 0.3}}, not {sources!r}.")
+        raise UsageError(f"combine takes adapters and their weights, {{'a': 0.7, 'b': 0.3}}, not {sources!r}.")
     for name, weight in sources.items():
         number: Any = float("nan") if isinstance(weight, bool) or not isinstance(weight, Real) else weight
         if not abs(number) <= sys.float_info.max:  # also true for nan
-            raise ConfigError(f"The weight of {name!r} is {weight!r}, but it must be a finite number.")
+            raise UsageError(f"The weight of {name!r} is {weight!r}, but it must be a finite number.")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.combining import lowrank
 from adapterkit.combining.new_adapter import Changes, check_can_result, check_finite
-from adapterkit.contract import default_registry
-from adapterkit.errors import ConfigError, SelectionError, StateError, UnsupportedError
+from adapterkit.contract import Method, default_registry
+from adapterkit.errors import SelectionError, StateError, UnsupportedError, UsageError
 from adapterkit.kinds import Factors
 from adapterkit.merging import obstacle
 from adapterkit.model import LabelSet, Match, Selection, select
@@ -22,6 +22,21 @@ from adapterkit.tensors import module_slots
 # of the exact decomposition grows with the cube of the shorter side.
 _LARGE = 1024
 _OVERSAMPLING, _ITERATIONS = 16, 4
+
+
+def method_of_result(rank: int | None, energy: float | None, to: str) -> Method:
+    """The method `to`, for an extraction of this size.
+
+    Raises:
+        UsageError: not exactly one of `rank` and `energy` is given, or it is invalid.
+        UnsupportedError: the method cannot be the result of an extraction.
+    """
+    lowrank.check_size(rank, energy)
+    if rank is None and energy is None:
+        raise UsageError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
+    method = default_registry.method(to)
+    check_can_result(method)
+    return method
 
 
 def wanted_layers(
@@ -36,16 +51,9 @@ def wanted_layers(
     """The layers and heads that the arguments select, for a method that can be the result.
 
     Raises:
-        ConfigError: not exactly one of `rank` and `energy` is given, or it is invalid.
-        UnsupportedError: the method cannot be the result of an extraction.
-        SelectionError: nothing is selected.
+        SelectionError: nothing is selected. The other errors are those of `method_of_result`.
     """
-    lowrank.check_size(rank, energy)
-    if rank is None and energy is None:
-        raise ConfigError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
-    method = default_registry.method(to)
-    check_can_result(method)
-    config = method.config_type()(
+    config = method_of_result(rank, energy, to).config_type()(
         target_modules=target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save
     )
     return select(model, config)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adapterkit.errors import ConfigError, StateError
+from adapterkit.errors import ConfigError, StateError, UsageError
 from adapterkit.kinds import Factors, numerical_rank
 
 
@@ -154,12 +154,12 @@ def common_bases(sources: Sequence[Factors]) -> tuple[Tensor, Tensor]:
 def check_size(rank: object, energy: object) -> None:
     """Raise `ConfigError` if both are given, or if the one that is given is out of range."""
     if rank is not None and energy is not None:
-        raise ConfigError("Give rank= or energy=, not both.")
+        raise UsageError("Give rank= or energy=, not both.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank = {rank!r} must be a whole number of at least 1.")
+        raise UsageError(f"rank = {rank!r} must be a whole number of at least 1.")
     is_number = isinstance(energy, int | float) and not isinstance(energy, bool)
     if energy is not None and not (is_number and 0.0 < energy <= 1.0):  # type: ignore[operator]
-        raise ConfigError(f"energy = {energy!r} must be a share of the squared singular values: above 0, at most 1.")
+        raise UsageError(f"energy = {energy!r} must be a share of the squared singular values: above 0, at most 1.")
 
 
 def clipped(rank: int | None, most: Mapping[str, int]) -> tuple[str, ...]:

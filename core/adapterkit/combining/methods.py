@@ -13,7 +13,7 @@ from torch import Tensor
 from adapterkit.combining.lowrank import as_factors, check_size, common_bases, dense_svd, keep, svd, working
 from adapterkit.combining.new_adapter import check_can_result
 from adapterkit.contract import Combiner, MajoritySign, Options, combiners, default_registry
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, UsageError
 from adapterkit.kinds import Factors, numerical_rank
 
 Space = Literal["delta", "factors", "core"]
@@ -45,10 +45,10 @@ class Choices:
         combiner = default_registry.combiner(self.method)
         combiners.check_options(self.method, combiner, self.density, self.majority_sign_method)
         if self.space not in get_args(Space):
-            raise ConfigError(f"space = {self.space!r} must be one of {', '.join(map(repr, get_args(Space)))}.")
+            raise UsageError(f"space = {self.space!r} must be one of {', '.join(map(repr, get_args(Space)))}.")
         check_size(self.rank, self.energy)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ConfigError(f"seed = {self.seed!r} must be a whole number or None.")
+            raise UsageError(f"seed = {self.seed!r} must be a whole number or None.")
         check_can_result(default_registry.method(self.to))
 
 

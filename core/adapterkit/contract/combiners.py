@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapterkit.errors import ConfigError
+from adapterkit.errors import UsageError
 from adapterkit.kinds import numerical_rank
 
 MajoritySign = Literal["total", "frequency"]
@@ -142,12 +142,12 @@ BUILTIN: Mapping[str, Combiner] = {
 
 
 def check_options(name: str, combiner: Combiner, density: float | None, majority_sign_method: str) -> None:
-    """Raise `ConfigError` if an option is invalid for this combiner."""
+    """Raise `UsageError` if an option is invalid for this combiner."""
     if combiner.prunes and density is None:
-        raise ConfigError(f"method {name!r} prunes. Pass density=, the share of entries to keep (0.2 is common).")
+        raise UsageError(f"method {name!r} prunes. Pass density=, the share of entries to keep (0.2 is common).")
     if density is not None and not combiner.prunes:
-        raise ConfigError(f"method {name!r} keeps every entry, so density = {density!r} has no effect. Leave it out.")
+        raise UsageError(f"method {name!r} keeps every entry, so density = {density!r} has no effect. Leave it out.")
     if density is not None and (not isinstance(density, int | float) or not 0.0 < density <= 1.0 or density is True):
-        raise ConfigError(f"density = {density!r} must be above 0 and at most 1.")
+        raise UsageError(f"density = {density!r} must be above 0 and at most 1.")
     if majority_sign_method not in ("total", "frequency"):
-        raise ConfigError(f"majority_sign_method = {majority_sign_method!r} must be 'total' or 'frequency'.")
+        raise UsageError(f"majority_sign_method = {majority_sign_method!r} must be 'total' or 'frequency'.")

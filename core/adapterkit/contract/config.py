@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
@@ -63,6 +64,9 @@ _INITIAL = re.compile(r"init_(\w+_)?weights")
 # How values are shown in the text of a config.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+
+# PEFT's values of `task_type`.
+_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 # What other programs and papers call a field.
 _SYNONYMS = {
@@ -184,15 +188,17 @@ class AdapterConfig:
         """Refuse unknown fields with a helpful message, before `__init__` refuses them with Python's."""
         if args:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [f.name for f in _own_first(cls)]
         for name in fields.keys() - set(known):
             if name in OPTIONS or name in cls.not_implemented:
                 raise UnsupportedError(
                     f"{cls.__name__}: {name} = {fields[name]!r} is an option of PEFT that adapterkit does not "
                     "implement. Leave it out."
                 )
-            meant = [*(own for own in known if own == _SYNONYMS.get(name)), *nearest(name, known, 1)][:1]
-            hint = "".join(f" Did you mean {close!r}?" for close in meant)
+            low = name.lower()
+            close = [low, *nearest(low, known, 1), *difflib.get_close_matches(low, _SYNONYMS, n=1, cutoff=0.7)]
+            meant = [own for own in (_SYNONYMS.get(near, near) for near in close) if own in known]
+            hint = f" Did you mean {meant[0]!r}?" if meant else ""
             raise UnknownNameError(f"{cls.__name__} has no field {name!r}.{hint} Its fields: {', '.join(known)}.")
         return super().__new__(cls)
 
@@ -210,6 +216,9 @@ class AdapterConfig:
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
         if _hints(cls)["bias"] is str and self.bias not in biases:
             raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
+        if task := _misspelt_task(self.task_type):
+            listed = ", ".join(map(repr, _TASKS))
+            raise ConfigError(f"task_type = {self.task_type!r}: did you mean {task!r}? PEFT knows {listed}.")
         for pattern, own in self.patterns.items():
             for value in dict.fromkeys((getattr(self, pattern) or {}).values()):
                 try:
@@ -363,6 +372,10 @@ class AdapterConfig:
                 AdapterWarning,
                 stacklevel=2,
             )
+        if task := _misspelt_task(values.get("task_type")):
+            note = f"{where}: task_type = {values['task_type']!r} is read as {task!r}."
+            warnings.warn(note, AdapterWarning, stacklevel=2)
+            values = {**values, "task_type": task}
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {name: value for name, value in values.items() if name in known and not cls._says_nothing(name, value)}
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
@@ -387,6 +400,13 @@ class AdapterConfig:
 def _hints(cls: Any) -> Mapping[str, Any]:
     """The types of a config's fields. They are kept, because resolving them takes as long as the rest of a config."""
     return typing.get_type_hints(cls, include_extras=True)
+
+
+def _misspelt_task(task: object) -> str | None:
+    """The one of PEFT's tasks that a misspelt one means; `None` for PEFT's own, and for names unlike all of them."""
+    if not isinstance(task, str) or task in _TASKS:
+        return None
+    return next(iter(difflib.get_close_matches(task.upper(), _TASKS, n=1, cutoff=0.75)), None)
 
 
 def _own_first(cls: type[AdapterConfig]) -> list[dataclasses.Field[Any]]:

@@ -30,8 +30,8 @@ from adapterkit.errors import (
     AdapterWarning,
     CheckpointError,
     ConfigError,
+    MissingMethodError,
     PluginError,
-    UnknownNameError,
     UnsupportedError,
     nearest,
     unknown,
@@ -133,7 +133,7 @@ class Registry:
 
         Raises:
             CheckpointError: the file names no type, or several methods take it equally.
-            UnknownNameError: no method has that type.
+            MissingMethodError: no method has that type.
             UnsupportedError: none of the type's methods takes it; lists the fields that each does not implement.
         """
         kind = values.get("peft_type")
@@ -150,7 +150,7 @@ class Registry:
             if takers:
                 break
         if not found:
-            raise UnknownNameError(
+            raise MissingMethodError(
                 f"{where} is an adapter of type {kind!r}, and no plugin provides the method {kind.lower()!r}. "
                 f"Installed methods: {', '.join(map(str, self.methods().values())) or 'none'} (entry-point group "
                 f"{METHODS_GROUP!r}). Install the package of that one."

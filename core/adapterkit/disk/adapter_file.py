@@ -25,7 +25,7 @@ from adapterkit.contract import (
     strip_file_prefix,
 )
 from adapterkit.disk.model import CONFIG, Base, skeleton
-from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError
+from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError, UsageError
 from adapterkit.files import (
     EVERYWHERE,
     WEIGHTS_FILES,
@@ -184,7 +184,7 @@ class AdapterFile(AdapterContent):
 
         Raises:
             CheckpointError: it is not an adapter, or it is damaged.
-            UnknownNameError: no plugin provides its method.
+            MissingMethodError: no plugin provides its method.
         """
         mapped = MappedFiles()
         files = read(adapter_folder(source), mapped.read)
@@ -413,7 +413,7 @@ def names_of(places: Sequence[str | Path]) -> list[str]:
     """
     full = [str(place) for place in places]
     if len(set(full)) < len(full):
-        raise ConfigError(f"An adapter is named twice: {', '.join(map(repr, full))}.")
+        raise UsageError(f"An adapter is named twice: {', '.join(map(repr, full))}.")
     short = [Path(place).name for place in full]
     return short if len(set(short)) == len(short) and all(short) else full
 
@@ -447,7 +447,7 @@ def output_place(
         SaveError: there is an adapter or a file already, and it is not to be overwritten.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
+        raise UsageError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
     place = local_path(out)
     if any(place.resolve() == path.resolve() for path in inputs):
         raise ConfigError(f"{place} is an input; give the output another place.")
@@ -456,5 +456,5 @@ def output_place(
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
     if file and (place.suffix != ".safetensors" or place.is_dir()):
-        raise ConfigError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
+        raise UsageError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
     return place

@@ -21,7 +21,7 @@ from adapterkit.contract import (
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place, write_file
 from adapterkit.disk.combination import combined, release
 from adapterkit.disk.model import Base
-from adapterkit.errors import CheckpointError, ConfigError, SaveError, UnsupportedError, usage
+from adapterkit.errors import CheckpointError, SaveError, UnsupportedError, UsageError, usage
 from adapterkit.files import WEIGHTS_FILE, FactorSpool, ServerName, problems_of, server_named, write_folder
 from adapterkit.formats import MLX_WEIGHTS, layers_of, mlx_files, original_names
 from adapterkit.model import BaseModules, layer_tensors, named_modules
@@ -120,18 +120,18 @@ def _check_names(naming: str, as_component: str | None, heads: str, server: str 
         The name of the part of a pipeline by default.
     """
     if naming not in get_args(Naming):
-        raise ConfigError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
+        raise UsageError(f"naming = {naming!r} must be one of {', '.join(map(repr, get_args(Naming)))}.")
     default, known = _PARTS.get(naming, ("", ()))
     if as_component not in (None, *known):
-        raise ConfigError(
+        raise UsageError(
             f"as_component = {as_component!r} is none of naming={naming!r}: {', '.join(map(repr, known))}."
         )
     if heads not in ("keep", "drop"):
-        raise ConfigError(f"heads = {heads!r} must be 'keep' or 'drop'.")
+        raise UsageError(f"heads = {heads!r} must be 'keep' or 'drop'.")
     if server is not None:
         server_named(server, max_rank)
         if naming != "peft":
-            raise ConfigError(f"{server} reads PEFT's format alone: leave `naming` out.")
+            raise UsageError(f"{server} reads PEFT's format alone: leave `naming` out.")
     return default
 
 

@@ -17,7 +17,7 @@ from adapterkit.contract import strip_file_prefix
 from adapterkit.disk.adapter_file import AdapterFile
 from adapterkit.disk.inspection import LayerInspection, inspect_layer
 from adapterkit.disk.model import Base
-from adapterkit.errors import ConfigError, usage
+from adapterkit.errors import UsageError, usage
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
 from adapterkit.results import Printed, brief, in_lines
@@ -182,7 +182,7 @@ def diff_adapters(
         ConfigError: the tolerance is not a share.
     """
     if not 0.0 <= tolerance < 1.0:
-        raise ConfigError(f"tolerance = {tolerance!r} must be a share, at least 0 and below 1.")
+        raise UsageError(f"tolerance = {tolerance!r} must be a share, at least 0 and below 1.")
     places = [adapter_folder(source) for source in (a, b)]
     given, bare = Base.of(base), all(place.is_file() for place in places)
     one, other = (AdapterFile.open(place, given, component=component, keep_names=bare) for place in places)

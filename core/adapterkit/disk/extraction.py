@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapterkit.combining import extracted, wanted_layers
+from adapterkit.combining import extracted, method_of_result, wanted_layers
 from adapterkit.contract import default_registry
 from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.errors import ConfigError, usage
-from adapterkit.files import EVERYWHERE, FactorSpool, local_path, short_names
+from adapterkit.files import EVERYWHERE, FactorSpool, model_folder, short_names
 from adapterkit.model import BaseModules, LabelSet, Match, copy_head, task_type
 from adapterkit.results import CombineReport
 
@@ -41,8 +41,8 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     Its numbers are those of `ak.extract`. One layer's weights are in memory at a time, and the results wait in a file.
 
     Args:
-        base, tuned: folders with `config.json` and safetensors weights, in one file or in shards, of one architecture.
-            The base may lack the task's head, and the tuned model's may have other classes.
+        base, tuned: folders, or hub ids, with `config.json` and safetensors weights, in one file or in shards, of one
+            architecture. The base may lack the task's head, and the tuned model's may have other classes.
         out: the folder to write. It appears when it is complete.
         rank, energy, target_modules, exclude_modules, modules_to_save, to: see `ak.extract`; paths are the tuned
             model's.
@@ -56,11 +56,12 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         StateError: weights that are not finite.
         SaveError: `out` is there already, or cannot be written.
     """
-    folders = [local_path(folder) for folder in (base, tuned)]
+    method_of_result(rank, energy, to)
+    folders = [model_folder(folder) for folder in (base, tuned)]
     place = output_place(out, folders, dtype, overwrite=overwrite)
     if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise ConfigError(f"{place} is inside one of the models; give the output another place.")
-    model = skeleton(tuned)
+    model = skeleton(folders[1])
     before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)
     working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32
     selection = wanted_layers(model.to(working), rank, energy, to, target_modules, exclude_modules, modules_to_save)

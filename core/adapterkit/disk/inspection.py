@@ -18,7 +18,7 @@ from adapterkit.combining import all_finite, measures
 from adapterkit.contract import LowRankLayer, twin
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
-from adapterkit.errors import ConfigError, StateError, usage
+from adapterkit.errors import StateError, UsageError, usage
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
 from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, merged_paths, span
@@ -147,7 +147,7 @@ def inspect_adapter(
         UnknownNameError: no plugin provides its method.
     """
     if sort not in _ORDERS or not (top is None or top >= 1):
-        raise ConfigError(f"sort = {sort!r} must be one of {', '.join(map(repr, _ORDERS))}, and top at least 1.")
+        raise UsageError(f"sort = {sort!r} must be one of {', '.join(map(repr, _ORDERS))}, and top at least 1.")
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
     files = opened.files
     paths = opened.kinds or sorted(opened.layers, key=natural)

@@ -17,7 +17,7 @@ from torch import nn
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, of_others
 from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
-from adapterkit.errors import ConfigError, SaveError, UnsupportedError, usage
+from adapterkit.errors import SaveError, UnsupportedError, UsageError, usage
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
@@ -234,15 +234,15 @@ def _sources(adapters: Sources) -> list[_Source]:
         adapters = [adapters]
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
     if not weights or len(weights) < len(adapters):
-        raise ConfigError(f"merge_checkpoint needs adapters, each once, not {adapters!r}.")
+        raise UsageError(f"merge_checkpoint needs adapters, each once, not {adapters!r}.")
     found: dict[str, _Source] = {}
     for given, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise ConfigError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
+            raise UsageError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
         place = adapter_folder(given)
         twice = next((s for s in found.values() if s.place.resolve() == place.resolve()), None)
         if twice is not None:
-            raise ConfigError(
+            raise UsageError(
                 f"{twice.given!r} and {str(given)!r} are one adapter; give it once, with the sum of its weights."
             )
         wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else place.resolve().name) or "adapter"

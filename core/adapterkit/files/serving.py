@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from adapterkit.contract import DOTTED, FILE_PREFIX
-from adapterkit.errors import ConfigError, usage
+from adapterkit.errors import UsageError, usage
 from adapterkit.files.folder import WEIGHTS_FILE, read, read_config
 from adapterkit.files.hub import adapter_folder
 from adapterkit.files.tensors import read_header
@@ -133,12 +133,12 @@ def server_named(name: str, max_rank: int | None) -> Server:
         ConfigError: there is none, or it cannot have this rank as its limit.
     """
     if name not in SERVERS:
-        raise ConfigError(f"server = {name!r} must be one of {', '.join(map(repr, get_args(ServerName)))}.")
+        raise UsageError(f"server = {name!r} must be one of {', '.join(map(repr, get_args(ServerName)))}.")
     server = SERVERS[name]
     allowed = server.ranks or (max_rank,)
     if max_rank is not None and (isinstance(max_rank, bool) or max_rank not in allowed or max_rank < 1):
         listed = ", ".join(map(str, server.ranks)) or "1, 2, ..."
-        raise ConfigError(f"max_rank = {max_rank!r} must be one of {listed}.")
+        raise UsageError(f"max_rank = {max_rank!r} must be one of {listed}.")
     return server
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from adapterkit.disk import names_of
-from adapterkit.errors import ConfigError, SaveError, usage
+from adapterkit.errors import SaveError, UsageError, usage
 from adapterkit.files import appearing, local_path
 from adapterkit.report.heatmaps import Places, places_of
 from adapterkit.report.measuring import AdapterFinding, Findings, measure
@@ -40,9 +40,9 @@ class Report:
         """Measure the sources; the errors are those of `write_report`. The page is drawn when it is first asked for."""
         names = [source.name for source in sources]
         if not names:
-            raise ConfigError("A report needs at least one adapter.")
+            raise UsageError("A report needs at least one adapter.")
         if len(set(names)) < len(names):
-            raise ConfigError(f"Two adapters have one name: {names}. Give each its own with names=.")
+            raise UsageError(f"Two adapters have one name: {names}. Give each its own with names=.")
         if title is None:
             title = f"Adapter {names[0]}" if len(names) == 1 else f"Adapters {', '.join(names[:-1])} and {names[-1]}"
         findings = measure(sources)
@@ -114,10 +114,10 @@ def write_report(
         SaveError: the page cannot be written.
     """
     if isinstance(sources, str | Path):
-        raise ConfigError(f"write_report takes a list of adapters, such as [{str(sources)!r}], not a single one.")
+        raise UsageError(f"write_report takes a list of adapters, such as [{str(sources)!r}], not a single one.")
     names = names_of(sources) if names is None else list(names)
     if len(names) != len(sources):
-        raise ConfigError(f"names= has {len(names)} names for {len(sources)} adapters. Give one name for each adapter.")
+        raise UsageError(f"names= has {len(names)} names for {len(sources)} adapters. Give one name for each adapter.")
     local_path(out)  # refuse what is not a path before the work
     report = Report.of(stored_sources(sources, names, base), title)
     report.save(out)

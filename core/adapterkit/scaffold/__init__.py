@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from adapterkit.describe import describe_methods
-from adapterkit.errors import ConfigError, PluginError, SaveError, usage
+from adapterkit.errors import ConfigError, PluginError, SaveError, UsageError, usage
 from adapterkit.files import local_path, umask
 
 # Each template and its place; both may contain placeholders.
@@ -96,17 +96,17 @@ def _check_name(name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         proposed = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_0123456789")
         hint = f" Perhaps {proposed!r}?" if proposed else ""
-        raise ConfigError(
+        raise UsageError(
             f"{name!r} cannot be a method's name: a name starts with a letter, and has lower-case letters, digits and "
             f"single underscores only.{hint}"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
-        raise ConfigError(f"{name!r} is a keyword of Python. Choose another name.")
+        raise UsageError(f"{name!r} is a keyword of Python. Choose another name.")
     if len(name) > _LONGEST_NAME:
-        raise ConfigError(f"{name!r} has {len(name)} characters, but a method's name may have at most {_LONGEST_NAME}.")
+        raise UsageError(f"{name!r} has {len(name)} characters, but a method's name may have at most {_LONGEST_NAME}.")
     _check_methods(name, f"{name}_")
     if importlib.util.find_spec(f"adapterkit_{name}") is not None:
-        raise ConfigError(f"A module adapterkit_{name} already exists. Choose another name.")
+        raise UsageError(f"A module adapterkit_{name} already exists. Choose another name.")
 
 
 def _check_methods(name: str, prefix: str) -> None:
