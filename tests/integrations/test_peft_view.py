@@ -705,6 +705,8 @@ def test_the_state_dict_of_one_adapter_has_its_trained_biases_as_peft_writes_the
     [
         ({"target_modules": ["nothing"]}, ValueError, "Target modules .* not found in the base model"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "No modules were targeted"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ValueError, "All modules were excluded"),
+        ({"target_modules": ["embed_tokens"], "lora_bias": True}, ValueError, "is not supported for Embedding"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["layers"]}, TypeError, "cannot be applied to modules of"),
     ],
 )
@@ -712,8 +714,8 @@ def test_errors_have_the_class_and_the_words_of_peft_and_ours(fields: Any, kind:
     ours, adapters = view()
     with pytest.raises(kind, match=words) as raised:
         ours.add_adapter("other", peft.LoraConfig(**fields))
-    assert isinstance(raised.value, ak.SelectionError)
-    with pytest.raises(ak.SelectionError) as own:
+    assert isinstance(raised.value, ak.AdapterError)
+    with pytest.raises(ak.AdapterError) as own:
         adapters.add("other", LoraConfig(**fields))
     assert str(own.value) in str(raised.value)
 
@@ -727,6 +729,49 @@ def test_a_bias_where_the_layer_has_none_is_warned_of_and_cannot_be_merged() -> 
     with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
         ours.merge_adapter(["other"])
     assert torch.equal(out(ours), before)
+
+
+def test_what_a_config_names_in_vain_is_warned_of_in_the_words_of_peft() -> None:
+    ours, _ = view()
+    config = peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"typo": 2}, exclude_modules=["nothing"])
+    with pytest.warns(
+        RuntimeWarning, match=r"rank_pattern keys did not match any targeted module .*\['typo'\]"
+    ) as told:
+        ours.add_adapter("other", config)
+    assert len(told) == 1
+    assert "no modules were excluded" in str(told[0].message)
+    assert "matched nothing: exclude_modules 'nothing', rank_pattern 'typo'" in str(told[0].message)
+
+
+def test_a_second_adapter_with_trained_biases_is_refused_as_by_peft_which_has_one_name_for_them() -> None:
+    ours, adapters = view(bias="all")
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        ours.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"], bias="lora_only"))
+    assert adapters.names == ("default",)
+    ours.add_adapter("ref", ours.peft_config["default"])  # TRL's reference is a copy
+    ours.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    assert adapters.names == ("default", "ref", "other")
+
+
+def test_each_config_that_peft_gets_is_the_one_that_it_shows() -> None:
+    ours, _ = view()
+    configs = [peft.LoraConfig(target_modules="all-linear") for _ in range(2)]
+    for name, config in zip("ab", configs, strict=True):
+        ours.add_adapter(name, config)
+        assert ours.peft_config[name] is config
+    assert configs[0].target_modules == configs[1].target_modules != "all-linear"
+    ours.add_adapter("c", configs[0])
+    assert ours.peft_config["c"] is not configs[0]
+
+
+def test_a_layer_has_every_container_of_pefts_layer_though_it_is_empty() -> None:
+    ours, _ = view(target_modules=["q_proj", "embed_tokens"])
+    for module in ours.modules():
+        if hasattr(module, "lora_B"):
+            kinds = (module.lora_B, module.lora_embedding_B)
+            assert [len(kind) for kind in kinds] in ([1, 0], [0, 1])
+            weight = module.get_base_layer().weight
+            assert module.get_delta_weight("default").shape == weight.shape
 
 
 def test_tied_weights_are_warned_of_as_peft_does() -> None:
@@ -787,6 +832,8 @@ def test_rows_name_adapters_that_there_are_and_that_are_not_merged() -> None:
     given = MODELS["llama"].inputs()
     with pytest.raises(ValueError, match="non-existing adapter"):
         ours(**given, adapter_names=["default", "nothing"])
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        ours(**given, adapter_names=["default"] * 3)
     ours.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         ours(**given, adapter_names=["default", "__base__"])

@@ -186,8 +186,8 @@ class Active:
         default: the state where no block is open.
         merged: names of the adapters in the weights.
         warned: whether the user was warned that these do not train.
-        extra: says of which classes an adapted module is an instance beside its own: its class derives from the first,
-            and the others are abstract classes, with which it is registered.
+        extra: says of which classes an adapted module is an instance beside its own. Its class derives from the first,
+            then from its own, then from the others; with those that are abstract it is registered instead.
         threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.

@@ -13,6 +13,7 @@ import inspect
 import types
 import warnings
 import weakref
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -355,9 +356,11 @@ def adapted_class(
     if keywords is not None:
         body["forward"] = functools.update_wrapper(body["forward"], cls.forward)
         body["forward"].__signature__ = _with_keywords(inspect.signature(cls.forward), keywords)
-    adapted: type[nn.Module] = type(cls.__name__, (*extra[:1], cls), body)
-    for abstract in extra[1:]:
-        abstract.register(adapted)  # type: ignore[attr-defined]
+    abstract = [other for other in extra if isinstance(other, ABCMeta)]
+    concrete = [other for other in extra if other not in abstract]
+    adapted: type[nn.Module] = type(cls.__name__, (*concrete[:1], cls, *concrete[1:]), body)
+    for other in abstract:
+        other.register(adapted)
     _classes[cls, roles] = adapted
     return adapted
 

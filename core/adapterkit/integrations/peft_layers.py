@@ -35,11 +35,14 @@ def views(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What PEFT has beside a module, by name: the containers of its adapter layers, and the wrapper of its copies."""
+    """What PEFT has beside a module, by name: the containers of its adapter layers.
+
+    Without adapter layers a module with trained copies is the wrapper of the copies itself, else that is beside it.
+    """
     if LAYERS in module._modules:
         layers: Any = module._modules[LAYERS]
         yield from by_adapter(_parts(module), layers._modules).items()
-    if HEADS in module._modules:
+    if {LAYERS, HEADS} <= module._modules.keys():
         yield "", HeadView(module)
 
 
@@ -154,6 +157,17 @@ def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
     return {f.name for layer in layers for f in fields(layer.config)} - {f.name for f in fields(AdapterConfig)}
 
 
+def _tuner_class(layer: AdapterLayer) -> type[BaseTunerLayer]:
+    """PEFT's class for the layers of an adapter's type: `LoraLayer`."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(layer.config.to_dict()["peft_type"])
+    return getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+
+
+def _tuner_names(layers: Iterable[AdapterLayer]) -> set[str]:
+    """What PEFT's layers of these types have by adapter, also if it is empty: a Linear's `lora_embedding_A`."""
+    return {name for layer in layers for name in getattr(_tuner_class(layer), "adapter_layer_names", ())}
+
+
 def waiting_strength(layer: AdapterLayer) -> float:
     """With which strength PEFT's `set_adapter` lets the adapter of a layer act that does not act now."""
     return float(layer.__dict__.get("_peft_strength", 1.0))
@@ -192,8 +206,10 @@ class LayerView(nn.Module):
         self._adapters: Adapters = classes.adapters
         self.base_layer: Any = bare(host)
         self._kind = next(iter(self._layers.values())).kind
-        for name, container in by_adapter(_parts(host), self._layers).items():
-            self._modules[name] = container
+        self._modules.update(by_adapter(_parts(host), self._layers))
+        for name in _tuner_names(self._layers.values()) - self._modules.keys():
+            self._modules[name] = _Modules()
+            self._modules[name].__dict__["held"] = self._layers
 
     def __getattr__(self, name: str) -> Any:
         """What is an attribute of this module; else a field of the layers' configs, by adapter: `r["default"]`."""
@@ -233,7 +249,7 @@ class LayerView(nn.Module):
         layer, weight = self._layers[adapter], self.base_layer.weight
         own = layer.kind.read(self.base_layer)
         own = own.to(torch.promote_types(own.dtype, torch.float32))
-        change = layer.merged(own, self.base_layer.bias)[0] - own
+        change = layer.merged(own, getattr(self.base_layer, "bias", None))[0] - own
         found = layer.kind.laid_out(change * self.strength(adapter), weight)
         return found.to(weight.dtype) if weight.is_floating_point() else found  # else the weight is packed
 
@@ -396,23 +412,42 @@ class LayerView(nn.Module):
         return bool(off) or not (state.names or self._active.merged)
 
 
+_WHOLE_MODEL = (
+    "A trained copy of a module acts with its adapter in the whole model, and not alone. Call set_adapter or "
+    "disable_adapter of the view."
+)
+
+
 class HeadView(ModulesToSaveWrapper):
-    """The adapters' own copies of one module as PEFT's wrapper of them."""
+    """The adapters' own copies of one module as PEFT's wrapper of them.
+
+    A module with copies and without adapter layers is an instance of it, and answers with an own one's attributes.
+    Its parameters and buffers are those of the copy that acts.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        found = nn.Module.__getattr__(self, name)
+        heads: Any = None if isinstance(found, nn.Module) else self._modules.get(HEADS)
+        if heads is not None:
+            state = self.__dict__[ACTIVE].state
+            acting = [head for head in state.heads if head in heads._modules and state.rows is None]
+            return getattr(heads._modules[acting[-1]], name) if acting else found
+        return found
 
     def __init__(self, host: nn.Module) -> None:
         nn.Module.__init__(self)
         heads: Any = host._modules[HEADS]
         active: Active = host.__dict__[ACTIVE]
-        self.original_module, self.modules_to_save = bare(host), nn.ModuleDict(heads._modules)
+        self.original_module, self.modules_to_save = bare(host), _Modules()
+        self.modules_to_save.__dict__["held"] = heads._modules
+        for name, head in heads._modules.items():
+            self.modules_to_save.put(name, head)
         self._adapters = set(heads._modules)
         self._active_adapter = [name for name in active.state.heads if name in self._adapters]
         self._disable_adapters = not (active.state.names or active.merged)
 
     def _get_name(self) -> str:
         return ModulesToSaveWrapper.__name__
-
-    def _get_available_adapters(self) -> set[str]:
-        return self._adapters
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Refuse, unless this copy acts already.
@@ -422,10 +457,20 @@ class HeadView(ModulesToSaveWrapper):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         if [name for name in names if name in self._adapters] != self._active_adapter:
-            raise UnsupportedError(
-                "A trained copy of a module acts with its adapter in the whole model, and not alone. Call set_adapter "
-                "of the view."
-            )
+            raise UnsupportedError(_WHOLE_MODEL)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Refuse, unless it is so already.
+
+        Raises:
+            UnsupportedError: it is not.
+        """
+        if enabled == self._disable_adapters:
+            raise UnsupportedError(_WHOLE_MODEL)
+
+
+# What a `HeadView` holds.
+_OF_HEADS = ("original_module", "modules_to_save", "_adapters", "_active_adapter", "_disable_adapters")
 
 
 class Named:
@@ -461,7 +506,7 @@ class Named:
 
 
 _ATTRIBUTES = {name for view in (LayerView, HeadView) for name in vars(view) if not name.startswith("__")}
-_ATTRIBUTES |= {"base_layer", "original_module", "modules_to_save"}
+_ATTRIBUTES |= {"base_layer", *_OF_HEADS}
 
 
 class Classes:
@@ -477,12 +522,13 @@ class Classes:
         the weight has the change in it.
         """
         layers: Any = module._modules.get(LAYERS)
-        if layers is None or module is getattr(self.adapters.model, "get_output_embeddings", lambda: None)():
+        if layers is None:
+            return (Named, HeadView) if HEADS in module._modules else (Named,)
+        if module is getattr(self.adapters.model, "get_output_embeddings", lambda: None)():
             return (Named,)
         found: dict[type, None] = {BaseTunerLayer: None}
         for layer in layers._modules.values():
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(layer.config.to_dict()["peft_type"])
-            general = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+            general = _tuner_class(layer)
             own = getattr(sys.modules[general.__module__], original_class(module).__name__, general)
             found |= dict.fromkeys((general, own if issubclass(own, general) else general))
         return (Named, *found)
@@ -496,4 +542,5 @@ def _may_be_named(module: nn.Module, name: str) -> bool:
     if layers is None:
         return False
     held = (names for _, part in _parts(module) for names in (part._modules, part._parameters, part._buffers))
-    return name in _fields(layers._modules.values()) or any(name in names for names in held)
+    own = [*layers._modules.values()]
+    return name in _fields(own) | _tuner_names(own) or any(name in names for names in held)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.combining import Space
-from adapterkit.errors import StateError
 from adapterkit.integrations.peft_names import pefts_errors
 
 # PEFT's types of combination: our method, the space it works in, and whether the result has a rank of its own.
@@ -31,7 +29,7 @@ def merge(adapters: Adapters, names: Sequence[str], safe: bool) -> None:
     """
     wanted = _unmerged(adapters, names)
     if wanted:
-        with pefts_errors(), _nan_as_value_error(wanted):
+        with pefts_errors():
             adapters.merge(*wanted, safe=safe)
 
 
@@ -40,7 +38,7 @@ def merge_for_good(adapters: Adapters, names: Sequence[str], safe: bool) -> nn.M
     wanted = _unmerged(adapters, names)
     if not wanted:
         adapters.activate()  # else the active ones, which nobody named, would be merged
-    with pefts_errors(), _nan_as_value_error(wanted):
+    with pefts_errors():
         return adapters.merge_and_detach(*wanted, safe=safe)
 
 
@@ -58,16 +56,6 @@ def _unmerged(adapters: Adapters, names: Sequence[str]) -> list[str]:
     elif not wanted:
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     return wanted
-
-
-@contextmanager
-def _nan_as_value_error(names: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except StateError as error:
-        if "not finite" not in str(error):
-            raise
-        raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken") from error
 
 
 def unmerge(adapters: Adapters) -> None:

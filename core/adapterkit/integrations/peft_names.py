@@ -41,7 +41,8 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
     ),
     "is left out; ": (
         ValueError,
-        f"{_NOTHING}This might be caused by a combination of mismatched target modules and excluded modules. ",
+        f"{_NOTHING}This might be caused by a combination of mismatched target modules and excluded modules, or: All "
+        "modules were excluded. ",
     ),
     "is a container, whose forward": (
         TypeError,
@@ -52,6 +53,16 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias. ",
     ),
     "and only one can act": (ValueError, "Only one adapter can be set at a time for ModulesToSaveWrapper. "),
+    "an embedding has no bias": (ValueError, "lora_bias=True is not supported for Embedding. "),
+    "and the batch has": (
+        ValueError,
+        "Length of `adapter_names` should be the same as the number of inputs, but got another one. ",
+    ),
+    "can only be added to a tensor": (
+        TypeError,
+        "Mixed batching is only supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d. ",
+    ),
+    "not finite": (ValueError, "NaNs detected in the merged weights. "),
 }
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.
 VIEW = "ADAPTERKIT"

@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from adapterkit.adapters import Adapters, attach
-from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, default_registry
+from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, AdapterLayer, default_registry
 from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
-from adapterkit.forward import Strength, strength_at
+from adapterkit.forward import PerAdapter, Strength, strength_at
 from adapterkit.integrations import peft_merging
 from adapterkit.integrations.peft_layers import LayerView, beside, by_adapter, let_wait, waiting_strength
 from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, to_peft
@@ -100,8 +100,11 @@ class Tuner(BaseTuner):
         return list(dict.fromkeys(path for name in self.adapters.names for path in self.adapters.layers(name)))
 
     def keep(self, name: str, config: PeftConfig) -> None:
-        """Let this object, with which an adapter was made, be its config, as PEFT does it; no `MethodConfig`."""
-        if isinstance(config, MethodConfig):
+        """Let this object, with which an adapter was made, be its config, as PEFT does it.
+
+        But not a `MethodConfig`, and not one that is another adapter's already.
+        """
+        if isinstance(config, MethodConfig) or any(config is made for _, made in self._configs.values()):
             return
         own, made = self._config(name)
         for field in ("target_modules", "modules_to_save"):
@@ -156,11 +159,13 @@ class Tuner(BaseTuner):
     ) -> Iterator[tuple[str, nn.Module]]:
         """Every module, and beside each adapted one what PEFT has there, such as `lora_A` (see `peft_layers`).
 
-        Containers of parameters come last: the parameters belong to modules that come before.
+        What holds adapters here is not among them if it has no parameters itself. Containers of parameters come last:
+        the parameters belong to modules that come before.
         """
         last = list[tuple[str, nn.Module]]()
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            yield name, module
+            if not isinstance(module, PerAdapter | AdapterLayer) or module._parameters or module._buffers:
+                yield name, module
             for local, part in beside(module):
                 if part._parameters or part._buffers:
                     last.append((f"{name}.{local}", part))

@@ -58,15 +58,21 @@ class PeftView(PeftModel):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        adapters, where = attach(model), _where(autocast_adapter_dtype, low_cpu_mem_usage)
-        with pefts_errors():
-            if adapter_name in adapters:
-                _replace(adapters, adapter_name, peft_config, where)
-            else:
-                adapters.add(adapter_name, from_peft_config(peft_config), **where)
+        adapters = attach(model)
+        taken = adapter_name in adapters
+        made, where = f"{adapter_name} again" if taken else adapter_name, (autocast_adapter_dtype, low_cpu_mem_usage)
+        _add(adapters, made, peft_config, *where, activate=not taken)
+        if taken:  # PEFT puts a new adapter in the place of one of this name
+            warnings.warn(
+                f"The model had an adapter {adapter_name!r} already. A new one is in its place now, and what it had "
+                "learned is gone.",
+                stacklevel=3,
+            )
+            adapters.remove(adapter_name)
+            adapters.rename(made, adapter_name)
+            adapters.activate(adapter_name)
         self._show(adapters)
-        _warn_of_merges(self.base_model, adapter_name, peft_config)
-        self.base_model.keep(adapter_name, peft_config)
+        self._added(adapter_name, peft_config)
 
     @classmethod
     def of(cls, adapters: Adapters) -> Self:
@@ -151,7 +157,7 @@ class PeftView(PeftModel):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        with self.adapters.per_sample([None if name == "__base__" else name for name in names]):
+        with pefts_errors(), self.adapters.per_sample([None if name == "__base__" else name for name in names]):
             yield
 
     @contextmanager
@@ -203,11 +209,33 @@ class PeftView(PeftModel):
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if adapter_name == _REFERENCE and peft_config is self.peft_config.get(_FIRST):
             self.adapters.copy(_FIRST, adapter_name)
-        else:
-            where = _where(autocast_adapter_dtype, low_cpu_mem_usage)
-            with pefts_errors():
-                self.adapters.add(adapter_name, from_peft_config(peft_config), activate=False, **where)
-            _warn_of_merges(self.base_model, adapter_name, peft_config)
+            return
+        config: Any
+        for config in self.peft_config.values() if getattr(peft_config, "bias", "none") != "none" else ():
+            if getattr(config, "bias", "none") != "none":
+                raise ValueError(
+                    f"{type(self.base_model).__name__} supports only 1 adapter with bias. When using multiple "
+                    "adapters, set bias to 'none' for all adapters: PEFT has one name for the trained bias of a layer. "
+                    "ak.attach(model).add(name, config) takes several."
+                )
+        _add(self.adapters, adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, activate=False)
+        self._added(adapter_name, peft_config)
+
+    def _added(self, name: str, config: PeftConfig) -> None:
+        """Show `config` as the adapter's, and warn as PEFT does of what will not merge."""
+        tuner, adapter = self.base_model, self.adapters._adapter(name)
+        if hasattr(BaseTuner, "_check_tied_modules"):
+            tuner._check_tied_modules(tuner.model, config)
+        hosts = [adapter.hosts[path] for path in adapter.layers] if getattr(adapter.config, "lora_bias", False) else []
+        without = [type(host).__name__ for host in hosts if getattr(host, "bias", None) is None]
+        if without:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {without[0]} has no bias. This means that "
+                "merging LoRA weights won't be possible.",
+                getattr(peft.utils.warning, "PeftWarning", UserWarning),
+                stacklevel=4,
+            )
+        tuner.keep(name, config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """See `Tuner.set_adapter`."""
@@ -360,38 +388,33 @@ class PeftView(PeftModel):
         return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
 
 
-def _warn_of_merges(tuner: Tuner, name: str, config: PeftConfig) -> None:
-    """Warn as PEFT does of what will not merge: tied weights, and a bias of an adapter where the layer has none."""
-    if hasattr(BaseTuner, "_check_tied_modules"):
-        tuner._check_tied_modules(tuner.model, config)
-    adapter = tuner.adapters._adapter(name)
-    hosts = [adapter.hosts[path] for path in adapter.layers] if getattr(adapter.config, "lora_bias", False) else []
-    without = [type(host).__name__ for host in hosts if getattr(host, "bias", None) is None]
-    if without:
-        warnings.warn(
-            f"`lora_bias=True` was passed but the targeted layer of type {without[0]} has no bias. This means that "
-            "merging LoRA weights won't be possible.",
-            getattr(peft.utils.warning, "PeftWarning", UserWarning),
-            stacklevel=4,
-        )
-
-
-def _replace(adapters: Adapters, name: str, config: PeftConfig, where: Mapping[str, Any]) -> None:
-    """Put a new adapter in the place of one of this name, as PEFT does it where a model is adapted again."""
-    made = f"{name} again"
-    adapters.add(made, from_peft_config(config), activate=False, **where)
-    warnings.warn(
-        f"The model had an adapter {name!r} already. A new one is in its place now, and what it had learned is gone.",
-        stacklevel=4,
+def _add(
+    adapters: Adapters, name: str, config: Any, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool, *, activate: bool
+) -> None:
+    """`Adapters.add` with PEFT's options. It warns in PEFT's words of what the config names in vain."""
+    dtype, device = None if autocast_adapter_dtype else "model", "meta" if low_cpu_mem_usage else None
+    with pefts_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "These entries of the config matched nothing", AdapterWarning)
+        report = adapters.add(name, from_peft_config(config), activate=activate, dtype=dtype, device=device)
+    if not report.unmatched:
+        return
+    named = ("rank_pattern", "alpha_pattern", "exclude_modules")
+    given = {field: list(getattr(config, field, None) or ()) for field in named}
+    unused = {field: [key for key in keys if f"{field} {key!r}" in report.unmatched] for field, keys in given.items()}
+    words = "".join(
+        f"The following {field} keys did not match any targeted module and were ignored: {keys}. "
+        for field, keys in unused.items()
+        if field.endswith("_pattern") and keys
     )
-    adapters.remove(name)
-    adapters.rename(made, name)
-    adapters.activate(name)
+    kind = _PatternWarning if words else AdapterWarning
+    if given["exclude_modules"] and given["exclude_modules"] == unused["exclude_modules"]:
+        words += f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
+    listed = ", ".join(report.unmatched)
+    warnings.warn(f"{words}These entries of the config matched nothing: {listed}.", kind, stacklevel=3)
 
 
-def _where(autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> dict[str, Any]:
-    """PEFT's options for a new adapter as arguments of `Adapters.add`."""
-    return {"dtype": None if autocast_adapter_dtype else "model", "device": "meta" if low_cpu_mem_usage else None}
+class _PatternWarning(AdapterWarning, RuntimeWarning):
+    """PEFT's kind of warning for a pattern that matches nothing."""
 
 
 def _load_new(

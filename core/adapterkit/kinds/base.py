@@ -96,12 +96,11 @@ class LayerKind(ABC):
 
     def read(self, module: nn.Module) -> Tensor:
         """The layer's weight as `(out, in)`: a view where the layout allows one, else a copy."""
-        own: Any = module.weight
-        return self.canonical(own.detach())
+        return self.canonical(_own_weight(module).detach())
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """Set the layer's weight from a canonical `(out, in)` tensor, cast to the layer's dtype, in place."""
-        own: Any = module.weight
+        own = _own_weight(module)
         own.detach().copy_(self.laid_out(weight, own))
 
     def canonical(self, weight: Tensor) -> Tensor:
@@ -180,6 +179,14 @@ def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
     """An input in this dtype, with dropout."""
     x = x if x.dtype == dtype else x.to(dtype)  # this is in every forward, and a call of `to` takes its time
     return F.dropout(x, dropout) if dropout > 0.0 else x
+
+
+def _own_weight(module: Any) -> Tensor:
+    """The module's own weight, also where `module.weight` is that of a trained copy, as in a view of PEFT's."""
+    try:
+        return nn.Module.__getattr__(module, "weight")  # type: ignore[return-value]
+    except AttributeError:  # a parametrization's
+        return module.weight  # type: ignore[no-any-return]
 
 
 def is_floating_weight(module: nn.Module, dim: int) -> bool:
