@@ -120,8 +120,6 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
             # Inside accelerate's hook, where the weights are on their device and the input has been moved.
             name_of = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
             module.__dict__[name_of] = _WrappedForward(module, module.__dict__[name_of])
-        else:
-            _become(module, runs=True)
     parts = module._modules.get(container)
     if parts is None:
         parts = module._modules[container] = PerAdapter()
@@ -131,15 +129,14 @@ def install(module: nn.Module, path: str, container: str, name: str, part: nn.Mo
     if part.training != module.training:
         part.train(module.training)
     parts._modules[part_name(name)] = part
+    _settle(module)
     if container == SHARED:
         _sign(module)
-    elif active.extra is not None:
-        _become(module)
     active.replan(module)
 
 
 def uninstall(module: nn.Module, container: str, name: str) -> None:
-    """Remove the part of adapter `name` if it is still there. A module without parts gets its own class back."""
+    """Remove the part of adapter `name` if it is still there."""
     parts = module._modules.get(container)
     if isinstance(parts, PerAdapter):
         parts._modules.pop(part_name(name), None)
@@ -147,12 +144,9 @@ def uninstall(module: nn.Module, container: str, name: str) -> None:
             del module._modules[container]
     if ACTIVE in module.__dict__:
         module.__dict__[ACTIVE].replan(module)
+        _settle(module)
         if container == SHARED:
             _sign(module)
-        elif module.__dict__[ACTIVE].extra is not None:
-            _become(module)
-        if not any(c in module._modules for c in CONTAINERS) and _call_keywords(module) is None:
-            _release(module)
 
 
 def derive(modules: Iterable[nn.Module], active: Active, extra: Callable[[nn.Module], tuple[type, ...]]) -> None:
@@ -160,7 +154,7 @@ def derive(modules: Iterable[nn.Module], active: Active, extra: Callable[[nn.Mod
     active.extra = extra
     for module in modules:
         if "_adapted_from" in type(module).__dict__:
-            _become(module)
+            _settle(module)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -189,7 +183,7 @@ def let_read(readers: Mapping[nn.Module, tuple[Path, ...]], name: str) -> None:
         reader.__dict__.setdefault(READS, {})[name] = paths
         for module in (reader, *filter(None, (below(reader, path) for path in paths))):
             module.__dict__.setdefault(READS, {}).setdefault(name, ())
-            _become(module, reads=True)
+            _settle(module)
 
 
 def stop_reading(readers: Mapping[nn.Module, tuple[Path, ...]], name: str) -> None:
@@ -197,14 +191,7 @@ def stop_reading(readers: Mapping[nn.Module, tuple[Path, ...]], name: str) -> No
     for reader, paths in readers.items():
         for module in (reader, *filter(None, (below(reader, path) for path in paths))):
             module.__dict__.get(READS, {}).pop(name, None)
-            if not module.__dict__.get(READS):
-                _read_no_more(module)
-
-
-def _read_no_more(module: nn.Module) -> None:
-    if module.__dict__.pop(READS, None) is not None:
-        module._forward_pre_hooks.pop(-1, None)
-        _become(module, reads=False)
+            _settle(module)
 
 
 def check_free(module: nn.Module, path: str, active: Active) -> None:
@@ -247,11 +234,10 @@ def check_free_root(model: nn.Module) -> None:
 def strip(root: nn.Module) -> None:
     """Remove every adapter from `root` and all modules below it, to make a deep copy a bare module."""
     for module in list(root.modules()):
-        _read_no_more(module)
-        if ACTIVE in module.__dict__:
-            for container in CONTAINERS:
-                module._modules.pop(container, None)
-            _release(module)
+        module.__dict__.get(READS, {}).clear()
+        for container in CONTAINERS if ACTIVE in module.__dict__ else ():
+            module._modules.pop(container, None)
+        _settle(module)
 
 
 class _WrappedForward:
@@ -269,34 +255,32 @@ class _WrappedForward:
             running.stack.pop()
 
 
-def _release(module: nn.Module) -> None:
-    del module.__dict__[ACTIVE]
-    for name in ("forward", "_old_forward"):
-        value = module.__dict__.get(name)
-        if isinstance(value, _WrappedForward):
-            module.__dict__[name] = value.original
-    _become(module, runs=False)
-
-
-def _become(module: nn.Module, *, runs: bool | None = None, reads: bool | None = None) -> None:
-    """Add or remove these roles of the module's class."""
-    now = type(module)
+def _settle(module: nn.Module) -> None:
+    """Let the module's class, and forwards that were set on it, follow what adapters and readers have put there."""
+    now, own = type(module), module.__dict__
+    active: Active | None = own.get(ACTIVE)
+    keywords = _call_keywords(module)
+    if active is not None and keywords is None and not any(container in module._modules for container in CONTAINERS):
+        active = None
+        del own[ACTIVE]
+    if READS in own and not own[READS]:
+        del own[READS]
+        module._forward_pre_hooks.pop(-1, None)
+    wrapped = {n: own[n] for n in ("forward", "_old_forward") if isinstance(own.get(n), _WrappedForward)}
+    if active is None:
+        own.update((name, forward.original) for name, forward in wrapped.items())
     # Somebody may have derived a class from ours since: that class stays, and ours is derived from it.
     base: type[nn.Module] = now.__dict__.get("_adapted_from", now)
-    known: Roles = now.__dict__.get("_roles", (False, False, None, ()))
-    runs, reads = known[0] if runs is None else runs, known[1] if reads is None else reads
-    active: Active | None = module.__dict__.get(ACTIVE)
+    runs = active is not None and not wrapped and not hasattr(base, "_adapted_from")
     extra = () if active is None or active.extra is None else active.extra(module)
-    wanted = (runs, reads, _call_keywords(module) if runs else None, extra)
-    if wanted == known:
-        return
-    new = adapted_class(base, *wanted) if runs or reads else base
-    module.__class__ = new
-    for name in ("forward", "_old_forward"):
-        value = module.__dict__.get(name)
-        if isinstance(value, types.MethodType) and value.__func__ is now.__dict__.get("forward"):
-            # A hook that was added after the adapters holds our forward.
-            module.__dict__[name] = types.MethodType(new.forward, module)
+    roles: Roles = (runs, READS in own, keywords if runs else None, extra)
+    if roles != now.__dict__.get("_roles", (False, False, None, ())):
+        module.__class__ = new = adapted_class(base, *roles) if runs or READS in own else base
+        for name in ("forward", "_old_forward"):
+            method = own.get(name)
+            if isinstance(method, types.MethodType) and method.__func__ is now.__dict__.get("forward"):
+                # A hook that was added after the adapters holds our forward.
+                own[name] = types.MethodType(new.forward, module)
 
 
 def _call_keywords(module: nn.Module) -> tuple[str, ...] | None:
@@ -312,10 +296,9 @@ def _call_keywords(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def _sign(module: nn.Module) -> None:
-    """Let the signature of the model's call follow the adapters that replace it."""
-    _become(module)
+    """Let the signature of an accelerate hook at the model follow the adapters that replace the model's call."""
     forward, keywords = module.__dict__.get("forward"), _call_keywords(module)
-    if forward is not None and not isinstance(forward, types.MethodType):  # accelerate's hook
+    if forward is not None and not isinstance(forward, types.MethodType):
         vars(forward).pop("__signature__", None)
         if keywords is not None:
             own = inspect.signature(forward.original if isinstance(forward, _WrappedForward) else forward)
