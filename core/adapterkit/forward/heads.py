@@ -17,11 +17,6 @@ def trained_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def widen(head: nn.Module) -> None:
-    """Give a head's parameters and buffers the dtype to train in."""
-    head._apply(lambda t: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t)
-
-
 def give_dtypes_back(head: nn.Module, module: nn.Module) -> None:
     """Give a head that replaces `module` for good the dtypes of `module`."""
     known = {name: t.dtype for name, t in (*module.named_parameters(), *module.named_buffers())}

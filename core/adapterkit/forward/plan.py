@@ -47,33 +47,19 @@ class Plan:
         mesh: the processes between which tensor parallelism splits the module, or `None`.
     """
 
-    __slots__ = (
-        "alone",
-        "biases",
-        "call_head",
-        "calls",
-        "checked",
-        "constants",
-        "head",
-        "layers",
-        "mesh",
-        "module",
-        "wrapping",
-    )
-
     def __init__(self, module: nn.Module, state: State) -> None:
         names = state.names
         self.module, self.head = module, None
         self.constants: list[nn.Module] = []
-        for head, owner in state.parts(module, HEADS, state.heads):
+        for head, _, owner in state.parts(module, HEADS, state.heads):
             # The head replaces the module for all adapters, so what the others change in the module does not act.
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.call_head = callable_head(head, module)
-        layers = [(layer, state.strength(name, module)) for layer, name in state.parts(module, LAYERS, names)]
+        layers = [(layer, strength) for layer, strength, _ in state.parts(module, LAYERS, names)]
         whole = max([0, *(i for i, (layer, _) in enumerate(layers, 1) if layer.any_module)])
         self.calls: list[tuple[Any, float]] = layers[:whole]
         self.layers = layers[whole:]
-        self.biases = [(bias, state.strength(name, module)) for bias, name in state.parts(module, BIASES, names)]
+        self.biases = [(bias, strength) for bias, strength, _ in state.parts(module, BIASES, names)]
         self.checked = is_checked(module, [layer for layer, _ in layers])
         self.mesh = mesh_of(module)
         self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])
@@ -130,8 +116,6 @@ class Plan:
 
 class CallPlan(Plan):
     """The plan of the model itself, where adapters share tensors and may replace its call."""
-
-    __slots__ = ()
 
     def __init__(self, module: nn.Module, state: State) -> None:
         super().__init__(module, state)

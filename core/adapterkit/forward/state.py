@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import BIASES, LAYERS, SHARED, twin
+from adapterkit.contract import HEADS, SHARED, twin
 from adapterkit.errors import StateError
 from adapterkit.forward.plan import CallPlan, Plan, parts_of
 from adapterkit.forward.readers import ACTIVE
@@ -106,20 +106,17 @@ class State:
         self.idle = not (self.names or self.heads or self.refuses)
         self.plans.clear()
 
-    def strength(self, name: str, module: nn.Module) -> float:
-        """What the change of an adapter at `module` is multiplied by, if it acts there."""
-        found = strength_at(self.strengths.get(name, 1.0), module)
-        return 1.0 if found is None else found
-
-    def acts_at(self, module: nn.Module, name: str) -> bool:
-        """Whether an active adapter is not switched off at `module`, where it has a layer or a bias."""
-        return strength_at(self.strengths.get(name, 1.0), module) is not None
+    def strength(self, name: str, path: str) -> float | None:
+        """What the change of an active adapter at this path is multiplied by; `None`: it is off there."""
+        return strength_at(self.strengths.get(name, 1.0), path)
 
     def plan(self, module: nn.Module) -> Plan:
         """What acts at `module`."""
+        adapters: Mapping[str, Adapter] = module.__dict__[ACTIVE].adapters
         if torch.compiler.is_compiling():  # the compiler would guard a plan that is kept, and compile in each state
-            for adapter in self.unset(module):
-                raise StateError(adapter.no_values)
+            for name in (*self.names, *self.heads):
+                if adapters[name].unset:
+                    raise StateError(adapters[name].no_values)
             return self.make_plan(module)
         # Detached parameters belong to this forward, and replicas of `DataParallel` live for one forward.
         once = (self.constants and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
@@ -128,16 +125,11 @@ class State:
             if self.before_first is not None:
                 self.before_first()
                 self.before_first = None
-            ready = all(adapter.has_values() for adapter in self.unset(module))
+            ready = all(adapters[name].has_values() for name in (*self.names, *self.heads))
             found = self.make_plan(module)
             if ready and not once:
                 self.plans[id(module)] = found
         return found
-
-    def unset(self, module: nn.Module) -> list[Adapter]:
-        """The adapters of this state that were made on the meta device and may have no values yet."""
-        adapters: Mapping[str, Adapter] = module.__dict__[ACTIVE].adapters
-        return [adapters[name] for name in (*self.names, *self.heads) if adapters[name].unset]
 
     def make_plan(self, module: nn.Module) -> Plan:
         """Decide what acts at `module`."""
@@ -145,30 +137,25 @@ class State:
             raise StateError(self.refuses)
         return CallPlan(module, self) if SHARED in module._modules else Plan(module, self)
 
-    def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, str]]:
-        """What these adapters have in one container of `module`, each with its adapter's name."""
-        found = list(parts_of(module._modules.get(container), names))
-        if self.strengths and container in (LAYERS, BIASES):
-            found = [(part, name) for part, name in found if self.acts_at(module, name)]
-        if not (torch.is_grad_enabled() and (torch.compiler.is_compiling() or self.constants)):
-            return found
-        # The compiler guards everything that is read, so it must read `constants` only where that matters.
-        trained = [any(map(_requires_grad, part.parameters())) for part, _ in found]
-        fixed = [trains and name in self.constants for (_, name), trains in zip(found, trained, strict=True)]
-        return [
-            (twin(part, lambda t: t.detach() if _requires_grad(t) else t) if constant else part, name)
-            for (part, name), constant in zip(found, fixed, strict=True)
-        ]
+    def parts(self, module: nn.Module, container: str, names: tuple[str, ...]) -> list[tuple[Any, float, str]]:
+        """What acts of these adapters in one container of `module`: the part, its strength, its adapter's name."""
+        slots: Any = module._modules.get(container)
+        graph = torch.is_grad_enabled() and (torch.compiler.is_compiling() or bool(self.constants))
+        found = []
+        for part, name in parts_of(slots, names):
+            strength = 1.0 if container == HEADS or not self.strengths else self.strength(name, slots.path)
+            if strength is None:
+                continue
+            # The compiler guards everything that is read, so it must read `constants` only where that matters.
+            if graph and any(map(_requires_grad, part.parameters())) and name in self.constants:
+                part = twin(part, lambda t: t.detach() if _requires_grad(t) else t)  # noqa: PLW2901
+            found.append((part, strength, name))
+        return found
 
 
-def strength_at(strength: Strength, at: nn.Module | str) -> float | None:
-    """The strength at a module, or at one of this path. `None`: the adapter is off there."""
-    if not isinstance(strength, Mapping):
-        return strength
-    if isinstance(at, nn.Module):
-        parts: Any = at._modules[LAYERS if LAYERS in at._modules else BIASES]
-        at = parts.path
-    return strength.get(at, 1.0)  # type: ignore[arg-type]
+def strength_at(strength: Strength, path: str) -> float | None:
+    """The strength at the module of this path. `None`: the adapter is off there."""
+    return strength.get(path, 1.0) if isinstance(strength, Mapping) else strength
 
 
 def _requires_grad(tensor: Tensor) -> bool:

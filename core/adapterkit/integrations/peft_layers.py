@@ -241,7 +241,8 @@ class LayerView(nn.Module):
     def strength(self, name: str) -> float:
         """The strength of an adapter at this layer. Of one that does not act: with which `set_adapter` lets it act."""
         if name in self._active.state.names:
-            return self._active.state.strength(name, self._host)
+            strength = self._active.state.strength(name, self._path)
+            return 1.0 if strength is None else strength
         return waiting_strength(self._layers[name]) if name in self._layers else 1.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -386,7 +387,9 @@ class LayerView(nn.Module):
         """The adapters that act here, or would if they were not disabled or switched off at this layer alone."""
         state = self._active.state
         names = list(state.names or self._active.merged or self._active.default.names)
-        return [name for name in names if name in self._layers and state.acts_at(self._host, name)] or names
+        return [
+            name for name in names if name in self._layers and state.strength(name, self._path) is not None
+        ] or names
 
     @property
     def active_adapter(self) -> list[str]:
@@ -408,7 +411,7 @@ class LayerView(nn.Module):
         """Whether no adapter acts in the model, or all that do are switched off at this layer."""
         state = self._active.state
         here = [name for name in state.names if name in self._layers]
-        off = here and not any(state.acts_at(self._host, name) for name in here)
+        off = here and not any(state.strength(name, self._path) is not None for name in here)
         return bool(off) or not (state.names or self._active.merged)
 
 

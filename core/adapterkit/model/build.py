@@ -37,7 +37,6 @@ from adapterkit.forward import (
     original_class,
     readers_of,
     trained_dtype,
-    widen,
 )
 from adapterkit.kinds import Linear
 from adapterkit.model.adapter import Adapter
@@ -208,7 +207,7 @@ def build_adapter(
         _add_host(adapter, modules, path, module, active)
         adapter.heads[path] = head = copy_head(module, path)
         if dtype != "model":
-            widen(head)
+            head._apply(lambda t: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t)
         if tensors is None and device is not None:
             head.to(device)
     notes = _add_biases(adapter, modules, selection.paths, active, dtype, device)

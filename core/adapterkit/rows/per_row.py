@@ -106,22 +106,22 @@ class RowPlan(Plan):
     """What acts at one module on which rows.
 
     Attributes:
-        heads, parts, shifts: the heads, adapter layers and trained biases at the module, by adapter.
+        heads, parts, shifts, strengths: the heads, adapter layers and trained biases at the module, and the strengths
+            of the latter two, by adapter.
         default: the head that replaces the module for rows without a head of their own.
         groups: the layers of each class, and whether they may be stacked.
         min_dims: dimensions of the smallest input without a batch.
         rest: the state in which the module runs on rows without a head of their own.
     """
 
-    __slots__ = ("additive", "default", "groups", "heads", "min_dims", "parts", "rest", "shifts", "state")
-
     def __init__(self, module: nn.Module, state: RowState) -> None:
         self.module, self.state, names = module, state, state.names
         self.rest: RowState | None = None
-        heads = state.parts(module, HEADS, names)
-        self.heads: dict[str, Any] = {name: callable_head(head, module) for head, name in heads}
-        self.parts: dict[str, AdapterLayer] = {name: layer for layer, name in state.parts(module, LAYERS, names)}
-        self.shifts: dict[str, Any] = {name: bias for bias, name in state.parts(module, BIASES, names)}
+        heads, layers, biases = (state.parts(module, container, names) for container in (HEADS, LAYERS, BIASES))
+        self.heads: dict[str, Any] = {name: callable_head(head, module) for head, _, name in heads}
+        self.parts: dict[str, AdapterLayer] = {name: layer for layer, _, name in layers}
+        self.shifts: dict[str, Any] = {name: bias for bias, _, name in biases}
+        self.strengths = {name: strength for _, strength, name in (*layers, *biases)}
         defaults = state.parts(module, HEADS, state.defaults[::-1])
         self.default = callable_head(defaults[0][0], module) if defaults else None
         self.checked = is_checked(module, self.parts.values())
@@ -206,12 +206,11 @@ class RowPlan(Plan):
     def _one(self, name: str, base: OfInput, x: Tensor) -> Tensor:
         """`base(x)` with the parts of one adapter."""
         layer, bias = self.parts.get(name), self.shifts.get(name)
-        strength = self.state.strength(name, self.module)
-        layers = [] if layer is None else [(layer, strength)]
+        layers = [] if layer is None else [(layer, self.strengths[name])]
         whole = layer is not None and layer.any_module
         out = Call(self.module, base, layers, ())(x) if whole else run_layers(self.module, layers, base, x)
         out = summable(self.module, out)
-        return out if bias is None else (out + strength * bias.change(self.module.bias, out)).to(out.dtype)
+        return out if bias is None else (out + self.strengths[name] * bias.change(self.module.bias, out)).to(out.dtype)
 
     def _changed_rows(self, base: OfInput, x: Tensor) -> Tensor:
         """`base(x)`, each row with the layer and the bias of its adapter."""
@@ -225,7 +224,7 @@ class RowPlan(Plan):
         dtype = out.dtype
         apart: list[tuple[list[int], Tensor]] = []
         for parts, may_stack in self.groups:
-            strengths = [self.state.strength(name, self.module) for name in parts]
+            strengths = [self.strengths[name] for name in parts]
             change = stacked(rows, parts, x, strengths) if may_stack else None
             if change is not None:
                 out = out + change
@@ -233,15 +232,10 @@ class RowPlan(Plan):
             for (name, layer), strength in zip(parts.items(), strengths, strict=True):
                 own = rows.having(name)
                 apart.append((own, strength * delta(layer, rows.pick(x, own))))
-        out = rows.add(out, apart) if apart else out
-        if self.shifts:
-            length, shifts = out.shape[0] // rows.count, []
-            for name, bias in self.shifts.items():
-                own, strength = rows.having(name), self.state.strength(name, self.module)
-                shift = strength * bias.change(self.module.bias, out)
-                shifts.append((own, shift.expand(len(own) * length, *out.shape[1:])))
-            out = rows.add(out, shifts)
-        return out.to(dtype)
+        for name, bias in self.shifts.items():
+            own, shift = rows.having(name), self.strengths[name] * bias.change(self.module.bias, out)
+            apart.append((own, shift.expand(len(own) * (out.shape[0] // rows.count), *out.shape[1:])))
+        return (rows.add(out, apart) if apart else out).to(dtype)
 
 
 def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths: Sequence[float]) -> Tensor | None:

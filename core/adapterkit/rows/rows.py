@@ -85,7 +85,7 @@ class Rows:
         return joined.index_select(0, self._tensor(back, joined.device)).flatten(0, 1)
 
     def add(self, out: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-        """`out` with the entries of disjoint rows added, in the wider dtype."""
+        """`out` with the entries of these rows added, in the wider dtype."""
         rows = self._tensor([row for rows, _ in parts for row in rows], out.device)
         change = torch.cat([part.unflatten(0, (len(rows), -1)) for rows, part in parts])
         dtype = torch.promote_types(out.dtype, change.dtype)
