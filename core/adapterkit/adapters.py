@@ -450,11 +450,7 @@ class Adapters:
                 should train.
         """
         adapters, block = [self._adapter(name) for name in names], self._active.in_block
-        trains = training_among(names, trainable)
-        state = self._attached.state("activate", adapters, heads, strengths, trains=trains, block=block)
-        if trains:
-            self._model.check_can_train([self._adapter(name) for name in trains])
-        self._model.activate(state, trains=trains)
+        self._model.activate(self._attached.state("activate", adapters, heads, strengths, trainable, block=block))
 
     @contextmanager
     def activated(
@@ -470,9 +466,8 @@ class Adapters:
         block; other threads do not. Tasks of one asyncio loop share a thread, and so its blocks. A `backward` may come
         after the block. Adapters that do not train act as constants, whatever `requires_grad` is.
         """
-        adapters, trains = [self._adapter(name) for name in names], training_among(names, trainable)
-        state = self._attached.state("activated", adapters, heads, strengths, trains=trains, block=True)
-        with self._model.block(state, trains=trains):
+        adapters = [self._adapter(name) for name in names]
+        with self._model.block(self._attached.state("activated", adapters, heads, strengths, trainable, block=True)):
             yield
 
     @contextmanager
@@ -534,7 +529,7 @@ class Adapters:
         heads = merged + tuple(name for name in rows.adapters if self._adapters[name].heads)
         trains = training_among(rows.adapters, trainable)
         state = RowState(rows, Batch(entries), heads, merged, trains=trains, strengths=scales)
-        with self._model.block(state, trains=trains):
+        with self._model.block(state):
             yield
 
     # Tensors and files

@@ -36,7 +36,7 @@ from adapterkit.formats import (
     translate,
 )
 from adapterkit.kinds import AnyModule, LayerKind
-from adapterkit.model import BaseModules, base_parameters, both_tables, named_modules
+from adapterkit.model import BaseModules, base_parameters, named_modules, tables
 
 CONFIG = "config.json"
 # By PEFT's `task_type`, transformers' tables from a config's class to the model's.
@@ -384,7 +384,7 @@ class Vocabulary:
         Raises:
             UnsupportedError: two adapters have vocabularies of other sizes.
         """
-        places = both_tables(BaseModules(model)) if hasattr(model, "resize_token_embeddings") else {}
+        places = tables(BaseModules(model), tied=True) if hasattr(model, "resize_token_embeddings") else {}
         found: dict[int, str] = {}
         for name, files in adapters.items():
             held = _as_named_by(model, files).tensors if places and files.config is not None else {}

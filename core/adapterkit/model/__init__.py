@@ -12,4 +12,4 @@ from adapterkit.model.modules import BaseModules, base_parameters, inner_model, 
 from adapterkit.model.optimizing import parameter_groups
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on
 from adapterkit.model.sorting import Fit, heads_in_file, layer_tensors, sort_for, sort_tensors, with_heads
-from adapterkit.model.vocabulary import both_tables, resized_keys, resized_tables, tables
+from adapterkit.model.vocabulary import resized_keys, resized_tables, tables

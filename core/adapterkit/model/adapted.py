@@ -6,6 +6,7 @@ import copy
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,9 +21,8 @@ from adapterkit.forward import (
     install,
     lock,
     tensor_parallel,
-    uninstall,
 )
-from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths
+from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, training_among
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
 from adapterkit.model.optimizing import remind
@@ -79,13 +79,13 @@ class AdaptedModel:
         """Remove an adapter. It acts nowhere afterwards."""
         self.active.replace(adapter.name)
         self.follow_labels()
-        self._unregister(adapter)
+        adapter.uninstall(self.model)
         del self.adapters[adapter.name]
 
     def rename(self, adapter: Adapter, name: str) -> None:
         """Give an adapter another name; it keeps its place in the order."""
         old = adapter.name
-        self._unregister(adapter)
+        adapter.uninstall(self.model)
         adapter.name = name
         self._share(adapter)
         adapter.install(self.active)
@@ -95,10 +95,6 @@ class AdaptedModel:
         self.active.replace(old, name)
         if self.labels_of == old:
             self.labels_of = name
-
-    def _unregister(self, adapter: Adapter) -> None:
-        adapter.uninstall()
-        uninstall(self.model, SHARED, adapter.name)
 
     def restore(self) -> None:
         """Give the model back what the first adapter changed."""
@@ -166,19 +162,20 @@ class AdaptedModel:
         adapters: Sequence[Adapter],
         heads: str | None,
         strengths: Mapping[str, Strength] | None,
+        trainable: bool | Collection[str],
         *,
-        trains: Collection[str],
         block: bool,
     ) -> State:
         """The state in which these adapters act. In a block, those that do not train are constants.
 
         Raises:
-            ConfigError: an adapter twice, two heads for one module and no choice, or a malformed strength.
+            ConfigError: an adapter twice, two heads for one module and no choice, or a malformed argument.
             UnsupportedError: a strength of an adapter that is not additive.
             StateError: an adapter is merged; or one that should train does not act any more at some module. If none
                 should train, the first forward raises this.
         """
         names = tuple(adapter.name for adapter in adapters)
+        trains = training_among(names, trainable)
         if len(set(names)) < len(names):
             raise ConfigError(f"{call}{names!r} names an adapter twice.")
         self.check_not_merged(names)
@@ -187,38 +184,36 @@ class AdaptedModel:
         self.check_unchanged(call, trains)
         before, merged = self.active.state, self.active.merged
         hidden: tuple[str, ...] = ()
-        trained = tuple(name for name in names if name in trains)
         constants = tuple(name for name in names if name not in trains) if block else ()
         if merged:  # these are active again after `unmerge`
             hidden = tuple(name for name in before.asked[0] if name in merged)
-            trained = tuple(name for name in hidden if name in before.trains) + trained
+            trains = tuple(name for name in hidden if name in before.trains) + trains
             scales |= {name: before.strengths[name] for name in hidden if name in before.strengths}
-        state = State(hidden + names, acting, trained, constants=constants, merged=merged, strengths=scales)
+        state = State(hidden + names, acting, trains, constants=constants, merged=merged, strengths=scales)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
 
-    def activate(self, state: State, *, trains: Collection[str]) -> None:
+    def activate(self, state: State) -> None:
         """Let `state` act, in this thread's block or everywhere. Parameters that train nowhere are frozen."""
         active, adapters = self.active, self.adapters.values()
-        block, before = active.in_block, active.state
-        changes_flags = bool(trains) or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
+        block, before, trained = active.in_block, active.state, self._trained_in(state)
+        changes_flags = bool(trained) or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
         several = changes_flags or len(active.threads) > 1 or self._labels_owner(state.heads) != self.labels_of
         # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
         with uninterrupted() if several else nullcontext(), lock:
-            for name in trains:
-                self.adapters[name].train(for_now=block)
+            for adapter in trained:
+                adapter.train(for_now=block)
             active.become(state)
             if changes_flags:
                 self._freeze_what_need_not_train(None if block else before.trains)
-                others = [name for name in state.names if name not in trains]
+                others = [name for name in state.names if name not in state.trains]
                 state.constants += tuple(name for name in others if self.adapters[name].trains_for_now)
             self.follow_labels()
 
     @contextmanager
-    def block(self, state: State, *, trains: Collection[str] = ()) -> Iterator[None]:
-        """Let `state` act in this thread inside the block; parameters of the adapters `trains` require gradients."""
-        trained = [self.adapters[name] for name in trains]
-        self.check_can_train(trained)
+    def block(self, state: State) -> Iterator[None]:
+        """Let `state` act in this thread inside the block; its adapters that train require gradients there."""
+        trained = self._trained_in(state)
         with lock:
             for adapter in trained:
                 adapter.train(for_now=True)
@@ -248,11 +243,14 @@ class AdaptedModel:
                 "first."
             )
 
-    def check_can_train(self, adapters: Collection[Adapter]) -> None:
-        """Raise `StateError` if the processes of a distributed training would train one of these separately."""
-        for adapter in adapters:
+    def _trained_in(self, state: State) -> list[Adapter]:
+        """The adapters that act and train in this state, after the check that they would train in all processes."""
+        trained = [self.adapters[name] for name in state.trains if name in state.names]
+        for adapter in trained:
             check_averaged(self.model, adapter)
-        reshard(self.model)  # FSDP2 goes by `requires_grad` of its shards
+        if trained:
+            reshard(self.model)  # FSDP2 goes by `requires_grad` of its shards
+        return trained
 
     def _freeze_what_need_not_train(self, trained: Collection[str] | None) -> None:
         """Freeze parameters that trained for a block or a graph that is over.
@@ -332,7 +330,8 @@ class AdaptedModel:
             return
         before = self.adapters.get(self.labels_of) if self.labels_of is not None else None
         if before is not None and before.labels is not None:
-            before.labels = before.labels.seen(self.model)
+            problem_type = getattr(self.model.config, "problem_type", None)  # transformers sets it at the first loss
+            before.labels = replace(before.labels, problem_type=problem_type)
         wanted = base if owner is None else self.adapters[owner].labels
         assert wanted is not None
         wanted.apply(self.model)

@@ -86,11 +86,13 @@ class Adapter:
 
     # What it consists of
 
-    def parts(self) -> Iterator[tuple[str, str, nn.Module]]:
-        """`(container, path, module)` of everything that is installed at its hosts."""
+    def parts(self, *, shared: bool = False) -> Iterator[tuple[str, str, nn.Module]]:
+        """`(container, path, module)` of everything that is installed at its hosts, and with `shared` at the model."""
         for container, group in ((LAYERS, self.layers), (HEADS, self.heads), (BIASES, self.biases)):
             for path, module in group.items():
                 yield container, path, module
+        if shared and self.shared is not None:
+            yield SHARED, "", self.shared
 
     def places(self, path: str) -> list[str]:
         """Every path of the host at `path`, this one first."""
@@ -102,8 +104,7 @@ class Adapter:
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that is the adapter's, shared tensors included."""
-        shared = () if self.shared is None else (self.shared,)
-        return modules_below((*(part for _, _, part in self.parts()), *shared))
+        return modules_below(part for _, _, part in self.parts(shared=True))
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter, once."""
@@ -112,28 +113,20 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
-        if self.shared is not None:
-            yield from self.shared.named_parameters()
-        for _, path, module in self.parts():
-            for local, parameter in module.named_parameters():
-                yield f"{path}.{local}", parameter
+        for _, path, module in sorted(self.parts(shared=True), key=lambda part: part[0] != SHARED):
+            yield from module.named_parameters(prefix=path)
 
     def slots(self) -> dict[str, Slot]:
         """Every parameter and buffer by a key without the adapter's name, `<path>.<container>.<local>`.
 
         Of tied tensors there is the first. The copy of a base's bias, which a trained bias keeps, is not the adapter's.
         """
-        parts = [(f"{path}.{container}", part) for container, path, part in self.parts()]
-        shared = [] if self.shared is None else [(SHARED, self.shared)]
-        found: dict[str, Slot] = {}
-        first: set[int] = set()
-        for place, part in (*parts, *shared):
+        found: dict[int, Slot] = {}
+        for container, path, part in self.parts(shared=True):
             for local, slot in module_slots(part, non_persistent=not isinstance(part, BiasLayer)):
-                if id(slot.tensor) not in first:
-                    first.add(id(slot.tensor))
-                    slot.key = f"{place}.{local}"
-                    found[slot.key] = slot
-        return found
+                slot.key = f"{path}.{container}.{local}".lstrip(".")
+                found.setdefault(id(slot.tensor), slot)
+        return {slot.key: slot for slot in found.values()}
 
     # Values
 
@@ -193,11 +186,10 @@ class Adapter:
 
     def state_dict_keys(self) -> Iterator[str]:
         """Every key of the adapter in the model's own state dict."""
-        for container, path, module in self.parts():
+        for container, path, module in self.parts(shared=True):
             for place in self.places(path):
-                yield from module.state_dict(prefix=f"{place}.{container}.{part_name(self.name)}.", keep_vars=True)
-        if self.shared is not None:
-            yield from self.shared.state_dict(prefix=f"{SHARED}.{part_name(self.name)}.", keep_vars=True)
+                prefix = f"{place}.{container}.{part_name(self.name)}.".lstrip(".")
+                yield from module.state_dict(prefix=prefix, keep_vars=True)
 
     def tie_numbers(self) -> dict[str, int]:
         """Every path of the modules that its heads replace, with a number; tied heads have the same number."""
@@ -235,17 +227,18 @@ class Adapter:
             layer.__dict__["shared"] = shared
 
     def install(self, active: Active) -> None:
-        """Register every part at its host."""
+        """Register every part at its host; `AdaptedModel` registers what they share."""
         self.sizes = {path: _size(host) for path, host in self.hosts.items()}
         let_read(self.readers, self.name)
         for container, path, module in self.parts():
             install(self.hosts[path], path, container, self.name, module, active)
 
-    def uninstall(self) -> None:
-        """Remove every part from its host."""
+    def uninstall(self, model: nn.Module) -> None:
+        """Remove every part from its host, and what they share from the model."""
         for container, path, _ in self.parts():
             uninstall(self.hosts[path], container, self.name)
         stop_reading(self.readers, self.name)
+        uninstall(model, SHARED, self.name)
 
     def changed(self, paths_now: Mapping[nn.Module, Sequence[str]]) -> dict[str, str]:
         """What happened to each module where the adapter does not act any more, to follow `"'path' "` in a sentence.
@@ -258,8 +251,10 @@ class Adapter:
         """
         found = {}
         for path, host in self.hosts.items():
-            now = paths_now.get(host, ())
-            if now != self.places(path) and not _is_still_there(now, self.places(path)):
+            now, before = paths_now.get(host, ()), self.places(path)
+            # A wrapped module is below each of its paths; one that was moved is at none of them.
+            there = [] if now == before else [any(unwrapped_key(p) == q or inside(p, [q]) for p in now) for q in before]
+            if not now or (any(there) and not all(there)):
                 found[path] = "was replaced"
             elif not calls_adapters(host):
                 found[path] = f"was given another class ({type(host).__name__})"
@@ -320,14 +315,6 @@ class Adapter:
         """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
         frozen, self.trains_for_now = gradients.disable(parameters)
         self.trained_before = [*self.trained_before, *frozen]
-
-
-def _is_still_there(now: Sequence[str], before: Sequence[str]) -> bool:
-    """Whether a module is at all of its paths, perhaps wrapped, or at new paths alone, because it was moved."""
-    kept = [any(unwrapped_key(p) == path or inside(p, [path]) for p in now) for path in before]
-    if not now:
-        return False
-    return all(kept) or not any(kept)
 
 
 def _size(module: nn.Module) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -314,10 +314,6 @@ class LabelSet:
         config.problem_type = self.problem_type
         if "num_labels" in model.__dict__:
             model.num_labels = len(self.id2label)  # type: ignore[assignment]
-
-    def seen(self, model: nn.Module) -> Self:
-        """This label set with the problem type that the model's config has now."""
-        return replace(self, problem_type=getattr(model.config, "problem_type", None))
 
     def to_metadata(self) -> dict[str, str]:
         """An entry for the safetensors header, because `adapter_config.json` is PEFT's."""

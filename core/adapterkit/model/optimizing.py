@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from adapterkit.contract import AdapterLayer, Shared
+from adapterkit.contract import Shared
 from adapterkit.errors import AdapterWarning, ConfigError, UnsupportedError
 from adapterkit.model.adapter import Adapter
 
@@ -31,17 +31,16 @@ def parameter_groups(
         own = options.get(adapter.name, {})
         if not isinstance(own, Mapping) or "params" in own:
             raise ConfigError(f"The options of {adapter.name!r} must be those of a group, such as {{'lr': 1e-4}}.")
-        up = [] if ratio is None else _up_factor(adapter, own)
-        faster = {id(p) for p in up}
-        plain = [p for p in adapter.parameters() if p.requires_grad and id(p) not in faster]
+        up = {} if ratio is None else _up_factor(adapter, own)
+        plain = [p for p in adapter.parameters() if p.requires_grad and id(p) not in up]
         groups.append({"params": plain, "name": adapter.name, **own})
         if ratio is not None:
-            groups.append({"params": up, "name": f"{adapter.name}.up", **own, "lr": own["lr"] * ratio})
+            groups.append({"params": [*up.values()], "name": f"{adapter.name}.up", **own, "lr": own["lr"] * ratio})
     return [group for group in groups if group["params"]]
 
 
-def _up_factor(adapter: Adapter, options: Options) -> list[nn.Parameter]:
-    """The trained parameters of the up factors, each once.
+def _up_factor(adapter: Adapter, options: Options) -> dict[int, nn.Parameter]:
+    """The trained parameters of the up factors, by `id`.
 
     Raises:
         ConfigError: there is no learning rate that the ratio could multiply.
@@ -52,20 +51,15 @@ def _up_factor(adapter: Adapter, options: Options) -> list[nn.Parameter]:
             f"lora_plus_ratio multiplies a learning rate, and the options of {adapter.name!r} have none: "
             f"parameter_groups({{{adapter.name!r}: {{'lr': 1e-4}}}}, lora_plus_ratio=...)."
         )
-    method = adapter.config.method
-    if not any(layer.up_factor for layer in adapter.layers.values()):
+    method, layers = adapter.config.method, adapter.layers.values()
+    if not any(layer.up_factor for layer in layers):
         raise UnsupportedError(
             f"LoRA+ is for methods with an up factor B behind a down factor A, and the layers of adapter "
             f"{adapter.name!r} name none (AdapterLayer.up_factor; the method is {method!r}). Give it a learning rate "
             "alone, in a call without lora_plus_ratio."
         )
-    found = {id(p): p for layer in adapter.layers.values() for p in _of_up_factor(layer) if p.requires_grad}
-    return list(found.values())
-
-
-def _of_up_factor(layer: AdapterLayer) -> Iterator[nn.Parameter]:
-    names = layer.up_factor
-    return (p for name, p in layer.named_parameters() if name in names)
+    named = ((p, name in layer.up_factor) for layer in layers for name, p in layer.named_parameters())
+    return {id(p): p for p, is_up in named if is_up and p.requires_grad}
 
 
 # The reminder
@@ -96,22 +90,19 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             continue
         _watched[adapter] = moved + 1
-        if moved:  # the first step is over, so what follows a step was called, or is not
-            del _watched[adapter]
-            _warn(adapter, type(adapter.shared))
-
-
-def _warn(adapter: Adapter, shared: Any) -> None:
-    lacking = []
-    if shared.step is not Shared.step and not adapter.steps:
-        lacking.append("call adapters.step() after each optimizer.step()")
-    if shared.penalty is not Shared.penalty and not adapter.penalised:
-        lacking.append("add ak.penalty(model) to the loss")
-    if lacking:
-        warnings.warn(
-            f"Adapter {adapter.name!r} trains without a part of its method {adapter.config.method!r}: "
-            f"{', and '.join(lacking)}. transformers' Trainer does both with "
-            "adapterkit.integrations.transformers.AdapterTrainerMixin.",
-            AdapterWarning,
-            stacklevel=4,
-        )
+        if not moved:  # what follows a step may still be called after this one
+            continue
+        del _watched[adapter]
+        shared, lacking = type(adapter.shared), []
+        if shared.step is not Shared.step and not adapter.steps:  # type: ignore[union-attr]
+            lacking.append("call adapters.step() after each optimizer.step()")
+        if shared.penalty is not Shared.penalty and not adapter.penalised:  # type: ignore[union-attr]
+            lacking.append("add ak.penalty(model) to the loss")
+        if lacking:
+            warnings.warn(
+                f"Adapter {adapter.name!r} trains without a part of its method {adapter.config.method!r}: "
+                f"{', and '.join(lacking)}. transformers' Trainer does both with "
+                "adapterkit.integrations.transformers.AdapterTrainerMixin.",
+                AdapterWarning,
+                stacklevel=3,
+            )

@@ -24,33 +24,26 @@ def resized_tables(modules: BaseModules, without: Collection[str] = ()) -> dict[
 
 def resized_keys(modules: BaseModules) -> set[str]:
     """The keys of both embeddings in the model's state dict if the vocabulary was resized, else nothing."""
-    found = both_tables(modules) if _was_resized(modules.model) else {}
+    found = tables(modules, tied=True) if _was_resized(modules.model) else {}
     return {f"{path}.{name}" for path, table in found.items() for name in table._parameters}
 
 
-def tables(modules: BaseModules, without: Collection[str] = ()) -> dict[str, nn.Module]:
+def tables(modules: BaseModules, without: Collection[str] = (), *, tied: bool = False) -> dict[str, nn.Module]:
     """The input and the output embedding of a transformers model by path, except those at the paths `without`.
 
-    If both are tied, only one of them: they are one table.
+    Args:
+        tied: both of two tied embeddings, and not only the first: they are one table.
     """
-    found: dict[str, nn.Module] = {}
-    for path, table in both_tables(modules).items():
-        known = [other._parameters["weight"] for other in found.values()]
-        if path not in without and not any(table._parameters["weight"] is other for other in known):
-            found[path] = table
-    return found
-
-
-def both_tables(modules: BaseModules) -> dict[str, nn.Module]:
-    """The input and the output embedding of a transformers model by path, also where they are tied."""
     found: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             table = getattr(modules.model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        if table in modules.paths_of and table._parameters.get("weight") is not None:
-            found[modules.paths_of[table][0]] = table
+        path, *_ = modules.paths_of.get(table, ("",))
+        weight = table._parameters.get("weight") if path and path not in without else None
+        if weight is not None and (tied or all(other._parameters["weight"] is not weight for other in found.values())):
+            found[path] = table
     return found
 
 
