@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from adapterkit.combining import working
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError, nearest, usage
@@ -142,13 +143,15 @@ def _pooled(
     """`(rows, layers, ...)` of each batch."""
     from tqdm import tqdm
 
+    device = next((p.device for p in source.model.parameters()), torch.device("cpu"))
     for number, batch in enumerate(tqdm(batches, desc="features", unit="batch", disable=not progress)):
         if not isinstance(batch, source.batches):
             other = " For plain tensors name a module: layer='encoder'." * isinstance(batch, Tensor)
             raise ConfigError(
                 f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.{other}"
             )
-        states, mask = source.run(batch, layers)
+        given: Any = dict(batch) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+        states, mask = source.run(tree_map_only(Tensor, lambda t: t.to(device), given), layers)
         rows = [isinstance(source, _Modules) and state.dim() == 2 for state in states]
         pooled = [
             working(state).cpu() if alone else _pool(state, mask, pooling, number)
@@ -255,7 +258,6 @@ class _Modules:
                 close = ", ".join(map(repr, nearest(path, known))) or f"{[*known][1:4]}"
                 raise ConfigError(f"layer = {path!r} must be {_LAYERS}. Nearest: {close}.")
         self.model, self.modules = model, [known[path] for path in paths]
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run(self, batch: Any, layers: tuple[Layer, ...]) -> tuple[list[Tensor], Tensor | None]:
         """The outputs of the modules, and the mask if the batch has one."""
@@ -266,18 +268,14 @@ class _Modules:
             tensors = [output] if isinstance(output, Tensor) else [v for v in values if isinstance(v, Tensor)]
             found[module].append(tensors[0] if tensors else None)
 
-        handles = [module.register_forward_hook(record) for module in found]
-        mask = None
-        try:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        with ExitStack() as stack:
+            for module in found:
+                stack.enter_context(module.register_forward_hook(record))
             if isinstance(batch, Mapping):
-                values = {k: self._moved(v) for k, v in batch.items() if k not in ("labels", "label_ids")}
-                mask = values.get("attention_mask")
-                self.model(**values)
+                self.model(**{k: v for k, v in batch.items() if k not in ("labels", "label_ids")})
             else:
-                self.model(*map(self._moved, [batch] if isinstance(batch, Tensor) else batch))
-        finally:
-            for handle in handles:
-                handle.remove()
+                self.model(*batch)
         states: list[Tensor] = []
         for path, module in zip(layers, self.modules, strict=True):
             tensor = found[module][0] if len(found[module]) == 1 else None
@@ -286,9 +284,6 @@ class _Modules:
                 raise UnsupportedError(f"The module {path!r} {what} in one forward, so it has no features.")
             states.append(tensor)
         return states, mask if all(mask is not None and mask.shape == state.shape[:-1] for state in states) else None
-
-    def _moved(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, Tensor) else value
 
 
 class _Body:
@@ -299,7 +294,7 @@ class _Body:
     def __init__(self, model: nn.Module, stack: Stack) -> None:
         if stack not in ("encoder", "decoder"):
             raise ConfigError(f"stack = {stack!r} must be 'encoder' or 'decoder'.")
-        config = getattr(model, "config", None)
+        self.model, config = model, getattr(model, "config", None)
         body: Any = getattr(model, "base_model", model)
         if getattr(model, "main_input_name", None) not in {None, *_parameters(body)}:
             body = model  # its `base_model` is a stack of layers, without the embeddings
@@ -311,12 +306,10 @@ class _Body:
         # Without position_ids a causal model counts positions from the first one, even if that is padding.
         causal = any(getattr(module, "is_causal", False) is True for module in self.module.modules())
         self.positions = causal and not both and "position_ids" in self.takes
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run(self, batch: Mapping[str, Any], layers: tuple[Layer, ...]) -> tuple[list[Tensor], Tensor | None]:
         """The hidden states of these layers, `(rows, length, hidden)`, and the mask `(rows, length)`."""
-        values = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        values = {k: v for k, v in values.items() if k not in self.left_out}
+        values = {k: v for k, v in batch.items() if k not in self.left_out}
         mask = values.get("attention_mask")
         if self.decoder:
             if "decoder_input_ids" not in values:
