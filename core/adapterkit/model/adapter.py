@@ -174,12 +174,11 @@ class Adapter:
                 places |= dict.fromkeys(part.modules(), device)
             shared = next(iter(places.values()), None)
             places |= {} if shared is None or self.shared is None else dict.fromkeys(self.shared.modules(), shared)
-
-        def placed(slot: Slot, value: Tensor) -> Tensor:
-            device = places.get(slot.owner) if slot.tensor.is_meta else None
-            return value if device is None or device.type == "meta" else value.to(device)
-
-        put([(slot, placed(slot, value)) for slot, value in values])
+        ready = []
+        for slot, value in values:
+            at = places.get(slot.owner) if slot.tensor.is_meta else None
+            ready.append((slot, value if at is None or at.type == "meta" else value.to(at)))
+        put(ready)
         if self.unset:
             written = {id(slot.tensor) for slot, _ in values}
             self.unset = any(id(slot.tensor) not in written for slot in self.slots().values())

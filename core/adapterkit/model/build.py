@@ -44,7 +44,17 @@ from adapterkit.model.heads import adopt_rows, copy_head, head_values
 from adapterkit.model.modules import BaseModules, computes_with, inside
 from adapterkit.model.selection import Selection
 from adapterkit.model.sorting import Fit, SortedTensors, sort_for
-from adapterkit.tensors import Slot, agreed, execution_device, new_seed, real_value, reshard, seeded, shape_of
+from adapterkit.tensors import (
+    Slot,
+    agreed,
+    execution_device,
+    module_slots,
+    new_seed,
+    real_value,
+    reshard,
+    seeded,
+    shape_of,
+)
 
 Tensors = Mapping[str, Tensor]
 
@@ -159,17 +169,15 @@ class LayerBuilder:
         self.fit.assign(module, target.file, place, target.device, cast=self.cast)
         if target.device.type == "meta":
             return
-        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-            for own, new in zip(module.modules(), fresh().modules(), strict=True):
-                groups: list[tuple[Any, Any]] = [(own._parameters, new._parameters), (own._buffers, new._buffers)]
-                for held, made in groups:
-                    for name in [name for name, tensor in held.items() if tensor is not None and tensor.is_meta]:
-                        if name not in made or made[name].shape != held[name].shape:
-                            raise CheckpointError(
-                                f"{place}{name} is missing, or has another shape than {tuple(held[name].shape)}, which "
-                                "goes with the rest of its layer in the file. The file is damaged, or another base's."
-                            )
-                        held[name] = made[name]
+        lacking = [(n, slot) for n, slot in module_slots(module, non_persistent=True) if slot.tensor.is_meta]
+        made = dict(module_slots(fresh(), non_persistent=True)) if lacking else {}
+        for name, slot in lacking:
+            if name not in made or made[name].tensor.shape != slot.tensor.shape:
+                raise CheckpointError(
+                    f"{place}{name} is missing, or has another shape than {tuple(slot.tensor.shape)}, which goes with "
+                    "the rest of its layer in the file. The file is damaged, or another base's."
+                )
+            slot.assign(made[name].tensor)
         module.to(target.device)
 
 

@@ -16,7 +16,7 @@ from adapterkit.errors import CheckpointError, ConfigError, SelectionError, Stat
 from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
 from adapterkit.model.modules import BaseModules, inside
-from adapterkit.tensors import gathered, hook_objects, is_fsdp, real_value, remove_hooks, seeded, shape_of
+from adapterkit.tensors import gathered, hook_objects, is_fsdp, module_slots, real_value, remove_hooks, seeded, shape_of
 
 AUTO = "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -125,19 +125,18 @@ def copy_head(module: nn.Module, path: str) -> nn.Module:
 
 def _untrainable(root: nn.Module) -> str | None:
     """Why a copy of this module could not be trained, or `None`."""
+    for name, p in root.named_parameters():
+        if is_special(p) or not (p.is_floating_point() or p.is_complex()):
+            return (
+                f"its {name} is a {type(p).__name__} ({p.dtype}), which takes no gradient: it is quantised, or holds "
+                "whole numbers. Leave it out of the quantisation, or out of modules_to_save"
+            )
     for path, module in root.named_modules():
-        place = f"{path}." if path else ""
-        for name, p in module._parameters.items():
-            if p is not None and (is_special(p) or not (p.is_floating_point() or p.is_complex())):
-                return (
-                    f"its {place}{name} is a {type(p).__name__} ({p.dtype}), which takes no gradient: it is "
-                    "quantised, or holds whole numbers. Leave it out of the quantisation, or out of modules_to_save"
-                )
         for hook in module._forward_pre_hooks.values():
             if type(hook).__module__.startswith("torch.nn.utils."):  # it sets the module's weight, not the copy's
                 return (
-                    f"{type(hook).__name__} computes {place or 'its '}weight before each forward. Make it permanent "
-                    "first, or use torch.nn.utils.parametrizations"
+                    f"{type(hook).__name__} computes {f'{path}.' if path else 'its '}weight before each forward. Make "
+                    "it permanent first, or use torch.nn.utils.parametrizations"
                 )
     return None
 
@@ -215,20 +214,16 @@ def initialise_rows(layer: nn.Linear, model: nn.Module, seed: int | None) -> Non
 
 def head_values(head: nn.Module, module: nn.Module, model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The initial values of a new head like this, by their names in it: the module's own, and new rows."""
-    for path, owner in head.named_modules():
-        place, new = f"{path}." if path else "", None
-        base = module.get_submodule(path)
-        for name, own in (*owner._parameters.items(), *owner._buffers.items()):
-            if own is None:
-                continue
-            value = real_value(base, name)
-            if isinstance(owner, nn.Linear) and value.shape != shape_of(own):
-                if new is None:
-                    sizes = owner.in_features, owner.out_features, owner.bias is not None
-                    new = nn.Linear(*sizes, device=value.device, dtype=own.dtype)
-                    initialise_rows(new, model, seed)
-                value = new.get_parameter(name).detach()
-            yield place + name, value
+    resized: dict[nn.Module, nn.Linear] = {}
+    for name, slot in module_slots(head, non_persistent=True):
+        owner, value = slot.owner, real_value(module.get_submodule(name.rpartition(".")[0]), slot.name)
+        if isinstance(owner, nn.Linear) and value.shape != shape_of(slot.tensor):
+            if owner not in resized:
+                sizes = owner.in_features, owner.out_features, owner.bias is not None
+                resized[owner] = nn.Linear(*sizes, device=value.device, dtype=slot.tensor.dtype)
+                initialise_rows(resized[owner], model, seed)
+            value = resized[owner].get_parameter(slot.name).detach()
+        yield name, value
 
 
 _METADATA_KEY = "adapterkit.id2label"
