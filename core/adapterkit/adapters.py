@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ from adapterkit.contract import (
     default_registry,
     twin,
 )
-from adapterkit.errors import AdapterWarning, ConfigError, StateError, unknown, usage, usage_of_methods
+from adapterkit.errors import ConfigError, StateError, unknown, usage, usage_of_methods, warn
 from adapterkit.files import (
     adapter_folder,
     adapter_tensors,
@@ -358,7 +357,7 @@ class Adapters:
         adapter.labels = labels_of_new_head(heads, labels, base, self.model, adapter.seed)
         if selection.unmatched:
             listed = ", ".join(selection.unmatched)
-            warnings.warn(f"These entries of the config matched nothing: {listed}.", AdapterWarning, stacklevel=3)
+            warn(f"These entries of the config matched nothing: {listed}.")
         self._install(adapter, activate=activate, trainable=activate)
         parameters = size_of(adapter.parameters())
         sizes = (parameters, self._model.size)
@@ -568,7 +567,7 @@ class Adapters:
             if not report.ok:
                 if strict:
                     refuse(report, name, "The state dict", lenient=True)
-                warnings.warn(str(report), AdapterWarning, stacklevel=3)
+                warn(str(report))
             adapter.write(completed(adapter, self.model, values), self.model)
         return report
 
@@ -608,7 +607,7 @@ class Adapters:
             self._check_tables_not_merged("The file", wanted(BaseModules(self.model), adapter.heads))
         save_adapter(adapter, self.model, path, source, embeddings=embeddings)
         for note in self._model.notes_for_file(adapter):
-            warnings.warn(f"Adapter {name!r}: {note}.", AdapterWarning, stacklevel=2)
+            warn(f"Adapter {name!r}: {note}.")
         return path
 
     def training_state(self, name: str, *, sharded: bool = False) -> dict[str, Tensor]:
@@ -887,11 +886,7 @@ class Adapters:
                 self._warn_if_changed(name, _KEEPS_REPLACEMENT)
             edited = self._merged.edited
             if edited:
-                warnings.warn(
-                    f"{edited[0]!r} was edited while it was merged. The edit is lost, because the base is restored.",
-                    AdapterWarning,
-                    stacklevel=2,
-                )
+                warn(f"{edited[0]!r} was edited while it was merged. The edit is lost, because the base is restored.")
             for place in [place for place, kept in self._merged.kept.items() if kept.resized]:
                 del self._merged.kept[place]
             self._unmerge()
@@ -1134,7 +1129,7 @@ class Adapters:
     def _warn_if_changed(self, name: str, advice: str = "The file holds what was trained there before that.") -> None:
         _, changed = self._attached.what_changed([name])
         if changed:
-            warnings.warn(f"{changed} {advice}", AdapterWarning, stacklevel=3)
+            warn(f"{changed} {advice}")
 
 
 def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:

@@ -11,9 +11,11 @@ import functools
 import inspect
 import re
 import reprlib
+import sys
 import types
 import typing
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,6 +29,8 @@ _LONGEST_WORD, _LONGEST_LINE = 300, 4000
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Two of them join letters, in Persian and Hindi for example, and the parts of emoji.
 _JOINERS = ("\u200c", "\u200d")
+# How the names of modules begin whose lines no warning is about.
+_NOT_THE_CALLERS = ("adapterkit", "torch.", "contextlib", "transformers.modeling_utils")
 
 
 def plain(text: str) -> str:
@@ -106,6 +110,14 @@ class AdapterWarning(UserWarning):
     """Something is allowed, but probably not intended. Its text is made as that of an error."""
 
     __str__ = AdapterError.__str__
+
+
+def warn(message: str | AdapterWarning) -> None:
+    """Warn at the line of the caller: the nearest one outside this library, its plugins and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_NOT_THE_CALLERS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AdapterWarning, stacklevel=level)
 
 
 def usage(example: str = "", *, of: str = "ak") -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -299,6 +299,23 @@ def test_the_status_says_why_nothing_trains(call: Callable[[ak.Adapters], object
     assert line in str(adapters.status()).splitlines()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda adapters: adapters.add("b", LoraConfig(r=2, target_modules=["query", "qury"])),
+        lambda adapters: adapters.load_state_dict("a", {"x": torch.zeros(1)}, strict=False),
+        lambda adapters: LoraConfig.from_dict({"peft_type": "LORA", "r": 2, "unheard_of": 1}),
+        lambda adapters: (adapters.merge(), adapters.model.train()),
+    ],
+    ids=["add", "load_state_dict", "from_dict", "train"],
+)
+def test_a_warning_is_at_the_line_of_the_call(call: Callable[[ak.Adapters], object]) -> None:
+    adapters = adapted("a")
+    with pytest.warns(ak.AdapterWarning) as caught:
+        call(adapters)
+    assert caught[0].filename == __file__
+
+
 def test_a_type_error_inside_a_call_stays_what_it_is() -> None:
     @usage("call(1)")
     def call(number: int) -> None:

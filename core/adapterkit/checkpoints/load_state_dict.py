@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.checkpoints.setting import check_setting, decoded
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
-from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import file_places
 from adapterkit.model import BaseModules, resized_keys
 from adapterkit.tensors import shape_of
@@ -89,11 +88,9 @@ class LoadHooks:
             check_setting(adapters, decoded(acted), "The state dict")
             _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
-            warnings.warn(
+            warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
-                "training, load the adapter that was saved with it.",
-                AdapterWarning,
-                stacklevel=2,
+                "training, load the adapter that was saved with it."
             )
 
     def _after(self, module: nn.Module, result: Any) -> None:

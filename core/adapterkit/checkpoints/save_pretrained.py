@@ -10,7 +10,6 @@ import functools
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from adapterkit.checkpoints.peft import watch_peft
 from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
-from adapterkit.errors import AdapterWarning, SaveError, StateError, UnsupportedError
+from adapterkit.errors import SaveError, StateError, UnsupportedError, warn
 from adapterkit.files import (
     PICKLE_FILE,
     WEIGHTS_FILE,
@@ -130,12 +129,10 @@ class Saver:
             return own(*call.args, **call.kwargs)
         given = call.arguments.get("state_dict")
         if given == {} and not isinstance(given, WrittenElsewhere) and any(map(is_sharded, self.root.parameters())):
-            warnings.warn(
+            warn(
                 "Trainer passes no tensors of a model that ZeRO-3 divides, so the adapters are in DeepSpeed's own "
                 "checkpoint alone. To have their files too, set stage3_gather_16bit_weights_on_model_save to true, or "
-                "put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class.",
-                AdapterWarning,
-                stacklevel=2,
+                "put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class."
             )
             return None
         if isinstance(given, WrittenElsewhere):
@@ -166,11 +163,9 @@ class Saver:
                 f"model once more. Give another folder, or delete {CONFIG_FILE} there."
             )
         if inside and not merged and not active.in_block:
-            warnings.warn(
+            warn(
                 f"No adapter is active, so the bare base is written, without {', '.join(map(repr, inside))}. Activate "
-                "what you want to save, or use adapters.save. Inside adapters.disabled() this warning is off.",
-                AdapterWarning,
-                stacklevel=2,
+                "what you want to save, or use adapters.save. Inside adapters.disabled() this warning is off."
             )
         return self._write_model(call, merged=bool(merged))
 
@@ -281,7 +276,7 @@ class Saver:
             self._warn_of_base()
         notes = self.adapters._model.notes_for_file
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in notes(inside[name])):
-            warnings.warn(note, AdapterWarning, stacklevel=3)
+            warn(note)
 
     def _warn_of_base(self) -> None:
         """Warn of parameters that train and are written nowhere."""
@@ -290,11 +285,9 @@ class Saver:
         parameters = self.module.named_parameters()
         trained = [name for name, p in parameters if p.requires_grad and id(p) not in own and name not in tables]
         if trained:
-            warnings.warn(
+            warn(
                 f"Parameters train that belong to no adapter, such as {trained[0]!r} ({len(trained)} in all), and are "
-                "not written. With AdapterTrainerMixin the checkpoints of transformers' Trainer hold them.",
-                AdapterWarning,
-                stacklevel=4,
+                "not written. With AdapterTrainerMixin the checkpoints of transformers' Trainer hold them."
             )
 
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -364,11 +357,9 @@ def tidy(folder: Path, written: Collection[Path]) -> None:
         if path.parent not in written and not path.parent.name.startswith("checkpoint-")  # those are `Trainer`'s
     )
     if others:
-        warnings.warn(
+        warn(
             f"{folder} also holds adapters from before, in the subfolders {', '.join(map(repr, others))}. Delete them "
-            "if they are from an earlier save.",
-            AdapterWarning,
-            stacklevel=4,
+            "if they are from an earlier save."
         )
 
 
@@ -400,12 +391,10 @@ def _let_outer_models_warn() -> None:
         inside = () if _SAVE in self.__dict__ else named_modules(self)
         path = next((path for path, module in inside if path and module.__dict__.get(ATTRIBUTE)), None)
         if path is not None:
-            warnings.warn(
+            warn(
                 f"The adapters are attached to {path!r} inside this model, which does not know them: its file gets "
                 "their tensors under names that from_pretrained ignores, so it returns the bare base. Save them too: "
-                f"ak.attach(model.{path}).save(name, folder); or attach them to the whole model.",
-                AdapterWarning,
-                stacklevel=2,
+                f"ak.attach(model.{path}).save(name, folder); or attach them to the whole model."
             )
         return original(self, *args, **kwargs)
 

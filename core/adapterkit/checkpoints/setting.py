@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, default_registry
-from adapterkit.errors import AdapterWarning, CheckpointError
+from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import adapter_tensors
 
 if TYPE_CHECKING:
@@ -89,11 +88,7 @@ def _warn_of_base(then: Mapping[str, str], now: Mapping[str, str], where: object
         what = "with other weights than this one has"
     else:
         return
-    warnings.warn(
-        f"{where} is of a training on a base {what}. The adapters go on from there, with other numbers.",
-        AdapterWarning,
-        stacklevel=5,
-    )
+    warn(f"{where} is of a training on a base {what}. The adapters go on from there, with other numbers.")
 
 
 def method_fields(config: AdapterConfig) -> str:

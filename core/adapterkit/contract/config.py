@@ -10,7 +10,6 @@ import re
 import reprlib
 import types
 import typing
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
 from adapterkit.errors import (
-    AdapterWarning,
     ConfigError,
     PluginError,
     UnknownNameError,
     UnsupportedError,
     nearest,
     usage,
+    warn,
 )
 from adapterkit.results import in_html
 
@@ -366,15 +365,13 @@ class AdapterConfig:
             listed = ", ".join(f"{name} = {reprlib.repr(values[name])}" for name in unknown)
             version = values.get("peft_version")
             by = f" It was written with PEFT {version}." if isinstance(version, str) else ""
-            warnings.warn(
+            warn(
                 f"{where}: the method {cls.method!r} does not know {listed}.{by} The adapter is read without, and the "
-                "fields are kept. If they change what it computes, its outputs differ here.",
-                AdapterWarning,
-                stacklevel=2,
+                "fields are kept. If they change what it computes, its outputs differ here."
             )
         if task := _misspelt_task(values.get("task_type")):
             note = f"{where}: task_type = {values['task_type']!r} is read as {task!r}."
-            warnings.warn(note, AdapterWarning, stacklevel=2)
+            warn(note)
             values = {**values, "task_type": task}
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {name: value for name, value in values.items() if name in known and not cls._says_nothing(name, value)}

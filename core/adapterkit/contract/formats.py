@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.patterns import Names
-from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError, usage
+from adapterkit.errors import CheckpointError, UnsupportedError, usage, warn
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
@@ -461,12 +460,10 @@ def _warn_of_two_scales(base: Any, layers: Iterable[ForeignLayer], ranks: Mappin
         rank = ranks[layer.path]
         told, own = _scaling(base.at(layer.path), rank) if rank else 1.0, layer.scale(rank)
         if not math.isclose(told, own, rel_tol=1e-2):
-            warnings.warn(
+            warn(
                 f"The header's {HEADER!r} scales {layer.path!r} by {told:.4g}, and {layer.keys['alpha']!r} by "
                 f"{own:.4g}. The alpha beside the tensors counts; if the header is right, take the alphas out of the "
-                "file.",
-                AdapterWarning,
-                stacklevel=9,
+                "file."
             )
             return
 
@@ -487,12 +484,10 @@ def _warn_of_guess(layers: Collection[ForeignLayer], metadata: Mapping[str, str]
         why = f"The header says alpha {alpha:g} at rank {size:g}, and {len(layers)} layers have no alpha of their own."
     else:
         return
-    warnings.warn(
+    warn(
         f"{why} They are taken as they are, as if alpha were the rank. If they were trained with another alpha, put "
         "the file into a folder as adapter_model.safetensors, beside an adapter_config.json with its "
-        "peft_type, target_modules, r and lora_alpha.",
-        AdapterWarning,
-        stacklevel=9,
+        "peft_type, target_modules, r and lora_alpha."
     )
 
 

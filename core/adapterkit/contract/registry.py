@@ -8,7 +8,6 @@ import json
 import os
 import reprlib
 import typing
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from adapterkit.contract.layers import Shared
 from adapterkit.contract.method import Method
 from adapterkit.contract.plugins import Plugin, manager_of
 from adapterkit.errors import (
-    AdapterWarning,
     CheckpointError,
     ConfigError,
     MissingMethodError,
@@ -36,6 +34,7 @@ from adapterkit.errors import (
     nearest,
     unknown,
     usage_of_methods,
+    warn,
 )
 from adapterkit.kinds import LayerKind
 from adapterkit.migration import COMBINATIONS, advice
@@ -265,7 +264,7 @@ class Registry:
         """Every layer kind, extensions' first."""
         if self._kinds is None:
             for error in self._load_extensions().values():
-                warnings.warn(str(error), AdapterWarning, stacklevel=2)
+                warn(str(error))
             added = reversed(self._extensions.values())
             self._kinds = (*(kind for extension in added for kind in extension.kinds), *kinds.BUILTIN)
         return self._kinds
@@ -278,11 +277,9 @@ class Registry:
             except Exception as error:
                 if kind in kinds.BUILTIN:
                     raise
-                warnings.warn(
+                warn(
                     f"The layer kind {kind.name!r} of {kind.__module__} is passed over for a {type(module).__name__}: "
-                    f"it raised {type(error).__name__}: {error}.",
-                    AdapterWarning,
-                    stacklevel=2,
+                    f"it raised {type(error).__name__}: {error}."
                 )
                 continue
             if found is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from adapterkit.errors import AdapterWarning, CheckpointError, nearest
+from adapterkit.errors import CheckpointError, nearest, warn
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
 from adapterkit.formats import CONFIG_FILE, warn_of_weights_beside
 
@@ -72,7 +71,7 @@ def _inside(folder: Path) -> Path:
         more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
         raise CheckpointError(f"{folder} is not an adapter, but holds {len(below)}: {listed}{more}. Give one of them.")
     if below:
-        warnings.warn(f"{folder} is not an adapter; the one below is read: {below[0]}.", AdapterWarning, stacklevel=4)
+        warn(f"{folder} is not an adapter; the one below is read: {below[0]}.")
     return below[0] if below else folder
 
 

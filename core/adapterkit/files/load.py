@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, KeyRule, Names
-from adapterkit.errors import AdapterWarning, CheckpointError, SelectionError
+from adapterkit.errors import AdapterWarning, CheckpointError, SelectionError, warn
 from adapterkit.files.differences import with_differences
 from adapterkit.files.match import equals_base, ignore_known_keys, refuse
 from adapterkit.formats import AdapterFiles, translate
@@ -113,16 +112,14 @@ def _check_of_this_model(
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
     """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
     if not report.ok:
-        warnings.warn(AdapterWarning(f"{files.folder}:", report), stacklevel=5)
+        warn(AdapterWarning(f"{files.folder}:", report))
     adapted = {*adapter.layers, *({*adapter.heads} - adapter.tables)}
     path = next((path for path in adapter.aliases if path in adapted), None)
     if path is not None and files.config is not None and EVERYWHERE not in files.metadata:
-        warnings.warn(
+        warn(
             f"{files.folder}: {path!r} is one module with {', '.join(map(repr, adapter.aliases[path]))}, so its "
             "adapter acts under each of these paths. The file does not say that it was trained so: PEFT, which writes "
-            "such files too, adapts the first path alone, and the outputs differ from PEFT's.",
-            AdapterWarning,
-            stacklevel=5,
+            "such files too, adapts the first path alone, and the outputs differ from PEFT's."
         )
 
 

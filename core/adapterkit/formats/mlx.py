@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, exactly
-from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
+from adapterkit.errors import CheckpointError, UnsupportedError, warn
 from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
 from adapterkit.kinds import LayerKind
 
@@ -117,12 +116,10 @@ def _peft_config(
     rank = Counter(ranks.values()).most_common(1)[0][0]
     if isinstance(alpha, int | float) and alpha != rank:
         scale = scale * alpha / rank
-        warnings.warn(
+        warn(
             f"{files.folder}: its config has an alpha of {alpha:g} beside the scale, as mlx-lm until 2024 wrote it. It "
             f"multiplied the scale by alpha / rank, so {scale:g} is taken. Later ones do not know alpha; if one of "
-            f"them trained this, take it out of {CONFIG_FILE}.",
-            AdapterWarning,
-            stacklevel=7,
+            f"them trained this, take it out of {CONFIG_FILE}."
         )
     base = config.get("model", config.get("base_model_name_or_path"))
     others = {path: own for path, own in ranks.items() if own != rank}

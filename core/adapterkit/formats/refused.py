@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from adapterkit.errors import AdapterWarning, CheckpointError, UnsupportedError
+from adapterkit.errors import CheckpointError, UnsupportedError, warn
 from adapterkit.formats.layouts import AdapterFiles
 
 _EXTRACT = "ak.extract_files(base, merged) then makes an adapter of the difference"
@@ -262,10 +261,8 @@ def warn_of_weights_beside(place: object, names: Iterable[str]) -> None:
     """
     files = sorted(name for name in names if name.endswith(_TENSOR_SUFFIXES) and not _KNOWN_BESIDE.match(name))
     if files:
-        warnings.warn(
+        warn(
             f"{place} also holds weights beside the adapter: {', '.join(files)}. They are not read. If they were "
             "trained with the adapter (the projector of LLaVA, the embeddings of LongLoRA, a value head), put them "
-            "into the base first.",
-            AdapterWarning,
-            stacklevel=7,
+            "into the base first."
         )

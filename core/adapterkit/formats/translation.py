@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from adapterkit.contract import (
     default_registry,
     strip_file_prefix,
 )
-from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, PluginError, UnsupportedError
+from adapterkit.errors import AdapterError, CheckpointError, PluginError, UnsupportedError, warn
 from adapterkit.formats.algorithms import algorithms_in
 from adapterkit.formats.earlier_names import EARLIER, in_todays_names, todays_paths, with_todays_names
 from adapterkit.formats.layouts import (
@@ -162,7 +161,7 @@ def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterab
             "(component) to read it without this warning."
         )
     for note in notes:
-        warnings.warn(f"{files.folder} also {note}", AdapterWarning, stacklevel=6)
+        warn(f"{files.folder} also {note}")
     if files.config is not None and files.folder.is_dir():
         warn_of_weights_beside(files.folder, (path.name for path in files.folder.iterdir()))
 
@@ -254,7 +253,7 @@ def recognise(
         raise refused[0][1]
     if len(found) == 1:
         for fault in broken:
-            warnings.warn(f"{file}: a method could not be asked about it. {fault}", AdapterWarning, stacklevel=6)
+            warn(f"{file}: a method could not be asked about it. {fault}")
         return found[0]
     names, algorithms = [method.name for method, *_ in found], algorithms_in(tensors, tensors)[0]
     if not names and not algorithms and is_full_model(tensors):

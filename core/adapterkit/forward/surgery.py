@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
 import weakref
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from adapterkit.contract import CONTAINERS, SHARED, Holder, part_name
-from adapterkit.errors import AdapterWarning, StateError
+from adapterkit.errors import StateError, warn
 from adapterkit.forward.plan import INPUT, input_name, run
 from adapterkit.forward.readers import ACTIVE, READS, Path, begin, below, effective, paths_read, running
 from adapterkit.forward.state import Active
@@ -82,11 +81,9 @@ class PerAdapter(Holder):
         unwarned = mode and active.merged and not active.warned
         if unwarned and not any(adapter.may_train() for adapter in active.adapters.values()):
             active.warned, names = True, ", ".join(map(repr, active.merged))
-            warnings.warn(
+            warn(
                 f"The model is set to train while {names} is merged into its weights, and no adapter trains. Call "
-                "unmerge(), and activate what should train.",
-                AdapterWarning,
-                stacklevel=2,
+                "unmerge(), and activate what should train."
             )
         return super().train(mode)
 

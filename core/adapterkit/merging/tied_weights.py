@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterWarning
+from adapterkit.errors import warn
 from adapterkit.merging.places import own, put, put_copy, same
 from adapterkit.model import Adapter, named_modules
 
@@ -119,12 +118,10 @@ class Parting:
         for tie in (*self.parted, *self.freed) if self.configs else ():
             target, source = (name.rpartition(".")[0] for name in (tie.target, tie.source))
             if modules.get(target) is modules.get(source):
-                warnings.warn(
+                warn(
                     f"{source!r} and {target!r} are one module since the vocabulary was resized. Now that ties end "
                     "there, save_pretrained writes it under one name alone, and from_pretrained gives the other random "
-                    "values. Before you add adapters, save the resized model and load it again.",
-                    AdapterWarning,
-                    stacklevel=6,
+                    "values. Before you add adapters, save the resized model and load it again."
                 )
                 return
 

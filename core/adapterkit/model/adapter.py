@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +26,7 @@ from adapterkit.contract import (
     part_name,
     unwrapped_key,
 )
-from adapterkit.errors import AdapterWarning, ConfigError, StateError, UnsupportedError, unknown
+from adapterkit.errors import ConfigError, StateError, UnsupportedError, unknown, warn
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -348,11 +347,8 @@ def acting_heads(adapters: Sequence[Adapter], chosen: str | None) -> tuple[str, 
             changed = () if head in adapter.heads else (*adapter.layers, *adapter.biases)
             lost = next((path for path in changed if inside(path, [head])), None)
             if lost is not None:
-                warnings.warn(
-                    f"While {owner!r} has its head at {head!r}, what {adapter.name!r} changes at {lost!r} "
-                    "does not act.",
-                    AdapterWarning,
-                    stacklevel=4,
+                warn(
+                    f"While {owner!r} has its head at {head!r}, what {adapter.name!r} changes at {lost!r} does not act."
                 )
     return tuple(sorted((adapter.name for adapter in adapters if adapter.heads), key=lambda name: name == chosen))
 

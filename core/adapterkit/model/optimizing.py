@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapterkit.contract import Shared
-from adapterkit.errors import AdapterWarning, ConfigError, UnsupportedError
+from adapterkit.errors import ConfigError, UnsupportedError, warn
 from adapterkit.model.adapter import Adapter
 
 Options = Mapping[str, Any]
@@ -99,10 +98,8 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
         if shared.penalty is not Shared.penalty and not adapter.penalised:  # type: ignore[union-attr]
             lacking.append("add ak.penalty(model) to the loss")
         if lacking:
-            warnings.warn(
+            warn(
                 f"Adapter {adapter.name!r} trains without a part of its method {adapter.config.method!r}: "
                 f"{', and '.join(lacking)}. transformers' Trainer does both with "
-                "adapterkit.integrations.transformers.AdapterTrainerMixin.",
-                AdapterWarning,
-                stacklevel=3,
+                "adapterkit.integrations.transformers.AdapterTrainerMixin."
             )
