@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.command.conftest import run
 from tests.models import build
 
@@ -108,50 +112,131 @@ def test_a_link_in_a_folder_is_replaced_and_what_is_behind_it_stays(adapter: Pat
     assert files.read(adapter).config == CONFIG
 
 
-KILLED = """
-import os, sys, torch
-from pathlib import Path
-from adapterkit import files
-replace = Path.replace
-def killed(self, target):
-    replace(self, target)
-    os._exit(9)
-Path.replace = killed
-files.write_folder(Path(sys.argv[1]), {config}, {{"a": torch.ones(2)}}, {{}})
-"""
+# A save that is killed
+
+OLD, NEW = {"peft_type": "LORA", "r": 2}, {"peft_type": "LORA", "r": 3}
+STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown"}
+
+
+def version(number: int, r: int | None = None) -> dict[str, torch.Tensor]:
+    return {"base_model.model.query.lora_A.weight": torch.full((r or number, 4), float(number))}
+
+
+def with_pickle(place: Path) -> None:
+    files.write_folder(place, OLD, version(2), {})
+    torch.save(version(2), place / PICKLE_FILE)
+    (place / WEIGHTS_FILE).unlink()
+
+
+def with_shadowed_pickle(place: Path) -> None:
+    files.write_folder(place, OLD, version(2), {})
+    torch.save(version(7), place / PICKLE_FILE)
+
+
+BEFORE: dict[str, Callable[[Path], None]] = {
+    "nothing": lambda place: None,
+    "a folder of the user's": lambda place: place.mkdir(),
+    "an adapter": lambda place: files.write_folder(place, OLD, version(2), {}),
+    "an adapter of the same config": lambda place: files.write_folder(place, NEW, version(2, 3), {}),
+    "a pickle": with_pickle,
+    "a pickle beside newer weights": with_shadowed_pickle,
+    "an adapter of mlx": lambda place: files.write_folder(place, OLD, version(2), {}, weights="adapters.safetensors"),
+}
+
+
+def killed_at(step: int, place: Path) -> bool:
+    """Save `NEW` in a process that is killed before its `step`-th change of a file; whether it was."""
+    child = os.fork()
+    if not child:
+        left = [step]
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in STEPS and not (event == "open" and arguments[1] == "r"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        try:
+            sys.addaudithook(count)
+            files.write_folder(place, NEW, version(3), {})
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def seen_by_others(place: Path) -> int | None:
+    """The version that a program reads which knows nothing of adapterkit; `None`: it finds no adapter."""
+    config = place / CONFIG_FILE
+    weights = next((place / name for name in (WEIGHTS_FILE, PICKLE_FILE) if (place / name).is_file()), None)
+    if weights is None or not config.is_file():
+        assert weights is None  # they would be taken for an adapter of a default config
+        return None
+    tensors = load_file(weights) if weights.name == WEIGHTS_FILE else torch.load(weights)
+    (tensor,) = tensors.values()
+    assert json.loads(config.read_text())["r"] == len(tensor)
+    return int(tensor[0, 0])
 
 
 @linux
-def test_a_killed_save_to_an_empty_folder_leaves_no_weights_without_a_config(tmp_path: Path) -> None:
-    """Other programs would take such weights for an adapter of a default config."""
-    place = tmp_path / "made before"
-    place.mkdir()
-    assert (
-        subprocess.run([sys.executable, "-c", KILLED.format(config=CONFIG), place], check=False, timeout=600).returncode
-        == 9
-    )
-    held = {path.name for path in place.iterdir() if not path.name.startswith(".")}
-    assert held == {CONFIG_FILE}
-    files.write_folder(place, CONFIG, TENSORS, {})
-    assert {path.name for path in place.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE.keys())
+def test_a_save_that_is_killed_leaves_the_old_version_or_the_new_one(
+    before: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    seen, step, killed = [], 0, True
+    while killed:
+        place = tmp_path / str(step) / "adapter"
+        place.parent.mkdir()
+        before(place)
+        held = files.read(place).config if (place / CONFIG_FILE).exists() else None
+        notes = place / "notes.txt"
+        if place.exists():
+            notes.write_text("the user's")
+        noted, killed = notes.exists(), killed_at(step, place)
+        others = seen_by_others(place) if place.exists() else None
+        try:
+            found = files.read(place)
+        except ak.CheckpointError:
+            assert held is None
+        else:
+            assert found.config in (held, NEW)
+            (tensor,) = found.tensors.values()
+            seen.append(int(tensor[0, 0]))
+            assert others in (None, seen[-1])
+        assert notes.exists() == noted
+        files.write_folder(place, NEW, version(3), {})
+        assert {path.name for path in place.iterdir()} - {"notes.txt"} == {CONFIG_FILE, WEIGHTS_FILE}
+        assert [path.name for path in place.parent.iterdir()] == ["adapter"]
+        step += 1
+    assert seen == sorted(seen)
+    assert set(seen) == ({2, 3} if held is not None else {3})
+    assert step > 5
 
 
 @linux
-def test_what_killed_saves_left_is_swept_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
-    left = tmp_path / ".adapter.abcd_123"
-    left.mkdir()
-    (left / f".{CONFIG_FILE}.abcdefgh").touch()
-    (left / WEIGHTS_FILE).touch()
-    (adapter / f".{WEIGHTS_FILE}.12345678").touch()
-    others = [tmp_path / ".adapter.documents", tmp_path / ".adapter.abcdefgh", adapter / f".{WEIGHTS_FILE}.mine"]
-    for other in others[:2]:
-        other.mkdir()
-        (other / "thesis.tex").touch()
-    others[2].touch()
-    files.write_folder(adapter, CONFIG, TENSORS, {})
-    assert not left.exists()
-    assert {path.name for path in adapter.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, others[2].name}
-    assert all(other.exists() for other in others)
+def test_files_of_others_beside_a_save_stay(adapter: Path, tmp_path: Path) -> None:
+    names = [".adapter.original", f"adapter/.{CONFIG_FILE}.original", f"adapter/.{WEIGHTS_FILE}.unfinished"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    fresh = adapter / f".{WEIGHTS_FILE}.adapterkit-unfinished"
+    for make in (lambda: fresh.symlink_to(tmp_path / names[0]), lambda: os.link(tmp_path / names[0], fresh)):
+        make()
+        files.write_folder(adapter, CONFIG, TENSORS, {})
+        assert files.read(adapter).config == CONFIG
+        assert all((tmp_path / name).read_text() == "mine" for name in names)
+        fresh.unlink(missing_ok=True)
+
+
+@linux
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    with files.appearing(page) as first, files.appearing(page) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert page.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
 def test_an_older_format_that_another_process_writes_meanwhile_stays(adapter: Path) -> None:

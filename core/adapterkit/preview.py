@@ -13,7 +13,7 @@ from torch import nn
 from adapterkit.contract import ATTRIBUTE, AdapterConfig, default_registry
 from adapterkit.disk import skeleton
 from adapterkit.errors import usage
-from adapterkit.files import WEIGHTS_FILES, MappedFiles, adapter_folder, local_path
+from adapterkit.files import MappedFiles, adapter_folder, local_path
 from adapterkit.files import folder as files
 from adapterkit.formats import CONFIG_FILE, translate
 from adapterkit.forward import Active
@@ -154,8 +154,8 @@ def read_config(place: str | Path) -> AdapterConfig:
     path = local_path(place)
     folder = path.parent if path.name == CONFIG_FILE else adapter_folder(place)
     fields = files.read_config(folder)
-    weights = any((folder / name).is_file() for name in WEIGHTS_FILES)
-    if "peft_type" not in fields and weights and path.name != CONFIG_FILE:  # another program's
+    weights = files.standing(folder)[1]
+    if "peft_type" not in fields and weights is not None and path.name != CONFIG_FILE:  # another program's
         return translate(files.read(folder, MappedFiles().read), None).config
     return default_registry.read_config(fields, folder)[1]
 

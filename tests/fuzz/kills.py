@@ -16,7 +16,8 @@ from pathlib import Path
 from tests.fuzz.oracle import Finding
 
 from adapterkit.disk.merge_files import LOCK
-from adapterkit.files import WEIGHTS_FILE, as_bytes, read
+from adapterkit.files import as_bytes, read
+from adapterkit.formats import CONFIG_FILE
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = 3
@@ -122,9 +123,9 @@ class Writer:
 def _state(folder: Path) -> tuple[tuple[str, str], ...]:
     """What an adapter's folder is read as; else each file's name and hash, without the file by which a merge holds it.
 
-    A save that was cut between its two files leaves an old config, in place of which the weights' own is read.
+    A save that was cut between its two files leaves the old ones aside, where they are read.
     """
-    if (folder / WEIGHTS_FILE).exists():
+    if (folder / CONFIG_FILE).exists():
         found = read(folder)
         tensors = sorted((key, hashlib.sha256(as_bytes(tensor)).hexdigest()) for key, tensor in found.tensors.items())
         return (("config", json.dumps(found.config, sort_keys=True)), *tensors)

@@ -349,7 +349,7 @@ def tidy(folder: Path, written: Collection[Path]) -> None:
 
     Those stay: they may be somebody else's.
     """
-    for stale in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, STATE_FILE) if folder not in written else ():
+    for stale in (WEIGHTS_FILE, PICKLE_FILE, STATE_FILE, CONFIG_FILE) if folder not in written else ():
         (folder / stale).unlink(missing_ok=True)
     others = sorted(
         path.parent.name

@@ -14,7 +14,7 @@ from adapterkit.checkpoints.setting import check_setting, decoded, digest, other
 from adapterkit.checkpoints.training_state import CONFIG
 from adapterkit.contract import FILE_PREFIX, SHARED, default_registry
 from adapterkit.errors import AdapterError, CheckpointError
-from adapterkit.files import WEIGHTS_FILE, appearing, match_adapter, read_header, read_tensors, write_tensors
+from adapterkit.files import WEIGHTS_FILE, appearing, match_adapter, read_header, read_tensors, standing, write_tensors
 from adapterkit.model import BaseModules, initial_shared, resized_tables
 from adapterkit.results import LoadReport
 from adapterkit.tensors import in_first_process, process_groups
@@ -224,7 +224,8 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 def _file_beside(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of the adapter's file in the folder, if there is one."""
-    return read_tensors(folder / WEIGHTS_FILE)[0] if (folder / WEIGHTS_FILE).is_file() else {}
+    weights = standing(folder)[1]
+    return {} if weights is None or WEIGHTS_FILE not in weights.name else read_tensors(weights)[0]
 
 
 def _given_back(adapters: Adapters, name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:

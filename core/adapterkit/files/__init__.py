@@ -11,6 +11,7 @@ from adapterkit.files.folder import (
     local_path,
     read,
     read_config,
+    standing,
 )
 from adapterkit.files.hub import adapter_folder, hub_id, hub_is_away, model_folder, not_to_be_had
 from adapterkit.files.load import EVERYWHERE, load_adapter
@@ -31,7 +32,7 @@ from adapterkit.files.tensors import (
     write_header,
     write_tensors,
 )
-from adapterkit.files.writing import appearing, umask, write_folder
+from adapterkit.files.writing import appearing, new_folder, write_folder
 
 __all__ = [
     "EVERYWHERE",
@@ -61,6 +62,7 @@ __all__ = [
     "local_path",
     "match_adapter",
     "model_folder",
+    "new_folder",
     "not_to_be_had",
     "problems_of",
     "read",
@@ -73,8 +75,8 @@ __all__ = [
     "save_adapter",
     "server_named",
     "short_names",
+    "standing",
     "swap_in",
-    "umask",
     "write_folder",
     "write_header",
     "write_tensors",

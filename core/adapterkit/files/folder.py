@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.door import check_tensors_of_file, read_pickle, read_small
 from adapterkit.errors import CheckpointError, ConfigError
-from adapterkit.files.tensors import read_header, read_tensors
+from adapterkit.files.tensors import read_tensors
 from adapterkit.formats import (
     CONFIG_FILE,
     MLX_WEIGHTS,
@@ -32,8 +31,6 @@ PICKLE_FILE = "adapter_model.bin"
 WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS)
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20
-# In the weights' metadata: the config that they were saved with, and the hash of the one that was there before.
-NEW_CONFIG, REPLACED_CONFIG = "adapterkit.config", "adapterkit.replaced_config"
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
 
@@ -82,18 +79,44 @@ def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
     raise CheckpointError(f"{place} is being written again and again; load it when that is over.")
 
 
-def _version(folder: Path) -> list[tuple[int, int, int]]:
-    """What tells one version of the weights from another: a save puts another file in their place."""
-    files = (folder / name for name in WEIGHTS_FILES)
-    return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files if f.is_file())]
+def aside(name: str) -> str:
+    """What a file of an adapter is called while a save replaces it."""
+    return f".{name}.adapterkit-before"
+
+
+def standing(folder: Path) -> tuple[Path, Path | None]:
+    """The config and the weights of the adapter in a folder; `None` if it has no weights.
+
+    Without weights, the files that a save has set aside count: it is not at its end, or was killed.
+    """
+    for config in (folder / CONFIG_FILE, folder / aside(CONFIG_FILE)):
+        names = WEIGHTS_FILES if config.name == CONFIG_FILE else map(aside, WEIGHTS_FILES)
+        weights = next((folder / name for name in names if (folder / name).is_file()), None)
+        if weights is not None and (config.name == CONFIG_FILE or config.is_file()):
+            return config, weights
+    return folder / CONFIG_FILE, None
+
+
+def identity(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one that has its name later; `None` if no file is there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
+
+
+def _version(folder: Path) -> list[tuple[str, object]]:
+    """What tells one version of an adapter from another: a save puts other files in their places."""
+    return [(file.name, identity(file)) for file in standing(folder) if file is not None]
 
 
 def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    weights = standing(folder)[1]
     if weights is not None:
         tensors, metadata = _read_tensors(weights, reader)
-        return AdapterFiles(folder, read_config(folder, metadata), tensors, metadata)
-    check_config(read_config(folder, {}), folder)
+        return AdapterFiles(folder, read_config(folder), tensors, metadata)
+    check_config(read_config(folder), folder)
     names = sorted(path.name for path in folder.iterdir())
     others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
     if any(".index." in n or "-of-" in n for n in others):
@@ -105,33 +128,21 @@ def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
     raise CheckpointError(f"{folder} has no {WEIGHTS_FILE} (nor {PICKLE_FILE}). Found: {', '.join(names)}. {advice}")
 
 
-def read_config(folder: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The JSON object in `adapter_config.json`.
-
-    A save puts its weights in place before its config. Those weights hold the config as well, and the hash of the one
-    that it replaces: a config with that hash is of the version before, and the one in the weights counts.
-
-    Args:
-        metadata: what the header of the weights says; `None`: it is read.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in `adapter_config.json`, or in the file that `standing` finds.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = folder / CONFIG_FILE
-    if metadata is None:
-        metadata = {}
-        with suppress(CheckpointError):
-            metadata = read_header(folder / WEIGHTS_FILE).metadata
-    content = read_small(path) if path.exists() else b""
-    if metadata.get(REPLACED_CONFIG) == hashlib.sha256(content).hexdigest():
-        content = metadata.get(NEW_CONFIG, "").encode()
-    elif not path.is_file():
+    path = standing(folder)[0]
+    if not path.exists():
         if not folder.is_dir():
             found = "There is no such folder."
         else:
             names = sorted(p.name for p in folder.iterdir())[:8]
             found = f"It holds {', '.join(names)}.{what_else(folder)}" if names else "It is empty."
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
+    content = read_small(path)
     check_beginning(content[:64], path)
     try:
         config = json.loads(content)  # bytes: it knows byte order marks

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adapterkit.errors import ConfigError, SaveError
-from adapterkit.files.folder import NEW_CONFIG, PICKLE_FILE, REPLACED_CONFIG, WEIGHTS_FILE
+from adapterkit.files.folder import WEIGHTS_FILE, WEIGHTS_FILES, aside, identity
 from adapterkit.files.tensors import write_tensors
 from adapterkit.formats import CONFIG_FILE
 
+# What killed processes leave ends so.
+_UNFINISHED = ".adapterkit-unfinished"
+
 Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
-# What tempfile adds to the beginning of a name.
-_RANDOM = r"[a-z0-9_]{8}"
 
 
 def write_folder(
@@ -36,10 +36,19 @@ def write_folder(
 ) -> None:
     """Write an adapter folder so that whenever it is read, it is the old adapter whole or the new one whole.
 
-    Both files are written beside their names first; one rename then decides. A new folder appears when both are in it.
-    In a folder without weights the config gets its name first, and the weights make an adapter of it. Else the new
-    weights replace the old ones, then the new config replaces the old one. If the configs differ, the weights hold the
-    new one too, by which `read_config` knows a save that ended between the two.
+    A new folder is filled beside its place, and one rename makes it appear. In a folder that is there, both files are
+    written under other names first; then one rename, of the weights, decides:
+
+        step                                    the folder shows              adapterkit reads
+        1. copy the old config aside            old config, old weights       old
+        2. rename the old weights aside         old config                    old, from aside
+        3. rename the new config to its name    new config                    old, from aside
+        4. rename the new weights to theirs     new config, new weights       new
+        5. delete what is aside                 new config, new weights       new
+
+    Other programs refuse a folder without weights, so none of them takes the weights of one version with the config of
+    the other, wherever the process is killed. Only steps 3 and 4 are needed where the config stays as it is, or where
+    no weights are there before: then other programs, too, see the old version or the new one.
 
     Args:
         writer: writes tensors and metadata to a safetensors file.
@@ -59,15 +68,8 @@ def write_folder(
             if folder.exists():
                 _write_into(folder, weights, text, tensors, metadata, writer)
             else:
-                place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-                try:
+                with new_folder(folder) as place:
                     _write_into(place, weights, text, tensors, metadata, writer)
-                    # A parent's group holds for what is in it, if the parent says so.
-                    place.chmod(0o777 & ~umask() | place.stat().st_mode & stat.S_ISGID)
-                    place.rename(folder)
-                except BaseException:
-                    shutil.rmtree(place, ignore_errors=True)
-                    raise
     except (OSError, RuntimeError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
@@ -77,70 +79,120 @@ def write_folder(
 def _write_into(
     folder: Path, name: str, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], writer: Writer
 ) -> None:
-    """Put both files into a folder that is there."""
-    config, weights, pickle = (folder / file for file in (CONFIG_FILE, name, PICKLE_FILE))
+    """Put both files into a folder that is there, in the steps of `write_folder`."""
+    config, weights = folder / CONFIG_FILE, folder / name
     old = config.read_bytes() if config.is_file() or config.is_dir() else b""  # a folder there is an error, a pipe goes
-    older_format = _identity(pickle)
-    was_adapter = weights.exists() or older_format is not None
-    last, first = (config, weights) if was_adapter else (weights, config)
-    change = {}
-    if was_adapter and old != text.encode():
-        change = {NEW_CONFIG: text, REPLACED_CONFIG: hashlib.sha256(old).hexdigest()}
-    with appearing(last) as fresh_last, appearing(first) as fresh_first:
-        fresh = {last: fresh_last, first: fresh_first}
-        fresh[config].write_text(text, encoding="utf-8")
-        writer(dict(tensors), fresh[weights], {"format": "pt", **metadata, **change})
-        _finish(fresh_last, last)  # both are on the disk before the first gets its name
-    if older_format is not None and _identity(pickle) == older_format:  # not one that came meanwhile
-        pickle.unlink()  # others would read the old format
-
-
-def _identity(file: Path) -> tuple[int, int, int] | None:
+    before = {file: identity(folder / file) for file in WEIGHTS_FILES}
     try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        with _fresh(config) as new_config, _fresh(weights) as new_weights:
+            new_config.write_text(text, encoding="utf-8")
+            writer(dict(tensors), new_weights, {"format": "pt", **metadata})
+            _finish(new_config, config)
+            _finish(new_weights, weights)
+            # The older formats that were there go as well, but not a file that another process wrote meanwhile.
+            replaced = [f for f, found in before.items() if found and (f == name or identity(folder / f) == found)]
+            if old != text.encode() or replaced not in ([], [name]):
+                _set_aside(folder, replaced)
+            new_config.replace(config)
+            new_weights.replace(weights)
+    except BaseException:
+        _give_back(folder)
+        raise
+    _delete_aside(folder)
+
+
+def _set_aside(folder: Path, weights: Sequence[str]) -> None:
+    """Rename these weights, with a copy of the config beside them, so that `standing` finds both."""
+    if weights:
+        _delete_aside(folder)  # of a save that was killed in its last step
+        if (folder / CONFIG_FILE).is_file():
+            _copy(folder / CONFIG_FILE, folder / aside(CONFIG_FILE))
+    for file in reversed(weights):  # the one that counts is the last to go
+        (folder / file).replace(folder / aside(file))
+
+
+def _give_back(folder: Path) -> None:
+    """Undo `_set_aside`, if no weights have come since then."""
+    held = [file for file in WEIGHTS_FILES if identity(folder / aside(file))]
+    if held and not any(identity(folder / file) for file in WEIGHTS_FILES):
+        if (folder / aside(CONFIG_FILE)).is_file():
+            _copy(folder / aside(CONFIG_FILE), folder / CONFIG_FILE)
+        else:
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for file in held:
+            (folder / aside(file)).replace(folder / file)
+    _delete_aside(folder)
+
+
+def _delete_aside(folder: Path) -> None:
+    for file in (CONFIG_FILE, *WEIGHTS_FILES):
+        (folder / aside(file)).unlink(missing_ok=True)
+
+
+def _copy(file: Path, place: Path) -> None:
+    """Copy a file with its mode and owner, in one step."""
+    with _fresh(place) as fresh:
+        fresh.write_bytes(file.read_bytes())
+        _finish(fresh, file)
+        fresh.replace(place)
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process (or thread) at a time save to `folder`, or beside it, where the system has such locks.
 
-    Every process of a training run may save to the same folder at the same moment. Who has the lock knows that what
-    lies there half written is of a process that was killed.
+    Every process of a training run may save to the same folder at the same moment. What killed ones left goes.
     """
-    try:
-        import fcntl
-
-        handle = os.open(folder.parent, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
+    with ExitStack() as stack:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            _sweep(folder)
+            stack.enter_context(_locked(folder.parent))
+        for left in (folder.with_name(f".{folder.name}{_UNFINISHED}"), *folder.glob(f".*{_UNFINISHED}")):
+            _sweep(left)
         yield
+
+
+def _sweep(left: Path) -> None:
+    """Delete a file or a folder that a killed process left."""
+    with suppress(OSError), _taken(left):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextmanager
+def _locked(path: Path, flags: int = os.O_RDONLY, *, wait: bool = True) -> Iterator[int]:
+    """A file or a folder, opened and locked; the system unlocks it when this process ends, whatever ends it.
+
+    Raises:
+        BlockingIOError: another process (or thread) holds the lock, and `wait` is `False`.
+        OSError: it is not there, is a link, or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        raise OSError
+    import fcntl
+
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield handle
     finally:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what killed saves to this folder left: folders beside it, and files in it."""
-    new_folder = re.compile(rf"\.{re.escape(folder.name)}\.{_RANDOM}")
-    for place in folder.parent.iterdir():
-        if new_folder.fullmatch(place.name) and place.is_dir() and not place.is_symlink():
-            held = {path.name for path in place.iterdir()}
-            if all(_unfinished(name) or name in (CONFIG_FILE, WEIGHTS_FILE) for name in held):
-                shutil.rmtree(place, ignore_errors=True)
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if _unfinished(file.name):
-            file.unlink(missing_ok=True)
+@contextmanager
+def _taken(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """An unfinished file or folder of this user's, locked, which no process that lives is writing.
+
+    Raises:
+        OSError: there is none, or the system has no locks.
+    """
+    with _locked(path, flags, wait=False) as handle:
+        found = os.fstat(handle)
+        ours = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
+        if not ours or found.st_uid != os.geteuid() or not os.path.samestat(found, path.lstat()):
+            raise BlockingIOError(f"{path} is of another user, or was renamed")
+        yield handle
 
 
-def _unfinished(name: str) -> bool:
-    return re.fullmatch(rf"\.({re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})\.{_RANDOM}", name) is not None
+# Files and folders that are not complete yet
 
 
 @contextmanager
@@ -162,16 +214,59 @@ def appearing(path: Path, *, follow: bool = False) -> Iterator[Path]:
         return
     path = path.resolve() if follow else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    fresh = Path(name)
-    try:
+    with _fresh(path) as fresh:
         yield fresh
         _finish(fresh, path)
         fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to fill. It gets that name when the block ends, and goes if the block raises."""
+    place = folder.with_name(f".{folder.name}{_UNFINISHED}")
+    _sweep(place)
+    try:
+        place.mkdir(0o700)
+    except FileExistsError:
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(place))
+        try:
+            yield place
+            # A parent's group holds for what is in it, if the parent says so.
+            place.chmod(0o777 & ~umask() | place.stat().st_mode & stat.S_ISGID)
+            place.rename(folder)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _fresh(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`. It goes if the block raises.
+
+    Its name is always the same, so that it takes the place of one that a killed process left. The name is random where
+    another process is writing that file, and where the system has no locks.
+    """
+    fresh = path.with_name(f".{path.name}{_UNFINISHED}")
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(_taken(fresh, os.O_CREAT | os.O_RDWR))
+            os.fchmod(handle, 0o600)
+            os.truncate(handle, 0)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                with suppress(OSError):
+                    fresh.unlink()  # nobody uses this name where there are no locks
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+            fresh = Path(name)
+        try:
+            yield fresh
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def _takes_bytes(path: Path) -> bool:
@@ -201,6 +296,6 @@ def _finish(file: Path, replaced: Path) -> None:
 
 def umask() -> int:
     """The process's mask for the modes of new files."""
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # a moment in which files of other threads are closed, not open to all
     os.umask(mask)
     return mask

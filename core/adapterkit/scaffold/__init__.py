@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
-import shutil
-import tempfile
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +16,7 @@ from string import Template
 
 from adapterkit.describe import describe_methods
 from adapterkit.errors import ConfigError, PluginError, SaveError, UsageError, usage
-from adapterkit.files import local_path, umask
+from adapterkit.files import local_path, new_folder
 
 # Each template and its place; both may contain placeholders.
 _FILES = {
@@ -70,19 +68,14 @@ def new_package(name: str, folder: str | Path | None = None) -> Path:
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with new_folder(folder) as fresh:
             _write(fresh, values)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         raise SaveError(f"The package cannot be written to {folder}: {error}. Nothing of it remains.") from error
     return folder
 
 
 def _write(folder: Path, values: dict[str, str]) -> None:
-    folder.chmod(0o777 & ~umask())
     templates = files("adapterkit.scaffold") / "templates"
     for source, place in _FILES.items():
         path = folder / Template(place).substitute(values)
