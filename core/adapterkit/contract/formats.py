@@ -40,6 +40,9 @@ _PART = re.compile(rf"({'|'.join(map(re.escape, (*DOTTED, *FLAT)))})\.|({'|'.joi
 OPTIONAL = "text_model"
 # Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".
 HEADER = "lora_adapter_metadata"
+# Tensors by key or by local name, and the kinds of a model's layers by path.
+Tensors = Mapping[str, Tensor]
+Kinds = Mapping[str, LayerKind]
 # Numbers that another program keeps beside a layer's factors, and PEFT does not.
 _EXTRA = frozenset({"alpha", "scalar"})
 
@@ -53,7 +56,7 @@ class ForeignFile:
         metadata: what goes into the header.
     """
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Mapping[str, Tensors]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -105,7 +108,7 @@ class ForeignLayer:
 
     path: str
     kind: LayerKind
-    tensors: Mapping[str, Tensor]
+    tensors: Tensors
     keys: Mapping[str, str]
 
     def matrix(self, local: str) -> Tensor | None:
@@ -182,11 +185,11 @@ class Format:
     unwritten: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
 
-    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+    def rank(self, tensors: Tensors) -> int:
         """The rank of a layer's tensors, which have the method's own names; by default as `ranks` says."""
         return next(tensors[local].shape[dim] for local, dim in self.ranks.items() if local in tensors)
 
-    def split(self, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+    def split(self, tensors: Tensors, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
         """The tensors of a fused layer for each of the layers whose outputs it stacks, such as q, k and v.
 
         By default the `rows` are cut, and the layers share everything else: `[B_q; B_k; B_v] A`.
@@ -214,7 +217,7 @@ class Format:
                     own[local] = part
         return found
 
-    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def join(self, parts: Sequence[Tensors]) -> dict[str, Tensor]:
         """The tensors of the fused layer whose outputs these layers stack: the reverse of `split`.
 
         By default the `rows` are stacked, and everything else must be the same in all layers.
@@ -290,12 +293,7 @@ class Format:
         return values
 
     def write(
-        self,
-        naming: str,
-        config: Any,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        kinds: Mapping[str, LayerKind],
-        component: str,
+        self, naming: str, config: Any, tensors: Mapping[str, Tensors], kinds: Kinds, component: str
     ) -> ForeignFile:
         """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
 
@@ -326,7 +324,7 @@ class Format:
             found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32)}
         return ForeignFile(found)
 
-    def written(self, tensors: Mapping[str, Tensor], kind: LayerKind) -> Mapping[str, Tensor]:
+    def written(self, tensors: Tensors, kind: LayerKind) -> Tensors:
         """The tensors of one layer in the shapes that files have; by default as they are."""
         return tensors
 
@@ -342,7 +340,7 @@ class Format:
         known = {**{name: name for name in (*self.factors, *self.refused, *_EXTRA)}, **self.names}
         return sorted(((f".{there}", own) for there, own in known.items()), key=lambda pair: -len(pair[0]))
 
-    def layers(self, tensors: Mapping[str, Tensor], kinds: Mapping[str, LayerKind]) -> dict[str, ForeignLayer]:
+    def layers(self, tensors: Tensors, kinds: Kinds) -> dict[str, ForeignLayer]:
         """The layers of a model that a file has factors for, by path.
 
         Raises:
@@ -367,7 +365,7 @@ class Format:
             found[path] = ForeignLayer(path, kinds[path], {local: tensors[key] for local, key in own.items()}, own)
         return found
 
-    def groups(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def groups(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
         """The tensors of each layer that has factors, by own names, as far as the keys tell without a model."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -376,12 +374,8 @@ class Format:
         return {module: group for module, group in found.items() if not self.factors.isdisjoint(group)}
 
     def read(
-        self,
-        tensors: Mapping[str, Tensor],
-        kinds: Mapping[str, LayerKind],
-        metadata: Mapping[str, str],
-        config: AdapterConfig | None = None,
-    ) -> tuple[AdapterConfig, Mapping[str, Tensor]] | None:
+        self, tensors: Tensors, kinds: Kinds, metadata: Mapping[str, str], config: AdapterConfig | None = None
+    ) -> tuple[AdapterConfig, Tensors] | None:
         """The config and the tensors that a file amounts to on a model with these layers; `None`: nothing is for it.
 
         Tensors that no layer here has keep their keys, so that they are reported.

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
-from adapterkit.contract.formats import ForeignFile, Format, empty_layer
+from adapterkit.contract.formats import ForeignFile, Format, Kinds, Tensors, empty_layer
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened, without_values
 from adapterkit.contract.plugins import manager_of
 from adapterkit.errors import AdapterError, AdapterWarning, PluginError, UnsupportedError
-from adapterkit.kinds import Factors, LayerKind
-
-Tensors = Mapping[str, Tensor]
+from adapterkit.kinds import Factors
 
 # Shapes of layers with more weights than this are checked on the meta device. Its first use takes about a second, so
 # smaller layers are checked with values.
@@ -82,9 +80,7 @@ class Method:
         """See `hookspecs.from_file`."""
         return self._pair("from_file", config=config, tensors=tensors) or (config, tensors)
 
-    def from_factors(
-        self, factors: Mapping[str, Factors], kinds: Mapping[str, LayerKind]
-    ) -> tuple[AdapterConfig, Tensors]:
+    def from_factors(self, factors: Mapping[str, Factors], kinds: Kinds) -> tuple[AdapterConfig, Tensors]:
         """See `hookspecs.from_factors`.
 
         Raises:
@@ -217,11 +213,11 @@ class Method:
         if math.prod(sizes) > _LARGE:
             layer, device = without_values(layer), torch.device("meta")
         weight, bias = torch.zeros(sizes, device=device), torch.zeros(sizes[0], device=device) if has_bias else None
+        what = f"{type(layer).__name__}.change"
         try:
             if isinstance(layer, DenseLayer):
-                change = self.ask(f"{type(layer).__name__}.change", (object,), layer.change)
+                change = self.ask(what, (object,), layer.change)
                 if getattr(change, "shape", None) != weight.shape:
-                    what = f"{type(layer).__name__}.change"
                     raise self.fault(f"{what} gave {path!r} {_shown(change)}; it must be {_shown(weight)}")
             if layer.additive:
                 factors = self.factors(layer, where=repr(path))
@@ -241,11 +237,7 @@ class Method:
     # Files
 
     def read(
-        self,
-        tensors: Tensors,
-        kinds: Mapping[str, LayerKind],
-        metadata: Mapping[str, str],
-        config: AdapterConfig | None = None,
+        self, tensors: Tensors, kinds: Kinds, metadata: Mapping[str, str], config: AdapterConfig | None = None
     ) -> tuple[AdapterConfig, Tensors] | None:
         """The config and the tensors that a file amounts to on a model with these layers.
 
@@ -264,12 +256,7 @@ class Method:
         return None if config is None else self.from_file(config, tensors)
 
     def write(
-        self,
-        naming: str,
-        config: AdapterConfig,
-        tensors: Mapping[str, Tensors],
-        kinds: Mapping[str, LayerKind],
-        component: str,
+        self, naming: str, config: AdapterConfig, tensors: Mapping[str, Tensors], kinds: Kinds, component: str
     ) -> ForeignFile | None:
         """The adapter as files of `naming` have it, by `Format.write`; `None`: no format of the method writes those."""
         form = next((form for form in self.formats() if naming in form.namings), None)
@@ -283,9 +270,7 @@ class Method:
         """
         if "sizes" not in self.hooks:
             return {}
-        groups: dict[str, dict[str, Tensor]] = {}
-        for form in self.formats():
-            groups |= form.groups(tensors)
+        groups = {path: group for form in self.formats() for path, group in form.groups(tensors).items()}
         if config is not None and not groups:
             rule = self.key_rule(config)
             for key, tensor in self.from_file(config, tensors)[1].items():

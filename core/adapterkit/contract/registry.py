@@ -305,24 +305,22 @@ class Registry:
         Raises:
             AttributeError: no method that can be imported has such a class, or several have.
         """
-        found, broken = dict[str, list[type[AdapterConfig]]](), []
+        found, broken = list[type[AdapterConfig]](), ""
         for method in self.methods():
             try:
-                own = self.method(method).config_type()
+                found.append(self.method(method).config_type())
             except PluginError as error:
-                broken.append(f"{method!r} cannot be imported: {error}")
-            else:
-                found.setdefault(own.__name__, []).append(own)
-        if len(found.get(name, ())) == 1:
-            return found[name][0]
-        if name in found:
-            modules = " and ".join(own.__module__ for own in found[name])
+                broken += f" {method!r} cannot be imported: {error}"
+        meant = [config_type for config_type in found if config_type.__name__ == name]
+        if len(meant) == 1:
+            return meant[0]
+        if meant:
+            modules = " and ".join(config_type.__module__ for config_type in meant)
             raise AttributeError(f"Two methods have a config class {name!r}: {modules}. Import the one that you mean.")
-        raise AttributeError(
-            f"No installed method has a config class {name!r}. There are {', '.join(sorted(found)) or 'none'}."
-            + "".join(f" Did you mean {close}?" for close in nearest(name, found, 1))
-            + "".join(f" {fault}" for fault in broken)
-        )
+        known = {config_type.__name__ for config_type in found}
+        close = "".join(f" Did you mean {close}?" for close in nearest(name, known, 1))
+        there = ", ".join(sorted(known)) or "none"
+        raise AttributeError(f"No installed method has a config class {name!r}. There are {there}.{close}{broken}")
 
     def config(self, method: str, **fields: Any) -> AdapterConfig:
         """A config by the method's name: `config("lora", r=8)`."""

@@ -15,26 +15,21 @@ from adapterkit.tensors.distributed import whole
 
 def execution_device(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where the module computes with `tensor`. Offloaded weights are on the meta device between forwards."""
-    if tensor.is_meta:
-        for hook in _hooks(module):
-            device = getattr(hook, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
+    for hook in _hooks(module) if tensor.is_meta else ():
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return tensor.device
 
 
 def real_value(module: nn.Module, name: str) -> Tensor:
     """The value of the module's own parameter or buffer `name`, fetched if it is offloaded or sharded."""
-    tensor: Tensor | None = module._parameters.get(name)
-    if tensor is None:
-        tensor = module._buffers[name]
-    assert tensor is not None
-    if tensor.is_meta:
-        for hook in _hooks(module):
-            weights = getattr(hook, "weights_map", None)
-            if weights is not None:
-                value: Tensor = weights[name]
-                return value.to(execution_device(module, tensor))
+    tensor: Any = {**module._buffers, **module._parameters}[name]
+    for hook in _hooks(module) if tensor.is_meta else ():
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None:
+            value: Tensor = weights[name]
+            return value.to(execution_device(module, tensor))
     return whole([tensor])[0]
 
 
