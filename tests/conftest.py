@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from adapterkit import __version__, default_registry
+
 # A busy machine draws slowly and runs slowly. `make fuzz` draws other examples each time.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -26,6 +28,18 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the long files begin."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(autouse=True)
+def registrations_end_with_their_test() -> Iterator[None]:
+    """What a test registers or extends is gone after it; so is what its packages announced."""
+    methods, extensions = {*default_registry._methods}, {*default_registry._extensions}
+    yield
+    for name, method in [*default_registry._methods.items()]:
+        if name not in methods and method.provider != f"adapterkit {__version__}":
+            default_registry.unregister(name)
+    for name in default_registry._extensions.keys() - extensions:
+        default_registry.retract(default_registry._extensions[name].plugin)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,8 @@ class ScaledLayer(ak.AdapterLayer):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     ak.register(ak.plugin(ScaledConfig, ScaledLayer, prefix="scaled_"))
-    yield
-    default_registry.unregister("scaled")
 
 
 class Mixed(nn.Module):

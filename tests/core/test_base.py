@@ -1,7 +1,6 @@
 """Layers that give `merged` alone: the forward that the core derives, its dtypes, dropouts and order among others."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +48,9 @@ LAYERS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     torch.manual_seed(0)
     ak.register(ak.plugin(TwistConfig, TwistLayer, prefix="twist_"))
-    yield
-    ak.default_registry.unregister("twist")
 
 
 def adapted(layer: nn.Module, **fields: Any) -> tuple[Any, ak.Adapters]:

@@ -209,18 +209,3 @@ def test_an_extension_adds_a_way_to_combine_until_it_is_retracted() -> None:
         ak.default_registry.combiner("first")
     with pytest.raises(ak.UnknownNameError, match="Unknown extension <module 'more_combiners'>"):
         ak.default_registry.retract(plugin)
-
-
-WRONG = {
-    "taken": ({"ties": ak.Combiner(first)}, r"'more_combiners': its hook combiners gives 'ties', a name that is taken"),
-    "type": ([first], r"its hook combiners returned \[<function first.*it must return Combiners by name"),
-    "value": ({"x": first}, r"it must return Combiners by name"),
-    "raises": (OSError("no disk"), r"its hook combiners raised OSError: no disk"),
-}
-
-
-@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=list(WRONG))
-def test_a_wrong_extension_is_refused_when_it_registers_and_hinders_nobody(given: Any, message: str) -> None:
-    with pytest.raises(ak.PluginError, match=message):
-        ak.default_registry.extend(extension(given))
-    assert ak.default_registry.combiner("linear") is BUILTIN["linear"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,18 +63,12 @@ def plugin(**changes: Any) -> Plugin:
     return Plugin(**{name: hook for name, hook in hooks.items() if hook is not None})
 
 
-@pytest.fixture
-def registered() -> Iterator[Callable[..., ak.AdapterConfig]]:
-    """`registered(inject=...)`: a plugin with these hooks is the method `"shift"`; gives a config for it."""
-
-    def make(**hooks: Any) -> ak.AdapterConfig:
-        if "shift" in default_registry._methods:
-            default_registry.unregister("shift")
-        default_registry.register(plugin(**hooks))
-        return ShiftConfig(target_modules=["layers.0", "layers.1", "overhead"])
-
-    yield make
-    default_registry.unregister("shift")
+def registered(**hooks: Any) -> ak.AdapterConfig:
+    """A plugin with these hooks is the method `"shift"`; gives a config for it."""
+    if "shift" in default_registry.methods():
+        default_registry.unregister("shift")
+    ak.register(plugin(**hooks))
+    return ShiftConfig(target_modules=["layers.0", "layers.1", "overhead"])
 
 
 def config_class(method: str, **fields: Any) -> Any:
@@ -296,7 +290,7 @@ INJECTED_WRONG: list[tuple[Callable[[ak.Target], Any], type[Exception], str]] = 
 
 @pytest.mark.parametrize(("then", "error", "message"), INJECTED_WRONG, ids=[row[2][-30:] for row in INJECTED_WRONG])
 def test_injection_that_fails_half_way_changes_nothing(
-    registered: Callable[..., Any], then: Callable[[ak.Target], Any], error: type[Exception], message: str
+    then: Callable[[ak.Target], Any], error: type[Exception], message: str
 ) -> None:
     third = Third(then)
     config, model = registered(inject=third.hook()), net()
@@ -306,7 +300,7 @@ def test_injection_that_fails_half_way_changes_nothing(
     assert third.calls == 3
 
 
-def test_what_is_shared_and_raises_changes_nothing(registered: Callable[..., Any]) -> None:
+def test_what_is_shared_and_raises_changes_nothing() -> None:
     shared = type("Fails", (ak.Shared,), {"setup": lambda *given: 1 / 0})
     model, config = net(), registered(shared=shared)
     with unchanged(model), pytest.raises(ak.PluginError, match="its hook shared raised ZeroDivisionError"):
@@ -314,9 +308,7 @@ def test_what_is_shared_and_raises_changes_nothing(registered: Callable[..., Any
 
 
 @pytest.mark.parametrize("answer", [3, (3, {}), BY_ZERO], ids=["type", "pair", "raises"])
-def test_saving_with_a_hook_that_is_wrong_writes_nothing(
-    registered: Callable[..., Any], tmp_path: Path, answer: Any
-) -> None:
+def test_saving_with_a_hook_that_is_wrong_writes_nothing(tmp_path: Path, answer: Any) -> None:
     model, config = net(), registered()
     ak.attach(model).add("x", config)
     registered(to_file=returning(answer))
@@ -406,7 +398,7 @@ def test_an_adapter_starts_as_the_identity_by_pefts_field(value: Any, identity: 
     assert LimitedConfig(init_limited_weights=value).starts_as_identity is identity
 
 
-def test_a_forward_that_returns_nothing_is_named(registered: Callable[..., Any]) -> None:
+def test_a_forward_that_returns_nothing_is_named() -> None:
     class Silent(ShiftLayer):
         def forward(self, base: Any, x: Tensor) -> Any:
             base(x)
@@ -421,7 +413,7 @@ def test_a_forward_that_returns_nothing_is_named(registered: Callable[..., Any])
         model.get_submodule("overhead")(torch.ones(1, model.get_submodule("overhead").in_features))
 
 
-def test_a_method_may_choose_its_targets(registered: Callable[..., Any]) -> None:
+def test_a_method_may_choose_its_targets() -> None:
     def targets(model: nn.Module, config: ak.AdapterConfig) -> list[str]:
         return [match.path for match in ak.select(model, config).targets][1:]
 

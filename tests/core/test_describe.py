@@ -49,9 +49,12 @@ def test_what_fails_is_listed_with_its_reason_and_hinders_no_other(install: Any)
     install("bar_dist", "bar", METHOD.format(name="bar"))
     install("other_dist", "bar", METHOD.format(name="bar"))
     install("ext_dist", "ext", "1 / 0", group="adapterkit.extensions")
+    raises = "import adapterkit as ak\n@ak.hookimpl\ndef layer_kinds():\n    1 / 0"
+    install("kinds_dist", "kinds", raises, group="adapterkit.extensions")
     report = describe()
     reasons = {plugin.name: plugin.error or "" for plugin in report.failed}
-    assert set(reasons) == {"foo", "bar", "ext"}
+    assert set(reasons) == {"foo", "bar", "ext", "kinds"}
+    assert "its hook layer_kinds raised ZeroDivisionError: division by zero." in reasons["kinds"]
     assert "ModuleNotFoundError: No module named 'no_such_module_at_all'" in reasons["foo"]
     assert "Two packages provide the method 'bar'" in reasons["bar"]
     assert "The extension 'ext' of ext_dist 1.2 cannot be imported" in reasons["ext"]
@@ -73,13 +76,6 @@ def test_extensions_with_what_they_add() -> None:
     assert report.kinds == ("Theirs", *(kind.name for kind in BUILTIN))
     assert set(report.combiners) == {"mine", *combiners.BUILTIN}
     assert ": Theirs" in str(report)
-
-
-def test_an_extension_whose_hook_fails_is_listed_with_the_reason(install: Any) -> None:
-    code = "import adapterkit as ak\n@ak.hookimpl\ndef layer_kinds():\n    1 / 0"
-    install("ext_dist", "ext", code, "adapterkit.extensions")
-    (failed,) = describe(ak.Registry()).failed
-    assert "its hook layer_kinds raised ZeroDivisionError: division by zero." in str(failed.error)
 
 
 def test_an_extension_that_is_loaded_later_is_used(install: Any) -> None:

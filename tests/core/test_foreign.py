@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.core.test_contract import ShiftConfig, ShiftLayer
 from tests.core.test_files import only_adapter_errors, refuse
 from tests.diffusion import read, write
 from tests.models import EmbeddingNet, build
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.contract.formats import LayerNames, component
-from adapterkit.contract.registry import default_registry
 from adapterkit_lora import LoraConfig
 
 DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
@@ -28,19 +28,6 @@ LOHA = {f"lora_unet_layers_1.hada_w{n}_{x}": t for n in (1, 2) for x, t in (("a"
 @pytest.fixture
 def model() -> nn.Module:
     return EmbeddingNet().eval()
-
-
-class ShiftConfig(ak.AdapterConfig):
-    method = "shift"
-
-
-class ShiftLayer(ak.AdapterLayer):
-    def setup(self, target: ak.Target, config: Any) -> None:
-        self.shift_by = target.new(target.out_features)
-
-    def forward(self, base: ak.Base, x: Tensor) -> Tensor:
-        out: Tensor = base(x) + self.shift_by
-        return out
 
 
 class ShiftFormat(ak.Format):
@@ -75,19 +62,6 @@ def method(config: Any = ShiftConfig, form: ak.Format | None = None) -> ak.Plugi
     hooks = {"formats": lambda self: [form or ShiftFormat(config)]}
     made: ak.Plugin = type("Shift", (type(base),), hooks)()
     return made
-
-
-@pytest.fixture
-def registered() -> Iterator[Any]:
-    """`registered(plugin)`: a method for this test only."""
-    names = []
-
-    def register(plugin: ak.Plugin) -> None:
-        names.append(ak.register(plugin).name)
-
-    yield register
-    for name in names:
-        default_registry.unregister(name)
 
 
 # Who is asked
@@ -129,8 +103,8 @@ def test_file_that_is_refused(make: Any, tensors: dict[str, Tensor], text: str, 
     refuse(make(), write(tmp_path / "a.safetensors", tensors, format="pt"), text)
 
 
-def test_method_from_outside_is_asked_too(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    registered(method())
+def test_method_from_outside_is_asked_too(model: nn.Module, tmp_path: Path) -> None:
+    ak.register(method())
     adapters = ak.attach(model)
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3), "lora_te_x.by": torch.ones(3)})
     before = model(torch.tensor([[1, 2]]))
@@ -141,8 +115,8 @@ def test_method_from_outside_is_asked_too(model: nn.Module, tmp_path: Path, regi
     torch.testing.assert_close(model(torch.tensor([[1, 2]])), before + 1)
 
 
-def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    registered(method(ValueError("oh")))
+def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path) -> None:
+    ak.register(method(ValueError("oh")))
     refuse(
         model,
         write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)}),
@@ -153,29 +127,29 @@ def test_method_that_raises_breaks_only_itself(model: nn.Module, tmp_path: Path,
         ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x")
 
 
-def test_method_that_takes_every_file_hinders_none(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    registered(method(form=Greedy()))
+def test_method_that_takes_every_file_hinders_none(model: nn.Module, tmp_path: Path) -> None:
+    ak.register(method(form=Greedy()))
     adapters = ak.attach(model)
     assert adapters.load(write(tmp_path / "a.safetensors", LORA), "x") == ak.LoadReport()
     assert adapters.config("x").method == "lora"
 
 
-def test_method_that_refuses_another_s_file_hinders_none(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    registered(method(ak.UnsupportedError("not mine")))
+def test_method_that_refuses_another_s_file_hinders_none(model: nn.Module, tmp_path: Path) -> None:
+    ak.register(method(ak.UnsupportedError("not mine")))
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
     with pytest.raises(ak.UnsupportedError, match="not mine"):
         ak.attach(model).load(file, "x")
     assert ak.attach(model).load(write(tmp_path / "b.safetensors", LORA), "x") == ak.LoadReport()
 
 
-def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path, registered: Any) -> None:
-    registered(method(LoraConfig))
+def test_config_of_another_method_is_a_fault(model: nn.Module, tmp_path: Path) -> None:
+    ak.register(method(LoraConfig))
     file = write(tmp_path / "a.safetensors", {"lycoris_head.by": torch.ones(3)})
     refuse(model, file, "its hook formats gave a ShiftFormat whose read gave a LoraConfig; it must give a ShiftConfig.")
 
 
-def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path, registered: Any) -> None:
-    registered(method())  # its config leaves modules_to_save at "auto"
+def test_heads_are_not_made_for_a_file_that_has_none(tmp_path: Path) -> None:
+    ak.register(method())  # its config leaves modules_to_save at "auto"
     model = build("bert")
     layer = "bert.encoder.layer.0.output.dense"
     file = write(tmp_path / "a.safetensors", {f"lycoris_{layer.replace('.', '_')}.by": torch.ones(16)})

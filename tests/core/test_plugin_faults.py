@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,6 @@ WHO = "The method 'broken_outer'"
 
 def raises(**arguments: Any) -> Any:
     raise ZeroDivisionError("by zero")
-
-
-@contextmanager
-def registered(plugin: Outer) -> Iterator[None]:
-    ak.register(plugin)
-    try:
-        yield
-    finally:
-        ak.default_registry.unregister(OuterConfig.method)
 
 
 def with_layer(layer: type[ak.AdapterLayer]) -> Outer:
@@ -70,13 +59,13 @@ def test_merge_rule_that_fails_half_way_changes_nothing(wrong: Any, message: str
                 return weight + self.dense(), bias
             return wrong(weight=weight, bias=bias)
 
-    with registered(with_layer(layer)):
-        adapters = model_with_both()
-        with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
-            adapters.merge("bad", keep_base=keep_base)
-        assert str(caught.value) == f"{WHO} (Faulty): layer.merged {message}"
-        adapters.merge("good")  # the other method goes on working
-        adapters.unmerge()
+    ak.register(with_layer(layer))
+    adapters = model_with_both()
+    with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
+        adapters.merge("bad", keep_base=keep_base)
+    assert str(caught.value) == f"{WHO} (Faulty): layer.merged {message}"
+    adapters.merge("good")  # the other method goes on working
+    adapters.unmerge()
 
 
 def up_and_down_swapped(layer: Any) -> ak.Factors:
@@ -119,7 +108,8 @@ WRONG_SHAPES: list[tuple[Any, str, Any, str]] = [
 def test_shapes_are_checked_when_an_adapter_is_added(base: Any, name: str, function: Any, message: str) -> None:
     layer = type("Layer", (base,), {"setup": OuterLayer.setup, name: function})
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
-    with registered(with_layer(layer)), unchanged(model), pytest.raises(ak.PluginError) as caught:
+    ak.register(with_layer(layer))
+    with unchanged(model), pytest.raises(ak.PluginError) as caught:
         ak.attach(model).add("a", OuterConfig(target_modules=["0", "1"]))
     assert f"{WHO} (Faulty): Layer.{name} {message}" in str(caught.value)
 
@@ -132,8 +122,8 @@ def test_a_function_that_needs_values_is_not_asked_without(monkeypatch: pytest.M
             right = super().factors()
             return right._replace(scale=1.0 if float(self.outer_v.sum()) < 1e9 else 2.0)
 
-    with registered(with_layer(Values)):
-        model_with_both()
+    ak.register(with_layer(Values))
+    model_with_both()
 
 
 def test_a_bias_where_the_layer_has_none_acts_and_is_not_merged() -> None:
@@ -143,18 +133,18 @@ def test_a_bias_where_the_layer_has_none_acts_and_is_not_merged() -> None:
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             return weight + self.dense(), self.outer_u if bias is None else bias + self.outer_u
 
-    with registered(with_layer(layer)):
-        model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4, bias=False))
-        adapters = ak.attach(model)
-        adapters.add("a", OuterConfig(target_modules=["0", "1"]))
-        for parameter in adapters.parameters("a"):
-            nn.init.ones_(parameter)
-        x = torch.randn(3, 5)
-        torch.testing.assert_close(model[1](x), x @ (model[1].weight + 0.5).t() + 1)
-        writes = model[0].weight._version
-        with unchanged(model), pytest.raises(ak.UnsupportedError, match="'1' has no bias to merge the adapter's into"):
-            adapters.merge("a", keep_base=False)
-        assert model[0].weight._version == writes
+    ak.register(with_layer(layer))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4, bias=False))
+    adapters = ak.attach(model)
+    adapters.add("a", OuterConfig(target_modules=["0", "1"]))
+    for parameter in adapters.parameters("a"):
+        nn.init.ones_(parameter)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(model[1](x), x @ (model[1].weight + 0.5).t() + 1)
+    writes = model[0].weight._version
+    with unchanged(model), pytest.raises(ak.UnsupportedError, match="'1' has no bias to merge the adapter's into"):
+        adapters.merge("a", keep_base=False)
+    assert model[0].weight._version == writes
 
 
 @pytest.mark.parametrize(
@@ -169,23 +159,24 @@ def test_load_that_fails_in_the_plugin_changes_nothing(wrong: Any, message: str,
         def from_file(self, config: Any, tensors: Any) -> Any:
             return wrong(config=config, tensors=tensors)
 
-    with registered(Outer()):
-        adapters = model_with_both()
-        folders = {name: adapters.save(name, tmp_path / name) for name in ("bad", "good")}
-        adapters.remove("bad")
-    with registered(Reads()):
-        with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
-            adapters.load(folders["bad"], name="again")
-        assert str(caught.value) == f"{WHO} (Reads): its hook {message}"
-        adapters.load(folders["good"], name="again")
+    ak.register(Outer())
+    adapters = model_with_both()
+    folders = {name: adapters.save(name, tmp_path / name) for name in ("bad", "good")}
+    adapters.remove("bad")
+    ak.default_registry.unregister(OuterConfig.method)
+    ak.register(Reads())
+    with unchanged(adapters.model), pytest.raises(ak.PluginError) as caught:
+        adapters.load(folders["bad"], name="again")
+    assert str(caught.value) == f"{WHO} (Reads): its hook {message}"
+    adapters.load(folders["good"], name="again")
 
 
 def test_merge_with_a_method_that_has_no_merge_rule() -> None:
     class layer(ak.AdapterLayer):
         setup, forward = OuterLayer.setup, MergedLayer.forward
 
-    with registered(with_layer(layer)):
-        adapters = model_with_both()
-        message = "Adapter 'bad' cannot be merged: its layer at '0' has no change"
-        with unchanged(adapters.model), pytest.raises(ak.UnsupportedError, match=message):
-            adapters.merge("bad")
+    ak.register(with_layer(layer))
+    adapters = model_with_both()
+    message = "Adapter 'bad' cannot be merged: its layer at '0' has no change"
+    with unchanged(adapters.model), pytest.raises(ak.UnsupportedError, match=message):
+        adapters.merge("bad")

@@ -109,12 +109,9 @@ class SharedDown(ak.Shared):
 
 def test_trained_tensors_that_all_layers_share_are_counted_once() -> None:
     ak.register(ak.plugin(SharedConfig, SharedLayer, prefix="half_shared_", shared=SharedDown))
-    try:
-        model = build("bert")
-        seen = ak.preview(model, SharedConfig(target_modules=["query"], modules_to_save=None))
-        report = ak.attach(model).add("a", SharedConfig(target_modules=["query"], modules_to_save=None))
-    finally:
-        ak.default_registry.unregister("half_shared")
+    model = build("bert")
+    seen = ak.preview(model, SharedConfig(target_modules=["query"], modules_to_save=None))
+    report = ak.attach(model).add("a", SharedConfig(target_modules=["query"], modules_to_save=None))
     assert (seen.shared, seen.parameters) == (16, 2 * 16 + 16) == (16, report.parameters)
     assert "shared by all layers: 16 parameters" in str(seen)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,14 +247,11 @@ class MoveShared(ak.Shared):
 
 
 @pytest.fixture
-def third_parties() -> Iterator[None]:
+def third_parties() -> None:
     """Three methods from outside: additive, one that scales the output, one that changes the input."""
     ak.register(plugin())
     ak.register(ak.plugin(ScaleConfig, ScaleLayer, prefix="scale_"))
     ak.register(ak.plugin(MoveConfig, MoveLayer, prefix="move_", shared=MoveShared))
-    yield
-    for name in ("shift", "scale", "move"):
-        default_registry.unregister(name)
 
 
 def linear(seed: int = 0) -> nn.Module:
@@ -356,11 +353,8 @@ def test_file_of_a_method_that_is_gone(mixed: nn.Module, tmp_path: Path) -> None
     ak.attach(mixed).save("shift", tmp_path / "a")
     default_registry.unregister("shift")
     model = linear()
-    try:
-        with unchanged(model), pytest.raises(ak.UnknownNameError, match="no plugin provides the method 'shift'"):
-            ak.attach(model).load(tmp_path / "a", "x")
-    finally:
-        ak.register(plugin())
+    with unchanged(model), pytest.raises(ak.UnknownNameError, match="no plugin provides the method 'shift'"):
+        ak.attach(model).load(tmp_path / "a", "x")
 
 
 # Extensions
@@ -370,22 +364,8 @@ class MyLinear(Linear):
     name = "MyLinear"
 
 
-@pytest.fixture
-def extend() -> Iterator[Any]:
-    """`extend(plugin)` on the default registry, undone afterwards."""
-    done: list[object] = []
-
-    def add(extension: object) -> None:
-        default_registry.extend(extension)
-        done.append(extension)
-
-    yield add
-    for extension in done:
-        default_registry.retract(extension)
-
-
-def test_layer_kind_of_an_extension_is_asked_first(extend: Any) -> None:
-    extend(Plugin(layer_kinds=returning([MyLinear])))
+def test_layer_kind_of_an_extension_is_asked_first() -> None:
+    ak.extend(Plugin(layer_kinds=returning([MyLinear])))
     assert default_registry.kinds() == (MyLinear, *BUILTIN)
     assert type(default_registry.kind_of(nn.Linear(2, 2))) is MyLinear
     assert ak.select(linear(), LoraConfig(target_modules="all-linear")).targets[0].kind.name == "MyLinear"
@@ -418,7 +398,7 @@ def test_extensions_that_are_wrong_are_refused_and_hinder_nobody(hook: str, answ
     assert registry.extensions() == {}
 
 
-def test_layer_kind_that_raises_is_passed_over(extend: Any) -> None:
+def test_layer_kind_that_raises_is_passed_over() -> None:
     class Broken(Linear):
         name = "Broken"
 
@@ -426,7 +406,7 @@ def test_layer_kind_that_raises_is_passed_over(extend: Any) -> None:
         def of(cls, module: nn.Module) -> Any:
             raise ZeroDivisionError("no such module")
 
-    extend(Plugin(layer_kinds=returning([Broken])))
+    ak.extend(Plugin(layer_kinds=returning([Broken])))
     with pytest.warns(ak.AdapterWarning, match="The layer kind 'Broken' of .* is passed over for a Linear: it raised"):
         ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
 
@@ -467,7 +447,6 @@ def test_methods_with_one_prefix_work_side_by_side(install: Any, tmp_path: Path)
     again.activate("a", "b")
     torch.testing.assert_close(again.model(X), expected)
     torch.testing.assert_close(again.merge_and_detach("a", "b")(X), expected)
-    default_registry.unregister("twin")
 
 
 EXTENSION = """

@@ -6,7 +6,7 @@ import copy
 import inspect
 import pickle
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from tests.models import VOCABULARY, assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.contract.registry import default_registry
 from adapterkit.testing import run_checks
 
 EXPERTS, RANK, PROMPTS, WIDTH = 3, 2, 4, 16
@@ -111,13 +110,10 @@ class ScaledLayer(ak.LowRankLayer):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     ak.register(ak.plugin(RouterConfig, RouterLayer, prefix="router_", shared=Router))
     ak.register(PromptPlugin())
     ak.register(ak.plugin(ScaledConfig, ScaledLayer, prefix="scaled_", shared=Scale))
-    yield
-    for name in ("router", "prompt", "scaled"):
-        default_registry.unregister(name)
 
 
 every = pytest.mark.parametrize("method", ["router", "prompt"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from tests.models import EmbeddingNet, tokens
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.contract.registry import default_registry
 
 
 class BankConfig(ak.AdapterConfig):
@@ -52,10 +51,8 @@ class BankShared(ak.Shared):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     ak.register(ak.plugin(BankConfig, BankLayer, prefix="bank_", shared=BankShared))
-    yield
-    default_registry.unregister("bank")
 
 
 def model(seed: int = 0) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,15 +218,8 @@ class KeepingLayer(ak.LowRankLayer):
         return ak.Factors(self.keeping_b, self.keeping_a)
 
 
-@pytest.fixture
-def keeping() -> Iterator[None]:
-    ak.register(ak.plugin(KeepingConfig, KeepingLayer, prefix="keeping_"))
-    yield
-    ak.default_registry.unregister("keeping")
-
-
-@pytest.mark.usefixtures("keeping")
 def test_tensors_that_a_method_hides_are_refused_with_what_to_do() -> None:
+    ak.register(ak.plugin(KeepingConfig, KeepingLayer, prefix="keeping_"))
     adapters = ak.attach(nn.Sequential(nn.Linear(3, 3)))
     adapters.add("a", KeepingConfig(target_modules=["0"]))
     with pytest.raises(ak.PluginError, match=r"KeepingLayer keeps tensors in its attribute 'seen'.*register_buffer"):

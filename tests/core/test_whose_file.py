@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +48,8 @@ def register(*configs: type[ak.AdapterConfig]) -> None:
 
 
 @pytest.fixture
-def third_parties() -> Iterator[None]:
+def third_parties() -> None:
     register(DecomposedConfig, CoolConfig)
-    yield
-    for config in (DecomposedConfig, CoolConfig):
-        default_registry.unregister(config.method)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +69,9 @@ def test_a_file_is_the_methods_that_knows_all_its_fields_and_has_most_marks(
 
 def test_of_two_methods_that_know_a_file_the_one_with_more_marks_takes_it(third_parties: None) -> None:
     register(GeneralConfig)
-    try:
-        fields = {"peft_type": "LORA", "r": 4, "use_dora": True}
-        assert default_registry.claim(fields, "there").name == "decomposed"
-        assert default_registry.claim({**fields, "new": 3}, "there").name == "general"
-    finally:
-        default_registry.unregister("general")
+    fields = {"peft_type": "LORA", "r": 4, "use_dora": True}
+    assert default_registry.claim(fields, "there").name == "decomposed"
+    assert default_registry.claim({**fields, "new": 3}, "there").name == "general"
 
 
 def test_a_file_that_no_method_takes_names_the_fields_that_each_does_not_implement(third_parties: None) -> None:
@@ -96,11 +90,8 @@ def test_a_field_that_nobody_knows_is_kept_with_a_warning(third_parties: None) -
 
 def test_a_method_whose_marks_a_file_lacks_says_so() -> None:
     register(CoolConfig)
-    try:
-        with pytest.raises(ak.UnsupportedError, match="'cool' needs use_dora = True, kasa_config = a value"):
-            default_registry.claim({"peft_type": "LORA", "r": 4, "use_dora": True}, "there")
-    finally:
-        default_registry.unregister("cool")
+    with pytest.raises(ak.UnsupportedError, match="'cool' needs use_dora = True, kasa_config = a value"):
+        default_registry.claim({"peft_type": "LORA", "r": 4, "use_dora": True}, "there")
 
 
 def test_two_methods_that_take_a_file_equally_are_both_named() -> None:
@@ -109,11 +100,8 @@ def test_two_methods_that_take_a_file_equally_are_both_named() -> None:
         method, peft_type = "lora_twin", "LORA"
 
     register(Twin)
-    try:
-        with pytest.raises(ak.CheckpointError, match="'lora' and 'lora_twin'"):
-            default_registry.claim({"peft_type": "LORA", "r": 4}, "there")
-    finally:
-        default_registry.unregister("lora_twin")
+    with pytest.raises(ak.CheckpointError, match="'lora' and 'lora_twin'"):
+        default_registry.claim({"peft_type": "LORA", "r": 4}, "there")
 
 
 def test_files_have_the_type_and_the_marks() -> None:

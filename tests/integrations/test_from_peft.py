@@ -72,11 +72,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step
 
 
 @pytest.fixture(autouse=True)
-def methods() -> Any:
+def methods() -> None:
     """IA3, which is an example, beside the methods that come with adapterkit."""
     ak.register(ia3)
-    yield
-    ak.default_registry.unregister("ia3")
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

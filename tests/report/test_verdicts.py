@@ -110,13 +110,10 @@ def test_a_method_without_a_low_rank_form_is_named() -> None:
     """Its targets are counted, no number is printed for them, and no call is suggested that would fail."""
     plugin = scaling_method(mergeable=True)
     ak.register(plugin)
-    try:
-        adapters = ak.attach(build("bert"))
-        adapters.add("p", plugin.config(target_modules=["query"], modules_to_save=None))
-        adapters.add("l", ak.config("lora", target_modules=["value"], modules_to_save=None))
-        alone, _, both = adapters.report().verdicts
-    finally:
-        ak.default_registry.unregister("scale")
+    adapters = ak.attach(build("bert"))
+    adapters.add("p", plugin.config(target_modules=["query"], modules_to_save=None))
+    adapters.add("l", ak.config("lora", target_modules=["value"], modules_to_save=None))
+    alone, _, both = adapters.report().verdicts
     assert str(alone) == (
         "p: Its changes cannot be measured.\n  The method 'scale' has no low-rank form of its change at 2 targets."
     )

@@ -166,7 +166,7 @@ class Format:
         alpha: the field of the config for what a file calls alpha.
         namings: the names of the programs whose files can be written: `"kohya"`, `"lycoris"`, `"diffusers"`.
         names: what a local name in a file means: the method's own name, or `"alpha"` or `"scalar"`, which are known.
-        factors: own names of which a layer must have one.
+        factors: own names; a layer has at least one of them.
         ranks: own names of factors, and which dimension of each is the rank, for `rank`.
         scaled: own names of the factors that are multiplied by the file's scaling, where it is not the config's.
         rows: own names of the tensors that have a row for each output of the layer, and which dimension that is.
@@ -376,12 +376,12 @@ class Format:
     def read(
         self, tensors: Tensors, kinds: Kinds, metadata: Mapping[str, str], config: AdapterConfig | None = None
     ) -> tuple[AdapterConfig, Tensors] | None:
-        """The config and the tensors that a file amounts to on a model with these layers; `None`: nothing is for it.
+        """The config and the tensors of the adapter that a file holds; `None`: it holds nothing for these layers.
 
-        Tensors that no layer here has keep their keys, so that they are reported.
+        Tensors of no layer keep their keys, so that they are reported.
 
         Args:
-            config: the config of the adapter that the tensors are for, which counts instead of the file's.
+            config: the adapter's config, where it is known; the file's own counts otherwise.
         """
         layers = self.layers(tensors, kinds)
         if not layers:
@@ -403,8 +403,8 @@ class Format:
 def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The fields of PEFT's config that diffusers wrote into the header for these keys; `None`: it wrote none.
 
-    They are those of the part that the keys begin with. Other programs call that part something else or nothing: then
-    they are the fields without a part, or those of the only part that can be meant.
+    The header has fields for each part of a pipeline, and the keys begin with their part. Keys of other programs may
+    name the part otherwise, or not at all. They get the fields without a part, or those of the only part that fits.
 
     Raises:
         CheckpointError: it is not a JSON object, or several of its parts may be meant, or none.

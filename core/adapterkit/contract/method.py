@@ -103,7 +103,7 @@ class Method:
         return self._call("formats", Sequence, NoneType) or ()
 
     def _pair(self, hook: str, **arguments: Any) -> tuple[AdapterConfig, Tensors] | None:
-        """What a hook that gives a config and tensors gave, checked."""
+        """Call a hook that returns a config and tensors, and check them."""
         found = self._call(hook, tuple, NoneType, **arguments)
         if found is None:
             return None
@@ -115,10 +115,10 @@ class Method:
         return self.ask(f"its hook {hook}", kinds, getattr(self.manager.hook, hook), **arguments)
 
     def ask(self, what: str, kinds: tuple[type, ...], function: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
-        """What a function of the plugin gives. `what` names the function in messages.
+        """Call a function of the plugin, and check what it returns. `what` names the function in messages.
 
         Raises:
-            PluginError: the function raised something else than an `AdapterError`, or gave nothing of these kinds.
+            PluginError: the function raised something else than an `AdapterError`, or returned none of these kinds.
         """
         try:
             found = function(*args, **named)
@@ -239,11 +239,11 @@ class Method:
     def read(
         self, tensors: Tensors, kinds: Kinds, metadata: Mapping[str, str], config: AdapterConfig | None = None
     ) -> tuple[AdapterConfig, Tensors] | None:
-        """The config and the tensors that a file amounts to on a model with these layers.
+        """The config and the tensors of the adapter that a file holds, for a model with these layers.
 
         Args:
-            config: that of PEFT's file; `None`: the file is another program's, and the result is `None` if no format of
-                this method finds anything in it.
+            config: the config of PEFT's file. `None`: the file is another program's, and the result is `None` if no
+                format of this method finds a layer in it.
         """
         for form in self.formats():
             what = f"its hook formats gave a {type(form).__name__} whose read"

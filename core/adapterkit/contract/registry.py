@@ -184,9 +184,9 @@ class Registry:
     def _likely(self, kind: str) -> list[str]:
         """The methods whose files may have this `peft_type`, as far as can be told without an import.
 
-        That is the method of that name, each that `register` made available, and each whose entry point says so in
-        brackets: `dora = "adapterkit_dora:plugin [lora]"`. The others count only if none of these takes a file, so that
-        the result does not depend on what was imported before.
+        These are the method of that name, every method from `register`, and every method whose entry point names the
+        type in brackets: `dora = "adapterkit_dora:plugin [lora]"`. The others are asked only if none of these takes the
+        file, so that the result does not depend on what was imported before.
         """
         installed = {entry.name: entry.extras for entry, _ in _announced(METHODS_GROUP)}
         said = [name for name, types in installed.items() if kind.lower() in (name, *map(str.lower, types))]
@@ -496,8 +496,9 @@ def _announced(group: str) -> Iterator[tuple[EntryPoint, Installed]]:
     """What installed packages announce in this entry-point group, without what is switched off."""
     for entry in importlib.metadata.entry_points(group=group):
         dist: Any = entry.dist
-        if not (_is_off(entry.name) or _is_off(dist.name)):
-            yield entry, Installed(entry.name, dist.name, dist.version)
+        about = dist.metadata  # which is parsed anew whenever it is asked for
+        if not (_is_off(entry.name) or _is_off(about["Name"])):
+            yield entry, Installed(entry.name, about["Name"], about["Version"])
 
 
 default_registry = Registry()

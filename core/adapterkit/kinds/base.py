@@ -123,7 +123,7 @@ class LayerKind(ABC):
     def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
         """The first half of `apply`: the input through a down factor `(r, in)`.
 
-        `r` numbers at each place of the output, where the output's features stand.
+        The result is shaped as the layer's output, with `r` features.
         """
         return F.linear(dropped(x, down.dtype, dropout), down)
 

@@ -76,10 +76,10 @@ class PackedLinear(LayerKind):
         return True
 
     def read(self, module: nn.Module) -> Tensor:
-        """See `LayerKind.read`: a copy with the numbers that the packed ones stand for.
+        """See `LayerKind.read`: an unpacked copy.
 
         Raises:
-            UnsupportedError: a layer of another library than bitsandbytes, which alone is known to say them.
+            UnsupportedError: the layer is of another library than bitsandbytes.
         """
         packed: Any = module.weight
         bitsandbytes: Any = sys.modules.get("bitsandbytes")

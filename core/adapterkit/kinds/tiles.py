@@ -19,7 +19,7 @@ def add(weight: Tensor, changes: Sequence[tuple[AddTile, bool]], work: torch.dty
     """Add changes to a matrix in place; the sum is made in the dtype `work` and rounded once.
 
     Args:
-        changes: each with whether it is to be given tiles; if none is, and the weight has the dtype `work`, each gets
+        changes: each change, and whether it takes tiles. If none does, and the weight has the dtype `work`, each gets
             the whole weight.
     """
     is_dense = weight.is_contiguous() or weight.t().is_contiguous()  # matrix products can write to it as it is
