@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints import LoadHooks, install, load_training_state, training_state, uninstall
+from adapterkit.checkpoints import StateDictHooks, install, load_training_state, training_state, uninstall
 from adapterkit.combining import (
     Choices,
     Source,
@@ -155,7 +155,7 @@ class Adapters:
         self._model = AdaptedModel(model)
         self._adapters, self._active = self._model.adapters, self._model.active
         self._merged = Merged()
-        self._load_hooks: LoadHooks | None = None
+        self._state_dict_hooks: StateDictHooks | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -895,8 +895,8 @@ class Adapters:
             for name in self.names:
                 self.remove(name)
             self._model.restore()
-            if self._load_hooks is not None:
-                uninstall(model, self._load_hooks)
+            if self._state_dict_hooks is not None:
+                uninstall(model, self._state_dict_hooks)
             del model.__dict__[ATTRIBUTE]
             return model
 
@@ -1034,8 +1034,8 @@ class Adapters:
         self._check_biases_begin(adapter)
         with uninterrupted():
             self._model.install(adapter)
-            if self._load_hooks is None:
-                self._load_hooks = install(self.model)
+            if self._state_dict_hooks is None:
+                self._state_dict_hooks = install(self.model)
             try:
                 if activate:
                     self.activate(adapter.name, trainable=trainable)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tests.core.conftest import set_parameters
-from tests.core.test_trainer import values
+from tests.core.test_trainer import Wrapped, values
 from tests.core.test_trainer_mixin import AdapterTrainer, assert_equal, trainer
 from tests.models import build
 from torch import nn
@@ -123,6 +124,74 @@ def test_a_training_beside_an_adapter_that_was_loaded_again_resumes(tmp_path: Pa
     trainer(whole, tmp_path).train()
     trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_equal(values(again), values(whole))
+
+
+def in_memory(model: nn.Module, folder: Path) -> Callable[[nn.Module], object]:
+    torch.save(model.state_dict(), folder / "state.pt")
+    return lambda other: other.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+
+
+def by_plain_trainer(model: nn.Module, folder: Path) -> Callable[[nn.Module], object]:
+    trainer(model, folder, cls=Trainer).train()
+    checkpoint = str(folder / "checkpoint-1")
+    return lambda other: trainer(other, folder, cls=Trainer).train(resume_from_checkpoint=checkpoint)
+
+
+def by_accelerate(model: nn.Module, folder: Path) -> Callable[[nn.Module], object]:
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(str(folder))
+
+    def load(other: nn.Module) -> None:
+        again = Accelerator(cpu=True)
+        again.prepare(other)
+        again.load_state(str(folder))
+
+    return load
+
+
+def not_transformers(**options: Any) -> nn.Module:
+    model = Wrapped(inside=False)
+    ak.attach(model).remove("t")
+    torch.manual_seed(7)
+    ak.attach(model).add("t", TRAINED.replace(lora_alpha=options.pop("lora_alpha", 8)))
+    ak.attach(model).activate("t", **options)
+    return model
+
+
+@pytest.mark.parametrize("save", [in_memory, by_plain_trainer, by_accelerate])
+def test_whatever_saves_the_whole_state_dict_a_training_goes_on_only_as_it_was(save: Any, tmp_path: Path) -> None:
+    resume = save(not_transformers(), tmp_path)
+    resume(not_transformers())
+    with pytest.raises(ak.CheckpointError, match="it was saved with lora_alpha = 8, and here it is 32"):
+        resume(not_transformers(lora_alpha=32))
+    with pytest.raises(ak.CheckpointError, match=r"and here 't' \(strength 0.5\) acted"):
+        resume(not_transformers(strengths={"t": 0.5}))
+
+
+def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_whatever_acts() -> None:
+    model = not_transformers()
+    state = model.state_dict()
+    assert state.keys() == not_transformers(trainable=False).state_dict().keys()  # nothing that others would not know
+    ak.attach(model).activate("t", strengths={"t": 0.5})
+    for other in (model, not_transformers(trainable=False, strengths={"t": 0.5})):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("save", [lambda model: model.state_dict(), lambda model: TrainingState(model).state_dict()])
+def test_a_training_beside_a_merged_adapter_resumes_beside_it(save: Any) -> None:
+    saved = save(merged := together("t"))
+    other = together("t")
+    ak.attach(other).merge("beside")
+    ak.attach(merged).merge("beside")
+    for state, model, says in (
+        (save(merged), together("t"), r"with 'beside' merged, and here .*: adapters.merge\('beside'\), adapters.activ"),
+        (saved, other, r"'t' acted and 't' trained, and here .* with 'beside' merged.*: adapters.unmerge\(\), "),
+    ):
+        load = model.load_state_dict if "setting" not in state else TrainingState(model).load_state_dict
+        with pytest.raises(ak.CheckpointError, match=says):
+            load(state)
+    (other.load_state_dict if "setting" not in saved else TrainingState(other).load_state_dict)(save(merged))
 
 
 def test_a_training_state_of_several_processes_is_refused_too() -> None:

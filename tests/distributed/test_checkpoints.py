@@ -129,6 +129,28 @@ def by_torch(folder: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in two.values().items())
 
 
+def whole_models(folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    model, options = Training(1, sharded=True).model, StateDictOptions(full_state_dict=True)
+    saved = get_model_state_dict(model, options=options)
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "model")
+    again = Training(2, sharded=True)
+    for strength, refuses in ((1.0, False), (0.5, True)):
+        again.adapters.activate(*CONFIGS, strengths={"vera": strength})
+        state = get_model_state_dict(again.model)
+        dcp.load(state, checkpoint_id=folder / "model")
+        for load in (
+            lambda state=state: set_model_state_dict(again.model, state),
+            lambda: set_model_state_dict(again.model, dict(saved), options=options),
+        ):
+            if refuses:
+                refused(load, "'vera' (strength 0.5)", error=ak.CheckpointError)
+            else:
+                load()
+
+
 def with_accelerate(folder: Path) -> None:
     from accelerate import Accelerator
 
@@ -157,4 +179,4 @@ def with_accelerate(folder: Path) -> None:
 
 
 def test_a_training_goes_on_in_another_number_of_processes_and_with_accelerate(tmp_path: Path) -> None:
-    on_two_processes(InTurn(by_torch, with_accelerate), tmp_path)
+    on_two_processes(InTurn(by_torch, whole_models, with_accelerate), tmp_path)

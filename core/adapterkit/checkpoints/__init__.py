@@ -5,7 +5,7 @@ written or restored, with everything that their training needs to go on.
 Uses: errors, results, tensors, contract, model, formats, files, merging.
 """
 
-from adapterkit.checkpoints.load_state_dict import LoadHooks
+from adapterkit.checkpoints.load_state_dict import StateDictHooks
 from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
 from adapterkit.checkpoints.setting import check_setting, setting
 from adapterkit.checkpoints.training_files import (
@@ -22,8 +22,8 @@ from adapterkit.checkpoints.training_state import load_training_state, training_
 
 __all__ = [
     "STATE_FILE",
-    "LoadHooks",
     "Saver",
+    "StateDictHooks",
     "WrittenElsewhere",
     "base_state",
     "check_setting",

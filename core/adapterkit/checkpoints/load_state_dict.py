@@ -1,19 +1,21 @@
-"""What an adapted model's own `load_state_dict` does with the adapters that `save_pretrained` wrote."""
+"""What an adapted model's own `state_dict` and `load_state_dict` do with a training of its adapters."""
 
 from __future__ import annotations
 
+import functools
+import uuid
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.setting import check_setting, decoded
+from adapterkit.checkpoints.setting import check_setting, decoded, encoded, setting
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import file_places
 from adapterkit.model import BaseModules, resized_keys
-from adapterkit.tensors import shape_of
+from adapterkit.tensors import has_fsdp1, is_sharded, shape_of, wrappers_of
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -21,24 +23,34 @@ if TYPE_CHECKING:
 # Where PEFT keeps an adapted layer, the original of a module that it trains in full, and the trained copy.
 _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
-# The key, in the state dict of a training's checkpoint, of how the adapters acted and of their configs.
+# The key of how the adapters acted, in the `model.safetensors` that `save_pretrained` writes.
 SETTING = "adapterkit.setting"
+# Text in a state dict has a multiple of this length: `torch.distributed.checkpoint` reads into tensors of equal shapes.
+_LENGTH = 4096
 
 
-class LoadHooks:
-    """Two hooks on the model's `load_state_dict`, with which trainers restore a checkpoint.
+class StateDictHooks:
+    """Hooks on the model's `state_dict` and `load_state_dict`, through which tools save and restore a training.
+
+    While adapters train, a state dict says how they act and what their configs are, so that a training resumes with the
+    same. `torch.save` keeps that in the state dict's metadata. Tools that keep only tensors get one with the key
+    ATTRIBUTE: torch's functions for distributed checkpoints look every key up in the model, which has this attribute.
 
     Attributes:
         asks_for_all: whether the next state dict must restore every adapter that trains. `PeftView` asks for none.
+        by_trainer: whether `Trainer` alone saves the model, without `AdapterTrainerMixin`, which needs no such tensor.
     """
 
     asks_for_all = True
+    by_trainer = True
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._partial = False
         self._given: set[str] = set()
+        self._token = uuid.uuid4().hex  # what this model itself has given is not checked
         self._handles = (
+            root.register_state_dict_post_hook(functools.partial(self._written)),  # torch marks what it is given
             root.register_load_state_dict_pre_hook(self._before),
             root.register_load_state_dict_post_hook(self._after),
         )
@@ -48,10 +60,27 @@ class LoadHooks:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *others: Any) -> None:
+    def _written(
+        self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Say in a state dict how the adapters act, if any trains."""
+        adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+        if not adapters.trainable:
+            return
+        text = setting(adapters, held=adapters.names, configs=True)
+        metadata[ATTRIBUTE] = self._token, text
+        sharded = has_fsdp1(self.root) or any(map(is_sharded, self.root.parameters()))
+        prepared = any(hasattr(m, "_is_accelerate_prepared") for m in (self.root, *wrappers_of(self.root)))
+        saves_itself = "save_pretrained" in self.root.__dict__
+        if sharded or (prepared and self.by_trainer and not saves_itself):
+            state[prefix + ATTRIBUTE] = encoded(text, _LENGTH)
+
+    def _before(
+        self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any], *others: Any
+    ) -> None:
         """Refuse a state dict that does not restore every adapter that trains; one of the base alone only warns."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        acted = state.pop(prefix + SETTING, None)
+        acted = self._setting_in(state, prefix, metadata)
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
         own = self.root.state_dict(keep_vars=True)
@@ -85,13 +114,27 @@ class LoadHooks:
             )
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
-            check_setting(adapters, decoded(acted), "The state dict")
+            check_setting(adapters, acted, "The state dict")
             _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
             warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
                 "training, load the adapter that was saved with it."
             )
+
+    def _setting_in(self, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> str | None:
+        """How the adapters acted in the training that a state dict is of; `None`: it is of none, or of no other.
+
+        Where no adapter trains, only the file that `save_pretrained` wrote for a training is one.
+        """
+        file, held = (state.pop(prefix + key, None) for key in (SETTING, ATTRIBUTE))
+        adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+        token, text = metadata.get(ATTRIBUTE, (self._token, ""))
+        if file is not None or not adapters.trainable:
+            return None if file is None else decoded(file)
+        if held is not None:  # torch.distributed.checkpoint reads into a state dict of this model, with its metadata
+            return decoded(held)
+        return None if token == self._token else text
 
     def _after(self, module: nn.Module, result: Any) -> None:
         """Keys that nobody misses are not missing.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.load_state_dict import SETTING, LoadHooks
+from adapterkit.checkpoints.load_state_dict import SETTING, StateDictHooks
 from adapterkit.checkpoints.peft import watch_peft
 from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
@@ -51,7 +51,7 @@ _REFUSED = {
 }
 
 
-def install(root: nn.Module) -> LoadHooks:
+def install(root: nn.Module) -> StateDictHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
     watch_peft()
@@ -66,10 +66,10 @@ def install(root: nn.Module) -> LoadHooks:
         by_parts = name == _SAVE_PART and any(other.startswith(inside) and other != path for other in writers)
         if not by_parts and name not in module.__dict__:
             module.__dict__[name] = Saver(root, module, path, name)
-    return LoadHooks(root)
+    return StateDictHooks(root)
 
 
-def uninstall(root: nn.Module, hooks: LoadHooks) -> None:
+def uninstall(root: nn.Module, hooks: StateDictHooks) -> None:
     """Undo `install`."""
     hooks.remove()
     for _, module in named_modules(root):
@@ -223,6 +223,7 @@ class Saver:
         self, heads: list[Adapter], module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object
     ) -> None:
         """Remove the adapters from a state dict, and put the tensors of these heads in the place of the model's."""
+        state.pop(prefix + ATTRIBUTE, None)
         owners = {key: adapter for adapter in self.adapters._adapters.values() for key in self._keys(adapter)}
         replaced = tuple(path.removeprefix(self.prefix) + "." for adapter in heads for path in adapter.heads)
         from_heads = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import adapter_tensors
+from adapterkit.tensors import has_fsdp1
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -37,8 +38,8 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         for name, strength in adapters.strengths.items()
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
-    found = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads, "configs": fields}
-    return json.dumps({**found, "base": _base(adapters)})
+    found = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
+    return json.dumps({**found, "merged": adapters.merged, "configs": fields, "base": _base(adapters)})
 
 
 def check_setting(adapters: Adapters, saved: str, where: object) -> None:
@@ -62,11 +63,11 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
                 "that was saved."
             )
     now = json.loads(setting(adapters, held=adapters.names))
-    if any(_acts(then, part) != _acts(now, part) for part in ("trains", "heads", "acting")):
+    if any(_acts(then, part) != _acts(now, part) for part in ("trains", "heads", "acting", "merged")):
         raise CheckpointError(
             f"{where} is of a training in which {_shown(then)}, and here {_shown(now)}. Training on would give other "
             "numbers, and an optimizer may mix up its averages. Before you resume, add the adapters in the same order "
-            f"and let them act as then: adapters.{_activation(then, now)}."
+            f"and let them act as then: {_calls(then, now)}."
         )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
@@ -95,7 +96,7 @@ def method_fields(config: AdapterConfig) -> str:
     """What a config says beyond its choice of layers, such as `lora_alpha`, as JSON. No tensor shows it."""
     common = {f.name for f in dataclasses.fields(AdapterConfig)}
     own = {name: value for name, value in config.to_dict().items() if name not in common}
-    return json.dumps({"method": config.method, **own})
+    return json.dumps({"method": config.method, **own}, default=str)
 
 
 def other_config(saved: str, config: AdapterConfig) -> str:
@@ -113,10 +114,10 @@ def other_config(saved: str, config: AdapterConfig) -> str:
     return ""
 
 
-def encoded(text: str) -> Tensor:
-    """Text as a tensor of bytes, filled up with spaces."""
+def encoded(text: str, block: int = _BLOCK) -> Tensor:
+    """Text as a tensor of bytes, filled up with spaces to a multiple of `block`."""
     held = text.encode()
-    return torch.tensor(list(held.ljust(-(-len(held) // _BLOCK) * _BLOCK)), dtype=torch.uint8, device="cpu")
+    return torch.tensor(list(held.ljust(-(-len(held) // block) * block)), dtype=torch.uint8, device="cpu")
 
 
 def decoded(tensor: Tensor) -> str:
@@ -153,13 +154,16 @@ def sample(tensors: Mapping[str, Tensor]) -> str:
 def _base(adapters: Adapters) -> dict[str, str]:
     """What the adapters that train are trained on: their layers, the dtypes of these, and a little of each weight.
 
-    Nothing of a weight that is sharded, offloaded or trained itself.
+    Nothing of a weight that is sharded, offloaded or trained itself. Merged adapters are seen in the weights.
     """
-    hosts = {path: host for name in adapters.trainable for path, host in adapters._adapters[name].hosts.items()}
+    names = (*adapters.trainable, *adapters.merged)
+    hosts = {path: host for name in names for path, host in adapters._adapters[name].hosts.items()}
     found = {path: host._parameters.get("weight") for path, host in hosts.items()}
     weights = {path: weight.detach() for path, weight in found.items() if weight is not None}
     trained = any(weight is not None and weight.requires_grad for weight in found.values())
-    there = not any(w.is_meta or not w.numel() or type(w) is not Tensor for w in weights.values())
+    there = not has_fsdp1(adapters.model) and not any(
+        w.is_meta or not w.numel() or type(w) is not Tensor for w in weights.values()
+    )
     return {
         "layers": hashlib.sha256(repr([*weights]).encode()).hexdigest()[:16],
         "dtypes": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
@@ -169,7 +173,7 @@ def _base(adapters: Adapters) -> dict[str, str]:
 
 def _acts(found: Mapping[str, Any], part: str) -> list[Any]:
     """A part of a setting, without the values of adapters."""
-    return [(each["name"], each["strength"]) for each in found[part]] if part == "acting" else found[part]
+    return [(each["name"], each["strength"]) for each in found[part]] if part == "acting" else found.get(part, [])
 
 
 def _shown(found: Mapping[str, Any]) -> str:
@@ -178,16 +182,23 @@ def _shown(found: Mapping[str, Any]) -> str:
         f"{name!r}" + f" (strength {'by layer' if isinstance(strength, Mapping) else strength})" * (strength != 1)
         for name, strength in _acts(found, "acting")
     )
-    trains, heads = (", ".join(map(repr, found[part])) for part in ("trains", "heads"))
-    return f"{acting or 'nothing'} acted and {trains or 'nothing'} trained" + f" with the head of {heads}" * bool(heads)
+    trains, heads, merged = (", ".join(map(repr, _acts(found, part))) for part in ("trains", "heads", "merged"))
+    shown = f"{acting or 'nothing'} acted and {trains or 'nothing'} trained" + f" with the head of {heads}" * bool(
+        heads
+    )
+    return shown + f" with {merged} merged" * bool(merged)
 
 
-def _activation(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The call of `activate` that lets adapters act as they did then."""
+def _calls(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The calls that let adapters act as they did then."""
+    calls, merged = [], _acts(then, "merged")
+    if merged != _acts(now, "merged"):
+        calls += ["adapters.unmerge()"] * bool(_acts(now, "merged"))
+        calls += [f"adapters.merge({', '.join(map(repr, merged))})"] * bool(merged)
     names = [each["name"] for each in then["acting"]]
     strengths = {each["name"]: each["strength"] for each in then["acting"] if each["strength"] != 1}
     options = [repr(name) for name in names]
     options += [f"trainable={then['trains']!r}"] if {*names} != {*then["trains"]} else []
     options += [f"heads={then['heads'][-1]!r}"] if then["heads"] and then["heads"] != now["heads"] else []
     options += [f"strengths={strengths!r}"] if strengths else []
-    return f"activate({', '.join(options)})"
+    return ", ".join([*calls, f"adapters.activate({', '.join(options)})"])

@@ -480,8 +480,8 @@ def _rename(view: PeftView, state: MutableMapping[str, Any], prefix: str) -> Non
 
 def _rename_given(view: PeftView, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     """Give a state dict with PEFT's keys the model's keys, for `load_state_dict`. It may be of one adapter alone."""
-    if view.adapters._load_hooks is not None:
-        view.adapters._load_hooks.asks_for_all = False
+    if view.adapters._state_dict_hooks is not None:
+        view.adapters._state_dict_hooks.asks_for_all = False
     root, model = f"{prefix}base_model.", view.base_model.model
     renamed = {key: own_key(model, key.removeprefix(prefix)) for key in state if key.startswith(root)}
     own = {} if any(f".{BIASES}." in name for name in renamed.values()) else _trained_biases(view)
