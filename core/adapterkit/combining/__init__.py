@@ -10,27 +10,3 @@ from adapterkit.combining.heads import outputs_of
 from adapterkit.combining.lowrank import all_finite, check_size, rank_for_energy, svd, working
 from adapterkit.combining.methods import Choices, Space
 from adapterkit.combining.new_adapter import Changes, build_result, check_given, to_method
-
-__all__ = [
-    "Changes",
-    "Choices",
-    "Source",
-    "Space",
-    "all_finite",
-    "build_result",
-    "check_given",
-    "check_size",
-    "check_sources",
-    "exact_change",
-    "extracted",
-    "method_of_result",
-    "mix",
-    "module_of",
-    "outputs_of",
-    "rank_for_energy",
-    "same_layer",
-    "svd",
-    "to_method",
-    "wanted_layers",
-    "working",
-]

@@ -13,21 +13,3 @@ from adapterkit.disk.extraction import extract_files
 from adapterkit.disk.inspection import AdapterInspection, LayerInspection, inspect_adapter
 from adapterkit.disk.merge import MergeReport, merge_checkpoint
 from adapterkit.disk.model import Base, skeleton
-
-__all__ = [
-    "AdapterDiff",
-    "AdapterFile",
-    "AdapterInspection",
-    "Base",
-    "Checkpoint",
-    "LayerInspection",
-    "MergeReport",
-    "combine_files",
-    "convert_file",
-    "diff_adapters",
-    "extract_files",
-    "inspect_adapter",
-    "merge_checkpoint",
-    "names_of",
-    "skeleton",
-]

@@ -9,18 +9,3 @@ from adapterkit.merging.obstacles import obstacle
 from adapterkit.merging.places import Place
 from adapterkit.merging.tied_weights import FLAG, Parting, nested
 from adapterkit.merging.weights import Merged, merging, take_heads
-
-__all__ = [
-    "FLAG",
-    "Change",
-    "Merged",
-    "Parting",
-    "Place",
-    "merge_module",
-    "merging",
-    "nested",
-    "obstacle",
-    "part",
-    "plan",
-    "take_heads",
-]

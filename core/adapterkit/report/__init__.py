@@ -6,5 +6,3 @@ Uses: errors, results, tensors, kinds, contract, model, files, merging, combinin
 
 from adapterkit.report.report import Report, write_report
 from adapterkit.report.sources import live_sources
-
-__all__ = ["Report", "live_sources", "write_report"]
