@@ -15,7 +15,6 @@ from adapterkit.combining import Changes, Source, check_given, exact_change, out
 from adapterkit.contract import (
     AdapterConfig,
     AdapterLayer,
-    KeyRule,
     Method,
     Rule,
     Target,
@@ -31,7 +30,6 @@ from adapterkit.files import (
     WEIGHTS_FILES,
     MappedFiles,
     adapter_folder,
-    appearing,
     file_config,
     file_tensors,
     local_path,
@@ -43,8 +41,17 @@ from adapterkit.files import (
 )
 from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, algorithms_in, shapes_of, translate
 from adapterkit.forward import trained_dtype
-from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import ALL_LINEAR, BaseModules, LabelSet, LayerBuilder, heads_in_file, layer_tensors, sort_tensors
+from adapterkit.kinds import LayerKind
+from adapterkit.model import (
+    ALL_LINEAR,
+    BaseModules,
+    Fit,
+    LabelSet,
+    LayerBuilder,
+    heads_in_file,
+    layer_tensors,
+    sort_tensors,
+)
 from adapterkit.results import LoadReport, Mismatch
 from adapterkit.tensors import module_slots
 
@@ -140,7 +147,6 @@ class AdapterFile(AdapterContent):
             values are read when they are used.
         layout: whose layout they had.
         layers: the tensors of each layer by path and name in the layer; `shared`: those that all layers use.
-        unknown: keys that belong to nothing; `ignored`: keys of other models, and what the base has already.
         unselected: layers that the file has tensors for and the config does not select.
         built: its layers, of mapped tensors; `refused`: those that need the base's weights, and why.
         report: what fits, and what does not.
@@ -157,8 +163,6 @@ class AdapterFile(AdapterContent):
     biases: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
     unselected: list[str] = field(default_factory=list)
     built: dict[str, AdapterLayer] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -194,51 +198,47 @@ class AdapterFile(AdapterContent):
         if base is None and not found.layers and recorded and (Path(recorded) / CONFIG).is_file():
             base = Base(skeleton(recorded), Path(recorded))
             found = translate(files, BaseModules(base.model), part=component, other_class=False)
-        method, config, tensors = found.method, found.config, dict(found.tensors)
-        kinds = found.layers
+        method, config, tensors, kinds = found.method, found.config, dict(found.tensors), found.layers
         if base is not None and files.config is not None:
             splits = [method.key_rule(config).split(key) for key in shapes_of(tensors)]
             kinds = {path: base.kind(path, method) for path in dict.fromkeys(split[0] for split in splits if split)}
         if found.layout != PEFT:
             files = dataclasses.replace(files, config=config.to_dict(), tensors=tensors)
-        kinds = {path: kinds[path] for path in sorted(kinds, key=natural)}
-        name = name or files.folder.name
         opened = cls(
-            name=name,
+            name=name or files.folder.name,
             files=files,
             layout=found.layout,
             method=method,
             config=config,
-            kinds=kinds,
+            kinds={path: kinds[path] for path in sorted(kinds, key=natural)},
             base=base,
             mapped=mapped,
         )
-        rule, opened.ignored = method.key_rule(config), [key for key in tensors if key in found.passed]
-        opened._sort({key: tensor for key, tensor in tensors.items() if key not in found.passed}, rule)
-        opened._build(rule)
+        builder = LayerBuilder(method, config, cast=False)
+        builder.fit.ignored += [key for key in tensors if key in found.passed]
+        opened._sort({key: tensor for key, tensor in tensors.items() if key not in found.passed}, builder)
+        opened._build(builder)
         opened.labels = opened._labels()
         places = [key.rpartition(".")[0].split(".") for key in strip_file_prefix(files.tensors)]
         places += [path.split(".") for path in kinds]
         opened.paths = {".".join(parts[:i]) for parts in places for i in range(1, len(parts) + 1)}
         return opened
 
-    def _sort(self, tensors: Tensors, rule: KeyRule) -> None:
+    def _sort(self, tensors: Tensors, builder: LayerBuilder) -> None:
         """Sort its tensors by what they belong to."""
-        has_shared, layers = self.method.shared is not None, dict.fromkeys(self.kinds)
-        for key in tensors:
-            split = rule.split(key, self.kinds)
-            if split is not None and not (has_shared and rule.is_shared(key, self.kinds)):
-                layers[split[0]] = None
-        known, heads = {path: path for path in layers}, heads_in_file(tensors, self.config.modules_to_save)
-        found = sort_tensors(tensors, rule, known, {path: path for path in heads}, {}, shared=has_shared)
+        rule, fit, has_shared = builder.rule, builder.fit, self.method.shared is not None
+        own = (key for key in tensors if not (has_shared and rule.is_shared(key, self.kinds)))
+        splits = [split for key in own if (split := rule.split(key, self.kinds)) is not None]
+        layers = {path: path for path in (*self.kinds, *(path for path, _ in splits))}
+        heads = {path: path for path in heads_in_file(tensors, self.config.modules_to_save)}
+        found = sort_tensors(tensors, rule, layers, heads, {}, shared=has_shared)
         self.layers, self.heads, self.shared = found.layers, found.heads, found.shared
-        self.ignored += found.repeated
-        self.unknown += [key for key, tensor in found.rest.items() if not self._sort_of_base(key, tensor)]
-        if self.kinds:  # the base lacks the layers of other tensors
-            others = [path for path in found.layers if path not in self.kinds]
-            self.unknown += [f"{path}.{local}" for path in others for local in found.layers[path]]
+        fit.ignored += found.repeated
+        fit.unexpected += [key for key, tensor in found.rest.items() if not self._sort_of_base(key, tensor, fit)]
         self.unselected = self._unselected([path for path in found.layers if path in self.kinds])
-        self.unknown += [f"{path}.{local}" for path in self.unselected for local in found.layers[path]]
+        # Where its layers are known, the base lacks the layers of other tensors.
+        others = [path for path in found.layers if self.kinds and path not in self.kinds]
+        fit.unexpected += [f"{path}.{local}" for path in (*others, *self.unselected) for local in found.layers[path]]
 
     def _unselected(self, paths: Sequence[str]) -> list[str]:
         """The layers among these that the config leaves out, as far as it tells without a model."""
@@ -249,7 +249,7 @@ class AdapterFile(AdapterContent):
         excluded = Rule("exclude_modules", self.config.exclude_modules or ())
         return [path for path in paths if named.match(path) is None or excluded.match(path) is not None]
 
-    def _sort_of_base(self, key: str, tensor: Tensor) -> bool:
+    def _sort_of_base(self, key: str, tensor: Tensor, fit: Fit) -> bool:
         """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
         place, _, local = key.rpartition(".")
         host, trained = place.removesuffix(".base_layer"), self.config.trained_biases
@@ -263,7 +263,7 @@ class AdapterFile(AdapterContent):
         elif local == "weight" and tensor.dim() == 2 and (not target or self.kinds[host].lookup or host != place):
             own = None if self.base is None else self.base.parameter(host, "weight")
             if own is not None and same_values(own, tensor):
-                self.ignored.append(key)
+                fit.ignored.append(key)
             else:
                 self.heads[host] = {local: tensor}
                 self.tables.add(host)
@@ -271,9 +271,9 @@ class AdapterFile(AdapterContent):
             return False
         return True
 
-    def _build(self, rule: KeyRule) -> None:
+    def _build(self, builder: LayerBuilder) -> None:
         """Build its layers, and find out what fits."""
-        builder, shared = LayerBuilder(self.method, self.config, cast=False), None
+        fit, shared = builder.fit, None
         targets = [Target(p, None, k, torch.float32, _CPU, self.layers.get(p, {})) for p, k in self.kinds.items()]
         if targets:
             shared = builder.shared(targets, self.shared)
@@ -281,16 +281,15 @@ class AdapterFile(AdapterContent):
             try:
                 self.built[target.path] = builder.layer(target, shared)
             except StateError as error:
-                module = None if self.base is None else self.base.with_values(target.path)
-                if module is None:
+                if self.base is None or self.base.parameter(target.path, "weight") is None:
                     self.refused[target.path] = f"{error} For files alone, give base=, its folder with the weights."
-                else:
-                    layer = builder.layer(dataclasses.replace(target, module=module), shared)
-                    self.built[target.path] = layer
-                    self.layers[target.path] = {local: slot.tensor for local, slot in module_slots(layer)}
+                    continue
+                module = next(self.base.modules(target.path))
+                layer = builder.layer(dataclasses.replace(target, module=module), shared)
+                self.built[target.path] = layer
+                self.layers[target.path] = {local: slot.tensor for local, slot in module_slots(layer)}
         inside = {f"{path}.{local}": t for path, held in self.layers.items() for local, t in held.items()}
         self.tensors = inside | (self.shared if shared is None else shared_tensors(shared))
-        fit = builder.fit
         for path, bias in self.biases.items():
             size = (self.kinds[path].out_features,) if path in self.kinds else tuple(bias.shape)
             if tuple(bias.shape) != size:
@@ -299,11 +298,9 @@ class AdapterFile(AdapterContent):
             for path in (path for path in self.kinds if path not in self.biases):
                 if any(module._parameters.get("bias") is not None for module in self.base.modules(path)):
                     fit.missing.append(f"{path}.base_layer.bias")
-        fit.unexpected += self.unknown
-        fit.ignored += self.ignored
         self.report = fit.report()
         wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
-        self.broken = {split[0] for key in wrong if (split := rule.split(key, self.kinds)) is not None}
+        self.broken = {split[0] for key in wrong if (split := builder.rule.split(key, self.kinds)) is not None}
 
     @property
     def notes(self) -> list[str]:
@@ -313,7 +310,7 @@ class AdapterFile(AdapterContent):
             "base=, the folder of the model that it was trained on, of which only config.json is read."
         )
         told = self.kinds or (self.method.replaces_call and not self.layers)
-        others, _ = algorithms_in(self.unknown)
+        others, _ = algorithms_in(self.report.unexpected)
         return [*others, *dict.fromkeys(self.refused.values()), *([] if told else [untold])]
 
     def check_told(self) -> None:
@@ -346,14 +343,6 @@ class AdapterFile(AdapterContent):
             refuse(self.report, self.name, str(self.files.folder))
         if self.refused:
             raise StateError(self.notes[0])
-
-    def factors(self, path: str, dtype: torch.dtype = torch.float32) -> Factors | None:
-        """The exact change of a layer, in this dtype at least; `None` if it has no such form."""
-        return self.method.factors(self.built[path], dtype)
-
-    def release(self) -> None:
-        """Free the memory of its tensors; what is used again is read again."""
-        self.mapped.release()
 
     def source(self, weight: float) -> Source:
         """The adapter as `combining` takes it."""
@@ -416,25 +405,6 @@ def names_of(places: Sequence[str | Path]) -> list[str]:
         raise UsageError(f"An adapter is named twice: {', '.join(map(repr, full))}.")
     short = [Path(place).name for place in full]
     return short if len(set(short)) == len(short) and all(short) else full
-
-
-def write_file(
-    tensors: Tensors,
-    metadata: Mapping[str, str],
-    place: Path,
-    dtypes: Mapping[str, torch.dtype],
-    release: Callable[[], None],
-) -> None:
-    """A safetensors file that appears under its name when it is complete.
-
-    Raises:
-        SaveError: it cannot be written there; what was there is untouched.
-    """
-    try:
-        with appearing(place, follow=True) as fresh:
-            write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, release)
-    except OSError as error:
-        raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error
 
 
 def output_place(

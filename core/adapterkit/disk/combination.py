@@ -17,7 +17,7 @@ from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, names_of, 
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, usage
 from adapterkit.files import FactorSpool, short_names
-from adapterkit.kinds import Factors, LayerKind
+from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
 
@@ -88,9 +88,14 @@ def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files 
     opened = [AdapterFile.open(place, given, name=names[str(place)]) for place in sources]
     place = output_place(out, [adapter.files.folder for adapter in opened], dtype, overwrite=overwrite)
     weights = [float(weight) for weight in sources.values()]
-    with FactorSpool(place.parent, lambda: release(opened)) as spool:
+
+    def release() -> None:
+        for adapter in opened:
+            adapter.mapped.release()
+
+    with FactorSpool(place.parent, release) as spool:
         result, report = combined(opened, weights, choices, place.name, spool, given)
-        result.write(place, dtype, lambda: release([spool, *opened]))
+        result.write(place, dtype, spool.release)
     return report
 
 
@@ -120,22 +125,13 @@ def combined(
     changes = dataclasses.replace(changes, kinds=kinds)
     if one_rank:
         rank = max((factors.rank for factors in changes.factors.values()), default=0)
-        padded = {path: _padded(factors, rank) for path, factors in changes.factors.items()}
+        padded = {}
+        for path, factors in changes.factors.items():
+            missing, up, down = rank - factors.rank, factors.up.flatten(1), factors.down.flatten(1)
+            padded[path] = factors._replace(up=F.pad(up, (0, missing)), down=F.pad(down, (0, 0, 0, missing)))
         changes = dataclasses.replace(changes, factors=padded)
     names = _target_names(list(changes.factors), opened, base)
     return AdapterContent.of(changes, default_registry.method(choices.to), dtype, target_modules=names), report
-
-
-def _padded(factors: Factors, rank: int) -> Factors:
-    missing = rank - factors.rank
-    up, down = factors.up.flatten(1), factors.down.flatten(1)
-    return factors._replace(up=F.pad(up, (0, missing)), down=F.pad(down, (0, 0, 0, missing)))
-
-
-def release(mapped: Sequence[FactorSpool | AdapterFile]) -> None:
-    """Free the memory of what was mapped; what is used again is read again."""
-    for one in mapped:
-        one.release()
 
 
 def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: Base | None) -> tuple[str, ...]:
@@ -163,23 +159,23 @@ def _kinds_of_one_base(adapters: Sequence[AdapterFile]) -> dict[str, LayerKind]:
     """The kind of each changed layer. If adapters say different kinds, the most specific one counts."""
     kinds: dict[str, tuple[str, LayerKind]] = {}
     biases: dict[str, tuple[str, Tensor]] = {}
+
+    def check(same: bool, path: str, one: str, other: str, what: str) -> None:
+        if not same:
+            raise CheckpointError(f"{one!r} and {other!r} are not of one base model: at {path!r} one {what}.")
+
     for adapter in adapters:
         adapter.check_told()
         for path, kind in adapter.kinds.items():
             name, own = kinds.setdefault(path, (adapter.name, kind))
             one, other = ((k.out_features, k.in_features) for k in (own, kind))
             # A size of 1 may be one that is not known, because its tensor is missing.
-            if any(a != b and 1 not in (a, b) for a, b in zip(one, other, strict=True)):
-                raise _other_base(path, name, adapter.name, f"is for a layer of shape {one}, the other for {other}")
+            same = all(a == b or 1 in (a, b) for a, b in zip(one, other, strict=True))
+            check(same, path, name, adapter.name, f"is for a layer of shape {one}, the other for {other}")
             if kind != own:
                 kinds[path] = (name, max(own, kind, key=lambda k: len(k.down_shape(1))))
         for path, bias in adapter.biases.items():
             name, held = biases.setdefault(path, (adapter.name, bias))
-            if held.shape != bias.shape:
-                shapes = f"{tuple(held.shape)}, the other one of {tuple(bias.shape)}"
-                raise _other_base(path, name, adapter.name, f"trains a bias of shape {shapes}")
+            shapes = f"{tuple(held.shape)}, the other one of {tuple(bias.shape)}"
+            check(held.shape == bias.shape, path, name, adapter.name, f"trains a bias of shape {shapes}")
     return {path: kind for path, (_, kind) in kinds.items()}
-
-
-def _other_base(path: str, one: str, other: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{one!r} and {other!r} are not of one base model: at {path!r} one {what}.")

@@ -18,11 +18,20 @@ from adapterkit.contract import (
     strip_file_prefix,
     twin,
 )
-from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place, write_file
-from adapterkit.disk.combination import combined, release
+from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place
+from adapterkit.disk.combination import combined
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, SaveError, UnsupportedError, UsageError, usage
-from adapterkit.files import WEIGHTS_FILE, FactorSpool, ServerName, problems_of, server_named, write_folder
+from adapterkit.files import (
+    WEIGHTS_FILE,
+    FactorSpool,
+    ServerName,
+    appearing,
+    problems_of,
+    server_named,
+    write_folder,
+    write_tensors,
+)
 from adapterkit.formats import MLX_WEIGHTS, layers_of, mlx_files, original_names
 from adapterkit.model import BaseModules, layer_tensors, named_modules
 from adapterkit.results import CombineReport
@@ -99,17 +108,21 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
     opened = AdapterFile.open(source, given, component=component)
     opened.check_told()
     place = output_place(out, [opened.files.folder], dtype, overwrite=overwrite, file=naming in _PARTS)
-    with FactorSpool(place.parent, opened.release) as spool:
+    with FactorSpool(place.parent, opened.mapped.release) as spool:
         choices = Choices(to=to, rank=rank, energy=energy, heads=opened.name if heads == "keep" else heads)
         result, report = _converted(opened, choices, place.name, spool, given, server, max_rank)
         if naming == "peft":
-            result.write(place, dtype, lambda: release([spool, opened]))
+            result.write(place, dtype, spool.release)
         elif naming == "mlx":
             _write_mlx(result, place, dtype, () if given is None else [path for path, _ in named_modules(given.model)])
         else:
             tensors, metadata = _foreign(result, naming, as_component or default, given)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
-            write_file(tensors, metadata, place, dtypes, lambda: release([spool, opened]))
+            try:
+                with appearing(place, follow=True) as fresh:
+                    write_tensors(tensors, fresh, {"format": "pt", **metadata}, dtypes, spool.release)
+            except OSError as error:
+                raise SaveError(f"{place} cannot be written: {error}. What was there before is untouched.") from error
     return report
 
 

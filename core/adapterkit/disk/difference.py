@@ -204,24 +204,22 @@ def _layer(path: str, a: AdapterFile, b: AdapterFile, tolerance: float) -> Layer
     same_tensors = ours.keys() == theirs.keys() and all(_same(t, theirs[name]) for name, t in ours.items())
     one = inspect_layer(a, path) if ours else None
     other = inspect_layer(b, path) if theirs else None
-    known = (one is None or one.norm is not None) and (other is None or other.norm is not None)
+    norms = [side.norm for side in (one, other) if side is not None]
     apart = cosine = None
-    if known and one is not None and other is not None and one.shape == other.shape:
-        f, g = a.factors(path), b.factors(path)
+    if None not in norms and one is not None and other is not None and one.shape == other.shape:
+        f, g = (side.method.factors(side.built[path]) for side in (a, b))
         assert f is not None
         assert g is not None
         apart, cosine = distance(f, g), measures.cosine(f, g)
-    same: bool | None = False
+    same: bool | None = None
     if same_tensors and a.config == b.config:
         same = True
     elif apart is not None:
         same = apart <= tolerance
-    elif not known:
-        same = None
-    elif one is None or other is None:
-        same = not any(side.norm for side in (one, other) if side is not None)  # a change of zero is none
-    a.release()
-    b.release()
+    elif None not in norms:
+        same = len(norms) < 2 and not any(norms)  # a change of zero is as none
+    a.mapped.release()
+    b.mapped.release()
     return LayerDifference(path, one, other, same_tensors, same, apart, cosine)
 
 
@@ -261,11 +259,8 @@ def _tensors(a: AdapterFile, b: AdapterFile) -> Iterator[TensorDifference]:
         if one is not None and other is not None and _same(one, other):
             continue
         apart = _relative(one, other) if one is not None and other is not None and one.shape == other.shape else None
-        yield TensorDifference(key, _form(one), _form(other), apart)
-
-
-def _form(tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
-    return None if tensor is None else (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        forms = [t if t is None else (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in (one, other)]
+        yield TensorDifference(key, forms[0], forms[1], apart)
 
 
 def _fields(

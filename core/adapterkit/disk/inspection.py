@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,9 +151,11 @@ def inspect_adapter(
     opened = AdapterFile.open(source, Base.of(base), component=component, keep_names=True)
     files = opened.files
     paths = opened.kinds or sorted(opened.layers, key=natural)
-    layers = tuple(inspect_layer(opened, path, values=values) for path in paths)
+    layers = [inspect_layer(opened, path, values=values) for path in paths]
     odd = [row.path for row in layers if row.rank is not None and row.norm is None and row.path not in opened.broken]
     norms = [row.norm for row in layers if row.rank is not None or row.norm is not None]
+    if sort != "path":  # layers without a number are last
+        layers.sort(key=lambda row: -math.inf if (n := getattr(row, sort)) is None else n, reverse=True)
     place = files.folder
     if place.is_dir():
         place = next(place / name for name in WEIGHTS_FILES if (place / name).is_file())
@@ -168,7 +170,7 @@ def inspect_adapter(
         provider=opened.method.provider,
         base=opened.config.base_model_name_or_path,
         config=files.config or {},
-        layers=_in_order(layers, sort)[:top],
+        layers=tuple(layers[:top]),
         sort=sort,
         total=len(layers),
         # A file has the bias of a head before its weight; modules have it behind.
@@ -188,27 +190,6 @@ def inspect_adapter(
         mismatched=tuple(map(str, opened.report.mismatched)),
         notes=(*opened.notes, *(f"{path} has values that are not finite" for path in odd if values)),
     )
-
-
-def _in_order(layers: Sequence[LayerInspection], sort: str) -> tuple[LayerInspection, ...]:
-    """The layers by path as they are, or those with the largest number first and those without one last."""
-    if sort == "path":
-        return tuple(layers)
-    numbers: dict[str, Any] = {row.path: getattr(row, sort) for row in layers}
-    return tuple(sorted(layers, key=lambda row: -math.inf if (n := numbers[row.path]) is None else n, reverse=True))
-
-
-def _groups(found: AdapterInspection) -> Iterator[Sequence[LayerInspection]]:
-    """The layers row by row: one each, or, of many in order of path, those that differ in numbers alone."""
-    if found.sort != "path" or len(found.layers) <= _MOST_ALONE:
-        yield from ((row,) for row in found.layers)
-        return
-    yield from in_groups(found.layers, lambda row: (NUMBER.sub("", row.path), row.kind, row.shape))
-
-
-def _span(numbers: Sequence[float | None]) -> str:
-    given = [number for number in numbers if number is not None]
-    return span(given, ".4g") if given else "-"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -237,7 +218,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
     if values and factors is not None and all_finite(*factors[:3]):
         with suppress(StateError):  # they overflow: there is no norm either
             found = dataclasses.replace(found, **measures.Measure.of(measures.spectrum(factors))._asdict())
-    opened.release()
+    opened.mapped.release()
     return found
 
 
@@ -254,10 +235,14 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
     if found.norm is not None:
         yield f"  norm of all changes: {found.norm:.4g}"
     rows: list[tuple[str, ...]] = [_COLUMNS] if found.layers else []
-    for group in _groups(found):
+    alone = found.sort != "path" or len(found.layers) <= _MOST_ALONE
+    for group in in_groups(
+        found.layers, lambda row: (row.path if alone else NUMBER.sub("", row.path), row.kind, row.shape)
+    ):
         first = group[0]
         shape = "?" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
-        numbers = (_span([getattr(row, name) for row in group]) for name in _NUMBERS)
+        given = [[n for row in group if (n := getattr(row, name)) is not None] for name in _NUMBERS]
+        numbers = (span(held, ".4g") if held else "-" for held in given)
         rows.append((merged_paths([row.path for row in group]), first.kind or "?", shape, *numbers))
     yield from (f"  {line}" for line in columns(rows))
     for path, tensors in found.heads.items():

@@ -471,10 +471,6 @@ class Base:
             )
         return found
 
-    def with_values(self, path: str) -> nn.Module | None:
-        """A module whose weight has values, in memory or mapped from the folder's files; `None` if there are none."""
-        return None if self.parameter(path, "weight") is None else next(self.modules(path))
-
     def parameter(self, path: str, name: str) -> Tensor | None:
         """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights."""
         if self.folder is not None and weights_in(self.folder) is not None:

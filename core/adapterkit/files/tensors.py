@@ -276,7 +276,7 @@ class FactorSpool(MutableMapping[str, Factors]):
 
     Args:
         folder: where the file is, on the disk that the result goes to.
-        after: called after each item.
+        after: called after each item, and by `release`; frees what the items are made from.
     """
 
     def __init__(self, folder: Path, after: Callable[[], None]) -> None:
@@ -330,6 +330,7 @@ class FactorSpool(MutableMapping[str, Factors]):
         """See `Pages.release`."""
         if self._pages is not None:
             self._pages.release()
+        self._after()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
+from adapterkit.results import NUMBER
+
 # Shades of a scale. The style sheet has as many: h0 to h9 from nothing to the largest, and n9 to n1, h0, p1 to p9 for
 # values from -1 to 1.
 _STEPS = 9
@@ -53,29 +55,22 @@ def places_of(paths: Iterable[str]) -> Places:
     A path is cut after its last layer number that has a name after it: `layers.2.blocks.17 | attn.qkv`. A path without
     a number is a row of its own. The dotted prefix that all rows share is left out, but not the last name (`layer.3`).
     """
-    cuts: dict[str, int] = {}
+    rows: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split(".")
-        cuts[path] = max((i + 1 for i, part in enumerate(parts[:-1]) if _is_number(part)), default=len(parts))
-    rows = {path: path.split(".")[:cut] for path, cut in cuts.items()}
+        cut = max((i + 1 for i, part in enumerate(parts[:-1]) if part.isdecimal()), default=len(parts))
+        rows[path] = parts[:cut]
     # Files list `layers.10` before `layers.2`: rows are sorted by stack, and by number within a stack.
-    stacks = list(dict.fromkeys(map(_stack, rows.values())))
+    stacks = {path: NUMBER.sub("#", ".".join(row)) for path, row in rows.items()}
+    first = list(dict.fromkeys(stacks.values()))
     order = sorted(
-        rows, key=lambda path: (stacks.index(_stack(rows[path])), [*map(int, filter(_is_number, rows[path]))])
+        rows, key=lambda path: (first.index(stacks[path]), [int(part) for part in rows[path] if part.isdecimal()])
     )
     shared = [*takewhile(lambda names: len(set(names)) == 1, zip(*(row[:-1] for row in rows.values()), strict=False))]
     common = len(shared)
-    while common and any(_is_number(row[common]) for row in rows.values()):
+    while common and any(row[common].isdecimal() for row in rows.values()):
         common -= 1
-    return {path: (".".join(rows[path][common:]), ".".join(path.split(".")[cuts[path] :])) for path in order}
-
-
-def _is_number(part: str) -> bool:
-    return part.isdecimal() and part.isascii()
-
-
-def _stack(row: Sequence[str]) -> str:
-    return ".".join("#" if _is_number(part) else part for part in row)
+    return {path: (".".join(rows[path][common:]), ".".join(path.split(".")[len(rows[path]) :])) for path in order}
 
 
 def layer_map(title: str, places: Places, cells: Mapping[str, Cell], **scale: str) -> HeatMap:

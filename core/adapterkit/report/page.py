@@ -17,7 +17,8 @@ from adapterkit.errors import plain
 from adapterkit.report import plots
 from adapterkit.report.heatmaps import Cell, HeatMap, Places, layer_map, number, percent, shade
 from adapterkit.report.measuring import MOST_ENTRIES, AdapterFinding, Findings, LayerFinding, Pair, PairFinding
-from adapterkit.report.verdicts import DISTURBED, UNDISTURBED, Verdict, count
+from adapterkit.report.verdicts import DISTURBED, UNDISTURBED, Verdict
+from adapterkit.results import counted
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -60,7 +61,7 @@ def render(findings: Findings, verdicts: Sequence[Verdict], places: Places, titl
     on_top = len(findings.adapters) + _PAIRS_ON_TOP
     return template.render(
         title=title,
-        subtitle=f"{count(len(findings.adapters), 'adapter')}, {count(len(places), 'target')}",
+        subtitle=f"{counted(len(findings.adapters), 'adapter')}, {counted(len(places), 'target')}",
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
         groups=groups[:on_top],
         more=groups[on_top:],
@@ -183,7 +184,7 @@ def _spectra(adapter: str, module: str, layers: Sequence[LayerFinding]) -> dict[
 
     at90, at99 = (math.ceil(median(getattr(layer, rank) for layer in layers)) for rank in ("rank_90", "rank_99"))
     svg = plots.spectra(f"{adapter}, {module}", [layer.spectrum for layer in layers], (at90, at99))
-    note = f"{count(len(layers), 'layer')}, 90 % at {at90}, 99 % at {at99}"
+    note = f"{counted(len(layers), 'layer')}, 90 % at {at90}, 99 % at {at99}"
     return {"name": module, "note": note, "svg": Markup(svg)}
 
 

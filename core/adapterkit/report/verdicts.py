@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from adapterkit.report.heatmaps import Places, number, percent
 from adapterkit.report.measuring import AdapterFinding, Findings, PairFinding
-from adapterkit.results import in_lines
+from adapterkit.results import counted, in_lines
 
 # The share of the targets for which a rank must be enough: a few hard targets should not set the rank of all.
 TARGETS_SERVED = 0.95
@@ -77,12 +77,14 @@ def verdicts(findings: Findings, places: Places) -> list[Verdict]:
 
 def nothing_measured(adapter: AdapterFinding) -> Verdict:
     """The verdict on an adapter without a change that has a size."""
-    formless, zero = len(adapter.without_factors), len(adapter.layers)
+    formless, zero = (
+        counted(len(paths), "target") if paths else "" for paths in (adapter.without_factors, adapter.layers)
+    )
     reasons = []
     if formless:
-        reasons.append(f"The method {adapter.config.method!r} has no low-rank form of its change at {count(formless)}.")
+        reasons.append(f"The method {adapter.config.method!r} has no low-rank form of its change at {formless}.")
     if zero:
-        reasons.append(f"The change is zero at {count(zero)}: the adapter was not trained there.")
+        reasons.append(f"The change is zero at {zero}: the adapter was not trained there.")
     if not (formless or zero):
         reasons.append("It has no layers: all that it does is in the model's call.")
     headline = "It changes nothing." if zero and not formless else "Its changes cannot be measured."
@@ -93,6 +95,7 @@ def which_layers(adapter: AdapterFinding, places: Places) -> Verdict:
     """How concentrated the change is, and where."""
     squares = {path: size**2 for path, size in adapter.sizes().items()}
     ranked = sorted(squares, key=squares.__getitem__, reverse=True)
+    targets = counted(len(ranked), "target")
     total, half, so_far = sum(squares.values()), 0, 0.0
     while so_far < 0.5 * total * (1 - 1e-12):
         so_far += squares[ranked[half]]
@@ -114,7 +117,7 @@ def which_layers(adapter: AdapterFinding, places: Places) -> Verdict:
     return Verdict(
         LAYERS,
         (adapter.name,),
-        f"Half of the change is in {half} of {count(len(ranked))} ({math.ceil(len(ranked) / 2)} if all were alike).",
+        f"Half of the change is in {half} of {targets} ({math.ceil(len(ranked) / 2)} if all were alike).",
         reasons,
         f"Layers: targets are compared by squared size ({'|dW|/|W|' if adapter.has_base else '|dW|'}, Frobenius "
         "norms), because squared sizes add up. A large change shows where training acted. To adapt fewer layers, keep "
@@ -162,21 +165,22 @@ def which_rank(adapter: AdapterFinding) -> Verdict:
 def whether_to_merge(first: AdapterFinding, second: AdapterFinding, found: PairFinding) -> Verdict:
     """Whether two adapters can become one, and which method to try first."""
     shared = len(first.kinds.keys() & second.kinds.keys())
+    share = f"They share {counted(shared, 'target')}"
     still = [adapter.name for adapter in (first, second) if not adapter.norm]
     call = ""
     if found.other_shape:
         headline = "No: they are adapters of models of different sizes."
-        reasons = [f"{count(len(found.other_shape))} with two shapes, the first {found.other_shape[0]}."]
+        reasons = [f"{counted(len(found.other_shape), 'target')} with two shapes, the first {found.other_shape[0]}."]
     elif not shared:
         headline = "Yes, without loss: they change different layers."
         reasons = ["They share no target, so their sum leaves both as they are."]
         call = _call(first, second)
     elif still:
         headline = "The weights do not tell."
-        reasons = [f"They share {count(shared)}, but no change of {' or '.join(still)} can be measured."]
+        reasons = [f"{share}, but no change of {' or '.join(still)} can be measured."]
     elif not found.layers:
         headline = "The weights do not tell."
-        reasons = [f"They share {count(shared)}, but at none of them can both changes be measured."]
+        reasons = [f"{share}, but at none of them can both changes be measured."]
     else:
         headline, call = _decide(first, second, found)
         reasons = _compare(first, second, found)
@@ -237,8 +241,3 @@ def _call(first: AdapterFinding, second: AdapterFinding, method: str = "", weigh
         return ""
     heads = ", heads=…" if first.heads or second.heads else ""
     return f"adapters.combine('both', {{{first.name!r}: {weight:g}, {second.name!r}: {weight:g}}}{method}{heads})"
-
-
-def count(number: int, what: str = "target") -> str:
-    """`1 target`, `2 targets`."""
-    return f"{number} {what}" + "s" * (number != 1)
