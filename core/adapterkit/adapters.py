@@ -21,11 +21,11 @@ from adapterkit.combining import (
     Space,
     build_result,
     check_sources,
+    config_to_extract,
     extracted,
     mix,
     module_of,
     same_layer,
-    wanted_layers,
 )
 from adapterkit.contract import (
     ATTRIBUTE,
@@ -68,6 +68,7 @@ from adapterkit.model import (
     labels_of_new_head,
     parameter_groups,
     resized_tables,
+    select,
     select_on,
     tables,
     training_among,
@@ -1179,11 +1180,11 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     if adapters.merged:
         listed = ", ".join(map(repr, adapters.merged))
         raise StateError(f"The base's weights have {listed} merged into them. Call unmerge() first.")
-    selection = wanted_layers(base, rank, energy, to, target_modules, exclude_modules, modules_to_save)
+    config = config_to_extract(rank, energy, to, target_modules, exclude_modules, modules_to_save)
+    selection = select(base, config)
     heads = {path: copy_head(module_of(tuned, path), path) for path in selection.heads}
-    labels = LabelSet.of(tuned) if heads else None
     changes, report = extracted(
-        name, selection, lambda match: (match.module, same_layer(tuned, match)), rank, energy, to, heads, labels
+        name, selection, lambda match: (match.module, same_layer(tuned, match)), rank, energy, to, heads, tuned
     )
     adapters._install(build_result(name, changes, default_registry.method(to), base, adapters._active))
     return report

@@ -5,7 +5,7 @@ Uses: errors, results, tensors, kinds, contract, forward, model, files, merging.
 """
 
 from adapterkit.combining.combine import Source, check_sources, exact_change, mix
-from adapterkit.combining.extraction import extracted, method_of_result, module_of, same_layer, wanted_layers
+from adapterkit.combining.extraction import config_to_extract, extracted, module_of, same_layer
 from adapterkit.combining.heads import outputs_of
 from adapterkit.combining.lowrank import all_finite, check_size, rank_for_energy, svd, working
 from adapterkit.combining.methods import Choices, Space

@@ -10,11 +10,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from adapterkit.combining import lowrank
 from adapterkit.combining.new_adapter import Changes, check_can_result, check_finite
-from adapterkit.contract import Method, default_registry
+from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import SelectionError, StateError, UnsupportedError, UsageError
 from adapterkit.kinds import Factors
 from adapterkit.merging import obstacle
-from adapterkit.model import LabelSet, Match, Selection, select
+from adapterkit.model import LabelSet, Match, Selection
 from adapterkit.results import CombineReport
 from adapterkit.tensors import module_slots
 
@@ -24,8 +24,13 @@ _LARGE = 1024
 _OVERSAMPLING, _ITERATIONS = 16, 4
 
 
-def method_of_result(rank: int | None, energy: float | None, to: str) -> Method:
-    """The method `to`, for an extraction of this size.
+def config_to_extract(
+    rank: int | None, energy: float | None, to: str, *modules: str | Sequence[str] | None
+) -> AdapterConfig:
+    """A config of the method `to` for an extraction of this size.
+
+    Args:
+        modules: its `target_modules`, `exclude_modules` and `modules_to_save`.
 
     Raises:
         UsageError: not exactly one of `rank` and `energy` is given, or it is invalid.
@@ -36,27 +41,8 @@ def method_of_result(rank: int | None, energy: float | None, to: str) -> Method:
         raise UsageError("extract needs rank= or energy=: the exact difference of a full fine-tune has full rank.")
     method = default_registry.method(to)
     check_can_result(method)
-    return method
-
-
-def wanted_layers(
-    model: nn.Module,
-    rank: int | None,
-    energy: float | None,
-    to: str,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None,
-    modules_to_save: str | Sequence[str] | None,
-) -> Selection:
-    """The layers and heads that the arguments select, for a method that can be the result.
-
-    Raises:
-        SelectionError: nothing is selected. The other errors are those of `method_of_result`.
-    """
-    config = method_of_result(rank, energy, to).config_type()(
-        target_modules=target_modules, exclude_modules=exclude_modules, modules_to_save=modules_to_save
-    )
-    return select(model, config)
+    targets, excluded, saved = modules
+    return method.config_type()(target_modules=targets, exclude_modules=excluded, modules_to_save=saved)
 
 
 def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on files
@@ -67,14 +53,14 @@ def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on
     energy: float | None,
     to: str,
     heads: Mapping[str, nn.Module],
-    labels: LabelSet | None,
+    tuned: nn.Module,
     store: MutableMapping[str, Factors] | None = None,
 ) -> tuple[Changes, CombineReport]:
     """The changes of the adapter that comes closest to the difference of two models.
 
     Args:
         layers: gives a target's layer in the base and in the tuned model.
-        heads: the tuned model's.
+        heads: copies of the tuned model's; `tuned` is that model, with or without values.
         store: keeps each target's result until all are known.
     """
     factors: MutableMapping[str, Factors] = {} if store is None else store
@@ -97,7 +83,7 @@ def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on
     clipped = tuple(path for path in clipped if path in ranks)
     held = {path: {local: slot.tensor for local, slot in module_slots(head)} for path, head in heads.items()}
     report = CombineReport(name, to, ranks, errors, tuple(heads), clipped, tuple(unchanged))
-    return Changes(factors, kinds, heads=held, labels=labels), report
+    return Changes(factors, kinds, heads=held, labels=LabelSet.of(tuned) if heads else None), report
 
 
 def module_of(tuned: nn.Module, path: str) -> nn.Module:

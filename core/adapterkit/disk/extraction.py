@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapterkit.combining import extracted, method_of_result, wanted_layers
+from adapterkit.combining import config_to_extract, extracted
 from adapterkit.contract import default_registry
 from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.errors import ConfigError, usage
 from adapterkit.files import EVERYWHERE, FactorSpool, model_folder, short_names
-from adapterkit.model import BaseModules, LabelSet, Match, copy_head, task_type
+from adapterkit.model import BaseModules, Match, copy_head, select, task_type
 from adapterkit.results import CombineReport
 
 
@@ -56,7 +56,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
         StateError: weights that are not finite.
         SaveError: `out` is there already, or cannot be written.
     """
-    method_of_result(rank, energy, to)
+    config = config_to_extract(rank, energy, to, target_modules, exclude_modules, modules_to_save)
     folders = [model_folder(folder) for folder in (base, tuned)]
     place = output_place(out, folders, dtype, overwrite=overwrite)
     if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
@@ -64,7 +64,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     model = skeleton(folders[1])
     before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)
     working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32
-    selection = wanted_layers(model.to(working), rank, energy, to, target_modules, exclude_modules, modules_to_save)
+    selection = select(model.to(working), config)
     heads = {path: copy_head(after.module(path), path) for path in selection.heads}
 
     def layers(match: Match) -> tuple[nn.Module, nn.Module]:
@@ -75,8 +75,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     modules = BaseModules(model)
     adapted = [model.get_submodule(path) for path in (*(match.path for match in selection.targets), *selection.heads)]
     with FactorSpool(place.parent, lambda: None) as spool:
-        labels = LabelSet.of(model) if heads else None
-        changes, report = extracted(place.name, selection, layers, rank, energy, to, heads, labels, spool)
+        changes, report = extracted(place.name, selection, layers, rank, energy, to, heads, model, spool)
         names = short_names(changes.factors, modules.all_paths)
         fields = {"base_model_name_or_path": str(base), "target_modules": names}
         if heads and (task := task_type(model)):

@@ -97,21 +97,17 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{name!r} is a keyword of Python. Choose another name.")
     if len(name) > _LONGEST_NAME:
         raise UsageError(f"{name!r} has {len(name)} characters, but a method's name may have at most {_LONGEST_NAME}.")
-    _check_methods(name, f"{name}_")
-    if importlib.util.find_spec(f"adapterkit_{name}") is not None:
-        raise UsageError(f"A module adapterkit_{name} already exists. Choose another name.")
-
-
-def _check_methods(name: str, prefix: str) -> None:
     for method in describe_methods().methods:
         if method.name == name:
             raise PluginError(f"A method {name!r} already exists, from {method.package}. Choose another name.")
-        if method.prefix and (prefix.startswith(method.prefix) or method.prefix.startswith(prefix)):
+        if method.prefix and (f"{name}_".startswith(method.prefix) or method.prefix.startswith(f"{name}_")):
             raise PluginError(
-                f"Parameters of a method {name!r} would be called {prefix + '...'!r}, those of {method.name!r} "
+                f"Parameters of a method {name!r} would be called '{name}_...', those of {method.name!r} "
                 f"({method.package}) are called {method.prefix + '...'!r}: they could not be told apart. Choose "
                 "another name."
             )
+    if importlib.util.find_spec(f"adapterkit_{name}") is not None:
+        raise UsageError(f"A module adapterkit_{name} already exists. Choose another name.")
 
 
 def _requirement() -> str:

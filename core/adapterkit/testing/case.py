@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
+from adapterkit.contract import AdapterConfig, Method, default_registry
 from adapterkit.errors import AdapterError, AdapterWarning, PluginError
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -96,18 +96,31 @@ class ProbeModel(nn.Module):
 
 @dataclass(frozen=True)
 class Probe:
-    """One layer kind to try: a name for messages, what makes the two layers, and the shape of the input."""
+    """One layer kind to try.
+
+    Attributes:
+        name: what messages call it.
+        shape: of the input.
+        layer: makes a layer from the numbers of its input and output channels.
+        up, down: what else the two layers of the model take; without `down`, both take the same.
+        channels: of the model's input, between its layers, and of its output.
+    """
 
     name: str
     shape: tuple[int, ...]
-    up: Callable[[], nn.Module]
-    down: Callable[[], nn.Module]
+    layer: Callable[..., nn.Module]
+    up: Mapping[str, Any] | None = None
+    down: Mapping[str, Any] | None = None
+    channels: tuple[int, int, int] = (WIDTH, HIDDEN, WIDTH)
 
     def build(self, dtype: torch.dtype = torch.float32) -> ProbeModel:
         """The model in eval mode, with the same weights at each call, whatever the global random state."""
+        first, middle, last = self.channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return ProbeModel(self.up(), self.down()).to(dtype).eval()
+            up = self.layer(first, middle, **(self.up or {}))
+            down = self.layer(middle, last, **((self.up if self.down is None else self.down) or {}))
+            return ProbeModel(up, down).to(dtype).eval()
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The same input at each call; row numbers for embeddings."""
@@ -117,28 +130,14 @@ class Probe:
         return torch.randn(self.shape, generator=generator).to(dtype)
 
 
-def linear(out_features: int, in_features: int) -> Probe:
-    """Linear layers of these sizes."""
-    return Probe(
-        "Linear",
-        (ROWS, in_features),
-        lambda: nn.Linear(in_features, out_features),
-        lambda: nn.Linear(out_features, WIDTH),
-    )
-
-
-def _transposed(out_features: int, in_features: int) -> nn.Module:
+def transposed(in_features: int, out_features: int) -> nn.Module:
+    """A `Conv1D` of transformers, which initialises its weight with smaller numbers."""
     from transformers.pytorch_utils import Conv1D
 
     layer: nn.Module = Conv1D(out_features, in_features)
     nn.init.normal_(layer.get_parameter("weight"), std=in_features**-0.5)
     nn.init.normal_(layer.get_parameter("bias"), std=0.1)
     return layer
-
-
-def _probe(name: str, shape: tuple[int, ...], layer: Callable[..., nn.Module], up: Any, down: Any = None) -> Probe:
-    """A probe of two layers of one class, by the arguments that follow the channels."""
-    return Probe(name, shape, lambda: layer(WIDTH, HIDDEN, **up), lambda: layer(HIDDEN, WIDTH, **(down or up)))
 
 
 class Block(nn.Module):
@@ -155,42 +154,40 @@ class Block(nn.Module):
 
 _IMAGE = (ROWS, WIDTH, 4, 4)
 PROBES: Sequence[Probe] = (
-    linear(HIDDEN, WIDTH),
-    _probe("Linear without bias", (ROWS, PLACES, WIDTH), nn.Linear, {"bias": False}),
-    _probe("Conv1D (transformers)", (ROWS, PLACES, WIDTH), lambda size, out: _transposed(out, size), {}),
-    _probe(
+    Probe("Linear", (ROWS, WIDTH), nn.Linear),
+    Probe("Linear without bias", (ROWS, PLACES, WIDTH), nn.Linear, {"bias": False}),
+    Probe("Conv1D (transformers)", (ROWS, PLACES, WIDTH), transposed),
+    Probe(
         "Conv1d",
         (ROWS, WIDTH, PLACES),
         nn.Conv1d,
         {"kernel_size": 3, "padding": 1},
         {"kernel_size": 1, "bias": False},
     ),
-    _probe(
+    Probe(
         "Conv2d",
         _IMAGE,
         nn.Conv2d,
         {"kernel_size": (3, 2), "stride": (1, 2), "padding": 1, "padding_mode": "circular"},
         {"kernel_size": 3, "padding": 2, "dilation": 2},
     ),
-    _probe(
+    Probe(
         "Conv2d with groups",
         _IMAGE,
         nn.Conv2d,
         {"kernel_size": 3, "padding": 1, "groups": 2},
         {"kernel_size": 1, "groups": 4},
     ),
-    _probe("Conv3d", (ROWS, WIDTH, 2, 3, 3), nn.Conv3d, {"kernel_size": (1, 2, 2)}, {"kernel_size": 1}),
+    Probe("Conv3d", (ROWS, WIDTH, 2, 3, 3), nn.Conv3d, {"kernel_size": (1, 2, 2)}, {"kernel_size": 1}),
+    # Both tables are read with the input.
     Probe(
-        "Embedding",
-        (ROWS, PLACES),
-        lambda: nn.Embedding(WIDTH, HIDDEN, padding_idx=0),
-        lambda: nn.Embedding(WIDTH, HIDDEN),
+        "Embedding", (ROWS, PLACES), lambda _, __, **more: nn.Embedding(WIDTH, HIDDEN, **more), {"padding_idx": 0}, {}
     ),
 )
 # For methods that take any module.
 MODULES = (
-    _probe("Sequential", (ROWS, WIDTH), lambda i, o: nn.Sequential(nn.Linear(i, o), nn.Tanh()), {}),
-    _probe("Block", (ROWS, PLACES, WIDTH), Block, {}),
+    Probe("Sequential", (ROWS, WIDTH), lambda i, o: nn.Sequential(nn.Linear(i, o), nn.Tanh())),
+    Probe("Block", (ROWS, PLACES, WIDTH), Block),
 )
 # What people do to whole models is tried on these: a line, a window, a table and a block.
 FEW = ("Linear", "Conv2d", "Embedding", "Block")
@@ -330,12 +327,6 @@ class Case:
             raise refusal
         if not yielded:
             raise NotApplicable("the method takes no layer that this check is about: it is for additive methods")
-
-
-def defined(layer: AdapterLayer) -> list[str]:
-    """Which of `factors`, `change` and `merged` a layer has."""
-    own = [name for name in ("factors", "change") if hasattr(layer, name)]
-    return own + ["merged"] * (type(layer).merged is not AdapterLayer.merged)
 
 
 def changed_fields(config: AdapterConfig) -> list[str]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.errors import AdapterError, StateError, UnsupportedError
 from adapterkit.testing.case import (
+    ROWS,
     TARGETS,
     TOLERANCES,
+    WIDTH,
     Broken,
     Case,
     NotApplicable,
+    Probe,
     Subject,
     expect,
     expect_close,
-    linear,
 )
 
 CANNOT_MERGE = "the method cannot be merged here"
@@ -45,7 +47,9 @@ def check_merge_is_linear(case: Case) -> None:
     tried = False
     for dtype, (out_features, in_features) in product(TOLERANCES, [(16, 16), (40, 8), (8, 40), (7, 5)]):
         try:
-            subject = Subject(case.config, linear(out_features, in_features), dtype, "a", "b")
+            sizes = (in_features, out_features, WIDTH)
+            probe = Probe("Linear", (ROWS, in_features), nn.Linear, channels=sizes)
+            subject = Subject(case.config, probe, dtype, "a", "b")
         except AdapterError:  # these sizes do not suit the config
             continue
         subject.train("a").train("b", seed=1)
