@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from lycoris.wrapper import create_lycoris
+from tests.core.test_errors import unchanged
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -147,6 +150,39 @@ def loaded(model: nn.Module, file: Path, **options: Any) -> Iterator[ak.LoadRepo
     adapters = ak.attach(model)
     yield adapters.load(file, "x", **options)
     adapters.remove("x")
+
+
+@contextmanager
+def as_file(adapter: Path | dict[str, Tensor]) -> Iterator[Path]:
+    """The file of an adapter; of tensors, one that is written here."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield adapter if isinstance(adapter, Path) else write(Path(folder) / "a.safetensors", adapter)
+
+
+def check(model: nn.Module, adapter: Path | dict[str, Tensor], wanted: Tensor, **options: Any) -> ak.LoadReport:
+    """The adapter loads on `model`, gives these outputs and leaves nothing."""
+    base = output(model)
+    with as_file(adapter) as file, loaded(model, file, dtype="file", **options) as report:
+        assert (wanted - base).abs().max() > 0.01
+        torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-12)
+    return report
+
+
+def refuse(
+    model: nn.Module, adapter: Path | dict[str, Tensor], error: type[Exception], *texts: str, **options: Any
+) -> None:
+    """The adapter does not load, and the message has these texts."""
+    with as_file(adapter) as file, unchanged(model), pytest.raises(error) as caught:
+        ak.attach(model).load(file, "x", **options)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "unet": unet,
+    "clip": text_encoder,
+    "clip-projection": lambda: text_encoder(projection=True),
+}
 
 
 def with_weights(model: nn.Module, deltas: dict[str, Tensor]) -> Tensor:

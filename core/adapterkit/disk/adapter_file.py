@@ -1,4 +1,4 @@
-"""An adapter as data: its files sorted once, with layers that are built without a model; and how it is written."""
+"""An adapter as data: its files are sorted once, and its layers are built without a model. And how it is written."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class AdapterFile(AdapterContent):
         return [path for path in paths if named.match(path) is None or excluded.match(path) is not None]
 
     def _sort_of_base(self, key: str, tensor: Tensor, fit: Fit) -> bool:
-        """Whether this is a tensor of the base itself: a trained bias, or a table of embeddings; sort it then."""
+        """Sort a tensor of the base itself: a trained bias, or a table of embeddings. `False`: it is none."""
         place, _, local = key.rpartition(".")
         host, trained = place.removesuffix(".base_layer"), self.config.trained_biases
         target = host in self.kinds
@@ -304,7 +304,7 @@ class AdapterFile(AdapterContent):
 
     @property
     def notes(self) -> list[str]:
-        """What it has of other algorithms; and what its files do not tell, and why."""
+        """Remarks: which tensors are of other algorithms, and what its files do not tell."""
         untold = (
             f"the tensors of a {self.method.name!r} adapter do not tell the sizes of the layers that it changes. Give "
             "base=, the folder of the model that it was trained on, of which only config.json is read."
@@ -390,15 +390,15 @@ class AdapterFile(AdapterContent):
 
 
 def natural(path: str) -> list[tuple[int, str]]:
-    """A key to sort paths by in which `layers.2` is before `layers.10`."""
+    """A sort key for paths that puts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def names_of(places: Sequence[str | Path]) -> list[str]:
-    """What adapters are called by the places of their files: the folders' names, else the places in full.
+    """Names for adapters: the names of their folders if all differ, else the whole paths.
 
     Raises:
-        ConfigError: one stands twice.
+        ConfigError: an adapter is given twice.
     """
     full = [str(place) for place in places]
     if len(set(full)) < len(full):

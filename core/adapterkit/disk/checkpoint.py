@@ -156,10 +156,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class PlainModel(nn.Module):
-    """The modules of a checkpoint, told from the names and shapes of its tensors, on the meta device.
+    """The modules of a checkpoint, made from the names and shapes of its tensors, on the meta device.
 
     A matrix is a linear layer (or an embedding, by its name), a tensor of three to five dimensions a convolution. It
-    has all that adapters in files need to know of a model, and no forward.
+    has all that adapters in files need to know of a model, but no forward.
 
     Attributes:
         prefix: what the names in the file have before the paths here.

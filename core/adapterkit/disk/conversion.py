@@ -16,7 +16,7 @@ from adapterkit.contract import (
     OPTIONAL,
     AdapterConfig,
     strip_file_prefix,
-    twin,
+    without_values,
 )
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place
 from adapterkit.disk.combination import combined
@@ -162,16 +162,18 @@ def _converted(
         _check_beside_layers(opened, choices, server)
     if opened.method.name == choices.to and choices.rank is None and choices.energy is None:
         report = _as_it_is(opened, name, choices)
-        if server is None or not _problems(opened, server, max_rank):
+        if not _problems(opened, server, max_rank):
             return opened, report
     result, report = combined([opened], [1.0], choices, name, spool, base, one_rank=server is not None)
-    if server is not None and (problems := _problems(result, server, max_rank)):
+    if problems := _problems(result, server, max_rank):
         raise UnsupportedError(f"{server} does not serve {str(opened.files.folder)!r}: {'; '.join(problems)}.")
     return result, report
 
 
-def _problems(result: AdapterContent, server: ServerName, max_rank: int | None) -> list[str]:
+def _problems(result: AdapterContent, server: ServerName | None, max_rank: int | None) -> list[str]:
     """Why the server would not serve what is about to be written."""
+    if server is None:
+        return []
     config, tensors = result.in_file()
     return problems_of(config.to_dict(), {key: tuple(t.shape) for key, t in tensors.items()}, server, max_rank)
 
@@ -194,8 +196,7 @@ def _as_it_is(opened: AdapterFile, name: str, choices: Choices) -> CombineReport
     """Leave the adapter as its files have it, perhaps without its heads."""
     opened.check_fits()
     opened.heads = {} if choices.heads == "drop" else opened.heads
-    on_meta = {path: twin(layer, lambda tensor: tensor.to("meta")) for path, layer in opened.built.items()}
-    found = {path: opened.method.factors(layer) for path, layer in on_meta.items()}
+    found = {path: opened.method.factors(without_values(layer)) for path, layer in opened.built.items()}
     ranks = {path: factors.rank for path, factors in found.items() if factors is not None}
     return CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.combining import all_finite, measures
-from adapterkit.contract import LowRankLayer, twin
+from adapterkit.contract import LowRankLayer, without_values
 from adapterkit.disk.adapter_file import AdapterFile, natural
 from adapterkit.disk.model import Base
 from adapterkit.errors import StateError, UsageError, usage
@@ -203,7 +203,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
     if path not in opened.built:
         return LayerInspection(path, None, None, None, None, shapes, size)
     kind, layer, values = opened.kinds[path], opened.built[path], values and path not in opened.broken
-    asked: Any = layer if values else twin(layer, lambda tensor: tensor.to("meta"))
+    asked: Any = layer if values else without_values(layer)
     factors = opened.method.factors(asked)
     scaling = getattr(layer, "scaling", asked.factors().scale if isinstance(layer, LowRankLayer) else 1.0)
     found = LayerInspection(

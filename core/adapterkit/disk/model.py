@@ -202,7 +202,7 @@ def _check_parts(config: Any, where: str) -> None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let transformers ask the hub for nothing in this block, nor another thread meanwhile."""
+    """Keep transformers from asking the hub. The switch is global, so another thread waits before it comes in here."""
     from huggingface_hub import constants
 
     with _OFFLINE:
@@ -369,7 +369,7 @@ class Vocabulary:
     """The rows that a model's embeddings have now, because the files of adapters hold embeddings of that size.
 
     Attributes:
-        owner: the adapter that says so.
+        owner: the adapter whose files have embeddings of that size.
         resized: the model's keys with another number of rows than before.
     """
 
@@ -379,7 +379,7 @@ class Vocabulary:
 
     @classmethod
     def resize(cls, model: nn.Module, adapters: Mapping[str, AdapterFiles]) -> Vocabulary | None:
-        """Resize a model on the meta device as the embeddings in the files of these adapters are; `None`: as it is.
+        """Resize a model on the meta device to the embeddings in these adapters' files; `None` if it has their size.
 
         Raises:
             UnsupportedError: two adapters have vocabularies of other sizes.

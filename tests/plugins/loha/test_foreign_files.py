@@ -12,18 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lycoris.modules.loha import LohaModule
-from tests.core.test_errors import unchanged
-from tests.diffusion import loaded, lycoris_file, output, text_encoder, unet, with_weights, write
+from tests.diffusion import MODELS, check, loaded, lycoris_file, output, refuse, unet, with_weights, write
 from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit_loha import LoHaConfig
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "unet": unet,
-    "clip": text_encoder,
-    "clip-projection": lambda: text_encoder(projection=True),
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "flat": {},
     "conv": {"conv_dim": 2, "conv_alpha": 5},
@@ -38,22 +32,6 @@ Tensors = dict[str, Tensor]
 @pytest.fixture
 def model() -> nn.Module:
     return unet().double()
-
-
-def check(model: nn.Module, file: Path, wanted: Tensor, **options: Any) -> ak.LoadReport:
-    """The file loads on `model`, gives these outputs and leaves nothing."""
-    base = output(model)
-    with loaded(model, file, dtype="file", **options) as report:
-        assert (wanted - base).abs().max() > 0.01
-        torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-12)
-    return report
-
-
-def refuse(model: nn.Module, file: Path, error: type[Exception], *texts: str) -> None:
-    with unchanged(model), pytest.raises(error) as caught:
-        ak.attach(model).load(file, "x")
-    for text in texts:
-        assert text in str(caught.value)
 
 
 def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -99,9 +77,8 @@ def test_file_of_lycoris_gives_its_outputs(
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (3.0, 1.5), (0.0, 1.0)])
-def test_scale_is_alpha_by_rank(model: nn.Module, tmp_path: Path, alpha: float | None, scale: float) -> None:
-    file = write(tmp_path / "a.safetensors", kohya(QUERY, linear(), alpha))
-    check(model, file, with_weights(model, {QUERY: scale * flat_delta(linear())}))
+def test_scale_is_alpha_by_rank(model: nn.Module, alpha: float | None, scale: float) -> None:
+    check(model, kohya(QUERY, linear(), alpha), with_weights(model, {QUERY: scale * flat_delta(linear())}))
 
 
 def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path) -> None:
@@ -121,16 +98,18 @@ def test_rank_stabilised_alpha_of_lycoris(model: nn.Module, tmp_path: Path) -> N
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-6)  # its alpha is in float32
 
 
-def test_scalar_is_folded_in(model: nn.Module, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", kohya(CONV, {**tucker(), "scalar": torch.tensor(3.0)}, 1.0))
-    check(model, file, with_weights(model, {CONV: 1.5 * tucker_delta(tucker())}))
+def test_scalar_is_folded_in(model: nn.Module) -> None:
+    check(
+        model,
+        kohya(CONV, {**tucker(), "scalar": torch.tensor(3.0)}, 1.0),
+        with_weights(model, {CONV: 1.5 * tucker_delta(tucker())}),
+    )
 
 
-def test_ranks_and_alphas_of_each_layer(model: nn.Module, tmp_path: Path) -> None:
+def test_ranks_and_alphas_of_each_layer(model: nn.Module) -> None:
     tensors = kohya(QUERY, linear(2), 1.0) | kohya(CONV, tucker(3), 6.0)
-    file = write(tmp_path / "a.safetensors", tensors)
     deltas = {QUERY: 0.5 * flat_delta(linear(2)), CONV: 2.0 * tucker_delta(tucker(3))}
-    check(model, file, with_weights(model, deltas))
+    check(model, tensors, with_weights(model, deltas))
 
 
 def test_cores_beside_flat_convolutions(model: nn.Module, tmp_path: Path) -> None:
@@ -155,10 +134,10 @@ def test_decomposed_file_of_lycoris_is_refused(model: nn.Module, tmp_path: Path)
     refuse(model, tmp_path / "a.safetensors", ak.UnsupportedError, text)
 
 
-def test_core_of_another_shape_is_refused(model: nn.Module, tmp_path: Path) -> None:
+def test_core_of_another_shape_is_refused(model: nn.Module) -> None:
     wrong = {**tucker(), "hada_t1": torch.ones(2, 2, 3, 2)}
     text = ".hada_t1' has shape (2, 2, 3, 2); the core at the Conv2d 'down_blocks.0.conv1' is (2, 2, 3, 3)."
-    refuse(model, write(tmp_path / "a.safetensors", kohya(CONV, wrong)), ak.CheckpointError, text)
+    refuse(model, kohya(CONV, wrong), ak.CheckpointError, text)
 
 
 @pytest.mark.parametrize("effective", [True, False])
