@@ -68,8 +68,15 @@ def obstacle(module: nn.Module, kind: LayerKind | None, names: tuple[str, ...]) 
 def _not_plain(module: nn.Module, name: str, vouched: bool) -> str | None:
     """Why this is not a tensor of the module's own, of plain floating numbers."""
     held = own(module, name)
+    if held is None and is_parametrized(module, name):
+        return (
+            f"its {name} is computed in each forward by a parametrization. Save the adapter, detach, make the {name} "
+            f"permanent (torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})), load and merge"
+        )
     if held is None:
-        return _why_computed(module, name)
+        hooks = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values())
+        by = f" in each forward by its hook {hooks}. Make it permanent first (torch.nn.utils has the function)"
+        return f"its {name} is neither a parameter nor a buffer, but computed{by if hooks else ''}"
     if is_sharded(held):
         return f"its {name} is sharded among processes. Save the adapter, and merge it on disk with ak.merge_checkpoint"
     if not vouched and (is_special(held) or held.layout is not torch.strided or held.dtype not in _FLOATING):
@@ -80,17 +87,6 @@ def _not_plain(module: nn.Module, name: str, vouched: bool) -> str | None:
             "afterwards"
         )
     return None
-
-
-def _why_computed(module: nn.Module, name: str) -> str:
-    if is_parametrized(module, name):
-        return (
-            f"its {name} is computed in each forward by a parametrization. Save the adapter, detach, make the {name} "
-            f"permanent (torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})), load and merge"
-        )
-    hooks = ", ".join(type(hook).__name__ for hook in module._forward_pre_hooks.values())
-    by = f" in each forward by its hook {hooks}. Make it permanent first (torch.nn.utils has the function)"
-    return f"its {name} is neither a parameter nor a buffer, but computed{by if hooks else ''}"
 
 
 @torch.no_grad()

@@ -241,12 +241,15 @@ def _pair_maps(pair: PairFinding, places: Places) -> list[HeatMap]:
         """The scale ends at the largest value, but not below `least`, so that noise stays faint."""
         values = {path: value(layer) for path, layer in pair.layers.items()}
         most = max(least, *map(abs, values.values()))
-        cells = {
-            path: Cell(written(v), shade(v, most, signed), _detail(pair.layers[path])) for path, v in values.items()
-        }
+        cells = {path: Cell(written(v), shade(v, most, signed), details[path]) for path, v in values.items()}
         ends = {"low": written(-most), "middle": written(0.0)} if signed else {}
         return layer_map(title, places, cells, note=note, high=written(most), **ends)
 
+    details = {
+        path: f"outputs {number(layer.columns.similarity)} (chance {number(layer.columns.chance)}), inputs "
+        f"{number(layer.rows.similarity)} ({number(layer.rows.chance)}), signs {percent(layer.opposed)} %"
+        for path, layer in pair.layers.items()
+    }
     return [
         panel("Cosine", "blue agrees, orange opposes", lambda layer: layer.cosine, 0.1, signed=True),
         panel(
@@ -259,11 +262,3 @@ def _pair_maps(pair: PairFinding, places: Places) -> list[HeatMap]:
             0.1,
         ),
     ]
-
-
-def _detail(layer: Pair) -> str:
-    """What a cell shows under the pointer."""
-    return (
-        f"outputs {number(layer.columns.similarity)} (chance {number(layer.columns.chance)}), inputs "
-        f"{number(layer.rows.similarity)} ({number(layer.rows.chance)}), signs {percent(layer.opposed)} %"
-    )

@@ -66,12 +66,12 @@ def leading_factors(target: Target, config: LoraConfig) -> tuple[Init, Init]:
     if config.start == "olora":
         q, rest = torch.linalg.qr(weight)
         down, up = rest[:r], q[:, :r]
-    elif config.pissa_iterations is None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        if config.pissa_iterations is None:
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            u, s, v = torch.svd_lowrank(weight, r, niter=config.pissa_iterations)
+            vh = v.t()
         root = (s[:r] / config.scaling).sqrt()
         down, up = root[:, None] * vh[:r], u[:, :r] * root
-    else:
-        u, s, v = torch.svd_lowrank(weight, r, niter=config.pissa_iterations)
-        root = (s / config.scaling).sqrt()
-        down, up = root[:, None] * v.t(), u * root
     return lambda parameter: parameter.copy_(down), lambda parameter: parameter.copy_(up)
