@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
+from adapterkit.contract import twin
+from adapterkit.forward import arithmetic
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
@@ -65,6 +67,21 @@ def check_functorch(model: Any, layer: nn.Module, x: Tensor) -> None:
         expected = torch.autograd.grad(model(row).square().sum(), list(parameters.values()))
         for value, gradient in zip(found.values(), expected, strict=True):
             torch.testing.assert_close(value[i], gradient)
+
+
+def check_gradients(layer: Any, out: Tensor, x: Tensor) -> None:
+    """The gradients for the parameters of a layer, and for an input that has some, are those of small differences."""
+    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+
+    def call(given: Tensor, *parameters: Tensor) -> Tensor:
+        table = dict(zip(map(id, layer.parameters()), parameters, strict=True))
+        other = twin(layer, lambda tensor: table.get(id(tensor), tensor))
+        return arithmetic.add(other, out, given) if layer.summed else other(lambda _: out, given)
+
+    if x.is_floating_point():
+        assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True)
+    else:
+        assert torch.autograd.gradcheck(lambda *v: call(x, *v), values, fast_mode=True)
 
 
 def kept_bytes(step: Any, known: Any) -> int:

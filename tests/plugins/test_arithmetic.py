@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.plugins.one_layer import LAYERS, adapted, check_functorch, inputs, one, plain
+from tests.plugins.one_layer import LAYERS, adapted, check_functorch, check_gradients, inputs, one, plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.contract import twin
 from adapterkit.forward import delta
 from adapterkit.forward.arithmetic import add
 from adapterkit_loha import LoHaConfig
@@ -81,18 +80,7 @@ def test_the_output_and_the_factors_are_those_of_the_change_by_its_definition(me
 @every_case
 def test_gradients(method: str, sort: str) -> None:
     model, layer, x = make(method, sort)
-    out = plain(model, x).detach()
-    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
-
-    def call(given: Tensor, *parameters: Tensor) -> Tensor:
-        table = dict(zip(map(id, layer.parameters()), parameters, strict=True))
-        other = twin(layer, lambda tensor: table.get(id(tensor), tensor))
-        return add(other, out, given) if layer.summed else other(lambda _: out, given)
-
-    if x.is_floating_point():
-        assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True)
-    else:
-        assert torch.autograd.gradcheck(lambda *v: call(x, *v), values, fast_mode=True)
+    check_gradients(layer, plain(model, x).detach(), x)
 
 
 @every_method
@@ -156,15 +144,3 @@ def test_a_new_adapter_is_the_identity_unless_asked_otherwise(method: str, sort:
     field = "init_lora_weights" if method == "lora" else "init_weights"
     ak.attach(model).add("a", CONFIGS[method].replace(target_modules=["fc"], **{field: init}))
     assert torch.equal(model(x), before) == init
-
-
-def test_dropout_of_vera_is_unbiased_and_acts_in_training_only() -> None:
-    model, _ = adapted(nn.Linear(6, 5), VeraConfig(r=4, vera_dropout=0.3))
-    x = torch.randn(1, 6)
-    with torch.no_grad():
-        whole, again = model(x), model(x)
-        dropped = model.train()(x.expand(4000, 6))
-    assert torch.equal(whole, again)
-    spread = dropped.std(0)
-    assert spread.max() > 0.01
-    assert ((dropped.mean(0) - whole[0]).abs() <= 5 * spread / 4000**0.5 + 1e-5).all()

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.plugins.one_layer import LAYERS, check_functorch, kept_bytes, one
+from tests.plugins.one_layer import LAYERS, check_functorch, check_gradients, kept_bytes, one
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import adapterkit as ak
-from adapterkit.contract import twin
 from adapterkit.forward import arithmetic, delta
 from adapterkit_loha import LoHaConfig, LoHaLayer
 
@@ -86,18 +85,7 @@ def test_gradients_of_every_form(sort: str, effective: bool, form: str, monkeypa
     monkeypatch.setattr(arithmetic, "REBUILT", 0)
     choose(monkeypatch, form)
     model, layer, x = adapted(sort, r=2, use_effective_conv2d=effective)
-    out = ak.attach(model).detach()(x).detach()
-    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
-
-    def call(given: Tensor, *parameters: Tensor) -> Tensor:
-        table = dict(zip(map(id, layer.parameters()), parameters, strict=True))
-        other = twin(layer, lambda tensor: table.get(id(tensor), tensor))
-        return arithmetic.add(other, out, given) if layer.summed else other(lambda _: out, given)
-
-    if x.is_floating_point():
-        assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True)
-    else:
-        assert torch.autograd.gradcheck(lambda *v: call(x, *v), values, fast_mode=True)
+    check_gradients(layer, ak.attach(model).detach()(x).detach(), x)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -152,23 +140,6 @@ def test_the_scaling_is_alpha_over_r_with_patterns(fields: dict[str, Any], rank:
     assert (layer.r, layer.scaling, layer.hada_w1_a.shape[1]) == (rank, scaling, rank)
 
 
-def test_parameters_are_pefts_and_nothing_else_trains() -> None:
-    model, layer, x = adapted("Conv2d")
-    assert [n for n, _ in layer.named_parameters()] == ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]
-    model(x).sum().backward()
-    assert model.fc.weight.grad is None
-    assert all(p.grad is not None for p in layer.parameters())
-    _, layer, _ = adapted("Conv2d", use_effective_conv2d=True)
-    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
-        "hada_w1_a": (3, 4),
-        "hada_w1_b": (3, 3),
-        "hada_w2_a": (3, 4),
-        "hada_w2_b": (3, 3),
-        "hada_t1": (3, 3, 2, 3),
-        "hada_t2": (3, 3, 2, 3),
-    }
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -182,11 +153,6 @@ def test_what_a_config_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ak.ConfigError) as error:
         LoHaConfig(**fields)
     assert str(error.value) == message
-
-
-def test_loras_fields_are_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ak.UnknownNameError, match=r"LoHaConfig has no field 'lora_alpha'\. Did you mean 'alpha'\?"):
-        LoHaConfig(lora_alpha=8)  # type: ignore[call-arg]
 
 
 # Dropouts
@@ -326,19 +292,6 @@ def test_a_depthwise_convolution_is_dense_and_a_lookup_never_makes_a_table() -> 
     rows = torch.arange(4)
     assert kept_bytes(lambda: model(rows), [rows, *model.parameters()]) < 5000
     assert not layer.summed
-
-
-@pytest.mark.parametrize("sort", ["Linear", "Conv2d", "Embedding"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_models_have_float32_adapters_and_their_own_outputs(sort: str, dtype: torch.dtype) -> None:
-    make, inputs = LAYERS[sort]
-    model = one(make()).to(dtype)
-    ak.attach(model).add("a", LoHaConfig(r=2, target_modules=["fc"], init_weights=False))
-    x = inputs()
-    out = model(x.to(dtype) if x.is_floating_point() else x)
-    out.float().sum().backward()
-    assert out.dtype == dtype
-    assert {p.dtype for p in ak.attach(model).parameters("a")} == {torch.float32}
 
 
 @pytest.mark.parametrize("small", [0, 2**60])
