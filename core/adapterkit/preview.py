@@ -133,13 +133,13 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
         method.name,
         _groups(selection.targets, adapter),
         selection.paths,
-        {path: _count(head) for path, head in adapter.heads.items()},
-        sum(_count(bias) for bias in adapter.biases.values()),
+        {path: size_of(head.parameters()) for path, head in adapter.heads.items()},
+        sum(size_of(bias.parameters()) for bias in adapter.biases.values()),
         size,
         tuple((path, why) for path, why in grouped(selection.skipped)),
         selection.unmatched,
         tuple(notes),
-        0 if adapter.shared is None else _count(adapter.shared),
+        0 if adapter.shared is None else size_of(adapter.shared.parameters()),
     )
 
 
@@ -160,15 +160,11 @@ def read_config(place: str | Path) -> AdapterConfig:
     return default_registry.read_config(fields, folder)[1]
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _groups(targets: Iterable[Match], adapter: Adapter) -> tuple[LayerGroup, ...]:
     """The layers, grouped if they differ only in the numbers of their paths; in the order of the model."""
     found: dict[tuple[str, LayerKind, str, int], list[str]] = {}
     for match in targets:
-        key = (NUMBER.sub("", match.path), match.kind, match.rule, _count(adapter.layers[match.path]))
+        key = (NUMBER.sub("", match.path), match.kind, match.rule, size_of(adapter.layers[match.path].parameters()))
         found.setdefault(key, []).append(match.path)
     return tuple(
         LayerGroup(merged_paths(paths), len(paths), kind.name, kind.out_features, kind.in_features, rule, parameters)

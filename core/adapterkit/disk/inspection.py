@@ -21,7 +21,7 @@ from adapterkit.disk.model import Base
 from adapterkit.errors import StateError, UsageError, usage
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
-from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, merged_paths, span
+from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, listed, merged_paths, span
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -31,8 +31,6 @@ _NUMBERS = ("rank", "scaling", "norm", "effective_rank", "rank_90", "rank_99")
 _ORDERS = ("path", "norm", "effective_rank", "rank", "parameters")
 # More layers than these share rows.
 _MOST_ALONE = 24
-# Rows of one list in text.
-_MOST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
         yield f"  head {path}: {', '.join(f'{n} {s}' for n, s in tensors.items())}"
     if found.labels is not None:
         yield f"  labels: {brief(', '.join(found.labels.values()))}"
-    for title, listed in (
+    for title, entries in (
         ("trained bias", found.biases),
         ("shared", [f"{name} {shape}" for name, shape in found.shared.items()]),
         ("unknown", found.unknown),
@@ -257,6 +255,4 @@ def _lines(found: AdapterInspection) -> Iterator[str]:
         ("mismatched", found.mismatched),
         ("note", found.notes),
     ):
-        yield from (f"  {title}: {one}" for one in listed[:_MOST_ROWS])
-        if len(listed) > _MOST_ROWS:
-            yield f"  {title}: and {len(listed) - _MOST_ROWS:,} more"
+        yield from listed(title, entries)
