@@ -250,7 +250,7 @@ class AdapterFile(AdapterContent):
         return [path for path in paths if named.match(path) is None or excluded.match(path) is not None]
 
     def _sort_of_base(self, key: str, tensor: Tensor, fit: Fit) -> bool:
-        """Sort a tensor of the base itself: a trained bias, or a table of embeddings. `False`: it is none."""
+        """Sort a tensor of the base itself: a trained bias, or a table of embeddings. Returns whether it is one."""
         place, _, local = key.rpartition(".")
         host, trained = place.removesuffix(".base_layer"), self.config.trained_biases
         target = host in self.kinds

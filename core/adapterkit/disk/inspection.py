@@ -195,7 +195,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> LayerInspection:
-    """What an adapter has at a layer; no numbers that follow from values that are broken or not wanted."""
+    """Describe a layer of an adapter. Numbers that need values are left out if these are broken or not wanted."""
     shapes = _shapes(opened.layers.get(path, {}))
     size = sum(math.prod(shape) for shape in shapes.values())
     if path not in opened.built:

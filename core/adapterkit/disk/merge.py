@@ -262,7 +262,7 @@ def _changes(
     component: str | None,
     safe: bool,
 ) -> tuple[list[Change], list[Adapter]]:
-    """What the adapters change in the base's modules, as a merge in memory finds it, and those whose heads act."""
+    """Plan the changes of the base's modules, as a merge in memory does, and find the adapters whose heads act."""
     adapters = []
     for source in sources:
         given: dict[str, Any] = {"strict": True, "dtype": None, "component": component, "device": torch.device("cpu")}
@@ -315,7 +315,7 @@ def _new_values(
 
 
 def _parting(model: Any, parted: set[str]) -> Parting | None:
-    """What the config must say, because these keys are no longer tied."""
+    """What the config must say because these keys are no longer tied; `None` if there are no keys."""
     if not parted:
         return None
     parting = Parting.of(model, parted)

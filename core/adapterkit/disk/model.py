@@ -117,7 +117,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
 
 
 def _plain_name(folder: Path) -> str | None:
-    """What to call the model of a folder if its config is not one of transformers', or not there; else `None`."""
+    """A name for the model of a folder without a config of transformers; `None` if there is such a config."""
     if not (folder / CONFIG).is_file():
         return "Model"
     config: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def check_only_exempt_keys_may_be_absent(case: Case) -> None:
 
 
 def check_files_tell_the_layers(case: Case) -> None:
-    """What `sizes` says of a saved adapter are its layers, with their sizes: it needs no base to be opened."""
+    """`sizes` tells the layers of a saved adapter, with their sizes, so that it can be opened without a base."""
     if "sizes" not in case.method.hooks:
         raise NotApplicable("the method has no hook sizes")
     for subject in case.subjects():

@@ -102,7 +102,7 @@ def _tensors(found: Any) -> list[Tensor]:
 
 
 def _expect_pure(layer: Any, fresh: Any, name: str, where: str) -> None:
-    """`fresh` is the same layer, which nobody asked yet."""
+    """`fresh` is an equal layer, of which no function was called yet."""
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     first, second = _tensors(_asked(layer, name)), _tensors(_asked(layer, name))
     for one, other in zip(first, second, strict=True):

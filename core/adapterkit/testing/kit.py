@@ -145,7 +145,7 @@ def _run(check: Check, case: Case) -> None:
 
 
 def _result(check: Check, case: Case) -> Exception | None:
-    """What the check raises for this case; it runs once."""
+    """The exception of the check for this case, or `None`. The check runs once."""
     if check not in case.results:
         cause = _cause(check, case)
         case.results[check] = _outcome(check, case) if cause is None else NotApplicable(f"{cause} failed")
@@ -162,7 +162,7 @@ def _cause(check: Check, case: Case) -> str | None:
 
 
 def _outcome(check: Check, case: Case) -> Exception | None:
-    """What a check raises. Tensors are so small here that several threads only wait for one another."""
+    """Run a check. Its tensors are so small that several threads would only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     case.now = None
