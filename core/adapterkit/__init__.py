@@ -108,6 +108,10 @@ def __getattr__(name: str) -> Any:
         return default_registry.config_class(name)
     close = [] if name in FUNCTIONS else nearest(name, __all__)
     hint = f" Did you mean {' or '.join(close)}?" if close else advice(name, FUNCTIONS)
+    if name in methods():
+        hint = f" ak.config({name!r}) makes a config of that method."
+    elif not name.startswith("_") and hasattr(Adapters, name):
+        hint = f" A model's adapters have it: ak.attach(model).{name}."
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}.{hint}")
 
 

@@ -73,7 +73,7 @@ from adapterkit.model import (
     tables,
     training_among,
 )
-from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport
+from adapterkit.results import AddReport, CombineReport, LoadReport, Status, SwapReport, in_html
 from adapterkit.rows import Batch, Rows, RowState
 from adapterkit.tensors import (
     check_averaged,
@@ -205,7 +205,8 @@ class Adapters:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise AttributeError(f"'Adapters' object has no attribute {name!r}.{advice(name, METHODS)}")
+            one = f" One adapter is adapters[{name!r}]." * (name in self.__dict__.get("_adapters", ()))
+            raise AttributeError(f"'Adapters' object has no attribute {name!r}.{advice(name, METHODS) or one}")
 
     def __repr__(self) -> str:
         if not self._model.attached:
@@ -213,7 +214,7 @@ class Adapters:
         return f"<Adapters of {type(self.model).__name__}: {', '.join(map(repr, self.names)) or 'none'}>"
 
     def _repr_html_(self) -> str:
-        return self.status()._repr_html_() if self._model.attached else repr(self)
+        return self.status()._repr_html_() if self._model.attached else in_html(repr(self))
 
     def config(self, name: str) -> AdapterConfig:
         """The config of an adapter."""

@@ -171,7 +171,9 @@ def _unbound(signature: inspect.Signature, args: Sequence[object], kwargs: Mappi
     try:
         signature.bind(*args, **kwargs)
     except TypeError as fault:
-        close = [name for key in kwargs for name in nearest(key, signature.parameters, 1) if name != key]
+        known = signature.parameters
+        ends = [name for key in kwargs for name in known if key.endswith(f"_{name}")]
+        close = ends + [name for key in kwargs for name in nearest(key, known, 1) if name != key]
         return f"{fault}." + "".join(f" Did you mean {name!r}?" for name in close[:1])
     return ""
 
@@ -209,7 +211,8 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     by_tail: dict[str, list[str]] = {}
     for candidate in names:
         by_tail.setdefault(candidate.rpartition(".")[2], []).append(candidate)
-    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
+    close = [known for known in names if known.lower() == name.lower()]
+    close += difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
     for tail in difflib.get_close_matches(name.rpartition(".")[2], list(by_tail), n=limit, cutoff=0.6):
         close += [tail if tail in names or len(by_tail[tail]) > 1 else by_tail[tail][0]]
     return list(dict.fromkeys(close))[:limit]

@@ -8,6 +8,7 @@ FUNCTIONS = {
     "inject_adapter_in_model": "ak.attach(model).add(name, config)",
     "prepare_model_for_kbit_training": "ak.attach(model).add(name, config), which freezes the base model by itself",
     "PeftModel": "ak.attach(model).load(folder), or ak.as_peft(model) where a tool needs a PeftModel",
+    "TaskType": "text, such as task_type='CAUSAL_LM'",
     "PeftConfig": "ak.read_config(folder), or ak.AdapterConfig",
     "PeftMixedModel": "ak.attach(model): a model may have adapters of any methods",
     "AutoPeftModel": "ak.attach(model).load(folder) on a base model",

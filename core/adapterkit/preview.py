@@ -120,8 +120,8 @@ def preview(model: nn.Module | str | Path, config: AdapterConfig) -> Preview:
         ConfigError: the config is malformed.
         CheckpointError: there is no model at that place.
     """
-    module = model if isinstance(model, nn.Module) else skeleton(model)
     method = default_registry.method_of(config)
+    module = model if isinstance(model, nn.Module) else skeleton(model)
     modules = BaseModules(module)
     selection = select_on(modules, config)
     builder, meta = LayerBuilder(method, config), torch.device("meta")

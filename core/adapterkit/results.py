@@ -258,7 +258,7 @@ class Status(Printed):
             lines.append(
                 f"trainable: {counted(self.trainable_parameters, 'parameter')}, "
                 f"{self.trainable_parameters / self.base_parameters:.2%} of the base model's {self.base_parameters:,}; "
-                f"the adapters take {self.memory / 2**20:,.2f} MiB"
+                f"the adapters take {_size(self.memory)}"
             )
         if self.base_parameters and not self.trainable_parameters:
             any_merged = any(row.merged for row in self.rows)
@@ -314,6 +314,10 @@ def grouped(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 def counted(number: int, what: str) -> str:
     """`1 layer`, `1,058 layers`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 2**20:,.2f} MiB" if bytes_ >= 2**20 else f"{bytes_ / 2**10:,.1f} KiB"
 
 
 def span(numbers: Iterable[float], form: str = "") -> str:

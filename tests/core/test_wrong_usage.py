@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -189,6 +190,49 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ak.ConfigError,
         ("the model has no config with labels. Leave them out.",),
     ),
+    "another spelling of a method": (lambda: ak.config("LoRA"), ak.UnknownNameError, ("Did you mean 'lora'?",)),
+    "the name of a method": (lambda: ak.lora, AttributeError, ("ak.config('lora') makes a config",)),  # type: ignore[attr-defined]
+    "a method of PEFT's": (
+        lambda: ak.IA3Config,
+        AttributeError,
+        ("LoraConfig, VeraConfig. docs",),
+    ),
+    "another spelling of a config": (lambda: ak.LoRAConfig, AttributeError, ("Did you mean LoraConfig?",)),
+    "a call of the adapters on the package": (
+        lambda: ak.load("out/mood"),  # type: ignore[attr-defined]
+        AttributeError,
+        ("A model's adapters have it: ak.attach(model).load.",),
+    ),
+    "an adapter as an attribute": (
+        lambda: adapted("mood").mood,  # type: ignore[attr-defined]
+        AttributeError,
+        ("One adapter is adapters['mood'].",),
+    ),
+    "PEFT's name of an argument": (
+        lambda: adapted().load("out/mood", adapter_name="a"),  # type: ignore[call-arg]
+        ak.UsageError,
+        ("Did you mean 'name'?",),
+    ),
+    "a field of the file": (
+        lambda: LoraConfig(peft_type="LORA"),
+        ak.UnknownNameError,
+        ("no field 'peft_type': files get it by themselves",),
+    ),
+    "selection swapped": (
+        lambda: ak.select(LoraConfig(), build("bert")),  # type: ignore[arg-type]
+        ak.ConfigError,
+        ("The model comes before the config.",),
+    ),
+    "preview swapped": (
+        lambda: ak.preview(LoraConfig(), build("bert")),  # type: ignore[arg-type]
+        ak.ConfigError,
+        ("A BertForSequenceClassification is not an adapter config",),
+    ),
+    "modules as targets": (
+        lambda: LoraConfig(target_modules=[build("bert")]),
+        ak.ConfigError,
+        ("it must be str or a list of str or None",),
+    ),
     "nothing to unmerge": (lambda: adapted("a").unmerge(), ak.StateError, ("Nothing is merged",)),
 }
 
@@ -335,6 +379,15 @@ def test_a_config_shows_what_differs_from_the_defaults() -> None:
     assert "&lt;" in LoraConfig(target_modules=["<b>"])._repr_html_()
 
 
+def test_numpy_s_numbers_are_numbers() -> None:
+    config = LoraConfig(r=np.int64(4), lora_alpha=np.float32(8), layers_to_transform=list(np.arange(2)))
+    assert config == LoraConfig(r=4, lora_alpha=8.0, layers_to_transform=[0, 1])
+    assert type(config.r) is int
+    model = build("bert")
+    ak.attach(model).add("a", LoraConfig(r=2, **QUERY), num_labels=np.int64(5))  # type: ignore[arg-type]
+    assert model.config.num_labels == 5
+
+
 def test_a_long_list_does_not_fill_the_screen() -> None:
     assert len(repr(LoraConfig(target_modules=[f"layers.{i}" for i in range(1000)]))) < 200
 
@@ -359,7 +412,7 @@ def test_a_notebook_shows_the_adapters_as_their_status() -> None:
     adapters = adapted("a")
     assert adapters._repr_html_() == adapters.status()._repr_html_()
     adapters.detach()
-    assert "detached" in adapters._repr_html_()
+    assert "&lt;Adapters, detached&gt;" in adapters._repr_html_()
 
 
 def test_python_s_prompt_shows_a_report_as_its_text() -> None:

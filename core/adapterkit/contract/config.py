@@ -13,6 +13,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from adapterkit.contract.patterns import PatternTable
@@ -189,6 +190,10 @@ class AdapterConfig:
             raise ConfigError(f"{cls.__name__} takes its fields by name: {cls.__name__}(r=8), not {args!r}.")
         known = [f.name for f in _own_first(cls)]
         for name in fields.keys() - set(known):
+            if name in _BOOKKEEPING:
+                raise UnknownNameError(
+                    f"{cls.__name__} has no field {name!r}: files get it by themselves. Leave it out."
+                )
             if name in OPTIONS or name in cls.not_implemented:
                 raise UnsupportedError(
                     f"{cls.__name__}: {name} = {fields[name]!r} is an option of PEFT that adapterkit does not "
@@ -233,7 +238,8 @@ class AdapterConfig:
             value, hint = getattr(self, name), hints[name]
             if not conforms(value, hint):
                 raise ConfigError(
-                    f"{cls.__name__}: {name} = {value!r} is a {type(value).__name__}; it must be {readable(hint)}."
+                    f"{cls.__name__}: {name} = {_SHORT.repr(value)} is a {type(value).__name__}; it must be "
+                    f"{readable(hint)}."
                 )
             _check_limits(name, value, hint)
         answer: Any = self.check()  # type: ignore[func-returns-value]
@@ -420,7 +426,12 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The value with tuples for sequences and sets: a config is immutable, and equals what its JSON gives back."""
+    """The value with tuples for sequences and sets, and Python's numbers for NumPy's.
+
+    A config is immutable, and equals what its JSON gives back.
+    """
+    if type(value) not in (bool, int, float) and isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Set):
         return tuple(sorted(value, key=lambda v: v if isinstance(v, str) else repr(v)))
     if isinstance(value, Mapping):
@@ -492,4 +503,4 @@ def readable(hint: Any) -> str:
         return f"a list of {readable(args[0])}"
     if hint is type(None) or hint is None:
         return "None"
-    return "a finite float32" if hint is float else str(getattr(hint, "__name__", hint))
+    return "a number, finite in float32" if hint is float else str(getattr(hint, "__name__", hint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.metadata
 import json
 import os
@@ -31,7 +32,6 @@ from adapterkit.errors import (
     MissingMethodError,
     PluginError,
     UnsupportedError,
-    nearest,
     unknown,
     usage_of_methods,
     warn,
@@ -318,9 +318,11 @@ class Registry:
             modules = " and ".join(config_type.__module__ for config_type in meant)
             raise AttributeError(f"Two methods have a config class {name!r}: {modules}. Import the one that you mean.")
         known = {config_type.__name__ for config_type in found}
-        close = "".join(f" Did you mean {close}?" for close in nearest(name, known, 1))
+        low = {own.lower(): own for own in known}
+        close = [low[near] for near in difflib.get_close_matches(name.lower(), low, n=1, cutoff=0.88)]
+        hint = f"Did you mean {close[0]}?" if close else "docs/port-a-peft-method.md shows how to write another method."
         there = ", ".join(sorted(known)) or "none"
-        raise AttributeError(f"No installed method has a config class {name!r}. There are {there}.{close}{broken}")
+        raise AttributeError(f"No installed method has a config class {name!r}. There are {there}. {hint}{broken}")
 
     def config(self, method: str, **fields: Any) -> AdapterConfig:
         """A config by the method's name: `config("lora", r=8)`."""
@@ -339,8 +341,9 @@ class Registry:
                     f"This {kind.__name__} is PEFT's. Make adapterkit's, which has the same fields: "
                     f"ak.{kind.__name__}(...). ak.from_peft(model) takes over the adapters of a PeftModel."
                 )
+            shown = f"A {kind.__name__}" if isinstance(config, nn.Module) else reprlib.repr(config)
             raise ConfigError(
-                f"{reprlib.repr(config)} is not an adapter config. Make one with its class, such as "
+                f"{shown} is not an adapter config. Make one with its class, such as "
                 "ak.LoraConfig(r=8), or with ak.config('lora', r=8)."
             )
         method = self.method(config.method)

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -271,11 +272,13 @@ class LabelSet:
         """
         if num_labels is None and id2label is None:
             return None
-        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+        given: Any = num_labels
+        whole = isinstance(given, Integral) and not isinstance(given, bool)
+        if num_labels is not None and (not whole or num_labels < 1):
             raise ConfigError(f"num_labels = {num_labels!r} must be a positive number of classes.")
         if id2label is None:
             assert num_labels is not None
-            return cls.numbered(num_labels)
+            return cls.numbered(int(num_labels))
         if not isinstance(id2label, Mapping):
             raise ConfigError(f"id2label = {id2label!r} must be a mapping from class numbers to names.")
         if set(id2label) != set(range(len(id2label))) or not id2label:

@@ -85,7 +85,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         ConfigError: a malformed rule.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"select needs a torch.nn.Module, not a {type(model).__name__}.")
+        raise ConfigError(
+            f"select needs a torch.nn.Module, not a {type(model).__name__}."
+            + " The model comes before the config." * hasattr(model, "target_modules")
+        )
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
     return _by_rules(BaseModules(model), config)
