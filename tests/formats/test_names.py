@@ -16,28 +16,22 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.formats import AdapterFiles, layers_of, translate
 from adapterkit.formats.families import Family
-from adapterkit.formats.names import OriginalNames
+from adapterkit.formats.names import in_diffusers_names
 from adapterkit.model import BaseModules
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 Make = Callable[[str, int], tuple[dict[str, Tensor], Tensor]]
-QKV = {f"blocks.{{}}.attn.to_{name}": 1 for name in "qkv"}
-SINGLE = {f"blocks.{{}}.single.{name}": 1 for name in "qkv"}
-NAMES = OriginalNames(
-    (
-        Family(
-            "a model",
-            {
-                "double_blocks.{}.qkv": QKV,
-                "double_blocks.{}.qkv.norm": "blocks.{}.norm",
-                "single_blocks.{}.linear1": {**SINGLE, "blocks.{}.mlp": 4},
-                "img_in": "x_embedder",
-                "last": "blocks.0.last",
-            },
-            frozenset({"last"}),
-        ),
-    )
+FAMILY = Family(
+    "a model",
+    {
+        "double_blocks.{}.qkv": " ".join(f"blocks.{{}}.attn.to_{name}" for name in "qkv"),
+        "double_blocks.{}.qkv.norm": "blocks.{}.norm",
+        "single_blocks.{}.linear1": " ".join([*(f"blocks.{{}}.single.{name}" for name in "qkv"), "blocks.{}.mlp*4"]),
+        "img_in": "x_embedder",
+        "last": "blocks.0.last",
+    },
+    frozenset({"last"}),
 )
 
 
@@ -61,8 +55,7 @@ def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The change of each layer's weight that a file makes."""
     model = Net()
     modules = BaseModules(model)
-    files = NAMES.read(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers_of(modules))
-    assert files is not None
+    files = in_diffusers_names(AdapterFiles(Path("a.safetensors"), None, tensors, {}), layers_of(modules), (FAMILY,))
     found = translate(files, modules)
     before = {path: model.get_submodule(path).weight.detach().clone() for path in found.layers}
     adapters = ak.attach(model)
@@ -122,8 +115,7 @@ def test_a_name_that_another_begins_with_and_one_of_several_families() -> None:
 
 def test_without_a_model_shares_are_the_table_s() -> None:
     tensors, _ = lora("lora_unet_single_blocks_3_linear1", 28)
-    files = NAMES.read(AdapterFiles(Path("a"), None, tensors, {}), None)
-    assert files is not None
+    files = in_diffusers_names(AdapterFiles(Path("a"), None, tensors, {}), None, (FAMILY,))
     shapes = {key: tuple(t.shape) for key, t in files.tensors.items() if key.endswith("up.weight")}
     assert shapes == {
         **{f"lora_unet.blocks.3.single.{n}.lora_up.weight": (4, 2) for n in "qkv"},

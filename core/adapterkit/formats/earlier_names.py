@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, KeyRule, exactly
 from adapterkit.errors import AdapterError, CheckpointError
+from adapterkit.formats.layouts import beginnings
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, select_on
 
@@ -32,7 +33,7 @@ def todays_paths(modules: BaseModules, keys: Iterable[str], *, other_class: bool
         return {}
     known = set(modules.all_paths)
     leaves = {path for module, paths in modules.paths_of.items() if not module._modules for path in paths}
-    places = {key: _beginnings(key) for key in keys}
+    places = {key: beginnings(key) for key in keys}
     unknown = [key for key in places if leaves.isdisjoint(places[key])]
     if not unknown:
         return {}
@@ -49,12 +50,6 @@ def todays_paths(modules: BaseModules, keys: Iterable[str], *, other_class: bool
     return found
 
 
-def _beginnings(key: str) -> list[str]:
-    """The paths that a key may begin with, the longest first."""
-    parts = key.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
-
-
 def in_todays_names(tensors: Mapping[str, Tensor], moved: Mapping[str, str]) -> dict[str, Tensor]:
     """The same tensors, with today's paths of the modules in their keys.
 
@@ -63,7 +58,7 @@ def in_todays_names(tensors: Mapping[str, Tensor], moved: Mapping[str, str]) -> 
     """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        path = next((path for path in _beginnings(key) if path in moved), None)
+        path = next((path for path in beginnings(key) if path in moved), None)
         today = key if path is None else moved[path] + key.removeprefix(path)
         if today in found:
             raise CheckpointError(

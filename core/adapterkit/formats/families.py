@@ -1,16 +1,14 @@
 """What the layers of image and video models are called in the original code, and what diffusers calls them.
 
-Each table maps an original name to diffusers' path. `{}` and `{j}` stand for the number of a block. Where diffusers
-has several layers for one of the original's, `Rows` says how they share its rows.
+Each table maps an original name to diffusers' path; `{}` stands for the number of a block. Where diffusers has several
+layers for one of the original's, they are named in the order of its rows: `"to_q to_k to_v mlp*4"` has four times as
+many rows of the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-# The layer of diffusers; or the layers that share the rows of one of the original's, in this order, with their shares.
-Layers = str | Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,29 +27,28 @@ class Family:
     """
 
     model: str
-    names: Mapping[str, Layers]
+    names: Mapping[str, str]
     swapped: frozenset[str] = frozenset()
     told_by: str = ""
     rare: bool = False
 
+    def layers(self, original: str) -> dict[str, int]:
+        """The layers of diffusers that have the rows of one of the original's, in order, with their shares of these."""
+        pairs = (layer.partition("*") for layer in self.names[original].split())
+        return {path: int(share or 1) for path, _, share in pairs}
 
-def _inside(theirs: str, ours: str, names: Mapping[str, Layers]) -> dict[str, Layers]:
+
+def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
     """The names of a block's layers, with the block's own before them."""
-    found: dict[str, Layers] = {}
-    for name, layers in names.items():
-        if isinstance(layers, str):
-            found[f"{theirs}.{name}"] = f"{ours}.{layers}"
-        else:
-            found[f"{theirs}.{name}"] = {f"{ours}.{path}": share for path, share in layers.items()}
-    return found
+    return {f"{theirs}.{n}": " ".join(f"{ours}.{path}" for path in layers.split()) for n, layers in names.items()}
 
 
-def _fused(name: str, shares: Mapping[str, int]) -> dict[str, Layers]:
+def _fused(name: str, layers: str) -> dict[str, str]:
     """A fused layer; the Open Model Initiative's names have a number for each of its parts."""
-    return {name: shares, **{f"{name}.{n}": path for n, path in enumerate(shares)}}
+    return {name: layers, **{f"{name}.{n}": path.partition("*")[0] for n, path in enumerate(layers.split())}}
 
 
-def _stable_diffusion(depth: int) -> dict[str, Layers]:
+def _stable_diffusion(depth: int) -> dict[str, str]:
     """UNets with so many residual blocks at each resolution on the way down, and one more on the way up."""
     resnet = {
         "in_layers.2": "conv1",
@@ -62,7 +59,7 @@ def _stable_diffusion(depth: int) -> dict[str, Layers]:
     inner = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out.0")]
     inner = [f"transformer_blocks.{{}}.{name}" for name in (*inner, "ff.net.0.proj", "ff.net.2")]
     attention = {name: name for name in ("proj_in", "proj_out", *inner)}
-    names: dict[str, Layers] = {
+    names: dict[str, str] = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
         "label_emb.0.0": "add_embedding.linear_1",
@@ -88,8 +85,8 @@ def _stable_diffusion(depth: int) -> dict[str, Layers]:
     return names
 
 
-_IMAGE = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1}
-_TEXT = {"attn.add_q_proj": 1, "attn.add_k_proj": 1, "attn.add_v_proj": 1}
+_IMAGE = "attn.to_q attn.to_k attn.to_v"
+_TEXT = "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 _LAST = "final_layer.adaLN_modulation.1"
 _STREAMS = {
     **_inside(
@@ -113,15 +110,14 @@ _MLP = {
     "txt_mlp.2": "ff_context.net.2",
 }
 _MODULATION = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
-_SINGLE = {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": 4}
 _SINGLES = _inside(
     "single_blocks.{}",
     "single_transformer_blocks.{}",
-    {**_fused("linear1", _SINGLE), "linear2": "proj_out"},
+    {**_fused("linear1", f"{_IMAGE} proj_mlp*4"), "linear2": "proj_out"},
 )
 
 
-def _embedder(theirs: str, ours: str, first: str = "in_layer", second: str = "out_layer") -> dict[str, Layers]:
+def _embedder(theirs: str, ours: str, first: str = "in_layer", second: str = "out_layer") -> dict[str, str]:
     return {f"{theirs}.{first}": f"{ours}.linear_1", f"{theirs}.{second}": f"{ours}.linear_2"}
 
 
@@ -159,7 +155,7 @@ _FLUX2 = {
         },
     ),
     # diffusers keeps this one whole: q, k, v, and two hidden layers of three times the input.
-    "single_blocks.{}.linear1": {"single_transformer_blocks.{}.attn.to_qkv_mlp_proj": 9},
+    "single_blocks.{}.linear1": "single_transformer_blocks.{}.attn.to_qkv_mlp_proj*9",
     "single_blocks.{}.linear2": "single_transformer_blocks.{}.attn.to_out",
     **{
         f"{name}.lin": f"{name}.linear"
@@ -230,7 +226,7 @@ _SD3 = {
         {
             "x_block.attn.qkv": _IMAGE,
             "x_block.attn.proj": "attn.to_out.0",
-            "x_block.attn2.qkv": {"attn2.to_q": 1, "attn2.to_k": 1, "attn2.to_v": 1},
+            "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
             "x_block.attn2.proj": "attn2.to_out.0",
             "x_block.mlp.fc1": "ff.net.0.proj",
             "x_block.mlp.fc2": "ff.net.2",
@@ -274,11 +270,11 @@ _WAN = {
 _TO = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def _ltx(*attentions: str, streams: tuple[str, ...] = ("",)) -> dict[str, Layers]:
+def _ltx(*attentions: str, streams: tuple[str, ...] = ("",)) -> dict[str, str]:
     """LTX-Video, and LTX-2, which has a stream for sound beside that for images."""
     blocks = [f"{attention}.{name}" for attention in attentions for name in _TO]
     blocks += [f"{stream}ff.net.{name}" for stream in streams for name in ("0.proj", "2")]
-    names: dict[str, Layers] = {f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in blocks}
+    names: dict[str, str] = {f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in blocks}
     for stream in streams:
         names[f"{stream}patchify_proj"] = f"{stream}proj_in"
         names[f"{stream}proj_out"] = f"{stream}proj_out"
@@ -287,7 +283,7 @@ def _ltx(*attentions: str, streams: tuple[str, ...] = ("",)) -> dict[str, Layers
     return names
 
 
-def _modulation(theirs: str, ours: str) -> dict[str, Layers]:
+def _modulation(theirs: str, ours: str) -> dict[str, str]:
     """A modulation by the time."""
     inner = "emb.timestep_embedder"
     return {
@@ -311,7 +307,7 @@ _LTX2 = {
 }
 
 
-def _with_refiners(block: Mapping[str, Layers]) -> dict[str, Layers]:
+def _with_refiners(block: Mapping[str, str]) -> dict[str, str]:
     """The blocks of Lumina and its relatives, which have the same layers."""
     stacks = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
     return {name: target for stack in stacks for name, target in _inside(stack, stack, block).items()}
@@ -320,7 +316,7 @@ def _with_refiners(block: Mapping[str, Layers]) -> dict[str, Layers]:
 _LUMINA2 = {
     **_with_refiners(
         {
-            "attention.qkv": {"attn.to_q": 3, "attn.to_k": 1, "attn.to_v": 1},
+            "attention.qkv": "attn.to_q*3 attn.to_k attn.to_v",
             "attention.out": "attn.to_out.0",
             **{f"feed_forward.w{n}": f"feed_forward.linear_{n}" for n in (1, 2, 3)},
             "adaLN_modulation.1": "norm1.linear",
@@ -337,7 +333,7 @@ _Z_IMAGE = {
     **_with_refiners(
         {
             **{f"attention.to_{part}": f"attention.to_{part}" for part in ("q", "k", "v", "out.0")},
-            "attention.qkv": {"attention.to_q": 1, "attention.to_k": 1, "attention.to_v": 1},
+            "attention.qkv": "attention.to_q attention.to_k attention.to_v",
             "attention.out": "attention.to_out.0",
             **{f"feed_forward.w{n}": f"feed_forward.w{n}" for n in (1, 2, 3)},
             "adaLN_modulation.0": "adaLN_modulation.0",
@@ -424,10 +420,10 @@ _SANA = {
         "blocks.{}",
         "transformer_blocks.{}",
         {
-            "attn.qkv": {"attn1.to_q": 1, "attn1.to_k": 1, "attn1.to_v": 1},
+            "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v",
             "attn.proj": "attn1.to_out.0",
             "cross_attn.q_linear": "attn2.to_q",
-            "cross_attn.kv_linear": {"attn2.to_k": 1, "attn2.to_v": 1},
+            "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
             "cross_attn.proj": "attn2.to_out.0",
             "mlp.inverted_conv.conv": "ff.conv_inverted",
             "mlp.depth_conv.conv": "ff.conv_depth",

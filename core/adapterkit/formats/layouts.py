@@ -1,10 +1,9 @@
-"""What every layout of files has in common, and what is known of an adapter before its layout is."""
+"""An adapter as its files hold it, and what their keys tell before anything is translated."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,24 +51,18 @@ class AdapterFiles:
         return dataclasses.replace(self, tensors=tensors, programs=(*self.programs, program))
 
 
+def beginnings(key: str) -> list[str]:
+    """The paths of modules that a key may begin with, the longest first."""
+    parts = key.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+
+
 def program_of(files: AdapterFiles) -> str:
     """The program whose names an adapter's files have, as far as they tell; `""` for a config that is not PEFT's."""
     if files.config is not None:
         return PEFT if "peft_type" in files.config else ""
     named = (name for name, form in _PROGRAMS.items() if any(map(form.match, files.tensors)))
     return next(named, "PEFT's names without a config")
-
-
-class Layout(ABC):
-    """How one program, or one way to write files, lays out an adapter."""
-
-    @abstractmethod
-    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """The same adapter one step nearer to PEFT's layout, and the program; `None`: the files are not of this one.
-
-        Args:
-            layers: those of the model; `None`: there is no model.
-        """
 
 
 def layers_of(modules: BaseModules) -> dict[str, LayerKind]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, exactly
 from adapterkit.errors import CheckpointError, UnsupportedError, warn
-from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles, Layout
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
 from adapterkit.kinds import LayerKind
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -26,36 +26,39 @@ _NAMES = {"lora_a": _DOWN, "lora_b": _UP, "m": _MAGNITUDE}
 _FIRST = next(iter(_NAMES))
 # What tables of embeddings are called, where there is no model to ask.
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "embed_in", "wte")
-_IN_STACK = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)")
+# A layer of a stack: its number, and its path below.
+_IN_STACK = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
 
 
-class Mlx(Layout):
+def from_mlx(files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles:
     """LoRA and DoRA of mlx-lm: `alpha = scale * r`, since its scale is not divided by the rank.
 
-    And of mlx-vlm, which calls the factors `A` and `B`, and the scale alpha.
-    """
+    And of mlx-vlm, which calls the factors `A` and `B`, and the scale alpha. The keys tell: converted configs have
+    PEFT's fields beside mlx-lm's.
 
-    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """See `Layout.read`. The keys tell: converted configs have PEFT's fields beside mlx-lm's."""
-        config, endings = files.config, {key.rpartition(".")[2] for key in files.tensors}
-        if config is None and _FIRST in endings:
-            raise UnsupportedError(
-                f"{files.folder} has mlx-lm's names, and its scale is in {CONFIG_FILE}. Give the folder that holds "
-                f"both; a checkpoint's weights have to be called {MLX_WEIGHTS} there."
-            )
-        if config is None or ("peft_type" in config and _FIRST not in endings):
-            return None
-        if config.get("fine_tune_type") == "full":
-            raise UnsupportedError(
-                f"{files.folder}: mlx-lm trained the weights themselves here (fine_tune_type: full), so it is no "
-                "adapter. Fuse it there (mlx_lm.fuse); ak.extract_files(base, fused) makes an adapter of it."
-            )
-        if _PARAMETERS in config:
-            return _read(files, layers, "mlx-lm", _NAMES, config[_PARAMETERS])
-        if {"rank", "alpha"} <= config.keys() and {"A", "B"} <= endings:
-            given = {"scale": config["alpha"], "dropout": config.get("dropout", 0.0)}
-            return _read(files, layers, "mlx-vlm", {"A": _DOWN, "B": _UP}, given)
-        return None
+    Raises:
+        CheckpointError: no layer has factors, or the config has no scale.
+        UnsupportedError: weights that were trained in full, quantised factors, or a file without its config.
+    """
+    config, endings = files.config, {key.rpartition(".")[2] for key in files.tensors}
+    if config is None and _FIRST in endings:
+        raise UnsupportedError(
+            f"{files.folder} has mlx-lm's names, and its scale is in {CONFIG_FILE}. Give the folder that holds "
+            f"both; a checkpoint's weights have to be called {MLX_WEIGHTS} there."
+        )
+    if config is None or ("peft_type" in config and _FIRST not in endings):
+        return files
+    if config.get("fine_tune_type") == "full":
+        raise UnsupportedError(
+            f"{files.folder}: mlx-lm trained the weights themselves here (fine_tune_type: full), so it is no "
+            "adapter. Fuse it there (mlx_lm.fuse); ak.extract_files(base, fused) makes an adapter of it."
+        )
+    if _PARAMETERS in config:
+        return _read(files, layers, "mlx-lm", _NAMES, config[_PARAMETERS])
+    if {"rank", "alpha"} <= config.keys() and {"A", "B"} <= endings:
+        given = {"scale": config["alpha"], "dropout": config.get("dropout", 0.0)}
+        return _read(files, layers, "mlx-vlm", {"A": _DOWN, "B": _UP}, given)
+    return files
 
 
 def _read(
@@ -84,18 +87,13 @@ def _read(
         if own is None or f"{path}.{first}" not in files.tensors:
             tensors[key] = tensor
             continue
-        if own in _TABLE and _is_table(path, layers):
+        table = layers[path].lookup if layers and path in layers else path.rpartition(".")[2] in _EMBEDDINGS
+        if own in _TABLE and table:
             own = _TABLE[own]
         tensors[f"{path}.{own}"] = tensor.t() if own != _MAGNITUDE else tensor
         ranks[path] = files.tensors[f"{path}.{first}"].shape[-1]
     config = _peft_config(files, parameters, ranks, layers)
     return dataclasses.replace(files, config=config).read_as(program, tensors)
-
-
-def _is_table(path: str, layers: Mapping[str, LayerKind] | None) -> bool:
-    if layers is not None and path in layers:
-        return layers[path].lookup
-    return path.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _peft_config(
@@ -180,26 +178,17 @@ def mlx_files(
         missing = rank - down.shape[0]
         named[f"{path}.lora_a"] = F.pad(down, (0, 0, 0, missing)).t()
         named[f"{path}.lora_b"] = F.pad(scaled, (0, missing)).t()
-    places = dict(_in_stacks(factors))
-    known = [number for number, _ in dict(_in_stacks(paths)).values()] if paths else []
+    numbers = [int(found[1]) for found in map(_IN_STACK.fullmatch, paths) if found]
     parameters = {
         "rank": rank,
         "scale": scale,
         "dropout": getattr(config, "lora_dropout", 0.0),
-        "keys": sorted({places[path][1] if path in places else path for path in factors}),
+        "keys": sorted({_IN_STACK.sub(r"\2", path) for path in factors}),
     }
     dora = any(key.endswith(".m") for key in named)
     return {
         "fine_tune_type": "dora" if dora else "lora",
         "model": config.base_model_name_or_path,
-        "num_layers": max(known) + 1 if known else -1,
+        "num_layers": max(numbers, default=-2) + 1,
         "lora_parameters": parameters,
     }, named
-
-
-def _in_stacks(paths: Collection[str]) -> Iterator[tuple[str, tuple[int, str]]]:
-    """The layers that are in a stack of layers: the number there, and the path below."""
-    for path in paths:
-        match = _IN_STACK.fullmatch(path)
-        if match is not None:
-            yield path, (int(match[1]), match[2])

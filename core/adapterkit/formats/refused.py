@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from adapterkit.contract import FILE_PREFIX
 from adapterkit.errors import CheckpointError, UnsupportedError, warn
-from adapterkit.formats.layouts import AdapterFiles
+from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
 
 _EXTRACT = "ak.extract_files(base, merged) then makes an adapter of the difference"
 
@@ -210,7 +211,7 @@ def check_program(files: AdapterFiles) -> None:
     """Refuse tensors that hold nothing, and those of programs whose adapters cannot be read.
 
     Raises:
-        CheckpointError: the file has no tensors, or they have no values.
+        CheckpointError: there are no tensors, they have no values, or they are of a PEFT folder and came without it.
         UnsupportedError: names the program.
     """
     place, tensors = files.folder, files.tensors
@@ -225,6 +226,11 @@ def check_program(files: AdapterFiles) -> None:
         raise CheckpointError(
             f"{place}: every tensor has shape (0,), such as {empty[0]!r}. It was saved under DeepSpeed's ZeRO-3, which "
             f"had not gathered the parameters. {_ZERO}; or save with stage3_gather_16bit_weights_on_model_save."
+        )
+    if files.config is None and any(key.startswith(FILE_PREFIX) for key in tensors):
+        raise CheckpointError(
+            f"{place} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
+            "folder that holds both."
         )
     beside = [key for key in tensors if not is_token(key)]  # OneTrainer puts them beside a LoRA
     found = _program(beside or tensors)

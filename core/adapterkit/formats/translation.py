@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from adapterkit.contract import (
     DISABLE_VARIABLE,
-    FILE_PREFIX,
     FLAT,
     AdapterConfig,
     Method,
@@ -26,24 +26,18 @@ from adapterkit.formats.earlier_names import EARLIER, in_todays_names, todays_pa
 from adapterkit.formats.layouts import (
     CONFIG_FILE,
     AdapterFiles,
-    Layout,
     kinds_of,
     layers_in_file,
     layers_of,
     program_of,
     shapes_of,
 )
-from adapterkit.formats.mlx import Mlx
-from adapterkit.formats.names import OriginalNames, advice_on_names
+from adapterkit.formats.mlx import from_mlx
+from adapterkit.formats.names import advice_on_names, in_diffusers_names
 from adapterkit.formats.refused import check_program, is_full_model, is_token, warn_of_weights_beside
-from adapterkit.formats.wrapped import Wrapped
+from adapterkit.formats.wrapped import unwrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors, with_heads
-
-# Asked one after another; each may change what the next one sees. Those of whole files come before a part of a
-# pipeline is chosen, and those of layers' names behind.
-OF_FILES: tuple[Layout, ...] = (Wrapped(), Mlx())
-OF_NAMES: tuple[Layout, ...] = (OriginalNames(),)
 
 
 @dataclass(frozen=True)
@@ -87,25 +81,23 @@ def translate(
         UnknownNameError: no plugin provides its method.
         UnsupportedError: no method implements a field or a variant that it has.
     """
-    program, layers = program_of(files), None if modules is None else layers_of(modules)
-    for layout in OF_FILES:
-        files = layout.read(files, layers) or files
+    layers, moved = None if modules is None else layers_of(modules), dict[str, str]()
+    program = program_of(files)
+    files = from_mlx(unwrapped(files, layers), layers)
     check_program(files)
     tokens = [key for key in files.tensors if is_token(key)]
-    if files.config is None:
-        check_foreign(files.tensors, files.folder)
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
     files = dataclasses.replace(files, tensors=of_component(held, part))
-    files = _with_paths(files, layers, only_tell=keep_names and layers is None)
-    moved = {} if modules is None else todays_paths(modules, files.tensors, other_class=other_class)
-    files = files.read_as(EARLIER, in_todays_names(files.tensors, moved)) if moved else files
+    if modules is not None or not keep_names:
+        files, moved = _with_paths(files, modules, layers, other_class=other_class)
+    else:  # the names stay, and tell whose they are
+        with suppress(CheckpointError, UnsupportedError):
+            files = dataclasses.replace(files, programs=in_diffusers_names(files, None).programs)
     own = files.tensors
     if files.config is None:
         known = named_layers(own, files.folder, keep_names=keep_names) if layers is None else layers
         method, config, read = recognise(own, known, files.metadata, files.folder)
-        rule = method.key_rule(config)
-        splits = (rule.split(key, known) for key in read)
-        found = {split[0]: known[split[0]] for split in splits if split and split[0] in known}
+        found = {path: known[path] for path in layer_tensors(read, method.key_rule(config), known)}
     else:
         method, config = default_registry.read_config(files.config, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
@@ -116,8 +108,8 @@ def translate(
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     _warn_of_the_rest(files, tokens, passed)
     passed |= {key for key in held if part is not None and component(key) != part}
-    whose = ", ".join(filter(None, (program, *files.programs)))
-    return Translation(method, config, read, found, frozenset({*passed, *tokens}), whose)
+    layout = ", ".join(filter(None, (program, *files.programs)))
+    return Translation(method, config, read, found, frozenset({*passed, *tokens}), layout)
 
 
 def in_names_of(tensors: Mapping[str, Tensor], modules: BaseModules) -> dict[str, Tensor]:
@@ -127,23 +119,18 @@ def in_names_of(tensors: Mapping[str, Tensor], modules: BaseModules) -> dict[str
         CheckpointError, UnsupportedError: it is known, and not for this model, or it cannot be read.
     """
     files, layers = AdapterFiles(Path("The state dict"), None, dict(tensors), {}), layers_of(modules)
-    for layout in OF_FILES:
-        files = layout.read(files, layers) or files
-    files = _with_paths(dataclasses.replace(files, tensors=strip_file_prefix(files.tensors)), layers, only_tell=False)
-    return in_todays_names(files.tensors, todays_paths(modules, files.tensors, other_class=True))
+    files = from_mlx(unwrapped(files, layers), layers)
+    files = dataclasses.replace(files, tensors=strip_file_prefix(files.tensors))
+    return _with_paths(files, modules, layers, other_class=True)[0].tensors
 
 
-def _with_paths(files: AdapterFiles, layers: Mapping[str, LayerKind] | None, *, only_tell: bool) -> AdapterFiles:
-    """The layers by the paths of the model; or, to tell the program alone, what the file calls them."""
-    for layout in OF_NAMES:
-        try:
-            found = layout.read(files, layers) or files
-        except (CheckpointError, UnsupportedError):
-            if not only_tell:
-                raise
-        else:
-            files = dataclasses.replace(files, programs=found.programs) if only_tell else found
-    return files
+def _with_paths(
+    files: AdapterFiles, modules: BaseModules | None, layers: Mapping[str, LayerKind] | None, *, other_class: bool
+) -> tuple[AdapterFiles, dict[str, str]]:
+    """The tensors by today's paths of the model, and those of the paths that another transformers called otherwise."""
+    files = in_diffusers_names(files, layers)
+    moved = {} if modules is None else todays_paths(modules, files.tensors, other_class=other_class)
+    return (files.read_as(EARLIER, in_todays_names(files.tensors, moved)) if moved else files), moved
 
 
 def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterable[str]) -> None:
@@ -215,15 +202,6 @@ def keys_of_other_parts(
     found = {part for key, part in parts.items() if key not in read}
     other = set(parts.values()) - found - own - {""}
     return {key for key, part in parts.items() if part in other}
-
-
-def check_foreign(tensors: Iterable[str], file: Path) -> None:
-    """Raise `CheckpointError` if a file has the weights of a PEFT folder, and came without its config."""
-    if any(key.startswith(FILE_PREFIX) for key in tensors):
-        raise CheckpointError(
-            f"{file} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
-            "folder that holds both."
-        )
 
 
 def recognise(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapterkit.contract import FILE_PREFIX, default_registry, unwrapped_key
 from adapterkit.errors import CheckpointError
-from adapterkit.formats.layouts import AdapterFiles, Layout
+from adapterkit.formats.layouts import AdapterFiles, beginnings
 from adapterkit.formats.refused import check_loaded
 from adapterkit.kinds import LayerKind
 
@@ -54,58 +54,50 @@ def tensors_in(loaded: Any, file: Path) -> dict[str, Tensor]:
     return dict(held)
 
 
-class Wrapped(Layout):
+def unwrapped(files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles:
     """A model's state dict as a training script dumps it: `module.base_model.model.x.lora_A.default.weight`.
 
     It takes away what wrappers put before a key (`module.`) or into it (`_orig_mod.`), whatever stands before PEFT's
     prefix, a second such prefix, and the adapter's name.
+
+    Raises:
+        CheckpointError: two keys are for one place.
     """
-
-    program = "a wrapped model's state dict"
-
-    def read(self, files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles | None:
-        """See `Layout.read`."""
-        tensors, before = dict[str, Tensor](), dict[str, str]()
-        outer = _outer(files.tensors, layers or {})
-        doubled = not any(path.startswith(FILE_PREFIX) for path in layers or {})  # a module may be called `base_model`
-        heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
-        name = _name_in(files)
-        for key, tensor in files.tensors.items():
-            if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
-                continue
-            short = unwrapped_key(key.removeprefix(outer))
-            while doubled and short.startswith(FILE_PREFIX * 2):
-                short = short.removeprefix(FILE_PREFIX)
-            short = _without_name(short, name)
-            if short in tensors:
-                raise CheckpointError(
-                    f"{files.folder}: both {before[short]!r} and {key!r} are for {short!r}, so it holds several "
-                    "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
-                )
-            tensors[short], before[short] = tensor, key
-        tensors = _unwrapped(tensors, layers or {})
-        if tensors.keys() == files.tensors.keys():
-            return None
-        return files.read_as(self.program, _each_once(tensors))
+    tensors, before, known = dict[str, Tensor](), dict[str, str](), layers or {}
+    outer, name = _outer(files.tensors, known), _name_in(files)
+    doubled = not any(path.startswith(FILE_PREFIX) for path in known)  # a module may be called `base_model`
+    heads = {key.partition(_HEAD)[0] for key in files.tensors if _HEAD in key}
+    for key, tensor in files.tensors.items():
+        if _ORIGINAL in key and key.partition(_ORIGINAL)[0] in heads:
+            continue
+        short = unwrapped_key(key.removeprefix(outer))
+        while doubled and short.startswith(FILE_PREFIX * 2):
+            short = short.removeprefix(FILE_PREFIX)
+        short = _without_name(short, name)
+        if short in tensors:
+            raise CheckpointError(
+                f"{files.folder}: both {before[short]!r} and {key!r} are for {short!r}, so it holds several "
+                "adapters. Save the one that you mean with PEFT's save_pretrained(selected_adapters=[...])."
+            )
+        tensors[short], before[short] = tensor, key
+    tensors = _without_inner(tensors, known)
+    if tensors.keys() == files.tensors.keys():
+        return files
+    return files.read_as("a wrapped model's state dict", _each_once(tensors))
 
 
-def _unwrapped(tensors: dict[str, Tensor], layers: Mapping[str, LayerKind]) -> dict[str, Tensor]:
+def _without_inner(tensors: dict[str, Tensor], layers: Mapping[str, LayerKind]) -> dict[str, Tensor]:
     """Without wrappers' names between PEFT's prefix and the paths of the model, if every key has them."""
     shared = {key for key in tensors if key.count(".") == 1 and key.startswith(_BASE)}
     rest = {key: key.removeprefix(FILE_PREFIX) for key in tensors if key not in shared}
     inner = ""
-    while not any(_is_inside(key.removeprefix(inner), layers) for key in rest.values()):
+    while all(layers.keys().isdisjoint(beginnings(key.removeprefix(inner))) for key in rest.values()):
         wrapper = next((w for w in _INNER if all(key.startswith(inner + w) for key in rest.values())), None)
         if wrapper is None or not rest or not layers:
             return tensors
         inner += wrapper
     named = {key: key.removesuffix(short) + short.removeprefix(inner) for key, short in rest.items()}
     return {named.get(key, key): tensor for key, tensor in tensors.items()}
-
-
-def _is_inside(key: str, layers: Mapping[str, LayerKind]) -> bool:
-    parts = key.split(".")
-    return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
 
 
 def _each_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
