@@ -156,10 +156,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, whatever it is called, and its metadata."""
-    return _read_pickle(file) if check_content(file) else reader(file)
-
-
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = tensors_in(read_pickle(path), path)
-    check_tensors_of_file(tensors, path)
+    if not check_content(file):
+        return reader(file)
+    tensors = tensors_in(read_pickle(file), file)
+    check_tensors_of_file(tensors, file)
     return tensors, {}

@@ -19,7 +19,8 @@ from adapterkit.results import Printed, in_lines
 ServerName = Literal["vllm", "sglang"]
 # What a server reads of a layer; an embedding has the other pair.
 _FACTORS = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
-_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+_DOWN = ("lora_A.weight", "lora_embedding_A")
+_LAYER = re.compile(r"(^|\.)layers\.\d+\.|embed_tokens|lm_head")
 _CONVERT = "`adapterkit convert --for {server}` makes one that it serves"
 
 
@@ -120,10 +121,14 @@ def check_serving(source: str | Path, server: ServerName, *, max_rank: int | Non
         shapes = {entry.name: tuple(entry.shape) for entry in header.entries}
     else:
         shapes = {key: tuple(tensor.shape) for key, tensor in read(place).tensors.items()}
-    problems = problems_of(read_config(place), shapes, server, max_rank)
+    problems, notes = problems_of(read_config(place), shapes, server, max_rank), []
     if (place / "added_tokens.json").is_file() and server == "sglang":
         problems.append("added_tokens.json adds tokens to the vocabulary; remove it if the base has these tokens")
-    return ServingReport(str(source), known.title, tuple(problems), tuple(_notes(shapes, known, max_rank)))
+    rank = max((shape[0] for key, shape in shapes.items() if key.endswith(_DOWN)), default=0)
+    needed = next((allowed for allowed in known.ranks if allowed >= rank), rank)
+    if max_rank is None and needed > (known.default_rank or 0):
+        notes.append(f"start the server with --max-lora-rank {needed}")
+    return ServingReport(str(source), known.title, tuple(problems), tuple(notes))
 
 
 def server_named(name: str, max_rank: int | None) -> Server:
@@ -184,7 +189,7 @@ def _of_tensors(
     kernel = next((key for key in paths if len(shapes[key]) != 2), None)
     if kernel is not None:
         problems.append(f"{paths[kernel]!r} is a convolution, and only linear layers and embeddings are served")
-    ranks = {shapes[key][0] for key in paths if key.endswith(("lora_A.weight", "lora_embedding_A"))}
+    ranks = {shapes[key][0] for key in paths if key.endswith(_DOWN)}
     alphas = {float(alpha) for alpha in (config.get("alpha_pattern") or {}).values()}
     if ranks - {config.get("r")} or alphas - {float(config.get("lora_alpha", 0))}:
         problems.append(f"the layers have several ranks or alphas, and all would be scaled alike; {convert}")
@@ -196,18 +201,7 @@ def _of_tensors(
     unknown = [module for module in last if server.modules and module not in server.modules]
     if unknown:
         problems.append(f"{server.title} has no LoRA for modules called {', '.join(map(repr, unknown))}")
-    if name == "sglang":
-        loose = [p for p in paths.values() if not _LAYER.search(p) and not re.search("embed_tokens|lm_head", p)]
-        if loose:
-            problems.append(f"{loose[0]!r} is outside of the model's `layers`, and would be left out silently")
+    loose = next((path for path in paths.values() if not _LAYER.search(path)), None)
+    if name == "sglang" and loose is not None:
+        problems.append(f"{loose!r} is outside of the model's `layers`, and would be left out silently")
     return problems
-
-
-def _notes(shapes: Mapping[str, tuple[int, ...]], server: Server, max_rank: int | None) -> list[str]:
-    ranks = [shape[0] for key, shape in shapes.items() if key.endswith(("lora_A.weight", "lora_embedding_A"))]
-    if not ranks or max_rank is not None:
-        return []
-    needed = next((rank for rank in server.ranks if rank >= max(ranks)), max(ranks))
-    if server.default_rank is not None and needed <= server.default_rank:
-        return []
-    return [f"start the server with --max-lora-rank {needed}"]

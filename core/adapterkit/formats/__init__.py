@@ -11,10 +11,10 @@ from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_o
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import advice_on_names, original_names
 from adapterkit.formats.refused import (
+    TOKENS,
     check_beginning,
     check_config,
     check_content,
-    is_token,
     warn_of_weights_beside,
     what_else,
 )
@@ -25,6 +25,7 @@ __all__ = [
     "CONFIG_FILE",
     "MLX_WEIGHTS",
     "PEFT",
+    "TOKENS",
     "AdapterFiles",
     "Translation",
     "advice_on_names",
@@ -35,7 +36,6 @@ __all__ = [
     "in_names_of",
     "in_order",
     "in_todays_names",
-    "is_token",
     "layers_of",
     "mlx_files",
     "original_names",

@@ -76,12 +76,9 @@ def algorithms_in(
             others.append(key)
         else:
             found.setdefault(algorithm, []).append(key)
-    return [_sentence(algorithm, held) for algorithm, held in found.items()], others
-
-
-def _sentence(algorithm: Algorithm, keys: list[str]) -> str:
-    more = f" and {len(keys) - 1:,} more keys are" if len(keys) > 1 else " is"
-    reader = algorithm.cure
-    if algorithm.method:
-        reader = f"the method {algorithm.method!r} of the package {algorithm.package} reads it, and is not installed"
-    return f"{keys[0]!r}{more} of {algorithm.name}: {reader}"
+    sentences = []
+    for algorithm, (first, *more) in found.items():
+        are = f" and {len(more):,} more keys are" if more else " is"
+        reads = f"the method {algorithm.method!r} of the package {algorithm.package} reads it, and is not installed"
+        sentences.append(f"{first!r}{are} of {algorithm.name}: {reads if algorithm.method else algorithm.cure}")
+    return sentences, others

@@ -133,10 +133,7 @@ def _selects(config: AdapterConfig, paths: Collection[str], modules: BaseModules
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The order in which transformers renames: some renamings depend on what came before."""
-    try:
-        return sorted(names, key=importlib.import_module("transformers.core_model_loading").dot_natural_key)
-    except (ModuleNotFoundError, AttributeError):
-        return sorted(names)
+    return sorted(names, key=importlib.import_module("transformers.core_model_loading").dot_natural_key)
 
 
 def renaming(model: nn.Module, known: set[str], *, other_class: bool = True) -> Rename:

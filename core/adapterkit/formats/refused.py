@@ -16,89 +16,92 @@ from adapterkit.formats.layouts import CONFIG_FILE, AdapterFiles
 _EXTRACT = "ak.extract_files(base, merged) then makes an adapter of the difference"
 
 
-class _Sign(NamedTuple):
-    """Keys of a program's files, what such a file is, and what to do."""
+class _Program(NamedTuple):
+    """An expression for keys of a program's files, what such a file is, and what to do."""
 
-    keys: re.Pattern[str]
+    keys: str
     what: str
     cure: str
 
-
-def _sign(keys: str, what: str, cure: str) -> _Sign:
-    return _Sign(re.compile(keys), what, cure)
+    def refusal(self, place: Path, shown: str) -> UnsupportedError:
+        """The error for a file of it, which shows by what it is known."""
+        return UnsupportedError(f"{place} is {self.what} ({shown}). It cannot be read here. {self.cure}.")
 
 
 _ZERO = (
     "Join the parts of that training's checkpoint with the script that DeepSpeed puts into its folder "
     "(python zero_to_fp32.py . OUT), and load what it writes"
 )
-_CLONEOFSIMO = _sign(
+_CLONEOFSIMO = _Program(
     r"^(unet|text_encoder)(:\d+)+:(up|down|alpha|rank)$",
     "a LoRA of cloneofsimo's lora package, which numbers the layers of a diffusers of 2022 and does not name them",
     f"Merge it there (lora_add MODEL LORA OUT 1.0 --mode upl) and load the result with diffusers; {_EXTRACT}",
 )
-_LITGPT = _sign(
+_LITGPT = _Program(
     r"(^|\.)(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]$",
     "LoRA of LitGPT, whose config is in another file and which has q, k and v in one layer",
     f"Merge it (litgpt merge_lora) and convert the result (litgpt convert_from_litgpt); {_EXTRACT}",
 )
-_NEMO = _sign(
+_NEMO = _Program(
     r"(^|\.)(adapter_layer\.lora_\w+|lora_\w+_adapter|adapter)\.linear_(in|out)\.weight$",
     "LoRA of NVIDIA NeMo or Megatron, which splits and joins layers by the settings of its training",
     "Export it there to Hugging Face's layout, merged or as PEFT's folder",
 )
-_ADAPTERHUB = _sign(
+_ADAPTERHUB = _Program(
     r"\.(loras\.[^.]+\.lora_[AB]|adapters\.[^.]+\.adapter_(down|up)\.|prefix_tunings?\.)|^prefix_tuning\.",
     "an adapter of the library adapters (AdapterHub), which has its own modules",
     f"Merge it there (model.load_adapter(...), model.merge_adapter(name)) and save the model; {_EXTRACT}",
 )
 # A file is of a program if any of its keys has the form.
 _PROGRAMS = (
-    _sign(
+    _Program(
         r"\.lora_(left|right)_weight$",
         "a checkpoint of DeepSpeed-Chat, whose LoRA has no scaling in the file",
         f"DeepSpeed-Chat merges it into what it saves at the end (convert_lora_to_linear_layer); {_EXTRACT}",
     ),
     _NEMO,
     _LITGPT,
-    _sign(
+    _Program(
         r"^layers\.\d+\.(attn|mlp|cross_attn)\.\w+\.(lora_[ab]\.weight|magnitude)$",
         "an adapter in torchtune's own names, without its alpha",
         "torchtune's FullModelHFCheckpointer writes adapter_model.safetensors and adapter_config.json beside it: give "
         "that folder",
     ),
-    _sign(
+    _Program(
         r"\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight$",
         "a Flux LoRA of XLabs, whose processors compute q, k and v together",
         "Load it with diffusers (pipe.load_lora_weights) and save it there (pipe.transformer.save_lora_adapter)",
     ),
     _CLONEOFSIMO,
     _ADAPTERHUB,
-    _sign(
+    _Program(
         r"^(?!base_model\.).*\.(adapters\.(?!\d+\.)[^.]+\.[a-z]+_|adapter_(heads|biases)\.)",
         "the state dict of a model with adapterkit's adapters, without their configs",
         "Add the adapter with its config and load this with model.load_state_dict; adapters.save writes both",
     ),
-    _sign(
+    _Program(
         r"^(image_proj|ip_adapter)(\.|$)",
         "an IP-Adapter, which adds attention for images and is not a change of the model's weights",
         "Load it with diffusers: pipe.load_ip_adapter",
     ),
-    _sign(
+    _Program(
         r"^lora_controlnet$",
         "a Control-LoRA, which is a ControlNet's own weights beside factors",
         "Load it in ComfyUI, or take the ControlNet that it was made from",
     ),
-    _sign(
+    _Program(
         r"^(emb_params|string_to_param(\..*)?|clip_[lg]|<[^<>]+>)$|^bundle_emb\.",
         "a textual inversion: embeddings of new tokens, and no change of the model's weights",
         "Load it with diffusers: pipe.load_textual_inversion",
     ),
 )
-_ANY = re.compile("|".join(f"(?:{sign.keys.pattern})" for sign in _PROGRAMS))
+_ANY = re.compile("|".join(f"(?:{program.keys})" for program in _PROGRAMS))
+# Keys of the embeddings of a new token, which OneTrainer puts beside a LoRA, begin so.
+TOKENS = "bundle_emb."
 # What safetensors files have before their header, and how pickles of torch begin.
 _LENGTH_BYTES, _ZIP = 8, b"PK\x03\x04"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TENSOR_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
 _OF_ADAPTERS = re.compile(r"lora|hada_|lokr_|adapter|oft_|vera_|ia3|boft|diff")
 _PAGE = "is a web page: the download was not allowed, or the address is that of a page. Fetch the file itself"
 # What a file begins with (in small letters) that is neither safetensors nor a pickle.
@@ -123,8 +126,6 @@ _SUFFIXES = {
     "adapters.safetensors",
     ".nemo": "is an archive of NVIDIA NeMo. Export the adapter there to Hugging Face's layout",
 }
-
-_TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What lies beside an adapter and says nothing about it: a training's state, a merged model, converted files.
 _KNOWN_BESIDE = re.compile(
     r"(\d+_)?adapters?[_.]|(pytorch_)?model(_\d+|_fsdp|-\d+-of-\d+)?\.|consolidated|ggml|pytorch_lora_weights\.|"
@@ -171,7 +172,7 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
         UnsupportedError: names the program.
     """
     if "peft_type" not in config and isinstance(config.get("config"), Mapping | str):
-        raise UnsupportedError(_refusal(folder, _ADAPTERHUB, "its adapter_config.json"))
+        raise _ADAPTERHUB.refusal(folder, "its adapter_config.json")
 
 
 def what_else(folder: Path) -> str:
@@ -185,7 +186,7 @@ def what_else(folder: Path) -> str:
         return f" It is of NVIDIA NeMo. {_NEMO.cure}."
     if "config.json" in names:
         return " It is a model. ak.extract_files(base, model) makes an adapter of its difference to a base."
-    files = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
+    files = [name for name in names if name.endswith(_TENSOR_SUFFIXES)]
     return f" If {files[0]} is another program's adapter, give that file." if len(files) == 1 else ""
 
 
@@ -196,15 +197,14 @@ def check_loaded(loaded: Any, file: Path) -> None:
         UnsupportedError: says what it is, and what to do.
     """
     if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
-        raise UnsupportedError(_refusal(file, _CLONEOFSIMO, "a list of tensors"))
+        raise _CLONEOFSIMO.refusal(file, "a list of tensors")
     if not isinstance(loaded, Mapping):
         return
     if loaded.keys() & {"ds_version", "ds_config", "optimizer_state_dict"}:
         raise UnsupportedError(f"{file} is one process's part of a DeepSpeed checkpoint. {_ZERO}.")
     for name, value in loaded.items():
-        found = _program([name, *(f"{name}.{key}" for key in value)] if isinstance(value, Mapping) else [])
-        if found is not None:
-            raise UnsupportedError(_refusal(file, *found))
+        if isinstance(value, Mapping):
+            _check_keys([name, *(f"{name}.{key}" for key in value)], file)
 
 
 def check_program(files: AdapterFiles) -> None:
@@ -232,25 +232,16 @@ def check_program(files: AdapterFiles) -> None:
             f"{place} has PEFT's keys; the scaling that goes with them is in its {CONFIG_FILE}. Give the "
             "folder that holds both."
         )
-    beside = [key for key in tensors if not is_token(key)]  # OneTrainer puts them beside a LoRA
-    found = _program(beside or tensors)
-    if found is not None:
-        raise UnsupportedError(_refusal(place, *found))
+    _check_keys([key for key in tensors if not key.startswith(TOKENS)] or tensors, place)
 
 
-def is_token(key: str) -> bool:
-    """Whether a key is of the embeddings of a new token that OneTrainer puts beside a LoRA."""
-    return key.startswith("bundle_emb.")
-
-
-def _program(keys: Iterable[object]) -> tuple[_Sign, str] | None:
-    """The program that a key betrays, and the key."""
+def _check_keys(keys: Iterable[object], place: Path) -> None:
+    """Raise `UnsupportedError` if a key is of a program whose adapters cannot be read."""
     named = [key for key in keys if isinstance(key, str) and _ANY.search(key)]  # none, as a rule
-    return next(((sign, repr(key)) for sign in _PROGRAMS for key in named if sign.keys.search(key)), None)
-
-
-def _refusal(place: Path, sign: _Sign, shown: str) -> str:
-    return f"{place} is {sign.what} ({shown}). It cannot be read here. {sign.cure}."
+    for program in _PROGRAMS if named else ():
+        for key in named:
+            if re.search(program.keys, key):
+                raise program.refusal(place, repr(key))
 
 
 def is_full_model(keys: Collection[str]) -> bool:

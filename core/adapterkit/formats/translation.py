@@ -34,7 +34,7 @@ from adapterkit.formats.layouts import (
 )
 from adapterkit.formats.mlx import from_mlx
 from adapterkit.formats.names import advice_on_names, in_diffusers_names
-from adapterkit.formats.refused import check_program, is_full_model, is_token, warn_of_weights_beside
+from adapterkit.formats.refused import TOKENS, check_program, is_full_model, warn_of_weights_beside
 from adapterkit.formats.wrapped import unwrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors, with_heads
@@ -85,8 +85,8 @@ def translate(
     program = program_of(files)
     files = from_mlx(unwrapped(files, layers), layers)
     check_program(files)
-    tokens = [key for key in files.tensors if is_token(key)]
-    held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if not is_token(key)})
+    tokens = [key for key in files.tensors if key.startswith(TOKENS)]
+    held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if key not in tokens})
     files = dataclasses.replace(files, tensors=of_component(held, part))
     if modules is not None or not keep_names:
         files, moved = _with_paths(files, modules, layers, other_class=other_class)

@@ -21,7 +21,7 @@ from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import DOTTED, component
 from adapterkit.errors import CheckpointError, ConfigError, StateError, unknown
 from adapterkit.files import adapter_folder, hub_id, local_path, not_to_be_had, read
-from adapterkit.formats import algorithms_in, is_token
+from adapterkit.formats import TOKENS, algorithms_in
 from adapterkit.results import LoadReport
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -210,7 +210,7 @@ class PipelineAdapters(Mapping[str, Adapters]):
 
     def _load(self, path: Path, name: str, dtype: torch.dtype | str | None) -> dict[str, LoadReport]:
         """Load what the file has for each component, or nothing."""
-        keys = [key for key in read(path).tensors if not is_token(key)] if path.is_file() else []
+        keys = [key for key in read(path).tensors if not key.startswith(TOKENS)] if path.is_file() else []
         parts = {component(key) for key in keys} or {""}
         places: dict[str, str] = {}
         for part in sorted(parts):
