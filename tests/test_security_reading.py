@@ -234,3 +234,36 @@ def test_absurd_configs_cost_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(place in done.stdout for place in places)
+
+
+ABSURD: dict[str, dict[str, Any]] = {
+    "a scaling": {"lora_alpha": 3e38},
+    "a scaling of a layer": {"alpha_pattern": {"layer": -3e38}},
+    "a rank": {"r": 1_000_000_000},
+    "a rank of a layer": {"rank_pattern": {"layer": 10**12}},
+    "a rank over 64 bits": {"r": 1 << 80},
+    "a dropout": {"lora_dropout": 2.0},
+    "not a number": {"lora_alpha": float("nan")},
+    "infinite": {"lora_alpha": float("inf")},
+    "a scaling of LoHa": {"peft_type": "LOHA", "alpha": 3e38},
+    "a rank of VeRA": {"peft_type": "VERA", "r": 1_000_000, "save_projection": False},
+    "a value of VeRA": {"peft_type": "VERA", "d_initial": 1e30},
+    "a seed of VeRA": {"peft_type": "VERA", "projection_prng_key": 1 << 64},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not know:adapterkit.AdapterWarning")
+@pytest.mark.parametrize("fields", ABSURD.values(), ids=ABSURD.keys())
+def test_absurd_numbers_of_a_config_are_refused_in_one_line(fields: dict[str, Any], tmp_path: Path) -> None:
+    message = refused(folder(tmp_path / "a", **fields))
+    assert "adapter_config.json: " in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_an_absurd_scaling_in_another_programs_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    held = {"lora_unet_layer.alpha": torch.tensor(3e38)}
+    held |= {"lora_unet_layer.lora_down.weight": torch.ones(2, 4), "lora_unet_layer.lora_up.weight": torch.ones(4, 2)}
+    save_file(held, file)
+    assert "e+38 is too large" in refused(file)

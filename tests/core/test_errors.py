@@ -102,6 +102,8 @@ CONFIGS: list[Row] = [
     ({"lora_alpha": True}, "lora_alpha = True is a bool; it must be a number, finite in float32."),
     ({"lora_alpha": 10**400}, "is a int; it must be a number, finite in float32."),
     ({"alpha_pattern": {"q": NAN}}, "it must be a mapping from str to a number, finite in float32"),
+    ({"lora_alpha": -3e38}, "lora_alpha = -3e+38 is too large: the limit is 2**64."),
+    ({"alpha_pattern": {"q": 3e38}}, "alpha_pattern = 3e+38 is too large: the limit is 2**64."),
     ({"lora_dropout": 1.0}, "lora_dropout = 1.0 must be a probability, at least 0 and below 1."),
     ({"lora_dropout": -0.1}, "lora_dropout = -0.1 must be a probability"),
     ({"bias": "some"}, "bias = 'some' must be 'none' or 'all' or 'lora_only'."),

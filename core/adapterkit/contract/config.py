@@ -91,7 +91,8 @@ class Limit:
     text: str
 
 
-Rank = Annotated[int, Limit(lambda value: value >= 1, ": a rank must be at least 1")]
+_POSITIVE = Limit(lambda value: value >= 1, ": a rank must be at least 1")
+Rank = Annotated[int, _POSITIVE]
 Dropout = Annotated[float, Limit(lambda p: 0 <= p < 1, " must be a probability, at least 0 and below 1")]
 Probability = Annotated[float, Limit(lambda p: 0 <= p <= 1, " must be a probability, from 0 to 1")]
 
@@ -241,6 +242,9 @@ class AdapterConfig:
                     f"{cls.__name__}: {name} = {_SHORT.repr(value)} is a {type(value).__name__}; it must be "
                     f"{readable(hint)}."
                 )
+            for number in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(number, int | float) and abs(number) > _LARGEST:
+                    raise ConfigError(f"{name} = {_SHORT.repr(number)} is too large: the limit is 2**64.")
             _check_limits(name, value, hint)
         answer: Any = self.check()  # type: ignore[func-returns-value]
         if answer is not None:
@@ -384,11 +388,23 @@ class AdapterConfig:
         fixed = {"peft_type", "inference_mode", *(name for name, mark in cls.marks.items() if mark is not ...)}
         extra = {name: value for name, value in values.items() if name not in known | fixed}
         try:
-            return cls(**given, extra=extra)
+            config = cls(**given, extra=extra)
+            config._check_ranks()
+            return config
         except RecursionError as error:
             raise ConfigError(f"{where}: a value is nested too deeply.") from error
         except (ConfigError, UnsupportedError) as error:
             raise type(error)(f"{where}: {error}") from error
+
+    def _check_ranks(self) -> None:
+        """Raise `ConfigError` for a rank that no layer can have: a file of a few bytes must not ask for all memory."""
+        cls: Any = type(self)
+        ranks = [name for name, hint in _hints(cls).items() if _POSITIVE in getattr(hint, "__metadata__", ())]
+        found = {name: [getattr(self, name)] for name in ranks}
+        found |= {pattern: [*getattr(self, pattern).values()] for pattern, own in self.patterns.items() if own in ranks}
+        for name, values in found.items():
+            if max(values, default=0) > _LARGEST_RANK:
+                raise ConfigError(f"{name} = {max(values)} is too large: a rank may be {_LARGEST_RANK:,}.")
 
     @classmethod
     def _says_nothing(cls, name: str, value: object) -> bool:
@@ -451,6 +467,10 @@ def _jsonable(value: Any) -> Any:
 
 # Adapters may compute in float32, where a larger number would be infinite.
 _LARGEST_FLOAT32 = 3.4028234663852886e38
+# Seeds have 64 bits; and a product of two numbers in these bounds is still one of float32.
+_LARGEST = 2**64
+# Some programs write 100,000 for the rank of a whole matrix.
+_LARGEST_RANK = 1_000_000
 
 
 def conforms(value: object, hint: Any) -> bool:

@@ -1,8 +1,9 @@
 """The config of VeRA: PEFT's fields, and `exclude_modules`, which PEFT lacks here."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from adapterkit import AdapterConfig, ConfigError, Dropout, Rank
+from adapterkit import AdapterConfig, ConfigError, Dropout, Limit, Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class VeraConfig(AdapterConfig):
     not_in_files = ("exclude_modules",)
     default_targets = {"phi": ("q_proj", "v_proj")}
 
-    r: Rank = 256
+    # A and B are made from the config alone: one of a few bytes must not ask for all memory.
+    r: Annotated[Rank, Limit(lambda r: r <= 65_536, ": a rank of VeRA must be at most 65,536")] = 256
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: Dropout = 0.0
