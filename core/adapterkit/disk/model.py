@@ -151,15 +151,11 @@ def _config(where: str) -> tuple[Any, bool]:
             if Path(where).is_dir():
                 raise
             raise not_to_be_had(where, error) from error
-        parts = [part for key, part in _parts("", raw) if isinstance(part, dict)]
-        _check_parts(raw, where)
-        for part in parts:
-            for key in [key for key in part if key in _CODE or key.endswith("_implementation")]:
-                del part[key]
+        _make_harmless(raw, where)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(where).name or "model")
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
-        has_backbone = any(isinstance(part.get("backbone"), str) for part in parts)
+        has_backbone = any(key == "backbone" and isinstance(value, str) for key, value in _parts("", raw))
         if has_backbone:
             stack.enter_context(_offline())
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -178,16 +174,19 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _parts(key, inner)
 
 
-def _check_parts(config: Any, where: str) -> None:
-    """Raise an error for what no folder may ask of transformers: code, models of the hub, and absurd sizes."""
+def _make_harmless(config: Any, where: str) -> None:
+    """Refuse models that are code or on the hub, and absurd sizes. Remove names of code that are not needed."""
     from transformers import CONFIG_MAPPING
 
     for key, value in _parts("", config):
-        if isinstance(value, dict) and "auto_map" in value and value.get("model_type") not in CONFIG_MAPPING:
-            raise UnsupportedError(
-                f"{where}: the model is code beside its weights ({value['auto_map']}), which is not run here. Build "
-                'it yourself under torch.device("meta").'
-            )
+        if isinstance(value, dict):
+            if "auto_map" in value and value.get("model_type") not in CONFIG_MAPPING:
+                raise UnsupportedError(
+                    f"{where}: the model is code beside its weights ({value['auto_map']}), which is not run here. "
+                    'Build it yourself under torch.device("meta").'
+                )
+            for name in [name for name in value if name in _CODE or name.endswith("_implementation")]:
+                del value[name]
         if key in ("backbone", "architecture") and isinstance(value, str) and not _NAME.fullmatch(value):
             raise UnsupportedError(
                 f"{where}: its config names {value!r} as its {key}, which is elsewhere and is not fetched here. Build "
