@@ -4,7 +4,7 @@ In: the changes of adapters (or of two models), as factors. Out: one new adapter
 Uses: errors, results, tensors, kinds, contract, forward, model, files, merging.
 """
 
-from adapterkit.combining.combine import Source, check_sources, exact_change, mix
+from adapterkit.combining.combine import Source, check_sources, check_values, exact_change, mix
 from adapterkit.combining.extraction import config_to_extract, extracted, module_of, same_layer
 from adapterkit.combining.heads import outputs_of
 from adapterkit.combining.lowrank import all_finite, check_size, rank_for_energy, svd, working

@@ -98,11 +98,16 @@ def exact_change(method: Method, layer: AdapterLayer, name: str, path: str, dtyp
             f"Adapter {name!r} ({method.name}) has no low-rank change of the weight at {path!r}, so "
             f"it cannot be combined or converted. {instead} it beside the others instead."
         )
-    if found.down.is_meta:
-        raise StateError(f"Adapter {name!r} has no values at {path!r}: it is on the meta device.")
-    if not lowrank.all_finite(*found[:3]):
-        raise StateError(f"Adapter {name!r} has values at {path!r} that are not finite.")
+    check_values(found, name, path)
     return found
+
+
+def check_values(factors: Factors, name: str, path: str) -> None:
+    """Raise `StateError` if the change of an adapter has no values, or values that are not finite."""
+    if factors.down.is_meta:
+        raise StateError(f"Adapter {name!r} has no values at {path!r}: it is on the meta device.")
+    if not lowrank.all_finite(*factors[:3]):
+        raise StateError(f"Adapter {name!r} has values at {path!r} that are not finite.")
 
 
 def _check_same_base(sources: Sequence[Source]) -> None:

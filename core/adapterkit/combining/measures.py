@@ -6,7 +6,7 @@ Everything is computed in float32 (float64 for float64 factors) on the device of
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,24 +61,15 @@ def effective_rank(s: Tensor) -> float:
     return math.exp(float(torch.special.entr(values / total).sum()))
 
 
-class Measure(NamedTuple):
-    """What the singular values of a change tell.
+def figures(s: Tensor) -> dict[str, Any]:
+    """What the singular values of a change tell, for records with these fields.
 
-    Attributes:
-        norm: its Frobenius norm.
-        effective_rank: see `effective_rank`.
-        rank_90, rank_99: how few singular values have 90 and 99 % of the sum of their squares.
+    Returns:
+        Its Frobenius norm `norm`, its `effective_rank`, and `rank_90` and `rank_99`: how few of the values have 90 and
+        99 % of the sum of their squares.
     """
-
-    norm: float
-    effective_rank: float
-    rank_90: int
-    rank_99: int
-
-    @classmethod
-    def of(cls, s: Tensor) -> Measure:
-        """The measure of a change with these singular values, descending."""
-        return cls(size(s), effective_rank(s), rank_for_energy(s, 0.9), rank_for_energy(s, 0.99))
+    ranks = {f"rank_{percent}": rank_for_energy(s, percent / 100) for percent in (90, 99)}
+    return {"norm": size(s), "effective_rank": effective_rank(s), **ranks}
 
 
 def inner(f: Factors, g: Factors) -> float:

@@ -215,7 +215,7 @@ def inspect_layer(opened: AdapterFile, path: str, *, values: bool = True) -> Lay
     )
     if values and factors is not None and all_finite(*factors[:3]):
         with suppress(StateError):  # they overflow: there is no norm either
-            found = dataclasses.replace(found, **measures.Measure.of(measures.spectrum(factors))._asdict())
+            found = dataclasses.replace(found, **measures.figures(measures.spectrum(factors)))
     opened.mapped.release()
     return found
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.combining import all_finite, measures, rank_for_energy, svd, working
+from adapterkit.combining import check_values, measures, rank_for_energy, svd, working
 from adapterkit.contract import AdapterConfig
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, numerical_rank
@@ -34,7 +34,7 @@ class LayerFinding:
         rank: the inner size of the factors.
         base_norm: `|W|`, or `None` if the base's weight is not available.
         spectrum: the singular values of dW, descending, without those that are zero up to rounding.
-        norm, effective_rank, rank_90, rank_99: see `measures.Measure`.
+        norm, effective_rank, rank_90, rank_99: see `measures.figures`.
     """
 
     shape: tuple[int, int]
@@ -200,10 +200,7 @@ def measure(adapters: Sequence[AdapterFinding]) -> Findings:
 
 
 def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tuple[_Change, LayerFinding]:
-    if factors.down.is_meta:
-        raise StateError(f"Adapter {adapter.name!r} has no values at {path!r}: it is on the meta device.")
-    if not all_finite(*factors[:3]):
-        raise StateError(f"Adapter {adapter.name!r} has values at {path!r} that are not finite.")
+    check_values(factors, adapter.name, path)
     try:
         u, s, vh = svd(factors)
     except StateError as error:
@@ -216,7 +213,7 @@ def _measure_layer(adapter: AdapterFinding, path: str, factors: Factors) -> tupl
         rank=factors.rank,
         base_norm=adapter.base_norm(path),
         spectrum=values.cpu(),
-        **measures.Measure.of(values)._asdict(),
+        **measures.figures(values),
     )
     return _Change(u, s, vh, rank_for_energy(values, SUBSPACE_ENERGY)), finding
 
