@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import stat
@@ -40,6 +41,22 @@ def read_small(path: Path) -> bytes:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def json_object(content: str | bytes, what: object) -> dict[str, Any]:
+    """The JSON object in a text; `what` is what messages call it.
+
+    Raises:
+        CheckpointError: it is not valid JSON, or not an object.
+    """
+    try:
+        found = json.loads(content)  # bytes: it knows byte order marks
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair could be neither printed nor saved
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} must hold a JSON object, not a {type(found).__name__}.")
+    return found
 
 
 def check_regular(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The contract of an adapter method: what its author writes, and how the library finds and checks it.
 
 In: plugins, from entry points or `ak.register`. Out: configs, layers, key rules, and the `Method` that calls the hooks.
-Uses: errors, migration, results, tensors, kinds.
+Uses: errors, door, migration, results, tensors, kinds.
 """
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.patterns import Names
+from adapterkit.door import json_object
 from adapterkit.errors import CheckpointError, UnsupportedError, usage, warn
 from adapterkit.kinds import LayerKind
 
@@ -411,12 +412,7 @@ def header_fields(keys: Collection[str], metadata: Mapping[str, str]) -> dict[st
     """
     if HEADER not in metadata:
         return None
-    try:
-        values: Any = json.loads(metadata[HEADER])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The header's {HEADER!r} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"The header's {HEADER!r} must hold a JSON object, not a {type(values).__name__}.")
+    values = json_object(metadata[HEADER], f"The header's {HEADER!r}")
     if not values:
         return None
     heads = {name.partition(".")[0] for name in values if "." in name}

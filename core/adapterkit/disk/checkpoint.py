@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import empty_layer
-from adapterkit.door import read_small
+from adapterkit.door import json_object, read_small
 from adapterkit.errors import CheckpointError, unknown
 from adapterkit.files import Entry, MappedFiles, Shard, read_header
 from adapterkit.formats import CONFIG_FILE, in_order, renaming
@@ -146,13 +145,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    try:
-        found = json.loads(read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
-    return found
+    return json_object(read_small(path), path)
 
 
 class PlainModel(nn.Module):

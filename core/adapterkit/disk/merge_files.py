@@ -338,9 +338,9 @@ def begin(folder: Path, output: Output, *, resume: bool) -> tuple[str, ...]:
     path, done, inputs = folder / MANIFEST, [], json.loads(json.dumps(output.inputs))
     if resume and path.is_file():
         try:
-            begun = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+            begun = read_object(path)["inputs"]
             differing = sorted(key for key in {*begun, *inputs} if begun.get(key) != inputs.get(key))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (CheckpointError, KeyError, TypeError, AttributeError) as error:
             raise StateError(
                 f"{path} is damaged, so it is not known what is finished. Merge with resume=False to begin anew."
             ) from error

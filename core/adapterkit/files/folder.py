@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.door import check_tensors_of_file, read_pickle, read_small
+from adapterkit.door import check_tensors_of_file, json_object, read_pickle, read_small
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_tensors
 from adapterkit.formats import (
@@ -144,14 +143,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
     content = read_small(path)
     check_beginning(content[:64], path)
-    try:
-        config = json.loads(content)  # bytes: it knows byte order marks
-        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair could be neither printed nor saved
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}.")
-    return config
+    return json_object(content, path)
 
 
 def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
