@@ -204,30 +204,30 @@ def _layer(path: str, a: AdapterFile, b: AdapterFile, tolerance: float) -> Layer
     same_tensors = ours.keys() == theirs.keys() and all(_same(t, theirs[name]) for name, t in ours.items())
     one = inspect_layer(a, path) if ours else None
     other = inspect_layer(b, path) if theirs else None
-    norms = [side.norm for side in (one, other) if side is not None]
+    sides = [side for side in (one, other) if side is not None]
+    norms = [side.norm for side in sides if side.norm is not None]
     apart = cosine = None
-    if None not in norms and one is not None and other is not None and one.shape == other.shape:
+    if len(norms) == 2 and len({side.shape for side in sides}) == 1:
         f, g = (side.method.factors(side.built[path]) for side in (a, b))
         assert f is not None
         assert g is not None
-        apart, cosine = distance(f, g), measures.cosine(f, g)
+        apart, cosine = _distance(f, g, max(norms)), measures.cosine(f, g)
     same: bool | None = None
     if same_tensors and a.config == b.config:
         same = True
     elif apart is not None:
         same = apart <= tolerance
-    elif None not in norms:
+    elif len(norms) == len(sides):
         same = len(norms) < 2 and not any(norms)  # a change of zero is as none
     a.mapped.release()
     b.mapped.release()
     return LayerDifference(path, one, other, same_tensors, same, apart, cosine)
 
 
-def distance(f: Factors, g: Factors) -> float:
-    """`|dW_f - dW_g| / max(|dW_f|, |dW_g|)` in the Frobenius norm, or the same of the biases if that is more."""
+def _distance(f: Factors, g: Factors, larger: float) -> float:
+    """`|dW_f - dW_g|` by the larger of their Frobenius norms, or the same of the biases if that is more."""
     dtype = torch.promote_types(f.up.dtype, g.up.dtype)
     up, down = torch.cat([f.up.to(dtype), -g.up.to(dtype)], dim=1), torch.cat([f.down.to(dtype), g.down.to(dtype)])
-    larger = max(measures.norm(f), measures.norm(g))
     apart = measures.norm(Factors(up, down)) / larger if larger else 0.0
     zero = torch.zeros(f.up.shape[0])
     return max(apart, _relative(zero if f.bias is None else f.bias, zero if g.bias is None else g.bias))
