@@ -36,7 +36,7 @@ from adapterkit.contract import (
     default_registry,
     twin,
 )
-from adapterkit.errors import ConfigError, StateError, unknown, usage, usage_of_methods, warn
+from adapterkit.errors import ConfigError, StateError, UsageError, unknown, usage, usage_of_methods, warn
 from adapterkit.files import (
     adapter_folder,
     adapter_tensors,
@@ -1177,6 +1177,8 @@ def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
         UnsupportedError: a layer computes something else than the plain product with its weight.
     """
     adapters = attach(base)
+    if not isinstance(tuned, nn.Module):
+        raise UsageError(f"extract needs two models, not a {type(tuned).__name__}; ak.extract_files takes folders.")
     adapters._check_new_name(name)
     if adapters.merged:
         listed = ", ".join(map(repr, adapters.merged))

@@ -164,6 +164,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ak.ConfigError,
         ("Load the model first; ak.extract_files",),
     ),
+    "extract from one folder": (
+        lambda: ak.extract(build("bert"), "tuned", rank=4),  # type: ignore[arg-type]
+        ak.UsageError,
+        ("extract needs two models, not a str; ak.extract_files takes folders",),
+    ),
     "a quantised layer": (
         lambda: ak.attach(dynamic()).add("a", LoraConfig(target_modules=["0"])),
         ak.SelectionError,
