@@ -317,7 +317,7 @@ def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
     def narrow(tensor: Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
 
-    if not any(narrow(tensor) for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors):
+    if not any(map(narrow, (*layer.parameters(), *layer.buffers()))):
         return layer
     return twin(layer, lambda tensor: tensor.to(dtype) if narrow(tensor) else tensor)
 

@@ -206,8 +206,8 @@ class Method:
             UnsupportedError: `merged` gives a bias, and the layer has none.
         """
         sizes = (layer.kind.out_features, layer.kind.in_features)
-        devices = [tensor.device for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors]
-        device = devices[0] if devices else torch.device("cpu")
+        tensors = (*layer.parameters(), *layer.buffers())
+        device = tensors[0].device if tensors else torch.device("cpu")
         if device.type == "meta":
             return False
         if math.prod(sizes) > _LARGE:

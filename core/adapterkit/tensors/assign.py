@@ -73,17 +73,15 @@ def put(values: Sequence[tuple[Slot, Tensor]]) -> None:
     Raises:
         StateError: one of them is offloaded by accelerate. Nothing is written then.
     """
-    slots, given = [slot for slot, _ in values], whole([tensor for _, tensor in values])
-    for slot in slots:
-        if is_hooked(slot.owner) and slot.tensor.is_meta:
+    taken: set[int] = set()
+    ready: list[tuple[Slot, Tensor]] = []  # what may fail, as memory may be full, comes before any write
+    for (slot, _), tensor in zip(values, whole([tensor for _, tensor in values]), strict=True):
+        own = slot.tensor
+        if own.is_meta and is_hooked(slot.owner):
             raise StateError(
                 f"{slot.key!r} is offloaded by accelerate, so nothing can be written there. Load the adapter first and "
                 "offload the model then, or load it under another name."
             )
-    taken: set[int] = set()
-    ready: list[tuple[Slot, Tensor]] = []
-    for slot, tensor in zip(slots, given, strict=True):  # what may fail, as memory may be full, comes before any write
-        own = slot.tensor
         ready.append((slot, apart(tensor.to(own.dtype).contiguous(), taken) if own.is_meta else tensor.to(own)))
     with torch.no_grad(), uninterrupted():
         for slot, tensor in ready:
