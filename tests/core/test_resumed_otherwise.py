@@ -57,6 +57,12 @@ def loaded_again(folder: Path) -> nn.Module:
     return model
 
 
+def frozen_in_part(model: nn.Module) -> nn.Module:
+    for key, parameter in ak.attach(model).named_parameters("t"):
+        parameter.requires_grad_("lora_B" in key)
+    return model
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "not active": (lambda: together("t"), r"'beside', 't' acted and 't' trained, and here 't' acted and 't' trained"),
     "another order": (lambda: together("t", "beside"), r"adapters.activate\('beside', 't', trainable=\['t'\]\)"),
@@ -76,6 +82,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "more targets": (
         lambda: together(config=TRAINED.replace(target_modules=["value", "key"])),
         "it lacks .*key|4 tensors too few for adapter 't', such as .*key",
+    ),
+    "frozen in part": (
+        lambda: frozen_in_part(together()),
+        r"in which none of the parameters of the adapters .* and here 2 \(such as '.*lora_A.weight'\)",
     ),
     "a head": (lambda: together(config=TRAINED.replace(modules_to_save=["classifier"])), "with the head of 't'"),
 }
@@ -150,7 +160,7 @@ def by_accelerate(model: nn.Module, folder: Path) -> Callable[[nn.Module], objec
     return load
 
 
-def not_transformers(**options: Any) -> nn.Module:
+def not_transformers(**options: Any) -> Any:
     model = Wrapped(inside=False)
     ak.attach(model).remove("t")
     torch.manual_seed(7)
@@ -167,6 +177,20 @@ def test_whatever_saves_the_whole_state_dict_a_training_goes_on_only_as_it_was(s
         resume(not_transformers(lora_alpha=32))
     with pytest.raises(ak.CheckpointError, match=r"and here 't' \(strength 0.5\) acted"):
         resume(not_transformers(strengths={"t": 0.5}))
+
+
+def test_an_adapter_that_trained_in_another_dtype_is_refused(checkpoints: dict[type[Trainer], Path]) -> None:
+    folder, model = checkpoints[Trainer], together()
+    ak.attach(model).layers("t")["bert.encoder.layer.0.attention.self.value"].to(torch.bfloat16)
+    with pytest.raises(ak.CheckpointError, match=r"trained in torch.float32, .* add\(..., dtype=torch.float32\)"):
+        trainer(model, folder.parent, cls=Trainer).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_state_dict_of_the_whole_model_goes_into_any_base() -> None:
+    other = not_transformers()
+    for parameter in other.inner.bert.parameters():
+        parameter.data.mul_(2)
+    other.load_state_dict(not_transformers().state_dict())  # no warning of another base: it is replaced
 
 
 def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_whatever_acts() -> None:
@@ -219,6 +243,7 @@ def test_an_optimizer_is_not_resumed_for_adapters_in_another_order(tmp_path: Pat
     [
         (lambda model: model.to(torch.bfloat16), "whose weights are float32, and here they are bfloat16"),
         (lambda model: [p.data.mul_(2) for p in model.parameters()], "with other weights than this one has"),
+        (lambda model: model.bert.embeddings.word_embeddings.weight.data.mul_(2), "with other weights than this one"),
     ],
 )
 def test_a_warning_says_that_the_base_is_another(change: Callable[[nn.Module], object], message: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import adapter_tensors
+from adapterkit.model import base_parameters
 from adapterkit.tensors import has_fsdp1
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
     found = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
-    return json.dumps({**found, "merged": adapters.merged, "configs": fields, "base": _base(adapters)})
+    found |= {"merged": adapters.merged, "frozen": _frozen(adapters), "configs": fields, "base": _base(adapters)}
+    return json.dumps(found)
 
 
-def check_setting(adapters: Adapters, saved: str, where: object) -> None:
+def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool = True) -> None:
     """Check that the adapters act and train as they did when `setting` was called.
 
     Args:
         where: what holds the saved setting, to begin a message.
+        base: check the base, too: what is loaded does not hold it.
 
     Raises:
         CheckpointError: they do not. Where only the base is another, a warning says so.
@@ -69,6 +72,11 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
             "numbers, and an optimizer may mix up its averages. Before you resume, add the adapters in the same order "
             f"and let them act as then: {_calls(then, now)}."
         )
+    if then.get("frozen", now["frozen"]) != now["frozen"]:
+        raise CheckpointError(
+            f"{where} is of a training in which {then['frozen']['shown']} of the parameters of the adapters that train "
+            f"were frozen, and here {now['frozen']['shown']}. Before you resume, set requires_grad as it was then."
+        )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
         if values is not None and values != _in_file(adapters, name):
@@ -77,15 +85,20 @@ def check_setting(adapters: Adapters, saved: str, where: object) -> None:
                 f"here. It did not train, so the checkpoint does not hold it. Before you resume, load {name!r} from "
                 "the file that was loaded then; if it was trained before that, save it and load that file."
             )
-    _warn_of_base(then["base"], now["base"], where)
+    if base:
+        _warn_of_base(then["base"], now["base"], where)
 
 
 def _warn_of_base(then: Mapping[str, str], now: Mapping[str, str], where: object) -> None:
-    if then["layers"] != now["layers"] or not (then["values"] and now["values"]):
-        return
-    if then["dtypes"] != now["dtypes"]:
+    """Warn if the same layers, or the same frozen parameters, have other values than then."""
+    pairs = [
+        (then[values], now[values])
+        for names, values in (("layers", "values"), ("frozen", "rest"))
+        if then.get(names) == now[names] and then[values] and now[values]
+    ]
+    if pairs and then["layers"] == now["layers"] and then["dtypes"] != now["dtypes"]:
         what = f"whose weights are {then['dtypes']}, and here they are {now['dtypes']}"
-    elif then["values"] != now["values"]:
+    elif any(one != other for one, other in pairs):
         what = "with other weights than this one has"
     else:
         return
@@ -151,24 +164,44 @@ def sample(tensors: Mapping[str, Tensor]) -> str:
     return digest(first)[:16]
 
 
+def _frozen(adapters: Adapters) -> dict[str, str]:
+    """Which parameters of the adapters that train do not train."""
+    parameters = ((name, *each) for name in adapters.trainable for each in adapters._adapters[name].named_parameters())
+    keys = [(name, key) for name, key, parameter in parameters if not parameter.requires_grad]
+    shown = f"{len(keys)} (such as {keys[0][1]!r})" if keys else "none"
+    return {"shown": shown, "digest": _hash(keys)}
+
+
+def _hash(names: Sequence[object]) -> str:
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+
 def _base(adapters: Adapters) -> dict[str, str]:
     """What the adapters that train are trained on: their layers, the dtypes of these, and a little of each weight.
 
-    Nothing of a weight that is sharded, offloaded or trained itself. Merged adapters are seen in the weights.
+    Nothing of a weight that is sharded, offloaded or trained itself, or that an adapter has its own copy of. Merged
+    adapters are seen in the weights.
     """
-    names = (*adapters.trainable, *adapters.merged)
-    hosts = {path: host for name in names for path, host in adapters._adapters[name].hosts.items()}
-    found = {path: host._parameters.get("weight") for path, host in hosts.items()}
+    own = [adapters._adapters[name] for name in (*adapters.trainable, *adapters.merged)]
+    found = {path: host._parameters.get("weight") for each in own for path, host in each.hosts.items()}
     weights = {path: weight.detach() for path, weight in found.items() if weight is not None}
     trained = any(weight is not None and weight.requires_grad for weight in found.values())
-    there = not has_fsdp1(adapters.model) and not any(
-        w.is_meta or not w.numel() or type(w) is not Tensor for w in weights.values()
-    )
+    heads = tuple(f"{path}." for each in own for path in each.heads)
+    others = ((key, p) for key, p in base_parameters(adapters.model) if not (p.requires_grad or key.startswith(heads)))
+    rest = {key: parameter.detach() for key, parameter in others}
     return {
-        "layers": hashlib.sha256(repr([*weights]).encode()).hexdigest()[:16],
+        "layers": _hash([*weights]),
         "dtypes": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
-        "values": sample(weights) if there and not trained else "",
+        "values": "" if trained else _sample_of_all(adapters, weights),
+        "frozen": _hash([*rest]),
+        "rest": _sample_of_all(adapters, rest),
     }
+
+
+def _sample_of_all(adapters: Adapters, tensors: Mapping[str, Tensor]) -> str:
+    """A sample of these tensors of the base; empty: some are not whole in this process's memory."""
+    there = not any(t.is_meta or not t.numel() or type(t) is not Tensor for t in tensors.values())
+    return sample(tensors) if there and not has_fsdp1(adapters.model) else ""
 
 
 def _acts(found: Mapping[str, Any], part: str) -> list[Any]:
