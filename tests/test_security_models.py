@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from tests.command.conftest import run
 from transformers import CLIPConfig, LlavaConfig
 
 import adapterkit as ak
+from adapterkit.disk import model
 
 TEXT = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -56,6 +58,7 @@ ATTACKS = {
     "a plain backbone": lambda place: {"model_type": "upernet", "backbone": "resnet18", "use_timm_backbone": False},
     "a backbone by its folder": lambda place: {"model_type": "upernet", "backbone": str(place)},
     "detr": lambda place: {"model_type": "detr", "backbone": "someone/evil", "use_timm_backbone": False},
+    "the backbone of a default": lambda place: {"model_type": "detr", "use_timm_backbone": False},
     "an attention kernel": lambda place: {"model_type": "bert", "attn_implementation": "someone/kernel"},
     "a private attention kernel": lambda place: {"model_type": "bert", "_attn_implementation": "someone/kernel"},
     "a nested attention kernel": lambda place: {
@@ -70,7 +73,7 @@ ATTACKS = {
 
 
 # What the config says of code and kernels changes nothing of these models.
-BUILT = ("a class that has code", "an experts kernel", "a class that is no model")
+BUILT = ("a class that has code", "the backbone of a default", "an experts kernel", "a class that is no model")
 BUILT += ("an attention kernel", "a private attention kernel", "a nested attention kernel")
 
 
@@ -111,6 +114,13 @@ def test_no_config_runs_code_asks_or_reaches_the_network(attack: str, closed: li
             ak.skeleton(place)
     assert not closed
     assert not marker.exists()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_other_threads_may_fetch_while_a_model_is_built(closed: list[str]) -> None:
+    with model._offline(), ThreadPoolExecutor(1) as other:
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        assert not other.submit(lambda: bool(huggingface_hub.constants.HF_HUB_OFFLINE)).result()
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 

@@ -211,6 +211,17 @@ def test_headers_are_checked_before_they_cost_anything(content: bytes, tmp_path:
     refused(place)
 
 
+def test_a_header_of_more_tensors_than_any_adapter_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapterkit.door._MOST_TENSORS", 100)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({f"layer{i}": entry for i in range(101)}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ak.CheckpointError, match="has 101 tensors; the limit here is 100"):
+        ak.inspect_adapter(tmp_path / "a.safetensors")
+
+
 # Configs
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ _LARGEST_SMALL = 1 << 26
 # torch counts elements and bytes in so many bits, and few of its operations take more dimensions.
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 1 << 62, 32
 _LONGEST_NAME = 2000
+# Adapters of the largest mixtures of experts, two tensors for each expert's matrices, have as many.
+_MOST_TENSORS = 150_000
 # A file's tensors may share memory, as tied ones do, up to this many times.
 _MOST_SHARED = 4
 _SLACK_BYTES = 1 << 20
@@ -79,6 +81,12 @@ def own_file(path: Path, folder: Path) -> bool:
     return found.is_file() and any(found.is_relative_to(place) for place in places)
 
 
+def check_count(count: int, file: Path) -> None:
+    """Raise `CheckpointError` if a file has more tensors than can be sorted in a reasonable time."""
+    if count > _MOST_TENSORS:
+        raise CheckpointError(f"{file} has {count:,} tensors; the limit here is {_MOST_TENSORS:,}.")
+
+
 def check_entry(name: str, shape: Any, file: Path) -> None:
     """Raise `CheckpointError` unless a name of a file's header can be a tensor's, and torch can have its shape."""
     if len(name) > _LONGEST_NAME:
@@ -135,6 +143,7 @@ def check_tensors_of_file(tensors: dict[str, Tensor], path: Path) -> None:
 
     A tensor with a stride of 0 is small in its file and as large as its shape once it is copied.
     """
+    check_count(len(tensors), path)
     size, total = path.stat().st_size, 0
     for key, tensor in tensors.items():
         if tensor.is_meta:

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
             raise CheckpointError(f"{path} is not a model of transformers, so it has no class {architecture!r}.")
         return PlainModel.of(Checkpoint.open(path), name)
     where = str(folder) if folder.is_dir() else hub_id(model, "model folder")
-    config, has_backbone = _config(where)
+    config = _config(where)
     import transformers
 
     given = config.architectures if architecture is None else [architecture]
@@ -111,7 +111,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     config.architectures = named
     build = transformers.AutoModel.from_config if cls is None else cls._from_config
     what = f"transformers cannot build {', '.join(named) or 'a model'} from the config of {where}"
-    with _as_checkpoint_error(what), _offline() if has_backbone else nullcontext(), torch.device("meta"):
+    with _as_checkpoint_error(what), _offline(), torch.device("meta"):
         built: nn.Module = build(config)
     return built.eval()
 
@@ -138,11 +138,14 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {type(error).__name__}: {why}") from error
 
 
-def _config(where: str) -> tuple[Any, bool]:
-    """The config of a model, and whether it names a backbone. Nothing of it makes transformers run code or fetch."""
+def _config(where: str) -> Any:
+    """The config of a model. Nothing of it makes transformers run code or fetch."""
     from transformers import AutoConfig, PretrainedConfig
 
-    with _as_checkpoint_error(f"There is no config of a model for {where!r}"), ExitStack() as stack:
+    with (
+        _as_checkpoint_error(f"There is no config of a model for {where!r}"),
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         try:
             raw, _ = PretrainedConfig.get_config_dict(
                 where, local_files_only=not Path(where).is_dir() and hub_is_away()
@@ -152,15 +155,13 @@ def _config(where: str) -> tuple[Any, bool]:
                 raise
             raise not_to_be_had(where, error) from error
         _make_harmless(raw, where)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(where).name or "model")
+        folder = Path(temporary, Path(where).name or "model")
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
-        has_backbone = any(key == "backbone" and isinstance(value, str) for key, value in _parts("", raw))
-        if has_backbone:
-            stack.enter_context(_offline())
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with _offline():  # a backbone may be named by the config, or by its class
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._name_or_path = where
-        return config, has_backbone
+        return config
 
 
 def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -199,14 +200,25 @@ def _make_harmless(config: Any, where: str) -> None:
                 raise CheckpointError(f"{where}: {key} = {shown} in its config; the limit here is {most:,}.")
 
 
+class _OfflineIn:
+    """A flag that is true in one thread, and in the others what it was."""
+
+    def __init__(self, thread: int, before: object) -> None:
+        self.thread, self.before = thread, before
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread or bool(self.before)
+
+
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep transformers from asking the hub. The switch is global, so another thread waits before it comes in here."""
+    """Let transformers ask the hub for nothing in this block, in this thread; others may fetch meanwhile."""
     from huggingface_hub import constants
 
     with _OFFLINE:
-        before = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = True
+        before: Any = constants.HF_HUB_OFFLINE
+        flag: Any = _OfflineIn(threading.get_ident(), before)
+        constants.HF_HUB_OFFLINE = flag
         try:
             yield
         finally:

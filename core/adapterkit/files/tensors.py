@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adapterkit.door import check_entry, check_regular
+from adapterkit.door import check_count, check_entry, check_regular
 from adapterkit.errors import CheckpointError, SaveError
 from adapterkit.kinds import Factors
 
@@ -151,6 +151,7 @@ def read_header(file: Path) -> Shard:
         raise CheckpointError(
             f"{file} is not a safetensors file, or it is damaged or cut off: {error}. Fetch or save it again."
         ) from error
+    check_count(len(entries), file)
     return Shard(file, header, entries, metadata, size)
 
 
