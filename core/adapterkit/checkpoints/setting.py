@@ -39,7 +39,7 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         for name, strength in adapters.strengths.items()
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
-    found = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
+    found: dict[str, Any] = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
     found |= {"merged": adapters.merged, "frozen": _frozen(adapters), "configs": fields, "base": _base(adapters)}
     return json.dumps(found)
 
