@@ -319,11 +319,13 @@ def test_pickled_file(model: nn.Module, tmp_path: Path, suffix: str) -> None:
 # diffusers
 
 
-def peft_names(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
+def peft_names(
+    prefix: str, values: dict[str, tuple[Tensor, Tensor]], names: tuple[str, str] = ("lora_A", "lora_B")
+) -> Tensors:
     return {
         f"{prefix}{path}.{local}.weight": factor
         for path, pair in values.items()
-        for local, factor in zip(("lora_A", "lora_B"), pair, strict=True)
+        for local, factor in zip(names, pair, strict=True)
     }
 
 
@@ -337,11 +339,7 @@ def old_processors(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Ten
 
 
 def linear_layers(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:
-    return {
-        f"{prefix}{path}.lora_linear_layer.{local}.weight": factor
-        for path, pair in values.items()
-        for local, factor in zip(("down", "up"), pair, strict=True)
-    }
+    return peft_names(prefix, values, ("lora_linear_layer.down", "lora_linear_layer.up"))
 
 
 def under_processor(prefix: str, values: dict[str, tuple[Tensor, Tensor]]) -> Tensors:

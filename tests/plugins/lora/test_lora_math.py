@@ -142,20 +142,14 @@ def test_lora_bias_is_refused_on_an_embedding() -> None:
 # Initial values
 
 
-def test_the_default_a_is_drawn_as_nn_linear_draws_its_weight() -> None:
-    model = one(nn.Linear(400, 3))
+@pytest.mark.parametrize(("layer", "fan_in"), [(nn.Linear(400, 3), 400), (nn.Conv2d(40, 3, 3), 360)], ids=str)
+def test_the_default_a_is_drawn_as_torch_draws_the_layers_weight(layer: nn.Module, fan_in: int) -> None:
+    model = one(copy.deepcopy(layer))
     adapt(model, target_modules=["fc"], r=50)
     down, _ = matrices(layer_of(model))
-    bound = 1 / math.sqrt(400)
+    bound = 1 / math.sqrt(fan_in)
     assert 0.95 * bound < down.abs().max() <= bound
     assert down.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-
-
-def test_a_convolutions_default_a_is_bounded_by_its_whole_fan_in() -> None:
-    model = one(nn.Conv2d(40, 3, 3))
-    adapt(model, target_modules=["fc"], r=50)
-    down, _ = matrices(layer_of(model))
-    assert 0.95 / math.sqrt(360) < down.abs().max() <= 1 / math.sqrt(360)
 
 
 def test_gaussian_draws_a_with_deviation_one_over_r() -> None:
