@@ -53,7 +53,6 @@ def json_object(content: str | bytes, what: object) -> dict[str, Any]:
     """
     try:
         found = json.loads(content)  # bytes: it knows byte order marks
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair could be neither printed nor saved
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):

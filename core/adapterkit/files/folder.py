@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -143,7 +144,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
     content = read_small(path)
     check_beginning(content[:64], path)
-    return json_object(content, path)
+    config = json_object(content, path)
+    try:
+        json.dumps(config, ensure_ascii=False).encode()  # half of a surrogate pair could be neither printed nor saved
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    return config
 
 
 def _read_tensors(file: Path, reader: Reader) -> tuple[dict[str, Tensor], dict[str, str]]:
