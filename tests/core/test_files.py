@@ -276,17 +276,6 @@ def test_load_state_dict_that_does_not_fit_changes_nothing(model: nn.Module, fol
             adapters.load_state_dict("x", wrong)
 
 
-@pytest.mark.parametrize(
-    ("size", "layers", "texts"),
-    [(12, 2, ("a base of another size", "mismatched (5)")), (8, 1, ("unexpected (2)",))],
-    ids=["another size", "fewer layers"],
-)
-@pytest.mark.filterwarnings("ignore::adapterkit.AdapterWarning")
-def test_file_of_another_model(size: int, layers: int, texts: tuple[str, ...], folder: Path) -> None:
-    parts = {"layers": nn.ModuleList(nn.Linear(size, size) for _ in range(layers)), "head": nn.Linear(size, 3)}
-    refuse(nn.ModuleDict(parts), folder, *texts)
-
-
 def test_embeddings_and_label_sets_of_another_size(tmp_path: Path) -> None:
     model = build("bert")
     ak.attach(model).add("a", LoraConfig(r=2))

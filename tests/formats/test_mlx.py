@@ -76,30 +76,30 @@ def test_folder_of_mlx_lm_loads_with_its_scale(tmp_path: Path) -> None:
     assert found.layout == "mlx-lm"
     assert {layer.path for layer in found.layers} == {*LAYERS}
     check(merged(model, place), wanted)
-    adapters = ak.attach(build("llama"))
-    adapters.load(place, "x")
-    config: Any = adapters.config("x")
+    config: Any = ak.attach(model).config("x")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 40.0, 0.1)
 
 
-def test_config_with_pefts_fields_too(tmp_path: Path) -> None:
-    """Scripts that convert an adapter of PEFT for mlx-vlm write both."""
-    model = build("llama")
-    tensors = factors(model, LAYERS[0])
-    wanted = expected(model, tensors, 3.0)
-    beside = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
-    check(merged(model, folder(tmp_path / "a", tensors, lora_parameters=parameters(scale=3.0), **beside)), wanted)
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, str], float]] = {
+    "converted for mlx-vlm, with PEFT's fields too": (
+        {"lora_parameters": parameters(scale=3.0), "peft_type": "LORA", "r": 2, "lora_alpha": 6},
+        {},
+        3.0,
+    ),
+    "mlx-vlm": ({"rank": 2, "alpha": 0.1, "dropout": 0.1}, {"lora_a": "A", "lora_b": "B"}, 0.1),
+}
 
 
-def test_folder_of_mlx_vlm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "names", "scale"), OTHERS.values(), ids=OTHERS)
+def test_other_folders_of_mlx(config: dict[str, Any], names: dict[str, str], scale: float, tmp_path: Path) -> None:
     model = build("llama")
     tensors = factors(model, *LAYERS[:2])
-    wanted = expected(model, tensors, 0.1)
-    named = {k.replace(".lora_a", ".A").replace(".lora_b", ".B"): tensor for k, tensor in tensors.items()}
-    place = folder(tmp_path / "a", named)
-    (place / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 0.1, "dropout": 0.1}))
+    wanted = expected(model, tensors, scale)
+    ends = {key: key.rpartition(".") for key in tensors}
+    named = {f"{path}.{names.get(end, end)}": tensors[key] for key, (path, _, end) in ends.items()}
+    place = folder(tmp_path / "a", named, **config)
     check(merged(model, place), wanted)
-    assert ak.inspect_adapter(place).layout == "mlx-vlm"
+    assert ak.inspect_adapter(place).layout.endswith("mlx-vlm" if names else "mlx-lm")
 
 
 def test_old_alpha_multiplies_the_scale_and_is_told(tmp_path: Path) -> None:

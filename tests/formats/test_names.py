@@ -87,30 +87,29 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[path], change, rtol=0, atol=1e-5)
 
 
-KEYS = ("lora_unet_double_blocks_10_qkv", "diffusion_model.double_blocks.10.qkv", "double_blocks.10.qkv")
+QKV = [f"blocks.10.attn.to_{n}" for n in "qkv"]
+SPLIT: dict[str, tuple[list[str], list[int]]] = {
+    "lora_unet_double_blocks_10_qkv": (QKV, [4, 4, 4]),
+    "diffusion_model.double_blocks.10.qkv": (QKV, [4, 4, 4]),
+    "double_blocks.10.qkv": (QKV, [4, 4, 4]),
+    "lora_unet_single_blocks_3_linear1": ([*(f"blocks.3.single.{n}" for n in "qkv"), "blocks.3.mlp"], [4, 4, 4, 16]),
+}
 
 
 @pytest.mark.parametrize("make", [lora, loha])
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", SPLIT)
 def test_rows_of_a_fused_layer_are_split_and_the_rest_is_shared(make: Make, name: str) -> None:
-    tensors, change = make(name, 12)
-    found = changes(tensors)
-    check(found, {f"blocks.10.attn.to_{n}": part for n, part in zip("qkv", change.split(4), strict=True)})
-
-
-def test_shares_may_differ() -> None:
-    tensors, change = lora("lora_unet_single_blocks_3_linear1", 28)
-    *qkv, mlp = change.split([4, 4, 4, 16])
-    found = changes(tensors)
-    check(found, {f"blocks.3.single.{n}": part for n, part in zip("qkv", qkv, strict=True)} | {"blocks.3.mlp": mlp})
+    layers, rows = SPLIT[name]
+    tensors, change = make(name, sum(rows))
+    check(changes(tensors), dict(zip(layers, change.split(rows), strict=True)))
 
 
 def test_a_name_that_another_begins_with_and_one_of_several_families() -> None:
-    norm, change = lora("diffusion_model.double_blocks.0.qkv.norm", 4)
+    norm, change = lora("diffusion_model.double_blocks.10.qkv.norm", 4)
     outer, other = lora("diffusion_model.img_in", 4)
-    qkv, fused = lora("diffusion_model.double_blocks.0.qkv", 12)
-    split = {f"blocks.0.attn.to_{n}": part for n, part in zip("qkv", fused.split(4), strict=True)}
-    check(changes(norm | outer | qkv), {**split, "blocks.0.norm": change, "x_embedder": other})
+    qkv, fused = lora("diffusion_model.double_blocks.10.qkv", 12)
+    split = dict(zip(QKV, fused.split(4), strict=True))
+    check(changes(norm | outer | qkv), {**split, "blocks.10.norm": change, "x_embedder": other})
 
 
 def test_without_a_model_shares_are_the_table_s() -> None:
@@ -324,19 +323,8 @@ def test_whole_differences_have_the_rows_of_their_layers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "prefix",
     [
-        *(
-            "lora_te_text_model_",
-            "lora_te1_text_model_",
-            "lora_te2_text_model_",
-            "lora_te4_",
-            "lora_prior_te_text_model_",
-        ),
-        *(
-            "clip_l.text_model.",
-            "clip_g.",
-            "text_encoders.clip_l.transformer.text_model.",
-            "text_encoder_2.text_model.",
-        ),
+        *("lora_te_text_model_", "lora_te1_text_model_", "lora_te4_", "lora_prior_te_text_model_", "clip_g."),
+        *("clip_l.text_model.", "text_encoders.clip_l.transformer.text_model.", "text_encoder_2.text_model."),
     ],
 )
 def test_prefixes_of_text_encoders(prefix: str, tmp_path: Path) -> None:
