@@ -23,10 +23,10 @@ from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, Uns
 from adapterkit.files import (
     Entry,
     MappedFiles,
+    hub_error,
     hub_id,
-    hub_is_away,
+    hub_is_unreachable,
     local_path,
-    not_to_be_had,
 )
 from adapterkit.formats import (
     AdapterFiles,
@@ -148,12 +148,12 @@ def _config(where: str) -> Any:
     ):
         try:
             raw, _ = PretrainedConfig.get_config_dict(
-                where, local_files_only=not Path(where).is_dir() and hub_is_away()
+                where, local_files_only=not Path(where).is_dir() and hub_is_unreachable()
             )
         except OSError as error:
             if Path(where).is_dir():
                 raise
-            raise not_to_be_had(where, error) from error
+            raise hub_error(where, error) from error
         _make_harmless(raw, where)
         folder = Path(temporary, Path(where).name or "model")
         folder.mkdir()

@@ -13,7 +13,7 @@ from adapterkit.files.folder import (
     read_config,
     standing,
 )
-from adapterkit.files.hub import adapter_folder, hub_id, hub_is_away, model_folder, not_to_be_had
+from adapterkit.files.hub import adapter_folder, hub_error, hub_id, hub_is_unreachable, model_folder
 from adapterkit.files.load import EVERYWHERE, load_adapter
 from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values
 from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
@@ -56,14 +56,14 @@ __all__ = [
     "file_contents",
     "file_places",
     "file_tensors",
+    "hub_error",
     "hub_id",
-    "hub_is_away",
+    "hub_is_unreachable",
     "load_adapter",
     "local_path",
     "match_adapter",
     "model_folder",
     "new_folder",
-    "not_to_be_had",
     "problems_of",
     "read",
     "read_config",

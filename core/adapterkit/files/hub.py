@@ -94,12 +94,12 @@ def _snapshot(source: str | Path, **arguments: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo, local_files_only=hub_is_away(), **arguments))
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=hub_is_unreachable(), **arguments))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise not_to_be_had(repo, error) from error
+        raise hub_error(repo, error) from error
 
 
-def hub_is_away() -> bool:
+def hub_is_unreachable() -> bool:
     """Whether the hub's name leads nowhere from here. Its functions would try again and again, for half a minute."""
     from huggingface_hub import constants
 
@@ -118,7 +118,7 @@ def _look_beside(repo: str, prefix: str, revision: str | None, token: str | bool
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    if hub_is_away():
+    if hub_is_unreachable():
         return
     try:
         found: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, token=token, timeout=5)
@@ -149,7 +149,7 @@ def _nearest(path: Path) -> str:
     return f" Nearest: {', '.join(repr(str(path.with_name(name))) for name in close)}." if close else ""
 
 
-def not_to_be_had(repo: str, error: BaseException) -> CheckpointError:
+def hub_error(repo: str, error: BaseException) -> CheckpointError:
     """The error for what is neither here nor on the hub, with the reason in one line."""
     from huggingface_hub import constants, errors
 

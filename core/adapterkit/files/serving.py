@@ -34,6 +34,7 @@ class Server:
         rslora: whether it divides alpha by the root of the rank if the config asks for that.
         modules: the names of modules that it serves, whatever the model; empty: the model says which.
         patterns: whether `target_modules` may be an expression.
+        rest: what becomes of tensors that are not LoRA's.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Server:
     rslora: bool = True
     modules: frozenset[str] = frozenset()
     patterns: bool = True
+    rest: str = "refused"
 
 
 # vLLM: vllm/lora/peft_helper.py, lora_model.py, utils.py and vllm/config/lora.py, of 0.12 (2025-12) and of the main
@@ -52,6 +54,7 @@ SERVERS: Mapping[str, Server] = {
         "SGLang 0.5.23",
         rslora=False,
         patterns=False,
+        rest="left out silently",
         modules=frozenset(
             (
                 *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
@@ -155,33 +158,33 @@ def problems_of(
     peft_type = str(config.get("peft_type", "")).upper()
     if peft_type != "LORA":
         return [f"it is not LoRA, but {peft_type or 'of no peft_type'}; {convert}, if its change has low rank"]
-    problems = []
-    if config.get("use_dora"):
-        problems.append("DoRA: it is refused. Merge the adapter into the model, and serve that")
-    if config.get("modules_to_save"):
-        what = "is refused" if name == "vllm" else "is left out silently"
-        problems.append(f"modules_to_save = {config['modules_to_save']}: what is trained in full {what}")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        problems.append("trained biases are refused or left out. Merge the adapter into the model, and serve that")
-    others = [f for f in ("layer_replication", "trainable_token_indices", "target_parameters") if config.get(f)]
-    problems += [f"{field} is set, which {server.title} does not follow" for field in others]
-    targets = config.get("target_modules")
-    if isinstance(targets, str) and targets not in ("all", "all-linear") and not server.patterns:
-        problems.append(f"target_modules is an expression, which is refused; {convert}")
-    if config.get("use_rslora") and not server.rslora:
-        problems.append(f"use_rslora: alpha would be divided by r, not by its root; {convert}")
-    return problems + _of_tensors(config, shapes, name, max_rank)
+    trained, targets = config.get("modules_to_save"), config.get("target_modules")
+    expression = isinstance(targets, str) and targets not in ("all", "all-linear") and not server.patterns
+    biases = config.get("bias", "none") != "none" or config.get("lora_bias")
+    rslora = config.get("use_rslora") and not server.rslora
+    fields = ("layer_replication", "trainable_token_indices", "target_parameters")
+    found = [
+        (config.get("use_dora"), "DoRA: it is refused. Merge the adapter into the model, and serve that"),
+        (trained, f"modules_to_save = {trained}: what is trained in full is {server.rest}"),
+        (biases, "trained biases are refused or left out. Merge the adapter into the model, and serve that"),
+        *((config.get(field), f"{field} is set, which {server.title} does not follow") for field in fields),
+        (expression, f"target_modules is an expression, which is refused; {convert}"),
+        (rslora, f"use_rslora: alpha would be divided by r, not by its root; {convert}"),
+    ]
+    return [text for wrong, text in found if wrong] + _of_tensors(config, shapes, name, max_rank)
 
 
 def _of_tensors(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str, max_rank: int | None
 ) -> list[str]:
+    """Why the server would refuse some tensors, leave them out, or scale them otherwise."""
     server, convert, problems = SERVERS[name], _CONVERT.format(server=name), []
     found = {key: _FACTORS.fullmatch(key) for key in shapes}
     other = [key for key, match in found.items() if match is None]
     if other:
-        what = "refused" if name == "vllm" else "left out silently"
-        problems.append(f"{len(other)} tensors are not factors of LoRA and would be {what}, such as {other[0]!r}")
+        problems.append(
+            f"{len(other)} tensors are not factors of LoRA and would be {server.rest}, such as {other[0]!r}"
+        )
     paths = {key: match[1].removeprefix(FILE_PREFIX) for key, match in found.items() if match is not None}
     wrong = next((key for key in paths if not key.startswith(FILE_PREFIX) or paths[key].split(".")[0] in DOTTED), None)
     if wrong is not None:

@@ -15,7 +15,7 @@ from adapterkit.contract import AdapterConfig, KeyRule, exactly
 from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.formats.layouts import beginnings
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules, select_on
+from adapterkit.model import BaseModules, layer_tensors, select_on
 
 # What `inspect` says of a file with such names.
 EARLIER = "in names of an earlier transformers"
@@ -72,7 +72,7 @@ def in_todays_names(tensors: Mapping[str, Tensor], moved: Mapping[str, str]) -> 
 def with_todays_names(
     config: AdapterConfig,
     rule: KeyRule,
-    tensors: Iterable[str],
+    tensors: Mapping[str, Tensor],
     moved: Mapping[str, str],
     modules: BaseModules,
     layers: Mapping[str, LayerKind],
@@ -80,13 +80,12 @@ def with_todays_names(
     """The config of an adapter whose keys have been renamed: it selects the layers that the tensors are for.
 
     Args:
-        tensors: their keys in today's names.
+        tensors: by their keys in today's names.
         moved: see `todays_paths`.
     """
     if not moved:
         return config
-    earlier, splits = config, (rule.split(key, layers) for key in tensors)
-    paths = dict.fromkeys(split[0] for split in splits if split and split[0] in layers)
+    earlier, paths = config, layer_tensors(tensors, rule, layers)
     before = {today: path for path, today in moved.items()}
     fields: dict[str, Any] = {}
     for name in ("target_modules", "exclude_modules", "modules_to_save"):

@@ -87,7 +87,8 @@ def translate(
     check_program(files)
     tokens = [key for key in files.tensors if key.startswith(TOKENS)]
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if key not in tokens})
-    files = dataclasses.replace(files, tensors=of_component(held, part))
+    chosen = of_component(held, part)
+    files = dataclasses.replace(files, tensors=chosen)
     if modules is not None or not keep_names:
         files, moved = _with_paths(files, modules, layers, other_class=other_class)
     else:  # the names stay, and tell whose they are
@@ -107,7 +108,7 @@ def translate(
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
     _warn_of_the_rest(files, tokens, passed)
-    passed |= {key for key in held if part is not None and component(key) != part}
+    passed |= held.keys() - chosen.keys()
     layout = ", ".join(filter(None, (program, *files.programs)))
     return Translation(method, config, read, found, frozenset({*passed, *tokens}), layout)
 
@@ -135,20 +136,18 @@ def _with_paths(
 
 def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterable[str]) -> None:
     """Tell what the file, or its folder, has beside the adapter for this model."""
-    notes, parts = [], Counter(component(key) for key in passed)
+    parts = Counter(component(key) for key in passed)
     if tokens:
-        notes.append(
-            f"has a textual inversion, the embeddings of new tokens, such as {tokens[0]!r}. It is not part of the "
-            "adapter and is left out; a pipeline of diffusers takes it with load_textual_inversion."
+        warn(
+            f"{files.folder} also has a textual inversion, the embeddings of new tokens, such as {tokens[0]!r}. It is "
+            "not part of the adapter and is left out; a pipeline of diffusers takes it with load_textual_inversion."
         )
     if parts:
         listed = ", ".join(f"{part!r} ({count} tensors)" for part, count in sorted(parts.items()))
-        notes.append(
-            f"is for other models of a pipeline, which this model is not: {listed}. They are left out. Choose a part "
-            "(component) to read it without this warning."
+        warn(
+            f"{files.folder} also is for other models of a pipeline, which this model is not: {listed}. They are left "
+            "out. Choose a part (component) to read it without this warning."
         )
-    for note in notes:
-        warn(f"{files.folder} also {note}")
     if files.config is not None and files.folder.is_dir():
         warn_of_weights_beside(files.folder, (path.name for path in files.folder.iterdir()))
 

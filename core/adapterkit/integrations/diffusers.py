@@ -20,7 +20,7 @@ from torch import nn
 from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import DOTTED, component
 from adapterkit.errors import CheckpointError, ConfigError, StateError, unknown
-from adapterkit.files import adapter_folder, hub_id, local_path, not_to_be_had, read
+from adapterkit.files import adapter_folder, hub_error, hub_id, local_path, read
 from adapterkit.formats import TOKENS, algorithms_in
 from adapterkit.results import LoadReport
 
@@ -274,7 +274,7 @@ def _file(source: str | Path, weight_name: str, **hub: Any) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repo, weight_name, **hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise not_to_be_had(repo, error) from error
+        raise hub_error(repo, error) from error
 
 
 def _trained(adapters: Adapters) -> list[str]:
