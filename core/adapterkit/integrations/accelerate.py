@@ -12,13 +12,14 @@ from torch import nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.checkpoints import base_state, load_states, save_training, subfolder
-from adapterkit.errors import ConfigError
+from adapterkit.errors import ConfigError, usage
 from adapterkit.files import read_tensors, write_tensors
 from adapterkit.integrations.models import adapters_in
 
 _STATISTICS = "batch_norms.safetensors"
 
 
+@usage("save_adapters_alone(accelerator)")
 def save_adapters_alone(accelerator: Accelerator) -> None:
     """Let `accelerator.save_state` write the adapters that train, and not the frozen model that they are on.
 

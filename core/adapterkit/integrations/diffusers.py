@@ -19,7 +19,7 @@ from torch import nn
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.contract import DOTTED, component
-from adapterkit.errors import CheckpointError, ConfigError, StateError, unknown
+from adapterkit.errors import CheckpointError, ConfigError, StateError, unknown, usage_of_methods
 from adapterkit.files import adapter_folder, hub_error, hub_id, local_path, read
 from adapterkit.formats import TOKENS, algorithms_in
 from adapterkit.results import LoadReport
@@ -46,6 +46,7 @@ _COMPONENTS: Mapping[str, tuple[str, ...]] = {
 Strength = float | Mapping[str, float | Mapping[str, float | None]]
 
 
+@usage_of_methods("adapters")
 class PipelineAdapters(Mapping[str, Adapters]):
     """The adapters of a diffusers pipeline. `adapters["unet"]` are those of one component.
 
