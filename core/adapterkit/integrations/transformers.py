@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from adapterkit.checkpoints import (
     tidy,
 )
 from adapterkit.contract import ATTRIBUTE, AdapterConfig
-from adapterkit.errors import AdapterWarning, CheckpointError, StateError, UnsupportedError
+from adapterkit.errors import CheckpointError, StateError, UnsupportedError, warn
 from adapterkit.formats import CONFIG_FILE
 from adapterkit.integrations.models import adapters_in
 from adapterkit.integrations.peft import as_peft
@@ -161,11 +160,9 @@ class AdapterTrainerMixin(_Base):
     def _write_beside(self, folder: Path) -> None:
         trained = save_base_state(self.adapters, self._unwrapped, folder)
         if trained:
-            warnings.warn(
+            warn(
                 f"Parameters train that belong to no adapter, such as {trained[0]!r} ({len(trained)} in all). They are "
-                "in the checkpoints of the training and in no adapter's file: adapters.load does not restore them.",
-                AdapterWarning,
-                stacklevel=2,
+                "in the checkpoints of the training and in no adapter's file: adapters.load does not restore them."
             )
 
     @property
@@ -227,10 +224,23 @@ class _Step(TrainerCallback):
 
     def __init__(self, trainer: AdapterTrainerMixin) -> None:
         self._trainer = trainer
+        self._trained: tuple[str, ...] = ()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trained = self._trainer.adapters.trainable
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        adapters = self._trainer.adapters
         if not self._trainer.accelerator.optimizer_step_was_skipped:
-            self._trainer.adapters.step()
+            adapters.step()
+        if adapters.trainable != self._trained:
+            then, now = (", ".join(map(repr, names)) or "none" for names in (self._trained, adapters.trainable))
+            self._trained = adapters.trainable
+            warn(
+                f"When the training began, {then} trained, and now {now}. The optimizer still has the parameters of "
+                "then: others do not change, and the checkpoints hold the adapters that train now. To let other "
+                "adapters act for a while, as in an evaluation, use adapters.activated(...)."
+            )
 
 
 @contextmanager
