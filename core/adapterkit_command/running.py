@@ -66,7 +66,7 @@ MEANINGS = {
     Exit.OK: "done",
     Exit.ERROR: "the command failed because of a file, a model or the system; the message gives the reason, and "
     "nothing was changed",
-    Exit.USAGE: "the command line is wrong, whatever the files hold: an argument is missing, unknown or impossible",
+    Exit.USAGE: "the command line itself is wrong: an argument or its value is missing, unknown or out of range",
     Exit.INTERNAL: "a bug in adapterkit or in another library; `--debug` shows the traceback",
     Exit.DIFFERENT: "with `diff --exit-code`: the adapters differ; with `check`: the server does not serve the adapter",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",

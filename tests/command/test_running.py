@@ -54,6 +54,9 @@ def test_json_is_the_reports_attributes() -> None:
 
 FAILURES: dict[str, tuple[BaseException, Exit, str]] = {
     "a user's mistake": (ak.ConfigError("That [does] not go."), Exit.ERROR, "error: That [does] not go.\n"),
+    "a wrong call": (ak.UsageError("Give one."), Exit.USAGE, "error: Give one.\n"),
+    "an unknown name": (ak.UnknownNameError("Unknown method."), Exit.USAGE, "error: Unknown method.\n"),
+    "a plugin that is not there": (ak.MissingMethodError("No method."), Exit.ERROR, "error: No method.\n"),
     "the system refuses": (
         PermissionError(13, "Permission denied", "/secret"),
         Exit.ERROR,
