@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.command.conftest import run
 
@@ -148,3 +149,19 @@ def test_a_page_is_plain(tmp_path: Path) -> None:
     place = hostile(tmp_path / "a", ATTACKS["direction"], fits=True)
     ak.write_report([place], tmp_path / "page.html", names=["\x1b[2J\u202e"])
     assert not unseen((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore::adapterkit.AdapterWarning")
+def test_a_file_that_names_thousands_of_things_fills_no_terminal(tmp_path: Path) -> None:
+    place, other = hostile(tmp_path / "a", ""), hostile(tmp_path / "b", "")
+    config = json.loads((place / "adapter_config.json").read_text())
+    config |= {f"field{i}": i for i in range(3000)} | {"modules_to_save": [f"head{i}" for i in range(3000)]}
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    with safe_open(place / "adapter_model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    tensors |= {f"base_model.model.head{i}.weight": torch.ones(1) for i in range(500)}
+    save_file(tensors, place / "adapter_model.safetensors", {f"note{i}": "x" for i in range(3000)})
+    for call in (("inspect", str(place)), ("diff", str(place), str(other))):
+        done = run(*call)
+        assert done.exit_code in (0, 1), done.output
+        assert len(done.output) < 20_000, done.output[:2000]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class TensorDifference:
 
 # Of more layers that differ, the text shows the most different ones.
 _LISTED = 20
+# Of fields and other tensors, it shows the first.
+_MOST_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
     if diff.methods[0] != diff.methods[1]:
         yield f"  method: {diff.methods[0]} | {diff.methods[1]}"
     for title, fields in (("config", diff.config), ("header", diff.metadata)):
-        yield from (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
+        lines = (f"  {title} {name}: {brief(one)} | {brief(other)}" for name, (one, other) in fields.items())
+        yield from _first(lines, len(fields), f"fields of the {title}")
     differing = [layer for layer in diff.layers if not layer.same]
     yield f"  {len(diff.layers) - len(differing)} of {len(diff.layers)} layers have the same change"
     shown = differing
@@ -148,11 +152,21 @@ def _lines(diff: AdapterDiff) -> Iterator[str]:
     yield from (f"  layer {layer.path}: {layer}" for layer in shown)
     if len(differing) > _LISTED:
         yield f"  {len(differing) - _LISTED:,} more layers differ, by no more than these; `layers`, and JSON, have all"
-    for tensor in diff.tensors:
-        one, other = ("-" if t is None else f"{t[0]} {t[1]}" for t in (tensor.a, tensor.b))
-        apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
-        yield f"  tensor {tensor.key}: {one} | {other}{apart}"
+    yield from _first(map(_of_tensor, diff.tensors), len(diff.tensors), "tensors")
     yield from (f"  note: {note}" for note in diff.notes)
+
+
+def _of_tensor(tensor: TensorDifference) -> str:
+    one, other = ("-" if t is None else f"{t[0]} {t[1]}" for t in (tensor.a, tensor.b))
+    apart = "" if tensor.distance is None else f", distance {tensor.distance:.2%}"
+    return f"  tensor {tensor.key}: {one} | {other}{apart}"
+
+
+def _first(lines: Iterable[str], count: int, what: str) -> Iterator[str]:
+    """The first lines of many: a file of a stranger may name any number of things."""
+    yield from islice(lines, _MOST_LINES)
+    if count > _MOST_LINES:
+        yield f"  {count - _MOST_LINES:,} more {what} differ; JSON has all"
 
 
 @usage()
