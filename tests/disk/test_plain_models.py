@@ -169,3 +169,11 @@ def test_weights_that_may_be_transposed_are_refused(tmp_path: Path) -> None:
     (tmp_path / "base/config.json").unlink()
     with pytest.raises(ak.CheckpointError, match=r"stored \(in, out\)"):
         ak.skeleton(tmp_path / "base")
+
+
+def test_a_matrix_with_the_name_of_a_table_and_without_a_bias_is_an_embedding(tmp_path: Path) -> None:
+    tensors = {f"{name}.weight": torch.zeros(5, 2) for name in ("token_embedding", "wte", "embedder", "embeddings")}
+    save_file(tensors | {"embeddings.bias": torch.zeros(5)}, tmp_path / "model.safetensors")
+    found = {path: type(module) for path, module in ak.skeleton(tmp_path).named_children()}
+    tables = dict.fromkeys(("token_embedding", "wte"), nn.Embedding)
+    assert found == tables | dict.fromkeys(("embedder", "embeddings"), nn.Linear)
