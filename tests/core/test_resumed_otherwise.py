@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer
 
 import adapterkit as ak
+from adapterkit.integrations.accelerate import save_adapters_alone
 from adapterkit.integrations.distributed import TrainingState
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
@@ -177,6 +178,25 @@ def test_whatever_saves_the_whole_state_dict_a_training_goes_on_only_as_it_was(s
         resume(not_transformers(lora_alpha=32))
     with pytest.raises(ak.CheckpointError, match=r"and here 't' \(strength 0.5\) acted"):
         resume(not_transformers(strengths={"t": 0.5}))
+
+
+def test_a_plain_trainer_says_what_reads_a_checkpoint_of_the_mixin(checkpoints: dict[type[Trainer], Path]) -> None:
+    folder = checkpoints[AdapterTrainer]
+    with pytest.raises(
+        ak.CheckpointError, match=r"checkpoint-1 holds adapters and no model. Put .*AdapterTrainerMixin"
+    ):
+        trainer(together(), folder.parent, cls=Trainer).train(resume_from_checkpoint=str(folder))
+
+
+def test_accelerate_says_what_reads_a_checkpoint_of_adapters_alone(tmp_path: Path) -> None:
+    for saves in (True, False):
+        accelerator, model = Accelerator(cpu=True), not_transformers()
+        accelerator.prepare(model)
+        if saves:
+            save_adapters_alone(accelerator)
+            accelerator.save_state(str(tmp_path))
+    with pytest.raises(ak.CheckpointError, match=r"holds adapters and no model. Call .*save_adapters_alone"):
+        accelerator.load_state(str(tmp_path))
 
 
 def test_an_adapter_that_trained_in_another_dtype_is_refused(checkpoints: dict[type[Trainer], Path]) -> None:

@@ -20,6 +20,7 @@ from adapterkit.checkpoints.load_state_dict import SETTING, StateDictHooks
 from adapterkit.checkpoints.peft import watch_peft
 from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
+from adapterkit.checkpoints.unread import explain_unread_adapters
 from adapterkit.contract import ATTRIBUTE, HEADS, SHARED, split_memory_key, unwrapped_key
 from adapterkit.errors import SaveError, StateError, UnsupportedError, warn
 from adapterkit.files import (
@@ -54,6 +55,7 @@ _REFUSED = {
 def install(root: nn.Module) -> StateDictHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
+    explain_unread_adapters()
     watch_peft()
     writers: dict[str, tuple[nn.Module, str]] = {}  # functions that write a model, or a module of sentence-transformers
     for path, module in named_modules(root):
