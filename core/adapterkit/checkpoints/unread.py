@@ -16,7 +16,7 @@ _READERS = (
     (
         "transformers.trainer",
         "load_sharded_checkpoint",
-        "Put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class, as when it was written.",
+        "Put adapterkit.integrations.transformers.AdapterTrainerMixin before the trainer class, as then.",
     ),
     (
         "accelerate.accelerator",
