@@ -123,7 +123,7 @@ def attach(model: nn.Module) -> Adapters:
         )
     found = model.__dict__.get(ATTRIBUTE)
     if found is None:
-        found = model.__dict__[ATTRIBUTE] = Adapters(model)
+        found = Adapters(model)
     assert isinstance(found, Adapters)
     return found
 
@@ -153,10 +153,13 @@ class Adapters:
     # What there is
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module) or ATTRIBUTE in model.__dict__ or inner_model(model) is not model:
+            raise UsageError("ak.attach(model) gives the adapters of a model; do not make them yourself.")
         self._model = AdaptedModel(model)
         self._adapters, self._active = self._model.adapters, self._model.active
         self._merged = Merged()
         self._state_dict_hooks: StateDictHooks | None = None
+        model.__dict__[ATTRIBUTE] = self
 
     @property
     def model(self) -> nn.Module:

@@ -164,6 +164,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ak.ConfigError,
         ("Load the model first; ak.extract_files",),
     ),
+    "a second object": (
+        lambda: ak.Adapters(adapted("a").model),
+        ak.UsageError,
+        ("ak.attach(model) gives the adapters of a model",),
+    ),
     "extract from one folder": (
         lambda: ak.extract(build("bert"), "tuned", rank=4),  # type: ignore[arg-type]
         ak.UsageError,

@@ -347,6 +347,7 @@ class AdapterConfig:
         return all(held[n] not in _NEUTRAL if mark is ... else held[n] == mark for n, mark in cls.marks.items())
 
     @classmethod
+    @usage("LoraConfig.from_dict({'peft_type': 'LORA', 'r': 8})")
     def from_dict(
         cls, values: Mapping[str, Any], *, where: object = "adapter_config.json", trained: bool = True
     ) -> Self:
