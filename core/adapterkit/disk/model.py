@@ -37,6 +37,7 @@ from adapterkit.formats import (
 )
 from adapterkit.kinds import AnyModule, LayerKind
 from adapterkit.model import BaseModules, base_parameters, named_modules, tables
+from adapterkit.results import in_groups
 
 CONFIG = "config.json"
 # By PEFT's `task_type`, transformers' tables from a config's class to the model's.
@@ -302,20 +303,16 @@ class MappedModel:
         self.model, self.checkpoint = model, checkpoint
         self.in_file, self.fused = match_names(model, checkpoint.entries)
         self._files = MappedFiles()
-        tied: dict[nn.Parameter, list[str]] = {}
-        for key, parameter in base_parameters(model):
-            tied.setdefault(parameter, []).append(key)
-        for parameter, keys in tied.items():
-            self._fill(parameter, keys)
+        for tied in in_groups(base_parameters(model), lambda item: item[1]):
+            self._fill(tied[0][1], [key for key, _ in tied])
         for path, module in named_modules(model):
             for name, buffer in module._buffers.items():
                 entry = checkpoint.entries.get(self.in_file.get(f"{path}.{name}", ""))
                 if buffer is not None and entry is not None and entry.shape == tuple(buffer.shape):
                     module._buffers[name] = self._files.tensor(entry)
         self.parameters = dict(base_parameters(model))
-        self.keys: dict[nn.Parameter, list[str]] = {}
-        for key, parameter in self.parameters.items():
-            self.keys.setdefault(parameter, []).append(key)
+        groups = in_groups(self.parameters.items(), lambda item: item[1])
+        self.keys = {tied[0][1]: [key for key, _ in tied] for tied in groups}
         self.release()
 
     def _fill(self, parameter: nn.Parameter, keys: Sequence[str]) -> None:
