@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.contract import KeyRule
+from adapterkit.contract import KeyRule, strip_file_prefix
 from adapterkit.model import heads_in_file, layer_tensors, sort_tensors
 from adapterkit_lora import LoraConfig
 
@@ -37,6 +37,26 @@ def test_a_tensor_goes_to_the_part_that_its_key_names(key: str, part: str, place
     path, name = place
     assert {k: [*v] for k, v in getattr(found, part).items()} == {path: [name]}
     assert not found.rest
+
+
+@pytest.mark.parametrize(
+    ("key", "split"),
+    [("lora_a.lora_b.lora_A.weight", ("lora_a.lora_b", "lora_A.weight")), ("lora_A", None), ("a.weight", None)],
+)
+def test_without_layers_the_last_part_with_the_prefix_begins_the_local_name(key: str, split: object) -> None:
+    assert RULE.split(key) == split
+
+
+@pytest.mark.parametrize(
+    ("keys", "stripped"),
+    [
+        (["base_model.vera_A"], ["vera_A"]),
+        (["base_model.model.a.vera_B", "base_model.vera_A"], ["a.vera_B", "vera_A"]),
+        (["base_model.a.vera_B"], ["base_model.a.vera_B"]),  # a module of the model that is called `base_model`
+    ],
+)
+def test_the_prefix_of_shared_tensors_is_optional_too(keys: list[str], stripped: list[str]) -> None:
+    assert [*strip_file_prefix(dict.fromkeys(keys, torch.ones(1)))] == stripped
 
 
 @pytest.mark.parametrize("key", ["other.lora_A.weight", "head.weight", "block.q.weight", "c.weight", "normal.weight"])

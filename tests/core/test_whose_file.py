@@ -82,7 +82,7 @@ def test_a_file_that_no_method_takes_names_the_fields_that_each_does_not_impleme
 
 
 def test_a_field_that_nobody_knows_is_kept_with_a_warning(third_parties: None) -> None:
-    fields = {"peft_type": "LORA", "use_dora": True, "torch_dtype": "bfloat16", "peft_version": "0.30.0"}
+    fields = {"peft_type": "LORA", "use_dora": True, "torch_dtype": "bfloat16", "peft_version": "0.30.0", "new": None}
     with pytest.warns(ak.AdapterWarning, match="does not know torch_dtype = 'bfloat16'. It was written with PEFT 0.30"):
         method, config = default_registry.read_config(fields, "there")
     assert (method.name, config.to_dict()["torch_dtype"]) == ("decomposed", "bfloat16")
