@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from tests.models import build
+from tests.models import EmbeddingNet, build
 from torch import nn
 
 import adapterkit as ak
@@ -109,6 +109,7 @@ def test_the_layers_are_those_that_peft_targets(name: str, targets: Any, fields:
         {"^model.layers.0": 2},
         {"^model.layers.0.*": 2, ".*": 5},
         {"roj": 2, ".roj": 4, "[qv]_proj": 6},
+        {"v_proj": 3, "[qv]_proj": 6},
         {r"layers\.1\.self_attn\.\w_proj": 7},
         {"q_proj|v_proj": 2},
         {"layers.0.self_attn.q_proj": 2, r"^model\.layers\.0\.self_attn\.v_proj$": 3, "model.layers.1": 4},
@@ -177,6 +178,11 @@ def test_layer_numbers(
     make: Callable[[], nn.Module], targets: Any, numbers: Any, pattern: Any, paths: tuple[str, ...]
 ) -> None:
     assert select(make(), targets, layers_to_transform=numbers, layers_pattern=pattern).paths == paths
+
+
+def test_a_layer_is_told_with_the_longest_entry_that_takes_it() -> None:
+    targets = ak.select(EmbeddingNet(), LoraConfig(target_modules=["0", "layers.0", "1"])).targets
+    assert [match.rule for match in targets] == ["target_modules 'layers.0'", "target_modules '1'"]
 
 
 def test_layers_that_the_numbers_leave_out_are_told_with_the_reason() -> None:
