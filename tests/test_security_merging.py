@@ -147,3 +147,15 @@ def test_a_replaced_folder_keeps_its_mode(files: Path, tmp_path: Path) -> None:
     out.chmod(0o2750)
     merge(files, files / "base", out, overwrite=True)
     assert out.stat().st_mode & 0o7777 == 0o2750
+
+
+@linux
+def test_a_merge_opens_no_file_beside_an_adapters_own(files: Path, tmp_path: Path) -> None:
+    """A pipe would never end."""
+    adapter = shutil.copytree(files / "mood", tmp_path / "mood")
+    os.mkfifo(adapter / "adapter_pipe")
+    (adapter / "adapter_folder").mkdir()
+    (adapter / "adapter_zeros").symlink_to("/dev/zero")
+    ak.merge_checkpoint(files / "base", adapter, tmp_path / "out")
+    held = json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["inputs"]["adapters"]
+    assert held[0]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}

@@ -447,13 +447,15 @@ def _plain(value: Any) -> Any:
 
     A config is immutable, and equals what its JSON gives back.
     """
+    if isinstance(value, str):  # a file may list very many
+        return value
     if type(value) not in (bool, int, float) and isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Set):
         return tuple(sorted(value, key=lambda v: v if isinstance(v, str) else repr(v)))
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence):
         return tuple(_plain(v) for v in value)
     return value
 
@@ -479,12 +481,13 @@ def conforms(value: object, hint: Any) -> bool:
 
     A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
     """
+    if hint is str and isinstance(value, str):  # soon done: a list may hold very many
+        return True
     hint = _bare(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(conforms(value, a) for a in args)
-    if origin is typing.Literal:
-        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (typing.Union, types.UnionType, typing.Literal):
+        literal = origin is typing.Literal
+        return any((value == a and type(value) is type(a)) if literal else conforms(value, a) for a in args)
     if origin is not None and issubclass(origin, Mapping):
         pairs = value.items() if isinstance(value, Mapping) else ()
         return isinstance(value, Mapping) and all(conforms(k, args[0]) and conforms(v, args[1]) for k, v in pairs)

@@ -18,7 +18,7 @@ from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, of_others
 from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
 from adapterkit.errors import SaveError, UnsupportedError, UsageError, usage
-from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read
+from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read, standing
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
@@ -204,7 +204,7 @@ def _inputs(checkpoint: Checkpoint, sources: Sequence[_Source], arguments: Mappi
         base[name] = {"size": shard.size, "modified": shard.file.stat().st_mtime_ns, "header_sha256": header}
     for source in sources:
         files, place = {}, source.place
-        for path in [place] if place.is_file() else sorted(place.glob("adapter_*")):
+        for path in [place] if place.is_file() else filter(None, standing(place)):
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256}
