@@ -207,25 +207,34 @@ def test_parameters_are_float32_beside_bfloat16() -> None:
     assert [p.dtype for p in adapters.parameters("a")] == [torch.float32]
 
 
-def test_a_container_that_nothing_calls_is_refused() -> None:
-    with pytest.raises(ak.SelectionError, match="a ModuleList is a container"):
-        ak.attach(model()).add("a", ScaledConfig(target_modules=["blocks"]))
+MIXED = ScaledConfig(target_modules=["mixed"])
 
 
-def test_other_methods_refuse_blocks_as_before() -> None:
-    with pytest.raises(ak.SelectionError, match="is a Mixed, which cannot be adapted"):
-        ak.attach(model()).add("a", LoraConfig(target_modules=["mixed"]))
+class SizedLayer(ScaledLayer):
+    def setup(self, target: ak.Target, config: ScaledConfig) -> None:
+        self.scaled_by = target.new(target.out_features)
 
 
-def test_sizes_of_a_block_are_refused_and_not_zero() -> None:
-    class Sized(ScaledLayer):
-        def setup(self, target: ak.Target, config: ScaledConfig) -> None:
-            self.scaled_by = target.new(target.out_features)
+class DroppingLayer(ScaledLayer):
+    def setup(self, target: ak.Target, config: ScaledConfig) -> None:
+        super().setup(target, config)
+        self.dropout = 0.1
 
+
+@pytest.mark.parametrize(
+    ("layer", "config", "error", "message"),
+    [
+        (ScaledLayer, ScaledConfig(target_modules=["blocks"]), ak.SelectionError, "a ModuleList is a container"),
+        (ScaledLayer, LoraConfig(target_modules=["mixed"]), ak.SelectionError, "is a Mixed, which cannot be adapted"),
+        (SizedLayer, MIXED, ak.UnsupportedError, r"A Mixed is adapted as a whole, so it has no weight \(out, in\)"),
+        (DroppingLayer, MIXED, ak.PluginError, "its dropouts belong into its forward"),
+    ],
+)
+def test_what_a_block_cannot_have_is_refused(layer: Any, config: Any, error: type[Exception], message: str) -> None:
     default_registry.unregister("scaled")
-    ak.register(ak.plugin(ScaledConfig, Sized, prefix="scaled_"))
-    with pytest.raises(ak.UnsupportedError, match=r"A Mixed is adapted as a whole, so it has no weight \(out, in\)"):
-        ak.attach(model()).add("a", ScaledConfig(target_modules=["mixed"]))
+    ak.register(ak.plugin(ScaledConfig, layer, prefix="scaled_"))
+    with pytest.raises(error, match=message):
+        ak.attach(model()).add("a", config)
 
 
 def test_a_class_that_cannot_adapt_a_module_is_refused_where_it_is_defined() -> None:
@@ -236,15 +245,3 @@ def test_a_class_that_cannot_adapt_a_module_is_refused_where_it_is_defined() -> 
 
             def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
                 return weight, bias
-
-
-def test_a_dropout_that_nothing_would_apply_is_refused() -> None:
-    class Dropping(ScaledLayer):
-        def setup(self, target: ak.Target, config: ScaledConfig) -> None:
-            super().setup(target, config)
-            self.dropout = 0.1
-
-    default_registry.unregister("scaled")
-    ak.register(ak.plugin(ScaledConfig, Dropping, prefix="scaled_"))
-    with pytest.raises(ak.PluginError, match="its dropouts belong into its forward"):
-        ak.attach(model()).add("a", ScaledConfig(target_modules=["mixed"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tests.core.conftest import set_parameters
 from torch import Tensor, nn
 
@@ -114,3 +115,13 @@ def test_a_head_acts_beside_merged_adapters_and_again_after_unmerge() -> None:
     adapters.unmerge()
     assert adapters.active == ("a",)
     torch.testing.assert_close(model(x), outputs["a",])
+
+
+def test_a_hook_of_accelerate_that_came_after_the_adapter_goes_on_without_it() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
+    base = model(x)
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    add_hook_to_module(model[0], AlignDevicesHook("cpu"))
+    assert not torch.allclose(model(x), base)
+    torch.testing.assert_close(adapters.detach()(x), base)

@@ -6,7 +6,7 @@ import copy
 import pickle
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from tests.models import LABELS, NAMES, build, inputs
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.contract.registry import default_registry
 
 METHODS = ("lora", "loha", "vera", "outer", "scale")
 TARGETS = {
@@ -39,14 +38,10 @@ AMBIGUOUS = (4, 6)
 Names = Sequence[str | None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _foreign_methods() -> Iterator[None]:
-    plugins = (outer_method(), scaling_method(mergeable=True))
-    for plugin in plugins:
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    for plugin in (outer_method(), scaling_method(mergeable=True)):
         ak.register(plugin)
-    yield
-    for name in ("outer", "scale"):
-        default_registry.unregister(name)
 
 
 def adapted(name: str, methods: Sequence[str], **fields: Any) -> ak.Adapters:

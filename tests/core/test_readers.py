@@ -178,20 +178,17 @@ class StoppingLayer(MergedLayer):
 )
 def test_method_that_is_no_sum_is_read_by_its_merge_rule_or_refused(net: Outer, layer: Any, refused: str) -> None:
     ak.register(ak.plugin(ScaleConfig, layer, prefix="scale_"))
-    try:
-        adapters = ak.attach(net)
-        adapters.add("s", ScaleConfig(target_modules=["read", "out"]))
-        if refused:
-            with pytest.raises(ak.UnsupportedError, match=refused):
-                net(X)
-        if layer is not ScaleLayer:
-            with torch.set_grad_enabled(not refused):
-                adapted = net(X)
-            assert refused or not without_gradient(net, adapters, "s", adapted)
-            adapters.merge("s")
-            torch.testing.assert_close(net(X), adapted, **CLOSE)
-    finally:
-        ak.default_registry.unregister("scale")
+    adapters = ak.attach(net)
+    adapters.add("s", ScaleConfig(target_modules=["read", "out"]))
+    if refused:
+        with pytest.raises(ak.UnsupportedError, match=refused):
+            net(X)
+    if layer is not ScaleLayer:
+        with torch.set_grad_enabled(not refused):
+            adapted = net(X)
+        assert refused or not without_gradient(net, adapters, "s", adapted)
+        adapters.merge("s")
+        torch.testing.assert_close(net(X), adapted, **CLOSE)
 
 
 def test_trained_copy_that_is_read_trains_and_is_the_parameter_itself(net: Outer) -> None:
@@ -232,6 +229,7 @@ def test_layer_inside_a_trained_copy_is_read_in_the_copy() -> None:
     torch.testing.assert_close(copied(x), adapted, **CLOSE)
     adapters.merge_and_detach("a")
     torch.testing.assert_close(model(x), adapted, **CLOSE)
+    assert all(snapshot(model)[what] == before[what] for what in ("classes", "attributes"))
     with ak.attach(copied).disabled():
         torch.testing.assert_close(copied(x), base, **CLOSE)
     with ak.attach(copied).per_sample(["a", None]), pytest.raises(ak.UnsupportedError, match="weight of a Sequential"):

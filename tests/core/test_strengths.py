@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adapterkit as ak
-from adapterkit.contract.registry import default_registry
+from adapterkit.forward import delta
 from adapterkit_lora import LoraConfig
 
 METHODS = ("lora", "loha", "vera", "outer")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _foreign_methods() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def registered() -> None:
     for plugin in (outer_method(), scaling_method(mergeable=True)):
         ak.register(plugin)
-    yield
-    for name in ("outer", "scale"):
-        default_registry.unregister(name)
 
 
 def mlp() -> nn.Module:
@@ -115,6 +112,28 @@ def test_the_bias_of_factors_has_the_strength() -> None:
     )
 
 
+def test_a_bias_that_the_layer_lacks_has_the_strength_inside_another_method() -> None:
+    model = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    adapters = adapted(
+        model, a=lora(target_modules=["0"], lora_bias=True), outer=ak.config("scale", target_modules=["0"])
+    )
+    found = []
+    for strength in (1.0, 0.3):
+        adapters.activate("a", "outer", strengths={"a": strength})
+        found.append(ak.effective_weight(model[0], "bias"))
+    torch.testing.assert_close(found[1], 0.3 * found[0])  # type: ignore[operator]
+
+
+def test_a_layer_with_a_forward_of_its_own_has_the_strength() -> None:
+    adapters = adapted(mlp(), a=lora())
+    adapters.activate("a", strengths={"a": 0.3})
+    expected = adapters.model(X)
+    for layer in adapters.layers("a").values():
+        layer.__class__ = type("Own", (type(layer),), {"forward": lambda self, base, x: base(x) + delta(self, x)})
+    adapters.activate("a", strengths={"a": 0.3})
+    torch.testing.assert_close(adapters.model(X), expected)
+
+
 def test_a_new_strength_holds_at_once_and_writes_no_tensor() -> None:
     adapters = adapted(mlp(), a=lora())
     written = [p._version for p in adapters.model.parameters()]
@@ -190,7 +209,7 @@ def test_gradients_are_those_of_the_scaled_change_also_when_computed_again() -> 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("trainable", [False, True])
 def test_each_row_has_the_strength_of_its_adapter(method: str, trainable: bool) -> None:
-    sizes = {} if method == "outer" else {"r": 2}
+    sizes: dict[str, Any] = {} if method == "outer" else {"r": 2, "bias": "all"}
     config = ak.config(method, target_modules=["query", "word_embeddings"], modules_to_save=None, **sizes)
     adapters = adapted(build("bert").double(), a=config, b=config)
     given = {key: torch.cat([value, value[:1]]) for key, value in inputs("bert").items()}
@@ -247,20 +266,24 @@ def test_a_strength_goes_with_the_name_and_not_with_the_adapter(tmp_path: Path) 
     assert adapters.strengths == {"b": 1.0}
 
 
-@pytest.mark.parametrize("strength", ["0.5", float("nan"), float("inf"), True, None])
-def test_a_strength_is_a_finite_number(strength: Any) -> None:
-    adapters = adapted(mlp(), a=lora())
-    with pytest.raises(ak.ConfigError, match="must be a finite number"):
-        adapters.activate("a", strengths={"a": strength})
+@pytest.mark.parametrize(
+    ("strengths", "error", "message"),
+    [
+        *(({"a": it}, ak.ConfigError, "must be a finite number") for it in ("1", math.nan, math.inf, True, None)),
+        ({"b": 0.5}, ak.UnknownNameError, "'b'"),
+        (0.5, ak.ConfigError, "strengths by adapter"),
+        ({"a": {"2": 0.5}}, ak.UnknownNameError, "layer of adapter 'a'"),
+        ({"a": {"": 0.5}}, ak.UnknownNameError, "layer of adapter 'a'"),
+        ({"a": {"0": "x"}}, ak.ConfigError, "at '0'"),
+    ],
+)
+def test_a_strength_is_a_finite_number_for_an_adapter_of_the_call_or_a_layer_that_it_has(
+    strengths: Any, error: type[Exception], message: str
+) -> None:
+    adapters = adapted(mlp(), a=lora(target_modules=["0"]), b=lora())
+    with pytest.raises(error, match=message):
+        adapters.activate("a", strengths=strengths)
     assert adapters.active == ()
-
-
-def test_strengths_name_adapters_of_the_call() -> None:
-    adapters = adapted(mlp(), a=lora(), b=lora())
-    with pytest.raises(ak.UnknownNameError, match="'b'"):
-        adapters.activate("a", strengths={"b": 0.5})
-    with pytest.raises(ak.ConfigError, match="strengths by adapter"):
-        adapters.activate("a", strengths=0.5)  # type: ignore[arg-type]
 
 
 def test_an_adapter_that_is_not_additive_has_none_but_1() -> None:
@@ -333,13 +356,3 @@ def test_a_layer_that_is_off_takes_no_gradients_and_computes_as_the_base() -> No
     adapters.model(X).sum().backward()
     assert all(p.grad is None for p in adapters.layers("a")["0"].parameters())
     assert all(p.grad is not None for p in adapters.layers("a")["2"].parameters())
-
-
-def test_a_strength_is_for_a_layer_that_the_adapter_has() -> None:
-    adapters = adapted(mlp(), a=lora(target_modules=["0"]))
-    for strengths in ({"2": 0.5}, {"": 0.5}):
-        with pytest.raises(ak.UnknownNameError, match="layer of adapter 'a'"):
-            adapters.activate("a", strengths={"a": strengths})
-    with pytest.raises(ak.ConfigError, match="at '0'"):
-        adapters.activate("a", strengths={"a": {"0": "x"}})  # type: ignore[dict-item]
-    assert adapters.active == ()
