@@ -114,6 +114,7 @@ def test_rank_stabilised_lora_is_served_by_vllm_alone(saved: Saved, tmp_path: Pa
 
 
 def test_a_rank_beyond_the_limit_is_truncated_only_if_asked_for(saved: Saved, tmp_path: Path) -> None:
+    assert ak.check_serving(saved(r=16), "vllm").notes == ()  # the server's own limit
     folder = saved(r=24)
     report = ak.check_serving(folder, "vllm")
     assert report.ok

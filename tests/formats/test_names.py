@@ -265,6 +265,30 @@ def test_layers_of_several_models_ask_for_the_base(tmp_path: Path) -> None:
         ak.convert_file(tmp_path / "d.safetensors", tmp_path / "e")
 
 
+def test_shares_that_differ_tell_the_model_and_are_filled_with_zeros(tmp_path: Path) -> None:
+    """Lumina 2 has three times as many rows of q as of k and of v; Z-Image has the same name for equal shares."""
+    tensors, change = lora("diffusion_model.layers.0.attention.qkv", 20, inputs=12)
+    save_file(tensors, tmp_path / "a.safetensors")
+    ak.convert_file(tmp_path / "a.safetensors", tmp_path / "split")
+    model = model_of({f"layers.0.attn.to_{name}": (12 if name == "q" else 4, 12) for name in "qkv"})
+    adapters = ak.attach(model)
+    adapters.load(tmp_path / "split", "b")
+    parts = dict(zip(adapters.layers("b"), change.split([12, 4, 4]), strict=True))
+    check(merged(adapters, "b", parts), parts)
+    expected = saved(model, LoraConfig(r=2, target_modules=["to_k"]), tmp_path / "k")
+    found = written(tmp_path / "k")["lora_unet_layers_0_attention_qkv"][1]
+    whole = torch.cat([torch.zeros(12, 12), *expected.values(), torch.zeros(4, 12)])
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_the_model_has_keeps_its_name(tmp_path: Path) -> None:
+    tensors, _ = lora("diffusion_model.img_in", 8, inputs=8)
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapters = ak.attach(model_of({"img_in": (8, 8), "x_embedder": (8, 8)}))
+    adapters.load(tmp_path / "a.safetensors", "a")
+    assert [*adapters.layers("a")] == ["img_in"]
+
+
 def test_inspect_keeps_the_names_and_says_whose_they_are(tmp_path: Path) -> None:
     tensors, _ = lora("lora_unet_single_blocks_0_linear1", 28)
     save_file(tensors, tmp_path / "a.safetensors")
