@@ -174,7 +174,10 @@ def _unbound(signature: inspect.Signature, args: Sequence[object], kwargs: Mappi
         known = signature.parameters
         ends = [name for key in kwargs for name in known if key.endswith(f"_{name}")]
         close = ends + [name for key in kwargs for name in nearest(key, known, 1) if name != key]
-        return f"{fault}." + "".join(f" Did you mean {name!r}?" for name in close[:1])
+        listed = f" Its arguments: {', '.join(name for name in known if name != 'self')}." * any(
+            kwargs.keys() - {*known}
+        )
+        return f"{fault}." + (f" Did you mean {close[0]!r}?" if close else listed)
     return ""
 
 

@@ -128,6 +128,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] 
         ak.UsageError,
         ("'is_trainable'. Did you mean 'trainable'? It is called so: adapters.load('out/mood')",),
     ),
+    "PEFT's argument without a name here": (
+        lambda: adapted("a").combine("b", {"a": 1}, combination_type="svd"),  # type: ignore[call-arg]
+        ak.UsageError,
+        ("'combination_type'. Its arguments: name, sources, method, space, rank,",),
+    ),
     "no adapter's parameters": (
         lambda: adapted("a").parameters(),  # type: ignore[call-arg]
         ak.UsageError,
