@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +213,8 @@ def test_factors_across_groups_go_to_such_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def outer() -> Iterator[None]:
+def outer() -> None:
     ak.register(outer_method())
-    yield
-    ak.default_registry.unregister("outer")
 
 
 @pytest.mark.usefixtures("outer")
@@ -246,16 +243,13 @@ def test_a_third_party_s_hook_makes_the_values_which_are_compared_with_the_file_
             return self.config(), vectors | {f"{path}.outer_v": f.down[0] for path, f in factors.items()}
 
     ak.register(Result())
-    try:
-        folder, expected = saved(tmp_path, "bert", "outer", target_modules=["query"])
-        adapters = adapter("bert", "a", "outer", target_modules=["query", "key"])
-        if factor == 1.0:
-            adapters.swap("a", folder)
-            torch.testing.assert_close(run(adapters.model, "bert"), expected)
-        else:
-            refused(adapters, folder, "the method's from_factors gives another change under this config")
-    finally:
-        ak.default_registry.unregister("outer")
+    folder, expected = saved(tmp_path, "bert", "outer", target_modules=["query"])
+    adapters = adapter("bert", "a", "outer", target_modules=["query", "key"])
+    if factor == 1.0:
+        adapters.swap("a", folder)
+        torch.testing.assert_close(run(adapters.model, "bert"), expected)
+    else:
+        refused(adapters, folder, "the method's from_factors gives another change under this config")
 
 
 def test_a_merged_adapter_is_refused_and_a_damaged_file(tmp_path: Path) -> None:
