@@ -906,11 +906,14 @@ def test_any_number_of_savers_may_save_to_one_folder_at_once(tmp_path: Path) -> 
         assert found.config == {"r": int(found.tensors["a"][0])}
 
 
+@pytest.mark.parametrize("there", [(), (CONFIG_FILE,), (CONFIG_FILE, WEIGHTS_FILE)], ids=["none", "config", "both"])
 def test_a_save_that_fails_between_its_files_gives_the_old_ones_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, replace = tmp_path / "a", Path.replace
     writing.write_folder(place, {"r": 2}, {"a": torch.zeros(2)}, {})
+    for file in place.iterdir():
+        file.unlink() if file.name not in there else None
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     for failing in (CONFIG_FILE, WEIGHTS_FILE):
 
@@ -924,6 +927,15 @@ def test_a_save_that_fails_between_its_files_gives_the_old_ones_back(
         with pytest.raises(SaveError, match="the disk has gone"):
             writing.write_folder(place, {"r": 1}, {"a": torch.ones(2)}, {})
         assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_folder_in_the_place_of_the_weights_leaves_the_config_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS_FILE).mkdir()
+    (tmp_path / CONFIG_FILE).write_text("{}")
+    with pytest.raises(SaveError):
+        writing.write_folder(tmp_path, {"r": 1}, {"a": torch.ones(2)}, {})
+    assert (tmp_path / CONFIG_FILE).read_text() == "{}"
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
 
 
 # Reading

@@ -96,7 +96,7 @@ def _write_into(
             new_config.replace(config)
             new_weights.replace(weights)
     except BaseException:
-        _give_back(folder)
+        _give_back(folder, had_config=bool(old))
         raise
     _delete_aside(folder)
 
@@ -105,28 +105,31 @@ def _set_aside(folder: Path, weights: Sequence[str]) -> None:
     """Rename these weights, with a copy of the config beside them, so that `standing` finds both."""
     if weights:
         _delete_aside(folder)  # of a save that was killed in its last step
-        if (folder / CONFIG_FILE).is_file():
-            _copy(folder / CONFIG_FILE, folder / aside(CONFIG_FILE))
+    if (folder / CONFIG_FILE).is_file() and not any(map(identity, _aside(folder))):
+        _copy(folder / CONFIG_FILE, folder / aside(CONFIG_FILE))
     for file in reversed(weights):  # the one that counts is the last to go
         (folder / file).replace(folder / aside(file))
 
 
-def _give_back(folder: Path) -> None:
-    """Undo `_set_aside`, if no weights have come since then."""
-    held = [file for file in WEIGHTS_FILES if identity(folder / aside(file))]
-    if held and not any(identity(folder / file) for file in WEIGHTS_FILES):
+def _give_back(folder: Path, *, had_config: bool) -> None:
+    """Undo `_set_aside`, and a new config, if the new weights have not come."""
+    if not any(identity(folder / file) for file in WEIGHTS_FILES):
         if (folder / aside(CONFIG_FILE)).is_file():
             _copy(folder / aside(CONFIG_FILE), folder / CONFIG_FILE)
-        else:
+        elif not had_config:
             (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for file in held:
+        for file in filter(lambda name: identity(folder / aside(name)), WEIGHTS_FILES):
             (folder / aside(file)).replace(folder / file)
     _delete_aside(folder)
 
 
 def _delete_aside(folder: Path) -> None:
-    for file in (CONFIG_FILE, *WEIGHTS_FILES):
-        (folder / aside(file)).unlink(missing_ok=True)
+    for file in _aside(folder):
+        file.unlink(missing_ok=True)
+
+
+def _aside(folder: Path) -> list[Path]:
+    return [folder / aside(name) for name in (CONFIG_FILE, *WEIGHTS_FILES)]
 
 
 def _copy(file: Path, place: Path) -> None:
@@ -174,6 +177,8 @@ def _locked(path: Path, flags: int = os.O_RDONLY, *, wait: bool = True) -> Itera
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield handle
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
         os.close(handle)
 
 
