@@ -241,6 +241,7 @@ def test_what_is_wrapped_or_moved_acts_and_can_be_merged() -> None:
     model: Any = adapters.model
     expected, tensors = model(IDS), adapters.state_dict("a")
     model.head, model.body[0] = Wrapper(model.head), Wrapper(model.body[0])
+    model.body = nn.Sequential(nn.Identity(), *model.body)
     assert adapters.status().rows[0].notes == ()
     adapters.activate("a")
     torch.testing.assert_close(model(IDS), expected)
