@@ -19,25 +19,3 @@ from adapterkit.checkpoints.training_files import (
     save_training,
 )
 from adapterkit.checkpoints.training_state import load_training_state, training_state
-
-__all__ = [
-    "STATE_FILE",
-    "Saver",
-    "StateDictHooks",
-    "WrittenElsewhere",
-    "base_state",
-    "check_setting",
-    "install",
-    "load_state",
-    "load_states",
-    "load_training_state",
-    "restore",
-    "save_base_state",
-    "save_state",
-    "save_training",
-    "setting",
-    "subfolder",
-    "tidy",
-    "training_state",
-    "uninstall",
-]

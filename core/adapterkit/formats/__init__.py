@@ -20,30 +20,3 @@ from adapterkit.formats.refused import (
 )
 from adapterkit.formats.translation import Translation, in_names_of, translate
 from adapterkit.formats.wrapped import tensors_in
-
-__all__ = [
-    "CONFIG_FILE",
-    "MLX_WEIGHTS",
-    "PEFT",
-    "TOKENS",
-    "AdapterFiles",
-    "Translation",
-    "advice_on_names",
-    "algorithms_in",
-    "check_beginning",
-    "check_config",
-    "check_content",
-    "in_names_of",
-    "in_order",
-    "in_todays_names",
-    "layers_of",
-    "mlx_files",
-    "original_names",
-    "renaming",
-    "shapes_of",
-    "tensors_in",
-    "todays_paths",
-    "translate",
-    "warn_of_weights_beside",
-    "what_else",
-]
