@@ -115,7 +115,6 @@ class StateDictHooks:
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
             check_setting(adapters, acted, "The state dict", base=self._partial)
-            _check_dtypes(adapters, own, state, prefix)
             _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
             warn(
@@ -191,18 +190,6 @@ def _check_shapes(adapters: Adapters, own: Mapping[str, Any], state: Mapping[str
                     f"{tuple(shape_of(theirs))} in the state dict, and {tuple(shape_of(mine))} here (such as "
                     "another rank). Add it with the config that was saved, or load it from its folder: "
                     f"adapters.load(folder, {name!r}, trainable=True)."
-                )
-
-
-def _check_dtypes(adapters: Adapters, own: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> None:
-    """Raise `CheckpointError` if an adapter trains in another dtype than it did in the training that was saved."""
-    for name in adapters.trainable:
-        for key in adapters._adapters[name].state_dict_keys():
-            mine, theirs = own[key].dtype, getattr(state.get(prefix + key), "dtype", own[key].dtype)
-            if mine != theirs:
-                raise CheckpointError(
-                    f"Adapter {name!r} trained in {theirs}, and here {key!r} is {mine}. Before you resume, add the "
-                    f"adapter with the dtype that it had: add(..., dtype={theirs})."
                 )
 
 

@@ -32,7 +32,7 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
 
     Args:
         held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
-        configs: include the configs of `held`, for checkpoints that hold no training state, which has them.
+        configs: include configs of `held` and dtypes, for checkpoints that hold no training state, which has them.
     """
     acting = [
         {"name": name, "strength": strength, "values": None if name in held else _in_file(adapters, name)}
@@ -40,8 +40,9 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
     found: dict[str, Any] = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
-    found |= {"merged": adapters.merged, "frozen": _frozen(adapters), "configs": fields, "base": _base(adapters)}
-    return json.dumps(found)
+    parameters = {name: _parameters(adapters, name, dtypes=configs) for name in adapters.trainable}
+    found |= {"merged": adapters.merged, "parameters": parameters}
+    return json.dumps({**found, "configs": fields, "base": _base(adapters)})
 
 
 def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool = True) -> None:
@@ -65,18 +66,20 @@ def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool =
                 f"{where} does not fit adapter {name!r}: {other}. Before you resume, add the adapter with the config "
                 "that was saved."
             )
-    now = json.loads(setting(adapters, held=adapters.names))
+    now = json.loads(setting(adapters, held=adapters.names, configs=bool(then["configs"])))
     if any(_acts(then, part) != _acts(now, part) for part in ("trains", "heads", "acting", "merged")):
         raise CheckpointError(
             f"{where} is of a training in which {_shown(then)}, and here {_shown(now)}. Training on would give other "
             "numbers, and an optimizer may mix up its averages. Before you resume, add the adapters in the same order "
             f"and let them act as then: {_calls(then, now)}."
         )
-    if then.get("frozen", now["frozen"]) != now["frozen"]:
-        raise CheckpointError(
-            f"{where} is of a training in which {then['frozen']['shown']} of the parameters of the adapters that train "
-            f"were frozen, and here {now['frozen']['shown']}. Before you resume, set requires_grad as it was then."
-        )
+    for name, parameters in then.get("parameters", {}).items():
+        if parameters != now["parameters"][name]:
+            raise CheckpointError(
+                f"{where} is of a training in which adapter {name!r} had {parameters['shown']}, and here it has "
+                f"{now['parameters'][name]['shown']}. Before you resume, let the same parameters require gradients as "
+                "then, in the same dtype (add(..., dtype=...))."
+            )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
         if values is not None and values != _in_file(adapters, name):
@@ -164,12 +167,14 @@ def sample(tensors: Mapping[str, Tensor]) -> str:
     return digest(first)[:16]
 
 
-def _frozen(adapters: Adapters) -> dict[str, str]:
-    """Which parameters of the adapters that train do not train."""
-    parameters = ((name, *each) for name in adapters.trainable for each in adapters._adapters[name].named_parameters())
-    keys = [(name, key) for name, key, parameter in parameters if not parameter.requires_grad]
-    shown = f"{len(keys)} (such as {keys[0][1]!r})" if keys else "none"
-    return {"shown": shown, "digest": _hash(keys)}
+def _parameters(adapters: Adapters, name: str, *, dtypes: bool) -> dict[str, str]:
+    """Which of an adapter's parameters are frozen, and their dtypes, in words and as a digest."""
+    parameters = dict(adapters._adapters[name].named_parameters())
+    frozen = [key for key, p in parameters.items() if not p.requires_grad]
+    shown = f"{len(frozen) or 'none'} of its parameters frozen" + (f" (such as {frozen[0]!r})" if frozen else "")
+    if dtypes:
+        shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters.values()}))}"
+    return {"shown": shown, "digest": _hash(frozen)}
 
 
 def _hash(names: Sequence[object]) -> str:

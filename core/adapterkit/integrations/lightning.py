@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters import Adapters, penalty
 from adapterkit.checkpoints import check_setting, setting
+from adapterkit.contract import ATTRIBUTE
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
 from adapterkit.integrations.models import adapted_models
 
@@ -77,6 +78,10 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
         """Leave the frozen parameters out, and add what a state dict does not have of the adapters."""
         state, states = checkpoint["state_dict"], checkpoint.setdefault(STATES, {})
         for path, adapters in adapted_models(pl_module):
+            checkpoint.setdefault(SETTINGS, {})[path] = setting(adapters, held=adapters.names, configs=True)
+            # The state dict says it too, but a test and `load_from_checkpoint` need not act as the training did.
+            state.pop(path + ATTRIBUTE, None)
+            getattr(state, "_metadata", {}).get(path.removesuffix("."), {}).pop(ATTRIBUTE, None)
             if adapters.merged:  # the weights are not the base's
                 continue
             for key in _frozen(adapters):
@@ -86,7 +91,6 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
                 name: {k: t for k, t in adapters.training_state(name).items() if (t.data_ptr(), t.shape) not in held}
                 for name in adapters.names
             }
-            checkpoint.setdefault(SETTINGS, {})[path] = setting(adapters, held=adapters.names)
 
         own = _random_states()
         every: list[Any] = [own]
@@ -106,7 +110,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
                 f"The checkpoint has no training state of the adapter {name!r} at {path.removesuffix('.')!r}. It was "
                 "written without AdapterCheckpoints, or by a module with other adapters."
             )
-        for path, adapters in found if trainer.state.fn == "fit" else ():
+        for path, adapters in adapted_models(pl_module) if trainer.state.fn == "fit" else ():
             if path in checkpoint.get(SETTINGS, ()):
                 check_setting(adapters, checkpoint[SETTINGS][path], "The checkpoint")
         for path, adapters in found:
