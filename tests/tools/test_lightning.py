@@ -103,6 +103,13 @@ def fit(pl: Any, made: Any, folder: Path, epochs: int = 3, resume: Path | None =
     return found
 
 
+def beside_merged(made: Any) -> Any:
+    adapters = ak.attach(made.model)
+    adapters.copy("lora", "merged")
+    adapters.merge("merged")
+    return made
+
+
 def at_half(made: Any) -> Any:
     """The module with its adapter at half of its strength."""
     ak.attach(made.model).activate("lora", strengths={"lora": 0.5})
@@ -235,6 +242,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path) -> None:
     made = module(pl, "lora")
     with pytest.raises(ak.CheckpointError, match=r"'lora' \(strength 0.5\) acted"):
         fit(pl, lambda: at_half(made()), tmp_path / "other", resume=tmp_path / "epoch=0.ckpt")
+    with pytest.raises(ak.CheckpointError, match=r"and here .* with 'merged' merged"):
+        fit(pl, lambda: beside_merged(made()), tmp_path / "other", resume=tmp_path / "epoch=0.ckpt")
     with pytest.raises(ak.ConfigError, match="no adapters"):
         fit(pl, module(pl), tmp_path / "none")
     with pytest.warns(ak.AdapterWarning, match="save_weights_only"):
