@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -762,6 +763,20 @@ def test_each_config_that_peft_gets_is_the_one_that_it_shows() -> None:
     assert configs[0].target_modules == configs[1].target_modules != "all-linear"
     ours.add_adapter("c", configs[0])
     assert ours.peft_config["c"] is not configs[0]
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_peft_converts_the_adapters_of_a_view_to_lora(method: str) -> None:
+    ours, _ = view() if method == "lora" else (both(method, "layers")[0], None)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    assert ours.supports_lora_conversion()
+    with pytest.warns(UserWarning, match="already a LoRA") if method == "lora" else nullcontext():
+        config, state = peft.convert_to_lora(ours, rank=4)
+    converted = peft.get_peft_model(build("llama"), config)
+    assert not peft.set_peft_model_state_dict(converted, state).unexpected_keys
+    torch.testing.assert_close(out(converted), out(ours), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_has_every_container_of_pefts_layer_though_it_is_empty() -> None:

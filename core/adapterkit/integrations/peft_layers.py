@@ -254,6 +254,10 @@ class LayerView(nn.Module):
         found = layer.kind.laid_out(change * self.strength(adapter), weight)
         return found.to(weight.dtype) if weight.is_floating_point() else found  # else the weight is packed
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can convert all adapters here: they add to the weight."""
+        return all(layer.additive for layer in self._layers.values())
+
     # What acts at this layer alone
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -12,6 +12,7 @@ PEFT trains biases of the base itself; a trained bias here keeps its own name, `
 from __future__ import annotations
 
 import enum
+import re
 import warnings
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ _ROOT = "base_model."
 _HEADS = "modules_to_save"
 # The tasks for which PEFT trains the model's task head without being told.
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-# What PEFT says where our message has these words: the class of its error, and what the text begins with.
+# What PEFT says where our message matches this: the class of its error, and what the text begins with.
 _NOTHING = "No modules were targeted for adaptation. "
 _ERRORS: dict[str, tuple[type[Exception], str]] = {
     "There is no default for target_modules": (ValueError, "Please specify `target_modules` in `peft_config`. "),
@@ -62,7 +63,10 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "Mixed batching is only supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d. ",
     ),
-    "not finite": (ValueError, "NaNs detected in the merged weights. "),
+    "Merging '(.+?)' into .* not finite": (
+        ValueError,
+        r"NaNs detected in the merged weights. The adapter \1 seems to be broken. ",
+    ),
 }
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.
 VIEW = "ADAPTERKIT"
@@ -174,9 +178,9 @@ def pefts_errors() -> Iterator[None]:
         yield
     except AdapterError as error:
         for ours, (theirs, words) in _ERRORS.items():
-            if ours in str(error):
+            if found := re.search(ours, str(error)):
                 kind = type(error) if isinstance(error, theirs) else type(theirs.__name__, (type(error), theirs), {})
-                raise kind(f"{words}{error}") from error
+                raise kind(f"{found.expand(words)}{error}") from error
         raise
 
 

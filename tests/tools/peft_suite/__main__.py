@@ -24,8 +24,9 @@ CACHE = ROOT / ".cache" / "peft-suite"
 FILES = (
     *("test_auto", "test_config", "test_custom_models", "test_decoder_models", "test_encoder_decoder_models"),
     *("test_feature_extraction_models", "test_helpers", "test_hub_features", "test_initialization"),
-    *("test_integrations", "test_lora_variants", "test_loraplus", "test_low_level_api", "test_mapping", "test_mixed"),
-    *("test_other", "test_seq_classifier", "test_stablediffusion", "test_target_parameters"),
+    *("test_integrations", "test_lora_intruders", "test_lora_variants", "test_lorafa", "test_loraplus"),
+    *("test_low_level_api", "test_mapping", "test_mixed", "test_other", "test_riemannian_lora", "test_seq_classifier"),
+    *("test_stablediffusion", "test_target_parameters"),
     *("test_token_classification_qa", "test_trainable_tokens", "test_tuners_utils", "test_vera", "test_vision_models"),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 REVISION = "0" * 40
@@ -23,6 +23,7 @@ _OPT = {**_SMALL, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embedd
 _BERT = {**_SMALL, "hidden_size": 32, "intermediate_size": 37, "max_position_embeddings": 512}
 _MOE = {**_LLAMA, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4}
+_T5 |= {"decoder_start_token_id": 0}
 _BART = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
@@ -48,8 +49,21 @@ _LLAVA = {
     "image_token_index": 10,
 }
 
+_WHISPER = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
 # Id: the model's class and the fields of its config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-base-uncased": ("BertModel", _BERT),
+    "google/flan-t5-small": ("T5ForConditionalGeneration", _T5),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
     "hf-internal-testing/Mixtral-tiny": ("MixtralForCausalLM", _MOE),
     "hf-internal-testing/tiny-qwen3-moe": ("Qwen3MoeForCausalLM", {**_MOE, "head_dim": 4}),
     "hf-internal-testing/tiny-random-BertModel": ("BertModel", _BERT),
@@ -58,6 +72,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-LlavaForConditionalGeneration": ("LlavaForConditionalGeneration", _LLAVA),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", {**_LLAMA, "num_key_value_heads": 2}),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", _GPT2),
+    "openai/whisper-tiny": ("WhisperForConditionalGeneration", _WHISPER),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", {**_OPT, "num_hidden_layers": 12}),
     "peft-internal-testing/tiny-LlavaForConditionalGeneration": ("LlavaForConditionalGeneration", _LLAVA),
     "peft-internal-testing/tiny-clip-text-2": ("CLIPTextModel", {**_BERT, "vocab_size": VOCABULARY}),
@@ -73,10 +88,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", {**_BERT, "num_hidden_layers": 5}),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _LLAMA),
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", {**_OPT, "num_hidden_layers": 5}),
-    "peft-internal-testing/tiny-random-OPTForCausalLM-extended-vocab": (
-        "OPTForCausalLM",
-        {**_OPT, "num_hidden_layers": 5, "vocab_size": VOCABULARY + 10},
-    ),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": (
         "ResNetForImageClassification",
         {"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1], "num_labels": 3},
@@ -101,12 +112,44 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _LLAMA),
 }
 
-# Adapters of PEFT's own by the model they are for: the id and the config.
-ADAPTERS: dict[str, tuple[str, PeftConfig]] = {
-    "hf-internal-testing/tiny-random-gpt2": ("peft-internal-testing/gpt2-lora-random", LoraConfig()),
-    "peft-internal-testing/tiny-random-OPTForCausalLM": (
-        "peft-internal-testing/tiny-OPTForCausalLM-lora",
-        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
+_TINY = "peft-internal-testing/tiny"
+# Adapters of PEFT's own: the id, the class and the id of the model that they are for, and the config.
+ADAPTERS: dict[str, tuple[str, str, LoraConfig]] = {
+    "peft-internal-testing/gpt2-lora-random": ("GPT2LMHeadModel", "hf-internal-testing/tiny-random-gpt2", LoraConfig()),
+    f"{_TINY}-OPTForCausalLM-lora": (
+        "OPTForCausalLM",
+        f"{_TINY}-random-OPTForCausalLM",
+        LoraConfig(task_type="CAUSAL_LM"),
+    ),
+    f"{_TINY}_T5ForSeq2SeqLM-lora": (
+        "T5ForConditionalGeneration",
+        f"{_TINY}-random-t5",
+        LoraConfig(task_type="SEQ_2_SEQ_LM"),
+    ),
+    f"{_TINY}_OPTForSequenceClassification-lora": (
+        "OPTForSequenceClassification",
+        f"{_TINY}-random-OPTForCausalLM",
+        LoraConfig(task_type="SEQ_CLS"),
+    ),
+    f"{_TINY}_GPT2ForTokenClassification-lora": (
+        "GPT2ForTokenClassification",
+        f"{_TINY}-random-gpt2",
+        LoraConfig(task_type="TOKEN_CLS"),
+    ),
+    f"{_TINY}_OPTForQuestionAnswering-lora": (
+        "OPTForQuestionAnswering",
+        f"{_TINY}-random-OPTForCausalLM",
+        LoraConfig(task_type="QUESTION_ANS"),
+    ),
+    f"{_TINY}_OPTForFeatureExtraction-lora": (
+        "OPTModel",
+        f"{_TINY}-random-OPTForCausalLM",
+        LoraConfig(task_type="FEATURE_EXTRACTION"),
+    ),
+    f"{_TINY}_WhisperForConditionalGeneration-lora": (
+        "WhisperForConditionalGeneration",
+        "openai/whisper-tiny",
+        LoraConfig(target_modules=["q_proj"]),
     ),
 }
 
@@ -124,9 +167,10 @@ def make(root: Path) -> None:
         folder = _repository(root, model_id)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if model_id in ADAPTERS:
-            adapter_id, config = ADAPTERS[model_id]
-            get_peft_model(model, config, low_cpu_mem_usage=False).save_pretrained(_repository(root, adapter_id))
+    for adapter_id, (class_name, model_id, config) in ADAPTERS.items():
+        model = getattr(transformers, class_name).from_pretrained(_repository(root, model_id))
+        model.name_or_path = model_id
+        get_peft_model(model, config).save_pretrained(_repository(root, adapter_id))
     _pipeline(_repository(root, "hf-internal-testing/tiny-sd-pipe"), tokenizer)
     done.touch()
 
@@ -148,7 +192,12 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
