@@ -70,6 +70,7 @@ LIKE_PEFT: list[tuple[str, Any, dict[str, Any]]] = [
     ("llama", ["q_proj", "v_proj"], {"exclude_modules": [Q0, "1.self_attn.v_proj"]}),
     ("llama", r".*proj", {"exclude_modules": r".*layers\.0.*"}),
     ("llama", "all-linear", {"exclude_modules": ["mlp.up_proj"]}),
+    ("llama", ["q_proj"], {"exclude_modules": []}),
     ("llama", ["q_proj"], {"layers_to_transform": 1}),
     ("llama", ["q_proj"], {"layers_to_transform": [0, 1], "layers_pattern": "layers"}),
     ("llama", ["q_proj"], {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),

@@ -89,6 +89,24 @@ def test_a_merge_is_told_as_peft_tells_it() -> None:
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_at_tied_embeddings_is_merged_into_a_weight_of_its_own(call: str) -> None:
+    model = build("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    ak.attach(model).add("default", ak.config("lora", r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    view, given = ak.as_peft(model), inputs("llama")
+    expected, head = view(**given).logits, model.lm_head.weight.detach().clone()
+    merged = getattr(view, call)() or view
+    torch.testing.assert_close(merged(**given).logits, expected)
+    assert torch.equal(model.lm_head.weight, head)
+    assert not model.config.tie_word_embeddings
+    if merged is view:
+        view.unmerge_adapter()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_a_safe_merge_of_nan_is_a_value_error(call: str) -> None:
     for model in pair():
         with torch.no_grad():

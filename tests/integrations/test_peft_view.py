@@ -579,6 +579,18 @@ def test_adapted_modules_are_instances_of_the_layers_and_tuners_of_peft() -> Non
     assert not isinstance(v_proj, peft.tuners.lora.LoraLayer)
     ours.adapters.detach()
     assert type(v_proj) is torch.nn.Linear
+    gpt2 = build("gpt2")
+    ak.attach(gpt2).add("default", LoraConfig(r=2, target_modules=["c_attn"]))
+    ak.as_peft(gpt2)
+    assert isinstance(gpt2.transformer.h[0].attn.c_attn, peft.tuners.lora.Linear)
+
+
+def test_embeddings_that_cannot_be_found_are_warned_of_when_they_are_to_be_saved(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ak.attach(model).add("default", LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="Could not identify embedding layer"):
+        ak.as_peft(model).save_pretrained(tmp_path, save_embedding_layers=True)
+    assert ak.inspect_adapter(tmp_path).layers
 
 
 def test_modules_has_the_containers_of_peft() -> None:

@@ -214,8 +214,9 @@ class AdapterConfig:
         self._check(names)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where to count layers; it needs layers_to_transform beside it.")
-        if self.target_modules in ((), ""):
-            raise ConfigError("target_modules is empty; name at least one module, or leave it None.")
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) == "" or self.target_modules == ():
+                raise ConfigError(f"{name} is empty; name at least one module, or leave it None.")
         cls: Any = type(self)
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
         if _hints(cls)["bias"] is str and self.bias not in biases:

@@ -163,6 +163,16 @@ def _tuner_class(layer: AdapterLayer) -> type[BaseTunerLayer]:
     return getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
 
 
+def _layer_class(layer: AdapterLayer, host: nn.Module) -> type[BaseTunerLayer]:
+    """PEFT's class for the layers of an adapter's type at this module: `lora.Linear`, also at GPT-2's `Conv1D`."""
+    general, names = _tuner_class(layer), [cls.__name__ for cls in original_class(host).__mro__]
+    for name in ("Linear" if name == "Conv1D" else name for name in names):
+        found = getattr(sys.modules[general.__module__], name, None)
+        if isinstance(found, type) and issubclass(found, general):
+            return found
+    return general
+
+
 def _tuner_names(layers: Iterable[AdapterLayer]) -> set[str]:
     """What PEFT's layers of these types have by adapter, also if it is empty: a Linear's `lora_embedding_A`."""
     return {name for layer in layers for name in getattr(_tuner_class(layer), "adapter_layer_names", ())}
@@ -363,7 +373,7 @@ class LayerView(nn.Module):
         return f"{self._active.adapters[name].config.method}.{super().__repr__()}"
 
     def _get_name(self) -> str:
-        return type(self.base_layer).__name__
+        return _layer_class(next(iter(self._layers.values())), self._host).__name__
 
     def get_base_layer(self) -> nn.Module:
         """The module without adapters."""
@@ -535,9 +545,7 @@ class Classes:
             return (Named,)
         found: dict[type, None] = {BaseTunerLayer: None}
         for layer in layers._modules.values():
-            general = _tuner_class(layer)
-            own = getattr(sys.modules[general.__module__], original_class(module).__name__, general)
-            found |= dict.fromkeys((general, own if issubclass(own, general) else general))
+            found |= dict.fromkeys((_tuner_class(layer), _layer_class(layer, module)))
         return (Named, *found)
 
 

@@ -22,7 +22,7 @@ _TYPES: dict[str, tuple[str, Space, bool]] = {
 
 
 def merge(adapters: Adapters, names: Sequence[str], safe: bool) -> None:
-    """Merge those of these adapters that are not merged yet.
+    """Merge those of these adapters that are not merged yet. A weight that is tied gets one of its own.
 
     Raises:
         ValueError: with `safe`, values that are not finite.
@@ -30,7 +30,7 @@ def merge(adapters: Adapters, names: Sequence[str], safe: bool) -> None:
     wanted = _unmerged(adapters, names)
     if wanted:
         with pefts_errors():
-            adapters.merge(*wanted, safe=safe)
+            adapters.merge(*wanted, safe=safe, untie=True)
 
 
 def merge_for_good(adapters: Adapters, names: Sequence[str], safe: bool) -> nn.Module:
@@ -39,7 +39,7 @@ def merge_for_good(adapters: Adapters, names: Sequence[str], safe: bool) -> nn.M
     if not wanted:
         adapters.activate()  # else the active ones, which nobody named, would be merged
     with pefts_errors():
-        return adapters.merge_and_detach(*wanted, safe=safe)
+        return adapters.merge_and_detach(*wanted, safe=safe, untie=True)
 
 
 def _unmerged(adapters: Adapters, names: Sequence[str]) -> list[str]:

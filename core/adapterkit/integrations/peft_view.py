@@ -285,7 +285,7 @@ class PeftView(PeftModel):
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.create_or_update_model_card(str(save_directory))
-        embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        embeddings = _embeddings(self.base_model.model, save_embedding_layers)
         for name in names:
             folder = Path(save_directory) / ("" if name == _FIRST else name)
             together = source is None and process_groups([*self.adapters.parameters(name)])
@@ -386,6 +386,17 @@ class PeftView(PeftModel):
     def get_buffer(self, target: str) -> Tensor:
         """The buffer that PEFT calls so."""
         return self.base_model.model.get_buffer(own_key(self.base_model.model, target))
+
+
+def _embeddings(model: nn.Module, asked: str | bool) -> bool | None:
+    """PEFT's `save_embedding_layers` as `embeddings` of `Adapters.save`."""
+    if asked and asked != "auto" and not hasattr(model, "get_input_embeddings"):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. The files hold "
+            "the adapters alone.",
+            stacklevel=3,
+        )
+    return None if asked == "auto" else bool(asked)
 
 
 def _add(
