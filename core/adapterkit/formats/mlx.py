@@ -31,10 +31,10 @@ _IN_STACK = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
 
 
 def from_mlx(files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles:
-    """LoRA and DoRA of mlx-lm: `alpha = scale * r`, since its scale is not divided by the rank.
+    """Turn LoRA and DoRA of mlx-lm into PEFT's: `alpha = scale * r`, since its scale is not divided by the rank.
 
-    And of mlx-vlm, which calls the factors `A` and `B`, and the scale alpha. The keys tell: converted configs have
-    PEFT's fields beside mlx-lm's.
+    mlx-vlm calls the factors `A` and `B`, and the scale alpha. The keys tell whose a folder is, because converted
+    configs have PEFT's fields beside mlx-lm's. Files of other programs are given back as they are.
 
     Raises:
         CheckpointError: no layer has factors, or the config has no scale.

@@ -122,11 +122,11 @@ def _module_of(key: str, families: tuple[Family, ...]) -> dict[Family, Place]:
 def in_diffusers_names(
     files: AdapterFiles, layers: Mapping[str, LayerKind] | None, families: tuple[Family, ...] = FAMILIES
 ) -> AdapterFiles:
-    """Files that call the layers of a model as its original code does: `diffusion_model.double_blocks.0.img_attn.qkv`.
+    """Give layers diffusers' names where files have those of the original code: `double_blocks.0.img_attn.qkv`.
 
     A key keeps the part of a pipeline that it begins with, and what follows the module's name. Names that the model has
     itself stay, and so do those of layers that it lacks. Without a model only keys that begin with a part of a pipeline
-    are looked at.
+    are looked at. Files without such names are given back as they are.
 
     Args:
         families: the models whose names are known. The one with most names in the file is meant.

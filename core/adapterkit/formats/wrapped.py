@@ -55,10 +55,10 @@ def tensors_in(loaded: Any, file: Path) -> dict[str, Tensor]:
 
 
 def unwrapped(files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> AdapterFiles:
-    """A model's state dict as a training script dumps it: `module.base_model.model.x.lora_A.default.weight`.
+    """Clean the keys of a state dict that a training script dumped: `module.base_model.model.x.lora_A.default.weight`.
 
     It takes away what wrappers put before a key (`module.`) or into it (`_orig_mod.`), whatever stands before PEFT's
-    prefix, a second such prefix, and the adapter's name.
+    prefix, a second such prefix, and the adapter's name. Files without these are given back as they are.
 
     Raises:
         CheckpointError: two keys are for one place.
