@@ -275,9 +275,9 @@ def test_shares_that_differ_tell_the_model_and_are_filled_with_zeros(tmp_path: P
     adapters.load(tmp_path / "split", "b")
     parts = dict(zip(adapters.layers("b"), change.split([12, 4, 4]), strict=True))
     check(merged(adapters, "b", parts), parts)
-    expected = saved(model, LoraConfig(r=2, target_modules=["to_k"]), tmp_path / "k")
-    found = written(tmp_path / "k")["lora_unet_layers_0_attention_qkv"][1]
-    whole = torch.cat([torch.zeros(12, 12), *expected.values(), torch.zeros(4, 12)])
+    expected = saved(model, LoraConfig(r=2, target_modules=["to_q"]), tmp_path / "q")
+    found = written(tmp_path / "q")["lora_unet_layers_0_attention_qkv"][1]
+    whole = torch.cat([*expected.values(), torch.zeros(8, 12)])
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 

@@ -83,7 +83,14 @@ def unwrapped(files: AdapterFiles, layers: Mapping[str, LayerKind] | None) -> Ad
     tensors = _without_inner(tensors, known)
     if tensors.keys() == files.tensors.keys():
         return files
-    return files.read_as("a wrapped model's state dict", _each_once(tensors))
+    # A state dict has shared tensors, such as VeRA's projections, again at each layer.
+    shared = {key.removeprefix(_BASE): t for key, t in tensors.items() if key.count(".") == 1 and key.startswith(_BASE)}
+    once = {}
+    for key, tensor in tensors.items():
+        own = shared.get(key.rpartition(".")[2])
+        if own is None or key.count(".") == 1 or not torch.equal(own, tensor):
+            once[key] = tensor
+    return files.read_as("a wrapped model's state dict", once)
 
 
 def _without_inner(tensors: dict[str, Tensor], layers: Mapping[str, LayerKind]) -> dict[str, Tensor]:
@@ -98,16 +105,6 @@ def _without_inner(tensors: dict[str, Tensor], layers: Mapping[str, LayerKind]) 
         inner += wrapper
     named = {key: key.removesuffix(short) + short.removeprefix(inner) for key, short in rest.items()}
     return {named.get(key, key): tensor for key, tensor in tensors.items()}
-
-
-def _each_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the copies of shared tensors that a state dict has at each layer, such as VeRA's projections."""
-    shared = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.count(".") == 1 and key.startswith(_BASE)}
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if key.count(".") == 1 or (own := shared.get(key.rpartition(".")[2])) is None or not torch.equal(own, tensor)
-    }
 
 
 def _name_in(files: AdapterFiles) -> str | None:
