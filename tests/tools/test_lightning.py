@@ -105,7 +105,7 @@ def fit(pl: Any, made: Any, folder: Path, epochs: int = 3, resume: Path | None =
 
 def beside_merged(made: Any) -> Any:
     adapters = ak.attach(made.model)
-    adapters.copy("lora", "merged")
+    adapters.add("merged", ak.config("lora", r=2, target_modules=["key"], modules_to_save=None), activate=False)
     adapters.merge("merged")
     return made
 
