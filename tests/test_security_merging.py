@@ -159,3 +159,15 @@ def test_a_merge_opens_no_file_beside_an_adapters_own(files: Path, tmp_path: Pat
     ak.merge_checkpoint(files / "base", adapter, tmp_path / "out")
     held = json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["inputs"]["adapters"]
     assert held[0]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@linux
+def test_links_in_a_circle_are_left_out_or_an_error_of_their_own(files: Path, base: Path, tmp_path: Path) -> None:
+    (base / "circle.txt").symlink_to("circle.txt")
+    assert "circle.txt" in merge(files, base, tmp_path / "out").not_copied
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    for command in ("merge", "convert", "combine"):
+        sources = [str(base), str(files / "mood")] if command == "merge" else [str(files / "mood")]
+        done = run(command, *sources, "--out", str(circle / "in"))
+        assert (done.exit_code, "internal" in done.output) == (1, False), done.output

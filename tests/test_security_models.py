@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
+import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import huggingface_hub
 import pytest
+import transformers
 from tests.command.conftest import run
 from transformers import CLIPConfig, LlavaConfig
 
@@ -118,7 +122,7 @@ def test_no_config_runs_code_asks_or_reaches_the_network(attack: str, closed: li
 
 
 def test_other_threads_may_fetch_while_a_model_is_built(closed: list[str]) -> None:
-    with model._offline(), ThreadPoolExecutor(1) as other:
+    with model._contained(), ThreadPoolExecutor(1) as other:
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         assert not other.submit(lambda: bool(huggingface_hub.constants.HF_HUB_OFFLINE)).result()
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
@@ -148,3 +152,19 @@ def test_models_of_several_parts_are_still_built(tmp_path: Path) -> None:
     for number, cls in enumerate((CLIPConfig, LlavaConfig)):
         cls().save_pretrained(tmp_path / str(number))
         assert next(ak.skeleton(tmp_path / str(number)).parameters()).is_meta
+
+
+def test_what_transformers_logs_of_a_config_is_plain(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT | {"rope_scaling": {"rope_type": "\x1b[2J"}}))
+    log, logger = io.StringIO(), transformers.utils.logging.get_logger("transformers")
+    handler = logging.StreamHandler(log)
+    logger.addHandler(handler)
+    try:
+        with model._contained():
+            logger.warning("of a file: \x1b[2J")
+        with suppress(ak.AdapterError):
+            ak.skeleton(tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    assert "of a file: \\x1b[2J" in log.getvalue()
+    assert "\x1b" not in log.getvalue()

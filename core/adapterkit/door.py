@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 import zipfile
@@ -70,12 +71,17 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: it is not a file, but a folder, a device or a pipe.")
 
 
+def real_path(path: Path) -> Path:
+    """The path behind all links. Links in a circle stay: `Path.resolve` raises `RuntimeError` for them before 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def own_file(path: Path, folder: Path) -> bool:
     """Whether this is a regular file of the folder's own: no device, and no link to elsewhere.
 
     A snapshot in the hub's cache holds links to the cache's blobs, which are its own.
     """
-    found, home = path.resolve(), folder.resolve()
+    found, home = real_path(path), real_path(folder)
     places = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
     return found.is_file() and any(found.is_relative_to(place) for place in places)
 

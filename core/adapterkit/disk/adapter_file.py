@@ -24,6 +24,7 @@ from adapterkit.contract import (
     strip_file_prefix,
 )
 from adapterkit.disk.model import CONFIG, Base, skeleton
+from adapterkit.door import real_path
 from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError, UsageError
 from adapterkit.files import (
     EVERYWHERE,
@@ -419,7 +420,7 @@ def output_place(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
     place = local_path(out)
-    if any(place.resolve() == path.resolve() for path in inputs):
+    if any(real_path(place) == real_path(path) for path in inputs):
         raise ConfigError(f"{place} is an input; give the output another place.")
     held = [place / name for name in (CONFIG_FILE, *WEIGHTS_FILES) if (place / name).exists()]
     held += [place] if place.is_file() else []

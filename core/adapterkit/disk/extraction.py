@@ -14,6 +14,7 @@ from adapterkit.contract import default_registry
 from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
+from adapterkit.door import real_path
 from adapterkit.errors import ConfigError, usage
 from adapterkit.files import EVERYWHERE, FactorSpool, model_folder, short_names
 from adapterkit.model import BaseModules, Match, copy_head, select, task_type
@@ -59,7 +60,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     config = config_to_extract(rank, energy, to, target_modules, exclude_modules, modules_to_save)
     folders = [model_folder(folder) for folder in (base, tuned)]
     place = output_place(out, folders, dtype, overwrite=overwrite)
-    if any(place.resolve().is_relative_to(folder.resolve()) for folder in folders):
+    if any(real_path(place).is_relative_to(real_path(folder)) for folder in folders):
         raise ConfigError(f"{place} is inside one of the models; give the output another place.")
     model = skeleton(folders[1])
     before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)

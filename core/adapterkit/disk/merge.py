@@ -17,6 +17,7 @@ from torch import nn
 from adapterkit.disk.checkpoint import Checkpoint, match_names, read_object
 from adapterkit.disk.merge_files import MANIFEST, Merge, Origin, Output, Progress, lay_out, new_index, of_others
 from adapterkit.disk.model import CONFIG, MappedModel, Vocabulary, skeleton_for, tokenizer_in
+from adapterkit.door import real_path
 from adapterkit.errors import SaveError, UnsupportedError, UsageError, usage
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read, standing
 from adapterkit.formats import AdapterFiles
@@ -128,7 +129,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     place = model_folder(base)
     folder = place if place.is_dir() else place.parent
     whole = folder if (folder / CONFIG).is_file() else place  # nothing beside a single file belongs to it
-    target = _checked_out(local_path(out).resolve(), [whole, *(s.place for s in sources)], overwrite)
+    target = _checked_out(real_path(local_path(out)), [whole, *(s.place for s in sources)], overwrite)
     checkpoint, named = Checkpoint.open(place), None
     files = {source.name: read(source.place) for source in sources}
     if model is None:
@@ -171,7 +172,7 @@ def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
 
 def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
     """The output's folder, if it may be written."""
-    for path in (p.resolve() for p in inputs):
+    for path in map(real_path, inputs):
         if place == path or place.is_relative_to(path) or path.is_relative_to(place):
             raise SaveError(f"{place} and the input {path} lie in each other; give the output a folder of its own.")
     if place.exists():
@@ -240,12 +241,12 @@ def _sources(adapters: Sources) -> list[_Source]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise UsageError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
         place = adapter_folder(given)
-        twice = next((s for s in found.values() if s.place.resolve() == place.resolve()), None)
+        twice = next((s for s in found.values() if real_path(s.place) == real_path(place)), None)
         if twice is not None:
             raise UsageError(
                 f"{twice.given!r} and {str(given)!r} are one adapter; give it once, with the sum of its weights."
             )
-        wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else place.resolve().name) or "adapter"
+        wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else real_path(place).name) or "adapter"
         while name in found:
             name = f"{wanted}_{len(found) + 1}"
         found[name] = _Source(str(given), name, float(weight), place)

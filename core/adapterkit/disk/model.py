@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from adapterkit.contract import Method, default_registry
 from adapterkit.disk.checkpoint import PIPELINE, Checkpoint, PlainModel, match_names, read_object, weights_in
 from adapterkit.door import own_file, read_small
-from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, usage
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, plain, usage
 from adapterkit.files import (
     Entry,
     MappedFiles,
@@ -112,7 +113,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     config.architectures = named
     build = transformers.AutoModel.from_config if cls is None else cls._from_config
     what = f"transformers cannot build {', '.join(named) or 'a model'} from the config of {where}"
-    with _as_checkpoint_error(what), _offline(), torch.device("meta"):
+    with _as_checkpoint_error(what), _contained(), torch.device("meta"):
         built: nn.Module = build(config)
     return built.eval()
 
@@ -159,7 +160,7 @@ def _config(where: str) -> Any:
         folder = Path(temporary, Path(where).name or "model")
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
-        with _offline():  # a backbone may be named by the config, or by its class
+        with _contained():  # a backbone may be named by the config, or by its class
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._name_or_path = where
         return config
@@ -211,12 +212,28 @@ class _OfflineIn:
         return threading.get_ident() == self.thread or bool(self.before)
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Let transformers ask the hub for nothing in this block, in this thread; others may fetch meanwhile."""
-    from huggingface_hub import constants
+class _PlainText(logging.Filter):
+    """Makes what is logged plain: it quotes configs, whose text a terminal might obey."""
 
-    with _OFFLINE:
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = plain(record.getMessage()), ()
+        return True
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Let transformers ask the hub for nothing in this block, in this thread, and log plain text.
+
+    Other threads may fetch meanwhile.
+    """
+    from huggingface_hub import constants
+    from transformers.utils.logging import get_logger
+
+    with _OFFLINE, ExitStack() as stack:
+        for handler in get_logger("transformers").handlers:
+            filtering = _PlainText()
+            handler.addFilter(filtering)
+            stack.callback(handler.removeFilter, filtering)
         before: Any = constants.HF_HUB_OFFLINE
         flag: Any = _OfflineIn(threading.get_ident(), before)
         constants.HF_HUB_OFFLINE = flag

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adapterkit.door import real_path
 from adapterkit.errors import ConfigError, SaveError
 from adapterkit.files.folder import WEIGHTS_FILE, WEIGHTS_FILES, aside, identity
 from adapterkit.files.tensors import write_tensors
@@ -62,7 +63,7 @@ def write_folder(
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"The config cannot be written as JSON: {error}. Look at its field 'extra'.") from error
     try:
-        folder = folder.resolve()  # behind a link is the folder that changes
+        folder = real_path(folder)  # behind a link is the folder that changes
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder):
             if folder.exists():
@@ -217,7 +218,7 @@ def appearing(path: Path, *, follow: bool = False) -> Iterator[Path]:
             with fresh.open("rb") as written, path.open("wb") as device:
                 shutil.copyfileobj(written, device)
         return
-    path = path.resolve() if follow else path
+    path = real_path(path) if follow else path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _fresh(path) as fresh:
         yield fresh
