@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adapterkit as ak
+from adapterkit import files
+from adapterkit.checkpoints import training_files
 
 A, B = (f"base_model.model.layer.lora_{name}.weight" for name in "AB")
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"]}
@@ -278,3 +280,22 @@ def test_an_absurd_scaling_in_another_programs_file_is_refused(tmp_path: Path) -
     held |= {"lora_unet_layer.lora_down.weight": torch.ones(2, 4), "lora_unet_layer.lora_up.weight": torch.ones(4, 2)}
     save_file(held, file)
     assert "e+38 is too large" in refused(file)
+
+
+SETTINGS = ("", "null", "[" * 100_000, "{}", '{"configs": {"a": 1}}', '{"configs": {}, "acting": [1], "trains": 1}')
+
+
+@pytest.mark.parametrize("text", SETTINGS, ids=range(len(SETTINGS)))
+def test_a_training_state_of_any_json_is_refused_as_damaged(text: str, tmp_path: Path) -> None:
+    adapters = ak.attach(model())
+    adapters.add("a", ak.config("lora", r=2, target_modules=["layer"]))
+    training_files.save_training(adapters, "a", tmp_path, writes=True)
+    file = tmp_path / training_files.STATE_FILE
+    held, metadata = files.read_tensors(file)
+    for key in ("adapterkit.setting", "adapterkit.made_again"):
+        assert key in metadata
+        if key == "adapterkit.setting" or not text.startswith("{"):
+            files.write_tensors(held, file, metadata | {key: text})
+            with pytest.raises(ak.CheckpointError) as error:
+                training_files.load_state(adapters, "a", tmp_path, resumes=True)
+            assert len(str(error.value)) < 1000

@@ -2,7 +2,7 @@
 
 In: a call of `save_pretrained` or `load_state_dict` on an adapted model, or a tool's checkpoint. Out: the adapters,
 written or restored, with everything that their training needs to go on.
-Uses: errors, results, tensors, contract, model, formats, files, merging.
+Uses: errors, door, results, tensors, contract, model, formats, files, merging.
 """
 
 from adapterkit.checkpoints.load_state_dict import StateDictHooks

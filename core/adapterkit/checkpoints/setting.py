@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.contract import AdapterConfig, default_registry
-from adapterkit.errors import CheckpointError, warn
+from adapterkit.errors import AdapterError, CheckpointError, warn
 from adapterkit.files import adapter_tensors
 from adapterkit.model import base_parameters
 from adapterkit.tensors import has_fsdp1
@@ -56,9 +56,19 @@ def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool =
         CheckpointError: they do not. Where only the base is another, a warning says so.
     """
     try:
-        then: dict[str, Any] = json.loads(saved)
-    except ValueError as error:
+        then: Any = json.loads(saved)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: how the adapters acted is no JSON.") from error
+    try:
+        _compare(adapters, then, where, base=base)
+    except AdapterError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # any JSON may be there
+        raise CheckpointError(f"{where} is damaged: how the adapters acted is not what `setting` gives.") from error
+
+
+def _compare(adapters: Adapters, then: Any, where: object, *, base: bool) -> None:
+    """See `check_setting`."""
     for name, fields in then["configs"].items():
         other = other_config(fields, adapters.config(name)) if name in adapters else ""
         if other:

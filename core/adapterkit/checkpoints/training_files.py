@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapterkit.checkpoints.setting import check_setting, decoded, digest, other_config, sample, setting
 from adapterkit.checkpoints.training_state import CONFIG
 from adapterkit.contract import FILE_PREFIX, SHARED, default_registry
+from adapterkit.door import json_object
 from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.files import WEIGHTS_FILE, appearing, match_adapter, read_header, read_tensors, standing, write_tensors
 from adapterkit.model import BaseModules, initial_shared, resized_tables
@@ -194,7 +195,7 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
     adapter, folder, (rest, metadata) = adapters._adapters[name], file.parent, read_tensors(file)
     tensors = _file_beside(folder)
     held, report = _given_back(adapters, name, tensors)
-    digests = json.loads(metadata.get(_MADE, "{}"))
+    digests = json_object(metadata.get(_MADE, "{}"), f"{file}: {_MADE}")
     made = initial_shared(adapter, adapters.model) if digests else {}
     state = {**held, **{key: made[key] for key in digests if key in made}, **rest}
     other = other_config(decoded(rest[CONFIG]), adapter.config) if CONFIG in rest else ""
