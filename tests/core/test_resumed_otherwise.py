@@ -215,6 +215,24 @@ def test_a_state_dict_of_the_whole_model_goes_into_any_base() -> None:
     other.load_state_dict(not_transformers().state_dict())  # no warning of another base: it is replaced
 
 
+def test_an_average_of_state_dicts_is_made_and_loaded() -> None:
+    model = not_transformers()
+    Accelerator(cpu=True).prepare(model)
+    average = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in model.state_dict().items():
+        average[key].mul_(0.9).add_(value, alpha=0.1)
+    not_transformers().load_state_dict(average)
+    with pytest.raises(ak.CheckpointError, match="lora_alpha = 8, and here it is 32"):
+        not_transformers(lora_alpha=32).load_state_dict(average)
+
+
+def test_a_part_of_a_state_dict_that_is_asked_for_is_loaded() -> None:
+    state = not_transformers().state_dict()
+    left_out = next(key for key in state if "lora_B" in key)
+    del state[left_out]
+    assert left_out in not_transformers().load_state_dict(state, strict=False).missing_keys
+
+
 def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_whatever_acts() -> None:
     model = not_transformers()
     state = model.state_dict()

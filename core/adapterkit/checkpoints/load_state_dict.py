@@ -73,13 +73,14 @@ class StateDictHooks:
         prepared = any(hasattr(m, "_is_accelerate_prepared") for m in (self.root, *wrappers_of(self.root)))
         saves_itself = "save_pretrained" in self.root.__dict__
         if sharded or (prepared and self.by_trainer and not saves_itself):
-            state[prefix + ATTRIBUTE] = encoded(text, _LENGTH)
+            state[prefix + ATTRIBUTE] = encoded(text, _LENGTH).float()  # averages of state dicts are of floats
 
     def _before(
         self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any], *others: Any
     ) -> None:
         """Refuse a state dict that does not restore every adapter that trains; one of the base alone only warns."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
+        of_training = any(prefix + key in state for key in (SETTING, ATTRIBUTE))  # as tools write it, with all tensors
         acted = self._setting_in(state, prefix, metadata)
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
@@ -115,6 +116,7 @@ class StateDictHooks:
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
             check_setting(adapters, acted, "The state dict", base=self._partial)
+        if of_training:
             _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
             warn(

@@ -149,7 +149,7 @@ def encoded(text: str, block: int = _BLOCK) -> Tensor:
 def decoded(tensor: Tensor) -> str:
     """The text of `encoded`; empty: the tensor is none."""
     try:
-        return bytes(tensor.tolist()).decode().rstrip()
+        return bytes(tensor.float().round().to(torch.uint8).tolist()).decode().rstrip()
     except (TypeError, ValueError):
         return ""
 
