@@ -158,7 +158,9 @@ def test_what_transformers_logs_of_a_config_is_plain(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TEXT | {"rope_scaling": {"rope_type": "\x1b[2J"}}))
     log, logger = io.StringIO(), transformers.utils.logging.get_logger("transformers")
     handler = logging.StreamHandler(log)
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
     try:
         with model._contained():
             logger.warning("of a file: \x1b[2J")
@@ -166,5 +168,6 @@ def test_what_transformers_logs_of_a_config_is_plain(tmp_path: Path) -> None:
             ak.skeleton(tmp_path)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
     assert "of a file: \\x1b[2J" in log.getvalue()
     assert "\x1b" not in log.getvalue()
