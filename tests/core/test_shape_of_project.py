@@ -136,6 +136,13 @@ def test_installed_metadata_are_those_of_pyproject() -> None:
     assert scripts == PYPROJECT["project"]["scripts"] == {"adapterkit": "adapterkit_command:main"}
 
 
+def test_the_citation_is_of_this_version_and_place() -> None:
+    cited = dict(re.findall(r"^([a-z-]+): *(\S.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE))
+    project = PYPROJECT["project"]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert cited["repository-code"] == project["urls"]["Homepage"]
+
+
 def test_builtin_methods_are_found_like_any_other() -> None:
     for plugin in PLUGINS:
         assert ak.methods()[plugin.name].provider == "adapterkit"
