@@ -12,6 +12,7 @@ import inspect
 import re
 import reprlib
 import sys
+import traceback
 import types
 import typing
 import unicodedata
@@ -123,7 +124,8 @@ def warn(message: str | AdapterWarning) -> None:
 def usage(example: str = "", *, of: str = "ak") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a call with missing, unknown or unsuitable arguments raise a `UsageError` that shows how it is called.
 
-    Arguments are looked at only after a `TypeError` or `AttributeError`, so a call that works costs nothing more.
+    Arguments are looked at only after a `TypeError` or `AttributeError`, so a call that works costs nothing more. An
+    error that comes out of others' code, such as a model, a dataset or a plugin, stays what it is.
 
     Args:
         example: the call that the message shows. Empty: the signature of the function.
@@ -140,7 +142,7 @@ def usage(example: str = "", *, of: str = "ak") -> Callable[[Callable[P, R]], Ca
             except (TypeError, AttributeError) as error:
                 signature = inspect.signature(function)
                 unbound = _unbound(signature, args, kwargs)
-                fault = unbound or _unsuitable(function, signature, args, kwargs)
+                fault = unbound or (_is_of_the_call(error) and _unsuitable(function, signature, args, kwargs))
                 if not fault:
                     raise
                 shown = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
@@ -164,6 +166,13 @@ def usage_of_methods(of: str) -> Callable[[type[T]], type[T]]:
         return cls
 
     return decorate
+
+
+def _is_of_the_call(error: BaseException) -> bool:
+    """Whether no code of others was running when it was raised: no model, dataset or plugin."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    known = {"adapterkit", "torch", "tqdm", *sys.stdlib_module_names}
+    return "torch.nn.modules.module" not in names and known.issuperset(name.partition(".")[0] for name in names)
 
 
 def _unbound(signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
@@ -203,6 +212,8 @@ def _allows(hint: Any, value: object) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_allows(member, value) for member in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
+    if kind is Iterable and hasattr(value, "__getitem__"):  # as torch's datasets
+        return True
     if kind is typing.Literal:
         kind = tuple(map(type, typing.get_args(hint)))
     return isinstance(value, (int, float) if kind is float else kind) if isinstance(kind, type | tuple) else True

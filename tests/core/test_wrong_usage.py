@@ -385,6 +385,42 @@ def test_a_type_error_inside_a_call_stays_what_it_is() -> None:
     assert not isinstance(caught.value, ak.UsageError)
 
 
+class Samples(torch.utils.data.Dataset[torch.Tensor]):
+    """A dataset as torch has them: it can be iterated over, and is no `Iterable`."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if number > 1:
+            raise IndexError
+        return torch.ones(2, 4)
+
+
+class BrokenSamples(Samples):
+    def __getitem__(self, number: int) -> torch.Tensor:
+        raise TypeError("in the dataset")
+
+
+class Broken(nn.Sequential):
+    def forward(self, batch: object) -> object:
+        raise AttributeError("in the model")
+
+
+def features(model: nn.Module, batches: Any, layer: Any = "0") -> object:
+    return ak.features(model, batches, layer=layer, pooling=None, progress=0)  # type: ignore[call-overload]
+
+
+def test_an_error_of_a_model_or_a_dataset_is_not_blamed_on_an_argument() -> None:
+    samples = Samples()
+    assert isinstance(features(nn.Sequential(nn.Linear(4, 4)), samples), torch.Tensor)
+    with pytest.raises(TypeError, match=r"^in the dataset$"):
+        features(nn.Sequential(nn.Linear(4, 4)), BrokenSamples())
+    with pytest.raises(AttributeError, match=r"^in the model$"):
+        features(Broken(nn.Linear(4, 4)), samples)
+    with pytest.raises(TypeError, match=r"^linear\(\)"):  # a layer of torch gets no tensor
+        features(nn.Sequential(nn.Linear(4, 4)), [{"input": "text"}])
+    with pytest.raises(ak.UsageError, match=r"layer = 1\.5 has the type float"):
+        features(nn.Sequential(nn.Linear(4, 4)), samples, layer=1.5)
+
+
 # What one reads back
 
 
