@@ -262,6 +262,13 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "made before").iterdir())
 
 
+def test_the_root_of_a_disk_is_a_folder_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, written = Path(tmp_path.anchor), list[Path]()
+    monkeypatch.setattr(files.writing, "_write_into", lambda folder, *contents: written.append(folder))
+    files.write_folder(root, CONFIG, TENSORS, {})
+    assert written == [root]
+
+
 def test_pages_and_manifests_hold_no_folders_of_this_machine(tmp_path: Path) -> None:
     """They are shared: a path would tell the user's name."""
     model = build("bert")

@@ -150,7 +150,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(OSError):
             stack.enter_context(_locked(folder.parent))
-        for left in (folder.with_name(f".{folder.name}{_UNFINISHED}"), *folder.glob(f".*{_UNFINISHED}")):
+        for left in (folder.parent / f".{folder.name}{_UNFINISHED}", *folder.glob(f".*{_UNFINISHED}")):
             _sweep(left)
         yield
 
