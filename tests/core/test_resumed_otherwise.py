@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from tests.core.conftest import set_parameters
 from tests.core.test_trainer import Wrapped, values
 from tests.core.test_trainer_mixin import AdapterTrainer, assert_equal, trainer
@@ -179,6 +181,13 @@ def not_transformers(**options: Any) -> Any:
     return model
 
 
+def test_accelerate_notices_that_adapters_of_a_transformers_model_act_otherwise(tmp_path: Path) -> None:
+    resume = by_accelerate(together(), tmp_path)
+    resume(together())
+    with pytest.raises(ak.CheckpointError, match=r"'beside' \(strength 0.5\), 't' acted"):
+        resume(together(strengths={"beside": 0.5}))
+
+
 @pytest.mark.parametrize("save", [in_memory, by_plain_trainer, by_accelerate])
 def test_whatever_saves_the_whole_state_dict_a_training_goes_on_only_as_it_was(save: Any, tmp_path: Path) -> None:
     resume = save(not_transformers(), tmp_path)
@@ -215,15 +224,38 @@ def test_a_state_dict_of_the_whole_model_goes_into_any_base() -> None:
     other.load_state_dict(not_transformers().state_dict())  # no warning of another base: it is replaced
 
 
-def test_an_average_of_state_dicts_is_made_and_loaded() -> None:
-    model = not_transformers()
-    Accelerator(cpu=True).prepare(model)
-    average = {key: value.clone() for key, value in model.state_dict().items()}
-    for key, value in model.state_dict().items():
-        average[key].mul_(0.9).add_(value, alpha=0.1)
+def test_an_average_of_checkpoints_is_made_and_loaded(tmp_path: Path) -> None:
+    by_accelerate(not_transformers(), tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    average = {key: value * 0.9 + value * 0.1 for key, value in saved.items()}
     not_transformers().load_state_dict(average)
     with pytest.raises(ak.CheckpointError, match="lora_alpha = 8, and here it is 32"):
         not_transformers(lora_alpha=32).load_state_dict(average)
+
+
+def test_a_model_that_tools_prepared_has_a_state_dict_of_its_own_tensors_alone(tmp_path: Path) -> None:
+    model = not_transformers()
+    expected = model.state_dict().keys()
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    assert model.state_dict().keys() == accelerator.get_state_dict(model).keys() == expected
+    assert all(isinstance(model.get_parameter(key), nn.Parameter) for key in expected)
+    accelerator.save_model(model, str(tmp_path))
+    assert load_file(tmp_path / "model.safetensors").keys() <= expected
+
+
+def test_equal_trainings_have_equal_state_dicts_and_metadata() -> None:
+    one, other = (not_transformers().state_dict() for _ in range(2))
+    assert one._metadata == other._metadata  # so files of them are equal, too
+
+
+def test_no_model_takes_the_setting_that_it_only_read_for_its_own() -> None:
+    """Loading a base asks for the model's own state dict, which is given to nobody."""
+    saved, model = not_transformers().state_dict(), not_transformers()
+    model.load_state_dict(dict(saved))
+    ak.attach(model).activate("t", strengths={"t": 0.5})
+    with pytest.raises(ak.CheckpointError, match=r"and here 't' \(strength 0.5\) acted"):
+        model.load_state_dict(saved)
 
 
 def test_a_part_of_a_state_dict_that_is_asked_for_is_loaded() -> None:
@@ -235,10 +267,12 @@ def test_a_part_of_a_state_dict_that_is_asked_for_is_loaded() -> None:
 
 def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_whatever_acts() -> None:
     model = not_transformers()
+    duplicate = copy.deepcopy(model)
     state = model.state_dict()
     assert state.keys() == not_transformers(trainable=False).state_dict().keys()  # nothing that others would not know
-    ak.attach(model).activate("t", strengths={"t": 0.5})
-    for other in (model, not_transformers(trainable=False, strengths={"t": 0.5})):
+    for own in (model, duplicate):
+        ak.attach(own).activate("t", strengths={"t": 0.5})
+    for other in (model, duplicate, not_transformers(trainable=False, strengths={"t": 0.5})):
         other.load_state_dict(state)
 
 

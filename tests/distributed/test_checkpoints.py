@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def whole_models(folder: Path) -> None:
                 refused(load, "'vera' (strength 0.5)", error=ak.CheckpointError)
             else:
                 load()
+                best = copy.deepcopy(again.model.state_dict())
+    again.model.load_state_dict(best)  # its own
 
 
 def with_accelerate(folder: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import uuid
+import hashlib
+import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import file_places
 from adapterkit.model import BaseModules, resized_keys
-from adapterkit.tensors import has_fsdp1, is_sharded, shape_of, wrappers_of
+from adapterkit.tensors import has_fsdp1, is_sharded, shape_of
 
 if TYPE_CHECKING:
     from adapterkit.adapters import Adapters
@@ -27,14 +28,27 @@ _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 SETTING = "adapterkit.setting"
 # Text in a state dict has a multiple of this length: `torch.distributed.checkpoint` reads into tensors of equal shapes.
 _LENGTH = 4096
+# The module and the name of functions that write a training and keep only tensors of a state dict, and their tool.
+_SAVERS: dict[tuple[Any, str], str] = {
+    ("accelerate.accelerator", "save_state"): "accelerate",
+    ("transformers.trainer", "_save_checkpoint"): "transformers",
+}
+
+
+class _Digests(set[str]):
+    """Digests of settings. Copies of a model have them in common."""
+
+    def __deepcopy__(self, memo: object) -> _Digests:
+        return self
 
 
 class StateDictHooks:
     """Hooks on the model's `state_dict` and `load_state_dict`, through which tools save and restore a training.
 
     While adapters train, a state dict says how they act and what their configs are, so that a training resumes with the
-    same. `torch.save` keeps that in the state dict's metadata. Tools that keep only tensors get one with the key
-    ATTRIBUTE: torch's functions for distributed checkpoints look every key up in the model, which has this attribute.
+    same. `torch.save` keeps that in the state dict's metadata. Sharded models, and tools that write a training and keep
+    only tensors, get a tensor with the key ATTRIBUTE: torch's functions for distributed checkpoints look every key up
+    in the model, which has this attribute. Any other state dict has the keys that others expect.
 
     Attributes:
         asks_for_all: whether the next state dict must restore every adapter that trains. `PeftView` asks for none.
@@ -48,7 +62,8 @@ class StateDictHooks:
         self.root = root
         self._partial = False
         self._given: set[str] = set()
-        self._token = uuid.uuid4().hex  # what this model itself has given is not checked
+        self._given_before = _Digests()  # what this model itself has given is not checked
+        self._loads = False
         self._handles = (
             root.register_state_dict_post_hook(functools.partial(self._written)),  # torch marks what it is given
             root.register_load_state_dict_pre_hook(self._before),
@@ -65,14 +80,14 @@ class StateDictHooks:
     ) -> None:
         """Say in a state dict how the adapters act, if any trains."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        if not adapters.trainable:
+        if self._loads or not adapters.trainable:
             return
-        text = setting(adapters, held=adapters.names, configs=True)
-        metadata[ATTRIBUTE] = self._token, text
+        text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names, configs=True)
+        self._given_before.add(_digest(text))
         sharded = has_fsdp1(self.root) or any(map(is_sharded, self.root.parameters()))
-        prepared = any(hasattr(m, "_is_accelerate_prepared") for m in (self.root, *wrappers_of(self.root)))
-        saves_itself = "save_pretrained" in self.root.__dict__
-        if sharded or (prepared and self.by_trainer and not saves_itself):
+        tool = _saver()
+        by_trainer = tool == "transformers" and self.by_trainer and "save_pretrained" not in self.root.__dict__
+        if sharded or by_trainer or tool == "accelerate":
             state[prefix + ATTRIBUTE] = encoded(text, _LENGTH).float()  # averages of state dicts are of floats
 
     def _before(
@@ -84,7 +99,7 @@ class StateDictHooks:
         acted = self._setting_in(state, prefix, metadata)
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
-        own = self.root.state_dict(keep_vars=True)
+        own = self._tensors()
         base = own.keys() - known
         _from_peft(adapters, own, base, state, prefix)
         unset = {key for name, adapter in adapters._adapters.items() if adapter.unset for key in keys[name]}
@@ -124,6 +139,14 @@ class StateDictHooks:
                 "training, load the adapter that was saved with it."
             )
 
+    def _tensors(self) -> dict[str, Any]:
+        """The model's state dict, which does not count as one that was given to somebody."""
+        self._loads = True
+        try:
+            return self.root.state_dict(keep_vars=True)
+        finally:
+            self._loads = False
+
     def _setting_in(self, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> str | None:
         """How the adapters acted in the training that a state dict is of; `None`: it is of none, or of no other.
 
@@ -131,12 +154,13 @@ class StateDictHooks:
         """
         file, held = (state.pop(prefix + key, None) for key in (SETTING, ATTRIBUTE))
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        token, text = metadata.get(ATTRIBUTE, (self._token, ""))
         if file is not None or not adapters.trainable:
             return None if file is None else decoded(file)
-        if held is not None:  # torch.distributed.checkpoint reads into a state dict of this model, with its metadata
-            return decoded(held)
-        return None if token == self._token else text
+        # torch.distributed.checkpoint reads the tensor into a state dict of this model, with its metadata.
+        said = metadata.get(ATTRIBUTE)
+        text = said if held is None else decoded(held)
+        is_own = text == said and isinstance(said, str) and _digest(said) in self._given_before
+        return text if isinstance(text, str) and not is_own else None
 
     def _after(self, module: nn.Module, result: Any) -> None:
         """Keys that nobody misses are not missing.
@@ -156,6 +180,21 @@ class StateDictHooks:
         result.missing_keys[:] = [
             key for key in result.missing_keys if key in missed or not (self._partial or key in passed)
         ]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _saver() -> str | None:
+    """The tool that writes a training in this thread now."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        tool = _SAVERS.get((frame.f_globals.get("__name__"), frame.f_code.co_name))
+        if tool:
+            return tool
+    return None
 
 
 def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:

@@ -34,15 +34,16 @@ def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False)
         held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
         configs: include configs of `held` and dtypes, for checkpoints that hold no training state, which has them.
     """
+    trains = adapters.trainable
     acting = [
         {"name": name, "strength": strength, "values": None if name in held else _in_file(adapters, name)}
         for name, strength in adapters.strengths.items()
     ]
     fields = {name: method_fields(adapters.config(name)) for name in held if configs}
-    found: dict[str, Any] = {"trains": adapters.trainable, "acting": acting, "heads": adapters._active.state.heads}
-    parameters = {name: _parameters(adapters, name, dtypes=configs) for name in adapters.trainable}
+    found: dict[str, Any] = {"trains": trains, "acting": acting, "heads": adapters._active.state.heads}
+    parameters = {name: _parameters(adapters, name, dtypes=configs) for name in trains}
     found |= {"merged": adapters.merged, "parameters": parameters}
-    return json.dumps({**found, "configs": fields, "base": _base(adapters)})
+    return json.dumps({**found, "configs": fields, "base": _base(adapters, trains)})
 
 
 def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool = True) -> None:
@@ -191,13 +192,13 @@ def _hash(names: Sequence[object]) -> str:
     return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
 
-def _base(adapters: Adapters) -> dict[str, str]:
+def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
     """What the adapters that train are trained on: their layers, the dtypes of these, and a little of each weight.
 
     Nothing of a weight that is sharded, offloaded or trained itself, or that an adapter has its own copy of. Merged
     adapters are seen in the weights.
     """
-    own = [adapters._adapters[name] for name in (*adapters.trainable, *adapters.merged)]
+    own = [adapters._adapters[name] for name in (*trains, *adapters.merged)]
     found = {path: host._parameters.get("weight") for each in own for path, host in each.hosts.items()}
     weights = {path: weight.detach() for path, weight in found.items() if weight is not None}
     trained = any(weight is not None and weight.requires_grad for weight in found.values())
