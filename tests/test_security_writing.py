@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.command.conftest import run
 from tests.models import build
 
@@ -260,6 +260,51 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
             files.write_folder(place, CONFIG, TENSORS, {}, write)
     assert [path.name for path in tmp_path.iterdir()] == ["made before"]
     assert not list((tmp_path / "made before").iterdir())
+
+
+def no_locks(*arguments: Any, **options: Any) -> None:
+    raise OSError("no locks")
+
+
+@pytest.mark.parametrize("there", ["no folder", "another version"])
+def test_processes_that_save_one_adapter_at_once_need_no_locks(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a training run do, on a shared disk that has no locks."""
+    place = tmp_path / "adapter"
+    if there == "another version":
+        files.write_folder(place, CONFIG | {"r": 2}, {"a": torch.zeros(2)}, {})
+
+    monkeypatch.setattr(files.writing, "_locked", no_locks)
+
+    def write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if there == "no folder":  # another process is done
+            files.write_folder(place, CONFIG, TENSORS, {})
+        else:  # another process has come so far
+            (place / WEIGHTS_FILE).replace(place / files.folder.aside(WEIGHTS_FILE))
+        save_file(tensors, path)
+
+    files.write_folder(place, CONFIG, TENSORS, {}, write)
+    assert json.loads((place / CONFIG_FILE).read_text(encoding="utf-8")) == CONFIG
+    torch.testing.assert_close(load_file(place / WEIGHTS_FILE), TENSORS)
+    assert {path.name for path in place.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_adapter_that_comes_meanwhile_without_locks_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "adapter"
+
+    def write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        files.write_folder(place, CONFIG | {"r": 2}, {"a": torch.zeros(2)}, {})
+        save_file(tensors, path)
+
+    monkeypatch.setattr(files.writing, "_locked", no_locks)
+    with pytest.raises(ak.SaveError):
+        files.write_folder(place, CONFIG, TENSORS, {}, write)
+    assert json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["r"] == 2
+    torch.testing.assert_close(load_file(place / WEIGHTS_FILE), {"a": torch.zeros(2)})
 
 
 def test_the_root_of_a_disk_is_a_folder_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,15 @@ def write_folder(
         folder = real_path(folder)  # behind a link is the folder that changes
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(folder):
-            if folder.exists():
-                _write_into(folder, weights, text, tensors, metadata, writer)
-            else:
-                with new_folder(folder) as place:
-                    _write_into(place, weights, text, tensors, metadata, writer)
+            if not folder.exists():
+                try:
+                    with new_folder(folder) as place:
+                        return _write_into(place, weights, text, tensors, metadata, writer)
+                except OSError:
+                    made = folder / CONFIG_FILE  # without locks, by another process that saves the same meanwhile
+                    if not made.is_file() or made.read_text("utf-8", "replace") != text:
+                        raise
+            _write_into(folder, weights, text, tensors, metadata, writer)
     except (OSError, RuntimeError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
@@ -109,7 +113,8 @@ def _set_aside(folder: Path, weights: Sequence[str]) -> None:
     if (folder / CONFIG_FILE).is_file() and not any(map(identity, _aside(folder))):
         _copy(folder / CONFIG_FILE, folder / aside(CONFIG_FILE))
     for file in reversed(weights):  # the one that counts is the last to go
-        (folder / file).replace(folder / aside(file))
+        with suppress(FileNotFoundError):  # without locks, another process may have done so
+            (folder / file).replace(folder / aside(file))
 
 
 def _give_back(folder: Path, *, had_config: bool) -> None:
