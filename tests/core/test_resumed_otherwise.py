@@ -265,6 +265,29 @@ def test_a_part_of_a_state_dict_that_is_asked_for_is_loaded() -> None:
     assert left_out in not_transformers().load_state_dict(state, strict=False).missing_keys
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64).conj()], ids=["sparse", "conjugate"]
+)
+def test_a_training_on_a_base_with_tensors_of_any_layout_has_a_state_dict(tensor: torch.Tensor) -> None:
+    def model() -> nn.Module:
+        made = build("bert")
+        made.extra = nn.Parameter(tensor, requires_grad=False)
+        ak.attach(made).add("t", TRAINED)
+        return made
+
+    model().load_state_dict(model().state_dict())
+
+
+def test_a_state_dict_is_given_inside_a_transform_of_torch() -> None:
+    model = not_transformers()
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert model.state_dict().keys() == parameters.keys()
+        return sum(p.sum() for p in parameters.values())
+
+    torch.func.grad(loss)({key: value.detach() for key, value in model.state_dict().items()})
+
+
 def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_whatever_acts() -> None:
     model = not_transformers()
     duplicate = copy.deepcopy(model)

@@ -215,9 +215,12 @@ def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
 
 
 def _sample_of_all(adapters: Adapters, tensors: Mapping[str, Tensor]) -> str:
-    """A sample of these tensors of the base; empty: some are not whole in this process's memory."""
+    """A sample of these tensors of the base; empty: some have no numbers, or not all, in this process's memory."""
     there = not any(t.is_meta or not t.numel() or type(t) is not Tensor for t in tensors.values())
-    return sample(tensors) if there and not has_fsdp1(adapters.model) else ""
+    try:
+        return sample(tensors) if there and not has_fsdp1(adapters.model) else ""
+    except RuntimeError:  # sparse tensors, mkldnn's, conjugate views; every tensor inside a transform of torch.func
+        return ""
 
 
 def _acts(found: Mapping[str, Any], part: str) -> list[Any]:
