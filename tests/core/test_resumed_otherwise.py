@@ -299,6 +299,15 @@ def test_a_state_dict_goes_back_into_its_model_and_into_one_that_does_not_train_
         other.load_state_dict(state)
 
 
+def test_a_state_dict_is_saved_and_loaded_where_adapters_are_disabled_for_a_while() -> None:
+    model, other = not_transformers(), not_transformers()
+    with ak.attach(model).disabled():
+        inside = model.state_dict()
+    other.load_state_dict(inside)
+    with ak.attach(other).disabled():
+        other.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("save", [lambda model: model.state_dict(), lambda model: TrainingState(model).state_dict()])
 def test_a_training_beside_a_merged_adapter_resumes_beside_it(save: Any) -> None:
     saved = save(merged := together("t"))

@@ -80,7 +80,7 @@ class StateDictHooks:
     ) -> None:
         """Say in a state dict how the adapters act, if any trains."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        if self._loads or not adapters.trainable:
+        if self._loads or not _trains(adapters):
             return
         text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names, configs=True)
         self._given_before.add(_digest(text))
@@ -154,7 +154,7 @@ class StateDictHooks:
         """
         file, held = (state.pop(prefix + key, None) for key in (SETTING, ATTRIBUTE))
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        if file is not None or not adapters.trainable:
+        if file is not None or not _trains(adapters):
             return None if file is None else decoded(file)
         # torch.distributed.checkpoint reads the tensor into a state dict of this model, with its metadata.
         said = metadata.get(ATTRIBUTE)
@@ -180,6 +180,11 @@ class StateDictHooks:
         result.missing_keys[:] = [
             key for key in result.missing_keys if key in missed or not (self._partial or key in passed)
         ]
+
+
+def _trains(adapters: Adapters) -> bool:
+    """Whether adapters may be in training. In a block of `disabled`, such as for a reference model, none is."""
+    return bool(adapters.active and adapters.trainable)
 
 
 def _digest(text: str) -> str:
