@@ -116,41 +116,21 @@ _TINY = "peft-internal-testing/tiny"
 # Adapters of PEFT's own: the id, the class and the id of the model that they are for, and the config.
 ADAPTERS: dict[str, tuple[str, str, LoraConfig]] = {
     "peft-internal-testing/gpt2-lora-random": ("GPT2LMHeadModel", "hf-internal-testing/tiny-random-gpt2", LoraConfig()),
-    f"{_TINY}-OPTForCausalLM-lora": (
-        "OPTForCausalLM",
-        f"{_TINY}-random-OPTForCausalLM",
-        LoraConfig(task_type="CAUSAL_LM"),
-    ),
-    f"{_TINY}_T5ForSeq2SeqLM-lora": (
-        "T5ForConditionalGeneration",
-        f"{_TINY}-random-t5",
-        LoraConfig(task_type="SEQ_2_SEQ_LM"),
-    ),
-    f"{_TINY}_OPTForSequenceClassification-lora": (
-        "OPTForSequenceClassification",
-        f"{_TINY}-random-OPTForCausalLM",
-        LoraConfig(task_type="SEQ_CLS"),
-    ),
-    f"{_TINY}_GPT2ForTokenClassification-lora": (
-        "GPT2ForTokenClassification",
-        f"{_TINY}-random-gpt2",
-        LoraConfig(task_type="TOKEN_CLS"),
-    ),
-    f"{_TINY}_OPTForQuestionAnswering-lora": (
-        "OPTForQuestionAnswering",
-        f"{_TINY}-random-OPTForCausalLM",
-        LoraConfig(task_type="QUESTION_ANS"),
-    ),
-    f"{_TINY}_OPTForFeatureExtraction-lora": (
-        "OPTModel",
-        f"{_TINY}-random-OPTForCausalLM",
-        LoraConfig(task_type="FEATURE_EXTRACTION"),
-    ),
     f"{_TINY}_WhisperForConditionalGeneration-lora": (
         "WhisperForConditionalGeneration",
         "openai/whisper-tiny",
         LoraConfig(target_modules=["q_proj"]),
     ),
+} | {
+    f"{_TINY}{name}-lora": (class_name, f"{_TINY}-random-{base}", LoraConfig(task_type=task))
+    for name, class_name, base, task in (
+        ("-OPTForCausalLM", "OPTForCausalLM", "OPTForCausalLM", "CAUSAL_LM"),
+        ("_T5ForSeq2SeqLM", "T5ForConditionalGeneration", "t5", "SEQ_2_SEQ_LM"),
+        ("_OPTForSequenceClassification", "OPTForSequenceClassification", "OPTForCausalLM", "SEQ_CLS"),
+        ("_GPT2ForTokenClassification", "GPT2ForTokenClassification", "gpt2", "TOKEN_CLS"),
+        ("_OPTForQuestionAnswering", "OPTForQuestionAnswering", "OPTForCausalLM", "QUESTION_ANS"),
+        ("_OPTForFeatureExtraction", "OPTModel", "OPTForCausalLM", "FEATURE_EXTRACTION"),
+    )
 }
 
 
