@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.setting import check_setting, decoded, encoded, setting
+from adapterkit.checkpoints.setting import check_setting, decoded, encoded, setting, short_hash
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import file_places
@@ -26,7 +25,7 @@ _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 # The key of how the adapters acted, in the `model.safetensors` that `save_pretrained` writes.
 SETTING = "adapterkit.setting"
-# Text in a state dict has a multiple of this length: `torch.distributed.checkpoint` reads into tensors of equal shapes.
+# The block of `encoded` that holds most settings, so that the tensor seldom changes its shape.
 _LENGTH = 4096
 # The module and the name of functions that write a training and keep only tensors of a state dict, and their tool.
 _SAVERS: dict[tuple[Any, str], str] = {
@@ -83,7 +82,7 @@ class StateDictHooks:
         if self._loads or not _trains(adapters):
             return
         text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names, configs=True)
-        self._given_before.add(_digest(text))
+        self._given_before.add(short_hash(text))
         sharded = has_fsdp1(self.root) or any(map(is_sharded, self.root.parameters()))
         tool = _saver()
         by_trainer = tool == "transformers" and self.by_trainer and "save_pretrained" not in self.root.__dict__
@@ -159,7 +158,7 @@ class StateDictHooks:
         # torch.distributed.checkpoint reads the tensor into a state dict of this model, with its metadata.
         said = metadata.get(ATTRIBUTE)
         text = said if held is None else decoded(held)
-        is_own = text == said and isinstance(said, str) and _digest(said) in self._given_before
+        is_own = text == said and isinstance(said, str) and short_hash(said) in self._given_before
         return text if isinstance(text, str) and not is_own else None
 
     def _after(self, module: nn.Module, result: Any) -> None:
@@ -185,10 +184,6 @@ class StateDictHooks:
 def _trains(adapters: Adapters) -> bool:
     """Whether adapters may be in training. In a block of `disabled`, such as for a reference model, none is."""
     return bool(adapters.active and adapters.trainable)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _saver() -> str | None:

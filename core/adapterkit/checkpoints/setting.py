@@ -185,11 +185,12 @@ def _parameters(adapters: Adapters, name: str, *, dtypes: bool) -> dict[str, str
     shown = f"{len(frozen) or 'none'} of its parameters frozen" + (f" (such as {frozen[0]!r})" if frozen else "")
     if dtypes:
         shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters.values()}))}"
-    return {"shown": shown, "digest": _hash(frozen)}
+    return {"shown": shown, "digest": short_hash(repr(frozen))}
 
 
-def _hash(names: Sequence[object]) -> str:
-    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+def short_hash(text: str) -> str:
+    """Enough of the SHA-256 of a text to tell it from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
@@ -206,10 +207,10 @@ def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
     others = ((key, p) for key, p in base_parameters(adapters.model) if not (p.requires_grad or key.startswith(heads)))
     rest = {key: parameter.detach() for key, parameter in others}
     return {
-        "layers": _hash([*weights]),
+        "layers": short_hash(repr([*weights])),
         "dtypes": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         "values": "" if trained else _sample_of_all(adapters, weights),
-        "frozen": _hash([*rest]),
+        "frozen": short_hash(repr([*rest])),
         "rest": _sample_of_all(adapters, rest),
     }
 
