@@ -571,7 +571,7 @@ class Adapters:
             values, report = match_adapter(adapter, default_registry.method_of(adapter.config), self.model, tensors)
             if not report.ok:
                 if strict:
-                    refuse(report, name, "The state dict", lenient=True)
+                    refuse(report, name, "The state dict", self.model, adapter.layers, lenient=True)
                 warn(str(report))
             adapter.write(completed(adapter, self.model, values), self.model)
         return report

@@ -76,6 +76,13 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def broken_link(path: Path) -> str:
+    """A sentence about a link that leads nowhere, with a space before it; `""` for anything else."""
+    if not os.path.islink(path) or path.exists():  # noqa: PTH114 - Path.is_symlink raises on names that are too long
+        return ""
+    return f" {path.name} is a link to {path.readlink()}, which is not there. Copy files, not links (cp -L)."
+
+
 def own_file(path: Path, folder: Path) -> bool:
     """Whether this is a regular file of the folder's own: no device, and no link to elsewhere.
 

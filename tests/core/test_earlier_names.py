@@ -187,6 +187,25 @@ def test_a_layer_that_the_file_lacks_is_missing_under_earlier_names_too(tmp_path
         ak.attach(EARLIER["LLaVA"][0]()).load(tmp_path / "old", "a")
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "w1"], ["w1"]], ids=" ".join)
+def test_experts_that_were_layers_are_refused_with_the_reason(targets: list[str], tmp_path: Path) -> None:
+    fields = {"num_experts_per_tok": 1, "num_local_experts": 2, "bos_token_id": 1, "eos_token_id": 2}
+    model = of(transformers.MixtralForCausalLM, **TEXT, **fields)()
+    made(model, tmp_path / "new", LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = "model.layers.0.self_attn.q_proj"
+    earlier = {layer: "model.layers.0.block_sparse_moe.experts.1.w1"} if targets == ["w1"] else {}
+    tensors = rename(tmp_path / "new", tmp_path / "old", lambda k: re.sub(layer, earlier.get(layer, layer), k))
+    experts = {
+        key.replace("self_attn.q_proj", "block_sparse_moe.experts.0.w1"): t.clone() for key, t in tensors.items()
+    }
+    save_file(tensors | experts, tmp_path / "old/adapter_model.safetensors")
+    config = json.loads((tmp_path / "new/adapter_config.json").read_text())
+    (tmp_path / "old/adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    reason = r"'model.layers.0.mlp.experts' is a MixtralExperts here and has no such layers. An earlier version"
+    with pytest.raises(ak.CheckpointError, match=reason):
+        ak.attach(of(transformers.MixtralForCausalLM, **TEXT, **fields)()).load(tmp_path / "old", "a")
+
+
 def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
     _, tensors = llava(tmp_path)
     both = {**tensors, **load_file(tmp_path / "new/adapter_model.safetensors")}

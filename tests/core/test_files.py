@@ -188,6 +188,10 @@ CAUSES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "a part of it": (renamed("layers.", ""), "it is for what this model has at 'layers': load it there"),
     "another class": (renamed("layers.", "blocks."), "begin with 'layers', the file's begin with 'blocks'"),
+    "a layer that the config does not name": (
+        put(PREFIX + "overhead.lora_A.weight", torch.ones(2, 8)),
+        "it has tensors for 'overhead', which its config does not select (target_modules, exclude_modules)",
+    ),
     "ZeRO-3": (
         put(A, torch.zeros(0)),
         "lora_A.weight' has no values (1 such): it was saved under DeepSpeed's",

@@ -90,7 +90,7 @@ def test_a_layer_that_the_config_does_not_select_is_nobodys_as_on_a_model(
     found = ak.inspect_adapter(folder)
     assert found.unknown
     assert all(".query." in key for key in found.unknown)
-    with pytest.raises(ak.CheckpointError, match="belong to nothing on this model"):
+    with pytest.raises(ak.CheckpointError, match="which its config does not select"):
         ak.attach(build("bert")).load(folder, "a")
     for job in (
         lambda: ak.combine_files({folder: 1.0}, tmp_path / "out"),

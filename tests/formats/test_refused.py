@@ -73,6 +73,11 @@ CONTENTS: dict[str, tuple[str, bytes, str]] = {
     "ggla": ("ggml-adapter-model.bin", b"algg\x01\x00\x00\x00" + bytes(64), "llama.cpp before GGUF"),
     "npz": ("adapters.npz", b"PK\x03\x04" + bytes(64), "as mlx-lm wrote until 2024"),
     "nemo": ("model.nemo", b"./model_config.yaml" + bytes(600), "is an archive of NVIDIA NeMo"),
+    "tar": ("trained_model.tar", b"adapter_config.json" + bytes(600), "is an archive. Unpack it, and give the folder"),
+    "zip": ("a.zip", b"PK\x03\x04" + bytes(64), "is an archive. Unpack it"),
+    "tar.gz": ("a.tar.gz", b"\x1f\x8b\x08" + bytes(64), "is an archive. Unpack it"),
+    "gzip by another name": (WEIGHTS, b"\x1f\x8b\x08" + bytes(64), "is an archive. Unpack it"),
+    "keras": ("a.h5", b"\x89HDF\r\n\x1a\n" + bytes(64), "is an HDF5 file, as Keras writes them"),
     "page": ("a.safetensors", b"<!DOCTYPE html><html>", "is a web page"),
     "nothing": ("a.safetensors", b"", "is empty: 0 bytes"),
 }
@@ -157,6 +162,16 @@ def pointer_to_config(folder: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": A}, folder / WEIGHTS)
 
 
+def lost_weights(folder: Path) -> None:
+    (folder / CONFIG).write_text(PEFT)
+    (folder / WEIGHTS).symlink_to("../../blobs/4d7a")
+
+
+def lost_config(folder: Path) -> None:
+    (folder / CONFIG).symlink_to("../../blobs/4d7a")
+    save_file({"base_model.model.x.lora_A.weight": A}, folder / WEIGHTS)
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "adapters": (adapterhub, "AdapterHub"),
     "deepspeed": (zero_checkpoint, "python zero_to_fp32.py . OUT"),
@@ -164,6 +179,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nemo": (lambda f: [(f / name).mkdir() for name in ("context", "weights")], "It is of NVIDIA NeMo. Export it"),
     "model": (lambda f: build("bert").save_pretrained(f), "It is a model. ak.extract_files(base, model)"),
     "one file": (lambda f: save_file({"x": A}, f / "style.safetensors"), "If style.safetensors is another program's"),
+    "links into a hub's cache that was left behind": (
+        lost_weights,
+        f"{WEIGHTS} is a link to ../../blobs/4d7a, which is not there. Copy files, not",
+    ),
+    "a link for the config": (lost_config, f"{CONFIG} is a link to ../../blobs/4d7a, which is not there. Copy files"),
     "pointer": (pointer_to_config, "adapter_config.json is a pointer of Git LFS"),
 }
 

@@ -216,8 +216,9 @@ def test_a_file_s_content_counts_and_not_its_suffix(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
     torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
-    torch.save(tensors, tmp_path / WEIGHTS)
-    torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
+    for archive in (True, False):
+        torch.save(tensors, tmp_path / WEIGHTS, _use_new_zipfile_serialization=archive)
+        torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
 
 
 def test_folder_in_which_diffusers_saved_adapters_is_their_file(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ class Format:
                     "alpha is not theirs. Put the file into a folder as adapter_model.safetensors, beside an "
                     "adapter_config.json with the right r and lora_alpha."
                 )
-            _warn_of_two_scales(base, [layers[path] for path in told], ranks)
+            _warn_of_two_scales(f"The header's {HEADER!r}", base, [layers[path] for path in told], ranks)
         alphas = {path: told.get(path) or other.get(path) or float(ranks[path]) for path in layers}
         found = self.config_type.with_values({"r": ranks, self.alpha: alphas})
         values = {name: getattr(found, name) for name in ("r", self.alpha, *found.patterns)}
@@ -390,10 +390,13 @@ class Format:
         if config is None:
             chosen = {"target_modules": exactly(layers, kinds), "exclude_modules": None, "modules_to_save": None}
             config = self.config(layers, metadata).replace(**chosen, layers_to_transform=None, layers_pattern=None)
+        else:  # in PEFT's names the config alone says the scale
+            told = [layer for layer in layers.values() if "alpha" in layer.keys and _is_native(layer, self.factors)]
+            ranks = {layer.path: self.rank(layer.tensors) for layer in told}
+            _warn_of_two_scales("The config", config, told, ranks)
         read = dict(tensors)
         for path, layer in layers.items():
-            native = all(key == f"{path}.{local}" for local, key in layer.keys.items())
-            if native and _EXTRA.isdisjoint(layer.keys):
+            if _is_native(layer, layer.keys) and _EXTRA.isdisjoint(layer.keys):
                 continue
             for key in layer.keys.values():
                 del read[key]
@@ -439,21 +442,29 @@ def _may_be(part: str, head: str) -> bool:
     return None in numbers or len({found[1] or "1" for found in numbers if found}) == 1
 
 
+def _is_native(layer: ForeignLayer, names: Collection[str]) -> bool:
+    """Whether the keys of these tensors, as far as the layer has them, are PEFT's: its path and the own name."""
+    return all(key == f"{layer.path}.{local}" for local, key in layer.keys.items() if local in names)
+
+
 def _scaling(config: Any, rank: int) -> float:
     """What a layer's config scales its change by, where it has this rank."""
     return float((config if config.r == rank else config.replace(r=rank)).scaling)
 
 
-def _warn_of_two_scales(base: Any, layers: Iterable[ForeignLayer], ranks: Mapping[str, int]) -> None:
-    """Warn if the header and the alpha of a layer disagree about its scale; the alpha counts."""
+def _warn_of_two_scales(source: str, config: Any, layers: Iterable[ForeignLayer], ranks: Mapping[str, int]) -> None:
+    """Warn if a config and the alpha of a layer disagree about its scale; the alpha counts.
+
+    Args:
+        source: what messages call the config.
+    """
     for layer in layers:
         rank = ranks[layer.path]
-        told, own = _scaling(base.at(layer.path), rank) if rank else 1.0, layer.scale(rank)
+        told, own = _scaling(config.at(layer.path), rank) if rank else 1.0, layer.scale(rank)
         if not math.isclose(told, own, rel_tol=1e-2):
             warn(
-                f"The header's {HEADER!r} scales {layer.path!r} by {told:.4g}, and {layer.keys['alpha']!r} by "
-                f"{own:.4g}. The alpha beside the tensors counts; if the header is right, take the alphas out of the "
-                "file."
+                f"{source} scales {layer.path!r} by {told:.4g}, and {layer.keys['alpha']!r} by {own:.4g}. The alpha "
+                "beside the tensors counts. If it is wrong, take the alphas out of the file."
             )
             return
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkit.door import check_tensors_of_file, json_object, read_pickle, read_small
+from adapterkit.door import broken_link, check_tensors_of_file, json_object, read_pickle, read_small
 from adapterkit.errors import CheckpointError, ConfigError
 from adapterkit.files.tensors import read_tensors
 from adapterkit.formats import (
@@ -119,7 +119,10 @@ def _read_folder(folder: Path, reader: Reader) -> AdapterFiles:
     check_config(read_config(folder), folder)
     names = sorted(path.name for path in folder.iterdir())
     others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json"))]
-    if any(".index." in n or "-of-" in n for n in others):
+    lost = "".join(broken_link(folder / name) for name in names)
+    if lost:
+        advice = lost.strip()
+    elif any(".index." in n or "-of-" in n for n in others):
         advice = "It is sharded, which no adapter format is: join the shards into one file."
     elif others:
         advice = f"Rename the adapter's weights to {WEIGHTS_FILE} if one of these holds them."
@@ -140,7 +143,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             found = "There is no such folder."
         else:
             names = sorted(p.name for p in folder.iterdir())[:8]
-            found = f"It holds {', '.join(names)}.{what_else(folder)}" if names else "It is empty."
+            more = "".join(broken_link(folder / name) for name in names) or what_else(folder)
+            found = f"It holds {', '.join(names)}.{more}" if names else "It is empty."
         raise CheckpointError(f"{folder} is not an adapter: it has no {CONFIG_FILE}. {found}")
     content = read_small(path)
     check_beginning(content[:64], path)

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from adapterkit.door import broken_link
 from adapterkit.errors import CheckpointError, nearest, warn
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
 from adapterkit.formats import CONFIG_FILE, warn_of_weights_beside
@@ -137,7 +138,9 @@ def hub_id(source: str | Path, what: str = "folder") -> str:
     text, path = str(source), local_path(source)
     formed = isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or text.endswith("/")
     if formed or path.suffix in _FILES or ("/" in text and os.path.isdir(path.parent)):  # noqa: PTH112 - as above
-        raise CheckpointError(f"There is no {what} {text!r} (working directory: {Path.cwd()}).{_nearest(path)}")
+        raise CheckpointError(
+            f"There is no {what} {text!r} (working directory: {Path.cwd()}).{broken_link(path) or _nearest(path)}"
+        )
     return text
 
 

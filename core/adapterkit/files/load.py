@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterkit.contract import AdapterConfig, KeyRule, Names
 from adapterkit.errors import AdapterWarning, CheckpointError, SelectionError, warn
 from adapterkit.files.differences import with_differences
-from adapterkit.files.match import equals_base, ignore_known_keys, refuse
+from adapterkit.files.match import equals_base, ignore_known_keys, no_layer, refuse
 from adapterkit.formats import AdapterFiles, translate
 from adapterkit.forward import Active, original_class
 from adapterkit.model import (
@@ -87,7 +87,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:
-        refuse(report, name, str(files.folder), model, lenient=lenient)
+        refuse(report, name, str(files.folder), model, adapter.layers, lenient=lenient)
     if strict is not None:
         _warn(files, adapter, report)
     adapter.labels = _labels(model, adapter, files)
@@ -99,14 +99,17 @@ def _check_of_this_model(
 ) -> None:
     """Raise `CheckpointError` if the model has none of the layers that the file has tensors for."""
     there = set(modules.all_paths)
-    layers = dict.fromkeys(split[0] for key in tensors if (split := rule.split(key, there)) is not None)
-    if layers and there.isdisjoint(layers):
-        base = config.base_model_name_or_path
-        raise CheckpointError(
-            f"{files.folder} is an adapter of another model: this {original_class(modules.model).__name__} has none of "
-            f"its {len(layers)} layers, such as {next(iter(layers))!r}."
-            + (f" It was trained on {base!r}." if base else "")
-        )
+    layers = {split[0]: key for key in tensors if (split := rule.split(key, there)) is not None}
+    if not layers or not there.isdisjoint(layers):
+        return
+    first, base = next(iter(layers)), config.base_model_name_or_path
+    reason = no_layer(modules.model, layers[first], ())
+    raise CheckpointError(
+        f"{files.folder}: {reason}."
+        if reason
+        else f"{files.folder} is an adapter of another model: this {original_class(modules.model).__name__} has none "
+        f"of its {len(layers)} layers, such as {first!r}." + (f" It was trained on {base!r}." if base else "")
+    )
 
 
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:

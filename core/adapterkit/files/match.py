@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from adapterkit.contract import (
     SHARED,
     Method,
+    default_registry,
     part_name,
     split_memory_key,
     unwrapped_key,
 )
 from adapterkit.errors import CheckpointError
 from adapterkit.formats import algorithms_in, in_names_of, layers_of
+from adapterkit.forward import original_class
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
 from adapterkit.results import LoadReport
 from adapterkit.tensors import Slot, module_slots, shape_of, whole
@@ -130,21 +132,30 @@ def same_values(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
-def refuse(report: LoadReport, name: str, where: str, model: nn.Module | None = None, *, lenient: bool = False) -> None:
+def refuse(
+    report: LoadReport,
+    name: str,
+    where: str,
+    model: nn.Module | None = None,
+    layers: Collection[str] = (),
+    *,
+    lenient: bool = False,
+) -> None:
     """Raise the `CheckpointError` of a strict load, which says why it does not fit and names the first keys.
 
     Args:
+        layers: the paths of the adapter's layers.
         lenient: whether the caller has an argument `strict`.
     """
     hint = "; strict=False loads what fits" if lenient else ""
     whole = [key for key in report.unexpected if model is not None and of_base(model, key) is not None]
-    causes = _causes(report, whole)
+    causes = _causes(report, whole, model, layers)
     raise CheckpointError(
         f"{where} does not fit adapter {name!r}: {'; '.join(causes)}. Nothing was changed{hint}.", report
     )
 
 
-def _causes(report: LoadReport, whole: Collection[str]) -> list[str]:
+def _causes(report: LoadReport, whole: Collection[str], model: nn.Module | None, layers: Collection[str]) -> list[str]:
     """What explains each sort of keys that does not fit; `whole`: unexpected tensors that the model itself has."""
     prefixes = _prefixes(report.missing, report.unexpected)
     if prefixes is not None:
@@ -176,7 +187,38 @@ def _causes(report: LoadReport, whole: Collection[str]) -> list[str]:
             "trained with the adapter, name their modules in modules_to_save of its config"
         )
     algorithms, others = algorithms_in(key for key in report.unexpected if key not in whole)
-    return causes + algorithms + (["some belong to nothing on this model"] if others else [])
+    reasons = [no_layer(model, key, layers) for key in others if model is not None]
+    known = list(dict.fromkeys(filter(None, reasons)))
+    unknown = len(reasons) < len(others) or None in reasons
+    return causes + algorithms + known[:1] + (["some belong to nothing on this model"] if unknown else [])
+
+
+def no_layer(model: nn.Module, key: str, layers: Collection[str]) -> str | None:
+    """Why a tensor of a file belongs to no layer of the adapter, where the model has a module; `None`: it has none.
+
+    Args:
+        layers: the paths of the adapter's layers.
+    """
+    path, module = "", model
+    for part in key.split("."):
+        inner = module._modules.get(part)
+        if inner is None:
+            break
+        path, module = f"{path}.{part}" if path else part, inner
+    if path in layers:
+        return None
+    if default_registry.kind_of(module) is not None:
+        return (
+            f"it has tensors for {path!r}, which its config does not select (target_modules, exclude_modules). Select "
+            "the layer in the config, or take its tensors out of the file"
+        )
+    if not module._parameters:
+        return None
+    return (
+        f"it has {key!r}, and {path!r} is a {original_class(module).__name__} here and has no such layers. An earlier "
+        "version of transformers may have them (experts of a mixture, routers): merge the adapter there, or with PEFT, "
+        "which converts such files"
+    )
 
 
 def _prefixes(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[str, str] | None:

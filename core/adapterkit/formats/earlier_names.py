@@ -93,19 +93,15 @@ def with_todays_names(
             fields[name] = tuple(dict.fromkeys(_todays(entry, moved) for entry in held))
     for name in config.patterns:
         fields[name] = {moved.get(entry, entry): value for entry, value in (getattr(config, name) or {}).items()}
-    config = config.replace(**fields)
-    fields = {}
-    if not _selects(config, paths, modules):
-        fields = {"target_modules": exactly(paths, layers), "exclude_modules": None}
-        fields |= {"layers_to_transform": None, "layers_pattern": None}
+    config = selecting(config.replace(**fields), paths, modules, layers)
     values = {
         own: {path: getattr(earlier.at(before.get(path, path)), own) for path in paths}
         for own in config.patterns.values()
     }
-    if any(getattr(config.at(path), own) != value for own in values for path, value in values[own].items()):
-        found = type(config).with_values(values)
-        fields |= {name: getattr(found, name) for name in (*values, *config.patterns)}
-    return config.replace(**fields)
+    if all(getattr(config.at(path), own) == value for own in values for path, value in values[own].items()):
+        return config
+    found = type(config).with_values(values)
+    return config.replace(**{name: getattr(found, name) for name in (*values, *config.patterns)})
 
 
 def _todays(name: str, moved: Mapping[str, str]) -> str:
@@ -117,17 +113,26 @@ def _todays(name: str, moved: Mapping[str, str]) -> str:
     return name
 
 
-def _selects(config: AdapterConfig, paths: Collection[str], modules: BaseModules) -> bool:
-    """Whether a config selects these layers of the model, and no others.
+def selecting(
+    config: AdapterConfig, paths: Collection[str], modules: BaseModules | None, layers: Iterable[str]
+) -> AdapterConfig:
+    """A config that selects these layers of the model: the same one if it does, else one that names them.
 
-    A list of names may select more: layers that the file should have and lacks.
+    A list of names may select more: layers that the file should have and lacks. Without paths the config stays.
+
+    Args:
+        layers: all that are known.
     """
     try:
-        found = set(select_on(modules, config).paths)
+        found = set() if modules is None else set(select_on(modules, config).paths)
     except AdapterError:
-        return False
+        found = set[str]()
     narrowed = config.exclude_modules is not None or config.layers_to_transform is not None
-    return found == set(paths) or (isinstance(config.target_modules, tuple) and not narrowed and found > set(paths))
+    may_be_more = isinstance(config.target_modules, tuple) and not narrowed
+    if not paths or found == set(paths) or (may_be_more and found > set(paths)):
+        return config
+    names = exactly(paths, layers)
+    return config.replace(target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -98,13 +98,14 @@ _PROGRAMS = (
 _ANY = re.compile("|".join(f"(?:{program.keys})" for program in _PROGRAMS))
 # Keys of the embeddings of a new token, which OneTrainer puts beside a LoRA, begin so.
 TOKENS = "bundle_emb."
-# What safetensors files have before their header, and how pickles of torch begin.
-_LENGTH_BYTES, _ZIP = 8, b"PK\x03\x04"
+# What safetensors files have before their header, and how pickles of torch begin: archives, and its old format.
+_LENGTH_BYTES, _PICKLES = 8, (b"PK\x03\x04", b"\x80\x02\x8a")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TENSOR_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
 _OF_ADAPTERS = re.compile(r"lora|hada_|lokr_|adapter|oft_|vera_|ia3|boft|diff")
 _PAGE = "is a web page: the download was not allowed, or the address is that of a page. Fetch the file itself"
 # What a file begins with (in small letters) that is neither safetensors nor a pickle.
+_ARCHIVE = "is an archive. Unpack it, and give the folder or the file in it"
 _BEGINNINGS = (
     (
         b"version https://git-lfs",
@@ -118,12 +119,15 @@ _BEGINNINGS = (
     ),
     (b"algg", "is an adapter of llama.cpp before GGUF. Give the PEFT folder that it was made from"),
     (b"\x93numpy", "is an array of NumPy. Give the folder that PEFT wrote"),
+    *((begin, _ARCHIVE) for begin in (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"7z\xbc\xaf", b"rar!", b"\x28\xb5\x2f\xfd")),
+    (b"\x89hdf", "is an HDF5 file, as Keras writes them. Give the file that another program wrote for torch"),
     (b"<!doctype", _PAGE),
     (b"<html", _PAGE),
 )
 _SUFFIXES = {
     ".npz": "is an archive of arrays, as mlx-lm wrote until 2024. Save the adapter with a later mlx-lm, which writes "
     "adapters.safetensors",
+    **dict.fromkeys((".tar", ".zip"), _ARCHIVE),
     ".nemo": "is an archive of NVIDIA NeMo. Export the adapter there to Hugging Face's layout",
 }
 # What lies beside an adapter and says nothing about it: a training's state, a merged model, converted files.
@@ -153,9 +157,9 @@ def check_content(file: Path) -> bool:
     if file.suffix in _SUFFIXES:
         raise CheckpointError(f"{file} {_SUFFIXES[file.suffix]}.")
     check_beginning(first, file)
-    if first.startswith(_ZIP) or first[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{":
-        return first.startswith(_ZIP)
-    return file.suffix in _PICKLE_SUFFIXES  # it is damaged, or in torch's old format
+    if first[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{":
+        return False
+    return first.startswith(_PICKLES) or file.suffix in _PICKLE_SUFFIXES  # with the suffix alone it is damaged
 
 
 def check_beginning(first: bytes, file: Path) -> None:

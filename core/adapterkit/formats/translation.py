@@ -15,6 +15,7 @@ from adapterkit.contract import (
     DISABLE_VARIABLE,
     FLAT,
     AdapterConfig,
+    KeyRule,
     Method,
     component,
     default_registry,
@@ -22,7 +23,7 @@ from adapterkit.contract import (
 )
 from adapterkit.errors import AdapterError, CheckpointError, PluginError, UnsupportedError, warn
 from adapterkit.formats.algorithms import algorithms_in
-from adapterkit.formats.earlier_names import EARLIER, in_todays_names, todays_paths, with_todays_names
+from adapterkit.formats.earlier_names import EARLIER, in_todays_names, selecting, todays_paths, with_todays_names
 from adapterkit.formats.layouts import (
     CONFIG_FILE,
     AdapterFiles,
@@ -38,6 +39,10 @@ from adapterkit.formats.refused import TOKENS, check_program, is_full_model, war
 from adapterkit.formats.wrapped import unwrapped
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules, layer_tensors, with_heads
+
+# With this field PEFT trains an adapter of a layer whose weight is tied to a target's as well, with the same values.
+# The file has the tensors of both, and only one of them need be a target.
+_TIED = "ensure_weight_tying"
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,9 @@ def translate(
         method, config, read = recognise(own, known, files.metadata, files.folder)
         found = {path: known[path] for path in layer_tensors(read, method.key_rule(config), known)}
     else:
-        method, config = default_registry.read_config(files.config, files.folder)
+        method, config = default_registry.read_config({**files.config, _TIED: False}, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
-        if modules is not None:
-            config = with_todays_names(config, method.key_rule(config), own, moved, modules, known)
+        config = _of_these_layers(config, method.key_rule(config), files, modules, known, moved)
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
         config = with_heads(config, method.key_rule(config), read)
     passed = keys_of_other_parts(own, read, known) if files.config is None else set()
@@ -111,6 +115,22 @@ def translate(
     passed |= held.keys() - chosen.keys()
     layout = ", ".join(filter(None, (program, *files.programs)))
     return Translation(method, config, read, found, frozenset({*passed, *tokens}), layout)
+
+
+def _of_these_layers(
+    config: AdapterConfig,
+    rule: KeyRule,
+    files: AdapterFiles,
+    modules: BaseModules | None,
+    known: Mapping[str, LayerKind],
+    moved: Mapping[str, str],
+) -> AdapterConfig:
+    """A folder's config that selects the layers that its tensors are for, where their names or ties tell more."""
+    if modules is not None:
+        config = with_todays_names(config, rule, files.tensors, moved, modules, known)
+    if files.config is not None and files.config.get(_TIED):
+        config = selecting(config, layer_tensors(files.tensors, rule, known), modules, known)
+    return config
 
 
 def in_names_of(tensors: Mapping[str, Tensor], modules: BaseModules) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
-from tests.models import build
+from tests.models import SIZES, VOCABULARY, build
 from tests.plugins.parity import assert_same, loaded_here, loaded_in_peft, perturb, saved_by_peft
 from torch import Tensor
 
@@ -270,6 +270,44 @@ def test_keys_for_another_part_of_a_pipeline_in_a_folder_of_pefts_are_refused(
         ak.merge_checkpoint(tmp_path / "base", folder, tmp_path / "merged")
     with pytest.raises(ak.CheckpointError, match=f"{part}.layers.0"):
         ak.inspect_adapter(folder, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "lm_head"], ["q_proj"]], ids=" ".join)
+def test_tied_layers_that_peft_trains_alike_are_both_read(targets: list[str], tied: bool, tmp_path: Path) -> None:
+    """With `ensure_weight_tying` the file has tensors of both, and its config need not name the second."""
+
+    def base() -> transformers.PreTrainedModel:
+        config = transformers.LlamaConfig(**SIZES, vocab_size=VOCABULARY, tie_word_embeddings=tied)
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()
+
+    fields = {"target_modules": targets, "ensure_weight_tying": True}
+    expected = saved_by_peft("lora", base(), tmp_path, "llama", **fields)
+    model = base()
+    assert_same(loaded_here(model, tmp_path, "llama"), expected, "llama")
+    again = ak.attach(model).save("loaded", tmp_path / "again")
+    assert_same(loaded_in_peft(base(), again, "llama"), expected, "llama")
+    layers = [layer.path for layer in ak.inspect_adapter(tmp_path).layers]
+    ak.convert_file(tmp_path, tmp_path / "converted")
+    assert [layer.path for layer in ak.inspect_adapter(tmp_path / "converted").layers] == layers
+
+
+def test_an_alpha_beside_the_tensors_counts_and_a_config_that_disagrees_raises_a_warning(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "a")
+    tensors = load_file(saved / "adapter_model.safetensors")
+    layer = next(key for key in tensors if "q_proj.lora_A" in key).removesuffix("lora_A.weight")
+    expected = loaded_here(build("llama"), saved, "llama")
+    save_file({**tensors, f"{layer}alpha": torch.tensor(8.0)}, folder / "adapter_model.safetensors")
+    assert_same(loaded_here(build("llama"), folder, "llama"), expected, "llama")  # the config says 8, too
+    save_file({**tensors, f"{layer}alpha": torch.tensor(2.0)}, folder / "adapter_model.safetensors")
+    tensors[f"{layer}lora_B.weight"] /= 4
+    with pytest.warns(ak.AdapterWarning, match=r"The config scales 'model.*q_proj' by 1, and .*alpha' by 0.25. The al"):
+        found = loaded_here(build("llama"), folder, "llama")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert_same(found, loaded_here(build("llama"), folder, "llama"), "llama")
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
