@@ -640,8 +640,10 @@ def test_a_module_that_has_the_batch_second_is_refused(first: bool) -> None:
 def test_a_layer_s_input_must_have_a_dimension_for_the_batch() -> None:
     adapters = odd("flat")
     message = "with one tensor that has a batch dimension"
-    with pytest.raises(ak.UnsupportedError, match=message), adapters.per_sample(["a", "b"]):
-        adapters.model.fc(torch.randn(4).double())
+    ragged = torch.nested.nested_tensor([torch.randn(length, 4).double() for length in (2, 3)], layout=torch.jagged)
+    for x in (torch.randn(4).double(), ragged):
+        with pytest.raises(ak.UnsupportedError, match=message), adapters.per_sample(["a", "b"]):
+            adapters.model.fc(x)
     message = "gets 3, which is not a multiple"
     with pytest.raises(ak.ConfigError, match=message), adapters.per_sample(["a", "b"], batch_first=True):
         adapters.model.fc(sequences(3, 5)["x"])

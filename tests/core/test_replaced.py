@@ -196,6 +196,15 @@ def test_a_table_a_weight_or_a_head_that_grew_is_named_by_the_forward(
         adapters.model(IDS)
 
 
+def test_a_layer_with_one_output_that_grew_is_named_by_the_forward() -> None:
+    model = nn.Sequential(nn.Linear(6, 1, bias=False))
+    ak.attach(model).add("a", LoraConfig(r=2, target_modules=["0"]))
+    model(torch.ones(2, 6))
+    model[0].weight.data = torch.ones(5, 6)
+    with pytest.raises(ak.StateError, match=r"'0' has another weight, of shape \(5, 6\) in place of \(1, 6\)"):
+        model(torch.ones(2, 6))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_resize_token_embeddings_after_add_is_noticed(name: str, tmp_path: Path) -> None:
     model: Any = build(name)

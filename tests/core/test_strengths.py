@@ -252,6 +252,14 @@ def test_a_compiled_model_follows_the_strength() -> None:
         torch.testing.assert_close(compiled(X), adapters.model(X))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own call
+def test_torchs_default_compiler_keeps_scalings_and_strengths() -> None:
+    torch._dynamo.reset()
+    adapters = adapted(mlp(), a=lora(bias="lora_only"), b=ak.config("loha", r=2, target_modules=["0"]))
+    adapters.activate("a", "b", trainable=False, strengths={"b": 0.25})
+    torch.testing.assert_close(torch.compile(adapters.model)(X), adapters.model(X))
+
+
 def test_a_strength_goes_with_the_name_and_not_with_the_adapter(tmp_path: Path) -> None:
     adapters = adapted(mlp(), a=lora())
     adapters.activate("a", trainable=False, strengths={"a": 0.5})

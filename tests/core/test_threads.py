@@ -172,6 +172,21 @@ def test_a_thread_started_in_a_block_is_in_it_to_its_end() -> None:
     assert in_thread(model.acting) == ""
 
 
+def test_a_timer_that_is_started_in_a_block_is_in_it_though_it_runs_later() -> None:
+    model, over, found = Model(), threading.Event(), []
+
+    def late() -> None:
+        over.wait(60)
+        found.append(model.acting())
+
+    with model.block("a"):
+        timer = threading.Timer(0, late)
+        timer.start()
+    over.set()
+    timer.join()
+    assert found == ["a"]
+
+
 def test_a_task_runs_in_the_block_that_it_was_given_in() -> None:
     model, found = Model(), []
     with ThreadPoolExecutor(1) as pool:

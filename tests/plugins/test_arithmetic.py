@@ -109,6 +109,20 @@ def test_functorch_differentiates_and_maps(method: str) -> None:
 
 
 @every_case
+def test_a_batch_without_rows_has_an_output_without_rows(method: str, sort: str) -> None:
+    model, _, x = make(method, sort)
+    assert torch.no_grad()(model)(x[:0]).shape == model(x[:0]).shape == plain(model, x[:0]).shape
+
+
+@every_method
+def test_an_exported_model_takes_batches_of_any_size(method: str) -> None:
+    model, _ = adapted(nn.Linear(6, 5).double(), CONFIGS[method].replace(r=2))
+    x = torch.randn(70, 6, dtype=torch.float64)
+    program = torch.export.export(model, (x[:3],), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    torch.testing.assert_close(program(x), model(x))
+
+
+@every_case
 def test_the_change_is_added_in_the_wider_dtype(method: str, sort: str) -> None:
     model, layer, x = make(method, sort)
     if not layer.summed:

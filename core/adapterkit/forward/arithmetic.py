@@ -6,14 +6,16 @@ Nothing that depends on a parameter's value is kept from one forward to the next
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from adapterkit.contract import AdapterLayer, DenseLayer, twin
-from adapterkit.kinds import LayerKind
+from adapterkit.kinds import LayerKind, plus
 
 # What writing or reading an element of a matrix costs, in multiplications inside a matrix product: the ratio of
 # arithmetic to memory speed, which differs little between machines. Measured by benchmarks/loha_forms.py.
@@ -30,12 +32,12 @@ def add(layer: Any, out: Tensor, x: Tensor, strength: float = 1.0) -> Tensor:
     """`out` with `strength` times what an additive layer adds for `x`, in the wider dtype and not in place."""
     kind: LayerKind = layer.kind
     if layer.training and (layer.row_dropout or layer.module_dropout):
-        return torch.add(out, delta(layer, x), alpha=strength)
+        return plus(out, delta(layer, x), strength)
     drop = layer.dropout if layer.training else 0.0
     if isinstance(layer, DenseLayer):
         found = _dense(layer, x, drop)
         if found is not None:
-            return torch.add(out, found, alpha=strength)
+            return plus(out, found, strength)
     hidden, up, bias, scale = _projected(layer, x, drop)
     scale = scale if strength == 1.0 else scale * strength
     if not isinstance(scale, Tensor):
@@ -113,7 +115,7 @@ def _dense(layer: DenseLayer, x: Tensor, drop: float) -> Tensor | None:
     if layer.few is not None and not drop and _is_few(layer.kind, x):
         dtype = next((p.dtype for p in layer._parameters.values() if p is not None), x.dtype)
         found: Tensor = layer.few(_rows(x).to(dtype))
-        return found.view(*x.shape[:-1], -1)
+        return found.view(*x.shape[:-1], found.shape[-1])
     form = _cheapest(layer, x, weight=False)
     return _through(layer, x, form, drop) if form == "dense" or _rebuilds(layer, x) else None
 
@@ -142,6 +144,9 @@ def _cheapest(layer: DenseLayer, x: Tensor, *, weight: bool) -> Form:
         return "whole" if weight else "dense"
     if kind.lookup:
         return "factored"
+    if torch.compiler.is_compiling():  # for many tokens; a rule that asks for the input's size would be guarded
+        sizes = kind.out_features, kind.in_features
+        return "factored" if rank * sum(sizes) < math.prod(sizes) else "dense"
     product = kind.work(x)
     build = (2 * round(rank**0.5) + 3 * PASS) * kind.in_features * kind.out_features
     adding = PASS * product // kind.in_features
@@ -185,6 +190,7 @@ def _rebuilds(layer: DenseLayer, x: Tensor) -> bool:
         and layer.shared is None  # its parameters are not the layer's
         and "_is_replica" not in layer.__dict__  # DataParallel's have no parameters
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # `_Rebuilt` has no forward-mode derivative
     )
 
 

@@ -22,7 +22,7 @@ from adapterkit.forward.arithmetic import add, kept_rows, with_weight
 from adapterkit.forward.heads import BiasLayer, callable_head
 from adapterkit.forward.readers import ACTIVE
 from adapterkit.forward.tensor_parallel import mesh_of, run_split
-from adapterkit.kinds import LayerKind, dense
+from adapterkit.kinds import LayerKind, dense, plus
 from adapterkit.tensors import offload
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Plan:
             for layer, strength in self.layers[wrapping:]:
                 out = add(layer, out, x, strength)
         for bias, strength in self.biases:
-            out = torch.add(out, bias.change(self.module.bias, out), alpha=strength)
+            out = plus(out, bias.change(self.module.bias, out), strength)
         return out if out.dtype == dtype else out.to(dtype)
 
 
@@ -305,9 +305,12 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
     """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
-    On a GPU a missing row of an embedding aborts the process; a convolution with another stride gives other numbers.
+    On a GPU a missing row of an embedding aborts the process. A convolution with another stride gives other numbers. The
+    change of a layer with one output would be added to every output of a larger one.
     """
-    return isinstance(module, nn.Embedding) or any(type(x.kind).changed is not LayerKind.changed for x in layers)
+    kinds = [layer.kind for layer in layers]
+    noticed = any(type(kind).changed is not LayerKind.changed or kind.out_features == 1 for kind in kinds)
+    return noticed or isinstance(module, nn.Embedding)
 
 
 def check_unchanged(module: nn.Module, state: State) -> None:

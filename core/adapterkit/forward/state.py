@@ -341,7 +341,7 @@ class _Here(threading.local):
     def __init__(self, active: Active) -> None:
         started = threading.current_thread()
         # Pools and subclasses may run the tasks of others after the one that they were started for.
-        target = getattr(started, "_target", None)
+        target = started.function if isinstance(started, threading.Timer) else getattr(started, "_target", None)
         pooled = target is None or target.__module__ == "multiprocessing.pool"
         with lock:
             self.thread = Thread(active.default)

@@ -5,7 +5,7 @@ Uses: errors, tensors.
 """
 
 from adapterkit.kinds.any_module import AnyModule, no_weight
-from adapterkit.kinds.base import LayerKind, dense, is_special
+from adapterkit.kinds.base import LayerKind, dense, is_special, plus
 from adapterkit.kinds.conv import Conv1d, Conv2d, Conv3d
 from adapterkit.kinds.embedding import Embedding
 from adapterkit.kinds.factors import Factors, numerical_rank

@@ -141,7 +141,7 @@ class LayerKind(ABC):
         """
         small = torch.compiler.is_compiling() or out.numel() < WIDE  # in this order: compiled, a size would be guarded
         if small or bias is not None or out.dtype != hidden.dtype or type(self).expand is not LayerKind.expand:
-            return torch.add(out, self.expand(hidden, up, bias), alpha=scale)
+            return plus(out, self.expand(hidden, up, bias), scale)
         rows = out.reshape(-1, out.shape[-1])
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
@@ -179,6 +179,11 @@ def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
     """An input in this dtype, with dropout."""
     x = x if x.dtype == dtype else x.to(dtype)  # this is in every forward, and a call of `to` takes its time
     return F.dropout(x, dropout) if dropout > 0.0 else x
+
+
+def plus(out: Tensor, change: Tensor, scale: float) -> Tensor:
+    """`out + scale * change`. Compiled without `alpha`: inductor makes an `addmm` of it and drops the factor."""
+    return out + scale * change if torch.compiler.is_compiling() else torch.add(out, change, alpha=scale)
 
 
 def _own_weight(module: Any) -> Tensor:

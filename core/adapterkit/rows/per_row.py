@@ -170,7 +170,7 @@ class RowPlan(Plan):
         rows, cls = self.state.rows, type(self.module).__name__
         whole = any(layer.any_module for layer in self.parts.values())  # such a layer may use them for all rows
         unsplit = others if whole else [other for other in others if isinstance(other, Tensor)]
-        if not isinstance(x, Tensor) or x.dim() <= self.min_dims or unsplit:
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() <= self.min_dims or unsplit:
             raise UnsupportedError(
                 f"A {cls} is not called with one tensor{' alone' * whole} that has a batch dimension, so per_sample "
                 "cannot split its input. Leave it out of the adapters (exclude_modules, modules_to_save)."

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.plugins.one_layer import LAYERS, check_functorch, check_gradients, kept_bytes, one
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 import adapterkit as ak
@@ -322,6 +323,18 @@ def test_functorch_differentiates_and_maps_every_form(form: str, monkeypatch: py
     choose(monkeypatch, form)
     model, layer, x = adapted("Linear")
     check_functorch(model, layer, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own call
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_differentiates_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "REBUILT", 0)
+    choose(monkeypatch, form)
+    model, layer, x = adapted("Linear")
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, tangent @ (model.fc.weight + layer.change()).t())
 
 
 class Twice(nn.Module):
