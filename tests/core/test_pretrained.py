@@ -278,6 +278,16 @@ def test_a_state_dict_of_the_base_alone_is_loaded_with_a_warning(model: nn.Modul
     assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
 
 
+def test_what_a_state_dict_lacks_of_adapters_and_modules_around_the_model_is_missing(
+    model: nn.Module, trained: Trained
+) -> None:
+    trained(model, "a", **QUERY).activate("a")
+    whole = nn.Sequential(nn.Linear(2, 2), model)
+    left_out, *given = (key for key in whole.state_dict() if ".adapters.a." in key)
+    state = {key: value for key, value in whole.state_dict().items() if key in given}
+    assert set(whole.load_state_dict(state, strict=False).missing_keys) == {left_out, "0.weight", "0.bias"}
+
+
 def test_the_bare_base_is_written_without_a_word_in_a_block_alone(
     model: nn.Module, tmp_path: Path, trained: Trained
 ) -> None:

@@ -60,6 +60,7 @@ class StateDictHooks:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._partial = False
+        self._prefix = ""
         self._given: set[str] = set()
         self._given_before = _Digests()  # what this model itself has given is not checked
         self._loads = False
@@ -108,7 +109,8 @@ class StateDictHooks:
         # New rows of a vocabulary are random, so a resized vocabulary is saved with the adapters.
         tables = resized_keys(BaseModules(self.root))
         frozen = {key for key in base - tables if isinstance(own[key], nn.Parameter) and not own[key].requires_grad}
-        self._partial = not given.isdisjoint(known | set(foreign)) and given.isdisjoint(frozen)
+        partial = not given.isdisjoint(known | set(foreign)) and given.isdisjoint(frozen)
+        self._prefix, self._partial = prefix, partial
         lacking = [
             name
             for name, adapter in adapters._adapters.items()
@@ -117,19 +119,19 @@ class StateDictHooks:
         ]
         if not self.asks_for_all:
             self.asks_for_all, lacking = True, []
-        if (self._partial and (foreign or lacking)) or (foreign and lacking):
-            here = ", ".join(map(repr, adapters.names))
+        if (partial and (foreign or lacking)) or (foreign and lacking):
             what = (
                 f"holds tensors of adapters that the model lacks, such as {foreign[0]!r}" if foreign else "lacks them"
             )
             raise CheckpointError(
                 f"The model trains {', '.join(map(repr, lacking)) or 'none of these'}, and the state dict {what}. The "
-                f"model has {here}. Before you resume, add the saved adapters under the same names and with the same "
-                "configs; or load one from its folder: adapters.load(folder, name, trainable=True)."
+                f"model has {', '.join(map(repr, adapters.names))}. Before you resume, add the saved adapters under "
+                "the same names and with the same configs; or load one from its folder: "
+                "adapters.load(folder, name, trainable=True)."
             )
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
-            check_setting(adapters, acted, "The state dict", base=self._partial)
+            check_setting(adapters, acted, "The state dict", base=partial)
         if of_training:
             _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
@@ -177,7 +179,11 @@ class StateDictHooks:
                     with torch.no_grad():
                         slot.tensor.copy_(slot.tensor.clone())  # `assign=True` writes nothing, and `has_values` asks
         result.missing_keys[:] = [
-            key for key in result.missing_keys if key in missed or not (self._partial or key in passed)
+            key
+            for key in result.missing_keys
+            if not key.startswith(self._prefix)
+            or (own := key.removeprefix(self._prefix)) in missed
+            or not (self._partial or own in passed)
         ]
 
 
