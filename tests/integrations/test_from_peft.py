@@ -281,6 +281,14 @@ def test_the_way_for_adapters_of_transformers_own_add_adapter_is_named_and_works
     assert_same_outputs(run(again, "bert"), before)
 
 
+def test_a_compiled_peft_model_is_taken_over() -> None:
+    model = live(LoraConfig(**LORA))
+    before = run(model, "embednet")
+    adapters = ak.from_peft(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
+    assert adapters.model is model.get_base_model()
+    assert_same_outputs(run(adapters.model, "embednet"), before)
+
+
 def test_attach_to_a_peft_model_names_from_peft() -> None:
     with pytest.raises(ak.ConfigError, match=r"ak\.from_peft\(model\)"):
         ak.attach(live(LoraConfig(**LORA)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,10 +61,16 @@ def test_add_weighted_adapter_does_not_activate() -> None:
         ((["one", "two"], [1.0, 1.0], "sum", "linear"), "must have the same r"),
     ],
 )
-def test_add_weighted_adapter_refuses_what_peft_refuses(arguments: tuple[object, ...], says: str) -> None:
+def test_add_weighted_adapter_refuses_what_peft_refuses(arguments: tuple[Any, ...], says: str) -> None:
     for model in pair(2):
         with pytest.raises(ValueError, match=says):
             model.add_weighted_adapter(*arguments)
+
+
+@pytest.mark.parametrize(("names", "weights"), [(["one", "two"], [1.0]), (["one", "one"], [1.0, 2.0])])
+def test_add_weighted_adapter_refuses_adapters_without_one_weight_each(names: list[str], weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="each adapter once and with one weight"):
+        pair(2)[0].add_weighted_adapter(names, weights, "sum")
 
 
 def test_layers_have_pefts_names_and_numbers() -> None:

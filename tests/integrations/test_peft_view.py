@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from tests.models import MODELS, build
+from tests.models import MODELS, assert_same_outputs, build
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -605,48 +605,112 @@ def test_modules_has_the_containers_of_peft() -> None:
         assert len({id(p) for p in ours.parameters()}) == len([*ours.parameters()])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layers: layers[0].enable_adapters(False),
-        lambda layers: layers[1].set_adapter("other"),
-        lambda layers: layers[1].set_adapter(["default", "other"]),
-        lambda layers: layers[0].scale_layer(2.0),
-        lambda layers: layers[0].set_scale("default", 0.5),
-        lambda layers: layers[1].scaling.update(default=3.0),
-        lambda layers: layers[0].scaling.__setitem__("default", 0.0),
-        lambda layers: (layers[0].enable_adapters(False), layers[0].enable_adapters(True)),
-        lambda layers: (layers[0].scale_layer(3.0), layers[0].unscale_layer(2.0), layers[1].unscale_layer()),
+def rescaled(model: Any, layers: Any) -> None:
+    before = out(model)
+    with peft.helpers.rescale_adapter_scale(model, 0.5):
+        assert not torch.allclose(out(model), before)
+    layers[0].set_scale("default", 0.5)
+
+
+def set_while_disabled(model: Any, layers: Any) -> None:
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert_same_outputs(out(model), out(build("llama")))
+        assert model.active_adapter == "other"
+
+
+def set_between_disabling_and_enabling(model: Any, layers: Any) -> None:
+    model.base_model.disable_adapter_layers()
+    model.set_adapter("other")
+    assert_same_outputs(out(model), out(build("llama")))
+    model.base_model.enable_adapter_layers()
+
+
+def deleted_while_disabled(model: Any, layers: Any) -> None:
+    model.add_adapter("third", peft.LoraConfig(target_modules=["q_proj"]))
+    with model.disable_adapter():
+        model.delete_adapter("third")
+        model.set_adapter("other")
+        model.set_adapter("default")
+
+
+def set_after_a_merge(model: Any, layers: Any) -> None:
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Adapter cannot be set when the model is merged. Unmerging the model first"):
+        model.set_adapter("other")
+
+
+def scaled_while_it_waits(model: Any, layers: Any) -> None:
+    layers[0].set_scale("other", 2.0)
+    layers[1].scale_layer(3.0)
+    model.set_adapter("other")
+    layers[0].scale_layer(0.5)
+    model.set_adapter("default")
+
+
+def set_alone_and_then_together(model: Any, layers: Any) -> None:
+    layers[0].scale_layer(2.0)
+    layers[1].set_adapter("other")
+    model.set_adapter("default")
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+
+
+CALLS: dict[str, Any] = {
+    "one layer off": lambda model, layers: layers[0].enable_adapters(False),
+    "one layer off and on": lambda model, layers: [layers[0].enable_adapters(flag) for flag in (False, True)],
+    "another adapter at one layer": lambda model, layers: layers[1].set_adapter("other"),
+    "both adapters at one layer": lambda model, layers: layers[1].set_adapter(["default", "other"]),
+    "flags at one layer": lambda model, layers: layers[1].set_requires_grad(["default"], False),
+    "one layer scaled": lambda model, layers: layers[0].scale_layer(2.0),
+    "one layer scaled and unscaled": lambda model, layers: [
+        (layer.scale_layer(3.0), layer.unscale_layer(number)) for layer, number in zip(layers, (2.0, None), strict=True)
     ],
-)
-def test_one_layer_is_switched_and_scaled_alone_as_in_peft(change: Any) -> None:
+    "set_scale": lambda model, layers: layers[0].set_scale("default", 0.5),
+    "scaling.update": lambda model, layers: layers[1].scaling.update(default=3.0),
+    "scaling of zero": lambda model, layers: layers[0].scaling.__setitem__("default", 0.0),
+    "rescale_adapter_scale": rescaled,
+    "set while disabled": set_while_disabled,
+    "set between disabling and enabling": set_between_disabling_and_enabling,
+    "deleted while disabled": deleted_while_disabled,
+    "set after a merge": set_after_a_merge,
+    "scaled while it waits": scaled_while_it_waits,
+    "set alone and then together": set_alone_and_then_together,
+}
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged", "ignore:Adapter cannot be set")  # PEFT's layers
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_calls_that_change_what_acts_leave_what_they_leave_in_peft(calls: Any) -> None:
     ours, theirs = trained_pair(other=True)
-    for layers in layers_of(ours, theirs):
-        change(layers)
-    torch.testing.assert_close(out(ours), out(theirs))
+    for model, layers in zip((ours, theirs), layers_of(ours, theirs), strict=True):
+        calls(model, layers)
+    assert_same_outputs(out(ours), out(theirs))
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (ours, theirs)]
     assert flags[0] == flags[1]
     for own, its in zip(*layers_of(ours, theirs), strict=True):
         assert own.disable_adapters == its.disable_adapters
         assert own.scaling == its.scaling
         torch.testing.assert_close(own.get_delta_weight("default"), its.get_delta_weight("default"))
-    ours.merge_adapter()
-    torch.testing.assert_close(out(ours), out(theirs))
-    ours.unmerge_adapter()
-    torch.testing.assert_close(out(ours), out(theirs))
+    for call in (ours.merge_adapter, ours.unmerge_adapter):
+        call()
+        assert_same_outputs(out(ours), out(theirs))
 
 
-def test_set_adapter_of_the_view_ends_what_single_layers_were_set_to_but_their_scalings() -> None:
-    ours, theirs = trained_pair(other=True)
-    for layers in layers_of(ours, theirs):
-        layers[0].scale_layer(2.0)
-        layers[1].set_adapter("other")
-    for model in (ours, theirs):
-        model.set_adapter("default")
-    torch.testing.assert_close(out(ours), out(theirs))
-    ours.base_model.disable_adapter_layers()
-    ours.base_model.enable_adapter_layers()
-    torch.testing.assert_close(out(ours), out(theirs))
+@pytest.mark.parametrize("switch", [lambda dropout: setattr(dropout, "p", 0.0), lambda dropout: dropout.eval()])
+def test_a_tool_that_switches_every_dropout_off_switches_those_of_adapters_off(switch: Any) -> None:
+    for method, dropout in (("lora", "lora_dropout"), ("vera", "vera_dropout")):
+        model, config = build("llama"), ak.config(method, r=2, target_modules=["q_proj"], **{dropout: 0.9})
+        ak.attach(model).add("default", config)
+        for parameter in ak.attach(model).parameters("default"):
+            torch.nn.init.normal_(parameter)
+        expected, ours = out(model), ak.as_peft(model).train()
+        assert not torch.allclose(out(ours), expected)
+        dropouts = [module for module in ours.modules() if isinstance(module, torch.nn.Dropout)]
+        assert [d.p for d in dropouts] == [getattr(layer, dropout)["default"].p for layer in layers_of(ours)[0]]
+        for found in dropouts:
+            switch(found)
+        torch.testing.assert_close(out(ours), expected)
 
 
 def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
@@ -657,7 +721,11 @@ def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
         layer.merge,
         layer.unmerge,
         lambda: layer.set_adapter("other"),
+        lambda: layer.delete_adapter("other"),
         lambda: setattr(layer, "r", {"default": 3}),
+        lambda: setattr(layer, "merged", True),
+        lambda: setattr(layer, "_active_adapter", ["other"]),
+        lambda: setattr(layer, "cast_input_dtype_enabled", False),
         lambda: layer.lora_A.__setitem__("default", torch.nn.Linear(1, 1)),
         lambda: layer.lora_A.update({"default": torch.nn.Linear(1, 1)}),
         lambda: layer.lora_B.pop("default"),
@@ -669,6 +737,8 @@ def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
             call()
     with pytest.raises(ValueError, match="not found"):
         layer.set_adapter("nothing")
+    with pytest.raises(ValueError, match="names an adapter twice"):
+        ours.set_adapter(["other", "other"])
     layer.scale_layer(2.0)
     with pytest.raises(ak.UnsupportedError, match="scaling"):
         layer.enable_adapters(False)
@@ -807,27 +877,6 @@ def test_tied_weights_are_warned_of_as_peft_does() -> None:
     model.tie_weights()
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         peft.get_peft_model(model, ak.as_peft(LoraConfig(r=2, target_modules=["lm_head"])))
-
-
-def test_the_scalings_of_an_adapter_that_does_not_act_wait_for_it() -> None:
-    ours, theirs = trained_pair(other=True)
-    for model, layers in zip((ours, theirs), layers_of(ours, theirs), strict=True):
-        layers[0].set_scale("other", 2.0)
-        layers[1].scale_layer(3.0)
-        model.set_adapter("other")
-        layers[0].scale_layer(0.5)
-        model.set_adapter("default")
-    torch.testing.assert_close(out(ours), out(theirs))
-    assert [layer.scaling for layer in layers_of(ours)[0]] == [layer.scaling for layer in layers_of(theirs)[0]]
-
-
-def test_pefts_rescale_adapter_scale_acts_on_a_view() -> None:
-    ours, theirs = trained_pair()
-    before = out(ours)
-    with peft.helpers.rescale_adapter_scale(ours, 0.5), peft.helpers.rescale_adapter_scale(theirs, 0.5):
-        torch.testing.assert_close(out(ours), out(theirs))
-        assert not torch.allclose(out(ours), before)
-    assert torch.equal(out(ours), before)
 
 
 def test_get_peft_model_of_an_adapted_model_replaces_the_adapter_with_a_warning() -> None:

@@ -72,6 +72,9 @@ def from_peft(model: PeftModel) -> Adapters:
     the base itself; these values are the adapter's now, and the base keeps a copy. The `PeftModel` is of no use
     afterwards.
 
+    Args:
+        model: a `PeftModel`, also one that `torch.compile` or `DistributedDataParallel` wraps.
+
     Returns:
         The adapters of the base model: `ak.attach(model.get_base_model())`. Those of a view (`as_peft`) are there
         already.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,7 @@ from adapterkit.adapters import Adapters
 from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
 from adapterkit.errors import UnsupportedError
 from adapterkit.forward import ACTIVE, Active, original_class, strength_at
+from adapterkit.integrations.peft_names import prefix_of
 
 
 def views(module: nn.Module) -> Iterator[nn.Module]:
@@ -40,8 +41,7 @@ def beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Without adapter layers a module with trained copies is the wrapper of the copies itself, else that is beside it.
     """
     if LAYERS in module._modules:
-        layers: Any = module._modules[LAYERS]
-        yield from by_adapter(_parts(module), layers._modules).items()
+        yield from _containers(module).items()
     if {LAYERS, HEADS} <= module._modules.keys():
         yield "", HeadView(module)
 
@@ -64,8 +64,8 @@ class _Live:
         if name in self and value is self[name]:  # type: ignore[index]
             return  # `container[name] += 1` has changed it in place
         raise UnsupportedError(
-            f"What {name!r} has at a layer is the adapter's own, and cannot be set here. Copy other values of the same "
-            "shape into the parameter: parameter.data.copy_(values)."
+            f"What {name!r} has at a layer is the adapter's own, and cannot be set here. Change it in place: "
+            "parameter.data.copy_(values), or dropout.p = 0.1."
         )
 
     def __delitem__(self, name: str) -> None:
@@ -75,29 +75,46 @@ class _Live:
         raise UnsupportedError(_NOT_REMOVED.format("mood"))
 
 
-class _Modules(_Live, nn.ModuleDict):
-    pass
+class ModuleDict(_Live, nn.ModuleDict):
+    """Modules by adapter."""
 
 
-class _Parameters(_Live, nn.ParameterDict):
-    pass
+class ParameterDict(_Live, nn.ParameterDict):
+    """Parameters by adapter."""
 
 
-class _Buffers(_Live, BufferDict):
-    pass
+class Buffers(_Live, BufferDict):
+    """Buffers by adapter."""
+
+
+class Dropout(nn.Dropout):
+    """The dropout of an adapter layer. Tools switch dropout off with `p = 0` or `eval()` on every `nn.Dropout`."""
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        super().__init__(layer.dropout)
+        self.training = layer.training
+        self.__dict__["_layer"] = layer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_layer" in self.__dict__ and name in ("p", "training"):
+            setattr(self.__dict__["_layer"], "dropout" if name == "p" else name, value)
 
 
 class _Values(UserDict[str, Any]):
-    """Values of a layer by adapter, with which nothing can be set."""
+    """Values of a layer by adapter. `change(name, value)` is called where one is set; without it, that is refused."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.data = dict(values)
+    def __init__(self, values: Mapping[str, Any], change: Callable[[str, Any], None] | None = None) -> None:
+        self.data, self.change = dict(values), change
 
     def __setitem__(self, name: str, value: Any) -> None:
-        raise UnsupportedError(
-            "The values of a layer are those of its adapter's config, and cannot be set here. How strong an adapter "
-            f"acts is ak.attach(model).activate({name!r}, strengths={{{name!r}: 0.5}})."
-        )
+        if self.change is None:
+            raise UnsupportedError(
+                "The values of a layer are those of its adapter's config, and cannot be set here. How strong an "
+                f"adapter acts is ak.attach(model).activate({name!r}, strengths={{{name!r}: 0.5}})."
+            )
+        self.change(name, value)
+        self.data[name] = value
 
     def __delitem__(self, name: str) -> None:
         raise UnsupportedError(_NOT_REMOVED.format(name))
@@ -110,39 +127,42 @@ class _Values(UserDict[str, Any]):
         return dict(self.data)
 
 
-class _Scalings(_Values):
-    """The scalings of a layer by adapter. One that is set is what the change is multiplied by from now on."""
+def _containers(host: nn.Module) -> dict[str, nn.Module]:
+    """What PEFT's layer has at an adapted module: parameters and dropouts by adapter, and containers that are empty."""
+    layers: Any = host._modules[LAYERS]
+    held: dict[str, AdapterLayer] = layers._modules
+    found = by_adapter(_parts(host), held)
+    for name, layer in held.items():
+        if local := _dropout_name(layer):
+            found.setdefault(local, _container(ModuleDict, held)).put(name, Dropout(layer))
+    for local in _tuner_names(held.values()):
+        found.setdefault(local, _container(ModuleDict, held))
+    return found
 
-    layer: LayerView
 
-    def __setitem__(self, name: str, value: float) -> None:
-        self.layer.rescale(name, float(value) / self.layer.own_scaling(name))
-        self.data[name] = float(value)
-
-
-def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, nn.Module]:
+def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, Any]:
     """What adapters have under each name, as PEFT's containers by adapter: `{"lora_A": ModuleDict({"a": ...})}`.
 
     Args:
         held: the adapters that there are, now and later.
     """
     found: dict[str, Any] = {}
-
-    def put(container: type, local: str, name: str, value: Any) -> None:
-        if value is not None:
-            if local not in found:
-                found[local] = container()
-                found[local].__dict__["held"] = held
-            found[local].put(name, value)
-
     for name, part in parts:
-        for local, module in part._modules.items():
-            put(_Modules, local, name, module)
-        for local, parameter in part._parameters.items():
-            put(_Parameters, local, name, parameter)
-        for local, buffer in part._buffers.items():
-            put(_Buffers, local, name, buffer)
+        for container, members in (
+            (ModuleDict, part._modules),
+            (ParameterDict, part._parameters),
+            (Buffers, part._buffers),
+        ):
+            for local, value in members.items():
+                if value is not None:
+                    found.setdefault(local, _container(container, held)).put(name, value)
     return found
+
+
+def _container(kind: type[Any], held: Mapping[str, object]) -> Any:
+    made = kind()
+    made.__dict__["held"] = held
+    return made
 
 
 def _parts(host: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -150,6 +170,12 @@ def _parts(host: nn.Module) -> list[tuple[str, nn.Module]]:
     layers: Any = host._modules[LAYERS]
     shared = [(name, layer.shared) for name, layer in layers._modules.items() if layer.shared is not None]
     return [*layers._modules.items(), *shared]
+
+
+def _dropout_name(layer: AdapterLayer) -> str:
+    """PEFT's name for the dropout of a layer, such as `lora_dropout`. Empty if its method has none."""
+    name = prefix_of(layer.config) + "dropout"
+    return name if layer.dropout or hasattr(layer.config, name) else ""
 
 
 def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
@@ -173,9 +199,9 @@ def _layer_class(layer: AdapterLayer, host: nn.Module) -> type[BaseTunerLayer]:
     return general
 
 
-def _tuner_names(layers: Iterable[AdapterLayer]) -> set[str]:
+def _tuner_names(layers: Iterable[AdapterLayer]) -> dict[str, None]:
     """What PEFT's layers of these types have by adapter, also if it is empty: a Linear's `lora_embedding_A`."""
-    return {name for layer in layers for name in getattr(_tuner_class(layer), "adapter_layer_names", ())}
+    return {name: None for layer in layers for name in getattr(_tuner_class(layer), "adapter_layer_names", ())}
 
 
 def waiting_strength(layer: AdapterLayer) -> float:
@@ -205,6 +231,7 @@ class LayerView(nn.Module):
     """
 
     quantization_backend = None
+    cast_input_dtype_enabled = True
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -216,14 +243,11 @@ class LayerView(nn.Module):
         self._adapters: Adapters = classes.adapters
         self.base_layer: Any = bare(host)
         self._kind = next(iter(self._layers.values())).kind
-        self._modules.update(by_adapter(_parts(host), self._layers))
-        for name in _tuner_names(self._layers.values()) - self._modules.keys():
-            self._modules[name] = _Modules()
-            self._modules[name].__dict__["held"] = self._layers
+        self._modules.update(_containers(host))
 
     def __getattr__(self, name: str) -> Any:
         """What is an attribute of this module; else a field of the layers' configs, by adapter: `r["default"]`."""
-        if name in _fields(self.__dict__["_layers"].values()):
+        if name not in self._modules and name in _fields(self.__dict__["_layers"].values()):
             return _Values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
         return super().__getattr__(name)
 
@@ -240,9 +264,11 @@ class LayerView(nn.Module):
     @property
     def scaling(self) -> MutableMapping[str, float]:
         """What the change of each adapter is multiplied by: the scaling of its config, and its strength."""
-        found = _Scalings({name: self.own_scaling(name) * self.strength(name) for name in self._layers})
-        found.layer = self
-        return found
+
+        def change(name: str, value: float) -> None:
+            self.rescale(name, float(value) / self.own_scaling(name))
+
+        return _Values({name: self.own_scaling(name) * self.strength(name) for name in self._layers}, change)
 
     def own_scaling(self, name: str) -> float:
         """The scaling of an adapter's config at this layer."""
@@ -353,6 +379,21 @@ class LayerView(nn.Module):
             if trains is not None and name not in trains:
                 layer.requires_grad_(False)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether what these adapters have at this layer requires gradients."""
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        for name in self._layers.keys() & {*names}:
+            self._layers[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refuse, unless there is no such adapter at this layer: an adapter is removed from the whole model.
+
+        Raises:
+            UnsupportedError: there is.
+        """
+        if adapter_name in self._layers:
+            raise UnsupportedError(_NOT_REMOVED.format(adapter_name))
+
     def merge(self, *_: Any, **__: Any) -> None:
         """Refuse: an adapter is merged in the whole model.
 
@@ -383,12 +424,17 @@ class LayerView(nn.Module):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The names under which adapters have parameters."""
-        return tuple(n for n, m in self._modules.items() if isinstance(m, nn.ModuleDict | nn.ParameterDict))
+        return tuple(
+            n
+            for n, m in self._modules.items()
+            if isinstance(m, nn.ModuleDict | nn.ParameterDict) and n not in self.other_param_names
+        )
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        """The names under which adapters have buffers."""
-        return tuple(n for n, m in self._modules.items() if isinstance(m, BufferDict))
+        """The names under which adapters have buffers, and their dropouts."""
+        dropouts = {*map(_dropout_name, self._layers.values())}
+        return tuple(n for n, m in self._modules.items() if isinstance(m, BufferDict) or n in dropouts)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self._layers)
@@ -455,10 +501,10 @@ class HeadView(ModulesToSaveWrapper):
         nn.Module.__init__(self)
         heads: Any = host._modules[HEADS]
         active: Active = host.__dict__[ACTIVE]
-        self.original_module, self.modules_to_save = bare(host), _Modules()
-        self.modules_to_save.__dict__["held"] = heads._modules
+        copies = _container(ModuleDict, heads._modules)
         for name, head in heads._modules.items():
-            self.modules_to_save.put(name, head)
+            copies.put(name, head)
+        self.original_module, self.modules_to_save = bare(host), copies
         self._adapters = set(heads._modules)
         self._active_adapter = [name for name in active.state.heads if name in self._adapters]
         self._disable_adapters = not (active.state.names or active.merged)
@@ -507,8 +553,12 @@ class Named:
         shown = not own and LAYERS in state.get("_modules", ())
         if shown and name == "scaling":
             LayerView(self).scaling.update(value)  # type: ignore[arg-type]
-        elif shown and name not in _ATTRIBUTES and _may_be_named(self, name):  # type: ignore[arg-type]
-            raise UnsupportedError(f"{name!r} is of the adapters at this layer, and cannot be set here.")
+        elif shown and _may_be_named(self, name):  # type: ignore[arg-type]
+            raise UnsupportedError(
+                f"{name!r} belongs to the adapters at this layer, and cannot be set here. Change values in place "
+                "(parameter.data.copy_(values), scaling[name] = 0.5), or call set_adapter, enable_adapters or the "
+                "methods of the view."
+            )
         else:
             super().__setattr__(name, value)
 
@@ -558,4 +608,6 @@ def _may_be_named(module: nn.Module, name: str) -> bool:
         return False
     held = (names for _, part in _parts(module) for names in (part._modules, part._parameters, part._buffers))
     own = [*layers._modules.values()]
-    return name in _fields(own) | _tuner_names(own) or any(name in names for names in held)
+    if name in _fields(own) or name in _tuner_names(own) or any(name in names for names in held):
+        return True
+    return name.endswith("dropout") and name in map(_dropout_name, own)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.combining import Space
+from adapterkit.contract import MajoritySign
 from adapterkit.integrations.peft_names import pefts_errors
 
 # PEFT's types of combination: our method, the space it works in, and whether the result has a rank of its own.
@@ -67,24 +67,33 @@ def unmerge(adapters: Adapters) -> None:
 
 
 def combine(
-    adapters: Adapters, names: Sequence[str], weights: Sequence[float], name: str, combination_type: str, **options: Any
+    adapters: Adapters,
+    names: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    combination_type: str,
+    *,
+    svd_rank: int | None,
+    density: float | None,
+    majority_sign_method: MajoritySign,
 ) -> None:
     """Add an adapter that combines others, as PEFT's `add_weighted_adapter` does. One of this name stays as it is.
 
     Args:
         combination_type: `"cat"`: the exact sum; `"svd"` and `"..._svd"`: changes combined, and truncated to a rank;
             others: A and B combined separately.
-        options: `svd_rank`, `svd_clamp`, `density`, `majority_sign_method`.
 
     Raises:
-        ValueError: an unknown adapter or type, ranks that differ where A and B are combined, or several heads for one
-            module.
+        ValueError: an unknown adapter or type, one that is named twice or has no weight, ranks that differ where A and
+            B are combined, or several heads for one module.
     """
     if name in adapters:
         return
     missing = [other for other in names if other not in adapters]
     if missing:
         raise ValueError(f"Adapter {missing[0]} does not exist")
+    if len(weights) != len(names) or len({*names}) < len(names):
+        raise ValueError(f"Give each adapter once and with one weight, not {[*names]} with {[*weights]}.")
     kind = "linear" if len(names) == 1 else combination_type
     if kind not in _TYPES:
         raise ValueError(f"Invalid combination_type: {combination_type}")
@@ -95,8 +104,6 @@ def combine(
             "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
             f"dare_linear. They have {ranks}."
         )
-    if options.get("svd_clamp") is not None:
-        raise ValueError("svd_clamp is an option of PEFT that adapterkit does not implement. Leave it out.")
     heads = [other for other in names if adapters.heads(other)]
     paths = [path for other in heads for path in adapters.heads(other)]
     if len(set(paths)) < len(paths):
@@ -109,10 +116,10 @@ def combine(
         dict(zip(names, map(float, weights), strict=True)),
         method=method,
         space=space,
-        rank=(options.get("svd_rank") or max(ranks)) if truncates else None,
+        rank=(svd_rank or max(ranks)) if truncates else None,
         heads=heads[0] if heads else None,
-        density=None if method == "linear" else options.get("density"),
-        majority_sign_method=options.get("majority_sign_method", "total") if "ties" in method else "total",
+        density=None if method == "linear" else density,
+        majority_sign_method=majority_sign_method if "ties" in method else "total",
     )
 
 

@@ -139,6 +139,12 @@ class MethodConfig(PeftConfig):
         return own | {"task_type": self._task_type if self.task_type == VIEW else self.task_type}
 
 
+def prefix_of(config: AdapterConfig) -> str:
+    """What the names of a method's parameters begin with: `lora_`."""
+    prefix = default_registry.method_of(config).key_rule(config).prefix
+    return prefix if isinstance(prefix, str) else prefix[0]
+
+
 def to_peft(config: AdapterConfig, *, trains: bool) -> PeftConfig:
     """The config as PEFT's own class; as a `MethodConfig` if PEFT has none that holds every field."""
     values = config.to_dict()

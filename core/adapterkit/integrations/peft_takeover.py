@@ -25,7 +25,7 @@ from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Strength
 from adapterkit.integrations.peft_names import from_peft_config
 from adapterkit.integrations.peft_view import PeftView
-from adapterkit.model import Adapter
+from adapterkit.model import Adapter, inner_model
 
 # A module of the base model, its name for a child, PEFT's module there, and the base model's own.
 _Place = tuple[nn.Module, str, nn.Module, nn.Module]
@@ -38,6 +38,8 @@ def take_over(model: PeftModel) -> Adapters:
     """See `adapterkit.from_peft`."""
     if isinstance(model, PeftView):
         return model.adapters
+    inner = inner_model(model)
+    model = inner if isinstance(inner, PeftModel) else model
     _check(model)
     active = _active(model)
     configs = {name: _config(config) for name, config in model.peft_config.items()}

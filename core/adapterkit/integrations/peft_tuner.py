@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from adapterkit.adapters import Adapters, attach
-from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, AdapterLayer, default_registry
+from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, AdapterLayer, MajoritySign
 from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
 from adapterkit.forward import PerAdapter, Strength, strength_at
 from adapterkit.integrations import peft_merging
-from adapterkit.integrations.peft_layers import LayerView, beside, by_adapter, let_wait, waiting_strength
-from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, to_peft
+from adapterkit.integrations.peft_layers import Dropout, LayerView, beside, by_adapter, let_wait, waiting_strength
+from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, prefix_of, to_peft
 from adapterkit.model import BaseModules
 
 
@@ -44,7 +45,7 @@ class Tuner(BaseTuner):
         self.model = adapters.model
         self._configs: dict[str, tuple[AdapterConfig, PeftConfig]] = {}
         self._shown = _Configs()
-        self._disabled: dict[str, Strength] | None = None
+        self._waiting: dict[str, Strength] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,7 +118,7 @@ class Tuner(BaseTuner):
     def active_adapters(self) -> list[str]:
         """The adapters that act, or would if they were not disabled or merged."""
         adapters = self.adapters
-        own = self._disabled or adapters._active.default.names or adapters.merged
+        own = (self.disabled and self._waiting) or adapters._active.default.names or adapters.merged
         return [name for name in own if name in adapters] or [*adapters.names[:1]]
 
     @property
@@ -128,10 +129,8 @@ class Tuner(BaseTuner):
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
-        """What the method's parameters begin with."""
-        config = self.adapters.config(self.active_adapters[0])
-        prefix = default_registry.method_of(config).key_rule(config).prefix
-        return prefix if isinstance(prefix, str) else prefix[0]
+        """What the names of the active adapter's parameters begin with."""
+        return prefix_of(self.adapters.config(self.active_adapters[0]))
 
     def children(self) -> Iterator[nn.Module]:
         """The model alone."""
@@ -167,54 +166,113 @@ class Tuner(BaseTuner):
             if not isinstance(module, PerAdapter | AdapterLayer) or module._parameters or module._buffers:
                 yield name, module
             for local, part in beside(module):
+                at = f"{name}.{local}" if local else name
                 if part._parameters or part._buffers:
-                    last.append((f"{name}.{local}", part))
-                else:
-                    yield f"{name}.{local}" if local else name, part
+                    last.append((at, part))
+                    continue
+                yield at, part
+                yield from ((f"{at}.{n}", child) for n, child in part._modules.items() if isinstance(child, Dropout))
         yield from last if remove_duplicate else ()
 
     # Which adapters act
 
+    @property
+    def disabled(self) -> bool:
+        """Whether no adapter acts in this thread because PEFT's calls have disabled them all."""
+        return self._waiting is not None and not self.adapters.active
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let these adapters act, and train unless `inference_mode`. They keep the strengths that they have or had.
 
-        Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
+        Merged adapters are unmerged first, with a warning. While the adapters are disabled, these wait until they are
+        enabled. Under `torch.no_grad`, adapters whose gradients no engine would average act without training.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        names = [adapter_name] if isinstance(adapter_name, str) else [*adapter_name]
         for name in names:
             if name not in self.adapters:
                 raise ValueError(f"Adapter {name} not found.")
-        now = self.adapters.strengths if self._disabled is None else self._disabled
-        strengths = {name: _on(now[name]) if name in now else self._waiting(name) for name in names}
+        if len({*names}) < len(names):
+            raise ValueError(f"set_adapter({names}) names an adapter twice.")
+        now = self._acting()
+        strengths = {name: _on(now[name]) if name in now else self._strength_of_waiting(name) for name in names}
+        if self.disabled:
+            self._waiting = strengths
+        else:
+            self._activate(strengths, trains=not inference_mode)
+        for name in now.keys() - {*names}:
+            for path, layer in self.adapters.layers(name).items():
+                let_wait(layer, 1.0 if (number := strength_at(now[name], path)) is None else number)
+
+    def _acting(self) -> dict[str, Strength]:
+        """The strengths of the adapters that act, or would if they were not disabled."""
+        waiting = self._waiting if self.disabled else None
+        if waiting is None:
+            return self.adapters.strengths
+        return {name: strength for name, strength in waiting.items() if name in self.adapters}
+
+    def _activate(self, strengths: Mapping[str, Strength], *, trains: bool) -> None:
+        if self.adapters.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
+            self.adapters.unmerge()
         with pefts_errors():
             try:
-                self.adapters.activate(*names, trainable=not inference_mode, strengths=strengths)
+                self.adapters.activate(*strengths, trainable=trains, strengths=strengths)
             except StateError:
                 # TRL's reference adapter acts in turn with the one that trains, and DDP and DeepSpeed do not know it.
                 if torch.is_grad_enabled():
                     raise
-                self.adapters.activate(*names, trainable=False, strengths=strengths)
-        for name in now.keys() - {*names}:
-            for path, layer in self.adapters.layers(name).items():
-                let_wait(layer, 1.0 if (number := strength_at(now[name], path)) is None else number)
-        self._disabled = None
+                self.adapters.activate(*strengths, trainable=False, strengths=strengths)
 
-    def _waiting(self, name: str) -> Strength:
+    def _strength_of_waiting(self, name: str) -> Strength:
         """The strengths of an adapter that does not act: those that it had, or that were set at its layers."""
         return {path: waiting_strength(layer) for path, layer in self.adapters.layers(name).items()}
 
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """See `PeftView.disable_adapter`."""
+        if self.disabled:
+            yield
+            return
+        self._unmerge()
+        off = [layer for layer in self.switched() if layer.disable_adapters]
+        if off:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=5,
+            )
+        before = self._waiting = self.adapters.strengths
+        trained = [p for name in self.adapters.trainable for p in self.adapters.parameters(name) if p.requires_grad]
+        try:
+            with self.adapters.disabled():
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+                yield
+        finally:
+            chosen, self._waiting = self._waiting, None
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            if chosen is not None and chosen != before:  # `set_adapter` in the block
+                self._activate(chosen, trains=True)
+        for layer in off:
+            layer.enable_adapters(True)
+
     def disable_adapter_layers(self) -> None:
         """Let no adapter act, until `enable_adapter_layers`. What is merged is unmerged, as PEFT does it."""
-        if self.adapters.merged:
-            self.adapters.unmerge()
-        if self._disabled is None:
-            self._disabled = {name: self.adapters.strengths.get(name, 1.0) for name in self.active_adapters}
+        self._unmerge()
+        if not self.disabled:
+            self._waiting = {name: self.adapters.strengths.get(name, 1.0) for name in self.active_adapters}
             self.adapters.activate()
 
     def enable_adapter_layers(self) -> None:
-        """Let the adapters act again that acted before `disable_adapter_layers`."""
-        if self._disabled is not None:
-            self.set_adapter(self.active_adapters)
+        """Let the adapters act again that acted before `disable_adapter_layers`, or that were set since."""
+        if self.disabled:
+            strengths, self._waiting = self._acting(), None
+            self._activate({name: _on(strength) for name, strength in strengths.items()}, trains=True)
+
+    def _unmerge(self) -> None:
+        if self.adapters.merged:
+            self.adapters.unmerge()
 
     def switched(self) -> list[LayerView]:
         """The layers of adapters that do not act with the same strength everywhere."""
@@ -271,16 +329,35 @@ class Tuner(BaseTuner):
         """Return the bare model: `Adapters.detach`."""
         return self.adapters.detach()
 
-    def add_weighted_adapter(
+    def add_weighted_adapter(  # noqa: PLR0913, PLR0917 - PEFT's own arguments
         self,
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
-        **options: Any,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`)."""
-        peft_merging.combine(self.adapters, adapters, weights, adapter_name, combination_type, **options)
+        """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`).
+
+        `svd_full_matrices` and `svd_driver` have no effect: they say how PEFT calls `torch.linalg.svd`.
+        """
+        if svd_clamp is not None:
+            raise ValueError("svd_clamp is an option of PEFT that adapterkit does not implement. Leave it out.")
+        peft_merging.combine(
+            self.adapters,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
 
     def inject_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: PEFT would put its own layers into the model.

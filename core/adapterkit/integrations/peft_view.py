@@ -86,7 +86,7 @@ class PeftView(PeftModel):
         self.__class__ = _classes.get(adapters.config(adapters.names[0]).task_type or "", PeftView)
         self.base_model = Tuner(adapters)
         self.special_peft_forward_args = {"adapter_names"}
-        self._is_prompt_learning, self._adapters_disabled = False, False
+        self._is_prompt_learning = False
         hosts = (host for adapter in adapters._adapters.values() for host in adapter.hosts.values())
         derive(hosts, adapters._active, Classes(adapters))
         nn.Module.register_state_dict_post_hook(self, _rename_written)
@@ -127,6 +127,10 @@ class PeftView(PeftModel):
         return self.base_model.active_adapters[0]
 
     @property
+    def _adapters_disabled(self) -> bool:  # type: ignore[override]
+        return self.base_model.disabled
+
+    @property
     def peft_type(self) -> Any:  # type: ignore[override]
         """The type of the active adapter's config."""
         return self.active_peft_config.peft_type
@@ -147,7 +151,7 @@ class PeftView(PeftModel):
     @contextmanager
     def _rows(self, kwargs: dict[str, Any]) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        if names is None or self._adapters_disabled or self.base_model._disabled is not None:
+        if names is None or self._adapters_disabled:
             yield
             return
         missing = sorted({*names} - {*self.adapters.names, "__base__"})
@@ -164,32 +168,11 @@ class PeftView(PeftModel):
     def disable_adapter(self) -> Iterator[None]:
         """The base model for a `with` block: `Adapters.disabled`. Nothing of the adapters requires gradients in it.
 
-        What is merged is unmerged, as PEFT does it.
-
+        Merged adapters are unmerged, as PEFT does it. Adapters that `set_adapter` names in the block act after it.
         Layers that were switched off alone (`layer.enable_adapters(False)`) are on afterwards, with a warning.
         """
-        if self.adapters.merged:
-            self.adapters.unmerge()
-        off = [layer for layer in self.base_model.switched() if layer.disable_adapters]
-        if off:
-            warnings.warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
-                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
-                stacklevel=3,
-            )
-        before, self._adapters_disabled = self._adapters_disabled, True
-        trained = [p for name in self.adapters.trainable for p in self.adapters.parameters(name) if p.requires_grad]
-        try:
-            with self.adapters.disabled():
-                for parameter in trained:
-                    parameter.requires_grad_(False)
-                yield
-        finally:
-            self._adapters_disabled = before
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        for layer in off:
-            layer.enable_adapters(True)
+        with self.base_model.disable_adapter():
+            yield
 
     # Adapters
 
