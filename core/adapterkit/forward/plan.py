@@ -305,8 +305,8 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
 def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
     """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
-    On a GPU a missing row of an embedding aborts the process. A convolution with another stride gives other numbers. The
-    change of a layer with one output would be added to every output of a larger one.
+    On a GPU a missing row of an embedding aborts the process. A convolution with another stride gives other numbers.
+    The change of a layer with one output would be added to every output of a larger one.
     """
     kinds = [layer.kind for layer in layers]
     noticed = any(type(kind).changed is not LayerKind.changed or kind.out_features == 1 for kind in kinds)
