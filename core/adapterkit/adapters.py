@@ -784,12 +784,12 @@ class Adapters:
                 values that are not finite.
             UnsupportedError: an adapter that cannot be merged.
         """
+        self._attached.check_not_per_sample("merge")
         names = names or self.active
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"merge{names!r} needs active adapters, or each name once. Merged: {self.merged}.")
         self._model.check_not_merged(names)
-        self._model.check_not_per_sample("merge")
         self._model.check_unchanged("merge", names)
         if keep_base:
             self._check_not_edited("merge")
@@ -846,9 +846,10 @@ class Adapters:
             The plain model, without a trace of adapters.
         """
         wanted = names or self.active
+        self._attached.check_not_per_sample("merge_and_detach")
         if not wanted and not self.merged:
             raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
-        self._attached.check_unchanged("merge_and_detach", [n for n in wanted if n in self and n not in self.merged])
+        self._model.check_unchanged("merge_and_detach", [n for n in wanted if n in self and n not in self.merged])
         for name in self.merged:
             self._warn_if_changed(name, _KEEPS_REPLACEMENT)
         go_back, merged = self._model.return_point(), self.merged
@@ -885,15 +886,16 @@ class Adapters:
         Raises:
             StateError: something was merged with `keep_base=False`; `merge_and_detach` keeps that instead.
         """
+        self._attached.check_not_per_sample("detach")
         if self.merged:
             self._check_can_unmerge()
             for name in self.merged:
                 self._warn_if_changed(name, _KEEPS_REPLACEMENT)
+            for key in self._merged.give_up_lost():
+                warn(f"{key!r} is computed from other tensors since it was merged into. {_KEEPS_REPLACEMENT}")
             edited = self._merged.edited
             if edited:
                 warn(f"{edited[0]!r} was edited while it was merged. The edit is lost, because the base is restored.")
-            for place in [place for place, kept in self._merged.kept.items() if kept.resized]:
-                del self._merged.kept[place]
             self._unmerge()
         with uninterrupted():
             model = self.model
@@ -1030,6 +1032,7 @@ class Adapters:
         if not isinstance(name, str) or name not in self._adapters:
             several = isinstance(name, list | tuple | set | dict)
             raise unknown("adapter", name, self._adapters, "Give each name by itself, not in one argument." * several)
+        self._model.keep_labels()
         return self._adapters[name]
 
     def _install(self, adapter: Adapter, *, activate: bool = False, trainable: bool = False) -> None:
@@ -1127,8 +1130,8 @@ class Adapters:
         if edited:
             raise StateError(
                 f"{call} is refused: {edited[0]!r} was edited while {', '.join(map(repr, self.merged))} was merged (by "
-                "an optimizer, or load_state_dict?), and unmerge() would lose the edit. merge_and_detach() keeps the "
-                "model as it is now; detach() restores the base all the same."
+                "an optimizer, load_state_dict or an assignment?), and unmerge() would lose the edit. "
+                "merge_and_detach() keeps the model as it is now; detach() restores the base all the same."
             )
 
     def _warn_if_changed(self, name: str, advice: str = "The file holds what was trained there before that.") -> None:

@@ -482,6 +482,27 @@ def test_layer_whose_output_is_no_tensor_says_so_when_it_runs() -> None:
         model.odd(torch.ones(2, 4))
 
 
+class Grouped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().forward(x)] * 2, -1)
+
+
+def test_error_in_a_layer_that_computes_otherwise_says_what_to_leave_out() -> None:
+    model = with_layer(Grouped(4, 4))
+    ak.attach(model).add("a", LoraConfig(target_modules=["odd"]))
+    with pytest.raises(RuntimeError) as caught:
+        model.odd(torch.ones(2, 4))
+    assert "An adapter acts in this layer, whose class has a forward of its own." in caught.value.__notes__[0]
+
+
+def test_model_with_a_layer_without_sizes_is_refused() -> None:
+    model = with_layer(nn.LazyLinear(4))
+    with refused(ak.StateError, "'odd.weight' has no size yet. Run the model once, then add the adapter."):
+        ak.attach(model).add("a", LoraConfig(target_modules=["fc"]))
+    assert ak.attach(model).names == ()
+    assert not any("adapters" in path for path, _ in model.named_modules())
+
+
 @pytest.mark.parametrize("thing", ["model", None, nn.Linear, torch.ones(2)], ids=["text", "None", "class", "tensor"])
 def test_attach_needs_a_module(thing: Any) -> None:
     with refused(ak.ConfigError, f"attach needs a torch.nn.Module, not a {type(thing).__name__}."):

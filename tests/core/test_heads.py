@@ -255,6 +255,23 @@ def test_labels_survive_save_and_load_in_the_safetensors_header(names: tuple[str
     assert fresh.num_labels == len(names)
 
 
+def test_names_that_are_set_in_the_config_while_a_head_acts_are_its_names(tmp_path: Path) -> None:
+    model = build("bert")
+    adapters = ak.attach(model)
+    add(adapters, "a", num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    adapters.save("a", tmp_path / "a")
+    model.save_pretrained(tmp_path / "model")
+    adapters.activate()
+    assert model.config.num_labels == 3
+    adapters.activate("a")
+    assert (model.config.id2label, model.config.label2id) == ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+    for name in ("a", "model"):
+        fresh = build("bert")
+        ak.attach(fresh).load(tmp_path / name)
+        assert fresh.config.id2label == {0: "no", 1: "yes"}
+
+
 def test_a_file_with_another_number_of_rows_and_no_labels_loads_at_its_size(tmp_path: Path) -> None:
     adapters = ak.attach(build("bert"))
     add(adapters, "a", num_labels=6)

@@ -331,11 +331,12 @@ def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
     assert different(alone(adapters, "b"), expected)
 
 
-def test_adapters_follow_the_models_training_mode() -> None:
+@pytest.mark.parametrize("name", ["a", "training"])
+def test_adapters_follow_the_models_training_mode(name: str) -> None:
     model = build("bert").train()
     adapters = ak.attach(model)
-    adapters.add("a", LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
-    layer = model.bert.encoder.layer[0].attention.self.query.adapters["a"]
+    adapters.add(name, LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    layer = model.bert.encoder.layer[0].attention.self.query.adapters[name]
     assert layer.training
     model.eval()
     assert not layer.training

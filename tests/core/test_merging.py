@@ -1,6 +1,7 @@
 """Merging: the weights after it, and after it is undone."""
 
 import copy
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -214,7 +215,19 @@ def load_again(model: nn.Module) -> None:
     model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
 
 
-@pytest.mark.parametrize("edit", [load_again, step])
+def assign_again(model: nn.Module) -> None:
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace_weight(model: Any) -> None:
+    model.linear.weight = nn.Parameter(model.linear.weight + 1)
+
+
+EDITS = pytest.mark.parametrize("edit", [load_again, step, assign_again, replace_weight])
+
+
+@EDITS
 def test_what_is_written_to_merged_weights_is_never_thrown_away_in_silence(edit: Callable[[Net], None]) -> None:
     model = network()
     before = bits(model)
@@ -242,17 +255,35 @@ def test_merged_weights_may_move_to_another_dtype_and_back_to_the_base() -> None
         torch.testing.assert_close(model(IDS), expected, rtol=0.04, atol=0.04)
 
 
-def test_a_copy_is_merged_and_unmerged_by_itself() -> None:
+COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+
+
+@COPIES
+def test_a_copy_is_merged_and_unmerged_by_itself(copied: Callable[[Net], Net]) -> None:
     model = network()
     adapters = adapted(model, "a")
     expected, before = model(IDS), bits(model)
-    ak.attach(copy.deepcopy(model)).merge("a")
+    ak.attach(copied(model)).merge("a")
     assert has_bits(model, before)
     adapters.merge("a")
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     ak.attach(twin).unmerge()
     torch.testing.assert_close(twin(IDS), expected)
     assert adapters.merged == ("a",)
+
+
+@COPIES
+@EDITS
+def test_an_edit_before_or_after_a_copy_is_not_lost_in_the_copy(
+    edit: Callable[[Net], None], copied: Callable[[Net], Net]
+) -> None:
+    model = network()
+    adapted(model, "a").merge("a")
+    twin = copied(model)
+    edit(twin)
+    for edited in (twin, copied(twin)):
+        with pytest.raises(ak.StateError, match=r"unmerge is refused: '.*' was edited while 'a' was merged"):
+            ak.attach(edited).unmerge()
 
 
 @pytest.mark.parametrize("keep_base", [True, False])

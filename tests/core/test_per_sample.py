@@ -428,13 +428,22 @@ def test_what_another_thread_merges_acts_on_all_rows_until_it_is_unmerged() -> N
     other.join()
 
 
-@pytest.mark.parametrize("call", ["merge", "remove", "rename", "unmerge"])
+@pytest.mark.parametrize("call", ["merge", "remove", "rename", "unmerge", "detach", "merge_and_detach"])
 def test_what_would_change_the_rows_adapters_waits_until_the_block_is_left(call: str) -> None:
     adapters = adapted("bert", ["lora", "lora"])
-    arguments = {"merge": ("a",), "remove": ("a",), "rename": ("a", "z"), "unmerge": ()}[call]
+    arguments = {"merge": ("a",), "remove": ("a",), "rename": ("a", "z")}.get(call, ())
     with adapters.per_sample(["a", "b"]), pytest.raises(ak.StateError, match=f"{call} would change which adapters act"):
         getattr(adapters, call)(*arguments)
     assert adapters.names == ("a", "b")
+
+
+@pytest.mark.parametrize("call", ["detach", "merge_and_detach"])
+def test_a_model_whose_rows_are_bare_keeps_what_is_merged(call: str) -> None:
+    adapters = adapted("bert", ["lora"])
+    adapters.merge("a")
+    with adapters.per_sample([None]), pytest.raises(ak.StateError, match="would change which adapters act"):
+        getattr(adapters, call)()
+    assert adapters.merged == ("a",)
 
 
 def test_an_adapter_that_is_removed_in_a_nested_block_leaves_its_rows_bare() -> None:

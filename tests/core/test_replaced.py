@@ -13,6 +13,7 @@ import torch
 from tests.core.conftest import set_parameters
 from tests.models import build, run
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
@@ -275,6 +276,26 @@ def test_weights_that_were_replaced_while_merged_stay(change: Any) -> None:
         model = adapters.detach()
     for key, value in model.state_dict().items():
         assert torch.equal(value, head[key.removeprefix("head.")] if key.startswith("head.") else before[key]), key
+
+
+def test_a_weight_that_is_computed_since_it_was_merged_into_stays() -> None:
+    adapters = adapted(target_modules=["head"])
+    adapters.merge("a")
+    parametrizations.weight_norm(adapters.model.head)
+    expected = adapters.model(IDS)
+    with pytest.raises(ak.StateError, match=r"unmerge is refused: 'head.weight' was edited"):
+        adapters.unmerge()
+    with pytest.warns(ak.AdapterWarning, match=r"'head.weight' is computed .* What is there now stays as it is"):
+        model = adapters.detach()
+    torch.testing.assert_close(model(IDS), expected)
+    assert not model.head._buffers
+
+
+def test_a_trained_bias_without_the_layers_bias_is_noticed() -> None:
+    adapters = adapted(target_modules=["head"], bias="all")
+    adapters.model.head.bias = None
+    with pytest.raises(ak.StateError, match=r"merge is refused: 'head' has no bias any more since adapter 'a'"):
+        adapters.merge("a")
 
 
 def test_a_module_that_was_replaced_at_one_of_its_places_is_noticed() -> None:

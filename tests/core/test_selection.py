@@ -10,6 +10,7 @@ import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tests.models import EmbeddingNet, build
 from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextConfig
 
 import adapterkit as ak
 from adapterkit.contract import patterns as matching
@@ -219,6 +220,13 @@ def test_all_linear_takes_what_torchs_attention_reads_and_no_heads_and_no_other_
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
     assert select(model, "all-linear").paths == ("0.self_attn.out_proj", "0.linear1", "0.linear2")
     assert select(build("convnet"), "all-linear").paths == ("fc", "head")
+
+
+def test_all_linear_leaves_out_routers_which_return_several_tensors() -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.router = Llama4Router(Llama4TextConfig(hidden_size=16))
+    reason = "a Llama4Router returns several tensors"
+    assert ("model.layers.0.mlp.router", reason) in select(model, "all-linear").skipped
 
 
 # Entries that match nothing

@@ -257,6 +257,7 @@ class Saver:
         places = {name: folder if [name] == acting else subfolder(folder, name) for name in inside}
         for name in places:
             self.adapters._warn_if_changed(name)
+        self.adapters._model.keep_labels()
         files = {name: file_contents(inside[name], self.module, source, self.path) for name in places}
         state = self._training_state(inside.values(), source) if training else {}
         parameters = [p for adapter in inside.values() for p in adapter.parameters()]

@@ -297,8 +297,13 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         check_unchanged(module, state)
     try:
         return plan.run(original, args, kwargs)
-    except (IndexError, RuntimeError):
+    except (IndexError, RuntimeError) as error:
         check_unchanged(module, state)
+        if not all(layer.kind.computes_plainly(original, module) for layer, _ in plan.layers):
+            error.add_note(
+                "An adapter acts in this layer, whose class has a forward of its own. If its output is not one row of "
+                "out_features for each row of the input, leave the layer out with exclude_modules."
+            )
         raise
 
 

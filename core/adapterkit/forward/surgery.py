@@ -48,6 +48,13 @@ class PerAdapter(Holder):
         # taken if a module below has a hook. This one does nothing.
         self._forward_pre_hooks[-1] = _no_hook
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, also if an adapter has its name: `training`."""
+        if isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+        else:
+            self.__dict__[name] = value
+
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Do nothing: a head may be an `nn.Sequential`, which calls all its children in turn."""
         return x

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +27,39 @@ class Kept:
         key: its name in messages.
         tensor: the tensor object that was there.
         value: its values, if kept. A tied tensor needs none, because the merge replaces it and writes to a copy.
-        writes: torch's count of writes (`_version`): during the merge to `tensor`, afterwards to the tensor in the
-            module. A higher count later means that an optimizer or `load_state_dict` has written to it.
+        merged: the tensor object that the merge left there.
+        writes: torch's count of writes to `merged` so far (`_version`); `None` once the base is back.
     """
 
     place: Place
     key: str
     tensor: Tensor
     value: Tensor | None
+    merged: Tensor
     writes: int | None
+
+    def is_now(self) -> None:
+        """What the module has now is what the merge left there."""
+        now = own(*self.place)
+        if now is not None:
+            self.merged, self.writes = now, _writes_to(now)
 
     @property
     def edited(self) -> bool:
-        """Whether somebody has written to the merged tensor."""
+        """Whether somebody has written to the merged tensor, or has put another one in its place."""
         now = own(*self.place)
-        # In a copy of the model the counts begin at 0.
-        return self.writes is not None and now is not None and _writes_to(now) > self.writes
+        return self.writes is not None and (now is not self.merged or _writes_to(now) > self.writes)
 
-    @property
-    def resized(self) -> bool:
-        """Whether the tensor was replaced by a larger or smaller one."""
-        now, before = own(*self.place), self.tensor if self.value is None else self.value
-        return now is None or not now.shape == before.shape == self.tensor.shape
+    # In a copy of the model torch counts anew.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "edited": self.edited}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        edited = state.pop("edited")
+        vars(self).update(state)
+        if self.writes is not None:
+            self.writes = -2 if edited else _writes_to(self.merged)
 
     def give_back(self) -> None:
         """Put the same object back, with the same bits."""
@@ -97,13 +109,24 @@ class Merged:
         for parting in reversed(self.partings):
             parting.undo()
 
+    def give_up_lost(self) -> list[str]:
+        """Forget the tensors in whose place there is one of another size, or none. Returns the keys of the latter."""
+        computed = []
+        for place, kept in [*self.kept.items()]:
+            now, before = own(*place), kept.tensor if kept.value is None else kept.value
+            if now is None:
+                computed.append(kept.key)
+            if now is None or not now.shape == before.shape == kept.tensor.shape:
+                del self.kept[place]
+        return computed
+
     def _joined(self, names: tuple[str, ...], steps: Sequence[Step], parting: Parting, *, keep_base: bool) -> Merged:
         """The record after a further merge. Each tensor keeps its values from before the first merge."""
         kept = dict(self.kept)
         for new in (new for step in steps for new in step.kept):
-            first = kept.get(new.place, new if keep_base else replace(new, value=None))
-            now = own(*new.place)
-            kept[new.place] = replace(first, writes=None if now is None else _writes_to(now))
+            first = kept.get(new.place, new)
+            kept[new.place] = replace(first, value=first.value if keep_base else None)
+            kept[new.place].is_now()
         heads = self.heads | {step.change.head for step in steps if step.change.head is not None}
         return Merged(self.names + names, self.keeps_base and keep_base, kept, heads, (*self.partings, parting))
 
@@ -138,7 +161,7 @@ def merging(
     check_in_memory(changes)
     parted = {f"{p}.{name}" for c in changes for name in c.tied for p in modules.paths_of.get(c.module, [c.path])}
     parting = Parting.of(model, parted)
-    edited, steps = before.edited, list[Step]()
+    unedited, steps = [kept for kept in before.kept.values() if not kept.edited], list[Step]()
     try:
         _carry_out(changes, steps, safe=safe, keep_base=keep_base, stop=stop)
         parting.apply()
@@ -146,10 +169,8 @@ def merging(
     except BaseException as error:
         parting.undo()
         note = _take_back(steps)
-        for kept in before.kept.values():  # writing a value back is not an edit
-            now = own(*kept.place)
-            if now is not None and kept.key not in edited:
-                kept.writes = _writes_to(now)
+        for kept in unedited:  # writing a value back is not an edit
+            kept.is_now()
         if isinstance(error, Exception) and not isinstance(error, AdapterError):
             where = f" into {steps[-1].change.path!r}" if steps else ""
             note = note or "Nothing was changed."
@@ -174,7 +195,8 @@ def _carry_out(
         step = Step(change, [])
         for name, tensor in touched.items():
             value = tensor.detach().clone() if copied and name not in change.tied else None
-            step.kept.append(Kept(Place(module, name), f"{change.path}.{name}", tensor, value, _writes_to(tensor)))
+            place, key = Place(module, name), f"{change.path}.{name}"
+            step.kept.append(Kept(place, key, tensor, value, merged=tensor, writes=_writes_to(tensor)))
         steps.append(step)
         biases = module._modules.get(BIASES)
         for layer in biases.children() if biases is not None and "bias" in touched else ():

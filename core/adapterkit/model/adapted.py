@@ -6,7 +6,6 @@ import copy
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 from torch import nn
 
@@ -58,9 +57,12 @@ class AdaptedModel:
     def install(self, adapter: Adapter) -> None:
         """Put an adapter on the model. The first one freezes the base."""
         tensor_parallel.follow(self.model, adapter.layers, adapter.heads, adapter.hosts, adapter.modules())
+        parameters = list(base_parameters(self.model)) if self._trained is None else []
+        lazy = next((name for name, p in parameters if nn.parameter.is_lazy(p)), None)
+        if lazy is not None:
+            raise StateError(f"{lazy!r} has no size yet. Run the model once, then add the adapter.")
         self._share(adapter)  # may fail, unlike what follows
         if self._trained is None:
-            parameters = list(base_parameters(self.model))
             self._trained = [name for name, p in parameters if p.requires_grad]
             self.size = size_of({p for _, p in parameters})
             for _, parameter in parameters:
@@ -328,14 +330,18 @@ class AdaptedModel:
         base = self.labels if owner != self.labels_of else None
         if base is None:
             return
-        before = self.adapters.get(self.labels_of) if self.labels_of is not None else None
-        if before is not None and before.labels is not None:
-            problem_type = getattr(self.model.config, "problem_type", None)  # transformers sets it at the first loss
-            before.labels = replace(before.labels, problem_type=problem_type)
+        self.keep_labels()
         wanted = base if owner is None else self.adapters[owner].labels
         assert wanted is not None
         wanted.apply(self.model)
         self.labels_of = owner
+
+    def keep_labels(self) -> None:
+        """Note what users, and transformers at the first loss, changed in the label set that is in the config now."""
+        owner = None if self.labels_of is None else self.adapters.get(self.labels_of)
+        now = LabelSet.of(self.model)
+        if owner is not None and owner.labels is not None and now is not None:
+            owner.labels = now if len(now.id2label) == len(owner.labels.id2label) else owner.labels
 
     def _labels_owner(self, heads: tuple[str, ...]) -> str | None:
         return next((name for name in reversed(heads) if self.adapters[name].labels is not None), None)

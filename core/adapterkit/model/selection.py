@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -185,7 +189,8 @@ def _left_out(
     """Why a module that `target_modules` names is no target, or `None`.
 
     Args:
-        outputs: with `"all-linear"` the model's output layers, which it leaves out, as layers that nothing calls.
+        outputs: with `"all-linear"` the model's output layers. It leaves these out, layers that nothing calls, and
+            layers whose output is no tensor, such as routers.
     """
     paths = modules.paths_of[module]
     head = inside(paths[0], heads)
@@ -194,7 +199,18 @@ def _left_out(
         return f"modules_to_save trains {head!r} in full"
     if excluded or outputs is None:
         return next(iter(excluded), None)
-    return "the output head" if module in outputs else modules.why_ignored(module)
+    if module in outputs:
+        return "the output head"
+    cls = original_class(module)
+    several = f"a {cls.__name__} returns several tensors" if _returns_a_tuple(cls.forward) else None
+    return modules.why_ignored(module) or several
+
+
+@cache
+def _returns_a_tuple(function: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    steps = [] if code is None else [step.opname for step in dis.get_instructions(code)]
+    return ("BUILD_TUPLE", "RETURN_VALUE") in pairwise(steps)
 
 
 def _check_no_peft(modules: BaseModules) -> None:
