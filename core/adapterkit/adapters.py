@@ -78,6 +78,7 @@ from adapterkit.rows import Batch, Rows, RowState
 from adapterkit.tensors import (
     check_averaged,
     check_can_grow,
+    default_modes,
     full,
     gathered,
     has_fsdp1,
@@ -313,7 +314,7 @@ class Adapters:
     # Adding
 
     @usage("adapters.add('mood', ak.LoraConfig(r=8))")
-    @torch.inference_mode(False)
+    @default_modes()
     def add(
         self,
         name: str,
@@ -368,7 +369,7 @@ class Adapters:
         sizes = (parameters, self._model.size)
         return AddReport(name, selection.paths, tuple(adapter.heads), *sizes, selection.unmatched, tuple(notes))
 
-    @torch.inference_mode(False)
+    @default_modes()
     def reset(self, name: str) -> None:
         """Give an adapter the initial values of `add` again, made for the weights that the base has now.
 
@@ -388,7 +389,7 @@ class Adapters:
                 adapter.write(values, self.model)
             adapter.steps = 0
 
-    @torch.inference_mode(False)
+    @default_modes()
     def copy(self, source: str, target: str) -> None:
         """Add an independent copy of an adapter under another name. The copy is not active."""
         adapter = self._adapter(source)
@@ -553,7 +554,7 @@ class Adapters:
         with self._gathered([adapter] if source is None else []):
             return adapter_tensors(adapter, default_registry.method_of(adapter.config), source)[1]
 
-    @torch.inference_mode(False)
+    @default_modes()
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Copy tensors into an existing adapter. One that was made on the meta device gets initial values for the rest.
 
@@ -636,7 +637,7 @@ class Adapters:
         self._warn_if_changed(name)
         return training_state(adapter, self.model, sharded=sharded)
 
-    @torch.inference_mode(False)
+    @default_modes()
     def load_training_state(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Copy what `training_state` gave into an adapter of the same config on the same model.
 
@@ -654,7 +655,7 @@ class Adapters:
             load_training_state(adapter, self.model, state)
 
     @usage("adapters.load('out/mood'), or adapters.load('out/mood', 'name')")
-    @torch.inference_mode(False)
+    @default_modes()
     def load(  # noqa: PLR0913 - the last four are the hub's
         self,
         source: str | Path,
@@ -701,7 +702,7 @@ class Adapters:
         return dataclasses.replace(report, adapter=adapter.status(active=name in self.active, merged=False))
 
     @usage("adapters.swap('mood', 'out/mood')")
-    @torch.inference_mode(False)
+    @default_modes()
     def swap(
         self,
         name: str,
@@ -910,7 +911,7 @@ class Adapters:
     # Combining
 
     @usage("adapters.combine('both', {'mood': 0.7, 'topic': 0.3})")
-    @torch.inference_mode(False)
+    @default_modes()
     def combine(  # noqa: PLR0913 - three independent choices and what they need
         self,
         name: str,
@@ -1148,7 +1149,7 @@ def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:
 
 
 @usage()
-@torch.inference_mode(False)
+@default_modes()
 @torch.no_grad()
 def extract(  # noqa: PLR0913 - two models, a size, and the selection fields
     base: nn.Module,

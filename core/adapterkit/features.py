@@ -181,7 +181,7 @@ def _pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling | None, number: 
         raise UnsupportedError(f"Hidden states of shape {tuple(hidden.shape)} are not a sequence that can be pooled.")
     hidden = working(hidden)
     if mask is None:
-        mask = torch.ones(hidden.shape[:2])
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
     elif mask.shape != hidden.shape[:2]:
         raise UnsupportedError(
             f"Batch {number}: the mask has shape {tuple(mask.shape)}, but the hidden states have shape "

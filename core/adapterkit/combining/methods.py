@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -115,10 +114,10 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], combiner: 
             "Use space='delta' or space='core'."
         )
     scaled = [w * float(f.scale) for f, w in zip(sources, weights, strict=True)]
-    sizes = torch.tensor([math.sqrt(abs(x)) for x in scaled], dtype=torch.float64)
-    signs = torch.tensor([1.0 if x >= 0 else -1.0 for x in scaled], dtype=torch.float64)
-    down = combiner.function(torch.stack([f.down for f in sources]), sizes * signs, options)
-    return Factors(combiner.function(torch.stack([f.up for f in sources]), sizes, options), down)
+    ups, downs = (torch.stack(found) for found in zip(*((f.up, f.down) for f in sources), strict=True))
+    both = torch.tensor(scaled, dtype=torch.float64, device=ups.device)
+    down = combiner.function(downs, both.abs().sqrt() * both.sign(), options)
+    return Factors(combiner.function(ups, both.abs().sqrt(), options), down)
 
 
 def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -322,7 +322,7 @@ class Format:
             rank = self.rank(held)
             alpha = _scaling(config.at(path), rank) * rank
             named = {there[local]: tensor for local, tensor in self.written(held, kinds[path]).items()}
-            found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32)}
+            found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32, device="cpu")}
         return ForeignFile(found)
 
     def written(self, tensors: Tensors, kind: LayerKind) -> Tensors:

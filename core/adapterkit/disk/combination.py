@@ -20,9 +20,11 @@ from adapterkit.files import FactorSpool, short_names
 from adapterkit.kinds import LayerKind
 from adapterkit.model import BaseModules
 from adapterkit.results import CombineReport
+from adapterkit.tensors import default_modes
 
 
 @usage()
+@default_modes()
 def combine_files(  # noqa: PLR0913 - those of Adapters.combine, and what files need
     sources: Mapping[str | Path, float],
     out: str | Path,

@@ -35,6 +35,7 @@ from adapterkit.files import (
 from adapterkit.formats import MLX_WEIGHTS, layers_of, mlx_files, original_names
 from adapterkit.model import BaseModules, layer_tensors, named_modules
 from adapterkit.results import CombineReport
+from adapterkit.tensors import default_modes
 
 Naming = Literal["peft", "kohya", "comfyui", "lycoris", "diffusers", "mlx"]
 # The name of a part of a pipeline by default, and the names that it may have.
@@ -47,6 +48,7 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 @usage()
+@default_modes()
 def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from and to
     source: str | Path,
     out: str | Path,

@@ -22,6 +22,7 @@ from adapterkit.errors import UsageError, usage
 from adapterkit.files import adapter_folder
 from adapterkit.kinds import Factors
 from adapterkit.results import Printed, brief, in_lines
+from adapterkit.tensors import default_modes
 
 # Fields that name modules: PEFT writes its sets in any order.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -170,6 +171,7 @@ def _first(lines: Iterable[str], count: int, what: str) -> Iterator[str]:
 
 
 @usage()
+@default_modes()
 @torch.no_grad()
 def diff_adapters(
     a: str | Path,
@@ -243,7 +245,7 @@ def _distance(f: Factors, g: Factors, larger: float) -> float:
     dtype = torch.promote_types(f.up.dtype, g.up.dtype)
     up, down = torch.cat([f.up.to(dtype), -g.up.to(dtype)], dim=1), torch.cat([f.down.to(dtype), g.down.to(dtype)])
     apart = measures.norm(Factors(up, down)) / larger if larger else 0.0
-    zero = torch.zeros(f.up.shape[0])
+    zero = torch.zeros(f.up.shape[0], device="cpu")
     return max(apart, _relative(zero if f.bias is None else f.bias, zero if g.bias is None else g.bias))
 
 

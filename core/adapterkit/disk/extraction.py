@@ -19,9 +19,11 @@ from adapterkit.errors import ConfigError, usage
 from adapterkit.files import EVERYWHERE, FactorSpool, model_folder, short_names
 from adapterkit.model import BaseModules, Match, copy_head, select, task_type
 from adapterkit.results import CombineReport
+from adapterkit.tensors import default_modes
 
 
 @usage()
+@default_modes()
 @torch.no_grad()
 def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     base: str | Path,

@@ -22,6 +22,7 @@ from adapterkit.errors import StateError, UsageError, usage
 from adapterkit.files import WEIGHTS_FILES
 from adapterkit.model import LabelSet
 from adapterkit.results import NUMBER, Printed, brief, columns, counted, in_groups, in_lines, listed, merged_paths, span
+from adapterkit.tensors import default_modes
 
 Shape = tuple[int, ...]
 # Fields of a config that its line leaves out: they have a line of their own, or say nothing.
@@ -115,6 +116,7 @@ class AdapterInspection(Printed):
 
 
 @usage()
+@default_modes()
 @torch.no_grad()
 def inspect_adapter(
     source: str | Path,

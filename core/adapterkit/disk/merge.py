@@ -25,6 +25,7 @@ from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
 from adapterkit.results import Printed, counted, in_lines
+from adapterkit.tensors import default_modes
 
 Sources = Mapping[str | Path, float] | Sequence[str | Path] | str | Path
 
@@ -74,6 +75,7 @@ class MergeReport(Printed):
 
 
 @usage()
+@default_modes()
 def merge_checkpoint(  # noqa: PLR0913 - what is merged, how, and where it goes
     base: str | Path,
     adapters: Sources,

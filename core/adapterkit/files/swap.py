@@ -131,7 +131,8 @@ def _resized(path: str, own: Factors, change: Factors | None) -> Factors:
 
 def _differ(made: Factors, wanted: Factors) -> bool:
     """Whether two changes of one scaling differ in their products with one vector. Of NaN nothing is known."""
-    vector = torch.randn(wanted.down.shape[1], generator=torch.Generator().manual_seed(0)).to(wanted.down)
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(wanted.down.shape[1], generator=generator, device="cpu").to(wanted.down)
     found, expected = (f.up @ (f.down.to(vector) @ vector) for f in (made, wanted))
     return bool(((found - expected).abs() > 2e-3 * expected.abs().max()).any())
 

@@ -207,7 +207,7 @@ def read_entry(entry: Entry, file: Any) -> Tensor:
     Raises:
         CheckpointError: the file has become shorter, or the dtype is not one of torch's.
     """
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     file.seek(entry.start)
     if file.readinto(as_bytes(raw)) < entry.nbytes:
         raise CheckpointError(f"{entry.file} was cut off while it was read.")
@@ -227,7 +227,7 @@ class Pages:
         """The bytes from `start` as a tensor; a copy only where they do not lie as the dtype needs."""
         size = dtype.itemsize * math.prod(shape)
         if not size:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         raw = torch.frombuffer(self._map, dtype=torch.uint8, offset=start, count=size)
         return (raw.clone() if start % dtype.itemsize else raw).view(dtype).view(shape)
 

@@ -198,7 +198,7 @@ def _without_config(files: AdapterFiles, fields: Mapping[str, Any]) -> AdapterFi
     tensors = dict(files.tensors)
     for path in method.layers_in_file(shapes_of(files.tensors), config):
         own: Any = config.at(path)
-        tensors.setdefault(f"{path}.alpha", torch.tensor(float(own.scaling * own.r)))
+        tensors.setdefault(f"{path}.alpha", torch.tensor(float(own.scaling * own.r), device="cpu"))
     return dataclasses.replace(files, config=None, tensors=tensors)
 
 

@@ -15,6 +15,7 @@ from adapterkit.kinds import AddTile, LayerKind, tiles
 from adapterkit.merging.obstacles import is_writable, obstacle
 from adapterkit.merging.places import Place, overlaps, own, put_copy
 from adapterkit.model import Adapter, BaseModules
+from adapterkit.tensors import without_autocast
 
 # Rank of exact factors up to which multiplying by them is faster than building the change.
 THIN = 25
@@ -230,6 +231,7 @@ def merge_module(change: Change, *, safe: bool = False) -> None:
         check_finite(change, *change.touched.values())
 
 
+@without_autocast()
 def merged_values(change: Change, *, in_place: bool = False) -> tuple[Tensor, Tensor | None]:
     """The merged weight `(out, in)` and bias in float32, or float64 for float64.
 

@@ -111,9 +111,9 @@ def _agrees(layer: Any, kind: LayerKind, forward: Callable[..., Any], *, whole: 
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        found = torch.randint(1, 4, shape, generator=generator).to(torch.float32)
+        found = torch.randint(1, 4, shape, generator=generator, device="cpu").to(torch.float32)
         if not whole:
-            found = (found % 2 * 2 - 1) * 10.0 ** -torch.rand(shape, generator=generator).mul_(4)
+            found = (found % 2 * 2 - 1) * 10.0 ** -torch.rand(shape, generator=generator, device="cpu").mul_(4)
         return found.to(device)
 
     rows = 4 if kind.lookup else weight.shape[0]

@@ -104,7 +104,7 @@ def _share(one: Span, two: Span) -> bool:
     if all(span.tensor.nbytes == span.end - span.start for span in spans):
         return True
     first, size = min(one.start, two.start), tensors[0].itemsize
-    taken = torch.zeros((max(one.end, two.end) - first) // size, dtype=torch.bool)
+    taken = torch.zeros((max(one.end, two.end) - first) // size, dtype=torch.bool, device="cpu")
     views = [taken.as_strided(s.tensor.shape, s.tensor.stride(), (s.start - first) // size) for s in spans]
     views[0].fill_(True)
     return bool(views[1].any())

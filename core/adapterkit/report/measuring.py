@@ -16,6 +16,7 @@ from adapterkit.combining import check_values, measures, rank_for_energy, svd, w
 from adapterkit.contract import AdapterConfig
 from adapterkit.errors import StateError
 from adapterkit.kinds import Factors, numerical_rank
+from adapterkit.tensors import default_modes
 
 # Subspaces are compared by the leading directions with this share of the energy. The other directions, without which
 # a change would lose 32 % of its norm, are often a remainder of the random initial values.
@@ -174,6 +175,7 @@ class _Change(NamedTuple):
         return float(torch.linalg.vector_norm(left @ (self.vh.to(v.dtype) @ v)))
 
 
+@default_modes()
 @torch.no_grad()
 def measure(adapters: Sequence[AdapterFinding]) -> Findings:
     """Measure every adapter and every pair of them. One layer of all adapters is in memory at a time.
@@ -258,7 +260,7 @@ def opposed_signs(f: Factors, g: Factors, most: int = MOST_ENTRIES) -> float:
     If the layer has more than `most` entries, `most // in` of its rows are drawn by a fixed seed.
     """
     out, inside = f.up.shape[0], f.down.shape[1]
-    rows = torch.randperm(out, generator=torch.Generator().manual_seed(0))[: max(1, most // inside)]
+    rows = torch.randperm(out, generator=torch.Generator().manual_seed(0), device="cpu")[: max(1, most // inside)]
     a, b = (working(change.up)[rows.to(change.up.device)] @ working(change.down) for change in (f, g))
     return float((a * b.to(a).sign() < 0).double().mean())  # a product of two small numbers may be zero
 

@@ -1,7 +1,7 @@
 """Tensors that are not simply in this process's memory: sharded, offloaded, held by a graph.
 
-In: a model's parameters and buffers. Out: their whole values, whether and how they can be written to, and random
-numbers to begin with.
+In: a model's parameters and buffers. Out: their whole values, whether and how they can be written to, random numbers to
+begin with, and torch's default modes.
 Uses: errors.
 """
 
@@ -29,3 +29,4 @@ from adapterkit.tensors.distributed import (
 from adapterkit.tensors.interrupts import uninterrupted
 from adapterkit.tensors.offload import execution_device, hook_objects, is_hooked, real_value, remove_hooks
 from adapterkit.tensors.seeds import new_seed, seeded
+from adapterkit.tensors.settings import default_modes, without_autocast
