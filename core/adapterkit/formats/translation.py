@@ -105,7 +105,8 @@ def translate(
         method, config, read = recognise(own, known, files.metadata, files.folder)
         found = {path: known[path] for path in layer_tensors(read, method.key_rule(config), known)}
     else:
-        method, config = default_registry.read_config({**files.config, _TIED: False}, files.folder)
+        fields = {**files.config, _TIED: False} if _TIED in files.config else files.config
+        method, config = default_registry.read_config(fields, files.folder)
         known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
         config = _of_these_layers(config, method.key_rule(config), files, modules, known, moved)
         config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
