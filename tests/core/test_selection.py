@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tests.models import EmbeddingNet, build
 from torch import nn
@@ -382,3 +383,23 @@ def test_model_with_adapters_of_peft_is_refused(targets: Any) -> None:
         with pytest.raises(ak.SelectionError, match=r"adapters of PEFT, such as at '.*q_proj'\. Take them off first: "):
             ak.attach(theirs).add("a", LoraConfig(target_modules=targets))
     assert ak.attach(wrapped.unload()).add("a", LoraConfig(target_modules=targets)).targets
+
+
+def test_all_linear_tells_that_it_leaves_out_the_experts_of_a_mixture() -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=8,
+        num_key_value_heads=1,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    report = ak.attach(model).add("a", ak.LoraConfig(r=2, target_modules="all-linear"))
+    (note,) = report.notes
+    assert "'all-linear' leaves out 2 modules with stacked matrices" in note
+    assert "'model.layers.0.mlp.experts', a Qwen3MoeExperts" in note
+    assert not ak.attach(model).add("b", ak.LoraConfig(r=2, target_modules=["q_proj"])).notes

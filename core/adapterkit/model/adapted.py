@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
-from adapterkit.contract import SHARED, AdapterConfig, part_name
+from adapterkit.contract import SHARED, AdapterConfig, default_registry, part_name
 from adapterkit.errors import ConfigError, StateError, UsageError
 from adapterkit.forward import (
     Active,
@@ -25,7 +25,9 @@ from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, t
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
 from adapterkit.model.optimizing import remind
+from adapterkit.model.selection import ALL_LINEAR
 from adapterkit.model.vocabulary import resized_tables
+from adapterkit.results import counted
 from adapterkit.rows import Entries
 from adapterkit.tensors import check_averaged, gradients, is_hooked, reshard, size_of, uninterrupted
 
@@ -420,4 +422,24 @@ class AdaptedModel:
                 "These are the base's and are not saved with the adapter: keep the batch norms in eval mode, or name "
                 "them in modules_to_save."
             )
+        stacks = _stacked_matrices(modules) if adapter.config.target_modules == ALL_LINEAR else {}
+        share = size_of(p for module in stacks.values() for p in module._parameters.values() if p is not None)
+        base = size_of({p for _, p in base_parameters(self.model)}) if stacks else 0
+        if share > 0.05 * base:
+            path, first = next(iter(stacks.items()))
+            notes.append(
+                f"{ALL_LINEAR!r} leaves out {counted(len(stacks), 'module')} with stacked matrices, such as the experts of a "
+                f"mixture, {share / base:.0%} of the base: no layer kind adapts them. The first is {path!r}, a "
+                f"{type(first).__name__}"
+            )
         return notes
+
+
+def _stacked_matrices(modules: BaseModules) -> dict[str, nn.Module]:
+    """The modules by path whose parameters hold several matrices each, and that no layer kind knows."""
+    return {
+        paths[0]: module
+        for module, paths in modules.paths_of.items()
+        if any(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values())
+        and default_registry.kind_of(module) is None
+    }
