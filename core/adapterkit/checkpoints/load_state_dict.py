@@ -14,7 +14,7 @@ from adapterkit.checkpoints.setting import check_setting, decoded, encoded, sett
 from adapterkit.contract import ATTRIBUTE, CONTAINERS, SHARED
 from adapterkit.errors import CheckpointError, warn
 from adapterkit.files import file_places
-from adapterkit.model import BaseModules, resized_keys
+from adapterkit.model import BaseModules, base_parameters, resized_keys
 from adapterkit.tensors import has_fsdp1, is_sharded, shape_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class StateDictHooks:
             return
         text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names, configs=True)
         self._given_before.add(short_hash(text))
-        sharded = has_fsdp1(self.root) or any(map(is_sharded, self.root.parameters()))
+        sharded = has_fsdp1(self.root) or any(is_sharded(p) for _, p in base_parameters(self.root))
         tool = _saver()
         by_trainer = tool == "transformers" and self.by_trainer and "save_pretrained" not in self.root.__dict__
         if sharded or by_trainer or tool == "accelerate":

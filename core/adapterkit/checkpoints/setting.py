@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, default_registry
 from adapterkit.errors import AdapterError, CheckpointError, warn
@@ -104,18 +104,12 @@ def _compare(adapters: Adapters, then: Any, where: object, *, base: bool) -> Non
 
 
 def _warn_of_base(then: Mapping[str, str], now: Mapping[str, str], where: object) -> None:
-    """Warn if the same layers, or the same frozen parameters, have other values than then."""
-    pairs = [
-        (then[values], now[values])
-        for names, values in (("layers", "values"), ("frozen", "rest"))
-        if then.get(names) == now[names] and then[values] and now[values]
-    ]
-    if pairs and then["layers"] == now["layers"] and then["dtypes"] != now["dtypes"]:
-        what = f"whose weights are {then['dtypes']}, and here they are {now['dtypes']}"
-    elif any(one != other for one, other in pairs):
-        what = "with other weights than this one has"
-    else:
+    """Warn if the same frozen parameters have other values than then."""
+    if then["names"] != now["names"] or not (then["values"] and now["values"]) or then["values"] == now["values"]:
         return
+    what = "with other weights than this one has"
+    if then["dtypes"] != now["dtypes"]:
+        what = f"whose weights are {then['dtypes']}, and here they are {now['dtypes']}"
     warn(f"{where} is of a training on a base {what}. The adapters go on from there, with other numbers.")
 
 
@@ -174,17 +168,27 @@ def _in_file(adapters: Adapters, name: str) -> str:
 
 def sample(tensors: Mapping[str, Tensor]) -> str:
     """A short digest of the first numbers of each tensor, which tells two states of a training apart."""
-    first = {key: t[(0,) * (t.dim() - 1)][:16] if t.numel() and t.dim() else t for key, t in tensors.items()}
-    return digest(first)[:16]
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        count = min(16, *tensor.shape[-1:], tensor.numel())
+        first = tensor.as_strided((count,), (tensor.stride(-1) if tensor.dim() else 1,))
+        together.setdefault((tensor.device, tensor.dtype), []).append(first)
+    shapes = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
+    # One copy from each device: a copy for each tensor would take longer than everything else in a state dict.
+    read = {str(dtype): torch.cat(first) for (_, dtype), first in together.items()}
+    return short_hash(digest(read) + repr(shapes))
 
 
 def _parameters(adapters: Adapters, name: str, *, dtypes: bool) -> dict[str, str]:
     """Which of an adapter's parameters are frozen, and their dtypes, in words and as a digest."""
-    parameters = dict(adapters._adapters[name].named_parameters())
-    frozen = [key for key, p in parameters.items() if not p.requires_grad]
+    adapter = adapters._adapters[name]
+    parameters = adapter.parameters()
+    every = all(p.requires_grad for p in parameters)  # as nearly always: names take longer
+    frozen = [] if every else [key for key, p in adapter.named_parameters() if not p.requires_grad]
     shown = f"{len(frozen) or 'none'} of its parameters frozen" + (f" (such as {frozen[0]!r})" if frozen else "")
     if dtypes:
-        shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters.values()}))}"
+        shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters}))}"
     return {"shown": shown, "digest": short_hash(repr(frozen))}
 
 
@@ -194,34 +198,27 @@ def short_hash(text: str) -> str:
 
 
 def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
-    """What the adapters that train are trained on: their layers, the dtypes of these, and a little of each weight.
+    """What the adapters are trained on: the dtypes of the base's frozen parameters, and a little of each one's values.
 
-    Nothing of a weight that is sharded, offloaded or trained itself, or that an adapter has its own copy of. Merged
+    Parameters that are sharded or offloaded are left out, and those that an adapter has its own copy of. Merged
     adapters are seen in the weights.
     """
     own = [adapters._adapters[name] for name in (*trains, *adapters.merged)]
-    found = {path: host._parameters.get("weight") for each in own for path, host in each.hosts.items()}
-    weights = {path: weight.detach() for path, weight in found.items() if weight is not None}
-    trained = any(weight is not None and weight.requires_grad for weight in found.values())
     heads = tuple(f"{path}." for each in own for path in each.heads)
-    others = ((key, p) for key, p in base_parameters(adapters.model) if not (p.requires_grad or key.startswith(heads)))
-    rest = {key: parameter.detach() for key, parameter in others}
-    return {
-        "layers": short_hash(repr([*weights])),
-        "dtypes": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
-        "values": "" if trained else _sample_of_all(adapters, weights),
-        "frozen": short_hash(repr([*rest])),
-        "rest": _sample_of_all(adapters, rest),
-    }
-
-
-def _sample_of_all(adapters: Adapters, tensors: Mapping[str, Tensor]) -> str:
-    """A sample of these tensors of the base; empty: some have no numbers, or not all, in this process's memory."""
-    there = not any(t.is_meta or not t.numel() or type(t) is not Tensor for t in tensors.values())
+    base = base_parameters(adapters.model)
+    frozen = {key: p.detach() for key, p in base if not p.requires_grad and _has_values(p) and not key.startswith(heads)}
     try:
-        return sample(tensors) if there and not has_fsdp1(adapters.model) else ""
-    except RuntimeError:  # sparse tensors, mkldnn's, conjugate views; every tensor inside a transform of torch.func
-        return ""
+        values = "" if has_fsdp1(adapters.model) else sample(frozen)
+    except RuntimeError:  # inside a transform of torch.func no tensor gives its numbers
+        values = ""
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in frozen.values()})
+    return {"names": short_hash(repr([*frozen])), "dtypes": ", ".join(dtypes), "values": values}
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    """Whether a parameter of the base is a plain tensor in this process's memory."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.layout is torch.strided
+    return plain and not parameter.is_conj()
 
 
 def _acts(found: Mapping[str, Any], part: str) -> list[Any]:

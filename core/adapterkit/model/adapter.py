@@ -107,8 +107,10 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter, once."""
-        held = (p for module in self.modules() for p in module._parameters.values() if p is not None)
-        return list({id(p): p for p in held}.values())
+        return list({id(p): p for p in self._parameters()}.values())
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for module in self.modules() for p in module._parameters.values() if p is not None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(<path>.<local>, parameter)` of every parameter; the name of a shared one has no path."""
@@ -282,7 +284,7 @@ class Adapter:
 
     def trains(self) -> bool:
         """Whether any parameter requires a gradient."""
-        return any(p.requires_grad for p in self.parameters())
+        return any(p.requires_grad for p in self._parameters())
 
     def may_train(self) -> bool:
         """`trains()` by the first and the last part alone, so that the cost does not depend on the number of layers.
