@@ -18,4 +18,4 @@ from adapterkit.checkpoints.training_files import (
     save_state,
     save_training,
 )
-from adapterkit.checkpoints.training_state import load_training_state, training_state
+from adapterkit.checkpoints.training_state import compact, load_training_state, training_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.setting import check_setting, decoded, digest, other_config, sample, setting
-from adapterkit.checkpoints.training_state import CONFIG
-from adapterkit.contract import FILE_PREFIX, SHARED, default_registry
-from adapterkit.door import json_object
+from adapterkit.checkpoints.setting import check_setting, decoded, other_config, sample, setting
+from adapterkit.checkpoints.training_state import CONFIG, compact, expanded
+from adapterkit.contract import FILE_PREFIX, default_registry
 from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.files import WEIGHTS_FILE, appearing, match_adapter, read_header, read_tensors, standing, write_tensors
-from adapterkit.model import BaseModules, initial_shared, resized_tables
+from adapterkit.model import BaseModules, resized_tables
 from adapterkit.results import LoadReport
 from adapterkit.tensors import in_first_process, process_groups
 
@@ -29,9 +27,8 @@ STATE_FILE = "adapter_state.safetensors"
 BASE_FILE = "base_state.safetensors"
 # In the metadata of STATE_FILE: the adapter's name, how many tensors the whole state has, and how all adapters acted.
 _NAME, _COUNT, _SETTING = "adapterkit.adapter", "adapterkit.tensors", "adapterkit.setting"
-# There, too: the digests of tensors that follow from the config (VeRA's projections), which are made again; and a
-# sample of the adapter's file beside.
-_MADE, _BESIDE = "adapterkit.made_again", "adapterkit.beside"
+# There, too: a sample of the adapter's file beside.
+_BESIDE = "adapterkit.beside"
 
 
 def save_state(adapters: Adapters, name: str, folder: Path, held: Collection[str] | None = None) -> None:
@@ -46,11 +43,9 @@ def save_state(adapters: Adapters, name: str, folder: Path, held: Collection[str
     def write() -> None:
         tensors = _file_beside(folder)
         held, _ = _given_back(adapters, name, tensors)
-        rest = {key: tensor for key, tensor in state.items() if not _same(tensor, held.get(key))}
-        made = initial_shared(adapter, adapters.model) if any(key.startswith(f"{SHARED}.") for key in rest) else {}
-        digests = {key: digest({key: rest.pop(key)}) for key in made if key in rest and _same(rest[key], made[key])}
-        metadata = {_NAME: name, _COUNT: str(len(state)), _BESIDE: sample(tensors)}
-        metadata |= {_MADE: json.dumps(digests), _SETTING: acted}
+        short = compact(adapter, adapters.model, state)
+        rest = {key: tensor for key, tensor in short.items() if not _same(tensor, held.get(key))}
+        metadata = {_NAME: name, _COUNT: str(len(state)), _BESIDE: sample(tensors), _SETTING: acted}
         with appearing(folder / STATE_FILE) as fresh:
             write_tensors(rest, fresh, {"format": "pt", **metadata})
 
@@ -195,16 +190,12 @@ def _whole_state(adapters: Adapters, name: str, file: Path) -> dict[str, Tensor]
     adapter, folder, (rest, metadata) = adapters._adapters[name], file.parent, read_tensors(file)
     tensors = _file_beside(folder)
     held, report = _given_back(adapters, name, tensors)
-    digests = json_object(metadata.get(_MADE, "{}"), f"{file}: {_MADE}")
-    made = initial_shared(adapter, adapters.model) if digests else {}
-    state = {**held, **{key: made[key] for key in digests if key in made}, **rest}
+    state = expanded(adapter, adapters.model, {**held, **rest})
     other = other_config(decoded(rest[CONFIG]), adapter.config) if CONFIG in rest else ""
     faults = [other] if other else []
     if str(len(state)) != metadata.get(_COUNT):  # AdaLoRA's file has other shapes, and the state has all of it
         faults += map(str, report.mismatched)
         faults.append(f"it holds {metadata.get(_COUNT)} tensors, and {len(state)} of them have a place here")
-    other_keys = [key for key, each in digests.items() if key in made and digest({key: made[key]}) != each]
-    faults += [f"{key} was another" for key in other_keys]
     if faults:
         raise CheckpointError(
             f"{folder} was saved with another config than adapter {name!r} has on this model: {faults[0]}. Add the "

@@ -6,21 +6,24 @@ out, AdaLoRA its averages and the directions that are switched off.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapterkit.checkpoints.setting import decoded, encoded, method_fields, other_config
-from adapterkit.contract import AdapterLayer, Shared, default_registry
+from adapterkit.checkpoints.setting import decoded, digest, encoded, method_fields, other_config
+from adapterkit.contract import SHARED, AdapterLayer, Shared, default_registry
+from adapterkit.door import json_object
 from adapterkit.errors import CheckpointError, StateError
 from adapterkit.files import check_tensors
-from adapterkit.model import Adapter, BaseModules, resized_tables, tables
+from adapterkit.model import Adapter, BaseModules, initial_shared, resized_tables, tables
 from adapterkit.tensors import Slot, gathered, real_value, shape_of
 
-# The keys of the number of `Adapters.step`s, and of the config as bytes of JSON. All other keys have a dot.
-STEPS, CONFIG = "steps", "config"
+# The keys of the number of `Adapters.step`s, of the config, and of the digests of tensors that a compact state leaves
+# out, both as bytes of JSON. All other keys have a dot.
+STEPS, CONFIG, MADE = "steps", "config", "made_again"
 
 
 def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict[str, Tensor]:
@@ -43,13 +46,45 @@ def training_state(adapter: Adapter, model: nn.Module, *, sharded: bool) -> dict
     return {**state, STEPS: torch.tensor(adapter.steps, device="cpu"), CONFIG: encoded(method_fields(adapter.config))}
 
 
+def compact(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A training state with digests in place of the tensors that the config gives again, such as VeRA's projections."""
+    shared = any(key.startswith(f"{SHARED}.") for key in state)
+    made = initial_shared(adapter, model) if shared else {}
+    digests = {key: digest({"": tensor}) for key, tensor in made.items() if key in state}
+    digests = {key: each for key, each in digests.items() if digest({"": state[key]}) == each}
+    rest = {key: tensor for key, tensor in state.items() if key not in digests}
+    return {**rest, MADE: encoded(json.dumps(digests))} if digests else rest
+
+
+def expanded(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole training state of one that `compact` gave.
+
+    Raises:
+        CheckpointError: this adapter's config gives other tensors.
+    """
+    if MADE not in state:
+        return dict(state)
+    digests = json_object(decoded(state[MADE]), f"The training state: {MADE}")
+    made = initial_shared(adapter, model)
+    wrong = [key for key, each in digests.items() if key not in made or digest({"": made[key]}) != each]
+    if wrong:
+        other = other_config(decoded(state[CONFIG]), adapter.config) if CONFIG in state else ""
+        raise CheckpointError(
+            f"The training state does not fit adapter {adapter.name!r} on this model: {other or f'{wrong[0]} differs'}."
+            " Add the adapter with the config and the dtype that were saved."
+        )
+    rest = {key: tensor for key, tensor in state.items() if key != MADE}
+    return {**rest, **{key: made[key] for key in digests}}
+
+
 def load_training_state(adapter: Adapter, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a training state into an adapter, all or nothing.
+    """Copy a training state, compact or not, into an adapter, all or nothing.
 
     Raises:
         CheckpointError: it does not fit.
     """
     check_tensors(state)
+    state = expanded(adapter, model, state)
     modules = BaseModules(model)
     # Whether a vocabulary was resized is judged by the base's config, which another machine may lack.
     resized = resized_tables(modules)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from adapterkit.checkpoints import check_setting, restore, setting
+from adapterkit.checkpoints import check_setting, compact, restore, setting
 from adapterkit.contract import part_name
 from adapterkit.errors import CheckpointError
 from adapterkit.integrations.models import adapters_in
@@ -49,6 +49,7 @@ class TrainingState(Stateful):
         for name in self._held:
             sharded = not self._whole and any(isinstance(p, DTensor) for p in self._adapters.parameters(name))
             state = self._adapters.training_state(name, sharded=sharded)
+            state = compact(self._adapters._adapters[name], self._adapters.model, state)
             # Copies: torch.distributed.checkpoint reads into these tensors, and that may break off.
             found |= {f"{part_name(name)}.{key}": tensor.clone() for key, tensor in state.items()}
         return {_SETTING: setting(self._adapters, held=self._held), **found}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapterkit.adapters import Adapters, penalty
-from adapterkit.checkpoints import check_setting, setting
+from adapterkit.checkpoints import check_setting, compact, setting
 from adapterkit.contract import ATTRIBUTE
 from adapterkit.errors import AdapterWarning, CheckpointError, ConfigError
 from adapterkit.integrations.models import adapted_models
@@ -87,10 +87,10 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
             for key in _frozen(adapters):
                 state.pop(path + key, None)
             held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values() if isinstance(tensor, Tensor)}
-            states[path] = {
-                name: {k: t for k, t in adapters.training_state(name).items() if (t.data_ptr(), t.shape) not in held}
-                for name in adapters.names
-            }
+            states[path] = {}
+            for name in adapters.names:
+                whole = compact(adapters._adapters[name], adapters.model, adapters.training_state(name))
+                states[path][name] = {k: t for k, t in whole.items() if (t.data_ptr(), t.shape) not in held}
 
         own = _random_states()
         every: list[Any] = [own]
