@@ -27,11 +27,9 @@ _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 SETTING = "adapterkit.setting"
 # The block of `encoded` that holds most settings, so that the tensor seldom changes its shape.
 _LENGTH = 4096
-# The module and the name of functions that write a training and keep only tensors of a state dict, and their tool.
-_SAVERS: dict[tuple[Any, str], str] = {
-    ("accelerate.accelerator", "save_state"): "accelerate",
-    ("transformers.trainer", "_save_checkpoint"): "transformers",
-}
+# The functions, by module and name, that write a training and keep only the tensors of a state dict.
+_SAVERS = {("accelerate.accelerator", "save_state"), ("transformers.trainer", "_save_checkpoint")}
+_DCP = "torch.distributed.checkpoint"
 
 
 class _Digests(set[str]):
@@ -45,17 +43,15 @@ class StateDictHooks:
     """Hooks on the model's `state_dict` and `load_state_dict`, through which tools save and restore a training.
 
     While adapters train, a state dict says how they act and what their configs are, so that a training resumes with the
-    same. `torch.save` keeps that in the state dict's metadata. Sharded models, and tools that write a training and keep
-    only tensors, get a tensor with the key ATTRIBUTE: torch's functions for distributed checkpoints look every key up
-    in the model, which has this attribute. Any other state dict has the keys that others expect.
+    same. `torch.save` keeps that in the state dict's metadata. Sharded models, and tools that keep only tensors, get a
+    tensor with the key ATTRIBUTE: torch's functions for distributed checkpoints look every key up in the model, which
+    has this attribute. Any other state dict has the keys that others expect.
 
     Attributes:
         asks_for_all: whether the next state dict must restore every adapter that trains. `PeftView` asks for none.
-        by_trainer: whether `Trainer` alone saves the model, without `AdapterTrainerMixin`, which needs no such tensor.
     """
 
     asks_for_all = True
-    by_trainer = True
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -82,12 +78,10 @@ class StateDictHooks:
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
         if self._loads or not _trains(adapters):
             return
-        text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names, configs=True)
+        text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names)
         self._given_before.add(short_hash(text))
         sharded = has_fsdp1(self.root) or any(is_sharded(p) for _, p in base_parameters(self.root))
-        tool = _saver()
-        by_trainer = tool == "transformers" and self.by_trainer and "save_pretrained" not in self.root.__dict__
-        if sharded or by_trainer or tool == "accelerate":
+        if sharded or _keeps_tensors_alone():
             state[prefix + ATTRIBUTE] = encoded(text, _LENGTH).float()  # averages of state dicts are of floats
 
     def _before(
@@ -192,15 +186,15 @@ def _trains(adapters: Adapters) -> bool:
     return bool(adapters.active and adapters.trainable)
 
 
-def _saver() -> str | None:
-    """The tool that writes a training in this thread now."""
+def _keeps_tensors_alone() -> bool:
+    """Whether a tool that keeps only the tensors of a state dict writes or reads a training in this thread now."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        tool = _SAVERS.get((frame.f_globals.get("__name__"), frame.f_code.co_name))
-        if tool:
-            return tool
-    return None
+        module = str(frame.f_globals.get("__name__"))
+        if (module, frame.f_code.co_name) in _SAVERS or module.startswith(_DCP):
+            return True
+    return False
 
 
 def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:

@@ -296,7 +296,7 @@ class Saver:
 
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         ours = resized_keys(BaseModules(self.module)).union(*map(self._keys, inside))
-        text = setting(self.adapters, held=self.adapters.names, configs=True)
+        text = setting(self.adapters, held=self.adapters.names)
         acted = {} if self.path else {SETTING: encoded(text)}  # only the whole model's `load_state_dict` knows it
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}

@@ -27,23 +27,27 @@ if TYPE_CHECKING:
 _BLOCK = 256
 
 
-def setting(adapters: Adapters, held: Collection[str], *, configs: bool = False) -> str:
+def setting(adapters: Adapters, held: Collection[str]) -> str:
     """How the adapters act and train now, as JSON for `check_setting`.
 
     Args:
         held: the adapters whose values the checkpoint holds. The values of others that act are in it as a digest.
-        configs: include configs of `held` and dtypes, for checkpoints that hold no training state, which has them.
     """
     trains = adapters.trainable
     acting = [
         {"name": name, "strength": strength, "values": None if name in held else _in_file(adapters, name)}
         for name, strength in adapters.strengths.items()
     ]
-    fields = {name: method_fields(adapters.config(name)) for name in held if configs}
-    found: dict[str, Any] = {"trains": trains, "acting": acting, "heads": adapters._active.state.heads}
-    parameters = {name: _parameters(adapters, name, dtypes=configs) for name in trains}
-    found |= {"merged": adapters.merged, "parameters": parameters}
-    return json.dumps({**found, "configs": fields, "base": _base(adapters, trains)})
+    found = {
+        "trains": trains,
+        "acting": acting,
+        "heads": adapters._active.state.heads,
+        "merged": adapters.merged,
+        "parameters": {name: _parameters(adapters, name) for name in trains},
+        "configs": {name: method_fields(adapters.config(name)) for name in held},
+        "base": _base(adapters, trains),
+    }
+    return json.dumps(found)
 
 
 def check_setting(adapters: Adapters, saved: str, where: object, *, base: bool = True) -> None:
@@ -77,19 +81,19 @@ def _compare(adapters: Adapters, then: Any, where: object, *, base: bool) -> Non
                 f"{where} does not fit adapter {name!r}: {other}. Before you resume, add the adapter with the config "
                 "that was saved."
             )
-    now = json.loads(setting(adapters, held=adapters.names, configs=bool(then["configs"])))
+    now = json.loads(setting(adapters, held=adapters.names))
     if any(_acts(then, part) != _acts(now, part) for part in ("trains", "heads", "acting", "merged")):
         raise CheckpointError(
             f"{where} is of a training in which {_shown(then)}, and here {_shown(now)}. Training on would give other "
             "numbers, and an optimizer may mix up its averages. Before you resume, add the adapters in the same order "
             f"and let them act as then: {_calls(then, now)}."
         )
-    for name, parameters in then.get("parameters", {}).items():
+    for name, parameters in then["parameters"].items():
         if parameters != now["parameters"][name]:
             raise CheckpointError(
                 f"{where} is of a training in which adapter {name!r} had {parameters['shown']}, and here it has "
-                f"{now['parameters'][name]['shown']}. Before you resume, let the same parameters require gradients as "
-                "then, in the same dtype (add(..., dtype=...))."
+                f"{now['parameters'][name]['shown']}. Before you resume, add the adapter with the config and the dtype "
+                "that were saved, and let the same parameters require gradients as then."
             )
     for each in then["acting"]:
         name, values = each["name"], each["values"]
@@ -168,28 +172,34 @@ def _in_file(adapters: Adapters, name: str) -> str:
 
 def sample(tensors: Mapping[str, Tensor]) -> str:
     """A short digest of the first numbers of each tensor, which tells two states of a training apart."""
-    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        count = min(16, *tensor.shape[-1:], tensor.numel())
-        first = tensor.as_strided((count,), (tensor.stride(-1) if tensor.dim() else 1,))
-        together.setdefault((tensor.device, tensor.dtype), []).append(first)
-    shapes = {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}
-    # One copy from each device: a copy for each tensor would take longer than everything else in a state dict.
-    read = {str(dtype): torch.cat(first) for (_, dtype), first in together.items()}
-    return short_hash(digest(read) + repr(shapes))
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for key, tensor in tensors.items():
+        groups.setdefault((tensor.device, tensor.dtype), []).append(key)
+    first: dict[str, bytes] = {}
+    for keys in groups.values():
+        parts = [_first_numbers(tensors[key]) for key in keys]
+        read = torch.cat(parts).cpu().view(torch.uint8).numpy().data  # one copy: one for each tensor takes long
+        for key, part in zip(keys, parts, strict=True):
+            first[key], read = bytes(read[: part.nbytes]), read[part.nbytes :]
+    return short_hash(repr([(key, t.dtype, *t.shape, first[key]) for key, t in sorted(tensors.items())]))
 
 
-def _parameters(adapters: Adapters, name: str, *, dtypes: bool) -> dict[str, str]:
-    """Which of an adapter's parameters are frozen, and their dtypes, in words and as a digest."""
+def _first_numbers(tensor: Tensor) -> Tensor:
+    """At most 16 numbers of the first row."""
+    count = min(16, *tensor.shape[-1:], tensor.numel())
+    return tensor.as_strided((count,), (tensor.stride(-1) if tensor.dim() else 1,))
+
+
+def _parameters(adapters: Adapters, name: str) -> dict[str, str]:
+    """An adapter's parameters in words, such as how many are frozen, and a hash of the frozen ones' names."""
     adapter = adapters._adapters[name]
     parameters = adapter.parameters()
     every = all(p.requires_grad for p in parameters)  # as nearly always: names take longer
     frozen = [] if every else [key for key, p in adapter.named_parameters() if not p.requires_grad]
-    shown = f"{len(frozen) or 'none'} of its parameters frozen" + (f" (such as {frozen[0]!r})" if frozen else "")
-    if dtypes:
-        shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters}))}"
-    return {"shown": shown, "digest": short_hash(repr(frozen))}
+    shown = f"{len(parameters)} parameters, {len(frozen) or 'none'} of them frozen"
+    shown += f" (such as {frozen[0]!r})" if frozen else ""
+    shown += f", and the dtype {', '.join(sorted({str(p.dtype) for p in parameters}))}"
+    return {"shown": shown, "frozen": short_hash(repr(frozen))}
 
 
 def short_hash(text: str) -> str:
@@ -206,7 +216,7 @@ def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
     own = [adapters._adapters[name] for name in (*trains, *adapters.merged)]
     heads = tuple(f"{path}." for each in own for path in each.heads)
     base = base_parameters(adapters.model)
-    frozen = {key: p.detach() for key, p in base if not p.requires_grad and _has_values(p) and not key.startswith(heads)}
+    frozen = {key: p.detach() for key, p in base if _is_plain_and_frozen(p) and not key.startswith(heads)}
     try:
         values = "" if has_fsdp1(adapters.model) else sample(frozen)
     except RuntimeError:  # inside a transform of torch.func no tensor gives its numbers
@@ -215,10 +225,11 @@ def _base(adapters: Adapters, trains: Sequence[str]) -> dict[str, str]:
     return {"names": short_hash(repr([*frozen])), "dtypes": ", ".join(dtypes), "values": values}
 
 
-def _has_values(parameter: nn.Parameter) -> bool:
-    """Whether a parameter of the base is a plain tensor in this process's memory."""
-    plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.layout is torch.strided
-    return plain and not parameter.is_conj()
+def _is_plain_and_frozen(parameter: nn.Parameter) -> bool:
+    """Whether a parameter of the base does not train, and is a plain tensor in this process's memory."""
+    if parameter.requires_grad or parameter.is_meta or type(parameter) is not nn.Parameter:
+        return False
+    return parameter.layout is torch.strided and not parameter.is_conj()
 
 
 def _acts(found: Mapping[str, Any], part: str) -> list[Any]:

@@ -78,7 +78,7 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
         """Leave the frozen parameters out, and add what a state dict does not have of the adapters."""
         state, states = checkpoint["state_dict"], checkpoint.setdefault(STATES, {})
         for path, adapters in adapted_models(pl_module):
-            checkpoint.setdefault(SETTINGS, {})[path] = setting(adapters, held=adapters.names, configs=True)
+            checkpoint.setdefault(SETTINGS, {})[path] = setting(adapters, held=adapters.names)
             # The state dict says it too, but a test and `load_from_checkpoint` need not act as the training did.
             state.pop(path + ATTRIBUTE, None)
             getattr(state, "_metadata", {}).get(path.removesuffix("."), {}).pop(ATTRIBUTE, None)

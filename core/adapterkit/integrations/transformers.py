@@ -78,9 +78,6 @@ class AdapterTrainerMixin(_Base):
         with _passes_for_trainable(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.add_callback(_Step(self))
-        hooks = self.adapters._state_dict_hooks
-        assert hooks is not None  # there are adapters
-        hooks.by_trainer = False
 
     @property
     def adapters(self) -> Adapters:
