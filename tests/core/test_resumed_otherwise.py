@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tests.core.conftest import set_parameters
@@ -24,7 +25,10 @@ from adapterkit.integrations.distributed import TrainingState
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+pytestmark = [
+    pytest.mark.usefixtures("quick_garbage_collection"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # torch says so whatever it is asked for
+]
 TRAINED = LoraConfig(r=2, target_modules=["value"], modules_to_save=None)
 BESIDE = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=None)
 
@@ -172,6 +176,11 @@ def by_accelerate(model: nn.Module, folder: Path) -> Callable[[nn.Module], objec
     return load
 
 
+def by_torch(model: nn.Module, folder: Path) -> Callable[[nn.Module], object]:
+    dcp.save({"model": model}, checkpoint_id=folder, no_dist=True)
+    return lambda other: dcp.load({"model": other}, checkpoint_id=folder, no_dist=True)
+
+
 def not_transformers(**options: Any) -> Any:
     model = Wrapped(inside=False)
     ak.attach(model).remove("t")
@@ -188,7 +197,7 @@ def test_accelerate_notices_that_adapters_of_a_transformers_model_act_otherwise(
         resume(together(strengths={"beside": 0.5}))
 
 
-@pytest.mark.parametrize("save", [in_memory, by_plain_trainer, by_accelerate])
+@pytest.mark.parametrize("save", [in_memory, by_plain_trainer, by_accelerate, by_torch])
 def test_whatever_saves_the_whole_state_dict_a_training_goes_on_only_as_it_was(save: Any, tmp_path: Path) -> None:
     resume = save(not_transformers(), tmp_path)
     resume(not_transformers())
@@ -332,6 +341,13 @@ def test_a_training_state_of_several_processes_is_refused_too() -> None:
     ak.attach(again).activate("t")
     with pytest.raises(ak.CheckpointError, match=r"The checkpoint is .* in which 'beside', 't' acted"):
         TrainingState(again).load_state_dict(saved)
+
+
+def test_a_training_state_of_more_targets_is_not_restored_in_part(tmp_path: Path) -> None:
+    """torch reads those tensors of a checkpoint that it is asked for, and leaves out the others."""
+    dcp.save({"t": TrainingState(together("t", config=BESIDE))}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ak.CheckpointError, match=r"'t' had 8 parameters, .*, and here it has 4 parameters"):
+        dcp.load({"t": TrainingState(together("t"))}, checkpoint_id=tmp_path, no_dist=True)
 
 
 def test_an_optimizer_is_not_resumed_for_adapters_in_another_order(tmp_path: Path) -> None:

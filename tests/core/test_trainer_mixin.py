@@ -13,7 +13,7 @@ import torch
 from tests.core.test_trainer import Sentences, Wrapped, values
 from tests.models import LABELS, VOCABULARY, build
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import adapterkit as ak
 from adapterkit.contract.registry import default_registry
@@ -377,19 +377,6 @@ def test_a_training_in_which_nothing_trains_is_refused(tmp_path: Path) -> None:
     adapters.merge("t")
     with pytest.raises(ak.StateError, match=r"'t' is merged: call adapters.unmerge\(\)"):
         trainer(model, tmp_path).train()
-
-
-def test_a_warning_says_that_other_adapters_train_than_the_optimizer_has(tmp_path: Path) -> None:
-    class Switch(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            ak.attach(model).activate("s")
-
-    model = MODELS["dropout"]()
-    ak.attach(model).copy("t", "s")
-    run = trainer(model, tmp_path, save_strategy="no")
-    run.add_callback(Switch())
-    with pytest.warns(ak.AdapterWarning, match=r"began, 't' trained, and now 's'. The .* adapters.activated\("):
-        run.train()
 
 
 def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:

@@ -226,6 +226,39 @@ def test_tensors_that_a_method_hides_are_refused_with_what_to_do() -> None:
         adapters.training_state("a")
 
 
+# An optimizer
+
+
+def query(model: nn.Module, name: str) -> None:
+    ak.attach(model).add(name, LoraConfig(r=2, target_modules=["query"], modules_to_save=None))
+
+
+@pytest.mark.parametrize("first", [(), ("a",)], ids=["of the base", "of another adapter"])
+def test_a_warning_says_that_the_optimizer_lacks_an_adapter_that_trains(first: tuple[str, ...]) -> None:
+    model = build("bert")
+    for name in first:
+        query(model, name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    query(model, "b")
+    model(**inputs("bert")).logits.sum().backward()
+    optimizer.step()
+    with pytest.warns(ak.AdapterWarning, match="Adapter 'b' gets gradients, and the optimizer that steps has other"):
+        optimizer.step()
+
+
+def test_optimizers_that_step_one_after_another_are_no_fault() -> None:
+    model = build("bert")
+    for name in "abc":
+        query(model, name)
+    adapters = ak.attach(model)
+    adapters.activate(*"abc")
+    optimizers = [torch.optim.SGD(adapters.parameters(name)) for name in "abc"]
+    for _ in range(2):
+        model(**inputs("bert")).logits.sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 # Groups for an optimizer
 
 

@@ -221,23 +221,10 @@ class _Step(TrainerCallback):
 
     def __init__(self, trainer: AdapterTrainerMixin) -> None:
         self._trainer = trainer
-        self._trained: tuple[str, ...] = ()
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trained = self._trainer.adapters.trainable
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        adapters = self._trainer.adapters
         if not self._trainer.accelerator.optimizer_step_was_skipped:
-            adapters.step()
-        if adapters.trainable != self._trained:
-            then, now = (", ".join(map(repr, names)) or "none" for names in (self._trained, adapters.trainable))
-            self._trained = adapters.trainable
-            warn(
-                f"When the training began, {then} trained, and now {now}. The optimizer still has the parameters of "
-                "then: others do not change, and the checkpoints hold the adapters that train now. To let other "
-                "adapters act for a while, as in an evaluation, use adapters.activated(...)."
-            )
+            self._trainer.adapters.step()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from adapterkit.forward import (
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, training_among
 from adapterkit.model.heads import LabelSet
 from adapterkit.model.modules import BaseModules, base_parameters, inside
-from adapterkit.model.optimizing import remind
+from adapterkit.model.optimizing import watch
 from adapterkit.model.selection import ALL_LINEAR
 from adapterkit.model.vocabulary import resized_tables
 from adapterkit.results import counted
@@ -77,7 +77,7 @@ class AdaptedModel:
         adapter.unset = any(t is not None and t.is_meta for t in tensors)
         adapter.install(self.active)
         self.adapters[adapter.name] = adapter
-        remind(adapter)
+        watch(adapter, self.model)
 
     def remove(self, adapter: Adapter) -> None:
         """Remove an adapter. It acts nowhere afterwards."""
