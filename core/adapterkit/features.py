@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adapterkit.combining import working
 from adapterkit.errors import ConfigError, SaveError, UnsupportedError, nearest, usage
 from adapterkit.files import Entry, appearing, as_bytes, dtype_name, local_path, write_header
 from adapterkit.forward import original_class
 from adapterkit.model import inner_model
+from adapterkit.tensors import execution_device
 
 Pooling = Literal["mean", "cls", "last"]
 Stack = Literal["encoder", "decoder"]
@@ -109,6 +110,8 @@ def features(
     layers = (layer,) if isinstance(layer, int | str) else tuple(layer)
     if not layers or any(isinstance(n, bool) or not isinstance(n, int | str) for n in layers):
         raise ConfigError(f"layer = {layer!r} must be {_LAYERS}, or a list of them.")
+    if isinstance(batches, Mapping | Tensor):
+        raise ConfigError(f"batches is one {type(batches).__name__}. Put it into a list: features(model, [batch]).")
     inner, named = inner_model(model), [n for n in layers if isinstance(n, str) and n != LAST]
     if named and len(named) < len(layers):
         raise ConfigError(f"layer = {layer!r} mixes paths of modules with hidden states. Request them one by one.")
@@ -143,7 +146,8 @@ def _pooled(
     """`(rows, layers, ...)` of each batch."""
     from tqdm import tqdm
 
-    device = next((p.device for p in source.model.parameters()), torch.device("cpu"))
+    parameters = ((module, p) for module in source.model.modules() for p in module._parameters.values())
+    device = next((execution_device(module, p) for module, p in parameters if p is not None), torch.device("cpu"))
     for number, batch in enumerate(tqdm(batches, desc="features", unit="batch", disable=not progress)):
         if not isinstance(batch, source.batches):
             other = " For plain tensors name a module: layer='encoder'." * isinstance(batch, Tensor)
@@ -151,6 +155,8 @@ def _pooled(
                 f"Batch {number} is a {type(batch).__name__}; it must be a mapping of tensors by name.{other}"
             )
         given: Any = dict(batch) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+        if not any(isinstance(value, Tensor) for value in tree_leaves(given)):
+            raise ConfigError(f"Batch {number} holds no tensors. Call the tokenizer with return_tensors='pt'.")
         states, mask = source.run(tree_map_only(Tensor, lambda t: t.to(device), given), layers)
         rows = [isinstance(source, _Modules) and state.dim() == 2 for state in states]
         pooled = [

@@ -192,11 +192,21 @@ def test_labels_are_left_out_and_unknown_inputs_are_not() -> None:
         ak.features(nn.Linear(2, 2), [{"nonsense": torch.zeros(1)}], progress=False)
 
 
+def test_an_offloaded_model_gives_its_features() -> None:
+    from accelerate import cpu_offload
+
+    expected = ak.features(build("bert"), [rows()], progress=False)
+    model = cpu_offload(build("bert"), torch.device("cpu"))
+    torch.testing.assert_close(ak.features(model, [rows()], progress=False), expected)
+
+
 PADDING = {"input_ids": tokens(), "attention_mask": torch.tensor([[1] * LENGTH, [0] * LENGTH])}
 SQUARE = {"input_ids": tokens(), "attention_mask": torch.ones(2, 1, LENGTH, LENGTH)}
-ERRORS: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {
+ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "none": ([], {}, ak.ConfigError, r"There are no batches\. A generator can be read only once"),
     "batch": ([tokens()], {}, ak.ConfigError, r"Batch 0 is a Tensor; it must be a mapping of tensors by name"),
+    "one batch": (rows(), {}, ak.ConfigError, r"batches is one dict\. Put it into a list: features\(model, "),
+    "no tensors": ([{"input_ids": [[1]]}], {}, ak.ConfigError, r"Batch 0 holds no tensors\. Call the tokenizer"),
     "padding": ([rows(), PADDING], {}, ak.ConfigError, r"Batch 1: row 1 is all padding"),
     "mask": ([SQUARE], {}, ak.UnsupportedError, r"Batch 0: the mask has shape \(2, 1, 6, 6\), but the hidden states"),
     "pooling": ([rows()], {"pooling": "max"}, ak.ConfigError, r"pooling = 'max' must be one of 'mean', 'cls', 'last'"),
