@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft.utils import ModulesToSaveWrapper
+from tests.models import build
 from torch import Tensor, nn
 
 import adapterkit as ak
@@ -68,6 +69,19 @@ def test_the_weight_of_a_module_with_trained_copies_is_that_of_the_one_that_acts
     with torch.no_grad():
         head.weight.zero_()
     assert base.abs().sum() > 0
+
+
+def test_the_weight_of_an_output_layer_that_a_loss_reads_is_that_of_the_copy_that_acts() -> None:
+    model: Any = build("llama")
+    adapters = ak.attach(model)
+    adapters.add("default", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    base, copied = model.lm_head.weight, adapters.heads("default")["lm_head"].weight
+    view = ak.as_peft(model)
+    assert view.get_output_embeddings().weight is copied
+    with view.disable_adapter():
+        assert model.lm_head.weight is base
+    adapters.detach()
+    assert model.lm_head.weight is base
 
 
 def test_a_layer_that_is_added_beside_a_trained_copy_starts_from_the_base() -> None:

@@ -396,6 +396,23 @@ def test_a_config_of_peft_for_a_task_trains_the_head_as_peft_does() -> None:
     assert {name.replace(".default.", ".other.") for name in trained[0]} == trained[1]
 
 
+def test_modules_to_save_names_the_modules_that_it_names_in_peft() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    theirs, (ours, _) = peft.get_peft_model(build("llama"), copy.deepcopy(config), adapter_name="other"), view()
+    ours.add_adapter("other", config)
+    ours.set_adapter("other")
+    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert any("input_layernorm" in name for name in trained[0])
+
+
+def test_an_adapter_of_a_config_for_inference_does_not_train() -> None:
+    made = type(view()[0])(build("llama"), peft.LoraConfig(target_modules=["q_proj"], inference_mode=True))
+    assert made.adapters.active == ("default",)
+    assert not made.adapters.trainable
+    assert made.peft_config["default"].inference_mode
+
+
 def test_from_pretrained_gives_a_view_or_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     ours, adapters = view(r=4)
     ours.save_pretrained(tmp_path)

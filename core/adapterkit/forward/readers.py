@@ -175,9 +175,8 @@ def effective(cls: type[nn.Module], name: str) -> Effective:
             return changed(self, plan, name)
         if inherited is not None:
             return inherited.__get__(self, cls) if hasattr(inherited, "__get__") else inherited
-        # As `nn.Module` finds it if no class has a property of this name.
-        held = self._parameters if name in self._parameters else self.__dict__
-        return held[name] if name in held else nn.Module.__getattr__(self, name)
+        # As it is found if no class has a property of this name.
+        return self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)
 
     def put(self: nn.Module, value: Any) -> None:
         if hasattr(inherited, "__set__"):

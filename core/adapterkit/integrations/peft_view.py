@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
-from adapterkit.contract import BIASES, FILE_PREFIX, default_registry
+from adapterkit.contract import BIASES, FILE_PREFIX, AdapterConfig, default_registry
 from adapterkit.errors import AdapterWarning, StateError, UnsupportedError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
@@ -25,6 +25,7 @@ from adapterkit.integrations import peft_functions
 from adapterkit.integrations.peft_layers import Classes
 from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, pefts_errors
 from adapterkit.integrations.peft_tuner import Tuner
+from adapterkit.model import BaseModules
 from adapterkit.results import LoadReport
 from adapterkit.tensors import process_groups, wrappers_of
 
@@ -71,6 +72,8 @@ class PeftView(PeftModel):
             adapters.remove(adapter_name)
             adapters.rename(made, adapter_name)
             adapters.activate(adapter_name)
+        if peft_config.inference_mode:
+            adapters.activate(adapter_name, trainable=False)
         self._show(adapters)
         self._added(adapter_name, peft_config)
 
@@ -389,7 +392,9 @@ def _add(
     dtype, device = None if autocast_adapter_dtype else "model", "meta" if low_cpu_mem_usage else None
     with pefts_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "These entries of the config matched nothing", AdapterWarning)
-        report = adapters.add(name, from_peft_config(config), activate=activate, dtype=dtype, device=device)
+        report = adapters.add(
+            name, _with_pefts_heads(from_peft_config(config), adapters), activate=activate, dtype=dtype, device=device
+        )
     if not report.unmatched:
         return
     named = ("rank_pattern", "alpha_pattern", "exclude_modules")
@@ -405,6 +410,16 @@ def _add(
         words += f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
     listed = ", ".join(report.unmatched)
     warnings.warn(f"{words}These entries of the config matched nothing: {listed}.", kind, stacklevel=3)
+
+
+def _with_pefts_heads(config: AdapterConfig, adapters: Adapters) -> AdapterConfig:
+    """The config with every module in `modules_to_save` that PEFT trains: `"norm"` is `input_layernorm`, too."""
+    given = config.modules_to_save
+    if given is None or isinstance(given, str):
+        return config
+    paths = [path for path in BaseModules(adapters.model).all_paths if path.endswith(tuple(given))]
+    more = [path for path in paths if not any(f".{path}".endswith(f".{entry}") for entry in given)]
+    return config.replace(modules_to_save=[*given, *more]) if more else config
 
 
 class _PatternWarning(AdapterWarning, RuntimeWarning):

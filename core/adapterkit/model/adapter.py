@@ -276,7 +276,7 @@ class Adapter:
         size = before if weight is None or weight.shape == before else _size(host)
         if before and size and before != size:
             return f"another weight, of shape {size} in place of {before}: it was resized or replaced"
-        if path in self.biases and getattr(host, "bias", None) is None:
+        if path in self.biases and host._parameters.get("bias", host) is None:
             return "no bias any more"
         return self.layers[path].kind.changed(host) if path in self.layers else None
 
