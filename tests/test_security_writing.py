@@ -307,6 +307,35 @@ def test_another_adapter_that_comes_meanwhile_without_locks_stays(
     torch.testing.assert_close(load_file(place / WEIGHTS_FILE), {"a": torch.zeros(2)})
 
 
+def test_another_adapter_between_the_two_files_of_a_save_without_locks_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, replace, others = tmp_path / "adapter", Path.replace, [version(2)]
+    files.write_folder(place, OLD, version(7, 2), {})
+    monkeypatch.setattr(files.writing, "_locked", no_locks)
+
+    def with_another(self: Path, target: Path) -> Path:
+        if target == place / WEIGHTS_FILE and others:
+            files.write_folder(place, OLD, others.pop(), {})
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", with_another)
+    files.write_folder(place, NEW, version(3), {})
+    assert seen_by_others(place) == 3
+    assert not others
+
+
+@linux
+def test_a_lock_that_is_never_given_back_is_told_and_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.writing, "_PATIENCE", 0)
+    with (
+        files.writing._locked(tmp_path),
+        pytest.warns(ak.AdapterWarning, match=r"Another process has locked .* for 0 seconds: it saves there, or hangs"),
+    ):
+        files.write_folder(tmp_path / "adapter", CONFIG, TENSORS, {})
+    assert files.read(tmp_path / "adapter").config == CONFIG
+
+
 def test_the_root_of_a_disk_is_a_folder_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, written = Path(tmp_path.anchor), list[Path]()
     monkeypatch.setattr(files.writing, "_write_into", lambda folder, *contents: written.append(folder))

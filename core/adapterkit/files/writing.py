@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.door import real_path
-from adapterkit.errors import ConfigError, SaveError
+from adapterkit.errors import ConfigError, SaveError, warn
 from adapterkit.files.folder import WEIGHTS_FILE, WEIGHTS_FILES, aside, identity
 from adapterkit.files.tensors import write_tensors
 from adapterkit.formats import CONFIG_FILE
 
 # What killed processes leave ends so.
 _UNFINISHED = ".adapterkit-unfinished"
+# How long a save waits for those of other processes, in seconds, and how long it sleeps in between.
+_PATIENCE, _PAUSE = 120, 0.01
 
 Writer = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
 
@@ -69,12 +72,14 @@ def write_folder(
             if not folder.exists():
                 try:
                     with new_folder(folder) as place:
-                        return _write_into(place, weights, text, tensors, metadata, writer)
+                        _write_into(place, weights, text, tensors, metadata, writer)
+                    return
                 except OSError:
                     made = folder / CONFIG_FILE  # without locks, by another process that saves the same meanwhile
                     if not made.is_file() or made.read_text("utf-8", "replace") != text:
                         raise
-            _write_into(folder, weights, text, tensors, metadata, writer)
+            while _write_into(folder, weights, text, tensors, metadata, writer):
+                pass
     except (OSError, RuntimeError) as error:
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
@@ -83,8 +88,13 @@ def write_folder(
 
 def _write_into(
     folder: Path, name: str, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], writer: Writer
-) -> None:
-    """Put both files into a folder that is there, in the steps of `write_folder`."""
+) -> bool:
+    """Put both files into a folder that is there, in the steps of `write_folder`.
+
+    Returns:
+        Whether the weights now stand beside the config of another adapter, which another process wrote between the two
+        renames, and have to be written again. That happens only without locks.
+    """
     config, weights = folder / CONFIG_FILE, folder / name
     old = config.read_bytes() if config.is_file() or config.is_dir() else b""  # a folder there is an error, a pipe goes
     before = {file: identity(folder / file) for file in WEIGHTS_FILES}
@@ -98,12 +108,14 @@ def _write_into(
             replaced = [f for f, found in before.items() if found and (f == name or identity(folder / f) == found)]
             if old != text.encode() or replaced not in ([], [name]):
                 _set_aside(folder, replaced)
+            own = identity(new_weights)
             new_config.replace(config)
             new_weights.replace(weights)
     except BaseException:
         _give_back(folder, had_config=bool(old))
         raise
     _delete_aside(folder)
+    return identity(weights) == own and config.read_bytes() != text.encode()
 
 
 def _set_aside(folder: Path, weights: Sequence[str]) -> None:
@@ -153,8 +165,15 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     Every process of a training run may save to the same folder at the same moment. What killed ones left goes.
     """
     with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(_locked(folder.parent))
+        try:
+            stack.enter_context(_locked(folder.parent, wait=_PATIENCE))
+        except BlockingIOError:
+            warn(
+                f"Another process has locked {folder.parent} for {_PATIENCE} seconds: it saves there, or hangs. This "
+                "adapter is saved without waiting any longer."
+            )
+        except OSError:
+            pass  # no locks
         for left in (folder.parent / f".{folder.name}{_UNFINISHED}", *folder.glob(f".*{_UNFINISHED}")):
             _sweep(left)
         yield
@@ -167,20 +186,30 @@ def _sweep(left: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, flags: int = os.O_RDONLY, *, wait: bool = True) -> Iterator[int]:
+def _locked(path: Path, flags: int = os.O_RDONLY, *, wait: float = 0) -> Iterator[int]:
     """A file or a folder, opened and locked; the system unlocks it when this process ends, whatever ends it.
 
+    Args:
+        wait: for so many seconds, while another process (or thread) holds the lock.
+
     Raises:
-        BlockingIOError: another process (or thread) holds the lock, and `wait` is `False`.
+        BlockingIOError: it still does.
         OSError: it is not there, is a link, or the system has no such locks.
     """
     if sys.platform == "win32":
         raise OSError
     import fcntl
 
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    handle, end = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), time.monotonic() + wait
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_PAUSE)
         yield handle
     finally:
         with suppress(OSError):
@@ -195,7 +224,7 @@ def _taken(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     Raises:
         OSError: there is none, or the system has no locks.
     """
-    with _locked(path, flags, wait=False) as handle:
+    with _locked(path, flags) as handle:
         found = os.fstat(handle)
         ours = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
         if not ours or found.st_uid != os.geteuid() or not os.path.samestat(found, path.lstat()):
@@ -242,7 +271,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     with ExitStack() as stack:
         with suppress(OSError):
-            stack.enter_context(_locked(place))
+            stack.enter_context(_locked(place, wait=_PATIENCE))
         try:
             yield place
             # A parent's group holds for what is in it, if the parent says so.
