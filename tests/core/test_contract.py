@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -77,10 +78,9 @@ def config_class(method: str, **fields: Any) -> Any:
     return found
 
 
-def with_patterns(**patterns: str) -> Any:
-    found = config_class("shift", size=(str | None, None))
-    found.patterns = patterns
-    return found
+def with_class(**attributes: Any) -> Any:
+    """A config with a field `size` and these attributes of the class."""
+    return type("Config", (config_class("shift", size=(str | None, None)),), attributes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,23 +145,55 @@ REGISTERED_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"config_type": returning(type("Config", (ShiftConfig,), {"r": 3}))}, "Config.r is not a field of the config"),
     ({"targets": lambda model: []}, "targets has the name of a hook but no @ak.hookimpl, so nothing would call it."),
     ({"config_type": returning(Needy)}, "Needy() raised TypeError: "),
-    ({"config_type": returning(Needy)}, "Every field of a config needs a default."),
+    ({"config_type": returning(Needy)}, "Every field of a config needs a default that the config takes."),
     (
-        {"config_type": returning(config_class("shift", size=(torch.dtype, torch.int8)))},
-        "Config.size is torch.int8, which adapter_config.json cannot hold. It holds bool, int, float, str, None,",
+        {"config_type": returning(config_class("shift", size=(int, None)))},
+        "Config() raised ConfigError: Config: size = None is a NoneType; it must be int. Every field",
     ),
-    ({"config_type": returning(with_patterns(size="target"))}, "Config.patterns names 'target', which is not a field"),
     (
-        {"config_type": returning(with_patterns(size="bias"))},
+        {"config_type": returning(config_class("shift", size=(list[torch.dtype] | None, None)))},
+        "Config.size may be a dtype, which adapter_config.json cannot hold. It holds bool, int, float, str, None,",
+    ),
+    (
+        {"config_type": returning(with_class(patterns={"size": "target"}))},
+        "Config.patterns names 'target', which is not a field",
+    ),
+    (
+        {"config_type": returning(with_class(patterns={"size": "bias"}))},
         "Config.size is str or None; as a pattern of 'bias' it must be a mapping",
+    ),
+    (
+        {"config_type": returning(with_class(patterns=["size"]))},
+        "Config.patterns = ['size'] is a list; it must be a mapping from str to str.",
+    ),
+    ({"config_type": returning(with_class(not_in_files="size"))}, "Config.not_in_files = 'size' is a str; it must be"),
+    (
+        {"config_type": returning(with_class(marks={"size": "x"}))},
+        "Config.size is a field of the config, so it must not be in its marks or in not_implemented.",
+    ),
+    (
+        {"config_type": returning(config_class("shift", replace=(int, 3)))},
+        "Config.replace is a field that hides an attribute of every config. Leave the annotation of a class",
+    ),
+    (
+        {"config_type": returning(config_class("shift", patterns=(dict, field(default_factory=dict))))},
+        "Config.patterns is a f",
     ),
     ({"shared": 3}, f"{WHO}: its shared = 3 must be a subclass of Shared."),
     ({"key_rule": returning(None)}, "its hook key_rule returned None; it must return a KeyRule."),
     ({"key_rule": returning("shift_")}, "its hook key_rule returned a str; it must return a KeyRule."),
     ({"key_rule": returning(BY_ZERO)}, "its hook key_rule raised ZeroDivisionError"),
-    ({"key_rule": returning(ak.KeyRule(""))}, "its key prefix '' must be a name without dots, such as 'lora_'."),
+    (
+        {"key_rule": returning(ak.KeyRule(""))},
+        "its key prefix '' must be a name without dots, such as 'lora_', or a tu",
+    ),
     ({"key_rule": returning(ak.KeyRule("a.b"))}, "its key prefix 'a.b' must be a name"),
     ({"key_rule": returning(ak.KeyRule(("a_", "")))}, "its key prefix ('a_', '') must be a name"),
+    ({"key_rule": returning(ak.KeyRule(["a_"]))}, "its key prefix ['a_'] must be a name"),  # type: ignore[arg-type]
+    (
+        {"key_rule": returning(ak.KeyRule("a_", exempt="a_b"))},  # type: ignore[arg-type]
+        "its key rule's exempt = 'a_b' must be a set of names, such as frozenset({'x'}).",
+    ),
 ]
 
 
@@ -211,6 +243,8 @@ def test_what_cannot_be_a_plugin() -> None:
     assert registry.method("lora").config_type() is LoraConfig
     with pytest.raises(ak.PluginError, match="a plugin must be hashable, as modules are, not a dict"):
         registry.register({})
+    with pytest.raises(ak.PluginError, match=r"Plugin is a class; a plugin is an object, such as Plugin\(\)\."):
+        registry.register(Plugin)
 
 
 @pytest.mark.parametrize("prefix", ["lora_", "lora_x_", "lo"])
@@ -347,6 +381,96 @@ def test_a_method_that_is_called_nearly_as_one_of_the_contract_is_refused(base: 
         type("Misspelt", (base,), {name: lambda self: None, "forward": lambda self, base, x: x})
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "wrong", "called"),
+    [
+        (ak.LowRankLayer, "setup", lambda self, target: None, "def setup(self, target, config)"),
+        (ak.LowRankLayer, "factors", property(lambda self: None), "must be a method: def factors(self)"),
+        (ak.DenseLayer, "change", lambda self, x: None, "def change(self)"),
+        (ak.AdapterLayer, "merged", lambda self, bias, weight: None, "def merged(self, weight, bias)"),
+        (ak.AdapterLayer, "forward", lambda self, x: x, "def forward(self, base, x)"),
+        (ak.AdapterLayer, "forward", lambda self, x, base: x, "def forward(self, base, x)"),
+        (ak.Shared, "setup", lambda self, targets, config: None, "def setup(self, targets, config, root)"),
+        (ak.Shared, "forward", lambda self: None, "def forward(self, base, ...)"),
+        (ak.Shared, "penalty", lambda self: None, "def penalty(self, layers)"),
+        (ak.Shared, "step", lambda self, layers, number: None, "def step(self, number, layers)"),
+    ],
+)
+def test_a_method_that_cannot_be_called_as_the_contract_says_is_refused(
+    base: type, name: str, wrong: Any, called: str
+) -> None:
+    with pytest.raises(ak.PluginError) as caught:
+        type("Wrong", (base,), {name: wrong})
+    assert str(caught.value).startswith(f"Wrong.{name}")
+    assert str(caught.value).endswith(f"{called}.")
+    assert "does not take what it is called with: " in str(caught.value) or "must be a method" in called
+
+
+def test_methods_with_more_arguments_of_their_own_are_right() -> None:
+    class Whole(ak.AdapterLayer):
+        any_module = True
+
+        def setup(self, target: ak.Target, config: Any, size: int = 3) -> None: ...
+        def forward(self, base: Any, states: Tensor, mask: Tensor, *, x: Any = None) -> Any: ...  # type: ignore[override]
+
+    class Router(ak.Shared):
+        def forward(self, base: Any, tokens: Tensor, task: int, **rest: Any) -> Any: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: setattr(x, "shared", nn.Linear(2, 2)),
+            "replaced self.shared, which the library sets. Choose",
+        ),
+        (lambda x: setattr(x, "kind", "mine"), "replaced self.kind, which the library sets"),
+        (lambda x: setattr(x, "any_module", True), "set self.any_module, which must be an attribute of the class"),
+        (
+            lambda x: setattr(x, "dropout", nn.Dropout(0.1)),
+            "put a module or a tensor into self.dropout, but the class attribute dropout is what is read. It must be a",
+        ),
+        (
+            lambda x: setattr(x, "merged", nn.Linear(2, 2)),
+            "put a module or a tensor into self.merged, but the class attribute merged is what is read.",
+        ),
+        (lambda x: setattr(x, "row_dropout", 1.5), "set self.row_dropout = 1.5; it must be a number from 0 to 1."),
+        (
+            lambda x: x.shift_by.requires_grad_(False),
+            "made a parameter 'shift_by' that does not require gradients. Every parameter trains; register a buffer",
+        ),
+        (
+            lambda x: setattr(x, "masks", {"a": [torch.ones(2)]}),
+            "keeps tensors in self.masks, which are not saved, moved or trained there. Make each a parameter",
+        ),
+    ],
+)
+def test_what_a_setup_must_not_leave_is_refused(change: Any, message: str) -> None:
+    model, config = net(), registered(inject=Third(with_a_tensor(lambda layer, _: change(layer)), calls=2).hook())
+    with unchanged(model), pytest.raises(ak.PluginError) as caught:
+        ak.attach(model).add("x", config)
+    assert f"Layer.setup {message}" in str(caught.value)
+
+
+def test_an_init_that_makes_another_tensor_is_refused() -> None:
+    model, config = net(), registered(inject=Third(lambda target: target.new(2, init=torch.randn_like), calls=2).hook())
+    with unchanged(model), pytest.raises(ak.PluginError, match=r"init of target\.new must fill its tensor in place"):
+        ak.attach(model).add("x", config)
+
+
+@pytest.mark.parametrize("answer", [["no.such"], "head", [nn.Linear(2, 2)]], ids=["missing", "text", "module"])
+def test_targets_that_are_no_paths_of_the_model_are_refused(answer: Any) -> None:
+    model, config = net(), registered(targets=returning(answer))
+    with unchanged(model), pytest.raises(ak.PluginError, match="must return a list of paths of modules of the model"):
+        ak.attach(model).add("x", config)
+
+
+def test_formats_that_are_no_objects_are_refused() -> None:
+    method = ak.Registry().register(plugin(formats=returning([ak.Format])))
+    with pytest.raises(ak.PluginError, match=r"in its list; it must hold objects of ak\.Format"):
+        method.formats()
+
+
 def test_a_helper_beside_what_it_is_called_like_is_no_mistake() -> None:
     class Layer(ak.DenseLayer):
         def change(self) -> Tensor:
@@ -356,17 +480,45 @@ def test_a_helper_beside_what_it_is_called_like_is_no_mistake() -> None:
             raise NotImplementedError
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_a_check_that_returns_something_is_refused(answer: bool) -> None:
+@pytest.mark.parametrize("answer", [True, False, ValueError("no")])
+def test_a_check_that_returns_something_or_raises_another_error_is_refused(answer: Any) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Checked(ak.AdapterConfig):
         method = "checked"
 
         def check(self) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
             return answer
 
-    with pytest.raises(ak.PluginError, match=f"Checked.check returned {answer}; it must raise ConfigError or return"):
+    with pytest.raises(ak.PluginError, match=f"Checked.check (returned {answer}|raised ValueError: no); it must raise"):
         Checked()
+
+
+def test_types_of_fields_that_cannot_be_resolved_are_named() -> None:
+    config = config_class("shift", size=("Missing | None", None))
+    with pytest.raises(ak.PluginError, match="types of Config's fields cannot be resolved: name 'Missing' is not defi"):
+        config()
+    assert "size" in str(inspect.signature(config))
+
+
+@pytest.mark.parametrize(
+    ("hint", "right", "wrong", "said"),
+    [
+        (set, {"b", "a"}, "a", "list of"),
+        (list[int], [1, 2], [1.5], "a list of int"),
+        (tuple[int, str], (1, "a"), (1, 2), r"a list \(int, str\)"),
+        (tuple[int, int], (1, 2), (1, 2, 3), r"a list \(int, int\)"),
+        (dict[str, ak.Rank], {"a": 1}, {"a": 0}, "a rank must be at least 1"),
+        (dict, {"a": [1]}, [1], "a mapping from"),
+    ],
+    ids=str,
+)
+def test_fields_of_collections(hint: Any, right: Any, wrong: Any, said: str) -> None:
+    config = config_class("shift", size=(hint, field(default_factory=lambda: right)))
+    assert config.from_dict(config(size=right).to_dict()) == config()
+    with pytest.raises(ak.ConfigError, match=said):
+        config(size=wrong)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,3 +614,5 @@ def test_a_hook_is_overridden_without_a_decorator() -> None:
     assert method.to_file(ShiftConfig(), {"a": torch.ones(1)})[1].keys() == {"x.a"}
     with pytest.raises(ak.PluginError, match=r"Wrong.from_fil is not a hook.* Did you mean 'from_file'\?"):
         type("Wrong", (ak.Plugin,), {"from_fil": ShiftPlugin.to_file})
+    with pytest.raises(ak.PluginError, match=r"Wrong.formats must be a method: def formats\(self, \.\.\.\)\."):
+        type("Wrong", (ak.Plugin,), {"formats": []})

@@ -77,7 +77,19 @@ WRONG_SHAPES: list[tuple[Any, str, Any, str]] = [
         ak.LowRankLayer,
         "factors",
         up_and_down_swapped,
-        "gave matrices of shapes (4, 1) and (1, 5) for '0' of (5, 4) (out, in).",
+        "gave for '0' of (5, 4) (out, in): up shape (4, 1), down shape (1, 5), scale a float. up must be (out, r),",
+    ),
+    (
+        ak.LowRankLayer,
+        "factors",
+        lambda layer: ak.Factors(layer.outer_u[:, None], layer.outer_v[None], 0.5),  # type: ignore[arg-type]
+        "gave for '0' of (5, 4) (out, in): up shape (5, 1), down shape (1, 4), bias a float",
+    ),
+    (
+        ak.LowRankLayer,
+        "factors",
+        lambda layer: ak.Factors(layer.outer_u[:, None], layer.outer_v[None], mid=torch.eye(2)),
+        "gave for '0' of (5, 4) (out, in): up shape (5, 1), down shape (1, 4), scale a float, mid shape (2, 2)",
     ),
     (ak.LowRankLayer, "factors", lambda layer: None, "returned None; it must return a Factors."),
     (ak.DenseLayer, "change", lambda layer: layer.outer_u[None], "gave '0' shape (1, 5); it must be shape (5, 4)."),

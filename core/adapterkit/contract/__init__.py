@@ -5,7 +5,8 @@ Uses: errors, door, migration, results, tensors, kinds.
 """
 
 from adapterkit.contract.combiners import Combiner, MajoritySign, Options
-from adapterkit.contract.config import AdapterConfig, Dropout, Limit, Probability, Rank
+from adapterkit.contract.config import AdapterConfig
+from adapterkit.contract.field_types import Dropout, Limit, Probability, Rank
 from adapterkit.contract.formats import (
     DOTTED,
     FLAT,
@@ -49,9 +50,8 @@ from adapterkit.contract.layers import (
     widened,
     without_values,
 )
-from adapterkit.contract.method import Method
+from adapterkit.contract.method import Method, Plugin, plugin
 from adapterkit.contract.patterns import Names, Pattern, PatternTable, Rule
-from adapterkit.contract.plugins import Plugin, plugin
 from adapterkit.contract.registry import (
     DISABLE_VARIABLE,
     Extension,

@@ -8,16 +8,18 @@ import functools
 import inspect
 import re
 import reprlib
-import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+from adapterkit.contract.field_types import POSITIVE, bare, misfit, not_json, readable
 from adapterkit.contract.patterns import PatternTable
 from adapterkit.errors import (
+    AdapterError,
+    AdapterWarning,
     ConfigError,
     PluginError,
     UnknownNameError,
@@ -78,32 +80,13 @@ _SYNONYMS = {
 }
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What a number must be, in the annotation of a config's field: `r: Annotated[int, Limit(...)] = 8`.
-
-    Attributes:
-        holds: whether a value is allowed.
-        text: what follows `"<field> = <value>"` in the message of the `ConfigError`.
-    """
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
-_POSITIVE = Limit(lambda value: value >= 1, ": a rank must be at least 1")
-Rank = Annotated[int, _POSITIVE]
-Dropout = Annotated[float, Limit(lambda p: 0 <= p < 1, " must be a probability, at least 0 and below 1")]
-Probability = Annotated[float, Limit(lambda p: 0 <= p <= 1, " must be a probability, from 0 to 1")]
-
-
 class _OwnFieldsFirst:
     """A config class's signature, for `help` and editors: the method's own fields, such as `r`, come first."""
 
     def __get__(self, config: object, cls: Any) -> inspect.Signature:
         try:
-            hints = {name: _bare(hint) for name, hint in _hints(cls).items()}
-        except (NameError, TypeError):  # a class in a function, whose names cannot be found from here
+            hints = {name: bare(hint) for name, hint in field_hints(cls).items()}
+        except PluginError:
             hints = {}
         keyword, own = inspect.Parameter.KEYWORD_ONLY, _own_first(cls)
         return inspect.Signature(
@@ -141,8 +124,8 @@ class AdapterConfig:
             with the values at which they change nothing; `...`: no value changes a trained adapter. For PEFT's fields
             that several methods have, such as `use_rslora`, the core knows them.
         default_targets: `target_modules` by `model_type`, where it differs from the table of all methods.
-        not_in_files: fields above that PEFT's config of the method lacks, so that files have them only where they are
-            not at their defaults. A file without `exclude_modules` lists the layers that it leaves.
+        not_in_files: fields that PEFT's config of the method lacks, so that files have them only where they are not at
+            their defaults. A file without `exclude_modules` lists the layers that it leaves.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -219,7 +202,7 @@ class AdapterConfig:
                 raise ConfigError(f"{name} is empty; name at least one module, or leave it None.")
         cls: Any = type(self)
         biases = ("none", "all", f"{self.method}_only", f"{self.type_in_files().lower()}_only")
-        if _hints(cls)["bias"] is str and self.bias not in biases:
+        if field_hints(cls)["bias"] is str and self.bias not in biases:
             raise ConfigError(f"bias = {self.bias!r} must be {' or '.join(map(repr, dict.fromkeys(biases)))}.")
         if task := _misspelt_task(self.task_type):
             listed = ", ".join(map(repr, _TASKS))
@@ -234,10 +217,13 @@ class AdapterConfig:
     def _check(self, names: Iterable[str]) -> None:
         """Raise `ConfigError` if one of these fields breaks its annotation, or the config breaks the method's rules."""
         cls: Any = type(self)
-        hints = _hints(cls)
+        hints = field_hints(cls)
         for name in names:
             value, hint = getattr(self, name), hints[name]
-            if not conforms(value, hint):
+            fault = misfit(value, hint)
+            if fault:
+                raise ConfigError(f"{name} = {value!r}{fault}.")
+            if fault is not None:
                 raise ConfigError(
                     f"{cls.__name__}: {name} = {_SHORT.repr(value)} is a {type(value).__name__}; it must be "
                     f"{readable(hint)}."
@@ -245,8 +231,15 @@ class AdapterConfig:
             for number in value.values() if isinstance(value, Mapping) else (value,):
                 if isinstance(number, int | float) and abs(number) > _LARGEST:
                     raise ConfigError(f"{name} = {_SHORT.repr(number)} is too large: the limit is 2**64.")
-            _check_limits(name, value, hint)
-        answer: Any = self.check()  # type: ignore[func-returns-value]
+        try:
+            answer: Any = self.check()  # type: ignore[func-returns-value]
+        except (AdapterError, AdapterWarning):
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{cls.__name__}.check raised {type(error).__name__}: {error}; it must raise ConfigError or return "
+                "nothing."
+            ) from error
         if answer is not None:
             raise PluginError(f"{cls.__name__}.check returned {answer!r}; it must raise ConfigError or return nothing.")
 
@@ -262,7 +255,7 @@ class AdapterConfig:
     @classmethod
     def type_in_files(cls) -> str:
         """The `peft_type` of this method's files."""
-        return cls.peft_type or cls.method.upper()
+        return (cls.peft_type or cls.method).upper()
 
     @property
     def trained_biases(self) -> TrainedBiases:
@@ -321,8 +314,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, with `peft_type` and what `extra` kept."""
-        own = {f.name: _jsonable(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
-        own = {n: v for n, v in own.items() if n not in self.not_in_files or v != getattr(AdapterConfig, n)}
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"]
+        own = {f.name: _jsonable(v) for f, v in fields if f.name not in self.not_in_files or v != _default(f)}
         marks = {name: value for name, value in self.marks.items() if value is not ...}
         fixed = {"peft_type": self.type_in_files(), "inference_mode": True}
         return dict(sorted({**_jsonable(self.extra), **own, **marks, **fixed}.items()))
@@ -400,7 +393,7 @@ class AdapterConfig:
     def _check_ranks(self) -> None:
         """Raise `ConfigError` for a rank that no layer can have: a file of a few bytes must not ask for all memory."""
         cls: Any = type(self)
-        ranks = [name for name, hint in _hints(cls).items() if _POSITIVE in getattr(hint, "__metadata__", ())]
+        ranks = [name for name, hint in field_hints(cls).items() if POSITIVE in getattr(hint, "__metadata__", ())]
         found = {name: [getattr(self, name)] for name in ranks}
         found |= {pattern: [*getattr(self, pattern).values()] for pattern, own in self.patterns.items() if own in ranks}
         for name, values in found.items():
@@ -417,9 +410,70 @@ class AdapterConfig:
 
 
 @functools.cache
-def _hints(cls: Any) -> Mapping[str, Any]:
+def field_hints(cls: Any) -> Mapping[str, Any]:
     """The types of a config's fields. They are kept, because resolving them takes as long as the rest of a config."""
-    return typing.get_type_hints(cls, include_extras=True)
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except (NameError, TypeError, AttributeError) as error:
+        raise PluginError(
+            f"The types of {cls.__name__}'s fields cannot be resolved: {error}. Import them for the run time too, not "
+            "only under TYPE_CHECKING, and define them outside of functions."
+        ) from error
+
+
+def config_faults(config_type: type[AdapterConfig]) -> Iterator[str]:
+    """What is wrong with a config's class, as the ends of sentences that begin with its name."""
+    if not config_type.method:
+        yield " has no `method`: write method = 'its name' in the class"
+    cls: Any = config_type
+    declared, hints = typing.get_type_hints(AdapterConfig), field_hints(cls)
+    common, fields = ({f.name for f in dataclasses.fields(each)} for each in (AdapterConfig, config_type))
+    for name in (fields - common) & {*dir(AdapterConfig), *declared}:
+        yield (
+            f".{name} is a field that hides an attribute of every config. Leave the annotation of a class attribute "
+            "out, and give a field another name"
+        )
+    for name in declared.keys() - common:
+        value = getattr(config_type, name)
+        if misfit(value, declared[name]) is not None:
+            yield f".{name} = {value!r} is a {type(value).__name__}; it must be {readable(declared[name])}"
+    for name in _not_fields(config_type):
+        yield (
+            f".{name} is not a field of the config: the class needs @dataclass(frozen=True, kw_only=True), and the "
+            "field an annotation"
+        )
+    for name in fields & {*config_type.marks, *config_type.not_implemented}:
+        yield f".{name} is a field of the config, so it must not be in its marks or in not_implemented"
+    for name in fields:
+        found = not_json(hints[name])
+        if found is not None:
+            yield (
+                f".{name} may be a {getattr(found, '__name__', found)}, which adapter_config.json cannot hold. It "
+                "holds bool, int, float, str, None, and lists and mappings of these"
+            )
+    yield from _pattern_faults(config_type, hints)
+
+
+def _pattern_faults(config_type: type[AdapterConfig], hints: Mapping[str, Any]) -> Iterator[str]:
+    """Patterns that cannot hold values for layers."""
+    for pattern, own in config_type.patterns.items():
+        for name in {pattern, own} - config_type.__dataclass_fields__.keys():
+            yield f".patterns names {name!r}, which is not a field"
+        if misfit({"name": getattr(config_type, own, None)}, hints[pattern]) is not None:
+            yield (
+                f".{pattern} is {readable(hints[pattern])}; as a pattern of {own!r} it must be a mapping, such as "
+                f"Mapping[str, {readable(hints[own])}] = field(default_factory=dict)"
+            )
+
+
+def _not_fields(config_type: type[AdapterConfig]) -> list[str]:
+    """Public values and annotations of a config's class that are neither fields nor what the base class declares."""
+    known = {*config_type.__dataclass_fields__, *dir(AdapterConfig)}
+    found: dict[str, object] = {}
+    for cls in config_type.__mro__[: config_type.__mro__.index(AdapterConfig)]:
+        found |= vars(cls).get("__annotations__", {})
+        found |= {n: value for n, value in vars(cls).items() if isinstance(value, bool | int | float | str | tuple)}
+    return [name for name in found if name not in known and not name.startswith("_")]
 
 
 def _misspelt_task(task: object) -> str | None:
@@ -468,63 +522,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-# Adapters may compute in float32, where a larger number would be infinite.
-_LARGEST_FLOAT32 = 3.4028234663852886e38
 # Seeds have 64 bits; and a product of two numbers in these bounds is still one of float32.
 _LARGEST = 2**64
 # Some programs write 100,000 for the rank of a whole matrix.
 _LARGEST_RANK = 1_000_000
-
-
-def conforms(value: object, hint: Any) -> bool:
-    """Whether `value` has type `hint`, also inside unions, literals, sequences and mappings.
-
-    A bool does not count as a number, an int counts as a float, and a float must be finite in float32.
-    """
-    if hint is str and isinstance(value, str):  # soon done: a list may hold very many
-        return True
-    hint = _bare(hint)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType, typing.Literal):
-        literal = origin is typing.Literal
-        return any((value == a and type(value) is type(a)) if literal else conforms(value, a) for a in args)
-    if origin is not None and issubclass(origin, Mapping):
-        pairs = value.items() if isinstance(value, Mapping) else ()
-        return isinstance(value, Mapping) and all(conforms(k, args[0]) and conforms(v, args[1]) for k, v in pairs)
-    if origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, tuple | list) and all(conforms(v, args[0]) for v in value)
-    if hint in (int, float):
-        is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-        return is_number and (hint is int or abs(value) <= _LARGEST_FLOAT32)  # type: ignore[arg-type]
-    # The author checks hints that are not classes.
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _bare(hint: Any) -> Any:
-    """A type without its limits."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-
-
-def _check_limits(name: str, value: object, hint: Any) -> None:
-    """Raise `ConfigError` for a limit in the type, or in the member of a union, that the value does not keep."""
-    for member in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
-        for limit in getattr(member, "__metadata__", ()) if conforms(value, member) else ():
-            if isinstance(limit, Limit) and not limit.holds(value):
-                raise ConfigError(f"{name} = {value!r}{limit.text}.")
-
-
-def readable(hint: Any) -> str:
-    """A type as a user would say it: `an int`, `a list of str or None`."""
-    hint = _bare(hint)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(readable(a) for a in args))
-    if origin is typing.Literal:
-        return " or ".join(map(repr, args))
-    if origin is not None and issubclass(origin, Mapping):
-        return f"a mapping from {readable(args[0])} to {readable(args[1])}"
-    if origin is not None and issubclass(origin, Sequence):
-        return f"a list of {readable(args[0])}"
-    if hint is type(None) or hint is None:
-        return "None"
-    return "a number, finite in float32" if hint is float else str(getattr(hint, "__name__", hint))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from adapterkit.contract.field_types import Probability, misfit
 from adapterkit.errors import PluginError, UnsupportedError, usage
 from adapterkit.kinds import Factors, LayerKind, dense, no_weight
 from adapterkit.tensors import gathered
@@ -97,7 +99,9 @@ class Target:
         parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
         if not parameter.is_meta:
             with torch.no_grad():
-                init(parameter) if callable(init) else parameter.fill_(init)
+                made = init(parameter) if callable(init) else parameter.fill_(init)
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                raise PluginError("The init of target.new must fill its tensor in place: lambda p: p.copy_(values).")
         return parameter
 
 
@@ -177,8 +181,10 @@ class AdapterLayer(nn.Module):
     def __init__(self, target: Target, config: Any, shared: Any = None) -> None:
         super().__init__()
         # Shared tensors are the adapter's, not the layer's, so no registry of this module may list them.
-        self.__dict__.update(kind=target.kind, config=config, shared=shared)
+        given = {"kind": target.kind, "config": config, "shared": shared}
+        self.__dict__.update(given)
         self.setup(target, config)
+        _check_made(self, given)
         if self.any_module and (self.dropout or self.row_dropout or self.module_dropout):
             raise PluginError(f"{type(self).__name__} has any_module, so its dropouts belong into its forward.")
 
@@ -189,7 +195,7 @@ class AdapterLayer(nn.Module):
             return
         if "__init__" in vars(cls):
             raise PluginError(f"{cls.__name__} defines __init__; write setup(self, target, config) in its place.")
-        _check_spelling(cls, base, ("setup", "forward", "merged", *cls._needs))
+        _check_methods(cls, base, ("setup", "forward", "merged", *cls._needs))
         if cls.any_module and (base is not AdapterLayer or cls.forward is base.forward):
             raise PluginError(
                 f"{cls.__name__} has any_module, so it must be an AdapterLayer that defines forward(self, base, *args, "
@@ -335,10 +341,13 @@ def without_values(layer: AdapterLayer) -> Any:
     return light
 
 
-def _check_spelling(cls: type, base: type, names: Iterable[str]) -> None:
-    """Raise `PluginError` for a public method of `cls` whose name is nearly one of `base`'s that `cls` lacks."""
+def _check_methods(cls: type, base: type, names: Iterable[str]) -> None:
+    """Raise `PluginError` for a misspelt method of `cls`, and for one that cannot be called as that of `base`."""
     lacking = [name for name in names if getattr(cls, name) is getattr(base, name)]
     for name, value in vars(cls).items():
+        if name in names:
+            _check_signature(cls, base, name)
+            continue
         own = inspect.isfunction(value) and not name.startswith("_") and not hasattr(base, name)
         for meant in difflib.get_close_matches(name, lacking, 1, cutoff=0.8) if own else ():
             raise PluginError(
@@ -347,7 +356,74 @@ def _check_spelling(cls: type, base: type, names: Iterable[str]) -> None:
             )
 
 
-# The attributes of every `Shared`.
+def _check_signature(cls: Any, base: type, name: str) -> None:
+    """Raise `PluginError` if `cls` has something else than a method `name` that takes what the method of `base` takes.
+
+    Where a call has any arguments, that of a model or of any module, the first one alone is known.
+    """
+    value, spec = vars(cls)[name], inspect.signature(getattr(base, name)).parameters
+    whole = getattr(cls, "any_module", False) or any(p.kind is p.VAR_POSITIONAL for p in spec.values())
+    given = [p for p in spec if p != "self"][: 1 if whole and name == "forward" else None]
+    shown = f"def {name}(self, {', '.join(given)}{', ...' * whole})" if given else f"def {name}(self)"
+    if not callable(value) or isinstance(value, type):
+        raise PluginError(f"{cls.__name__}.{name} must be a method: {shown}.")
+    signature = inspect.signature(value)
+    takes = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    moved = any(own in given and given.index(own) != n for n, own in enumerate(takes))
+    try:
+        (signature.bind_partial if whole else signature.bind)("self", *given)
+    except TypeError:
+        moved = True
+    if moved:
+        raise PluginError(f"{cls.__name__}.{name}{signature} does not take what it is called with: {shown}.")
+
+
+def _check_made(module: nn.Module, given: Mapping[str, object]) -> None:
+    """Raise `PluginError` for something that `setup` of a layer, or of what layers share, must not leave there.
+
+    Args:
+        given: the attributes that the module has from the library.
+    """
+    for fault in (*_wrong_attributes(module, given), *_wrong_tensors(module)):
+        raise PluginError(f"{type(module).__name__}.setup {fault}.")
+
+
+def _wrong_attributes(module: nn.Module, given: Mapping[str, object]) -> Iterator[str]:
+    """Attributes that `setup` must not set, as the ends of sentences."""
+    own, cls = vars(module), type(module)
+    for name, value in given.items():
+        if own.get(name, own) is not value:
+            yield f"replaced self.{name}, which the library sets. Choose another name"
+    for name in ("any_module", "up_factor", "additive"):
+        if name in own:
+            yield f"set self.{name}, which must be an attribute of the class"
+    for name in (*module._parameters, *module._buffers, *module._modules):
+        if hasattr(cls, name):
+            number = " It must be a number" * ("dropout" in name)
+            yield f"put a module or a tensor into self.{name}, but the class attribute {name} is what is read.{number}"
+    for name in ("dropout", "row_dropout", "module_dropout"):
+        if name in own and misfit(own[name], Probability) is not None:
+            yield f"set self.{name} = {own[name]!r}; it must be a number from 0 to 1"
+
+
+def _wrong_tensors(module: nn.Module) -> Iterator[str]:
+    """Tensors that would not train, move or be saved as their author thinks, as the ends of sentences."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            yield (
+                f"made a parameter {name!r} that does not require gradients. Every parameter trains; register a buffer "
+                "for what does not"
+            )
+    for name, value in vars(module).items():
+        held = tree_leaves(value) if isinstance(value, Tensor | list | tuple | dict) else ()
+        if name not in _KEPT and any(isinstance(leaf, Tensor) for leaf in held):
+            yield (
+                f"keeps tensors in self.{name}, which are not saved, moved or trained there. Make each a parameter or "
+                "a buffer of its own, or use nn.ParameterList"
+            )
+
+
+# The attributes of every `Shared`, beside what `setup` makes.
 _KEPT = {*vars(nn.Module()), "_made"}
 
 
@@ -371,11 +447,13 @@ class Shared(nn.Module):
         super().__init__()
         self.__dict__["config"] = config
         self.setup(targets, config, root)
+        if not self.replaces_call:
+            _check_made(self, {"config": config})
         self.__dict__["_made"] = self.plain_attributes()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _check_spelling(cls, Shared, ("setup", "forward", "penalty", "step"))
+        _check_methods(cls, Shared, ("setup", "forward", "penalty", "step"))
         cls.replaces_call = cls.forward is not Shared.forward
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib.metadata
-import json
 import os
 import reprlib
-import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -21,11 +18,10 @@ from torch import nn
 from adapterkit import kinds
 from adapterkit.contract import combiners
 from adapterkit.contract.combiners import Combiner
-from adapterkit.contract.config import AdapterConfig, conforms, readable
+from adapterkit.contract.config import AdapterConfig, config_faults
 from adapterkit.contract.hookspecs import EXTENSIONS_GROUP, METHODS_GROUP, REQUIRED
 from adapterkit.contract.layers import Shared
-from adapterkit.contract.method import Method
-from adapterkit.contract.plugins import Plugin, manager_of
+from adapterkit.contract.method import Method, Plugin, manager_of
 from adapterkit.errors import (
     CheckpointError,
     ConfigError,
@@ -418,64 +414,36 @@ class Registry:
 
 
 def _check_method(method: Method) -> None:
-    """Raise `PluginError` for a config or a key prefix with which the method could not work."""
+    """Raise `PluginError` for a config, a shared class or a key prefix with which the method could not work."""
     config_type, shared = method.config_type(), method.shared
-    if not config_type.method:
-        raise method.fault(f"{config_type.__name__} has no `method`: write method = 'its name' in the class")
+    fault = next(config_faults(config_type), None)
+    if fault is not None:
+        raise method.fault(f"{config_type.__name__}{fault}")
     if config_type.method != method.name:
         raise method.fault(
             f"{config_type.__name__}.method is {config_type.method!r}; it must be the method's name, {method.name!r}"
         )
     if shared is not None and not (isinstance(shared, type) and issubclass(shared, Shared)):
         raise method.fault(f"its shared = {shared!r} must be a subclass of Shared")
-    for name in _not_fields(config_type):
-        raise method.fault(
-            f"{config_type.__name__}.{name} is not a field of the config: the class needs @dataclass(frozen=True, "
-            "kw_only=True), and the field an annotation"
-        )
-    _check_patterns(method, config_type)
     try:
         config = config_type()
     except PluginError:
         raise
     except Exception as error:
         raise method.fault(
-            f"{config_type.__name__}() raised {type(error).__name__}: {error}. Every field of a config needs a default"
+            f"{config_type.__name__}() raised {type(error).__name__}: {str(error).rstrip('.')}. Every field of a "
+            "config needs a default that the config takes"
         ) from error
-    for name, value in config.to_dict().items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise method.fault(
-                f"{config_type.__name__}.{name} is {value!r}, which adapter_config.json cannot hold. It holds bool, "
-                "int, float, str, None, and lists and mappings of these"
-            ) from error
-    prefix = method.key_rule(config).prefix
-    if not prefix or any(not part or "." in part for part in ([prefix] if isinstance(prefix, str) else prefix)):
-        raise method.fault(f"its key prefix {prefix!r} must be a name without dots, such as 'lora_'")
-
-
-def _not_fields(config_type: type[AdapterConfig]) -> list[str]:
-    """Public values and annotations of a config's class that are neither fields nor what the base class declares."""
-    known = {*config_type.__dataclass_fields__, *dir(AdapterConfig)}
-    found: dict[str, object] = {}
-    for cls in config_type.__mro__[: config_type.__mro__.index(AdapterConfig)]:
-        found |= vars(cls).get("__annotations__", {})
-        found |= {n: value for n, value in vars(cls).items() if isinstance(value, bool | int | float | str | tuple)}
-    return [name for name in found if name not in known and not name.startswith("_")]
-
-
-def _check_patterns(method: Method, config_type: type[AdapterConfig]) -> None:
-    """Raise `PluginError` if a pattern of the config cannot hold values for layers."""
-    fields, hints = {f.name for f in dataclasses.fields(config_type)}, typing.get_type_hints(config_type)
-    for pattern, own in config_type.patterns.items():
-        for name in {pattern, own} - fields:
-            raise method.fault(f"{config_type.__name__}.patterns names {name!r}, which is not a field")
-        if not conforms({"name": getattr(config_type, own)}, hints[pattern]):
-            raise method.fault(
-                f"{config_type.__name__}.{pattern} is {readable(hints[pattern])}; as a pattern of {own!r} it must be a "
-                f"mapping, such as Mapping[str, {readable(hints[own])}] = field(default_factory=dict)"
-            )
+    rule = method.key_rule(config)
+    prefixes = rule.prefix if isinstance(rule.prefix, tuple) else (rule.prefix,)
+    if not prefixes or not all(isinstance(part, str) and part and "." not in part for part in prefixes):
+        raise method.fault(
+            f"its key prefix {rule.prefix!r} must be a name without dots, such as 'lora_', or a tuple of such names"
+        )
+    if not isinstance(rule.exempt, Set):
+        raise method.fault(
+            f"its key rule's exempt = {rule.exempt!r} must be a set of names, such as frozenset({{'x'}})"
+        )
 
 
 def _name_of(plugin: object) -> str:
