@@ -299,7 +299,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError) as error:
         check_unchanged(module, state)
-        if not all(layer.kind.computes_plainly(original, module) for layer, _ in plan.layers):
+        if not all(layer.kind.computes_plainly(original, module) for layer, _ in getattr(plan, "layers", ())):
             error.add_note(
                 "An adapter acts in this layer, whose class has a forward of its own. If its output is not one row of "
                 "out_features for each row of the input, leave the layer out with exclude_modules."

@@ -53,7 +53,7 @@ class PerAdapter(Holder):
         if isinstance(value, nn.Module):
             super().__setattr__(name, value)
         else:
-            self.__dict__[name] = value
+            object.__setattr__(self, name, value)
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Do nothing: a head may be an `nn.Sequential`, which calls all its children in turn."""
