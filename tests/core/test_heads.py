@@ -212,6 +212,19 @@ def test_a_hook_on_the_head_or_inside_it_fires_once_whichever_head_acts(name: st
     assert name != "bert" or all(module is model.classifier for module in calls)
 
 
+def test_a_hook_stays_when_the_head_becomes_the_models_own() -> None:
+    model = build("bert")
+    adapters, calls = ak.attach(model), list[object]()
+    add(adapters, "a", num_labels=5)
+    handle = model.classifier.register_forward_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+    run(model, "bert")
+    run(adapters.merge_and_detach(), "bert")
+    assert calls == [{}, {}]
+    handle.remove()
+    run(model, "bert")
+    assert len(calls) == 2
+
+
 # Label sets
 
 

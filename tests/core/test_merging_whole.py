@@ -1,4 +1,4 @@
-"""A merge that breaks off in the middle, by an error, a full memory or Ctrl-C: it is done, or nothing is."""
+"""A merge, and any other call, that an error, a full memory or Ctrl-C breaks off: it is done, or nothing is."""
 
 from __future__ import annotations
 
@@ -158,22 +158,22 @@ def test_unmerge_is_whole_or_may_be_called_again(error: Exception | None, monkey
     assert has_bits(adapters.model, base)
 
 
-HERE = Path(ak.__file__).parent / "merging"
+HERE = Path(ak.__file__).parent
 
 
 class InLine:
-    """Raises KeyboardInterrupt in the n-th line of the library that runs, as Ctrl-C may."""
+    """Acts in the n-th line of a folder of the library that runs."""
 
-    def __init__(self, number: int) -> None:
-        self.left = number
+    def __init__(self, number: int, folder: Path, act: Callable[[], None]) -> None:
+        self.left, self.folder, self.act = number, str(folder), act
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Any:
-        if Path(frame.f_code.co_filename).parent != HERE:
+        if not frame.f_code.co_filename.startswith(self.folder):
             return None
         if event == "line":
             self.left -= 1
             if not self.left:
-                raise KeyboardInterrupt
+                self.act()
         return self
 
 
@@ -183,7 +183,7 @@ def test_an_interrupt_in_any_line_of_a_merge_leaves_all_or_nothing_or_says_so(ke
         adapters = adapted()
         expected, base, before, said = output(adapters), bits(adapters.model), sys.gettrace(), None
         flags = [p.requires_grad for p in adapters.model.parameters()]
-        sys.settrace(InLine(number))
+        sys.settrace(InLine(number, HERE / "merging", raising(KeyboardInterrupt())))
         try:
             adapters.merge("a", keep_base=keep_base)
         except KeyboardInterrupt as error:
@@ -199,6 +199,52 @@ def test_an_interrupt_in_any_line_of_a_merge_leaves_all_or_nothing_or_says_so(ke
             assert has_bits(adapters.model, base)
             assert [p.requires_grad for p in adapters.model.parameters()] == flags
         if said is None:
+            break
+    assert number > 200
+
+
+def in_block(adapters: ak.Adapters) -> None:
+    with adapters.activated("b"), torch.no_grad():  # a graph would keep the adapter's flags
+        adapters.model(X)
+
+
+CALLS: dict[str, Callable[[ak.Adapters], object]] = {
+    "add": lambda a: a.add("c", LoraConfig(target_modules=["2"], bias="all")),
+    "copy": lambda a: a.copy("a", "c"),
+    "rename": lambda a: a.rename("a", "c"),
+    "remove": lambda a: a.remove("a"),
+    "activate": lambda a: a.activate("b", "a"),
+    "a block": in_block,
+    "detach": lambda a: a.detach(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ctrl_c_in_any_line_of_a_call_leaves_it_done_or_not_begun(call: str) -> None:
+    for number in range(1, 20000, 97 if call == "add" else 23):
+        adapters = adapted()
+        adapters.add("b", LoraConfig(target_modules=["0", "3"]), activate=False)
+        base, before, model, finished = bits(adapters.model), sys.gettrace(), adapters.model, False
+        sys.settrace(InLine(number, HERE, ctrl_c))
+        try:
+            CALLS[call](adapters)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        found = ak.attach(model)
+        assert set(found.names) in ({"a", "b"}, set("b"), {"a", "b", "c"}, {"b", "c"}, set())
+        held = {id(p) for name in found.names for p in found.parameters(name)}
+        assert {id(p) for path, p in model.named_parameters() if ".adapter" in path} == held
+        assert set(found.trainable) == set(found.active) <= set(found.names)
+        model(X)
+        if call == "a block":
+            assert found.active == ("a",)
+        found.detach()
+        assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        if finished:
             break
     assert number > 200
 

@@ -16,7 +16,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, is_grad_enabled
 
 from adapterkit.forward.readers import running
-from adapterkit.forward.state import State, lock, models
+from adapterkit.forward.state import Block, State, lock, models
 
 _WRAPPED = "_adapterkit_keeps_states"
 _GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -73,7 +73,7 @@ class InSameState:
                     reason = f"This backward recomputes a forward (gradient checkpointing), and since then {why}. "
                     state = State(refuses=reason + "Call backward() before that.")  # noqa: PLW2901
                 if state is not active.state:
-                    stack.callback(active.leave, active.enter(state))
+                    stack.callback(active.leave, active.enter(Block(state)))
             stack.callback(setattr, running, "stack", running.stack)
             running.stack = list(self.readers)
             for shared, left in self.left:

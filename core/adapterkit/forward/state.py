@@ -229,7 +229,7 @@ class Active:
             for thread in list(self.threads):
                 self.refresh(thread)
 
-    def enter(self, state: State) -> Block:
+    def enter(self, block: Block) -> Block:
         """Begin a block of this thread.
 
         Raises:
@@ -237,16 +237,16 @@ class Active:
         """
         _wrap_threads()
         with lock:
-            block, thread = Block(state), self.here.thread
+            thread = self.here.thread
             if block.task is not None and any(other.task not in (None, block.task) for other in thread.blocks):
                 raise StateError(
                     "Another asyncio task of this thread is in a block (activated, disabled or per_sample), and the "
                     "tasks of one thread share what acts. Do not await inside a block, or run the block with its "
                     "forward in asyncio.to_thread."
                 )
-            self.alive.add(state)
+            self.alive.add(block.state)
             thread.blocks.append(block)
-            thread.state = state
+            thread.state = block.state
         return block
 
     def leave(self, block: Block) -> None:
@@ -258,7 +258,7 @@ class Active:
                 if len(left) < len(thread.blocks):
                     thread.ended |= block not in thread.blocks  # a pool started the thread in it
                     thread.blocks = left
-                    self.refresh(thread)
+                self.refresh(thread)
 
     def refresh(self, thread: Thread) -> None:
         """Set a thread's state after its blocks or the default have changed."""
@@ -379,7 +379,7 @@ def _wrap_threads() -> None:
         def in_states(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 for active, state in states:
-                    stack.callback(active.leave, active.enter(state))
+                    stack.callback(active.leave, active.enter(Block(state)))
                 return fn(*args, **kwargs)
 
         return original_submit(self, in_states if states else fn, *args, **kwargs)

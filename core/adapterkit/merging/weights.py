@@ -243,6 +243,8 @@ def take_heads(adapters: Sequence[Adapter], model: nn.Module) -> None:
     heads = {adapter.hosts[path]: head for adapter in adapters for path, head in adapter.heads.items()}
     for module, head in heads.items():
         give_dtypes_back(head, module)
+        hooks = {name: held for name, held in vars(module).items() if "_hook" in name and name != "_hf_hook"}
+        vars(head).update(hooks)  # the user's, with the handles that remove them
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in heads:

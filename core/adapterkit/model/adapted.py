@@ -13,6 +13,7 @@ from adapterkit.contract import SHARED, AdapterConfig, default_registry, part_na
 from adapterkit.errors import ConfigError, StateError, UsageError
 from adapterkit.forward import (
     Active,
+    Block,
     PerAdapter,
     State,
     Strength,
@@ -217,21 +218,29 @@ class AdaptedModel:
     @contextmanager
     def block(self, state: State) -> Iterator[None]:
         """Let `state` act in this thread inside the block; its adapters that train require gradients there."""
-        trained = self._trained_in(state)
-        with lock:
-            for adapter in trained:
-                adapter.train(for_now=True)
-            block = self.active.enter(state)
+        trained, block = self._trained_in(state), Block(state)
         try:
+            with uninterrupted() if trained else nullcontext(), lock:
+                for adapter in trained:
+                    adapter.train(for_now=True)
+                self.active.enter(block)
             self.follow_labels()
             yield
         finally:
-            with lock:
-                self.active.leave(block)
-                if self.attached:
-                    self._freeze_what_need_not_train(None)
+            try:
+                with uninterrupted() if trained else nullcontext():
+                    self._leave(block)
+            except KeyboardInterrupt:  # masking it where nothing trains would take as long as all the rest
+                self._leave(block)
+                raise
+
+    def _leave(self, block: Block) -> None:
+        with lock:
+            self.active.leave(block)
             if self.attached:
-                self.follow_labels()
+                self._freeze_what_need_not_train(None)
+        if self.attached:
+            self.follow_labels()
 
     def check_not_merged(self, names: Iterable[str]) -> None:
         """Raise `StateError` if one of these adapters is merged."""
@@ -332,11 +341,12 @@ class AdaptedModel:
         base = self.labels if owner != self.labels_of else None
         if base is None:
             return
-        self.keep_labels()
-        wanted = base if owner is None else self.adapters[owner].labels
-        assert wanted is not None
-        wanted.apply(self.model)
-        self.labels_of = owner
+        with uninterrupted():
+            self.keep_labels()
+            wanted = base if owner is None else self.adapters[owner].labels
+            assert wanted is not None
+            wanted.apply(self.model)
+            self.labels_of = owner
 
     def keep_labels(self) -> None:
         """Note what users, and transformers at the first loss, changed in the label set that is in the config now."""
