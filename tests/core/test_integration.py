@@ -299,6 +299,19 @@ def test_detach_gives_an_offloaded_model_its_hooks_forward_back(how: str, tmp_pa
     torch.testing.assert_close(run(model, "bert"), run(build("bert"), "bert"))
 
 
+def test_a_model_of_the_meta_device_takes_the_values_that_accelerate_sets(trained: Trained, tmp_path: Path) -> None:
+    from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch
+
+    source = trained(build("bert"), "a", target_modules=["query"])
+    source.activate("a")
+    Accelerator(cpu=True).save_model(source.model, str(tmp_path))
+    with init_empty_weights():
+        model = build("bert")
+        ak.attach(model).add("a", source.config("a"))
+    load_checkpoint_and_dispatch(model, str(tmp_path), {"": "cpu"})
+    assert_same_outputs(run(model.eval(), "bert"), run(source.model, "bert"))
+
+
 def test_detach_gives_the_model_back_when_the_hooks_came_after_the_adapters(trained: Trained, tmp_path: Path) -> None:
     from accelerate.hooks import remove_hook_from_submodules
 

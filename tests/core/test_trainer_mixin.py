@@ -360,6 +360,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     assert_equal(values(model), before)
 
 
+def test_an_optimizer_of_other_groups_is_not_resumed(checkpoint: Path) -> None:
+    run = trainer(lora()(), checkpoint.parent, lora_plus_ratio=16)
+    with pytest.raises(ak.CheckpointError, match=r"checkpoint-2 does not fit the optimizer here: .* lora_plus_ratio"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_an_optimizer_of_parameters_in_another_order_is_not_resumed(tmp_path: Path) -> None:
+    runs = [trainer(lora()(), tmp_path), trainer(lora()(), tmp_path)]
+    for order, run in zip((1, -1), runs, strict=True):
+        run.optimizer = torch.optim.AdamW([*run.adapters.parameters("t")][::order])
+    runs[0].train()
+    with pytest.raises(
+        ak.CheckpointError, match="does not fit the optimizer here: its parameters are in another order"
+    ):
+        runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_checkpoint_without_a_state_is_refused(tmp_path: Path) -> None:
     model = MODELS["dropout"]()
     ak.attach(model).save("t", tmp_path / "checkpoint-1")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from adapterkit.checkpoints.setting import check_setting, decoded, encoded, setting, short_hash
@@ -168,10 +167,6 @@ class StateDictHooks:
         for adapter in adapters._adapters.values():
             keys = set(adapter.state_dict_keys())
             (passed if adapter.unset and not keys & self._given else missed).update(keys)
-            for _, key, slot in file_places(adapter) if adapter.unset else ():
-                if key in self._given and not slot.tensor.is_meta:
-                    with torch.no_grad():
-                        slot.tensor.copy_(slot.tensor.clone())  # `assign=True` writes nothing, and `has_values` asks
         result.missing_keys[:] = [
             key
             for key in result.missing_keys

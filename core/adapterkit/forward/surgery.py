@@ -72,12 +72,15 @@ class PerAdapter(Holder):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Note that `to_empty` has taken the values of adapters, which a file may have brought before."""
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if getattr(fn, "__qualname__", "").startswith("Module.to_empty."):
             for name, adapter in self.active.adapters.items():
                 adapter.unset = adapter.unset or part_name(name) in self._modules
+            for tensor in (*self.parameters(), *self.buffers()):
+                tensor.__dict__["emptied"] = True  # `Adapter.has_values` asks
             for state in list(self.active.alive):
                 state.plans.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """Warn once if the model is set to train while adapters are merged and none trains.

@@ -124,7 +124,12 @@ class AdapterTrainerMixin(_Base):
             others = [p for p in trained.parameters() if p.requires_grad and id(p) not in known]
             groups += [{"params": others, **plain}] if others else []
             self.optimizer_cls_and_kwargs = cls, {**options, "params": groups}
-        return super().create_optimizer(*(() if model is None else (model,)))
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose groups are their own
+            names = {id(p): name for name, p in trained.named_parameters()}
+            for group in optimizer.param_groups:  # so a checkpoint tells the order of its averages
+                group["param_names"] = [names.get(id(p), "") for p in group["params"]]
+        return optimizer
 
     # Checkpoints
 
@@ -200,9 +205,26 @@ class AdapterTrainerMixin(_Base):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded what the model's parameters are
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which loads what the model's parameters are
+            super()._load_optimizer_and_scheduler(checkpoint)
             load_states(self.adapters, Path(checkpoint))
+            return
+        before = self._parameter_names()
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            why = str(error)
+        else:
+            why = "" if self._parameter_names() == before else "its parameters are in another order"
+        if why:
+            raise CheckpointError(
+                f"The optimizer in {checkpoint} does not fit the optimizer here: {why}. Before you resume, give the "
+                "trainer the same optimizer, adapter_options and lora_plus_ratio as then."
+            )
+
+    def _parameter_names(self) -> list[Any]:
+        """The names that the groups of the optimizer have. `load_state_dict` brings those of the checkpoint."""
+        return [group.get("param_names") for group in getattr(self.optimizer, "param_groups", ())]
 
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))

@@ -143,7 +143,7 @@ class Adapter:
     def has_values(self) -> bool:
         """Whether it has values. It need not as long as its model is on the meta device, too.
 
-        What `to_empty` makes was never written to, and torch counts writes. So values that somebody else sets count.
+        What `to_empty` makes is marked (`PerAdapter`), and torch counts writes to it. So values that others set count.
 
         Raises:
             StateError: it has none, and its model has.
@@ -154,7 +154,8 @@ class Adapter:
             return False
         for slot in self.slots().values():
             tensor = slot.tensor
-            if tensor.is_meta or tensor.is_inference() or tensor._version == 0:
+            emptied = getattr(tensor, "emptied", False)
+            if tensor.is_meta or (emptied and (tensor.is_inference() or tensor._version == 0)):
                 raise StateError(self.no_values)
         self.unset = False
         return True
