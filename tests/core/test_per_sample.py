@@ -692,24 +692,21 @@ def graphs() -> int:
 def test_compiled_linear_layers_serve_every_assignment_of_the_same_adapters() -> None:
     adapters = adapted("embednet", ["lora", "lora", "vera"], target_modules=["layers.0", "overhead"])
     model, seen = compiled(adapters), []
-    for names in (["a", "b", "c"], ["c", "a", "b"], ["a", None, "b"], [None, "b", "a"], ["b", "a", None]):
+    for names in (["a", "b", "c"], ["c", "a", "b"], ["a", None, "b"], [None, "b", "a"]):
         given = batch("embednet", 3)
         with torch.no_grad(), adapters.per_sample(names):
-            for _ in range(2):
-                found = output(model, given)
-            seen.append(graphs())
+            found = output(model, given)
+        seen.append(graphs())
         torch.testing.assert_close(found, alone(adapters, names, given))
-    assert seen == [1, 1, 2, 2, 2]
+    assert seen == [1, 1, 2, 2]
 
 
 def test_compiled_layers_of_every_sort_are_right() -> None:
     adapters = adapted("convnet", METHODS, target_modules=["conv1d", "grouped", "fc"])
-    model = compiled(adapters)
-    for names in (["a", "b", "c"], ["e", "d", None]):
-        given = batch("convnet", 3)
-        with torch.no_grad(), adapters.per_sample(names):
-            found = output(model, given)
-        torch.testing.assert_close(found, alone(adapters, names, given))
+    names, given = ["a", "b", "c", "e", "d", None, "a"], batch("convnet", 7)
+    with torch.no_grad(), adapters.per_sample(names):
+        found = output(compiled(adapters), given)
+    torch.testing.assert_close(found, alone(adapters, names, given))
 
 
 def test_offloaded_layers_are_fetched() -> None:

@@ -247,7 +247,7 @@ def test_layers_around_have_the_scaled_layer_inside() -> None:
 def test_a_compiled_model_follows_the_strength() -> None:
     adapters = adapted(mlp(), a=lora(), b=ak.config("loha", r=2, target_modules=["0"]))
     compiled = torch.compile(adapters.model, fullgraph=True, backend="eager")
-    for strength in (0.5, 0.25, 1.0, 0.125, 0.3, 0.7):
+    for strength in (0.5, 1.0, 0.25):
         adapters.activate("a", "b", trainable=False, strengths={"a": strength, "b": 2 * strength})
         torch.testing.assert_close(compiled(X), adapters.model(X))
 

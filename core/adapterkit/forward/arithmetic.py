@@ -31,7 +31,7 @@ Form = Literal["factored", "dense", "whole"]
 def add(layer: Any, out: Tensor, x: Tensor, strength: float = 1.0) -> Tensor:
     """`out` with `strength` times what an additive layer adds for `x`, in the wider dtype and not in place."""
     kind: LayerKind = layer.kind
-    if layer.training and (layer.row_dropout or layer.module_dropout):
+    if drops_rows(layer):
         return plus(out, delta(layer, x), strength)
     drop = layer.dropout if layer.training else 0.0
     if isinstance(layer, DenseLayer):
@@ -55,14 +55,19 @@ def delta(layer: Any, x: Tensor) -> Tensor:
     if change is None:
         hidden, up, bias, scale = _projected(layer, x, drop)
         change = kind.expand(hidden, up, bias) * scale
-    if layer.training and (layer.row_dropout or layer.module_dropout):
+    if drops_rows(layer):
         change = change * kind.spread(kept_rows(layer, change))
     return change
 
 
 def drops(layer: AdapterLayer) -> bool:
-    """Whether a dropout acts in training."""
-    return bool(layer.dropout or layer.row_dropout or layer.module_dropout)
+    """Whether any of the layer's dropouts acts now."""
+    return drops_rows(layer) or (layer.training and layer.dropout > 0)
+
+
+def drops_rows(layer: AdapterLayer) -> bool:
+    """Whether rows of the change, or the whole change, may be left out now."""
+    return layer.training and (layer.row_dropout > 0 or layer.module_dropout > 0)
 
 
 def kept_rows(layer: AdapterLayer, like: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def with_weight(layer: DenseLayer, module: nn.Module, base: Any, x: Tensor) -> T
     one exact dtype. Quantised, parametrized, pruned, sharded and offloaded weights are not, nor is a forward that
     someone replaced.
     """
-    if (layer.training and drops(layer)) or (layer.few is not None and _is_few(layer.kind, x)):
+    if drops(layer) or (layer.few is not None and _is_few(layer.kind, x)):
         return None
     if _cheapest(layer, x, weight=True) != "whole" or not layer.kind.computes_plainly(base, module):
         return None

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from adapterkit.contract import BIASES, HEADS, LAYERS, SHARED, DenseLayer, Shared, part_name
 from adapterkit.errors import PluginError, SelectionError, StateError, UnsupportedError
 from adapterkit.forward import readers
-from adapterkit.forward.arithmetic import add, kept_rows, with_weight
+from adapterkit.forward.arithmetic import add, drops_rows, kept_rows, with_weight
 from adapterkit.forward.heads import BiasLayer, callable_head
 from adapterkit.forward.readers import ACTIVE
 from adapterkit.forward.tensor_parallel import mesh_of, run_split
@@ -43,6 +43,7 @@ class Plan:
         wrapping: so many of them, from the first on, run around the forward; the rest only add to its output.
         biases: the trained biases that act, each with its strength.
         alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
+        kinds: the layer kind of each acting adapter layer.
         checked: whether the module is checked before each forward; see `is_checked`.
         mesh: the processes between which tensor parallelism splits the module, or `None`.
     """
@@ -60,7 +61,8 @@ class Plan:
         self.calls: list[tuple[Any, float]] = layers[:whole]
         self.layers = layers[whole:]
         self.biases = [(bias, strength) for bias, strength, _ in state.parts(module, BIASES, names)]
-        self.checked = is_checked(module, [layer for layer, _ in layers])
+        self.kinds = [layer.kind for layer, _ in layers]
+        self.checked = is_checked(module, self.kinds)
         self.mesh = mesh_of(module)
         self.wrapping = max([0, *(i for i, (layer, _) in enumerate(self.layers, 1) if not layer.summed)])
         # Under torch.compile the compiler chooses the form.
@@ -143,7 +145,7 @@ class CallPlan(Plan):
 
 
 class Call:
-    """The call of `module` as one adapter sees it: with the adapters nearer to the module, without its own.
+    """What one adapter wraps at `module`: the module's call together with the adapters that act nearer to it.
 
     Args:
         original: the module's own call.
@@ -177,7 +179,7 @@ class Call:
 
 
 def returned(part: Any, out: Any) -> Any:
-    """What a method's forward gave, which cannot be `None`: then a `return` is missing."""
+    """The output of a method's forward. `None` means that its `return` is missing, which is refused."""
     if out is None:
         raise PluginError(f"{type(part).__name__}.forward returned None; it must return the output.")
     return out
@@ -193,18 +195,17 @@ def run_layers(module: nn.Module, layers: Sequence[tuple[Any, float]], call: Cal
         return add(layer, out, x, strength).to(out.dtype)
     base = Base(module, layer, inner, call, x)
     out = returned(layer, layer(base, base.to_adapter_dtype(x)))
-    drops_rows = layer.training and (layer.row_dropout or layer.module_dropout)
-    if drops_rows or strength != 1.0:
+    if drops_rows(layer) or strength != 1.0:
         plain = base(x)
-        kept = layer.kind.spread(kept_rows(layer, plain)) if drops_rows else 1.0
+        kept = layer.kind.spread(kept_rows(layer, plain)) if drops_rows(layer) else 1.0
         out = plain + (out - plain) * (kept * strength)
     return base.to_layer_dtype(out)
 
 
 class Base:
-    """A layer of the model as one adapter sees it: with the adapters that are nearer to the layer, without its own.
+    """What one adapter wraps: a layer of the model together with the adapters that act nearer to it.
 
-    It takes and gives the dtype of the adapter's parameters.
+    It takes and returns tensors in the dtype of the adapter's parameters.
     """
 
     def __init__(
@@ -299,7 +300,7 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         return plan.run(original, args, kwargs)
     except (IndexError, RuntimeError) as error:
         check_unchanged(module, state)
-        if not all(layer.kind.computes_plainly(original, module) for layer, _ in getattr(plan, "layers", ())):
+        if not all(kind.computes_plainly(original, module) for kind in plan.kinds):
             error.add_note(
                 "An adapter acts in this layer, whose class has a forward of its own. If its output is not one row of "
                 "out_features for each row of the input, leave the layer out with exclude_modules."
@@ -307,13 +308,12 @@ def run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], 
         raise
 
 
-def is_checked(module: nn.Module, layers: Iterable[Any]) -> bool:
+def is_checked(module: nn.Module, kinds: Iterable[LayerKind]) -> bool:
     """Whether a forward of the module would go wrong silently after a change; elsewhere torch raises an error.
 
     On a GPU a missing row of an embedding aborts the process. A convolution with another stride gives other numbers.
     The change of a layer with one output would be added to every output of a larger one.
     """
-    kinds = [layer.kind for layer in layers]
     noticed = any(type(kind).changed is not LayerKind.changed or kind.out_features == 1 for kind in kinds)
     return noticed or isinstance(module, nn.Embedding)
 
@@ -334,10 +334,10 @@ def check_unchanged(module: nn.Module, state: State) -> None:
 
 
 def summable(module: nn.Module, out: Any) -> Tensor:
-    """The module's output, checked that something can be added to it.
+    """The module's output, to which a change is added.
 
     Raises:
-        SelectionError: it is no tensor.
+        SelectionError: it is not a tensor.
     """
     if not isinstance(out, Tensor):
         raise SelectionError(

@@ -173,12 +173,12 @@ class Active:
         default: the state where no block is open.
         merged: names of the adapters in the weights.
         warned: whether the user was warned that these do not train.
-        extra: says of which classes an adapted module is an instance beside its own. Its class derives from the first,
-            then from its own, then from the others; with those that are abstract it is registered instead.
+        extra: gives further classes of which an adapted module is an instance. Its adapted class derives from the first
+            of them, from the module's own class and from the others, in this order; abstract ones register it.
         threads: the threads that have read it.
         here: `here.thread` is this thread's entry among them.
         alive: every state that may still act somewhere, also in graphs.
-        caller: the thread that is in a call of the model which adapters replace.
+        caller: the thread that runs a model whose call a `Shared.forward` replaces.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:

@@ -187,7 +187,7 @@ def plus(out: Tensor, change: Tensor, scale: float) -> Tensor:
 
 
 def _own_weight(module: Any) -> Tensor:
-    """The module's own weight, also where `module.weight` is that of a trained copy, as in a view of PEFT's."""
+    """The module's own weight, also where a property of its class gives another one, such as a trained copy's."""
     try:
         return nn.Module.__getattr__(module, "weight")  # type: ignore[return-value]
     except AttributeError:  # a parametrization's

@@ -124,14 +124,15 @@ class RowPlan(Plan):
         self.strengths = {name: strength for _, strength, name in (*layers, *biases)}
         defaults = state.parts(module, HEADS, state.defaults[::-1])
         self.default = callable_head(defaults[0][0], module) if defaults else None
-        self.checked = is_checked(module, self.parts.values())
+        self.kinds = [layer.kind for layer in self.parts.values()]
+        self.checked = is_checked(module, self.kinds)
         if (self.parts or self.shifts) and tensor_parallel.mesh_of(module) is not None:
             raise UnsupportedError(
                 f"Tensor parallelism splits a {type(module).__name__} between processes, and per_sample has adapters "
                 "there. Run the rows of one adapter at a time."
             )
         self.additive = all(layer.summed for layer in self.parts.values())
-        self.min_dims = max([0, *(layer.kind.sample_dims for layer in self.parts.values())])
+        self.min_dims = max([0, *(kind.sample_dims for kind in self.kinds)])
         self.groups: list[tuple[dict[str, AdapterLayer], bool]] = []
         for cls in dict.fromkeys(map(type, self.parts.values())):
             alike = {name: layer for name, layer in self.parts.items() if type(layer) is cls}
@@ -249,7 +250,7 @@ def stacked(rows: Rows, parts: Mapping[str, AdapterLayer], x: Tensor, strengths:
     graph serves every assignment.
     """
     layers, names = list(parts.values()), tuple(parts)
-    if any(layer.training and drops(layer) for layer in layers):
+    if any(map(drops, layers)):
         return None
     each = x.reshape(rows.count, -1, x.shape[-1])
     if torch.compiler.is_compiling():

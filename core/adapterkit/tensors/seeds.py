@@ -20,7 +20,7 @@ def seeded(seed: int | None, devices: Iterable[torch.device]) -> Iterator[Callab
     """In the block, `begin(name)` has the global generators of these devices draw what the seed and the name give.
 
     Code that knows no generator, such as `torch.randn` in a method's `setup`, draws from them. After the block they are
-    as before. Without a seed nothing of this happens.
+    as before. Without a seed nothing is set or restored.
     """
     generators = [] if seed is None else list(filter(None, map(_generator, {torch.device("cpu"), *devices})))
     states = [generator.get_state() for generator in generators]
@@ -38,7 +38,7 @@ def seeded(seed: int | None, devices: Iterable[torch.device]) -> Iterator[Callab
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
-    """The global generator of a device; `None` if it has none that can be had."""
+    """The global generator of a device; `None` if the device offers none."""
     if device.type in ("cpu", "meta"):
         return torch.default_generator if device.type == "cpu" else None
     module = torch.get_device_module(device)
