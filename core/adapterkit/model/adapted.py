@@ -439,8 +439,8 @@ class AdaptedModel:
             path, first = next(iter(stacks.items()))
             notes.append(
                 f"{ALL_LINEAR!r} leaves out {counted(len(stacks), 'module')} with stacked matrices, such as the "
-                f"experts of a mixture, {share / base:.0%} of the base: no layer kind adapts them. The first is {path!r}, a "
-                f"{type(first).__name__}"
+                f"experts of a mixture, {share / base:.0%} of the base: no layer kind adapts them. The first is "
+                f"{path!r}, a {type(first).__name__}"
             )
         return notes
 
