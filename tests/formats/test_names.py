@@ -349,6 +349,7 @@ def test_whole_differences_have_the_rows_of_their_layers(tmp_path: Path) -> None
     [
         *("lora_te_text_model_", "lora_te1_text_model_", "lora_te4_", "lora_prior_te_text_model_", "clip_g."),
         *("clip_l.text_model.", "text_encoders.clip_l.transformer.text_model.", "text_encoder_2.text_model."),
+        *("text_encoders.qwen3_8b.transformer.", "text_encoders.gemma3_12b."),
     ],
 )
 def test_prefixes_of_text_encoders(prefix: str, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ FLAT = (
 )
 # The parts that generate images and videos.
 GENERATORS = (*_DOTTED_GENERATORS, *_FLAT_GENERATORS)
-_PART = re.compile(rf"({'|'.join(map(re.escape, (*DOTTED, *FLAT)))})\.|({'|'.join(FLAT)})_")
+# ComfyUI has other text encoders with every new model.
+_ANY_ENCODER = r"text_encoders\.\w+(?:\.transformer)?"
+_PART = re.compile(rf"({'|'.join((_ANY_ENCODER, *map(re.escape, (*DOTTED, *FLAT))))})\.|({'|'.join(FLAT)})_")
 # transformers 5 has dropped this module from some text encoders and kept it in others.
 OPTIONAL = "text_model"
 # Where diffusers keeps the fields of PEFT's config, each under the part of the pipeline: "unet.lora_alpha".

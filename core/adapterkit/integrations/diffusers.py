@@ -28,8 +28,8 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISERS = ("unet", "transformer", "prior")
 # The components of a pipeline that a part of another program's file may be for; the first that is there counts.
 _COMPONENTS: Mapping[str, tuple[str, ...]] = {
-    **{part: (part,) for part in DOTTED},
-    **{part: ("text_encoder",) for part in DOTTED if part.startswith("text_encoders.") or "clip_l" in part},
+    **{part: (part,) for part in DOTTED if not part.startswith("text_encoders.")},
+    **{part: ("text_encoder",) for part in DOTTED if "clip_l" in part},
     **{part: ("text_encoder_2",) for part in DOTTED if "clip_g" in part},
     **{part: ("text_encoder_3", "text_encoder_2", "text_encoder") for part in DOTTED if "t5" in part},
     **{part: ("text_encoder_4",) for part in DOTTED if "llama" in part},
@@ -215,7 +215,8 @@ class PipelineAdapters(Mapping[str, Adapters]):
         parts = {component(key) for key in keys} or {""}
         places: dict[str, str] = {}
         for part in sorted(parts):
-            place = next((place for place in _COMPONENTS.get(part, ()) if place in self), None)
+            wanted = _COMPONENTS.get(part, ("text_encoder",) if part.startswith("text_encoders.") else ())
+            place = next((place for place in wanted if place in self), None)
             if place is None:
                 raise CheckpointError(f"{path}: this pipeline has no component for the keys of {part!r}.")
             if place in places:
