@@ -155,6 +155,10 @@ def test_biases_are_refused(saved: Saved, fields: dict[str, Any], server: Any, t
         ({"peft_type": "LOKR"}, SERVERS, "not LoRA"),
         ({"layer_replication": [[0, 1]]}, SERVERS, "layer_replication"),
         ({"r": 3}, SERVERS, "several ranks"),
+        *(
+            (fields, SERVERS, "must be numbers")
+            for fields in ({"r": [2]}, {"r": None}, {"lora_alpha": "8"}, {"alpha_pattern": [8]})
+        ),
         ({"target_modules": "model.*q_proj"}, ("sglang",), "expression"),
     ],
 )
@@ -181,6 +185,13 @@ def test_convolutions_are_not_served(saved: Saved, tmp_path: Path) -> None:
     assert any("is a convolution" in problem for problem in ak.check_serving(folder, "vllm").problems)
     with pytest.raises(ak.UnsupportedError, match="is a convolution"):
         ak.convert_file(folder, tmp_path / "out", server="vllm")
+
+
+def test_numbers_in_place_of_matrices_are_not_served(saved: Saved) -> None:
+    folder = saved(r=2)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: torch.tensor(1.0) for key in tensors}, folder / "adapter_model.safetensors")
+    assert not ak.check_serving(folder, "vllm").ok
 
 
 def test_a_file_of_another_program_is_no_folder_of_pefts(saved: Saved, tmp_path: Path) -> None:

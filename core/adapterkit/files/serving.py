@@ -127,7 +127,7 @@ def check_serving(source: str | Path, server: ServerName, *, max_rank: int | Non
     problems, notes = problems_of(read_config(place), shapes, server, max_rank), []
     if (place / "added_tokens.json").is_file() and server == "sglang":
         problems.append("added_tokens.json adds tokens to the vocabulary; remove it if the base has these tokens")
-    rank = max((shape[0] for key, shape in shapes.items() if key.endswith(_DOWN)), default=0)
+    rank = max((rank for key, shape in shapes.items() if key.endswith(_DOWN) for rank in shape[:1]), default=0)
     needed = next((allowed for allowed in known.ranks if allowed >= rank), rank)
     if max_rank is None and needed > (known.default_rank or 0):
         notes.append(f"start the server with --max-lora-rank {needed}")
@@ -158,6 +158,8 @@ def problems_of(
     peft_type = str(config.get("peft_type", "")).upper()
     if peft_type != "LORA":
         return [f"it is not LoRA, but {peft_type or 'of no peft_type'}; {convert}, if its change has low rank"]
+    if not all(isinstance(number, int | float) for number in (config.get("r"), *_alphas(config))):
+        return ["r, lora_alpha and the values of alpha_pattern in its config must be numbers"]
     trained, targets = config.get("modules_to_save"), config.get("target_modules")
     expression = isinstance(targets, str) and targets not in ("all", "all-linear") and not server.patterns
     biases = config.get("bias", "none") != "none" or config.get("lora_bias")
@@ -172,6 +174,12 @@ def problems_of(
         (rslora, f"use_rslora: alpha would be divided by r, not by its root; {convert}"),
     ]
     return [text for wrong, text in found if wrong] + _of_tensors(config, shapes, name, max_rank)
+
+
+def _alphas(config: Mapping[str, Any]) -> list[Any]:
+    """The alphas that a config gives to layers."""
+    patterns = config.get("alpha_pattern") or {}
+    return [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, Mapping) else (patterns,))]
 
 
 def _of_tensors(
@@ -192,9 +200,8 @@ def _of_tensors(
     kernel = next((key for key in paths if len(shapes[key]) != 2), None)
     if kernel is not None:
         problems.append(f"{paths[kernel]!r} is a convolution, and only linear layers and embeddings are served")
-    ranks = {shapes[key][0] for key in paths if key.endswith(_DOWN)}
-    alphas = {float(alpha) for alpha in (config.get("alpha_pattern") or {}).values()}
-    if ranks - {config.get("r")} or alphas - {float(config.get("lora_alpha", 0))}:
+    ranks = {rank for key in paths if key.endswith(_DOWN) for rank in shapes[key][:1]}
+    if ranks - {config.get("r")} or len({*_alphas(config)}) > 1:
         problems.append(f"the layers have several ranks or alphas, and all would be scaled alike; {convert}")
     limit = max_rank if max_rank is not None else max(server.ranks, default=None)
     if limit is not None and max(ranks, default=0) > limit:
