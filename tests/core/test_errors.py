@@ -136,7 +136,7 @@ def test_config_that_is_refused(given: dict[str, Any], text: str, error: type[ak
 
 def test_config_by_position_is_refused() -> None:
     with refused(ak.ConfigError, "LoraConfig takes its fields by name: LoraConfig(r=8), not (8,)"):
-        LoraConfig(8)  # type: ignore[call-arg]
+        LoraConfig(8)
 
 
 @pytest.mark.parametrize("field", sorted(name for name in OPTIONS if name not in LoraConfig.__dataclass_fields__))
@@ -362,7 +362,7 @@ def with_layer(layer: nn.Module, **attributes: Any) -> nn.Module:
 
 def own_attribute() -> nn.Module:
     layer = nn.Linear(4, 4)
-    layer.adapters = 3  # type: ignore[assignment]
+    layer.adapters = 3
     return with_layer(layer)
 
 
@@ -590,7 +590,7 @@ class Keywords(nn.Linear):
 
 
 class KeywordOnly(nn.Linear):
-    def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, *, x: Tensor) -> Tensor:
         return super().forward(x)
 
 

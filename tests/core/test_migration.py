@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
+import peft
 import pytest
+from tests.combining import outer_method, registered
 from torch import nn
 
 import adapterkit as ak
@@ -32,29 +33,10 @@ def test_config_classes_are_names_of_the_package(own: type[ak.AdapterConfig]) ->
 
 
 def test_a_registered_method_s_config_class_is_a_name_of_the_package() -> None:
-    class OuterConfig(ak.AdapterConfig):
-        method = "outer"
-
-    class OuterLayer(ak.LowRankLayer):
-        def setup(self, target: ak.Target, config: Any) -> None:
-            self.outer_u = target.new(target.out_features)
-            self.outer_v = target.new(target.in_features)
-
-        def factors(self) -> ak.Factors:
-            return ak.Factors(up=self.outer_u[:, None], down=self.outer_v[None, :])
-
     with pytest.raises(AttributeError, match="No installed method has a config class 'OuterConfig'"):
         _ = ak.OuterConfig
-    ak.register(ak.plugin(OuterConfig, OuterLayer, prefix="outer_"))
-    try:
-        assert ak.OuterConfig is OuterConfig
-    finally:
-        ak.default_registry._methods.pop("outer")
-
-
-def test_a_misspelt_config_class_is_guessed() -> None:
-    with pytest.raises(AttributeError, match="Did you mean LoraConfig"):
-        _ = ak.LorraConfig
+    with registered(outer_method()) as plugin:
+        assert ak.OuterConfig is plugin.config
 
 
 def test_dir_lists_public_names_only() -> None:
@@ -88,7 +70,6 @@ def test_what_is_named_exists(text: str) -> None:
         getattr(ak.Adapters, name)
 
 
-def test_peft_s_config_is_refused_with_ours(request: pytest.FixtureRequest) -> None:
-    peft = pytest.importorskip("peft")
+def test_peft_s_config_is_refused_with_ours() -> None:
     with pytest.raises(ak.ConfigError, match=r"This LoraConfig is PEFT's.*ak\.LoraConfig\(\.\.\.\)"):
         adapted().add("a", peft.LoraConfig(r=2, target_modules=["0"]))
