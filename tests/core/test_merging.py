@@ -352,6 +352,15 @@ def test_a_bias_of_the_adapter_needs_one_of_the_layer() -> None:
         adapters.merge("a")
 
 
+def test_the_bias_of_one_adapter_is_merged_beside_another_without_one() -> None:
+    model = network()
+    adapters = combining.adapted(model, {"a": {"lora_bias": True}, "b": {}}, ["linear"])
+    adapters.activate("a", "b")
+    expected = model(IDS)
+    adapters.merge("a", "b")
+    torch.testing.assert_close(model(IDS), expected)
+
+
 def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
     model = classifier()
     adapters = ak.attach(model)
