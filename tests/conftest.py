@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+
+# Before torch and the hub are imported, and for every process that a test starts. The tensors are tiny: on a busy
+# machine a second thread makes each operation wait for the other core. And nothing may depend on a hub.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +30,16 @@ LONG = (
 )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported is there to stay: the garbage collector looks for nothing in it, neither now nor later."""
+    gc.disable()
+    found = yield
+    gc.freeze()
+    gc.enable()
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the long files begin."""
     items.sort(key=lambda item: item.path.name not in LONG)
@@ -40,12 +55,3 @@ def registrations_end_with_their_test() -> Iterator[None]:
             default_registry.unregister(name)
     for name in default_registry._extensions.keys() - extensions:
         default_registry.retract(default_registry._extensions[name].plugin)
-
-
-@pytest.fixture(scope="module")
-def quick_garbage_collection() -> Iterator[None]:
-    """`Trainer` collects garbage at each start. What is there before, imported modules above all, is not looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,6 @@ from benchmarks.runner import SAID_MEBIBYTES, Case, Goal, Row, Sample, Way, repe
 
 KEYS = {"benchmark", "question", "date", "threads", "machine", "rows"}
 ROW_KEYS = {"operation", "unit", "ways", "goals", "curve", "why", "plotted", "note", "checked"}
-
-
-@pytest.fixture(autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """The runner collects garbage before each measurement, and a test process has much."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def said(**ways: float) -> Row:

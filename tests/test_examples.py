@@ -1,27 +1,16 @@
 """The examples are run as a user would run them, on less data."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def output(script: str, *options: str) -> str:
-    """What the script prints. It has one thread: two of them thrash beside other tests."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_quickstart_learns_and_gives_the_saved_outputs_again() -> None:
-    text = output("quickstart.py", "--rows", "160", "--test-rows", "48")
+    text = python(EXAMPLES / "quickstart.py", "--rows", 160, "--test-rows", 48)
     differences = re.findall(r"by at most (\S+)", text)
     assert len(differences) == 2
     assert all(float(d) < 1e-5 for d in differences)
@@ -42,7 +31,7 @@ def test_trainer_learns_and_resumes_where_it_was(tmp_path: Path, monkeypatch: py
     tokenizer.save_pretrained(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    text = output("trainer.py", "--model", str(tmp_path), "--steps", "8")
+    text = python(EXAMPLES / "trainer.py", "--model", tmp_path, "--steps", 8)
     found = re.search(r"held-out tweets ([\d.]+) before, ([\d.]+) after 8 steps", text)
     assert found is not None
     assert float(found[2]) < float(found[1])
@@ -52,7 +41,7 @@ def test_trainer_learns_and_resumes_where_it_was(tmp_path: Path, monkeypatch: py
 
 def test_multitask_prints_every_choice_and_probes() -> None:
     layers = r".*\.5\..*\.(query|value)"
-    text = output("multitask.py", "--rows", "24", "--test-rows", "8", "--layers", layers)
+    text = python(EXAMPLES / "multitask.py", "--rows", 24, "--test-rows", 8, "--layers", layers)
     assert "labels of the model now: negative, positive, tweet, amazon, movie, nyt" in text
     rows = re.findall(r"^(\w+), (delta|core)(, iso)? +([\d.]+)% .*?([\d.]+)% \(", text, re.MULTILINE)
     assert len(rows) == 16
@@ -65,7 +54,7 @@ def test_multitask_prints_every_choice_and_probes() -> None:
 
 
 def test_disturbance_prints_what_every_sum_keeps() -> None:
-    text = output("disturbance.py", "--rows", "8", "--test-rows", "4", "--weights", "1")
+    text = python(EXAMPLES / "disturbance.py", "--rows", 8, "--test-rows", 4, "--weights", 1)
     rows = re.findall(r"^(\S+) +(\S+) +1 +([\d.]+)% +([\d.]+)%$", text, re.MULTILINE)
     assert len(rows) == 3 * 3
     share = {(one, other): float(disturbance) for one, other, disturbance, _ in rows}

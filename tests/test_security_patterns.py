@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.processes import python
 
 import adapterkit as ak
 from adapterkit.contract import Pattern, PatternTable, patterns
@@ -25,7 +26,7 @@ LARGE = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
-def test_large_expressions_are_refused_before_they_are_compiled() -> None:
+def test_large_expressions_are_refused_before_they_are_compiled(tmp_path: Path) -> None:
     code = (
         "import resource, sys, adapterkit as ak\n"
         "from adapterkit.contract import Pattern\n"
@@ -36,8 +37,8 @@ def test_large_expressions_are_refused_before_they_are_compiled() -> None:
         "    try: Pattern(expression, 'target_modules')\n"
         "    except ak.ConfigError as error: print(len(str(error)))\n"
     )
-    done = subprocess.run([sys.executable], input=code, check=True, capture_output=True, text=True, timeout=600)
-    lengths = [int(line) for line in done.stdout.split()]
+    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+    lengths = [int(line) for line in python(tmp_path / "code.py").split()]
     assert len(lengths) == len(LARGE)
     assert max(lengths) < 1000
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from tests.command.conftest import SOURCES, execute, run
+from tests.command.conftest import execute, run
 from tests.core.test_registry import METHOD
+from tests.processes import python
 
 import adapterkit as ak
 
@@ -67,10 +66,7 @@ def test_a_plugin_with_commas_in_its_name_can_be_switched_off(tmp_path: Path, mo
 @pytest.mark.parametrize("options", [["-P"], []], ids=["-P", "without"])
 def test_a_downloaded_folder_is_no_place_for_plugins(options: list[str], tmp_path: Path) -> None:
     distribution(tmp_path, "foo", "open('ran', 'w')\n" + textwrap.dedent(METHOD.format(name="foo")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, SOURCES))}
-    command = [sys.executable, *options, "-m", "adapterkit", "methods"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "foo" not in done.stdout
+    assert "foo" not in python(*options, "-m", "adapterkit", "methods", cwd=tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.command.conftest import run
 from tests.models import build
+from tests.processes import python
 
 import adapterkit as ak
 from adapterkit import files
@@ -84,7 +84,7 @@ def test_no_file_of_the_working_directory_changes_a_page(adapter: Path, tmp_path
     (tmp_path / "matplotlib.py").write_text("open('ran', 'w')")
     page_of(adapter, tmp_path / "expected.html")
     code = f"import os; os.chdir({str(tmp_path)!r}); import adapterkit as ak; ak.write_report(['adapter'], 'page.html')"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+    python("-c", code)
     assert (tmp_path / "page.html").read_bytes() == (tmp_path / "expected.html").read_bytes()
     assert not (tmp_path / "ran").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.combining import deltas, nothing_changes, same, tiny
+from tests.processes import python
 from torch import Tensor
 
 import adapterkit as ak
@@ -67,8 +67,7 @@ def test_three_adapters_have_no_arc(slerp: ModuleType) -> None:
 def test_the_built_distribution_is_found_through_its_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(build, cwd=FOLDER, check=True, capture_output=True)
+    python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=FOLDER)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

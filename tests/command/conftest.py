@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tests.models import build
+from tests.processes import environment
 from typer.testing import CliRunner, Result
 
 import adapterkit as ak
@@ -18,21 +19,15 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 COMMAND = Path(sys.executable).with_name("adapterkit")
-ROOT = Path(__file__).parents[2]
-# As this process imports them, which need not be where they are installed.
-SOURCES = [ROOT / "core", *sorted(p for p in (ROOT / "plugins").iterdir() if p.is_dir())]
 
 
-def start(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.Popen[str]:
-    """The installed command as a process; `path` is searched for plugins as well."""
-    places = os.pathsep.join(map(str, [*SOURCES, *([path] if path else [])]))
-    environment = {**os.environ, "PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(
-        [str(COMMAND), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+def start(*arguments: str, path: Sequence[Path] = (), **variables: str) -> subprocess.Popen[str]:
+    """The installed command as a process; the folders `path` are searched for plugins as well."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([COMMAND, *arguments], text=True, env=environment(*path, **variables), **both)
 
 
-def execute(*arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
+def execute(*arguments: str, path: Sequence[Path] = (), **variables: str) -> tuple[int, str, str]:
     """Its exit status, stdout and stderr."""
     process = start(*arguments, path=path, **variables)
     out, error = process.communicate(timeout=900)

@@ -29,7 +29,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_report_is_all_there_is_on_stdout_without_colours_in_a_pipe(foreign: Path) -> None:
-    status, out, error = execute("methods", path=foreign / "foo")
+    status, out, error = execute("methods", path=[foreign / "foo"])
     assert (status, error) == (0, "")
     assert out.startswith("method ")
     assert "foo     foo_dist 1.2      foo_" in out
@@ -49,7 +49,7 @@ def test_ctrl_c_ends_it_without_a_traceback(foreign: Path) -> None:
     """A plugin that is being imported speaks on stderr: stdout is for the report."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
     try:
-        process = start("methods", path=foreign / "slow")
+        process = start("methods", path=[foreign / "slow"])
     finally:
         signal.signal(signal.SIGINT, before)
     assert process.stderr is not None

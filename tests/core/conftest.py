@@ -17,9 +17,6 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
 
-# These tensors are tiny: on a busy machine a second thread makes a layer norm of 16 numbers take 10 ms.
-torch.set_num_threads(1)
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -25,10 +25,8 @@ from adapterkit.integrations.distributed import TrainingState
 from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_garbage_collection"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # torch says so whatever it is asked for
-]
+# torch says so whatever it is asked for
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = LoraConfig(r=2, target_modules=["value"], modules_to_save=None)
 BESIDE = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=None)
 

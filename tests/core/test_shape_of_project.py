@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tomllib
 import zipfile
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests.processes import python
 
 import adapterkit as ak
 
@@ -26,7 +27,7 @@ COMMAND_FILES = sorted(COMMAND.rglob("*.py"))
 SOURCES = [*CORE_FILES, *COMMAND_FILES, *sorted((ROOT / "plugins").rglob("*.py"))]
 HEAVY = (
     *("transformers", "adapterkit_lora", "huggingface_hub", "regex", "tqdm"),
-    *("accelerate", "peft", "matplotlib", "rich", "typer"),
+    *("accelerate", "peft", "pytest", "matplotlib", "rich", "typer"),
 )
 
 
@@ -99,9 +100,7 @@ def test_neither_importing_nor_listing_methods_imports_anything_heavy() -> None:
     """Each line is what is loaded then; the last one shows that the test can fail."""
     steps = ("import torch", "import adapterkit as ak; ak.methods(); ak.AdapterConfig()", "import adapterkit_lora")
     lines = ["import sys", *(f"{step}; print([name for name in {HEAVY} if name in sys.modules])" for step in steps)]
-    command = [sys.executable, "-c", "\n".join(lines)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, after, heavy = map(ast.literal_eval, run.stdout.splitlines())
+    before, after, heavy = map(ast.literal_eval, python("-c", "\n".join(lines)).splitlines())
     assert after == before
     assert set(heavy) - set(before) >= {"adapterkit_lora"}
 
@@ -109,10 +108,9 @@ def test_neither_importing_nor_listing_methods_imports_anything_heavy() -> None:
 def test_help_imports_no_torch() -> None:
     """The command answers at once where it can; whatever imports `adapterkit` imports torch."""
     code = "from adapterkit_command.app import app; app(['--help'], standalone_mode=False)"
-    command = [sys.executable, "-c", f"{code}\nimport sys\nprint('torch' in sys.modules)"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Usage: " in run.stdout
-    assert run.stdout.splitlines()[-1] == "False"
+    said = python("-c", f"{code}\nimport sys\nprint('torch' in sys.modules)")
+    assert "Usage: " in said
+    assert said.splitlines()[-1] == "False"
 
 
 # What the package holds
@@ -151,8 +149,7 @@ def test_builtin_methods_are_found_like_any_other() -> None:
 
 def test_wheel_holds_every_source_file_and_announces_every_method(tmp_path: Path) -> None:
     """It is built here without the network."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     archive = zipfile.ZipFile(next(tmp_path.iterdir()))
     held = {n for n in archive.namelist() if ".dist-info/" not in n}
     folders = [CORE, COMMAND, *(p / package(p) for p in PLUGINS)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 from tests.core import broken_methods
 from tests.core.broken_methods import BROKEN, BranchesOnAValue, Outer, OuterConfig, SharedOuter
+from tests.processes import environment
 
 import adapterkit as ak
 from adapterkit.testing import (
@@ -30,6 +33,7 @@ from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
 NAME = OuterConfig.method
+ROOT = Path(__file__).parents[2]
 
 
 @parametrize_with_checks(
@@ -167,8 +171,8 @@ def test_d(check, config): check(config)
 def test_expected_failures_are_strict(tmp_path):
     (tmp_path / "test_kit.py").write_text(SUITE, encoding="utf-8")
     some = "check_merged_equals or check_pickles or check_shared"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", some]
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False, env=_environment())
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", tmp_path, "-k", some]
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False, env=environment(ROOT))
     lines = [line for line in done.stdout.splitlines() if "::test_" in line and "%]" in line]
     words = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "XFAIL": "xfailed"}
     found = dict.fromkeys("abcd", "")
@@ -202,19 +206,12 @@ def test_checks_say_what_they_check():
         assert check.__doc__.strip().endswith("."), name
 
 
-def test_the_core_does_not_import_pytest_and_the_kit_says_that_it_is_missing():
-    code = (
-        "import sys; import adapterkit; assert 'pytest' not in sys.modules; sys.modules['pytest'] = None\n"
-        "try: import adapterkit.testing\n"
-        "except ImportError as error: print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
-    expected = "adapterkit.testing needs pytest, which is not installed: pip install 'adapterkit[testing]'.\n"
-    assert done.stdout == expected
-
-
-def _environment() -> dict[str, str]:
-    return {"PYTHONPATH": ":".join(dict.fromkeys(p for p in sys.path if p)), "PATH": ""}
+def test_the_kit_says_that_pytest_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    monkeypatch.delitem(sys.modules, "adapterkit.testing")
+    needed = r"^adapterkit\.testing needs pytest, which is not installed: pip install 'adapterkit\[testing\]'\.$"
+    with pytest.raises(ImportError, match=needed):
+        importlib.import_module("adapterkit.testing")
 
 
 # Equality with PEFT's own classes

@@ -18,7 +18,6 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 LORA = LoraConfig(r=2, lora_dropout=0.1, target_modules=["query", "value"], bias="all", modules_to_save=["classifier"])
 CONFIGS = {
     "lora": LORA,

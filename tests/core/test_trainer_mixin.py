@@ -24,7 +24,6 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 from adapterkit_vera import VeraConfig
 
-pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 TARGETS = ["query", "value"]
 
 

@@ -25,7 +25,6 @@ from adapterkit.disk import merge_files
 from adapterkit.disk.merge_files import LOCK, MANIFEST
 from adapterkit_lora import LoraConfig
 
-torch.set_num_threads(1)  # forked children have no pool of threads
 SETTING = Setting("llama", [LoraConfig(target_modules=["q_proj", "down_proj"], r=2)], torch.bfloat16, "2KB")
 KILLED, PARTIAL = -signal.SIGKILL, ".out.partial"
 

@@ -42,7 +42,6 @@ class InTurn:
 
 
 def _process(rank: int, scenario: Callable[[Path], None], folder: Path) -> None:
-    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     try:

@@ -13,7 +13,6 @@ import adapterkit as ak
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.manual_seed(0)
-torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 CONFIGS = {
     "ia3": {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from tests.thirdparty.environment import ROOT, Environment
+from tests.processes import python
+from tests.thirdparty.environment import ROOT
 
 import adapterkit as ak
 from adapterkit import scaffold
@@ -25,18 +24,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory, new_package: Path) -> dic
     return {"low_sum": new_package, **{name: ak.new_package(name, folder / name) for name in (SHORT, LONG)}}
 
 
-def run(*command: str, cwd: Path, **variables: str) -> str:
-    environment = {**os.environ, **variables}
-    command = (sys.executable, "-m", *command)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_it_is_clean_for_ruff(packages: dict[str, Path]) -> None:
     for folder in packages.values():
-        run("ruff", "check", "--no-cache", ".", cwd=folder)
-        run("ruff", "format", "--no-cache", "--check", ".", cwd=folder)
+        python("-m", "ruff", "check", "--no-cache", ".", cwd=folder)
+        python("-m", "ruff", "format", "--no-cache", "--check", ".", cwd=folder)
 
 
 MYPY = """
@@ -59,13 +50,8 @@ def test_it_is_clean_for_mypy_strict(packages: dict[str, Path], tmp_path: Path) 
     settings = tmp_path / "mypy.ini"
     settings.write_text(MYPY.format(core=ROOT / "core", package=package / "src"))
     cache = ROOT / ".mypy_cache" / "new_package"
-    out = run("mypy", "--config-file", str(settings), "--cache-dir", str(cache), "src", "tests", cwd=package)
+    out = python("-m", "mypy", "--config-file", settings, "--cache-dir", cache, "src", "tests", cwd=package)
     assert "no issues found in 5 source files" in out
-
-
-def test_it_is_described_where_it_is_installed(environment: Environment) -> None:
-    out = environment.run("import adapterkit as ak; print(ak.describe_methods())")
-    assert re.search(r"^low_sum +adapterkit-low-sum 0.1.0 +low_sum_ +yes +yes", out, re.MULTILINE)
 
 
 def test_it_needs_the_versions_of_adapterkit_that_are_compatible(packages: dict[str, Path]) -> None:

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 # Before a tool is imported: they look at these once.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-torch.set_num_threads(1)
+os.environ |= {"HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Warnings are errors here too, but for these: each names its source and cannot be avoided by a user of that tool.
 FOREIGN_WARNINGS = (
