@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import python
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -27,10 +25,6 @@ def test_dpo_runs_and_gives_the_saved_outputs_again(tmp_path: Path, monkeypatch:
     tokenizer.save_pretrained(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    command = [sys.executable, str(EXAMPLES / "dpo.py"), "--model", str(tmp_path), "--method", "loha", "--steps", "4"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert run.returncode == 0, run.stderr
-    assert re.search(r"prefers the favourable one of two held-out reviews: \d+% of 24", run.stdout)
-    assert float(re.findall(r"by at most (\S+)", run.stdout)[0]) < 1e-5
+    said = python(EXAMPLES / "dpo.py", "--model", tmp_path, "--method", "loha", "--steps", 4)
+    assert re.search(r"prefers the favourable one of two held-out reviews: \d+% of 24", said)
+    assert float(re.findall(r"by at most (\S+)", said)[0]) < 1e-5

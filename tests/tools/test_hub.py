@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import python
 
 TRAINING = """
 import sys
@@ -62,16 +60,8 @@ def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def test_every_adapter_is_pushed_in_its_subfolder(hub: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
     address, files = hub
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, str(tmp_path / "out")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    variables = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    python("-c", TRAINING, tmp_path / "out", cwd=Path(__file__).parents[2], **variables)
     wanted = {f"{name}/{file}" for name in ("s", "t") for file in ("adapter_config.json", "adapter_model.safetensors")}
     assert wanted <= files.keys()
     assert "model.safetensors" not in files

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from tests.models import build
+from tests.processes import python
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -19,19 +17,8 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "several-gpus.md").read_text(encod
 
 def run(folder: Path, processes: int) -> dict[str, Tensor]:
     """What the script saves. It does ten steps."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "train.py",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "train.py")
+    python(*command, cwd=folder, CUDA_VISIBLE_DEVICES="")
     return load_file(folder / "out" / "task" / "adapter_model.safetensors")
 
 
