@@ -78,6 +78,7 @@ def test_a_state_dict_has_the_keys_of_peft_and_goes_back(method: str, place: str
     state, expected = ours.state_dict(), theirs.state_dict()
     again = {key for key in expected if ".vera_A." in key or ".vera_B." in key}  # PEFT's layers list shared tensors too
     assert state.keys() == expected.keys() - {key for key in again if not key.startswith("base_model.vera_")}
+    assert str(ours.load_state_dict(expected)) == "<All keys matched successfully>"
     other = {key: torch.randn_like(value) for key, value in state.items()}
     assert str(ours.load_state_dict(other)) == "<All keys matched successfully>"
     assert all(torch.equal(value, other[key]) for key, value in ours.state_dict().items())
@@ -744,6 +745,12 @@ def test_what_a_layer_cannot_do_alone_is_refused_and_changes_nothing() -> None:
     ):
         with pytest.raises(ak.UnsupportedError, match=r"view|cannot be (set|removed)"):
             call()
+    with pytest.raises(ak.UnknownNameError, match="'nothing'"):
+        layer.scaling["nothing"] = 2.0
+    with pytest.raises(ak.UnsupportedError, match="has a scaling of 0 here"):
+        layers_of(view(lora_alpha=0)[0])[0][0].scaling["default"] = 2.0
+    with pytest.raises(ak.ConfigError, match="PEFT's names of adapters have no dot"):
+        ours.add_adapter("v1.0", ours.peft_config["default"])
     with pytest.raises(ValueError, match="not found"):
         layer.set_adapter("nothing")
     with pytest.raises(ValueError, match="names an adapter twice"):

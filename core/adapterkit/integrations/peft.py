@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import nn
 
 from adapterkit.adapters import Adapters, attach
-from adapterkit.contract import AdapterConfig, part_name
-from adapterkit.errors import ConfigError, StateError, UnsupportedError, usage
+from adapterkit.contract import AdapterConfig
+from adapterkit.errors import StateError, UnsupportedError, usage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,7 +41,7 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
         StateError: the model has no adapters.
     """
     try:
-        from adapterkit.integrations.peft_names import VIEW, MethodConfig
+        from adapterkit.integrations.peft_names import VIEW, MethodConfig, check_name
         from adapterkit.integrations.peft_view import PeftView
     except ImportError as error:
         raise UnsupportedError("as_peft needs PEFT: pip install 'adapterkit[peft]'") from error
@@ -56,10 +56,8 @@ def as_peft(what: nn.Module | AdapterConfig) -> Any:
             "The model has no adapters. Add one first: ak.attach(model).add('default', config). Tools that are "
             "written for PEFT look for an adapter of that name."
         )
-    if dotted := next((name for name in adapters.names if "." in name), None):
-        raise ConfigError(
-            f"PEFT's names of adapters have no dot. Rename it: adapters.rename({dotted!r}, {part_name(dotted)!r})."
-        )
+    for name in adapters.names:
+        check_name(name)
     return PeftView.of(adapters)
 
 

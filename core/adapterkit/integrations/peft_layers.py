@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import UnsupportedError, unknown
 from adapterkit.forward import ACTIVE, Active, original_class, strength_at
 from adapterkit.integrations.peft_names import prefix_of
 
@@ -266,12 +266,19 @@ class LayerView(nn.Module):
         """What the change of each adapter is multiplied by: the scaling of its config, and its strength."""
 
         def change(name: str, value: float) -> None:
-            self.rescale(name, float(value) / self.own_scaling(name))
+            own = self.own_scaling(name)
+            if own == 0.0:
+                raise UnsupportedError(
+                    f"The config of adapter {name!r} has a scaling of 0 here, so no other can be set."
+                )
+            self.rescale(name, float(value) / own)
 
         return _Values({name: self.own_scaling(name) * self.strength(name) for name in self._layers}, change)
 
     def own_scaling(self, name: str) -> float:
         """The scaling of an adapter's config at this layer."""
+        if name not in self._layers:
+            raise unknown("adapter", name, self._layers)
         return float(getattr(self._layers[name], "scaling", 1.0))
 
     def strength(self, name: str) -> float:

@@ -23,8 +23,8 @@ import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from torch import nn
 
-from adapterkit.contract import FILE_PREFIX, HEADS, LAYERS, SHARED, AdapterConfig, default_registry
-from adapterkit.errors import AdapterError
+from adapterkit.contract import FILE_PREFIX, HEADS, LAYERS, SHARED, AdapterConfig, default_registry, part_name
+from adapterkit.errors import AdapterError, ConfigError
 from adapterkit.forward import PerAdapter
 
 # What precedes shared tensors on a `PeftModel`; all other keys begin with `FILE_PREFIX`.
@@ -70,6 +70,15 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
 }
 # The task type of a `MethodConfig` that `peft.get_peft_model` gets.
 VIEW = "ADAPTERKIT"
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigError` if PEFT cannot have an adapter of this name."""
+    if "." in name:
+        raise ConfigError(
+            f"PEFT's names of adapters have no dot. Call {name!r} by another name, such as {part_name(name)!r}: "
+            "adapters.rename(old, new)."
+        )
 
 
 def peft_key(model: nn.Module, key: str) -> str:

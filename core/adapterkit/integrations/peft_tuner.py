@@ -61,6 +61,11 @@ class Tuner(BaseTuner):
         shared = self.model._modules.get(SHARED)
         return {} if shared is None else by_adapter(shared._modules.items(), shared._modules)  # type: ignore[arg-type]
 
+    def shared_keys(self) -> list[str]:
+        """The keys of what layers share in the model's state dict: `adapter_shared.default.vera_A`."""
+        shared = self.model._modules.get(SHARED)
+        return [] if shared is None else list(shared.state_dict(prefix=f"{SHARED}."))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
         return self.model(*args, **kwargs)

@@ -17,13 +17,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from adapterkit.adapters import Adapters, attach
 from adapterkit.checkpoints import STATE_FILE, load_state, save_state
-from adapterkit.contract import BIASES, FILE_PREFIX, AdapterConfig, default_registry
+from adapterkit.contract import BIASES, FILE_PREFIX, LAYERS, AdapterConfig, default_registry
 from adapterkit.errors import AdapterWarning, StateError, UnsupportedError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_functions
 from adapterkit.integrations.peft_layers import Classes
-from adapterkit.integrations.peft_names import VIEW, from_peft_config, own_key, peft_key, pefts_errors
+from adapterkit.integrations.peft_names import VIEW, check_name, from_peft_config, own_key, peft_key, pefts_errors
 from adapterkit.integrations.peft_tuner import Tuner
 from adapterkit.model import BaseModules
 from adapterkit.results import LoadReport
@@ -389,6 +389,7 @@ def _add(
     adapters: Adapters, name: str, config: Any, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool, *, activate: bool
 ) -> None:
     """`Adapters.add` with PEFT's options. It warns in PEFT's words of what the config names in vain."""
+    check_name(name)
     dtype, device = None if autocast_adapter_dtype else "model", "meta" if low_cpu_mem_usage else None
     with pefts_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "These entries of the config matched nothing", AdapterWarning)
@@ -432,6 +433,7 @@ def _load_new(
     """`Adapters.load` of what fits, by PEFT's rule: tensors may be missing, and none may have another shape."""
     if options.get("key_mapping"):
         raise UnsupportedError("key_mapping is an option of PEFT that adapterkit does not implement. Leave it out.")
+    check_name(name)
     hub = _on_hub(options)
     dtype = None if options.get("autocast_adapter_dtype", True) else "model"
     report = adapters.load(source, name, activate=False, trainable=trainable, strict=False, dtype=dtype, **hub)
@@ -494,8 +496,11 @@ def _rename_given(view: PeftView, state: MutableMapping[str, Any], prefix: str, 
     root, model = f"{prefix}base_model.", view.base_model.model
     renamed = {key: own_key(model, key.removeprefix(prefix)) for key in state if key.startswith(root)}
     own = {} if any(f".{BIASES}." in name for name in renamed.values()) else _trained_biases(view)
+    shared = {key.partition(".")[2] for key in view.base_model.shared_keys()}
     for key, name in renamed.items():
-        state[prefix + FILE_PREFIX + own.get(name, name)] = state.pop(key)
+        value = state.pop(key)
+        if name.partition(f".{LAYERS}.")[2] not in shared:  # PEFT's layers list what they share, too
+            state[prefix + FILE_PREFIX + own.get(name, name)] = value
 
 
 def _trained_biases(view: PeftView) -> dict[str, str]:
