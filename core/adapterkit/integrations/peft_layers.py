@@ -8,14 +8,11 @@ model's own parameters, and own nothing.
 from __future__ import annotations
 
 import sys
-from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -24,7 +21,16 @@ from adapterkit.adapters import Adapters
 from adapterkit.contract import CONTAINERS, HEADS, LAYERS, AdapterConfig, AdapterLayer
 from adapterkit.errors import UnsupportedError, unknown
 from adapterkit.forward import ACTIVE, Active, original_class, strength_at
-from adapterkit.integrations.peft_names import prefix_of
+from adapterkit.integrations.peft_containers import (
+    NOT_REMOVED,
+    Buffers,
+    Dropout,
+    ModuleDict,
+    Values,
+    containers_at,
+    may_be_at,
+    tuner_class,
+)
 
 
 def views(module: nn.Module) -> Iterator[nn.Module]:
@@ -41,141 +47,9 @@ def beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Without adapter layers a module with trained copies is the wrapper of the copies itself, else that is beside it.
     """
     if LAYERS in module._modules:
-        yield from _containers(module).items()
+        yield from containers_at(module).items()
     if {LAYERS, HEADS} <= module._modules.keys():
         yield "", HeadView(module)
-
-
-_NOT_REMOVED = "An adapter cannot be removed from a layer alone. From the whole model: ak.attach(model).remove({!r})."
-
-
-class _Live:
-    """A container by adapter. An adapter that was removed since is not in it, and nothing can be put in or out."""
-
-    def __contains__(self, name: object) -> bool:
-        held: Mapping[str, object] = self.__dict__["held"]
-        return name in held and super().__contains__(name)  # type: ignore[misc]
-
-    def put(self, name: str, value: Any) -> None:
-        """What an adapter has, when the container is made."""
-        super().__setitem__(name, value)  # type: ignore[misc]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name in self and value is self[name]:  # type: ignore[index]
-            return  # `container[name] += 1` has changed it in place
-        raise UnsupportedError(
-            f"What {name!r} has at a layer is the adapter's own, and cannot be set here. Change it in place: "
-            "parameter.data.copy_(values), or dropout.p = 0.1."
-        )
-
-    def __delitem__(self, name: str) -> None:
-        raise UnsupportedError(_NOT_REMOVED.format(name))
-
-    def clear(self) -> None:
-        raise UnsupportedError(_NOT_REMOVED.format("mood"))
-
-
-class ModuleDict(_Live, nn.ModuleDict):
-    """Modules by adapter."""
-
-
-class ParameterDict(_Live, nn.ParameterDict):
-    """Parameters by adapter."""
-
-
-class Buffers(_Live, BufferDict):
-    """Buffers by adapter."""
-
-
-class Dropout(nn.Dropout):
-    """The dropout of an adapter layer. Tools switch dropout off with `p = 0` or `eval()` on every `nn.Dropout`."""
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        super().__init__(layer.dropout)
-        self.training = layer.training
-        self.__dict__["_layer"] = layer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if "_layer" in self.__dict__ and name in ("p", "training"):
-            setattr(self.__dict__["_layer"], "dropout" if name == "p" else name, value)
-
-
-class _Values(UserDict[str, Any]):
-    """Values of a layer by adapter. `change(name, value)` is called where one is set; without it, that is refused."""
-
-    def __init__(self, values: Mapping[str, Any], change: Callable[[str, Any], None] | None = None) -> None:
-        self.data, self.change = dict(values), change
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if self.change is None:
-            raise UnsupportedError(
-                "The values of a layer are those of its adapter's config, and cannot be set here. How strong an "
-                f"adapter acts is ak.attach(model).activate({name!r}, strengths={{{name!r}: 0.5}})."
-            )
-        self.change(name, value)
-        self.data[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        raise UnsupportedError(_NOT_REMOVED.format(name))
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
-
-    def copy(self) -> Any:
-        """The values now."""
-        return dict(self.data)
-
-
-def _containers(host: nn.Module) -> dict[str, nn.Module]:
-    """What PEFT's layer has at an adapted module: parameters and dropouts by adapter, and containers that are empty."""
-    layers: Any = host._modules[LAYERS]
-    held: dict[str, AdapterLayer] = layers._modules
-    found = by_adapter(_parts(host), held)
-    for name, layer in held.items():
-        if local := _dropout_name(layer):
-            found.setdefault(local, _container(ModuleDict, held)).put(name, Dropout(layer))
-    for local in _tuner_names(held.values()):
-        found.setdefault(local, _container(ModuleDict, held))
-    return found
-
-
-def by_adapter(parts: Iterable[tuple[str, nn.Module]], held: Mapping[str, object]) -> dict[str, Any]:
-    """What adapters have under each name, as PEFT's containers by adapter: `{"lora_A": ModuleDict({"a": ...})}`.
-
-    Args:
-        held: the adapters that there are, now and later.
-    """
-    found: dict[str, Any] = {}
-    for name, part in parts:
-        for container, members in (
-            (ModuleDict, part._modules),
-            (ParameterDict, part._parameters),
-            (Buffers, part._buffers),
-        ):
-            for local, value in members.items():
-                if value is not None:
-                    found.setdefault(local, _container(container, held)).put(name, value)
-    return found
-
-
-def _container(kind: type[Any], held: Mapping[str, object]) -> Any:
-    made = kind()
-    made.__dict__["held"] = held
-    return made
-
-
-def _parts(host: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The adapter layers of a module, and what they share with other layers."""
-    layers: Any = host._modules[LAYERS]
-    shared = [(name, layer.shared) for name, layer in layers._modules.items() if layer.shared is not None]
-    return [*layers._modules.items(), *shared]
-
-
-def _dropout_name(layer: AdapterLayer) -> str:
-    """PEFT's name for the dropout of a layer, such as `lora_dropout`. Empty if its method has none."""
-    name = prefix_of(layer.config) + "dropout"
-    return name if layer.dropout or hasattr(layer.config, name) else ""
 
 
 def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
@@ -183,25 +57,14 @@ def _fields(layers: Iterable[AdapterLayer]) -> set[str]:
     return {f.name for layer in layers for f in fields(layer.config)} - {f.name for f in fields(AdapterConfig)}
 
 
-def _tuner_class(layer: AdapterLayer) -> type[BaseTunerLayer]:
-    """PEFT's class for the layers of an adapter's type: `LoraLayer`."""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(layer.config.to_dict()["peft_type"])
-    return getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
-
-
 def _layer_class(layer: AdapterLayer, host: nn.Module) -> type[BaseTunerLayer]:
     """PEFT's class for the layers of an adapter's type at this module: `lora.Linear`, also at GPT-2's `Conv1D`."""
-    general, names = _tuner_class(layer), [cls.__name__ for cls in original_class(host).__mro__]
+    general, names = tuner_class(layer), [cls.__name__ for cls in original_class(host).__mro__]
     for name in ("Linear" if name == "Conv1D" else name for name in names):
         found = getattr(sys.modules[general.__module__], name, None)
         if isinstance(found, type) and issubclass(found, general):
             return found
     return general
-
-
-def _tuner_names(layers: Iterable[AdapterLayer]) -> dict[str, None]:
-    """What PEFT's layers of these types have by adapter, also if it is empty: a Linear's `lora_embedding_A`."""
-    return {name: None for layer in layers for name in getattr(_tuner_class(layer), "adapter_layer_names", ())}
 
 
 def waiting_strength(layer: AdapterLayer) -> float:
@@ -243,12 +106,12 @@ class LayerView(nn.Module):
         self._adapters: Adapters = classes.adapters
         self.base_layer: Any = bare(host)
         self._kind = next(iter(self._layers.values())).kind
-        self._modules.update(_containers(host))
+        self._modules.update(containers_at(host))
 
     def __getattr__(self, name: str) -> Any:
         """What is an attribute of this module; else a field of the layers' configs, by adapter: `r["default"]`."""
         if name not in self._modules and name in _fields(self.__dict__["_layers"].values()):
-            return _Values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
+            return Values({n: getattr(layer.config, name, None) for n, layer in self._layers.items()})
         return super().__getattr__(name)
 
     @property
@@ -273,7 +136,7 @@ class LayerView(nn.Module):
                 )
             self.rescale(name, float(value) / own)
 
-        return _Values({name: self.own_scaling(name) * self.strength(name) for name in self._layers}, change)
+        return Values({name: self.own_scaling(name) * self.strength(name) for name in self._layers}, change)
 
     def own_scaling(self, name: str) -> float:
         """The scaling of an adapter's config at this layer."""
@@ -399,7 +262,7 @@ class LayerView(nn.Module):
             UnsupportedError: there is.
         """
         if adapter_name in self._layers:
-            raise UnsupportedError(_NOT_REMOVED.format(adapter_name))
+            raise UnsupportedError(NOT_REMOVED.format(adapter_name))
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refuse: an adapter is merged in the whole model.
@@ -440,8 +303,7 @@ class LayerView(nn.Module):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The names under which adapters have buffers, and their dropouts."""
-        dropouts = {*map(_dropout_name, self._layers.values())}
-        return tuple(n for n, m in self._modules.items() if isinstance(m, BufferDict) or n in dropouts)
+        return tuple(n for n, m in self._modules.items() if isinstance(m, Buffers) or _has_dropouts(m))
 
     def _get_available_adapters(self) -> set[str]:
         return set(self._layers)
@@ -482,6 +344,10 @@ class LayerView(nn.Module):
         return bool(off) or not (state.names or self._active.merged)
 
 
+def _has_dropouts(container: nn.Module | None) -> bool:
+    return container is not None and any(isinstance(part, Dropout) for part in container._modules.values())
+
+
 _WHOLE_MODEL = (
     "A trained copy of a module acts with its adapter in the whole model, and not alone. Call set_adapter or "
     "disable_adapter of the view."
@@ -508,7 +374,7 @@ class HeadView(ModulesToSaveWrapper):
         nn.Module.__init__(self)
         heads: Any = host._modules[HEADS]
         active: Active = host.__dict__[ACTIVE]
-        copies = _container(ModuleDict, heads._modules)
+        copies = ModuleDict()
         for name, head in heads._modules.items():
             copies.put(name, head)
         self.original_module, self.modules_to_save = bare(host), copies
@@ -560,7 +426,7 @@ class Named:
         shown = not own and LAYERS in state.get("_modules", ())
         if shown and name == "scaling":
             LayerView(self).scaling.update(value)  # type: ignore[arg-type]
-        elif shown and _may_be_named(self, name):  # type: ignore[arg-type]
+        elif shown and name != "quantization_backend" and _may_be_named(self, name):  # type: ignore[arg-type]
             raise UnsupportedError(
                 f"{name!r} belongs to the adapters at this layer, and cannot be set here. Change values in place "
                 "(parameter.data.copy_(values), scaling[name] = 0.5), or call set_adapter, enable_adapters or the "
@@ -602,19 +468,13 @@ class Classes:
             return (Named,)
         found: dict[type, None] = {BaseTunerLayer: None}
         for layer in layers._modules.values():
-            found |= dict.fromkeys((_tuner_class(layer), _layer_class(layer, module)))
+            found |= dict.fromkeys((tuner_class(layer), _layer_class(layer, module)))
         return (Named, *found)
 
 
 def _may_be_named(module: nn.Module, name: str) -> bool:
     """Whether a view may have this name, without making one: libraries ask modules for names that they lack."""
-    if name in _ATTRIBUTES:
-        return True
-    layers: Any = module._modules.get(LAYERS)
-    if layers is None:
-        return False
-    held = (names for _, part in _parts(module) for names in (part._modules, part._parameters, part._buffers))
-    own = [*layers._modules.values()]
-    if name in _fields(own) or name in _tuner_names(own) or any(name in names for names in held):
-        return True
-    return name.endswith("dropout") and name in map(_dropout_name, own)
+    if name in _ATTRIBUTES or LAYERS not in module._modules:
+        return name in _ATTRIBUTES
+    layers: Any = module._modules[LAYERS]
+    return name in _fields(layers._modules.values()) or may_be_at(module, name)

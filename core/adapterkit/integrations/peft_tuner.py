@@ -18,7 +18,8 @@ from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
 from adapterkit.forward import PerAdapter, Strength, strength_at
 from adapterkit.integrations import peft_merging
-from adapterkit.integrations.peft_layers import Dropout, LayerView, beside, by_adapter, let_wait, waiting_strength
+from adapterkit.integrations.peft_containers import Dropout, by_adapter
+from adapterkit.integrations.peft_layers import LayerView, beside, let_wait, waiting_strength
 from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, prefix_of, to_peft
 from adapterkit.model import BaseModules
 
@@ -59,7 +60,7 @@ class Tuner(BaseTuner):
     def shared(self) -> dict[str, nn.Module]:
         """What layers of an adapter share, which PEFT keeps here: `vera_A["default"]`."""
         shared = self.model._modules.get(SHARED)
-        return {} if shared is None else by_adapter(shared._modules.items(), shared._modules)  # type: ignore[arg-type]
+        return {} if shared is None else by_adapter(shared._modules.items())  # type: ignore[arg-type]
 
     def shared_keys(self) -> list[str]:
         """The keys of what layers share in the model's state dict: `adapter_shared.default.vera_A`."""

@@ -367,7 +367,10 @@ class PeftView(PeftModel):
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter that PEFT calls so."""
-        return self.base_model.model.get_parameter(own_key(self.base_model.model, target))
+        key = own_key(self.base_model.model, target)
+        path, _, name = key.rpartition(".")
+        held = self.base_model.model.get_submodule(path)._parameters.get(name)  # the attribute may be a copy's
+        return self.base_model.model.get_parameter(key) if held is None else held
 
     def get_buffer(self, target: str) -> Tensor:
         """The buffer that PEFT calls so."""
