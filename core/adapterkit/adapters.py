@@ -49,7 +49,7 @@ from adapterkit.files import (
     swap_in,
 )
 from adapterkit.formats import AdapterFiles
-from adapterkit.forward import State, Strength
+from adapterkit.forward import State, Strength, check_trained_dtype
 from adapterkit.merging import Merged, Parting, merging, take_heads
 from adapterkit.migration import METHODS, advice
 from adapterkit.model import (
@@ -348,7 +348,7 @@ class Adapters:
             PluginError: the method's plugin failed.
         """
         self._check_new_name(name)
-        _check_dtype(dtype, "model")
+        check_trained_dtype(dtype, "model")
         meta = None if device is None else torch.device("meta")
         if device not in (None, "meta", meta):
             raise ConfigError(f"device = {device!r} must be 'meta' or None: an adapter is where its layers compute.")
@@ -693,7 +693,7 @@ class Adapters:
         """
         name = local_path(subfolder or source).name.removesuffix(".safetensors") if name is None else name
         self._check_new_name(name)
-        _check_dtype(dtype, "model", "file")
+        check_trained_dtype(dtype, "model", "file")
         folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
         adapter, report = load_adapter(
             self.model, name, read(folder), self._active, strict=strict, lenient=True, dtype=dtype, component=component
@@ -990,7 +990,8 @@ class Adapters:
         LoHa becomes LoRA of rank `r * r`, and VeRA becomes LoRA of its own rank, for programs that serve only LoRA.
 
         Raises:
-            UnsupportedError: the source has no low-rank form, or the method `to` cannot take one.
+            UnsupportedError: the source has no low-rank form.
+            UsageError: the method `to` cannot be a result.
         """
         heads = source if self._adapter(source).heads else None
         return self.combine(name, {source: 1.0}, to=to, rank=rank, energy=energy, heads=heads)
@@ -1139,13 +1140,6 @@ class Adapters:
         _, changed = self._attached.what_changed([name])
         if changed:
             warn(f"{changed} {advice}")
-
-
-def _check_dtype(dtype: torch.dtype | str | None, *words: str) -> None:
-    trains = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
-    if dtype not in (None, *words) and not trains:
-        listed = ", ".join(map(repr, words))
-        raise ConfigError(f"dtype = {dtype!r} must be a floating torch.dtype of 16 bits or more, {listed} or None.")
 
 
 @usage()

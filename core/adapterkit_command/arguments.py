@@ -7,12 +7,9 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTED = "PATH[:WEIGHT]"
 
@@ -33,8 +30,8 @@ Base = Annotated[
     typer.Option(help="The base model's folder. Required if the adapters' files do not tell the sizes of the layers."),
 ]
 Dtype = Annotated[
-    str | None,
-    typer.Option(help="The dtype of the result.", show_default="float32", metavar="float32|bfloat16|float16|float64"),
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
+    typer.Option(help="The dtype of the result.", show_default="float32"),
 ]
 Component = Annotated[str | None, typer.Option(help="The part to use, such as `unet`, of a file for a whole pipeline.")]
 TargetModules = Annotated[
@@ -123,22 +120,4 @@ def fields(texts: Iterable[str]) -> dict[str, object]:
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
-    return found
-
-
-def dtype(text: str | None) -> torch.dtype | None:
-    """A floating dtype by its name.
-
-    Raises:
-        typer.BadParameter: there is no floating dtype of that name.
-    """
-    if text is None:
-        return None
-    import torch
-
-    found = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise typer.BadParameter(
-            f"{text!r} is not a floating dtype. Available: float32, bfloat16, float16 and float64."
-        )
     return found

@@ -175,7 +175,7 @@ def diff(
 def report(
     adapters: Annotated[list[str], typer.Argument(help="Folders, hub ids, or files of other programs.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; an existing file is replaced.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; an existing page is replaced.")],
     base: Annotated[
         str | None, typer.Option(help="The base model's folder. Sizes are then relative to its weights.")
     ] = None,

@@ -35,9 +35,11 @@ PANEL = "Make"
 
 def made(function: str, out: Path, **options: Any) -> dict[str, Any]:
     """Call the function of the library that writes `out`."""
+    import torch
+
     import adapterkit as ak
 
-    options["dtype"] = arguments.dtype(options["dtype"])
+    options["dtype"] = options["dtype"] and getattr(torch, options["dtype"])
     return {"folder": out, "report": getattr(ak, function)(out=out, **options)}
 
 

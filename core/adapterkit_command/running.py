@@ -175,14 +175,10 @@ def _note(options: Mapping[str, str], message: Warning | str, *_: object, **__: 
 
 def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[str, str]) -> Exit:
     """Print the error, and return the status for it."""
-    from adapterkit import AdapterError, CheckpointError, UnknownNameError, UsageError
-
     if debug:
         traceback.print_exception(error)
     message = as_options(str(error), options)
-    wrong_call = isinstance(error, UsageError | UnknownNameError) and not isinstance(error, CheckpointError)
-    status = Exit.ERROR if isinstance(error, AdapterError | OSError) else Exit.INTERNAL
-    status = Exit.USAGE if wrong_call else status
+    status = _status(error)
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message, "status": int(status)}}, sys.stderr)
     elif status is not Exit.INTERNAL:
@@ -192,6 +188,16 @@ def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[s
         why = " ".join(str(error).split())
         say("internal error", f"{type(error).__name__}: {why}.{hint}", "red")
     return status
+
+
+def _status(error: BaseException) -> Exit:
+    if isinstance(error, ImportError):  # perhaps of adapterkit itself
+        return Exit.INTERNAL
+    from adapterkit import AdapterError, CheckpointError, UnknownNameError, UsageError
+
+    if isinstance(error, UsageError | UnknownNameError) and not isinstance(error, CheckpointError):
+        return Exit.USAGE
+    return Exit.ERROR if isinstance(error, AdapterError | OSError) else Exit.INTERNAL
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:

@@ -73,7 +73,6 @@ def test_combine_with_every_choice(here: Path) -> None:
         ),
         (("mood", "topic", "--heads", "mood", "--method", "tie"), 2, "Did you mean 'ties'?"),
         (("mood:much", "topic"), 2, "'much' is not a number. Write, for example, mood:0.5."),
-        (("mood", "--dtype", "int8"), 2, "'int8' is not a floating dtype. Available: float32, bfloat16, float16"),
         (("mood", "--heads", "mood", "--out", "topic"), 1, "Say --overwrite to replace it"),
     ],
     ids=str,

@@ -120,6 +120,15 @@ def test_trained_biases_are_summed_by_weight() -> None:
         adapters.combine("d", {"a": 1.0})
 
 
+@pytest.mark.parametrize("name", ["classifier.weight", "bert.pooler.dense.bias"])
+def test_heads_and_biases_that_are_not_finite_are_refused(name: str) -> None:
+    adapters = tiny("bert", {"a": {"bias": "all", "modules_to_save": ["classifier"], "target_modules": ["query"]}})
+    with torch.no_grad():
+        dict(adapters.named_parameters("a"))[name].fill_(torch.nan)
+    with nothing_changes(adapters), pytest.raises(ak.StateError, match=r"'c' would have values at '.*' that are not"):
+        adapters.combine("c", {"a": 1.0}, heads="a")
+
+
 def test_rank_and_energy_truncate_optimally_and_say_what_it_cost() -> None:
     adapters, weights = tiny("bert", {"a": {"r": 6}, "b": {"r": 6}}), {"a": 1.0, "b": 1.0}
     report = adapters.combine("r2", weights, rank=2)
@@ -205,9 +214,9 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ranks": ({"space": "factors"}, ak.ConfigError, RANKS),
     "heads": ({"heads": "x"}, ak.UnknownNameError, r"Unknown choice of heads 'x'\. Available: 'a', 'average', 'b'"),
     "overflow": (
-        {"sources": {"a": 1e308, "b": 1e308}},
+        {"sources": {"a": 3e38, "b": 3e38}},
         ak.StateError,
-        "'c' at '.*' would have values that are not",
+        r"'c' would have values at '.*' that are not finite",
     ),
 }
 

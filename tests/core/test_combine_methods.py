@@ -63,7 +63,7 @@ def test_every_method_becomes_lora_exactly_and_is_served_by_peft(method: str, mo
 @pytest.mark.parametrize(
     ("answer", "kind", "message"),
     [
-        (None, ak.UnsupportedError, "The method 'outer' cannot be a result: it has no hook from_factors"),
+        (None, ak.UsageError, "The method 'outer' cannot be a result: it has no hook from_factors"),
         ({"x": torch.zeros(1)}, ak.PluginError, r"from_factors gave \['x'\] for .*; the layer has \['out"),
     ],
     ids=["none", "wrong"],

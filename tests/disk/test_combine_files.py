@@ -235,7 +235,7 @@ def test_trained_biases_need_the_base_unless_the_weights_add_up_to_one(bias: str
     build("bert").save_pretrained(tmp_path / "base")
     equal(*both(adapters, tmp_path, "a", "b", base=tmp_path / "base"))
     sources = dict.fromkeys((tmp_path / "a", tmp_path / "b"), 1.0)
-    message = r"Adapter 'a' trains the bias of '.*', and its files do not tell what that was before\. Give base="
+    message = r"The result trains biases, and the files of 'a' do not tell .* at '.*'\. Give base="
     with pytest.raises(ak.StateError, match=message):
         ak.combine_files(sources, tmp_path / "no")
     ak.combine_files(dict(zip(sources, (0.75, 0.25), strict=True)), tmp_path / "sum")
@@ -243,6 +243,31 @@ def test_trained_biases_need_the_base_unless_the_weights_add_up_to_one(bias: str
     equal(tmp_path / "sum", adapters.save("c", tmp_path / "memory sum"))
     adapters.remove("memory")
     equal(*both(adapters, tmp_path / "again", "a", base=build("bert")))
+
+
+UNTRAINED: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "of another adapter's layers": ({"a": {"bias": "lora_only", "target_modules": ["query"]}, "b": {}}, {}),
+    "of a head that is left out": (
+        {"a": {"bias": "all", "target_modules": ["query"], "modules_to_save": ["classifier"]}},
+        {"heads": "drop"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINED)
+def test_biases_that_no_source_trained_are_the_bases(case: str, tmp_path: Path) -> None:
+    sources, choices = UNTRAINED[case]
+    build("bert").save_pretrained(tmp_path / "base")
+    files, memory = both(tiny("bert", sources, torch.float32), tmp_path, *sources, base=tmp_path / "base", **choices)
+    equal(files, memory)
+    assert ak.attach(build("bert")).load(files, "c").ok
+    with pytest.raises(ak.StateError, match="do not tell the bias that the base has at"):
+        ak.combine_files(
+            dict.fromkeys((tmp_path / name for name in sources), 1 / len(sources)), tmp_path / "no", **choices
+        )
+    if choices:
+        ak.convert_file(tmp_path / "a", tmp_path / "kept", base=tmp_path / "base", heads="drop")
+        assert ak.attach(build("bert")).load(tmp_path / "kept", "k").ok
 
 
 @pytest.fixture
@@ -369,22 +394,43 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         ({"sources": {tmp_path / "x": 1.0}}, ak.CheckpointError, "There is no folder"),
         ({"method": "x"}, ak.UnknownNameError, "Unknown method of combination 'x'"),
         ({"rank": 99}, ak.ConfigError, "rank = 99 is larger than"),
-        ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
+        ({"to": "loha"}, ak.UsageError, "The method 'loha' cannot be a result"),
         ({"heads": "x"}, ak.UnknownNameError, "Unknown choice of heads 'x'"),
-        ({"dtype": torch.int8}, ak.ConfigError, r"dtype = torch\.int8 must be a floating torch\.dtype or None"),
+        *(
+            (
+                {"dtype": dtype},
+                ak.UsageError,
+                rf"dtype = {dtype} must be a floating torch\.dtype of 16 bits or more, or",
+            )
+            for dtype in (torch.int8, torch.float8_e4m3fn)
+        ),
         ({"out": a}, ak.ConfigError, r"a is an input; give the output another place"),
         ({"out": a, "overwrite": True}, ak.ConfigError, r"a is an input"),
         ({"out": tmp_path / "there"}, ak.SaveError, r"adapter_config\.json exists already\. Say overwrite=True"),
-        ({"out": tmp_path / "a" / WEIGHTS}, ak.SaveError, r"adapter_model\.safetensors exists already"),
+        ({"out": tmp_path / "a" / WEIGHTS}, ak.SaveError, r"safetensors is a file; the output is a folder"),
+        ({"out": tmp_path / "model"}, ak.SaveError, r"model is a model's folder: it holds model\.safetensors"),
+        ({"out": tmp_path / "model", "overwrite": True}, ak.SaveError, "Give the adapter a folder of its own"),
         ({"out": "/proc/none/out"}, ak.SaveError, r"Nothing can be written in /proc/none"),
     ]
     adapters.save("a", tmp_path / "there")
+    build("bert").save_pretrained(tmp_path / "model")
     for given, kind, message in cases:
         with pytest.raises(kind, match=message):
             ak.combine_files(**{"sources": weights, "out": tmp_path / "out", **given})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "there"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "model", "there"]
     ak.combine_files(weights, tmp_path / "there", overwrite=True)
     assert ak.attach(build("bert")).load(tmp_path / "there", "c").ok
+
+
+@pytest.mark.parametrize("naming", ["peft", "kohya", "mlx"])
+def test_values_that_are_too_large_for_the_dtype_are_refused(naming: Any, tmp_path: Path) -> None:
+    adapters = tiny("bert", {"a": {"target_modules": ["query"]}}, torch.float32)
+    with torch.no_grad():
+        next(adapters.parameters("a")).fill_(1e5)
+    source, out = adapters.save("a", tmp_path / "a"), tmp_path / "out.safetensors"
+    with pytest.raises(ak.SaveError, match=r"has values that are too large for torch\.float16"):
+        ak.convert_file(source, out, naming=naming, dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         ),
         ({"heads": "average"}, ak.ConfigError, "heads = 'average' must be 'keep' or 'drop'"),
         ({"to": "x"}, ak.UnknownNameError, "Unknown adapter method 'x'"),
-        ({"to": "loha"}, ak.UnsupportedError, "The method 'loha' cannot be a result"),
+        ({"to": "loha"}, ak.UsageError, "The method 'loha' cannot be a result"),
         ({"rank": 1, "energy": 0.5}, ak.ConfigError, "Give rank= or energy=, not both"),
         ({"rank": 99}, ak.ConfigError, "rank = 99 is larger than"),
         ({"out": tmp_path / "a"}, ak.ConfigError, "is an input"),

@@ -132,7 +132,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         ),
         ({"base": tmp_path / "none"}, ak.CheckpointError, "none"),
         ({"target_modules": ["nothing"]}, ak.SelectionError, "matched none"),
-        ({"to": "vera"}, ak.UnsupportedError, "The method 'vera' cannot be a result"),
+        ({"to": "vera"}, ak.UsageError, "The method 'vera' cannot be a result"),
         ({"out": base}, ak.ConfigError, "is an input"),
         ({"out": base / "adapter"}, ak.ConfigError, "adapter is inside one of the models; give the output another"),
     ]

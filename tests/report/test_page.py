@@ -165,9 +165,13 @@ def test_saving_replaces_a_file_in_one_step_or_changes_nothing(report: Report, t
     out = tmp_path / "new" / "r.html"
     assert report.save(out) == out
     assert out.read_text(encoding="utf-8") == report.html
-    out.write_text("old")
+    out.write_text("<!DOCTYPE html> old")
     report.save(str(out))
     assert out.read_text(encoding="utf-8") == report.html
+    (tmp_path / "adapter_model.safetensors").write_text("weights")
+    with pytest.raises(ak.SaveError, match=r"adapter_model\.safetensors is there, and not a page. Choose another name"):
+        report.save(tmp_path / "adapter_model.safetensors")
+    assert (tmp_path / "adapter_model.safetensors").read_text() == "weights"
     with pytest.raises(ak.SaveError, match=r"The report cannot be written to .*new"):
         report.save(out.parent)
     assert [p.name for p in out.parent.iterdir()] == ["r.html"]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +16,7 @@ from adapterkit.combining.new_adapter import Changes, check_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
 from adapterkit.errors import ConfigError, StateError, UnsupportedError, UsageError
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import Adapter, LabelSet
+from adapterkit.model import Adapter, LabelSet, finite_number
 from adapterkit.results import CombineReport
 from adapterkit.tensors import module_slots
 
@@ -29,9 +26,7 @@ def check_sources(sources: object) -> None:
     if not isinstance(sources, Mapping) or not sources:
         raise UsageError(f"combine takes adapters and their weights, {{'a': 0.7, 'b': 0.3}}, not {sources!r}.")
     for name, weight in sources.items():
-        number: Any = float("nan") if isinstance(weight, bool) or not isinstance(weight, Real) else weight
-        if not abs(number) <= sys.float_info.max:  # also true for nan
-            raise UsageError(f"The weight of {name!r} is {weight!r}, but it must be a finite number.")
+        finite_number(weight, f"The weight of {str(name)!r}")
 
 
 @dataclass(frozen=True)
@@ -165,13 +160,16 @@ def mix(
             made, errors[path] = combine_factors(found, [source.weight for source in having], choices, generator)
         except ConfigError as error:
             raise ConfigError(f"{path!r}: {error}") from error
-        check_finite(name, path, made)
+        check_finite(name, path, *made[:3])
         factors[path], ranks[path] = made, made.rank
+    biases = _biases(sources)
+    for path, held in (*heads.items(), *((path, {"bias": bias}) for path, bias in biases.items())):
+        check_finite(name, path, *held.values())
     changes = Changes(
         factors=factors,
         kinds={path: kind for source in sources for path, kind in source.kinds.items()},
         fields=_shared_fields(sources, heads=bool(heads)),
-        biases=_biases(sources),
+        biases=biases,
         heads=heads,
         tables=frozenset(path for source in sources for path in source.tables if path in heads),
         labels=labels,

@@ -33,8 +33,7 @@ def config_to_extract(
         modules: its `target_modules`, `exclude_modules` and `modules_to_save`.
 
     Raises:
-        UsageError: not exactly one of `rank` and `energy` is given, or it is invalid.
-        UnsupportedError: the method cannot be the result of an extraction.
+        UsageError: not exactly one of `rank` and `energy` is given, or it is invalid; or the method cannot be a result.
     """
     lowrank.check_size(rank, energy)
     if rank is None and energy is None:
@@ -74,7 +73,7 @@ def extracted(  # noqa: PLR0913, PLR0917 - shared by extraction in memory and on
             unchanged[path] = Factors(made.up[:, :1].clone(), made.down[:1].clone())
             continue
         errors[path] = error
-        check_finite(name, path, made)
+        check_finite(name, path, *made[:3])
         factors[path], ranks[path], kinds[path] = made, made.rank, match.kind
     if not ranks:  # the models are the same, and so will the adapter's be
         for match in selection.targets:

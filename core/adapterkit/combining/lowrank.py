@@ -22,7 +22,8 @@ def working(tensor: Tensor) -> Tensor:
 
 def all_finite(*tensors: Tensor | None) -> bool:
     """Whether every value is finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+    known = (tensor for tensor in tensors if tensor is not None)
+    return all(bool((t.float() if t.itemsize == 1 else t).isfinite().all()) for t in known)  # torch asks no float8
 
 
 def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,8 +38,7 @@ class Choices:
         """Check what can be checked without the adapters.
 
         Raises:
-            ConfigError, UnknownNameError: a choice is invalid.
-            UnsupportedError: the method cannot be a result.
+            UsageError, UnknownNameError: a choice is invalid, or the method cannot be a result.
         """
         combiner = default_registry.combiner(self.method)
         combiners.check_options(self.method, combiner, self.density, self.majority_sign_method)

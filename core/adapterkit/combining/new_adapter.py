@@ -50,17 +50,17 @@ class Changes:
 
 
 def check_can_result(method: Method) -> None:
-    """Raise `UnsupportedError` if the method cannot be made from factors."""
+    """Raise `UsageError` if the method cannot be made from factors."""
     if "from_factors" not in method.hooks:
         raise method.cannot_result()
 
 
-def check_finite(name: str, path: str, factors: Factors) -> None:
-    """Raise `StateError` if the change of the new adapter has values that are not finite."""
-    if not all_finite(*factors[:3]):
+def check_finite(name: str, path: str, *tensors: Tensor | None) -> None:
+    """Raise `StateError` if the new adapter has values there that are not finite."""
+    if not all_finite(*tensors):
         raise StateError(
-            f"The change of {name!r} at {path!r} would have values that are not finite. Nothing was changed. "
-            "Check the weights, and the scales of the sources."
+            f"Adapter {name!r} would have values at {path!r} that are not finite. Nothing was changed. "
+            "Check the weights, and the values and scales of the sources."
         )
 
 
@@ -95,6 +95,8 @@ def build_result(name: str, changes: Changes, method: Method, model: nn.Module, 
     rest = {f"{beside(p, changes.factors)}.{local}": t for p, held in parts for local, t in held.items()}
     adapter, _ = build_adapter(modules, name, builder, selection, active, tensors | rest)
     check_given(tensors, adapter.layers, builder)
+    untrained = {f"{beside(path, changes.factors)}.bias" for path in adapter.biases.keys() - changes.biases.keys()}
+    builder.fit.missing = [key for key in builder.fit.missing if key not in untrained]  # these stay the base's
     if not (report := builder.fit.report()).ok:
         raise StateError(f"The heads and biases of {name!r} do not fit this model.", report)
     first: dict[int, Tensor] = {}

@@ -22,7 +22,7 @@ from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.formats import ForeignFile, Format, Kinds, Tensors, empty_layer
 from adapterkit.contract.keys import KeyRule
 from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened, without_values
-from adapterkit.errors import AdapterError, AdapterWarning, PluginError, UnsupportedError, nearest, usage
+from adapterkit.errors import AdapterError, AdapterWarning, PluginError, UnsupportedError, UsageError, nearest, usage
 from adapterkit.kinds import Factors
 
 # Shapes of layers with more weights than this are checked on the meta device. Its first use takes about a second, so
@@ -251,16 +251,16 @@ class Method:
         """See `hookspecs.from_factors`.
 
         Raises:
-            UnsupportedError: the method cannot be a result.
+            UsageError: the method cannot be a result.
         """
         found = self._pair("from_factors", factors=factors, kinds=kinds)
         if found is None:
             raise self.cannot_result()
         return found
 
-    def cannot_result(self) -> UnsupportedError:
+    def cannot_result(self) -> UsageError:
         """The error for a method that no known change can be converted to."""
-        return UnsupportedError(
+        return UsageError(
             f"The method {self.name!r} cannot be a result: it has no hook from_factors, so no change can be "
             "converted to it. Use to='lora', which can express every low-rank change."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from adapterkit.contract import (
     shared_tensors,
     strip_file_prefix,
 )
+from adapterkit.disk.checkpoint import WEIGHTS_FILES as MODEL_FILES
 from adapterkit.disk.model import CONFIG, Base, skeleton
 from adapterkit.door import real_path
-from adapterkit.errors import CheckpointError, ConfigError, SaveError, StateError, UsageError
+from adapterkit.errors import CheckpointError, SaveError, StateError, UsageError
 from adapterkit.files import (
     EVERYWHERE,
     WEIGHTS_FILES,
@@ -41,7 +43,7 @@ from adapterkit.files import (
     write_tensors,
 )
 from adapterkit.formats import CONFIG_FILE, PEFT, AdapterFiles, algorithms_in, shapes_of, translate
-from adapterkit.forward import trained_dtype
+from adapterkit.forward import check_trained_dtype, trained_dtype
 from adapterkit.kinds import LayerKind
 from adapterkit.model import (
     ALL_LINEAR,
@@ -132,11 +134,8 @@ class AdapterContent:
         dtypes = {} if dtype is None else dict.fromkeys(floating, dtype)
         config = file_config(config, self.kinds, [path for path in self.heads if path not in self.tables], self.paths)
         labels = self.labels.to_metadata() if self.labels is not None and self.heads else {}
-
-        def write(held: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-            write_tensors(held, path, metadata, dtypes, release)
-
-        write_folder(place, config.to_dict(), tensors, {**labels, **self.metadata}, write)
+        writer = partial(write_tensors, dtypes=dtypes, after=release)
+        write_folder(place, config.to_dict(), tensors, {**labels, **self.metadata}, writer)
 
 
 @dataclass(kw_only=True)
@@ -297,7 +296,7 @@ class AdapterFile(AdapterContent):
                 fit.mismatched.append(Mismatch(f"{beside(path, self.kinds)}.bias", tuple(bias.shape), size))
         if self.base is not None and self.config.trained_biases != "none":
             for path in (path for path in self.kinds if path not in self.biases):
-                if any(module._parameters.get("bias") is not None for module in self.base.modules(path)):
+                if not self.base.has_no_bias(path):
                     fit.missing.append(f"{path}.base_layer.bias")
         self.report = fit.report()
         wrong = (*self.report.missing, *(m.key for m in self.report.mismatched))
@@ -349,13 +348,9 @@ class AdapterFile(AdapterContent):
         """The adapter as `combining` takes it."""
 
         def base_bias(path: str) -> Tensor:
-            held = None if self.base is None else self.base.parameter(path, "bias")
-            if held is None:
-                raise StateError(
-                    f"Adapter {self.name!r} trains the bias of {path!r}, and its files do not tell what that was "
-                    "before. Give base=, the folder of the model with its weights, or weights that add up to 1."
-                )
-            return held
+            found = self.base_bias(path)
+            assert found is not None
+            return found
 
         def wide(tensors: Tensors) -> dict[str, Tensor]:
             return {k: t.to(trained_dtype(t.dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
@@ -372,6 +367,20 @@ class AdapterFile(AdapterContent):
             change=lambda path, dtype: exact_change(self.method, self.built[path], self.name, path, dtype),
             base_bias=base_bias,
         )
+
+    def base_bias(self, path: str) -> Tensor | None:
+        """The base's bias at a path; `None` if it has none there.
+
+        Raises:
+            StateError: the files do not tell it.
+        """
+        held = None if self.base is None else self.base.parameter(path, "bias")
+        if held is None and not (self.base is not None and self.base.has_no_bias(path)):
+            raise StateError(
+                f"The result trains biases, and the files of {self.name!r} do not tell the bias that the base has at "
+                f"{path!r}. Give base=, the folder of the model with its weights."
+            )
+        return held
 
     def _labels(self) -> LabelSet | None:
         """The label set that the file holds; else the one that the rows of its heads tell."""
@@ -414,18 +423,25 @@ def output_place(
     """The path of the output: a folder, or a file.
 
     Raises:
-        ConfigError: it is not a path, or it is an input; or the dtype is not floating.
-        SaveError: there is an adapter or a file already, and it is not to be overwritten.
+        UsageError: it is not a path, or it is an input; or adapters have no such dtype.
+        SaveError: there is an adapter or a file already, which is not to be overwritten; or a model.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype = {dtype!r} must be a floating torch.dtype or None.")
+    check_trained_dtype(dtype)
     place = local_path(out)
     if any(real_path(place) == real_path(path) for path in inputs):
-        raise ConfigError(f"{place} is an input; give the output another place.")
+        raise UsageError(f"{place} is an input; give the output another place.")
+    if file and (place.suffix != ".safetensors" or place.is_dir()):
+        raise UsageError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
+    if place.is_file() and not file:
+        raise SaveError(f"{place} is a file; the output is a folder.")
+    model = next((name for name in (*MODEL_FILES, "pytorch_model.bin") if (place / name).exists()), None)
+    if model is not None:
+        raise SaveError(
+            f"{place} is a model's folder: it holds {model}. transformers would load the model with the adapter. Give "
+            "the adapter a folder of its own."
+        )
     held = [place / name for name in (CONFIG_FILE, *WEIGHTS_FILES) if (place / name).exists()]
     held += [place] if place.is_file() else []
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
-    if file and (place.suffix != ".safetensors" or place.is_dir()):
-        raise UsageError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
     return place

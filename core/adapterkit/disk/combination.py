@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, names_of, 
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, usage
 from adapterkit.files import FactorSpool, short_names
+from adapterkit.forward import trained_dtype
 from adapterkit.kinds import LayerKind
-from adapterkit.model import BaseModules
+from adapterkit.model import BaseModules, inside
 from adapterkit.results import CombineReport
 from adapterkit.tensors import default_modes
 
@@ -124,6 +125,9 @@ def combined(
     dtype = torch.float64 if wide else torch.float32
     sources = [adapter.source(weight) for adapter, weight in zip(opened, weights, strict=True)]
     changes, report = mix(name, sources, choices, sorted(kinds, key=natural), spool, dtype)
+    if changes.biases:
+        rest = other_biases(opened, changes.heads, changes.biases, everywhere=not changes.biases.keys() <= kinds.keys())
+        changes = dataclasses.replace(changes, biases={**changes.biases, **rest})
     changes = dataclasses.replace(changes, kinds=kinds)
     if one_rank:
         rank = max((factors.rank for factors in changes.factors.values()), default=0)
@@ -134,6 +138,40 @@ def combined(
         changes = dataclasses.replace(changes, factors=padded)
     names = _target_names(list(changes.factors), opened, base)
     return AdapterContent.of(changes, default_registry.method(choices.to), dtype, target_modules=names), report
+
+
+def other_biases(
+    opened: Sequence[AdapterFile], heads: Collection[str], biases: Collection[str], *, everywhere: bool
+) -> dict[str, Tensor]:
+    """The base's biases that belong to a result which trains biases, and that none of its sources trained.
+
+    They are those of layers that only sources without trained biases change, and those in heads that are left out.
+
+    Args:
+        heads, biases: of the result, by the paths of their modules.
+        everywhere: it has all biases of the model, and not those of its layers alone.
+
+    Raises:
+        StateError: the files do not tell them.
+    """
+    paths = [path for adapter in opened for path, kind in adapter.kinds.items() if not kind.lookup]
+    if everywhere:
+        dropped = [(path, head) for a in opened for path, head in a.heads.items() if path not in heads]
+        paths += [
+            f"{path}.{key}".removesuffix(".bias") for path, head in dropped for key in head if key.endswith("bias")
+        ]
+
+    def tells(adapter: AdapterFile, path: str) -> bool:
+        """Whether the adapter has the bias at this path if the base has one."""
+        trained = adapter.config.trained_biases
+        return inside(path, adapter.heads) is None and (
+            trained == "all" or (trained != "none" and path in adapter.kinds)
+        )
+
+    lacking = [path for path in paths if path not in biases and not any(tells(adapter, path) for adapter in opened)]
+    knowing = next((adapter for adapter in opened if adapter.base is not None), opened[0])
+    found = {path: bias for path in lacking if (bias := knowing.base_bias(path)) is not None}
+    return {path: bias.to(trained_dtype(bias.dtype)) for path, bias in found.items()}
 
 
 def _target_names(targets: Sequence[str], opened: Sequence[AdapterFile], base: Base | None) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ from adapterkit.contract import (
     without_values,
 )
 from adapterkit.disk.adapter_file import AdapterContent, AdapterFile, output_place
-from adapterkit.disk.combination import combined
+from adapterkit.disk.combination import combined, other_biases
 from adapterkit.disk.model import Base
 from adapterkit.errors import CheckpointError, SaveError, UnsupportedError, UsageError, usage
 from adapterkit.files import (
@@ -116,7 +117,8 @@ def convert_file(  # noqa: PLR0913 - what to convert, to what, and where from an
         if naming == "peft":
             result.write(place, dtype, spool.release)
         elif naming == "mlx":
-            _write_mlx(result, place, dtype, () if given is None else [path for path, _ in named_modules(given.model)])
+            paths = () if given is None else [path for path, _ in named_modules(given.model)]
+            _write_mlx(result, place, dtype, paths, spool.release)
         else:
             tensors, metadata = _foreign(result, naming, as_component or default, given)
             dtypes = {} if dtype is None else {k: dtype for k, t in tensors.items() if t.dim() > 0}  # alphas stay
@@ -197,20 +199,30 @@ def _check_beside_layers(opened: AdapterFile, choices: Choices, server: ServerNa
 def _as_it_is(opened: AdapterFile, name: str, choices: Choices) -> CombineReport:
     """Leave the adapter as its files have it, perhaps without its heads."""
     opened.check_fits()
-    opened.heads = {} if choices.heads == "drop" else opened.heads
+    if choices.heads == "drop":
+        if opened.biases:
+            everywhere = opened.config.trained_biases == "all"
+            opened.biases |= other_biases([opened], (), opened.biases, everywhere=everywhere)
+        opened.heads = {}
     found = {path: opened.method.factors(without_values(layer)) for path, layer in opened.built.items()}
     ranks = {path: factors.rank for path, factors in found.items() if factors is not None}
     return CombineReport(name, opened.method.name, ranks, dict.fromkeys(ranks, 0.0), tuple(opened.heads))
 
 
-def _write_mlx(result: AdapterContent, place: Path, dtype: torch.dtype | None, paths: Collection[str]) -> None:
+def _write_mlx(
+    result: AdapterContent,
+    place: Path,
+    dtype: torch.dtype | None,
+    paths: Collection[str],
+    release: Callable[[], None],
+) -> None:
     """Write mlx-lm's folder."""
     if (place / WEIGHTS_FILE).exists():
         raise SaveError(f"{place} is an adapter in PEFT's format; give mlx-lm's a folder of its own.")
     config, held = _layers_alone(result, "mlx")
     fields, tensors = mlx_files(config, held, result.kinds, paths)
-    tensors = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in tensors.items()}
-    write_folder(place, fields, tensors, {}, weights=MLX_WEIGHTS)
+    dtypes = {} if dtype is None else dict.fromkeys(tensors, dtype)
+    write_folder(place, fields, tensors, {}, partial(write_tensors, dtypes=dtypes, after=release), MLX_WEIGHTS)
 
 
 def _layers_alone(result: AdapterContent, naming: str) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:

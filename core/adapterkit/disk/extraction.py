@@ -15,7 +15,7 @@ from adapterkit.disk.adapter_file import AdapterContent, output_place
 from adapterkit.disk.checkpoint import Checkpoint
 from adapterkit.disk.model import MappedModel, skeleton
 from adapterkit.door import real_path
-from adapterkit.errors import ConfigError, usage
+from adapterkit.errors import UsageError, usage
 from adapterkit.files import EVERYWHERE, FactorSpool, model_folder, short_names
 from adapterkit.model import BaseModules, Match, copy_head, select, task_type
 from adapterkit.results import CombineReport
@@ -63,7 +63,7 @@ def extract_files(  # noqa: PLR0913 - those of ak.extract, and what files need
     folders = [model_folder(folder) for folder in (base, tuned)]
     place = output_place(out, folders, dtype, overwrite=overwrite)
     if any(real_path(place).is_relative_to(real_path(folder)) for folder in folders):
-        raise ConfigError(f"{place} is inside one of the models; give the output another place.")
+        raise UsageError(f"{place} is inside one of the models; give the output another place.")
     model = skeleton(folders[1])
     before, after = (MappedModel(copy.deepcopy(model), Checkpoint.open(folder)) for folder in folders)
     working = torch.float64 if torch.float64 in {p.dtype for p in before.model.parameters()} else torch.float32

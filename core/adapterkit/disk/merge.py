@@ -23,7 +23,7 @@ from adapterkit.files import adapter_folder, load_adapter, local_path, model_fol
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
 from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
-from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads
+from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads, checked_strengths, finite_number
 from adapterkit.results import Printed, counted, in_lines
 from adapterkit.tensors import default_modes
 
@@ -176,7 +176,7 @@ def _checked_out(place: Path, inputs: Sequence[Path], overwrite: bool) -> Path:
     """The output's folder, if it may be written."""
     for path in map(real_path, inputs):
         if place == path or place.is_relative_to(path) or path.is_relative_to(place):
-            raise SaveError(f"{place} and the input {path} lie in each other; give the output a folder of its own.")
+            raise UsageError(f"{place} and the input {path} lie in each other; give the output a folder of its own.")
     if place.exists():
         if not place.is_dir():
             raise SaveError(f"{place} is a file; the output is a folder.")
@@ -240,8 +240,7 @@ def _sources(adapters: Sources) -> list[_Source]:
         raise UsageError(f"merge_checkpoint needs adapters, each once, not {adapters!r}.")
     found: dict[str, _Source] = {}
     for given, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise UsageError(f"The weight of {str(given)!r} must be a finite number, not {weight!r}.")
+        number = finite_number(weight, f"The weight of {str(given)!r}")
         place = adapter_folder(given)
         twice = next((s for s in found.values() if real_path(s.place) == real_path(place)), None)
         if twice is not None:
@@ -251,7 +250,7 @@ def _sources(adapters: Sources) -> list[_Source]:
         wanted = name = re.sub(r"[^\w-]", "_", place.stem if place.is_file() else real_path(place).name) or "adapter"
         while name in found:
             name = f"{wanted}_{len(found) + 1}"
-        found[name] = _Source(str(given), name, float(weight), place)
+        found[name] = _Source(str(given), name, number, place)
     return list(found.values())
 
 
@@ -270,13 +269,9 @@ def _changes(
     for source in sources:
         given: dict[str, Any] = {"strict": True, "dtype": None, "component": component, "device": torch.device("cpu")}
         adapter, _ = load_adapter(base.model, source.name, files[source.name], Active(), **given)
-        if source.weight != 1.0 and not all(layer.additive for layer in adapter.layers.values()):
-            raise UnsupportedError(
-                f"{source.given!r} cannot be merged with the weight {source.weight:g}: the method "
-                f"{adapter.config.method!r} is not additive, so its change has no multiple. Leave the weight out."
-            )
         adapters.append(adapter)
-    changes = plan(adapters, BaseModules(base.model), untie=untie, scales={s.name: s.weight for s in sources})
+    scales = checked_strengths("merge_checkpoint", adapters, {source.name: source.weight for source in sources})
+    changes = plan(adapters, BaseModules(base.model), untie=untie, scales=scales)
     for change in changes:
         if change.head is not None:  # its own copy of the module is in memory, and is written as the head that it is
             part(change)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adapterkit.contract import Method, default_registry
 from adapterkit.disk.checkpoint import PIPELINE, Checkpoint, PlainModel, match_names, read_object, weights_in
 from adapterkit.door import own_file, read_small
-from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, plain, usage
+from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, UsageError, plain, usage
 from adapterkit.files import (
     Entry,
     MappedFiles,
@@ -88,6 +88,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
 
     Raises:
         CheckpointError: there is no config, or none that transformers can make a model of; or it is a whole pipeline.
+        UsageError: transformers has no such class.
         UnsupportedError: the model's code is not in transformers but beside its weights. Such code is not run here:
             build the model yourself, under `torch.device("meta")`.
     """
@@ -109,7 +110,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
     classes = (getattr(transformers, name, None) for name in named)
     cls: Any = next((c for c in classes if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     if architecture is not None and cls is None:
-        raise CheckpointError(f"transformers has no model of the class {architecture!r}.")
+        raise UsageError(f"transformers has no model of the class {architecture!r}.")
     config.architectures = named
     build = transformers.AutoModel.from_config if cls is None else cls._from_config
     what = f"transformers cannot build {', '.join(named) or 'a model'} from the config of {where}"
@@ -495,6 +496,10 @@ class Base:
                 f"The adapter changes {path!r}, and {type(self.model).__name__}, given as its base, has no such layer."
             )
         return found
+
+    def has_no_bias(self, path: str) -> bool:
+        """Whether the modules of this path have no bias, with or without values."""
+        return all(module._parameters.get("bias") is None for module in self.modules(path))
 
     def parameter(self, path: str, name: str) -> Tensor | None:
         """A parameter of a module, if its values are known: of a model in memory, or, mapped, in a folder's weights."""

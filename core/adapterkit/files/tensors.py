@@ -356,7 +356,7 @@ def write_tensors(
         after: called after each tensor.
 
     Raises:
-        SaveError: a dtype that the format lacks.
+        SaveError: a dtype that the format lacks, or values that are too large for the dtype.
         OSError: it cannot be written.
     """
     wanted = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
@@ -370,5 +370,9 @@ def write_tensors(
     with path.open("wb", _WRITTEN_BYTES) as file:
         file.write(write_header(entries, metadata))
         for name in order:
-            file.write(as_bytes(tensors[name].to(wanted[name])))
+            own, written = tensors[name], tensors[name].to(wanted[name])
+            if written.dtype != own.dtype and not written.isfinite().all() and own.isfinite().all():
+                raise SaveError(f"{name!r} has values that are too large for {written.dtype}. Choose another dtype.")
+            file.write(as_bytes(written))
+            del own, written  # or it stays in memory beside the next one
             after()

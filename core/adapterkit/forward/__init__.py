@@ -6,7 +6,14 @@ Uses: errors, tensors, kinds, contract.
 
 from adapterkit.forward import tensor_parallel
 from adapterkit.forward.arithmetic import delta, drops
-from adapterkit.forward.heads import BiasLayer, bias_place, callable_head, give_dtypes_back, trained_dtype
+from adapterkit.forward.heads import (
+    BiasLayer,
+    bias_place,
+    callable_head,
+    check_trained_dtype,
+    give_dtypes_back,
+    trained_dtype,
+)
 from adapterkit.forward.plan import Base, Call, Plan, input_name, is_checked, of_input, run, run_layers, summable
 from adapterkit.forward.readers import ACTIVE, Path, declare_reader, effective_weight, readers_of
 from adapterkit.forward.state import Active, Block, State, Strength, lock, strength_at

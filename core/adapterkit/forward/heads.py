@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from adapterkit.errors import UsageError
 from adapterkit.kinds import LayerKind
 
 
 def trained_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to train in, as in PEFT: float32 if `dtype` is half precision or less, which is too coarse."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def check_trained_dtype(dtype: object, *words: str) -> None:
+    """Raise `UsageError` unless an adapter's tensors can have this dtype. `None` and the words are allowed too."""
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+    if dtype not in (None, *words) and not known:
+        listed = "".join(f"{word!r}, " for word in words)
+        raise UsageError(f"dtype = {dtype!r} must be a floating torch.dtype of 16 bits or more, {listed}or None.")
 
 
 def give_dtypes_back(head: nn.Module, module: nn.Module) -> None:

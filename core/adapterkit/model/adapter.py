@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +25,7 @@ from adapterkit.contract import (
     part_name,
     unwrapped_key,
 )
-from adapterkit.errors import ConfigError, StateError, UnsupportedError, unknown, warn
+from adapterkit.errors import ConfigError, StateError, UnsupportedError, UsageError, unknown, warn
 from adapterkit.forward import (
     Active,
     BiasLayer,
@@ -407,11 +406,9 @@ def checked_strengths(
 
 def _checked_strength(adapter: Adapter, strength: Any, where: str) -> float:
     """The strength as a float; only of an additive adapter it may differ from 1."""
-    number: Any = math.nan if isinstance(strength, bool) or not isinstance(strength, Real) else strength
-    if not abs(number) <= sys.float_info.max:  # also true for nan
-        raise ConfigError(f"The strength of {adapter.name!r}{where} is {strength!r}, but it must be a finite number.")
+    number = finite_number(strength, f"The strength of {adapter.name!r}{where}")
     if number == 1.0:
-        return float(number)
+        return number
     what = f"Adapter {adapter.name!r} cannot act with a strength of {number:g}{where}"
     default_registry.method_of(adapter.config).check_no_call(what)
     if not all(layer.additive for layer in adapter.layers.values()):
@@ -419,4 +416,15 @@ def _checked_strength(adapter: Adapter, strength: Any, where: str) -> float:
             f"{what}: the method {adapter.config.method!r} is not additive, so its change has no multiple. Leave the "
             "strength out."
         )
-    return float(number)
+    return number
+
+
+def finite_number(given: object, what: str) -> float:
+    """The number as a float, for tensors of float32. A `UsageError` calls one that is not such a number `what`."""
+    try:
+        number = math.nan if isinstance(given, bool) or not isinstance(given, Real) else float(given)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= torch.finfo(torch.float32).max:  # also true for nan
+        raise UsageError(f"{what} is {given!r}, but it must be a finite number of float32.")
+    return number

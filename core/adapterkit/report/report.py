@@ -19,6 +19,8 @@ from adapterkit.report.page import render
 from adapterkit.report.sources import stored_sources
 from adapterkit.report.verdicts import Verdict, verdicts
 
+_BEGINS = b"<!doctype html>"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -56,16 +58,22 @@ class Report:
 
     @usage("report.save('report.html')")
     def save(self, out: str | Path) -> Path:
-        """Write the page to a file. An existing file is replaced in one step; a device or a pipe gets the page.
+        """Write the page to a file. An existing page is replaced in one step; a device or a pipe gets the page.
 
         Raises:
-            SaveError: the file cannot be written; nothing has changed.
+            SaveError: there is a file that is not a page, or it cannot be written; nothing has changed.
         """
         path = local_path(out)
         try:
+            if path.is_file() and path.stat().st_size:
+                with path.open("rb") as old:
+                    if not old.read(len(_BEGINS)).lower() == _BEGINS:
+                        raise SaveError(f"{path} is there, and not a page. Choose another name, or delete it.")
             with appearing(path, follow=True) as fresh:
                 fresh.write_text(self.html, encoding="utf-8")
         except OSError as error:
+            if isinstance(error, SaveError):
+                raise
             raise SaveError(f"The report cannot be written to {path}: {error}.") from error
         return path
 
@@ -100,7 +108,7 @@ def write_report(
 
     Args:
         sources: adapter folders, hub ids, or files of other programs.
-        out: the file to write; an existing file is replaced.
+        out: the file to write; an existing page is replaced.
         base: the model's folder or hub id, or the model itself. If its weights are available (a folder with
             safetensors, or a model in memory), sizes are relative to them; each target's weight is then read once.
             Required if the files do not tell the sizes of the layers.
@@ -111,7 +119,7 @@ def write_report(
         ConfigError: there is no source, two have one name, or there are more or fewer names than adapters.
         CheckpointError: a source is not an adapter, is damaged, or does not tell the sizes of its layers.
         StateError: a source has values that are not finite, or that are on the meta device.
-        SaveError: the page cannot be written.
+        SaveError: there is a file that is not a page, or the page cannot be written.
     """
     if isinstance(sources, str | Path):
         raise UsageError(f"write_report takes a list of adapters, such as [{str(sources)!r}], not a single one.")
