@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.core.conftest import set_parameters
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -301,6 +302,32 @@ def test_a_plain_embedding_is_not_scaled_whatever_is_noted_on_it() -> None:
 )
 def test_layers_whose_output_is_no_plain_function_of_the_weight_are_no_kind(layer: nn.Module) -> None:
     assert default_registry.kind_of(layer) is None
+
+
+BIASED: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.LayerNorm((3, 1)), (2, 3, 1)),
+    (nn.Bilinear(3, 3, 4), (2, 3)),
+    (nn.GroupNorm(2, 4), (2, 4, 3)),
+    (nn.BatchNorm1d(4), (2, 4)),
+    (nn.BatchNorm3d(4), (2, 4, 3, 1, 2)),
+    (nn.SyncBatchNorm(4), (2, 4, 3)),
+    (nn.InstanceNorm1d(4, affine=True), (4, 3)),
+    (nn.InstanceNorm3d(4, affine=True), (2, 4, 3, 1, 2)),
+    (nn.ConvTranspose2d(4, 3, 2), (4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), BIASED, ids=str)
+def test_a_trained_bias_acts_where_the_layers_own_does(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    adapters = ak.attach(nn.ModuleDict({"layer": layer.eval(), "fc": nn.Linear(2, 2)}))
+    adapters.add("a", LoraConfig(r=2, target_modules=["fc"], bias="all"))
+    set_parameters(adapters, "a")
+    given = [torch.randn(shape)] * (2 if isinstance(layer, nn.Bilinear) else 1)
+    found, own = layer(*given), dict(adapters.named_parameters("a"))["layer.bias"].detach()
+    adapters.detach()
+    assert not torch.equal(own, layer.bias)
+    layer.bias.data = own
+    torch.testing.assert_close(layer(*given), found)
 
 
 def test_an_adapted_layer_is_of_the_same_kind() -> None:

@@ -72,9 +72,9 @@ class BiasLayer(nn.Module):
     """One adapter's own bias of one module. It adds `own - base` to the output, so those of several adapters add up.
 
     Args:
-        base: the module's bias, shape `(out,)`, and the initial value. A copy is kept, because a merge changes the
+        base: the module's bias, and the initial value. A copy is kept, because a merge changes the
             module's bias. On the meta device it has no value yet: the copy is made by `keep_base`.
-        trailing: how many dimensions of the output come after the bias's; `-1`: the bias's is dimension 1.
+        trailing: how many dimensions of the output come after the bias's; `-1`: all after the first two.
     """
 
     base: Tensor | None
@@ -86,7 +86,7 @@ class BiasLayer(nn.Module):
         self.trailing = trailing
 
     def shift(self, bias: Tensor) -> Tensor:
-        """`own - base`, shape `(out,)`; `bias` is the module's, which is the base as long as no copy is kept."""
+        """`own - base`; `bias` is the module's, which is the base as long as no copy is kept."""
         return self.bias - (bias if self.base is None else self.base)
 
     def keep_base(self, bias: Tensor) -> None:
@@ -97,14 +97,17 @@ class BiasLayer(nn.Module):
     def change(self, bias: Tensor, out: Tensor) -> Tensor:
         """`own - base` in a shape that broadcasts over `out`."""
         trailing = out.dim() - 2 if self.trailing < 0 else self.trailing
-        return self.shift(bias).view(-1, *(1,) * trailing)
+        shift = self.shift(bias)
+        return shift.view(*shift.shape, *(1,) * trailing)
 
 
 # How many dimensions come after the bias's, for layers without a kind. Exact types: a subclass may lay out otherwise.
 _TRAILING: Mapping[type[nn.Module], int] = {
-    **dict.fromkeys((nn.Linear, nn.LayerNorm), 0),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm), -1),
-    **dict(zip((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (1, 2, 3), strict=True)),
+    **dict.fromkeys((nn.Linear, nn.Bilinear, nn.LayerNorm), 0),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm), -1),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.InstanceNorm1d), 1),
+    **dict.fromkeys((nn.ConvTranspose2d, nn.InstanceNorm2d), 2),
+    **dict.fromkeys((nn.ConvTranspose3d, nn.InstanceNorm3d), 3),
 }
 
 

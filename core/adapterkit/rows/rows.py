@@ -33,7 +33,7 @@ class Rows:
         self._kept: dict[Any, Any] = {}
         # What is compiled reads the assignment from this alone, so that it serves every assignment.
         self._all_have = None not in self.names
-        self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names])
+        self._places = torch.tensor([(*self.adapters, None).index(name) for name in self.names], device="cpu")
 
     def having(self, *adapters: str) -> list[int]:
         """The rows that have one of these adapters."""
