@@ -395,6 +395,15 @@ def test_a_training_in_which_nothing_trains_is_refused(tmp_path: Path) -> None:
         trainer(model, tmp_path).train()
 
 
+def test_a_name_that_no_folder_can_have_is_refused_before_the_training(tmp_path: Path) -> None:
+    model = two()
+    ak.attach(model).rename("s", "v1/s")
+    run = trainer(model, tmp_path)
+    with pytest.raises(ak.SaveError, match=r"Adapter 'v1/s' cannot have a subfolder of that name. Rename it"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ak.ConfigError, match=r"BertForSequenceClassification has no adapters. Add adapters"):
         trainer(build("bert"), tmp_path).train()

@@ -98,6 +98,17 @@ def test_a_state_of_other_adapters_is_refused_and_changes_nothing(tmp_path: Path
     assert_equal(script.values(), before)
 
 
+def test_models_in_another_order_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    Script("loha", seed=1).accelerator.save_state(str(tmp_path))
+    accelerator, script = Accelerator(cpu=True), Script("loha", seed=2)
+    before = script.values()
+    accelerator.prepare(script.critic, script.model)
+    save_adapters_alone(accelerator)
+    with pytest.raises(ak.CheckpointError, match=r"adapters holds adapters, and here that model has none.* same order"):
+        accelerator.load_state(str(tmp_path))
+    assert_equal(script.values(), before)
+
+
 def test_a_state_of_a_training_in_which_adapters_acted_otherwise_is_refused(tmp_path: Path) -> None:
     script = Script("lora", "loha", seed=1)
     script.adapters.activate("lora", "loha", heads="lora", trainable=["loha"])

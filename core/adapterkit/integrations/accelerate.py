@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.checkpoints import base_state, load_states, save_training, subfolder
-from adapterkit.errors import ConfigError, usage
+from adapterkit.errors import CheckpointError, ConfigError, usage
 from adapterkit.files import read_tensors, write_tensors
 from adapterkit.integrations.models import adapters_in
 
@@ -51,7 +51,14 @@ def save_adapters_alone(accelerator: Accelerator) -> None:
                 del weights[i]
 
     def load(models: list[nn.Module], folder: str) -> None:
-        for i, place, adapters in _adapted(accelerator, folder):
+        adapted = [*_adapted(accelerator, folder)]
+        lost = sorted({*Path(folder).glob("adapters*")} - {place for _, place, _ in adapted})
+        if lost:
+            raise CheckpointError(
+                f"{lost[0]} holds adapters, and here that model has none. Before you load, add the saved adapters, and "
+                "prepare the models in the same order as then."
+            )
+        for i, place, adapters in adapted:
             if load_states(adapters, place) and models and _is_frozen(adapters):
                 _restore_statistics(adapters, place / _STATISTICS)
                 del models[i]

@@ -109,6 +109,7 @@ class AdapterTrainerMixin(_Base):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with groups of parameters for each adapter if options of adapters were given."""
         trained: Any = self.model if model is None else model
+        self._places(Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-0")  # names that are no folder's
         if not any(p.requires_grad for p in trained.parameters()):
             merged = self.adapters.merged
             what = f"{merged[0]!r} is merged: call adapters.unmerge()" if merged else "call adapters.activate(name)"
