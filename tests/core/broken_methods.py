@@ -10,6 +10,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -131,34 +132,37 @@ class WritesToTheBase(Outer):
 
 
 class SharedOuter(Outer):
-    """With a shared vector in place of v; right as it is."""
+    """With a shared vector in place of v, and integers that choose its entries; right as it is."""
 
     class shared(ak.Shared):
         def setup(self, targets, config, root):
             widest = max(t.in_features for t in targets)
             generator = torch.Generator().manual_seed(0)
             self.register_buffer("outer_all", torch.randn(widest, generator=generator).to(root.dtype))
+            self.register_buffer("outer_order", torch.arange(widest).flip(0))
 
     class layer(OuterLayer):
         def setup(self, target, config):
             super().setup(target, config)
             del self.outer_v
+            self.register_buffer("outer_places", torch.arange(target.in_features).flip(0))
 
         def vector(self):
             return self.shared.outer_all
 
         def factors(self):
-            return ak.Factors(self.config.scale * self.outer_u[:, None], self.vector()[None, : self.kind.in_features])
+            vector = self.vector()[self.shared.outer_order][self.outer_places]
+            return ak.Factors(self.config.scale * self.outer_u[:, None], vector[None])
 
 
 class SharedTensorCopied(SharedOuter):
     class layer(SharedOuter.layer):
         def setup(self, target, config):
             super().setup(target, config)
-            self.copied = self.shared.outer_all.clone()
+            self.copied = SimpleNamespace(value=self.shared.outer_all.clone())
 
         def vector(self):
-            return self.copied.to(self.outer_u.dtype)
+            return self.copied.value.to(self.outer_u.dtype)
 
 
 class DependsOnTheOrder(Outer):
@@ -224,11 +228,11 @@ class TensorThatIsNoBuffer(Outer):
     class layer(OuterLayer):
         def setup(self, target, config):
             super().setup(target, config)
-            self.half = torch.full((1, 1), 0.5, dtype=target.dtype)
+            self.half = SimpleNamespace(value=torch.full((1, 1), 0.5, dtype=target.dtype))
 
         def factors(self):
             right = super().factors()
-            return right._replace(up=right.up @ self.half)
+            return right._replace(up=right.up @ self.half.value)
 
 
 class NotTheIdentity(Outer):
@@ -376,6 +380,48 @@ class DrawsElsewhere(Outer):
 
 NUMBERS = itertools.count()
 
+
+class DropsByItself(Outer):
+    class layer(OuterLayer):
+        def factors(self):
+            right = super().factors()
+            return right._replace(up=nn.functional.dropout(right.up, 0.5, self.training))
+
+
+class ForgetsTheScaleOfFactors(Outer):
+    def from_factors(self, factors, kinds):
+        found = {}
+        for path, f in factors.items():
+            u, _, vh = torch.linalg.svd(f.delta())
+            found |= {f"{path}.outer_u": u[:, 0], f"{path}.outer_v": vh[0]}
+        return OuterConfig(), found
+
+
+class NamesNoUpFactor(Outer):
+    class layer(OuterLayer):
+        up_factor = ("outer_up",)
+
+
+class OneParameterForAllSizes(Outer):
+    class layer(OuterLayer):
+        all_of: ClassVar[dict[object, nn.Parameter]] = {}
+
+        def setup(self, target, config):
+            super().setup(target, config)
+            if target.file is None:
+                self.outer_u = self.all_of.setdefault((target.out_features, target.dtype), self.outer_u)
+
+
+class TellsAnotherRank(Outer):
+    class layer(ak.DenseLayer):
+        rank = 2
+        setup = OuterLayer.setup
+        factors = OuterLayer.factors
+
+        def change(self):
+            return self.factors().delta()
+
+
 BROKEN: dict[type[Outer], str] = {
     ConfigChangesInJson: "check_config_survives_json",
     WrongPrefix: "check_parameters",
@@ -383,10 +429,13 @@ BROKEN: dict[type[Outer], str] = {
     FactorsGiveNothing: "check_parameters",
     UpAndDownSwapped: "check_parameters",
     MergeGivesTheWeightAlone: "check_parameters",
+    NamesNoUpFactor: "check_parameters",
+    OneParameterForAllSizes: "check_parameters",
     ForwardGivesNothing: "check_mathematics_is_pure",
     ForwardAloneGivesNothing: "check_mathematics_is_pure",
     SharedForwardGivesNothing: "check_every_claimed_layer_kind",
     KeepsItsFactors: "check_mathematics_is_pure",
+    DropsByItself: "check_mathematics_is_pure",
     BranchesOnAValue: "check_mathematics_is_pure",
     ImpureMerge: "check_mathematics_is_pure",
     MergeChangesTheAdapter: "check_mathematics_is_pure",
@@ -399,6 +448,8 @@ BROKEN: dict[type[Outer], str] = {
     ForgottenScale: "check_merged_equals_adapted",
     DependsOnTheWeight: "check_merge_is_linear",
     FewTokensGiveMore: "check_dense_forms_agree",
+    TellsAnotherRank: "check_dense_forms_agree",
+    ForgetsTheScaleOfFactors: "check_known_changes_become_adapters",
     DependsOnTheOrder: "check_order_does_not_matter",
     BufferNotSaved: "check_save_load_is_identity",
     SavesTooMuch: "check_file_has_exactly_its_keys",

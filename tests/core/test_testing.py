@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import peft
 import pytest
 from tests.core import broken_methods
 from tests.core.broken_methods import BROKEN, BranchesOnAValue, Outer, OuterConfig, SharedOuter
+from tests.models import build, inputs
 from tests.processes import environment
 
 import adapterkit as ak
@@ -92,6 +94,7 @@ def test_what_the_broken_methods_are_made_from_passes(plugin):
         results = run_checks(config)
     skipped = {name for name, result in results.items() if result != "passed"}
     expected = {"check_given_fields_act", "check_dense_forms_agree", "check_files_tell_the_layers"}
+    expected |= {"check_known_changes_become_adapters"}
     assert skipped == expected | ({"check_shared_tensors_are_one_copy"} if plugin is Outer else set())
 
 
@@ -227,6 +230,14 @@ PEFT = {
 @pytest.mark.parametrize(("config", "theirs"), PEFT.values(), ids=PEFT)
 def test_check_peft_passes_for_the_built_in_methods(config: ak.AdapterConfig, theirs: Any) -> None:
     check_peft(config, theirs)
+
+
+def test_check_peft_takes_models_of_transformers() -> None:
+    fields: Any = {"r": 2, "target_modules": ["q_proj"]}
+    model, arguments = partial(build, "llama"), inputs("llama")
+    check_peft(LoraConfig(**fields), peft.LoraConfig(**fields), model=model, inputs=arguments)
+    with pytest.raises(CheckFailure, match=r"expected 128 trained numbers, as PEFT has; .* has 192"):
+        check_peft(LoraConfig(**fields | {"r": 3}), peft.LoraConfig(**fields), model=model, inputs=arguments)
 
 
 @pytest.mark.parametrize(

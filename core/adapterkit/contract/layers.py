@@ -196,6 +196,8 @@ class AdapterLayer(nn.Module):
         if "__init__" in vars(cls):
             raise PluginError(f"{cls.__name__} defines __init__; write setup(self, target, config) in its place.")
         _check_methods(cls, base, ("setup", "forward", "merged", *cls._needs))
+        if misfit(cls.up_factor, tuple[str, ...]) is not None:
+            raise PluginError(f"{cls.__name__}.up_factor = {cls.up_factor!r} must be a tuple of names of parameters.")
         if cls.any_module and (base is not AdapterLayer or cls.forward is base.forward):
             raise PluginError(
                 f"{cls.__name__} has any_module, so it must be an AdapterLayer that defines forward(self, base, *args, "

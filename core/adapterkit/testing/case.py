@@ -39,8 +39,8 @@ def expect_equal(found: Tensor, expected: Tensor, what: str) -> None:
     """Raise `Broken` unless both have the same dtype, shape and bits."""
     expect(found.dtype == expected.dtype, f"{what}: expected dtype {expected.dtype}, found {found.dtype}.")
     _expect_shape(found, expected, what)
-    same = torch.equal(found.nan_to_num(), expected.nan_to_num())
-    expect(same, f"{what}: expected the same bits; they differ by up to {_distance(found, expected):.3g}.")
+    if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
+        raise Broken(f"{what}: expected the same bits; they differ by up to {_distance(found, expected):.3g}.")
 
 
 def expect_close(found: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None) -> None:

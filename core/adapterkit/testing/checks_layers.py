@@ -38,16 +38,21 @@ def check_config_survives_json(case: Case) -> None:
 
 
 def check_parameters(case: Case) -> None:
-    """The parameters of the layers and shared ones train, and no others; all tensors have the target's dtype."""
+    """Each layer has parameters of its own, which train with the shared ones, and no others; all have target.dtype."""
+    kept: list[torch.nn.Parameter] = []
     for subject in case.subjects(*TOLERANCES):
         # Trained biases are the core's own, by `AdapterConfig.trained_biases`.
         training = {n for n, p in subject.model.named_parameters() if p.requires_grad and ".adapter_biases." not in n}
-        tensors = dict(subject.model.named_parameters()) | dict(subject.model.named_buffers())
+        tensors = dict(subject.model.named_parameters(remove_duplicate=False)) | dict(subject.model.named_buffers())
         own = {n for n in tensors if ".adapters.a." in n or n.startswith("adapter_shared.a.")}
-        parameters = {n for n in own if isinstance(tensors[n], torch.nn.Parameter)}
+        parameters = {n: t for n in sorted(own) if isinstance(t := tensors[n], torch.nn.Parameter)}
         expect(bool(parameters), f"On {subject}: expected parameters, found none. `setup` makes them.")
+        for name, parameter in parameters.items():
+            new = not any(parameter is other for other in kept)
+            expect(new, f"On {subject}: expected a new parameter {name!r}; another layer has the same one.")
+            kept.append(parameter)
         expect(
-            training == parameters,
+            training == parameters.keys(),
             f"On {subject}: expected exactly {sorted(parameters)} to train; {sorted(training)} do.",
         )
         dtype = torch.promote_types(subject.dtype, torch.float32)
@@ -55,6 +60,10 @@ def check_parameters(case: Case) -> None:
             found = tensors[name].dtype
             right = found == dtype or not found.is_floating_point
             expect(right, f"On {subject}: expected {name!r} in {dtype}, found {found}; `target.dtype` tells it.")
+        for layer in map(subject.layer, TARGETS):
+            names = layer.up_factor or [name for name, _ in layer.named_parameters()]
+            has_up = any(name in names for name, _ in layer.named_parameters())
+            expect(has_up, f"On {subject}: expected a parameter that up_factor = {layer.up_factor!r} names; none is.")
 
 
 def check_mathematics_is_pure(case: Case) -> None:
@@ -64,7 +73,7 @@ def check_mathematics_is_pure(case: Case) -> None:
     for subject in case.subjects():
         subject.shake()
         for path in TARGETS:
-            layer = subject.layer(path)
+            layer = subject.layer(path).train()  # the core applies dropouts itself
             fresh = copy.deepcopy(layer)
             names = [name for name in ("factors", "change") if hasattr(layer, name)]
             names += ["merged"] * (type(layer).merged is not AdapterLayer.merged)
@@ -75,7 +84,7 @@ def check_mathematics_is_pure(case: Case) -> None:
                     _expect_no_values_read(layer, name, where)
                 except UnsupportedError:  # `merged` may say that it cannot
                     continue
-            layer.register_forward_pre_hook(_watch)
+            layer.eval().register_forward_pre_hook(_watch)
         expect(isinstance(subject.out(), Tensor), f"On {subject}: expected `forward` to return a tensor.")
 
 

@@ -98,7 +98,10 @@ def check_dense_forms_agree(case: Case) -> None:
             with torch.no_grad():
                 change = layer.change()
                 out, size = change.shape
-                expect_close(layer.factors().delta(), change, where("factors"))
+                factors = layer.factors()
+                expect_close(factors.delta(), change, where("factors"))
+                right = layer.rank in (None, factors.rank)
+                expect(right, where("rank") + f": expected that of its factors, {factors.rank}; it is {layer.rank}.")
                 if layer.few is not None and not layer.kind.lookup:
                     x = torch.randn(2, size, dtype=change.dtype)
                     expect_close(layer.few(x), x @ change.t(), where("few"))
@@ -107,6 +110,24 @@ def check_dense_forms_agree(case: Case) -> None:
                     expect_close(layer.tile(rows, columns), change[rows, columns], where("tile"))
     if not tried:
         raise NotApplicable("it is for dense layers, and the method has none")
+
+
+def check_known_changes_become_adapters(case: Case) -> None:
+    """`from_factors` gives an adapter whose change is the one that it was given."""
+    if "from_factors" not in case.method.hooks:
+        raise NotApplicable("the method has no hook from_factors")
+    tried = False
+    for subject in case.subjects(torch.float64, additive=True):
+        adapted = subject.train().out()
+        try:
+            subject.adapters.convert("a", to=case.method.name, name="b")
+        except UnsupportedError:
+            continue
+        subject.adapters.activate("b")
+        expect_close(subject.out(), adapted, f"The outputs of an adapter from its own factors on {subject}")
+        tried = True
+    if not tried:
+        raise NotApplicable("the method takes none of its own changes")
 
 
 def check_order_does_not_matter(case: Case) -> None:

@@ -29,6 +29,7 @@ _BUILDS_ON: dict[Check, Check | None] = {
     **dict(zip(_FIRST, (None, *_FIRST), strict=False)),
     checks_layers.check_given_fields_act: checks_merging.check_merged_equals_adapted,
     checks_merging.check_merge_is_linear: checks_merging.check_merged_equals_adapted,
+    checks_merging.check_known_changes_become_adapters: checks_merging.check_merged_equals_adapted,
     checks_merging.check_order_does_not_matter: checks_merging.check_merged_equals_adapted,
     checks_files.check_save_load_is_identity: checks_files.check_file_has_exactly_its_keys,
     checks_models.check_moves_to_dtype: checks_models.check_two_adapters_of_one_method,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import adapterkit as ak
 from adapterkit.contract import AdapterConfig
@@ -25,7 +26,7 @@ def check_peft(
     peft_config: Any,
     *,
     model: Callable[[], nn.Module] | None = None,
-    inputs: Tensor | None = None,
+    inputs: Tensor | Mapping[str, Any] | None = None,
 ) -> None:
     """Check that a method is PEFT's: each reads the other's files, and they merge and train alike.
 
@@ -38,7 +39,8 @@ def check_peft(
         config: the method's config. Its `target_modules` count with `model`; without, both layers are adapted.
         peft_config: a config of PEFT's own class, with the same fields.
         model: makes the model; two linear layers of 16 and 24 features, `up` and `down`, if `None`.
-        inputs: what it is called with; needed with `model`.
+        inputs: what it is called with, a tensor or keyword arguments; needed with `model`. Of an output of
+            transformers, `logits` or the first tensor counts.
 
     Raises:
         CheckFailure: says what differs, and by how much.
@@ -58,13 +60,18 @@ def check_peft(
 
 
 def _compare(  # noqa: PLR0915 - one comparison after the other
-    config: AdapterConfig, peft_config: Any, make: Callable[[], nn.Module], inputs: Tensor, folder: Path
+    config: AdapterConfig, peft_config: Any, make: Callable[[], nn.Module], inputs: Any, folder: Path
 ) -> None:
     import peft
 
+    def call(model: nn.Module) -> Tensor:
+        found: Any = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        found = getattr(found, "logits", found)
+        return found if isinstance(found, Tensor) else next(t for t in tree_leaves(found) if isinstance(t, Tensor))
+
     def out(model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return model(inputs)  # type: ignore[no-any-return]
+            return call(model)
 
     theirs: Any = peft.get_peft_model(make(), peft_config).eval()
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
@@ -101,7 +108,7 @@ def _compare(  # noqa: PLR0915 - one comparison after the other
             optimizer = torch.optim.AdamW(parameters, lr=1e-2)
             for _ in range(3):
                 optimizer.zero_grad()
-                ((model(inputs) - target) ** 2).mean().backward()
+                ((call(model) - target) ** 2).mean().backward()
                 optimizer.step()
     _near(out(ours), out(theirs), 1e-4, "the outputs after three steps of training")
 
