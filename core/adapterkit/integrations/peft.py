@@ -1,4 +1,14 @@
-"""PEFT: an adapted model as a `peft.PeftModel`, and the adapters of a live `PeftModel` taken over."""
+"""PEFT: an adapted model as a `peft.PeftModel`, and the adapters of a live `PeftModel` taken over.
+
+Who asks a `PeftModel` for what, and where the answer is:
+
+    TRL, Trainer, accelerate  calls: add, disable, generate, save, load        `PeftView` in `peft_view`
+    users, PEFT's functions   `base_model`: what acts, configs, merging        `Tuner` in `peft_tuner`
+    loops over modules        `isinstance(m, LoraLayer)`, `m.scaling[name]`    `LayerView`, `HeadView` in `peft_layers`
+                              `m.lora_A[name].weight`, `m.lora_dropout`        `peft_containers`
+    loops over parameters     names: `...q_proj.lora_A.default.weight`         `peft_key` in `peft_names`
+    PEFT's functions          its own layers in a model                        `answer` in `peft_functions`
+"""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ class HeadView(ModulesToSaveWrapper):
 _OF_HEADS = ("original_module", "modules_to_save", "_adapters", "_active_adapter", "_disable_adapters")
 
 
-class Named:
+class WithPeftNames:
     """A base of the classes of adapted modules, with which they answer to the names of PEFT's layers.
 
     `model.layers[0].q_proj.lora_A["default"]` is there, and `.base_layer`, although nothing of that is an attribute.
@@ -449,27 +449,27 @@ _ATTRIBUTES = {name for view in (LayerView, HeadView) for name in vars(view) if 
 _ATTRIBUTES |= {"base_layer", *_OF_HEADS}
 
 
-class Classes:
+class PeftClasses:
     """`Active.extra` of a model with a view: what its adapted modules are to PEFT."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
 
     def __call__(self, module: nn.Module) -> tuple[type, ...]:
-        """`Named`, and PEFT's classes for the adapters at the module, such as `lora.LoraLayer` and `lora.Linear`.
+        """`WithPeftNames`, and PEFT's classes for the adapters at the module: `lora.LoraLayer` and `lora.Linear`.
 
-        At the output layer `Named` alone: TRL's losses read its weight, so TRL refuses a layer of PEFT's there. Here
-        the weight has the change in it.
+        The output layer is none of PEFT's. TRL's losses read its weight, and TRL refuses a layer of PEFT's there,
+        because the weight lacks the change. Here it has it.
         """
         layers: Any = module._modules.get(LAYERS)
         if layers is None:
-            return (Named, HeadView) if HEADS in module._modules else (Named,)
+            return (WithPeftNames, HeadView) if HEADS in module._modules else (WithPeftNames,)
         if module is getattr(self.adapters.model, "get_output_embeddings", lambda: None)():
-            return (Named,)
+            return (WithPeftNames,)
         found: dict[type, None] = {BaseTunerLayer: None}
         for layer in layers._modules.values():
             found |= dict.fromkeys((tuner_class(layer), _layer_class(layer, module)))
-        return (Named, *found)
+        return (WithPeftNames, *found)
 
 
 def _may_be_named(module: nn.Module, name: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
@@ -184,6 +185,14 @@ def from_peft_config(config: PeftConfig) -> AdapterConfig:
     else:
         method = default_registry.claim(values, f"This {type(config).__name__}")
     return method.config_type().from_dict(values, where=f"This {type(config).__name__}", trained=False)
+
+
+def both(own: type, theirs: type, module: str) -> Any:
+    """A class that is ours and PEFT's, for those who ask with `isinstance`. `module` holds it, where pickle looks."""
+    words = f"A `{own.__name__}` that is a `peft.{theirs.__name__}`."
+    made = type(theirs.__name__, (own, theirs), {"__module__": module, "__doc__": words})
+    setattr(sys.modules[module], made.__name__, made)
+    return made
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from adapterkit.contract import FILE_PREFIX, LAYERS, SHARED, AdapterConfig, Adap
 from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
 from adapterkit.forward import PerAdapter, Strength, strength_at
-from adapterkit.integrations import peft_merging
+from adapterkit.integrations.peft_combining import combine
 from adapterkit.integrations.peft_containers import Dropout, by_adapter
 from adapterkit.integrations.peft_layers import LayerView, beside, let_wait, waiting_strength
-from adapterkit.integrations.peft_names import MethodConfig, peft_key, pefts_errors, prefix_of, to_peft
+from adapterkit.integrations.peft_names import MethodConfig, both, peft_key, pefts_errors, prefix_of, to_peft
 from adapterkit.model import BaseModules
 
 
@@ -317,19 +317,47 @@ class Tuner(BaseTuner):
     # Merging
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters to the weights: `Adapters.merge`. With `safe_merge`, values that are not finite raise."""
-        peft_merging.merge(self.adapters, self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+        """Add those that are not merged yet to the weights: `Adapters.merge`. A tied weight gets one of its own.
+
+        Raises:
+            ValueError: with `safe_merge`, values that are not finite.
+        """
+        names = self._not_merged(adapter_names)
+        if names:
+            with pefts_errors():
+                self.adapters.merge(*names, safe=safe_merge, untie=True)
 
     def unmerge_adapter(self) -> None:
         """Restore the weights: `Adapters.unmerge`."""
-        peft_merging.unmerge(self.adapters)
+        if not self.adapters.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        self._unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merge adapters, and return the bare model: `Adapters.merge_and_detach`."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return peft_merging.merge_for_good(self.adapters, names, safe_merge)
+        """Merge adapters as `merge_adapter` does, and return the bare model: `Adapters.merge_and_detach`."""
+        names = self._not_merged(adapter_names)
+        if not names:
+            self.adapters.activate()  # else the active ones, which nobody named, would be merged
+        with pefts_errors():
+            return self.adapters.merge_and_detach(*names, safe=safe_merge, untie=True)
+
+    def _not_merged(self, names: Sequence[str] | None) -> list[str]:
+        """Those of these adapters that are not merged yet, with PEFT's warnings. `None`: of the active ones."""
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        merged = self.adapters.merged
+        wanted = [name for name in (self.active_adapters if names is None else names) if name not in merged]
+        if merged and wanted:
+            warnings.warn(
+                f"Already following adapters were merged {','.join(merged)}. "
+                f"You are now additionally merging {','.join(wanted)}.",
+                stacklevel=4,
+            )
+        elif not wanted:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        return wanted
 
     def unload(self) -> nn.Module:
         """Return the bare model: `Adapters.detach`."""
@@ -348,13 +376,13 @@ class Tuner(BaseTuner):
         density: float | None = None,
         majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that combines others: `Adapters.combine` (see `peft_merging.combine`).
+        """Add an adapter that combines others: `Adapters.combine` (see `peft_combining.combine`).
 
         `svd_full_matrices` and `svd_driver` have no effect: they say how PEFT calls `torch.linalg.svd`.
         """
         if svd_clamp is not None:
             raise ValueError("svd_clamp is an option of PEFT that adapterkit does not implement. Leave it out.")
-        peft_merging.combine(
+        combine(
             self.adapters,
             adapters,
             weights,
@@ -389,15 +417,8 @@ def _class_of(adapters: Adapters) -> type[Tuner]:
     return _classes.get(adapters.config(adapters.names[0]).to_dict()["peft_type"], Tuner)
 
 
-def _of_type(tuner_class: type[BaseTuner]) -> type[Tuner]:
-    body = {"__module__": __name__, "__doc__": f"A `Tuner` that is a `peft.{tuner_class.__name__}`."}
-    made: type[Tuner] = type(tuner_class.__name__, (Tuner, tuner_class), body)
-    globals()[made.__name__] = made  # where pickle looks for it
-    return made
-
-
 _classes: dict[str, type[Tuner]] = {
-    kind.value: _of_type(tuner_class)
+    kind.value: both(Tuner, tuner_class, __name__)
     for kind, tuner_class in PEFT_TYPE_TO_TUNER_MAPPING.items()
     if issubclass(tuner_class, BaseTuner)
 }

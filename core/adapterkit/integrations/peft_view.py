@@ -22,8 +22,8 @@ from adapterkit.errors import AdapterWarning, StateError, UnsupportedError
 from adapterkit.files import PICKLE_FILE, WEIGHTS_FILE, adapter_folder, file_places, match_adapter, read
 from adapterkit.forward import derive
 from adapterkit.integrations import peft_functions
-from adapterkit.integrations.peft_layers import Classes
-from adapterkit.integrations.peft_names import VIEW, check_name, from_peft_config, own_key, peft_key, pefts_errors
+from adapterkit.integrations.peft_layers import PeftClasses
+from adapterkit.integrations.peft_names import VIEW, both, check_name, from_peft_config, own_key, peft_key, pefts_errors
 from adapterkit.integrations.peft_tuner import Tuner
 from adapterkit.model import BaseModules
 from adapterkit.results import LoadReport
@@ -91,7 +91,7 @@ class PeftView(PeftModel):
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         hosts = (host for adapter in adapters._adapters.values() for host in adapter.hosts.values())
-        derive(hosts, adapters._active, Classes(adapters))
+        derive(hosts, adapters._active, PeftClasses(adapters))
         nn.Module.register_state_dict_post_hook(self, _rename_written)
         nn.Module.register_load_state_dict_pre_hook(self, _rename_given)
         nn.Module.register_load_state_dict_post_hook(self, _rename_reported)
@@ -524,13 +524,11 @@ def _rename_reported(view: PeftView, report: Any) -> None:
 
 
 def _of_task(task_class: type[PeftModel]) -> type[PeftView]:
-    """A view that is PEFT's class for a task, too, for those who ask with `isinstance`."""
-    body: dict[str, Any] = {"__module__": __name__, "__doc__": f"A `PeftView` that is a `peft.{task_class.__name__}`."}
+    made: Any = both(PeftView, task_class, __name__)
     if hasattr(task_class, "prepare_inputs_for_generation"):
-        body["prepare_inputs_for_generation"] = property(lambda view: view.base_model.prepare_inputs_for_generation)
-    made: type[PeftView] = type(task_class.__name__, (PeftView, task_class), body)
-    globals()[made.__name__] = made  # where pickle looks for it
-    return made
+        made.prepare_inputs_for_generation = property(lambda view: view.base_model.prepare_inputs_for_generation)
+    found: type[PeftView] = made
+    return found
 
 
 _classes = {task: _of_task(task_class) for task, task_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}

@@ -1,16 +1,12 @@
-"""PEFT's calls that merge and combine adapters, by those of `Adapters`."""
+"""PEFT's `add_weighted_adapter`, by `Adapters.combine`."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-
-from torch import nn
 
 from adapterkit.adapters import Adapters
 from adapterkit.combining import Space
 from adapterkit.contract import MajoritySign
-from adapterkit.integrations.peft_names import pefts_errors
 
 # PEFT's types of combination: our method, the space it works in, and whether the result has a rank of its own.
 _TYPES: dict[str, tuple[str, Space, bool]] = {
@@ -19,51 +15,6 @@ _TYPES: dict[str, tuple[str, Space, bool]] = {
     **{name: (name, "factors", False) for name in ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")},
     **{f"{name}_svd": (name, "delta", True) for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune")},
 }
-
-
-def merge(adapters: Adapters, names: Sequence[str], safe: bool) -> None:
-    """Merge those of these adapters that are not merged yet. A weight that is tied gets one of its own.
-
-    Raises:
-        ValueError: with `safe`, values that are not finite.
-    """
-    wanted = _unmerged(adapters, names)
-    if wanted:
-        with pefts_errors():
-            adapters.merge(*wanted, safe=safe, untie=True)
-
-
-def merge_for_good(adapters: Adapters, names: Sequence[str], safe: bool) -> nn.Module:
-    """Merge those of these adapters that are not merged yet, and return the plain model. See `merge`."""
-    wanted = _unmerged(adapters, names)
-    if not wanted:
-        adapters.activate()  # else the active ones, which nobody named, would be merged
-    with pefts_errors():
-        return adapters.merge_and_detach(*wanted, safe=safe, untie=True)
-
-
-def _unmerged(adapters: Adapters, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-    merged = adapters.merged
-    wanted = [name for name in names if name not in merged]
-    if merged and wanted:
-        warnings.warn(
-            f"Already following adapters were merged {','.join(merged)}. "
-            f"You are now additionally merging {','.join(wanted)}.",
-            stacklevel=4,
-        )
-    elif not wanted:
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
-    return wanted
-
-
-def unmerge(adapters: Adapters) -> None:
-    """Unmerge what is merged."""
-    if adapters.merged:
-        adapters.unmerge()
-    else:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
 
 
 def combine(
