@@ -685,8 +685,29 @@ def test_without_a_network_nothing_is_tried_again_and_again(
     assert len(asked) <= 2  # six tries, with pauses between them, before
 
 
+@pytest.mark.parametrize("below", [["default"], ["checkpoint-10/adapter"], ["checkpoint-10", "checkpoint-20"], []])
+def test_the_one_adapter_in_a_folder_of_a_repository_is_fetched_alone(
+    model: nn.Module, hub: dict[str, bytes], tmp_path: Path, below: list[str]
+) -> None:
+    files = dict(hub)
+    hub.clear()
+    hub.update({f"{folder}/{name}": content for folder in below for name, content in files.items()} | {"x.md": b""})
+    there = {"cache_dir": tmp_path / "cache"}
+    if len(below) == 1:
+        hub["other/large.safetensors"] = b""
+        with pytest.warns(ak.AdapterWarning, match=f"me/lora is not an adapter; the one below is read: {below[0]}"):
+            assert load(model, "me/lora", **there).ok
+        assert not list((tmp_path / "cache").rglob("large.safetensors"))
+    elif below:
+        refuse(model, "me/lora", "me/lora is not an adapter, but holds 2: checkpoint-10, checkpoint-20.", **there)
+    else:
+        refuse(model, "me/lora", "it has no adapter_config.json", **there)
+
+
 def test_hub_repository_that_is_no_adapter(model: nn.Module, cache: Path) -> None:
-    (cache / "models--someone--adapter" / "snapshots" / SHA / CONFIG_FILE).unlink()
+    snapshot = cache / "models--someone--adapter" / "snapshots" / SHA
+    (snapshot / CONFIG_FILE).unlink()
+    (snapshot / "german" / CONFIG_FILE).unlink()
     refuse(model, "someone/adapter", "it has no adapter_config.json", cache_dir=cache)
     refuse(model, "someone/adapter", "There is no such folder", cache_dir=cache, subfolder="french")
 

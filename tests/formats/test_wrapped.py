@@ -185,7 +185,7 @@ def test_config_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["default", "adapter_model", "checkpoint-10/adapter"])
 def test_the_one_adapter_in_a_folder_below_is_read_and_that_is_told(below: str, tmp_path: Path) -> None:
     _, expected = trained(tmp_path / below)
-    with pytest.warns(ak.AdapterWarning, match=f"is not an adapter; the one below is read: {tmp_path / below}"):
+    with pytest.warns(ak.AdapterWarning, match=f"is not an adapter; the one below is read: {below}"):
         torch.testing.assert_close(loaded(tmp_path), expected, rtol=0, atol=1e-5)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -34,8 +35,8 @@ def adapter_folder(
 ) -> Path:
     """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
 
-    For a folder in which diffusers saved adapters it is their file. For a local folder that is no adapter and holds
-    one, in a folder below, it is that one, and a warning says so.
+    For a folder in which diffusers saved adapters it is their file. For one that is no adapter and holds one, in a
+    folder below, it is that one, and a warning says so.
 
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has; or a folder with several adapters.
@@ -46,34 +47,46 @@ def adapter_folder(
             raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
         return path
     if os.path.isdir(path):  # noqa: PTH112 - as above
-        place = path / subfolder if subfolder else _inside(path)
+        place = path / subfolder if subfolder else _below(path, source) or path
     else:
-        prefix = f"{subfolder}/" if subfolder else ""
-        wanted = [prefix + name for name in (CONFIG_FILE, *WEIGHTS_FILES, *_DIFFUSERS)]
-        path = _snapshot(source, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted)
-        _look_beside(hub_id(source), prefix, revision, token)
-        place = path / subfolder if subfolder else path
+        fetch = functools.partial(_snapshot, source, revision=revision, cache_dir=cache_dir, token=token)
+        names = (CONFIG_FILE, *WEIGHTS_FILES, *_DIFFUSERS)
+        folder = PurePosixPath(subfolder or "")
+        path = fetch(allow_patterns=[str(folder / name) for name in names])
+        below = None if subfolder or _is_adapter(path) else _below(fetch(allow_patterns=[f"*/{CONFIG_FILE}"]), source)
+        if below is not None:
+            folder = PurePosixPath(below.relative_to(path).as_posix())
+            fetch(allow_patterns=[str(folder / name) for name in names])
+        _look_beside(hub_id(source), folder, revision, token)
+        place = path / folder
     if (place / CONFIG_FILE).exists():
         return place
     return next((place / name for name in _DIFFUSERS if (place / name).is_file()), place)
 
 
-def _inside(folder: Path) -> Path:
-    """The folder itself; or, where it is no adapter, the one adapter in a folder below.
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, *_DIFFUSERS))
+
+
+def _below(folder: Path, source: object) -> Path | None:
+    """Where a folder is no adapter, the one adapter in a folder below; `None`: there is none, or it is one itself.
+
+    Args:
+        source: what messages call it.
 
     Raises:
         CheckpointError: there are several.
     """
-    if any((folder / name).exists() for name in (CONFIG_FILE, *_DIFFUSERS)):
-        return folder
-    below = sorted(place.parent for depth in ("*", "*/*") for place in folder.glob(f"{depth}/{CONFIG_FILE}"))
-    if len(below) > 1:
-        listed = ", ".join(str(place.relative_to(folder)) for place in below[:_SHOWN])
-        more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
-        raise CheckpointError(f"{folder} is not an adapter, but holds {len(below)}: {listed}{more}. Give one of them.")
-    if below:
-        warn(f"{folder} is not an adapter; the one below is read: {below[0]}.")
-    return below[0] if below else folder
+    if _is_adapter(folder):
+        return None
+    found = sorted(place.parent for depth in ("*", "*/*") for place in folder.glob(f"{depth}/{CONFIG_FILE}"))
+    inside = [place.relative_to(folder).as_posix() for place in found]
+    if len(inside) > 1:
+        listed = ", ".join(inside[:_SHOWN]) + (f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else "")
+        raise CheckpointError(f"{source} is not an adapter, but holds {len(inside)}: {listed}. Give one of them.")
+    if inside:
+        warn(f"{source} is not an adapter; the one below is read: {inside[0]}.")
+    return next(iter(found), None)
 
 
 def model_folder(source: str | Path) -> Path:
@@ -114,8 +127,12 @@ def hub_is_unreachable() -> bool:
     return False
 
 
-def _look_beside(repo: str, prefix: str, revision: str | None, token: str | bool | None) -> None:
-    """Tell of weights beside an adapter on the hub, which are not fetched; in silence where the hub is not reached."""
+def _look_beside(repo: str, folder: PurePosixPath, revision: str | None, token: str | bool | None) -> None:
+    """Tell of weights beside an adapter on the hub, which are not fetched; in silence where the hub is not reached.
+
+    Args:
+        folder: the adapter's in the repository.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -125,8 +142,8 @@ def _look_beside(repo: str, prefix: str, revision: str | None, token: str | bool
         found: Any = huggingface_hub.HfApi().model_info(repo, revision=revision, token=token, timeout=5)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
         return
-    names = (file.rfilename for file in found.siblings or () if file.rfilename.startswith(prefix))
-    warn_of_weights_beside(repo, (name for name in (name.removeprefix(prefix) for name in names) if "/" not in name))
+    names = (PurePosixPath(file.rfilename) for file in found.siblings or ())
+    warn_of_weights_beside(repo, (name.name for name in names if name.parent == folder))
 
 
 def hub_id(source: str | Path, what: str = "folder") -> str:
