@@ -9,17 +9,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import peft
 import pytest
 import torch
 from tests.models import VOCABULARY, assert_same_outputs, build, inputs, run
 from torch import Tensor, nn
 
 import adapterkit as ak
-from adapterkit.testing import run_checks
+from adapterkit.testing import check_peft, run_checks
 
 EXPERTS, RANK, PROMPTS, WIDTH = 3, 2, 4, 16
 
@@ -325,6 +327,32 @@ def test_two_on_one_model_the_first_active_is_innermost() -> None:
     adapters.remove("a")
     assert torch.equal(run(model, "llama"), alone)
     assert "expert" not in inspect.signature(model.forward).parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(ak.AdapterConfig):
+    method = "prompt_tuning"
+    not_implemented = dict.fromkeys(
+        ("prompt_tuning_init", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"), ...
+    )
+
+    num_virtual_tokens: int = PROMPTS
+
+
+class PeftsPrompt(ak.Shared):
+    def setup(self, targets: Sequence[ak.Target], config: PromptTuningConfig, root: ak.Target) -> None:
+        self.prompt_embeddings = root.new(config.num_virtual_tokens, WIDTH, init=nn.init.normal_)
+
+    def forward(self, base: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        words = base.module.get_input_embeddings()(input_ids)
+        return base(inputs_embeds=torch.cat([self.prompt_embeddings.expand(len(words), -1, -1), words], 1), **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning:peft")  # fields of every config here
+def test_prompts_have_pefts_files() -> None:
+    ak.register(type("P", (PromptPlugin,), {"config": PromptTuningConfig, "shared": PeftsPrompt})())
+    theirs = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPTS)
+    check_peft(PromptTuningConfig(), theirs, model=partial(build, "llama"), inputs=inputs("llama"))
 
 
 @every

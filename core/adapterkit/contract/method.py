@@ -193,6 +193,7 @@ class Method:
         shared: the plugin's subclass of `Shared`, or `None`.
         replaces_call: its adapters are the model's call while they act (`Shared.forward`).
         any_module: its targets may be modules without a layer kind.
+        has_layers: it has a class of adapter layers. Prompts change none.
         manager: pluggy's manager of this plugin alone.
         hooks: the names of the hooks that the plugin implements.
     """
@@ -201,6 +202,7 @@ class Method:
         self.name, self.plugin, self.provider = name, plugin, provider
         self.shared: type[Shared] | None = getattr(plugin, "shared", None)
         self.replaces_call = bool(getattr(self.shared, "replaces_call", False))
+        self.has_layers = not isinstance(plugin, Plugin) or hasattr(plugin, "layer")
         self.any_module = bool(getattr(getattr(plugin, "layer", None), "any_module", False))
         self.manager = manager_of(plugin, f"The method {name!r} ({provider})")
         self.hooks = tuple(sorted(c.name for c in self.manager.get_hookcallers(plugin) or []))

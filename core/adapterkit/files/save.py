@@ -182,8 +182,10 @@ def file_tensors(
     rule, (config, written) = method.key_rule(config), method.to_file(config, own)
     tensors = {}
     for key, tensor in (*written.items(), *rest.items()):
-        path, _, local = ("", "", key) if rule.is_shared(key) and key in written else key.rpartition(".")
-        tensors[file_key(path, local)] = tensor
+        shared = rule.is_shared(key) and key in written
+        path, _, local = ("", "", key) if shared else key.rpartition(".")
+        # PEFT's files of methods without layers, such as its prompts, have the bare names.
+        tensors[key if shared and not method.has_layers else file_key(path, local)] = tensor
     return config, tensors
 
 
