@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import adapterkit as ak
 from adapterkit.forward import delta
 from adapterkit_lora import LoraConfig
+from adapterkit_vera import VeraConfig
 
 Trained = Callable[..., ak.Adapters]
 FIELDS: dict[str, Any] = {"target_modules": "all-linear", "bias": "lora_only"}
@@ -122,6 +124,27 @@ def test_each_active_set_is_compiled_once_and_then_cached(trained: Trained) -> N
         torch.testing.assert_close(run(compiled, "embednet"), run(model, "embednet"))
         counts.append(counter.frame_count)
     assert counts == [1, 2, 3, 4, *[4] * 8]
+
+
+@pytest.mark.parametrize("config", [VeraConfig(r=2), LoraConfig(r=2, modules_to_save=["head"])], ids=["shared", "copy"])
+def test_a_sequence_with_an_adapter_has_its_own_layers_alone(config: ak.AdapterConfig) -> None:
+    layers = OrderedDict(head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), last=nn.Linear(4, 4))
+    model: Any = nn.Sequential(layers)
+    sequence = model if config.method == "vera" else model.head
+    before = list(sequence)
+    adapters = ak.attach(model)
+    adapters.add("a", config.replace(target_modules=["last"]))
+    set_parameters(adapters, "a")
+    assert list(sequence) == before
+    assert len(sequence) == len(before)
+    assert sequence[-1] is before[-1]
+    assert list(sequence[:-1]) == before[:-1]
+    assert isinstance(sequence[:-1], nn.Sequential)
+    x = torch.ones(2, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    sequence.append(nn.Tanh())
+    adapters.detach()
+    assert list(sequence)[:-1] == before
 
 
 # Dtypes

@@ -13,6 +13,7 @@ import inspect
 import types
 import weakref
 from abc import ABCMeta
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -267,7 +268,8 @@ def _settle(module: nn.Module) -> None:
     now, own = type(module), module.__dict__
     active: Active | None = own.get(ACTIVE)
     keywords = _call_keywords(module)
-    if active is not None and keywords is None and not any(container in module._modules for container in CONTAINERS):
+    containers = (*CONTAINERS, SHARED) if isinstance(module, nn.Sequential) else CONTAINERS
+    if active is not None and keywords is None and not any(container in module._modules for container in containers):
         active = None
         del own[ACTIVE]
     if READS in own and not own[READS]:
@@ -325,6 +327,7 @@ def adapted_class(
     if found is not None:
         return found
 
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run(self, super(adapted, self).forward, args, kwargs)  # type: ignore[misc]
 
@@ -338,13 +341,14 @@ def adapted_class(
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if runs:
         body |= {"forward": forward, INPUT: input_name(cls.forward)}
+    if issubclass(cls, nn.Sequential):
+        body |= {name: own for name, own in _SEQUENCE.items() if getattr(cls, name) is getattr(nn.Sequential, name)}
     if reads:
         body["forward"] = functools.wraps(cls.forward)(_entering(body.get("forward", cls.forward), paths_read))
         # Hooks run in it. `begin` is the last one before the forward.
         body["__call__"] = _entering(cls.__call__, lambda _: ())
         body |= {name: effective(cls, name) for name in ("weight", "bias")}
     if keywords is not None:
-        body["forward"] = functools.update_wrapper(body["forward"], cls.forward)
         body["forward"].__signature__ = _with_keywords(inspect.signature(cls.forward), keywords)
     abstract = [other for other in extra if isinstance(other, ABCMeta)]
     concrete = [other for other in extra if other not in abstract]
@@ -366,6 +370,18 @@ def _entering(call: Callable[..., Any], read: Callable[[nn.Module], tuple[Path, 
             running.stack.pop()
 
     return enter
+
+
+def _members(sequence: nn.Module) -> OrderedDict[str, Any]:
+    return OrderedDict((name, m) for name, m in sequence._modules.items() if not isinstance(m, PerAdapter))
+
+
+# Methods of an adapted `nn.Sequential`: they leave the containers out, so that `model[-1]` is its last layer.
+_SEQUENCE: dict[str, Callable[..., Any]] = {
+    "__len__": lambda self: len(_members(self)),
+    "__iter__": lambda self: iter(_members(self).values()),
+    "__getitem__": lambda self, index: nn.Sequential(_members(self))[index],
+}
 
 
 def _with_keywords(own: inspect.Signature, keywords: tuple[str, ...]) -> inspect.Signature:

@@ -14,7 +14,6 @@ from adapterkit.errors import ConfigError, StateError, UsageError
 from adapterkit.forward import (
     Active,
     Block,
-    PerAdapter,
     State,
     Strength,
     checkpointing,
@@ -137,17 +136,11 @@ class AdaptedModel:
         own = adapter.shared
         if own is None:
             return
-        if own.replaces_call:
-            install(self.model, "", SHARED, adapter.name, own, self.active)
-            return
-        others = (other.shared for other in self.adapters.values() if other is not adapter)
-        own = next((other for other in others if other is not None and other.equals(own)), own)
-        adapter.share(own)
-        container = self.model._modules.get(SHARED)
-        if container is None:
-            container = self.model._modules[SHARED] = PerAdapter()
-            container.__dict__["active"] = self.active
-        container._modules[part_name(adapter.name)] = own
+        if not own.replaces_call:
+            others = (other.shared for other in self.adapters.values() if other is not adapter)
+            own = next((other for other in others if other is not None and other.equals(own)), own)
+            adapter.share(own)
+        install(self.model, "", SHARED, adapter.name, own, self.active)
 
     def check_new_name(self, name: object) -> None:
         """Raise `ConfigError` if no adapter can have this name, or one has it."""
