@@ -281,10 +281,8 @@ def test_a_training_state_of_any_json_is_refused_as_damaged(text: str, tmp_path:
     training_files.save_training(adapters, "a", tmp_path, writes=True)
     file = tmp_path / training_files.STATE_FILE
     held, metadata = files.read_tensors(file)
-    for key in ("adapterkit.setting", "adapterkit.made_again"):
-        assert key in metadata
-        if key == "adapterkit.setting" or not text.startswith("{"):
-            files.write_tensors(held, file, metadata | {key: text})
-            with pytest.raises(ak.CheckpointError) as error:
-                training_files.load_state(adapters, "a", tmp_path, resumes=True)
-            assert len(str(error.value)) < 1000
+    assert "adapterkit.setting" in metadata
+    files.write_tensors(held, file, metadata | {"adapterkit.setting": text})
+    with pytest.raises(ak.CheckpointError) as error:
+        training_files.load_state(adapters, "a", tmp_path, resumes=True)
+    assert len(str(error.value)) < 1000
