@@ -125,12 +125,17 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("configs", "accumulate"),
-    [*(([name], 1) for name in CONFIGS if name != "lora"), (["lora"], 2), (["adalora"], 2), (["lora", "vera"], 1)],
+    ("configs", "options"),
+    [
+        *(([name], {}) for name in CONFIGS if name != "lora"),
+        (["lora"], {"accumulate_grad_batches": 2}),
+        (["adalora"], {"accumulate_grad_batches": 2}),
+        (["lora", "vera"], {"precision": "64-true"}),
+    ],
 )
-def test_a_resumed_fit_is_the_uninterrupted_one(configs: list[str], accumulate: int, tmp_path: Path) -> None:
+def test_a_resumed_fit_is_the_uninterrupted_one(configs: list[str], options: dict[str, Any], tmp_path: Path) -> None:
     pl: Any = importlib.import_module("lightning.pytorch")
-    made, options = module(pl, *configs), {"accumulate_grad_batches": accumulate}
+    made = module(pl, *configs)
     whole = fit(pl, made, tmp_path / "whole", **options)
     fit(pl, made, tmp_path / "part", epochs=1, **options)
     torch.rand(5)
@@ -138,7 +143,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(configs: list[str], accumulate: 
     assert_same(whole, again)
     for name in configs:
         one, other = (ak.attach(each.model).training_state(name) for each in (whole, again))
-        assert one["steps"] == other["steps"] == (6 if accumulate == 2 else 9)
+        assert one["steps"] == other["steps"] == (6 if options.get("accumulate_grad_batches") else 9)
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, rtol=1e-6, atol=1e-6, msg=key)
 

@@ -101,6 +101,8 @@ class AdapterCheckpoints(*_CALLBACKS):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Restore what a state dict does not have of the adapters."""
+        if trainer.state.fn == "fit" and trainer.precision in ("bf16-true", "16-true", "64-true"):
+            trainer.precision_plugin.convert_module(pl_module)  # as it was then; Lightning does so after this
         states: dict[str, dict[str, dict[str, Tensor]]] = checkpoint.get(STATES, {})
         found = [(path, adapters) for path, adapters in adapted_models(pl_module) if not adapters.merged]
         lacking = [(path, name) for path, each in found for name in each.names if name not in states.get(path, ())]
