@@ -212,9 +212,9 @@ class KeepingLayer(ak.LowRankLayer):
 
     def setup(self, target: ak.Target, config: Any) -> None:
         self.keeping_a, self.keeping_b = target.new(1, target.in_features), target.new(target.out_features, 1)
-        self.seen = {"x": [torch.zeros(1)]}
 
     def factors(self) -> ak.Factors:
+        self.seen = {"x": [torch.zeros(1)]}
         return ak.Factors(self.keeping_b, self.keeping_a)
 
 
@@ -222,6 +222,7 @@ def test_tensors_that_a_method_hides_are_refused_with_what_to_do() -> None:
     ak.register(ak.plugin(KeepingConfig, KeepingLayer, prefix="keeping_"))
     adapters = ak.attach(nn.Sequential(nn.Linear(3, 3)))
     adapters.add("a", KeepingConfig(target_modules=["0"]))
+    adapters.model(torch.ones(1, 3))
     with pytest.raises(ak.PluginError, match=r"KeepingLayer keeps tensors in its attribute 'seen'.*register_buffer"):
         adapters.training_state("a")
 
