@@ -55,12 +55,12 @@ def pairs() -> dict[str, list[str]]:
     }
 
 
-def dpo(model: Any, folder: Path, **options: Any) -> Any:
+def dpo(model: Any, folder: Path, *, reference: Any = None, **options: Any) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(str(folder), **OPTIONS | options)
     data = datasets.Dataset.from_dict(pairs())
-    return DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer())
+    return DPOTrainer(model, reference, args=arguments, train_dataset=data, processing_class=tokenizer())
 
 
 def kto(model: Any, folder: Path, **options: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +12,14 @@ from tests.models import build
 import adapterkit as ak
 from adapterkit_lora import LoraConfig
 
-from .words import datasets, sentence, texts, tokenizer
+from .test_as_peft import dpo, grpo, sft
 
-pytest.importorskip("trl")
-
-ARGUMENTS = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no"}
-ARGUMENTS |= {"learning_rate": 0.05, "disable_tqdm": True, "logging_steps": 1}
-
-
-def sft(model: Any, folder: Path) -> Any:
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(model, SFTConfig(str(folder), **ARGUMENTS), train_dataset=texts(8), processing_class=words())
-
-
-def dpo(model: Any, folder: Path) -> Any:
-    from trl import DPOConfig, DPOTrainer
-
-    rows = {"prompt": PROMPTS}
-    rows |= {key: [" " + sentence(i + n, count=4) for i in range(8)] for key, n in (("chosen", 1), ("rejected", 5))}
-    arguments, data = DPOConfig(str(folder), **ARGUMENTS), datasets.Dataset.from_dict(rows)
-    return DPOTrainer(model, build("llama"), arguments, train_dataset=data, processing_class=words())
-
-
-def grpo(model: Any, folder: Path) -> Any:
-    from trl import GRPOConfig, GRPOTrainer
-
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(set(text.split()))) + 0.1 * i for i, text in enumerate(completions)]
-
-    sizes = {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 4}
-    arguments, data = GRPOConfig(str(folder), **ARGUMENTS, **sizes), datasets.Dataset.from_dict({"prompt": PROMPTS})
-    return GRPOTrainer(model, reward, args=arguments, train_dataset=data, processing_class=words())
-
-
-PROMPTS = [sentence(i, count=4) for i in range(8)]
-words = partial(tokenizer, padding_side="left", model_max_length=None)
-TRAINERS: list[Callable[[Any, Path], Any]] = [sft, dpo, grpo]
+OPTIONS = {"max_steps": 2, "save_strategy": "no", "learning_rate": 0.05, "weight_decay": 0.0}
+TRAINERS = {
+    "sft": lambda model, folder: sft(model, folder, **OPTIONS),
+    "dpo": lambda model, folder: dpo(model, folder, reference=build("llama"), **OPTIONS),
+    "grpo": lambda model, folder: grpo(model, folder, beta=0.0, **OPTIONS),
+}
 WHERE: dict[str, dict[str, Any]] = {
     "adapter": {"target_modules": ["q_proj", "lm_head"]},
     "trained copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -58,8 +27,8 @@ WHERE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("fields", WHERE.values(), ids=WHERE.keys())
-@pytest.mark.parametrize("make", TRAINERS)
-def test_what_is_at_the_output_layer_trains(make: Callable[..., Any], fields: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS)
+def test_what_is_at_the_output_layer_trains(make: Any, fields: dict[str, Any], tmp_path: Path) -> None:
     model: Any = build("llama")
     adapters = ak.attach(model)
     adapters.add("t", LoraConfig(r=2, **fields))
