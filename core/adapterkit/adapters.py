@@ -682,7 +682,7 @@ class Adapters:
                 until other adapters are activated.
             strict: raise if a tensor is missing, unexpected or mismatched; else warn, and load what fits.
             dtype: of its layers. `None`: the model's, but float32 for a half-precision model; `"model"`: the
-                model's own, for its heads and biases too; `"file"`: the file's.
+                model's own, for its heads and biases too; `"file"`: the file's, but not float8.
             component: which part of a whole pipeline's file this model is, as its keys begin: `"unet"`, `"lora_te1"`.
                 Needed only if several parts fit.
             revision, subfolder, cache_dir, token: where to look on the hub.

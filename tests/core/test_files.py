@@ -301,6 +301,13 @@ def test_floating_dtypes_are_taken(model: nn.Module, folder: Path, dtype: torch.
     assert {p.dtype for p in ak.attach(model).parameters("x")} == {torch.float32}
 
 
+def test_float8_is_no_dtype_to_compute_with_also_where_the_dtype_is_the_file_s(model: nn.Module, folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}))
+    load(model, folder, dtype="file")
+    assert {p.dtype for p in ak.attach(model).parameters("x")} == {torch.float32}
+    model(torch.tensor([[1, 2]]))
+
+
 # Files that are damaged, or something else
 
 
@@ -545,6 +552,17 @@ def test_a_path_that_is_nearly_right_is_not_asked_of_the_hub(
     refuse(model, "adapters/moods", "There is no folder 'adapters/moods'", "Nearest: 'adapters/mood'.")
     with pytest.raises(ak.CheckpointError, match=r"'x/nowhere' is not a folder here .*: it is not in the cache"):
         ak.skeleton("x/nowhere")
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere/adapter"])
+@pytest.mark.usefixtures("offline")
+def test_a_working_directory_that_was_deleted_is_named(
+    model: nn.Module, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    refuse(model, source, "(working directory: deleted)")
 
 
 SHA = "0123456789012345678901234567890123456789"
@@ -821,6 +839,12 @@ def test_read_only_folder_changes_nothing_and_a_writable_one_inside_is_saved_to(
         parent.chmod(mode)
         with not_saved(model := adapted(r, 4.0), parent, "ermission denied"):
             ak.attach(model).save("a", parent / "a")
+
+
+def test_a_path_with_nul_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    with not_saved(model, tmp_path, "embedded null byte"):
+        ak.attach(model).save("a", "a\0b")
 
 
 def test_folders_above_are_made_but_a_file_in_their_place_stays(tmp_path: Path) -> None:

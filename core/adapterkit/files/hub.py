@@ -156,9 +156,16 @@ def hub_id(source: str | Path, what: str = "folder") -> str:
     formed = isinstance(source, Path) or text.count("/") > 1 or text.startswith((".", "~")) or text.endswith("/")
     if formed or path.suffix in _FILES or ("/" in text and os.path.isdir(path.parent)):  # noqa: PTH112 - as above
         raise CheckpointError(
-            f"There is no {what} {text!r} (working directory: {Path.cwd()}).{broken_link(path) or _nearest(path)}"
+            f"There is no {what} {text!r} (working directory: {_here()}).{broken_link(path) or _nearest(path)}"
         )
     return text
+
+
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return "deleted"
 
 
 def _nearest(path: Path) -> str:
@@ -189,6 +196,6 @@ def hub_error(repo: str, error: BaseException) -> CheckpointError:
     unknown = f"{type(error).__name__}: {first[:_LONGEST]}".rstrip(".")
     known = (text for kind, text in reasons.items() if any(isinstance(link, kind) for link in chain))
     return CheckpointError(
-        f"{repo!r} is not a folder here (working directory: {Path.cwd()}), and could not be read from the hub or its "
+        f"{repo!r} is not a folder here (working directory: {_here()}), and could not be read from the hub or its "
         f"cache: {next(known, unknown)}.{_nearest(Path(repo))}"
     )

@@ -80,7 +80,7 @@ def write_folder(
                         raise
             while _write_into(folder, weights, text, tensors, metadata, writer):
                 pass
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: a path with NUL
         raise SaveError(
             f"The adapter cannot be saved to {folder}: {error}. What was there before is untouched."
         ) from error

@@ -200,7 +200,8 @@ class Fit:
         for slot, tensor in self.match(module, given, place):
             own = slot.tensor
             at = tensor.device if own.is_meta else own.device
-            dtype = own.dtype if cast else tensor.dtype
+            narrow = own.is_floating_point() and tensor.dtype.itemsize == 1  # float8, which nothing computes with
+            dtype = own.dtype if cast or narrow else tensor.dtype
             to = at if device is None or device.type == "meta" else device
             slot.assign(apart(tensor.detach().to(to, dtype).contiguous(), self.taken))
 
