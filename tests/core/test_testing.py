@@ -38,38 +38,31 @@ NAME = OuterConfig.method
 ROOT = Path(__file__).parents[2]
 
 
+@parametrize_with_checks([LoraConfig(), LoHaConfig(), VeraConfig()])
+def test_a_built_in_method(check, config):
+    check(config)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layer kinds instead of eight, for tests that are not about kinds."""
+    monkeypatch.setattr(case, "PROBES", [probe for probe in case.PROBES if probe.name in case.FEW])
+
+
+@pytest.mark.usefixtures("few")
 @parametrize_with_checks(
     [
-        LoraConfig(),
         LoraConfig(r=4, lora_alpha=3, use_rslora=True, init_lora_weights=False, bias="all"),
         LoraConfig(lora_bias=True, lora_dropout=0.1, rank_pattern={"up": 3}, alpha_pattern={"down": 5}),
         LoraConfig(r=2, init_lora_weights="orthogonal"),
         LoraConfig(r=2, init_lora_weights="pissa"),
-    ]
-)
-def test_lora(check, config):
-    check(config)
-
-
-@parametrize_with_checks(
-    [
-        LoHaConfig(),
         LoHaConfig(r=3, alpha=2, use_effective_conv2d=True, rank_dropout=0.2, rank_pattern={"up": 2}),
         LoHaConfig(r=2, init_weights=False, module_dropout=0.1),
-    ]
-)
-def test_loha(check, config):
-    check(config)
-
-
-@parametrize_with_checks(
-    [
-        VeraConfig(),
         VeraConfig(r=8, save_projection=False, vera_dropout=0.1, projection_prng_key=3, bias="vera_only"),
         VeraConfig(r=8, init_weights=False),
     ]
 )
-def test_vera(check, config):
+def test_the_options_of_a_built_in_method(check, config):
     check(config)
 
 
@@ -80,12 +73,6 @@ def registered(plugin: Outer) -> Iterator[ak.AdapterConfig]:
         yield plugin.config()
     finally:
         ak.default_registry.unregister(NAME)
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three layer kinds instead of eight, for tests that are not about kinds."""
-    monkeypatch.setattr(case, "PROBES", [probe for probe in case.PROBES if probe.name in case.FEW])
 
 
 @pytest.mark.parametrize("plugin", [Outer, SharedOuter])
