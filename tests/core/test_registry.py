@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +101,24 @@ def test_methods_are_listed_without_an_import_and_found_when_they_are_asked_for(
     assert registry.method("foo") is method
     registry.unregister("foo")
     assert registry.method("foo").name == "foo"
+
+
+def test_packages_that_come_and_go_while_python_runs_are_noticed(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("foo_dist", "foo", METHOD.format(name="foo"))
+    (info,) = (tmp_path / "foo_dist").glob("*.dist-info")
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    shutil.move(info, tmp_path)
+    os.utime(site, (1, 1))  # a clock of the disk may be too coarse to tell these moments apart
+    assert "foo" not in ak.methods()
+    shutil.move(tmp_path / info.name, site)
+    os.utime(site, (2, 2))
+    assert str(ak.methods()["foo"]) == "foo (foo_dist 1.2)"
+    shutil.rmtree(site / info.name)
+    assert "foo" not in ak.methods()
 
 
 @pytest.mark.parametrize("name", ["lorra", None, 3, ["lora"], ""], ids=repr)

@@ -16,7 +16,7 @@ from adapterkit.kinds import Factors
 from adapterkit.merging import obstacle
 from adapterkit.model import LabelSet, Match, Selection
 from adapterkit.results import CombineReport
-from adapterkit.tensors import module_slots
+from adapterkit.tensors import module_slots, seeded
 
 # A weight with both sides longer than this is decomposed by randomised projection if a rank is given, because the cost
 # of the exact decomposition grows with the cube of the shorter side.
@@ -126,8 +126,8 @@ def _difference(
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         return lowrank.keep(u, s, vh, bias, rank=rank, energy=energy)
     rank = min(rank, most)
-    with torch.random.fork_rng([delta.device] if delta.is_cuda else []):  # the same result at every call
-        torch.manual_seed(0)
+    with seeded(0, [delta.device]) as begin:  # the same result at every call
+        begin("extract")
         u, s, v = torch.svd_lowrank(delta, min(rank + _OVERSAMPLING, most), niter=_ITERATIONS)
     kept = lowrank.balanced(u[:, :rank], s[:rank], v[:, :rank].t())
     size = float(delta.norm())

@@ -117,7 +117,7 @@ class Probe:
         """The model in eval mode, with the same weights at each call, whatever the global random state."""
         first, middle, last = self.channels
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed takes longer than the model
             up = self.layer(first, middle, **(self.up or {}))
             down = self.layer(middle, last, **((self.up if self.down is None else self.down) or {}))
             return ProbeModel(up, down).to(dtype).eval()

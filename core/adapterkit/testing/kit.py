@@ -169,7 +169,7 @@ def _outcome(check: Check, case: Case) -> Exception | None:
     case.now = None
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             check(case)
         return None
     except NotApplicable as why:
