@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tests.core.conftest import set_parameters
-from tests.core.test_trainer import Wrapped, values
-from tests.core.test_trainer_mixin import AdapterTrainer, assert_equal, trainer
+from tests.core.test_trainer import Wrapped, assert_equal, values
+from tests.core.test_trainer_mixin import AdapterTrainer, trainer
 from tests.models import build
 from torch import nn
 from transformers import Trainer
@@ -73,6 +73,17 @@ def in_another_dtype(model: nn.Module) -> nn.Module:
     return model
 
 
+def renamed(model: nn.Module) -> nn.Module:
+    ak.attach(model).rename("t", "u")
+    return model
+
+
+def with_one_more(model: nn.Module) -> nn.Module:
+    ak.attach(model).add("s", TRAINED)
+    ak.attach(model).activate("beside", "t", "s", trainable=["t", "s"])
+    return model
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "not active": (lambda: together("t"), r"'beside', 't' acted and 't' trained, and here 't' acted and 't' trained"),
     "another order": (lambda: together("t", "beside"), r"adapters.activate\('beside', 't', trainable=\['t'\]\)"),
@@ -88,6 +99,22 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another method": (
         lambda: together(config=LoHaConfig(r=2, target_modules=["value"], modules_to_save=None)),
         "method = 'lora', and here it is 'loha'|holds tensors of adapters that the model lacks",
+    ),
+    "another name": (
+        lambda: renamed(together()),
+        r"holds the adapters 't', and the model trains 'u'|trains 'u', and the state dict holds tensors of .*\.t\.",
+    ),
+    "one more": (
+        lambda: with_one_more(together()),
+        "holds the adapters 't', and the model trains 't', 's'|trains 's', and the state dict lacks them",
+    ),
+    "another rank": (
+        lambda: together(config=TRAINED.replace(r=3)),
+        r"it was saved with r = 2, and here it is 3|'t' was saved with another .*lora_A.*' is \(2, 16\) .*\(3, 16\)",
+    ),
+    "fewer targets": (
+        lambda: together(config=TRAINED.replace(target_modules=["layer.0.attention.self.value"])),
+        "'t' had 4 parameters, .*, and here it has 2 |holds tensors of adapters that the model lacks",
     ),
     "more targets": (
         lambda: together(config=TRAINED.replace(target_modules=["value", "key"])),
