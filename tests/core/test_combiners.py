@@ -209,3 +209,20 @@ def test_an_extension_adds_a_way_to_combine_until_it_is_retracted() -> None:
         ak.default_registry.combiner("first")
     with pytest.raises(ak.UnknownNameError, match="Unknown extension <module 'more_combiners'>"):
         ak.default_registry.retract(plugin)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda stack, weights, options: 1 / 0, "The combiner <lambda> raised ZeroDivisionError: division by zero."),
+        (lambda stack, weights, options: None, "The combiner <lambda> returned a NoneType; it must be shape (4, 4)."),
+        (
+            lambda stack, weights, options: stack,
+            "The combiner <lambda> returned shape (2, 4, 4); it must be shape (4, 4).",
+        ),
+    ],
+)
+def test_a_combiner_that_fails_is_named(function: Any, said: str) -> None:
+    with pytest.raises(ak.PluginError) as caught:
+        ak.Combiner(function)(torch.ones(2, 4, 4), torch.ones(2), Options())
+    assert str(caught.value) == said

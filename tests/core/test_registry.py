@@ -400,6 +400,11 @@ WRONG_ANSWERS: list[tuple[str, object, str]] = [
     ("combiners", {"a": combiners.linear}, BY_NAME),
     ("combiners", ["a"], BY_NAME),
     ("combiners", ZeroDivisionError("none"), "its hook combiners raised ZeroDivisionError: none."),
+    (
+        "combiners",
+        {"a": combiners.Combiner(combiners.ties, rotates=True)},
+        "the combiner 'a' has rotates=True, but its result does not rotate with its inputs: f(P X Q) is not P f(X) Q.",
+    ),
     ("combiners", {"linear": combiners.BUILTIN["ties"]}, "its hook combiners gives 'linear', a name that is taken"),
     ("inject", None, "is not a method, so it may not answer hook inject: it would answer for every method. Register"),
     ("layer_kind", [], "implements 'layer_kind', which is not a hook. Did you mean 'layer_kinds'?"),

@@ -101,7 +101,7 @@ def combine_factors(
 def _apply(combiner: Combiner, matrices: Sequence[Tensor], weights: Sequence[float], options: Options) -> Tensor:
     """Apply the combiner. Matrices with negative weights are negated first, so that the signs of `w X` are elected."""
     stack = torch.stack([-matrix if weight < 0 else matrix for matrix, weight in zip(matrices, weights, strict=True)])
-    return combiner.function(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device).abs(), options)
+    return combiner(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device).abs(), options)
 
 
 def _on_factors(sources: Sequence[Factors], weights: Sequence[float], combiner: Combiner, options: Options) -> Factors:
@@ -115,8 +115,8 @@ def _on_factors(sources: Sequence[Factors], weights: Sequence[float], combiner: 
     scaled = [w * float(f.scale) for f, w in zip(sources, weights, strict=True)]
     ups, downs = (torch.stack(found) for found in zip(*((f.up, f.down) for f in sources), strict=True))
     both = torch.tensor(scaled, dtype=torch.float64, device=ups.device)
-    down = combiner.function(downs, both.abs().sqrt() * both.sign(), options)
-    return Factors(combiner.function(ups, both.abs().sqrt(), options), down)
+    down = combiner(downs, both.abs().sqrt() * both.sign(), options)
+    return Factors(combiner(ups, both.abs().sqrt(), options), down)
 
 
 def isotropic(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import AdapterError, PluginError, UsageError
 from adapterkit.kinds import numerical_rank
 
 MajoritySign = Literal["total", "frequency"]
@@ -47,6 +47,34 @@ class Combiner:
     function: Callable[[Tensor, Tensor, Options], Tensor]
     prunes: bool = False
     rotates: bool = False
+
+    def __call__(self, stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+        """The result for these sources.
+
+        Raises:
+            PluginError: the function failed, or gave something else than a tensor of the shape of a slice.
+        """
+        name = getattr(self.function, "__name__", "the function")
+        try:
+            found: object = self.function(stack, weights, options)
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise PluginError(f"The combiner {name} raised {type(error).__name__}: {error}.") from error
+        if not isinstance(found, Tensor) or found.shape != stack.shape[1:]:
+            given = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise PluginError(f"The combiner {name} returned {given}; it must be shape {tuple(stack.shape[1:])}.")
+        return found
+
+    def is_rotated(self) -> bool:
+        """Whether the result of two random matrices rotates with them, as `rotates` says."""
+        random = torch.Generator().manual_seed(0)
+        p, q = (torch.linalg.qr(torch.randn(4, 4, generator=random, dtype=torch.float64))[0] for _ in "PQ")
+        stack, weights = torch.randn(2, 4, 4, generator=random, dtype=torch.float64), torch.tensor([0.7, 0.3]).double()
+        turned, plain = (
+            self(x, weights, Options(0.5, generator=torch.Generator().manual_seed(0))) for x in (p @ stack @ q, stack)
+        )
+        return torch.allclose(turned, p @ plain @ q)
 
 
 def linear(stack: Tensor, weights: Tensor, options: Options) -> Tensor:

@@ -395,6 +395,12 @@ class Registry:
             )
         if not isinstance(ways, Mapping) or not all(isinstance(way, Combiner) for way in ways.values()):
             raise PluginError(f"{who}: its hook combiners returned {ways!r}; it must return Combiners by name.")
+        for name_of_way, way in ways.items():
+            if way.rotates and not way.is_rotated():
+                raise PluginError(
+                    f"{who}: the combiner {name_of_way!r} has rotates=True, but its result does not rotate with its "
+                    "inputs: f(P X Q) is not P f(X) Q. Leave rotates out."
+                )
         taken = sorted(ways.keys() & self._combiners().keys())
         if taken:
             raise PluginError(f"{who}: its hook combiners gives {taken[0]!r}, a name that is taken. Choose another.")
