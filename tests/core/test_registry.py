@@ -423,16 +423,25 @@ def test_extensions_that_are_wrong_are_refused_and_hinder_nobody(hook: str, answ
     assert registry.extensions() == {}
 
 
-def test_layer_kind_that_raises_is_passed_over() -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (ZeroDivisionError("no such module"), "it raised ZeroDivisionError: no such module."),
+        (True, "its `of` returned True, which is neither a layer kind nor None."),
+    ],
+)
+def test_layer_kind_that_fails_is_passed_over(answer: Any, said: str) -> None:
     class Broken(Linear):
         name = "Broken"
 
         @classmethod
         def of(cls, module: nn.Module) -> Any:
-            raise ZeroDivisionError("no such module")
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
     ak.extend(Plugin(layer_kinds=returning([Broken])))
-    with pytest.warns(ak.AdapterWarning, match="The layer kind 'Broken' of .* is passed over for a Linear: it raised"):
+    with pytest.warns(ak.AdapterWarning, match=f"The layer kind 'Broken' of .* is passed over for a Linear: {said}"):
         ak.attach(linear()).add("a", LoraConfig(target_modules=["0"]))
 
 

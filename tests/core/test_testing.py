@@ -6,23 +6,26 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from tests.core import broken_methods
 from tests.core.broken_methods import BROKEN, BranchesOnAValue, Outer, OuterConfig, SharedOuter
 from tests.models import build, inputs
 from tests.processes import environment
+from torch import Tensor, nn
 
 import adapterkit as ak
 from adapterkit.testing import (
     CheckFailure,
     all_checks,
     case,
+    check_kind,
     check_peft,
     kit,
     parametrize_with_checks,
@@ -237,3 +240,95 @@ def test_check_peft_takes_models_of_transformers() -> None:
 def test_check_peft_says_what_differs(config: ak.AdapterConfig, message: str) -> None:
     with pytest.raises(CheckFailure, match=message):
         check_peft(config, peft.LoraConfig(r=4))
+
+
+# Layer kinds
+
+
+class Scaled(nn.Module):
+    """Multiplies its stored weight by 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * 3, self.bias)
+
+
+class ScaledKind(ak.LayerKind):
+    name = "Scaled"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        return cls(*module.weight.shape) if isinstance(module, Scaled) else None  # type: ignore[arg-type]
+
+    def read(self, module: Any) -> Tensor:
+        return module.weight.detach() * 3  # type: ignore[no-any-return]
+
+    def write(self, module: Any, weight: Tensor) -> None:
+        module.weight.detach().copy_(weight / 3)
+
+
+class Swapped(ScaledKind):
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        return cls(4, 5) if isinstance(module, Scaled) else None
+
+
+class ReadsWhatIsStored(ScaledKind):
+    def read(self, module: Any) -> Tensor:
+        return module.weight.detach()  # type: ignore[no-any-return]
+
+
+class WritesUnscaled(ScaledKind):
+    def write(self, module: Any, weight: Tensor) -> None:
+        module.weight.detach().copy_(weight)
+
+
+class CountsItsWrites(ScaledKind):
+    def write(self, module: Any, weight: Tensor) -> None:
+        super().write(module, weight)
+        module.calls.add_(1)
+
+
+class AppliesTwice(ScaledKind):
+    def project(self, x: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor:
+        return 2 * super().project(x, down, dropout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ScaledKind, None),
+        (Swapped, r"read: expected the shape \(out, in\) = \(4, 5\), found \(5, 4\)"),
+        (ReadsWhatIsStored, "apply_weight, with the weight of read: expected equality"),
+        (WritesUnscaled, "read, of what write wrote: expected equality"),
+        (CountsItsWrites, r"write: expected it to change \('weight',\), which held names; it changed \['calls'\]"),
+        (AppliesTwice, "apply, of factors: expected equality"),
+    ],
+)
+def test_check_kind_says_what_is_wrong_with_a_layer_kind(kind: type[ak.LayerKind], said: str | None) -> None:
+    extension = type("Kinds", (), {"layer_kinds": ak.hookimpl(lambda self: [kind])})()
+    ak.extend(extension)
+    layer, x = Scaled(), torch.randn(2, 4)
+    before = layer(x)
+    with nullcontext() if said is None else pytest.raises(CheckFailure, match=f"check_kind failed .*{said}"):
+        check_kind(layer, x)
+    assert torch.equal(layer(x), before)
+    ak.default_registry.retract(extension)
+    with pytest.raises(CheckFailure, match="no layer kind takes it: register its extension first"):
+        check_kind(layer, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 5, bias=False), torch.randn(2, 4)),
+        (nn.Embedding(4, 5), torch.tensor([[1, 3]])),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="circular"), torch.randn(1, 4, 5, 5)),
+    ],
+)
+def test_check_kind_passes_for_built_in_kinds(layer: nn.Module, x: Tensor) -> None:
+    check_kind(layer, x)

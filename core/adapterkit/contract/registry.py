@@ -273,17 +273,19 @@ class Registry:
         """What sort of layer `module` is, or `None` if it can hold no adapter."""
         for kind in self.kinds():
             try:
-                found = kind.of(module)
+                found: object = kind.of(module)
+                fault = f"its `of` returned {found!r}, which is neither a layer kind nor None"
             except Exception as error:
                 if kind in kinds.BUILTIN:
                     raise
-                warn(
-                    f"The layer kind {kind.name!r} of {kind.__module__} is passed over for a {type(module).__name__}: "
-                    f"it raised {type(error).__name__}: {error}."
-                )
-                continue
-            if found is not None:
+                found, fault = error, f"it raised {type(error).__name__}: {error}"
+            if isinstance(found, LayerKind):
                 return found
+            if found is not None:
+                warn(
+                    f"The layer kind {getattr(kind, 'name', kind.__name__)!r} of {kind.__module__} is passed over for "
+                    f"a {type(module).__name__}: {fault}."
+                )
         return None
 
     def combiner(self, name: str) -> Combiner:
