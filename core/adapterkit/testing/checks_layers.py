@@ -61,8 +61,7 @@ def check_parameters(case: Case) -> None:
             right = found == dtype or not found.is_floating_point
             expect(right, f"On {subject}: expected {name!r} in {dtype}, found {found}; `target.dtype` tells it.")
         for layer in map(subject.layer, TARGETS):
-            names = layer.up_factor or [name for name, _ in layer.named_parameters()]
-            has_up = any(name in names for name, _ in layer.named_parameters())
+            has_up = not layer.up_factor or any(name in layer.up_factor for name, _ in layer.named_parameters())
             expect(has_up, f"On {subject}: expected a parameter that up_factor = {layer.up_factor!r} names; none is.")
 
 
