@@ -221,7 +221,7 @@ CALLS: dict[str, Callable[[ak.Adapters], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_in_any_line_of_a_call_leaves_it_done_or_not_begun(call: str) -> None:
-    for number in range(1, 20000, 97 if call == "add" else 23):
+    for number in range(1, 20000, 193 if call == "add" else 41):
         adapters = adapted()
         adapters.add("b", LoraConfig(target_modules=["0", "3"]), activate=False)
         base, before, model, finished = bits(adapters.model), sys.gettrace(), adapters.model, False
