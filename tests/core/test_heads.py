@@ -271,7 +271,8 @@ def test_labels_survive_save_and_load_in_the_safetensors_header(names: tuple[str
 def test_names_that_are_set_in_the_config_while_a_head_acts_are_its_names(tmp_path: Path) -> None:
     model = build("bert")
     adapters = ak.attach(model)
-    add(adapters, "a", num_labels=2)
+    add(adapters, "x", num_labels=2)
+    adapters.rename("x", "a")
     model.config.id2label, model.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
     adapters.save("a", tmp_path / "a")
     model.save_pretrained(tmp_path / "model")

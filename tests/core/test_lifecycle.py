@@ -300,35 +300,17 @@ def test_detach_gives_back_what_required_gradients_and_the_label_names() -> None
     assert_as_before(adapters.detach(), before)
 
 
-def test_rename_keeps_outputs_place_and_parameters(trained: Trained, tmp_path: Path) -> None:
+def test_rename_keeps_the_parameters_that_an_optimizer_holds(trained: Trained, tmp_path: Path) -> None:
     model = build("bert")
-    adapters = trained(model, "a", "b", "c", target_modules=["query"], bias="lora_only")
-    expected, parameters = alone(adapters, "b"), list(adapters.parameters("b"))
-    adapters.activate("b", trainable=True)
+    adapters = trained(model, "a", "b", target_modules=["query"], bias="lora_only")
+    parameters = list(adapters.parameters("b"))
+    adapters.activate("b")
     adapters.rename("b", "new")
-    assert adapters.names == ("a", "new", "c")
-    assert adapters.active == ("new",)
-    assert torch.equal(run(model, "bert"), expected)
-    assert all(p is q for p, q in zip(parameters, adapters.parameters("new"), strict=True))  # an optimizer holds them
-    assert all(p.requires_grad for p in adapters.parameters("new"))
+    assert all(p is q for p, q in zip(parameters, adapters.parameters("new"), strict=True))
     assert not any(".b." in key for key in model.state_dict())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     assert not (tmp_path / "b").exists()
-
-
-def test_a_copy_is_equal_independent_and_not_active(trained: Trained) -> None:
-    model = build("bert")
-    adapters = trained(model, "a", target_modules=["query"], bias="all")
-    adapters.activate("a")
-    expected = alone(adapters, "a")
-    adapters.copy("a", "b")
-    assert adapters.active == ("a",)
-    assert torch.equal(alone(adapters, "b"), expected)
-    assert not any(p.requires_grad for p in adapters.parameters("b"))
-    set_parameters(adapters, "b", seed=3)
-    assert torch.equal(alone(adapters, "a"), expected)
-    assert different(alone(adapters, "b"), expected)
 
 
 @pytest.mark.parametrize("name", ["a", "training"])

@@ -203,31 +203,34 @@ def test_an_interrupt_in_any_line_of_a_merge_leaves_all_or_nothing_or_says_so(ke
     assert number > 200
 
 
-def in_block(adapters: ak.Adapters) -> None:
-    with adapters.activated("b"), torch.no_grad():  # a graph would keep the adapter's flags
+def block(adapters: ak.Adapters, **how: bool) -> None:
+    with adapters.activated("b", **how), torch.no_grad():  # a graph would keep the adapter's flags
         adapters.model(X)
 
 
-CALLS: dict[str, Callable[[ak.Adapters], object]] = {
-    "add": lambda a: a.add("c", LoraConfig(target_modules=["2"], bias="all")),
-    "copy": lambda a: a.copy("a", "c"),
-    "rename": lambda a: a.rename("a", "c"),
-    "remove": lambda a: a.remove("a"),
-    "activate": lambda a: a.activate("b", "a"),
-    "a block": in_block,
-    "detach": lambda a: a.detach(),
+# The call, and every how many lines it is interrupted.
+CALLS: dict[str, tuple[Callable[[ak.Adapters], object], int]] = {
+    "add": (lambda a: a.add("c", LoraConfig(target_modules=["2"], bias="all")), 193),
+    "copy": (lambda a: a.copy("a", "c"), 41),
+    "rename": (lambda a: a.rename("a", "c"), 41),
+    "remove": (lambda a: a.remove("a"), 41),
+    "activate": (lambda a: a.activate("b", "a"), 41),
+    "block": (lambda a: block(a, trainable=False), 5),
+    "training block": (block, 41),
+    "detach": (lambda a: a.detach(), 41),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_ctrl_c_in_any_line_of_a_call_leaves_it_done_or_not_begun(call: str) -> None:
-    for number in range(1, 20000, 193 if call == "add" else 41):
+    act, every = CALLS[call]
+    for number in range(1, 20000, every):
         adapters = adapted()
         adapters.add("b", LoraConfig(target_modules=["0", "3"]), activate=False)
         base, before, model, finished = bits(adapters.model), sys.gettrace(), adapters.model, False
         sys.settrace(InLine(number, HERE, ctrl_c))
         try:
-            CALLS[call](adapters)
+            act(adapters)
             finished = True
         except KeyboardInterrupt:
             pass
@@ -239,7 +242,7 @@ def test_ctrl_c_in_any_line_of_a_call_leaves_it_done_or_not_begun(call: str) -> 
         assert {id(p) for path, p in model.named_parameters() if ".adapter" in path} == held
         assert set(found.trainable) == set(found.active) <= set(found.names)
         model(X)
-        if call == "a block":
+        if "block" in call:
             assert found.active == ("a",)
         found.detach()
         assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
