@@ -71,6 +71,18 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: it is not a file, but a folder, a device or a pipe.")
 
 
+def check_may_open(path: Path) -> Path:
+    """The path; raise `CheckpointError` if it is a folder that this user may not look into."""
+    try:
+        os.scandir(path).close()
+        os.stat(os.path.join(path, "."))  # noqa: PTH116, PTH118 - a Path has no dot at its end
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: you may not open this folder.") from error
+    except (OSError, ValueError):  # no folder
+        pass
+    return path
+
+
 def real_path(path: Path) -> Path:
     """The path behind all links. Links in a circle stay: `Path.resolve` raises `RuntimeError` for them before 3.13."""
     return Path(os.path.realpath(path))

@@ -847,6 +847,16 @@ def test_a_path_with_nul_is_refused(tmp_path: Path) -> None:
         ak.attach(model).save("a", "a\0b")
 
 
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111], ids=oct)
+def test_a_folder_that_may_not_be_opened_is_refused(unprivileged: Path, mode: int) -> None:
+    place = save(unprivileged / "a")
+    place.chmod(mode)
+    calls = (lambda: load(new(), place), lambda: ak.inspect_adapter(place), lambda: ak.skeleton(place))
+    for call in (*calls, lambda: load(new(), unprivileged, subfolder="a")):
+        with pytest.raises(ak.CheckpointError, match="a cannot be read: you may not open this folder"):
+            call()
+
+
 def test_folders_above_are_made_but_a_file_in_their_place_stays(tmp_path: Path) -> None:
     assert whole(save(tmp_path / "x" / "y" / "a")) == 1.0
     (tmp_path / "b").write_text("mine")

@@ -49,6 +49,8 @@ KEYS: dict[str, tuple[str, str, str]] = {
     ),
     "ip-adapter": ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter", "pipe.load_ip_adapter"),
     "control-lora": ("lora_controlnet", "a Control-LoRA", "ComfyUI"),
+    "lllite": ("lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight", "a ControlNet-LLLite", "sd-scripts"),
+    "nunchaku": ("transformer_blocks.0.qkv_proj.lora_down", "Nunchaku packed", "it was converted from"),
     "textual inversion": ("emb_params", "a textual inversion", "pipe.load_textual_inversion"),
     "textual inversion of diffusers": ("<cat-toy>", "a textual inversion", "pipe.load_textual_inversion"),
     "textual inversion of SDXL": ("clip_g", "a textual inversion", "pipe.load_textual_inversion"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adapterkit.contract import Method, default_registry
 from adapterkit.disk.checkpoint import PIPELINE, Checkpoint, PlainModel, match_names, read_object, weights_in
-from adapterkit.door import own_file, read_small
+from adapterkit.door import check_may_open, own_file, read_small
 from adapterkit.errors import AdapterError, AdapterWarning, CheckpointError, UnsupportedError, UsageError, plain, usage
 from adapterkit.files import (
     Entry,
@@ -92,7 +92,7 @@ def skeleton(model: str | Path, *, architecture: str | None = None) -> nn.Module
         UnsupportedError: the model's code is not in transformers but beside its weights. Such code is not run here:
             build the model yourself, under `torch.device("meta")`.
     """
-    path = local_path(model)
+    path = check_may_open(local_path(model))
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and (name := _plain_name(folder)) is not None:
         if not any((folder / file).is_file() for file in (CONFIG, PIPELINE)) and weights_in(path) is None:

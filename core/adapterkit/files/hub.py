@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from adapterkit.door import broken_link
+from adapterkit.door import broken_link, check_may_open
 from adapterkit.errors import CheckpointError, nearest, warn
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
 from adapterkit.formats import CONFIG_FILE, warn_of_weights_beside
@@ -41,13 +41,13 @@ def adapter_folder(
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has; or a folder with several adapters.
     """
-    path = local_path(source)
+    path = check_may_open(local_path(source))
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises on names that are too long
         if subfolder:
             raise CheckpointError(f"{path} is a file, so it has no subfolder {subfolder!r}.")
         return path
     if os.path.isdir(path):  # noqa: PTH112 - as above
-        place = path / subfolder if subfolder else _below(path, source) or path
+        place = check_may_open(path / subfolder if subfolder else _below(path, source) or path)
     else:
         fetch = functools.partial(_snapshot, source, revision=revision, cache_dir=cache_dir, token=token)
         names = (CONFIG_FILE, *WEIGHTS_FILES, *_DIFFUSERS)
@@ -95,7 +95,7 @@ def model_folder(source: str | Path) -> Path:
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has.
     """
-    path = local_path(source)
+    path = check_may_open(local_path(source))
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises on names that are too long
         return path
     other_formats = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "*.tflite"]

@@ -85,6 +85,16 @@ _PROGRAMS = (
         "Load it with diffusers: pipe.load_ip_adapter",
     ),
     _Program(
+        r"^lllite_(unet|dit)_",
+        "a ControlNet-LLLite, small networks for a control image and not a change of the model's weights",
+        "Load it in ComfyUI or in kohya-ss' sd-scripts, which made it",
+    ),
+    _Program(
+        r"^(transformer|single_transformer)_blocks\.\d+\.\w+\.lora_(down|up)$",
+        "a LoRA that Nunchaku packed for its quantised models",
+        "Give the file that it was converted from",
+    ),
+    _Program(
         r"^lora_controlnet$",
         "a Control-LoRA, which is a ControlNet's own weights beside factors",
         "Load it in ComfyUI, or take the ControlNet that it was made from",
