@@ -201,11 +201,17 @@ def _unsuitable(
             parameter = signature.parameters[name]
             if parameter.kind not in several and name in hints and not _allows(hints[name], value):
                 choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
-                must = " or ".join(map(repr, choices)) or parameter.annotation
+                must = " or ".join(map(repr, choices)) or _shown_hint(hints[name], parameter.annotation)
                 return f"{name} = {reprlib.repr(value)} has the type {type(value).__name__}; it must be {must}."
     except (NameError, TypeError):  # names for type checkers alone, and types that nothing can be an instance of
         pass
     return ""
+
+
+def _shown_hint(hint: Any, annotation: str) -> str:
+    """An annotation as it is written, but a name for several types, such as `Batches`, as these."""
+    named = annotation.isidentifier() and not isinstance(hint, type)
+    return re.sub(r"\b(\w+\.)+", "", str(hint)) if named else annotation
 
 
 def _allows(hint: Any, value: object) -> bool:

@@ -5,11 +5,15 @@ command line are answered before that. The command uses public names of `adapter
 """
 
 import io
+import os
 import sys
 
 
 def main() -> None:
     """Run the command with the arguments of the process, and exit."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the process was started without it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not make a command fail

@@ -191,13 +191,12 @@ def _failed(error: BaseException, as_json: bool, debug: bool, options: Mapping[s
 
 
 def _status(error: BaseException) -> Exit:
-    if isinstance(error, ImportError):  # perhaps of adapterkit itself
+    ak: Any = sys.modules.get("adapterkit")  # not there if its own import failed
+    if ak is None:
         return Exit.INTERNAL
-    from adapterkit import AdapterError, CheckpointError, UnknownNameError, UsageError
-
-    if isinstance(error, UsageError | UnknownNameError) and not isinstance(error, CheckpointError):
+    if isinstance(error, ak.UsageError | ak.UnknownNameError) and not isinstance(error, ak.CheckpointError):
         return Exit.USAGE
-    return Exit.ERROR if isinstance(error, AdapterError | OSError) else Exit.INTERNAL
+    return Exit.ERROR if isinstance(error, ak.AdapterError | OSError) else Exit.INTERNAL
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
-from tests.command.conftest import execute, start
+from tests.command.conftest import COMMAND, execute, start
 from tests.core.test_registry import METHOD
+from tests.processes import environment
 
 import adapterkit as ak
 
@@ -65,3 +67,11 @@ def test_help_and_version_are_there() -> None:
     status, out, error = execute("-h", PYTHONIOENCODING="ascii", COLUMNS="60")
     assert (status, error) == (0, "")
     assert "Usage: adapterkit [OPTIONS] COMMAND [ARGS]..." in out
+
+
+def test_it_works_without_docstrings_and_without_streams() -> None:
+    status, out, error = execute("methods", PYTHONOPTIMIZE="2")
+    assert (status, error) == (0, "")
+    assert out.startswith("method ")
+    closed = f"exec {COMMAND} methods >&- 2>&-"
+    assert subprocess.run(["/bin/sh", "-c", closed], env=environment(), timeout=900, check=False).returncode == 0

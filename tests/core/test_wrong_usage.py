@@ -225,7 +225,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "adapters of a wrong type": (
         lambda: ak.merge_checkpoint("base", 5, "out"),
         ak.ConfigError,
-        "adapters = 5 has the type int; it must be ",
+        "adapters = 5 has the type int; it must be Mapping[str | Path, float] | Sequence[str | Path] | str | Path",
     ),
     "text for a number": (
         lambda: ak.inspect_adapter("a", top="3"),

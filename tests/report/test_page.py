@@ -175,6 +175,8 @@ def test_saving_replaces_a_file_in_one_step_or_changes_nothing(report: Report, t
     with pytest.raises(ak.SaveError, match=r"The report cannot be written to .*new"):
         report.save(out.parent)
     assert [p.name for p in out.parent.iterdir()] == ["r.html"]
+    with pytest.raises(ak.SaveError, match=r"The report cannot be written to .*embedded null byte"):
+        report.save("a\0b")
 
 
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own(report: Report) -> None:

@@ -141,8 +141,6 @@ class AdapterConfig:
     default_targets: ClassVar[Mapping[str, Sequence[str] | str]] = {}
     not_in_files: ClassVar[tuple[str, ...]] = ("bias", "fan_in_fan_out")
 
-    __signature__ = _OwnFieldsFirst()
-
     target_modules: Modules = None
     exclude_modules: Modules = None
     layers_to_transform: int | Sequence[int] | Mapping[str, str | int | Sequence[int]] | None = None
@@ -407,6 +405,10 @@ class AdapterConfig:
             return False
         default = getattr(cls, name, None)  # a factory makes an empty mapping
         return default in (None, False, "none") or _INITIAL.fullmatch(name) is not None
+
+
+# Not in the class: `dataclass` asks for the signature of a class without a docstring, as all are under `python -OO`.
+AdapterConfig.__signature__ = _OwnFieldsFirst()  # type: ignore[attr-defined]
 
 
 @functools.cache

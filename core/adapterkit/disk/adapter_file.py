@@ -27,7 +27,7 @@ from adapterkit.contract import (
 from adapterkit.disk.checkpoint import WEIGHTS_FILES as MODEL_FILES
 from adapterkit.disk.model import CONFIG, Base, skeleton
 from adapterkit.door import real_path
-from adapterkit.errors import CheckpointError, SaveError, StateError, UsageError
+from adapterkit.errors import AdapterError, CheckpointError, SaveError, StateError, UsageError
 from adapterkit.files import (
     EVERYWHERE,
     WEIGHTS_FILES,
@@ -428,8 +428,19 @@ def output_place(
     """
     check_trained_dtype(dtype)
     place = local_path(out)
-    if any(real_path(place) == real_path(path) for path in inputs):
-        raise UsageError(f"{place} is an input; give the output another place.")
+    try:
+        if any(real_path(place) == real_path(path) for path in inputs):
+            raise UsageError(f"{place} is an input; give the output another place.")
+        _check_free(place, overwrite=overwrite, file=file)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL character
+        if isinstance(error, AdapterError):
+            raise
+        raise SaveError(f"{place} cannot be written: {error}.") from error
+    return place
+
+
+def _check_free(place: Path, *, overwrite: bool, file: bool) -> None:
+    """Raise an error if something there must not be replaced."""
     if file and (place.suffix != ".safetensors" or place.is_dir()):
         raise UsageError(f"{place}: other programs' form is one file; give it a name that ends in .safetensors.")
     if place.is_file() and not file:
@@ -444,4 +455,3 @@ def output_place(
     held += [place] if place.is_file() else []
     if held and not overwrite:
         raise SaveError(f"{held[0]} exists already. Say overwrite=True to replace it, or choose another place.")
-    return place

@@ -71,7 +71,7 @@ class Report:
                         raise SaveError(f"{path} is there, and not a page. Choose another name, or delete it.")
             with appearing(path, follow=True) as fresh:
                 fresh.write_text(self.html, encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path with NUL
             if isinstance(error, SaveError):
                 raise
             raise SaveError(f"The report cannot be written to {path}: {error}.") from error
