@@ -268,6 +268,14 @@ def test_a_state_dict_without_an_adapter_that_trains_is_refused(model: nn.Module
     assert model.load_state_dict(model.state_dict()) == ([], [])
 
 
+def test_a_state_dict_of_an_adapter_of_another_rank_is_refused(model: nn.Module, trained: Trained) -> None:
+    trained(model, "a", **QUERY)
+    other = build("bert")
+    ak.attach(other).add("a", LoraConfig(r=3, **QUERY))
+    with pytest.raises(ak.CheckpointError, match=r"'a' was saved with another config .*lora_A.*' is \(3, 16\)"):
+        model.load_state_dict(dict(other.state_dict()))
+
+
 def test_a_state_dict_of_the_base_alone_is_loaded_with_a_warning(model: nn.Module, trained: Trained) -> None:
     adapters = trained(model, "a", **QUERY)
     base = build("bert", seed=3).state_dict()
