@@ -60,10 +60,10 @@ def independent(out: int, inside: int, ranks: tuple[int, ...]) -> list[ak.Factor
 
 
 @pytest.mark.parametrize("space", ["delta", "core"])
-@pytest.mark.parametrize("ranks", [(2, 2), (1, 3, 2), (4, 4, 4), (6, 6), (1,)], ids=str)
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 3, 2), (4, 4, 4), (6, 6), (1,), (2, 2, 2, 2)], ids=str)
 def test_tsv_is_its_papers_algorithm_on_dense_matrices(ranks: tuple[int, ...], space: str) -> None:
     sources = independent(7, 6, ranks)
-    weights = [1.0, -0.5, 0.3][: len(ranks)]
+    weights = [1.0, -0.5, 0.3, 0.7][: len(ranks)]
     found, _ = combine.combine_factors(sources, weights, recipe("tsv", space))
     close(dense(found), oracles.tsv([dense(f) for f in sources], weights), 1e-9)
 
