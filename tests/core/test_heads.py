@@ -144,6 +144,15 @@ def test_a_nested_head_is_saved_under_its_whole_path(tmp_path: Path) -> None:
     assert_same_outputs(outputs(fresh.model, "roberta"), expected)
 
 
+def test_a_head_is_copied_without_the_heads_of_other_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, copy_parameter = list[nn.Parameter](), nn.Parameter.__deepcopy__
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda own, memo: copied.append(own) or copy_parameter(own, memo))
+    adapters = ak.attach(build("bert"))
+    for count, name in enumerate("abc", 1):
+        adapters.add(name, LoraConfig(target_modules=["query", "classifier"], modules_to_save=["classifier"]))
+        assert len(copied) == 2 * count
+
+
 def test_a_head_holds_no_part_of_another_adapter() -> None:
     model = build("bert")
     adapters = ak.attach(model)

@@ -7,6 +7,7 @@ another package is known by its full name. A layer that is listed and only calle
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 READERS: Mapping[str, str] = {
     "torch.nn.modules.activation.MultiheadAttention": "out_proj",
@@ -64,7 +65,8 @@ READERS: Mapping[str, str] = {
 }
 
 
-def known(name: str) -> list[str]:
+@cache
+def known(name: str) -> tuple[str, ...]:
     """The layers that a class of this name reads: paths below it."""
     found = [layers for ends, layers in READERS.items() if name.endswith(tuple(ends.split()))]
-    return [layer for layers in found for layer in layers.split()]
+    return tuple(layer for layers in found for layer in layers.split())

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adapterkit.contract import Names
+from adapterkit.contract import CONTAINERS, Names
 from adapterkit.errors import CheckpointError, ConfigError, SelectionError, StateError, UnsupportedError, nearest
 from adapterkit.forward import ACTIVE, strip
 from adapterkit.kinds import is_special
@@ -103,17 +103,18 @@ def copy_head(module: nn.Module, path: str) -> nn.Module:
             f"{path!r} cannot be trained as a copy: FSDP shards that module by itself, and no copy can be made of "
             "it. Add the adapter before fully_shard."
         )
-    # Not to be copied: hooks, which refer to the offloaded weights of the whole model or to the user's own things, and
-    # what acts, which refers to all adapters.
+    # Not to be copied: hooks, which refer to the offloaded weights of the whole model or to the user's own things, what
+    # acts, which refers to all adapters, and their parts in the module, such as their own copies of it.
     hooks = [hook for m in module.modules() for kind in _HOOKS for hook in getattr(m, kind).values()]
     active = [m.__dict__[ACTIVE] for m in module.modules() if ACTIVE in m.__dict__]
-    kept = (*hook_objects(module), *hooks, *active)
+    kept = {id(thing): thing for thing in (*hook_objects(module), *hooks, *active)}
+    parts = {id(m._modules.get(container)): None for m in module.modules() for container in CONTAINERS}
     with gathered(module, module.modules()):
         reason = _untrainable(module)
         if reason is not None:
             raise UnsupportedError(f"{path!r} cannot be trained as a copy: {reason}.")
         try:
-            head: nn.Module = copy.deepcopy(module, {id(thing): thing for thing in kept})
+            head: nn.Module = copy.deepcopy(module, kept | parts)
         except Exception as error:
             why = f"copying it raises {type(error).__name__}: {error}"
             raise UnsupportedError(f"{path!r} cannot be trained as a copy: {why}") from error

@@ -79,7 +79,8 @@ def hook_objects(root: nn.Module) -> list[Any]:
 
 def remove_hooks(root: nn.Module, original: nn.Module) -> None:
     """Remove accelerate's hooks from a copy of `original`, and give it the values of the offloaded parameters."""
-    for copy, source in zip(root.modules(), original.modules(), strict=True):
+    for path, copy in root.named_modules():
+        source = original.get_submodule(path)
         if not is_hooked(source):
             continue
         from accelerate.hooks import remove_hook_from_module
