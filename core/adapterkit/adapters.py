@@ -94,6 +94,10 @@ from adapterkit.view import AdapterView
 if TYPE_CHECKING:
     from adapterkit.report import Report
 
+_NO_MODEL = {
+    "str": " Load the model first; ak.extract_files and others take folders.",
+    "Adapters": " These are adapters already, and adapters.model is their model.",
+}
 _KEEPS_REPLACEMENT = "What is there now stays as it is."
 
 
@@ -110,9 +114,7 @@ def attach(model: nn.Module) -> Adapters:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"attach needs a torch.nn.Module, not a {type(model).__name__}."
-            + " Load the model first; ak.extract_files and others take folders." * isinstance(model, str)
-            + (" These are adapters already, and adapters.model is their model." * isinstance(model, Adapters))
+            f"attach needs a torch.nn.Module, not a {type(model).__name__}." + _NO_MODEL.get(type(model).__name__, "")
         )
     watch_wrappers()
     model = inner_model(model)
@@ -209,7 +211,7 @@ class Adapters:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            one = f" One adapter is adapters[{name!r}]." * (name in self.__dict__.get("_adapters", ()))
+            one = f" One adapter is adapters[{name!r}]." if name in self.__dict__.get("_adapters", ()) else ""
             raise AttributeError(f"'Adapters' object has no attribute {name!r}.{advice(name, METHODS) or one}")
 
     def __repr__(self) -> str:
@@ -856,7 +858,7 @@ class Adapters:
         go_back, merged = self._model.return_point(), self.merged
         with uninterrupted():
             try:
-                if names:
+                if names:  # from now on only these act, so that no head of another one is in the way
                     kept = [n for n in self.active if n in names]
                     chosen = heads or next(reversed(self._active.state.heads), None)
                     scales = {name: self.strengths[name] for name in kept}
@@ -1033,7 +1035,8 @@ class Adapters:
         _ = self._attached
         if not isinstance(name, str) or name not in self._adapters:
             several = isinstance(name, list | tuple | set | dict)
-            raise unknown("adapter", name, self._adapters, "Give each name by itself, not in one argument." * several)
+            hint = "Give each name by itself, not in one argument." if several else ""
+            raise unknown("adapter", name, self._adapters, hint)
         self._model.keep_labels()
         return self._adapters[name]
 

@@ -71,7 +71,7 @@ class AdapterView(Printed):
 
         def __getattr__(self, name: str) -> Any:
             known = not name.startswith("_") and callable(getattr(type(self.adapters), name, None))
-            hint = f" Write adapters.{name}, with the name." * known
+            hint = f" Write adapters.{name}, with the name." if known else ""
             raise AttributeError(f"'AdapterView' object has no attribute {name!r}.{hint}")
 
     def __str__(self) -> str:

@@ -251,10 +251,7 @@ class Adapter:
         """
         found = {}
         for path, host in self.hosts.items():
-            now, before = paths_now.get(host, ()), self.places(path)
-            # A wrapped module is below each of its paths; one that was moved is at none of them.
-            there = [] if now == before else [any(unwrapped_key(p) == q or inside(p, [q]) for p in now) for q in before]
-            if not now or (any(there) and not all(there)):
+            if _was_replaced(paths_now.get(host, ()), self.places(path)):
                 found[path] = "was replaced"
             elif not calls_adapters(host):
                 found[path] = f"was given another class ({type(host).__name__})"
@@ -317,6 +314,17 @@ class Adapter:
         """Let these parameters require no gradients; those that a graph holds stay as they are, for now."""
         frozen, self.trains_for_now = gradients.disable(parameters)
         self.trained_before = [*self.trained_before, *frozen]
+
+
+def _was_replaced(now: Sequence[str], before: Sequence[str]) -> bool:
+    """Whether something else is at a path where a module was `before`.
+
+    A module that was wrapped is below each of its paths, and one that was moved is at none of them.
+    """
+    if now == before:
+        return False
+    still_there = [any(unwrapped_key(path) == old or inside(path, [old]) for path in now) for old in before]
+    return not now or (any(still_there) and not all(still_there))
 
 
 def _size(module: nn.Module) -> tuple[int, ...] | None:

@@ -91,7 +91,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"select needs a torch.nn.Module, not a {type(model).__name__}."
-            + " The model comes before the config." * hasattr(model, "target_modules")
+            + (" The model comes before the config." if isinstance(model, AdapterConfig) else "")
         )
     if not isinstance(config, AdapterConfig):
         raise ConfigError(f"select needs an adapter config such as LoraConfig(r=8), not a {type(config).__name__}.")
@@ -285,7 +285,8 @@ def _nothing(
     every = default_registry.method_of(config).any_module
     adaptable = [p for m, paths in modules.paths_of.items() if every or default_registry.kind_of(m) for p in paths]
     if not adaptable or wanted == "all-linear":
-        what = f"{type(modules.model).__name__} has no {'linear ' * bool(adaptable)}layer that can be adapted"
+        sort = "linear layer" if adaptable else "layer"
+        what = f"{type(modules.model).__name__} has no {sort} that can be adapted"
         packed = next((paths[0] for module, paths in modules.paths_of.items() if _is_quantised(module)), None)
         return f"{what}." if packed is None else f"{what}: {packed!r}, for one, is quantised, {_UNKNOWN_QUANTISATION}"
     names = [wanted] if isinstance(wanted, str) else list(wanted or ())
