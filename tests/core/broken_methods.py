@@ -155,6 +155,20 @@ class SharedOuter(Outer):
             return ak.Factors(self.config.scale * self.outer_u[:, None], vector[None])
 
 
+class AllShared(Outer):
+    """All vectors are parts of two shared ones, and the layers have no parameters; right as it is."""
+
+    class shared(ak.Shared):
+        def setup(self, targets, config, root):
+            widest = max(max(t.out_features, t.in_features) for t in targets)
+            self.outer_bank = nn.ParameterList([root.new(widest), root.new(widest, init=nn.init.normal_)])
+
+    class layer(ak.LowRankLayer):
+        def factors(self):
+            u, v = self.shared.outer_bank
+            return ak.Factors(self.config.scale * u[: self.kind.out_features, None], v[None, : self.kind.in_features])
+
+
 class SharedTensorCopied(SharedOuter):
     class layer(SharedOuter.layer):
         def setup(self, target, config):

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from tests.core import broken_methods
-from tests.core.broken_methods import BROKEN, BranchesOnAValue, Outer, OuterConfig, SharedOuter
+from tests.core.broken_methods import BROKEN, AllShared, BranchesOnAValue, Outer, OuterConfig, SharedOuter
 from tests.models import build, inputs
 from tests.processes import environment
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def test_the_options_of_a_built_in_method(check, config):
 
 
 @contextmanager
-def registered(plugin: Any) -> Iterator[ak.AdapterConfig]:
+def registered(plugin: Outer) -> Iterator[ak.AdapterConfig]:
     ak.register(plugin)
     try:
         yield plugin.config()
@@ -78,7 +78,7 @@ def registered(plugin: Any) -> Iterator[ak.AdapterConfig]:
         ak.default_registry.unregister(NAME)
 
 
-@pytest.mark.parametrize("plugin", [Outer, SharedOuter])
+@pytest.mark.parametrize("plugin", [Outer, SharedOuter, AllShared])
 def test_what_the_broken_methods_are_made_from_passes(plugin):
     with registered(plugin()) as config:
         results = run_checks(config)
@@ -86,23 +86,6 @@ def test_what_the_broken_methods_are_made_from_passes(plugin):
     expected = {"check_given_fields_act", "check_dense_forms_agree", "check_files_tell_the_layers"}
     expected |= {"check_known_changes_become_adapters"}
     assert skipped == expected | ({"check_shared_tensors_are_one_copy"} if plugin is Outer else set())
-
-
-@pytest.mark.usefixtures("few")
-def test_layers_may_have_no_parameters_of_their_own():
-    class Bank(ak.Shared):
-        def setup(self, targets, config, root):
-            init = nn.init.normal_
-            self.outer_bank = nn.ParameterList([root.new(24), root.new(24, init=init)])
-
-    class Layer(ak.LowRankLayer):
-        def factors(self):
-            u, v = self.shared.outer_bank
-            scaled = self.config.scale * u[: self.kind.out_features, None]
-            return ak.Factors(scaled, v.repeat(9)[None, : self.kind.in_features])
-
-    with registered(ak.plugin(OuterConfig, Layer, prefix="outer_", shared=Bank)) as config:
-        run_check(all_checks()["check_two_adapters_of_one_method"], config)
 
 
 @pytest.mark.usefixtures("few")

@@ -44,6 +44,7 @@ from adapterkit.contract.layers import (
     LowRankLayer,
     Shared,
     Target,
+    device_of,
     kaiming,
     shared_tensors,
     twin,

@@ -8,7 +8,8 @@ Of adapter `a`, at the module with path `p`:
     trained bias     p.adapter_biases.a.bias      base_model.model.p.bias
     shared tensor    adapter_shared.a.<name>      base_model.<name>
 
-Where `p` has an adapter layer too, a head and a bias are in the file under `p.base_layer`.
+Where `p` has an adapter layer too, a head and a bias are in the file under `p.base_layer`. In a file without tensors of
+adapter layers, such as PEFT's of prompts, a shared tensor is `<name>`.
 """
 
 from __future__ import annotations

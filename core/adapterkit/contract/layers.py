@@ -330,6 +330,13 @@ def widened(layer: AdapterLayer, dtype: torch.dtype) -> Any:
     return twin(layer, lambda tensor: tensor.to(dtype) if narrow(tensor) else tensor)
 
 
+def device_of(layer: AdapterLayer) -> torch.device:
+    """The device of a layer's tensors, or of those that it shares; the CPU if there are none."""
+    modules = (module for module in (layer, layer.shared) if isinstance(module, nn.Module))
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 def without_values(layer: AdapterLayer) -> Any:
     """The layer on the meta device, with what it shares: its functions give shapes and compute nothing."""
 

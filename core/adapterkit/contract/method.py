@@ -21,7 +21,16 @@ from adapterkit.contract import config as configs
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.formats import ForeignFile, Format, Kinds, Tensors, empty_layer
 from adapterkit.contract.keys import KeyRule
-from adapterkit.contract.layers import AdapterLayer, DenseLayer, LowRankLayer, Shared, Target, widened, without_values
+from adapterkit.contract.layers import (
+    AdapterLayer,
+    DenseLayer,
+    LowRankLayer,
+    Shared,
+    Target,
+    device_of,
+    widened,
+    without_values,
+)
 from adapterkit.errors import AdapterError, AdapterWarning, PluginError, UnsupportedError, UsageError, nearest, usage
 from adapterkit.kinds import Factors
 
@@ -193,7 +202,6 @@ class Method:
         shared: the plugin's subclass of `Shared`, or `None`.
         replaces_call: its adapters are the model's call while they act (`Shared.forward`).
         any_module: its targets may be modules without a layer kind.
-        has_layers: it has a class of adapter layers. Prompts change none.
         manager: pluggy's manager of this plugin alone.
         hooks: the names of the hooks that the plugin implements.
     """
@@ -202,7 +210,6 @@ class Method:
         self.name, self.plugin, self.provider = name, plugin, provider
         self.shared: type[Shared] | None = getattr(plugin, "shared", None)
         self.replaces_call = bool(getattr(self.shared, "replaces_call", False))
-        self.has_layers = not isinstance(plugin, Plugin) or hasattr(plugin, "layer")
         self.any_module = bool(getattr(getattr(plugin, "layer", None), "any_module", False))
         self.manager = manager_of(plugin, f"The method {name!r} ({provider})")
         self.hooks = tuple(sorted(c.name for c in self.manager.get_hookcallers(plugin) or []))
@@ -380,8 +387,7 @@ class Method:
             UnsupportedError: `merged` gives a bias, and the layer has none.
         """
         sizes = (layer.kind.out_features, layer.kind.in_features)
-        tensors = (*layer.parameters(), *layer.buffers())
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = device_of(layer)
         if device.type == "meta":
             return False
         if math.prod(sizes) > _LARGE:

@@ -180,12 +180,12 @@ def file_tensors(
         rest: of heads and trained biases.
     """
     rule, (config, written) = method.key_rule(config), method.to_file(config, own)
+    shared = {key for key in written if rule.is_shared(key)}
+    bare = shared if len(shared) == len(written) else ()  # without tensors of layers, as PEFT's prompts
     tensors = {}
     for key, tensor in (*written.items(), *rest.items()):
-        shared = rule.is_shared(key) and key in written
-        path, _, local = ("", "", key) if shared else key.rpartition(".")
-        # PEFT's files of methods without layers, such as its prompts, have the bare names.
-        tensors[key if shared and not method.has_layers else file_key(path, local)] = tensor
+        path, _, local = ("", "", key) if key in shared else key.rpartition(".")
+        tensors[key if key in bare else file_key(path, local)] = tensor
     return config, tensors
 
 

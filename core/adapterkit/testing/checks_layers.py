@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.contract import AdapterConfig, AdapterLayer, default_registry, without_values
+from adapterkit.contract import AdapterConfig, AdapterLayer, default_registry, device_of, without_values
 from adapterkit.errors import ConfigError, UnsupportedError
 from adapterkit.testing.case import (
     PROBES,
@@ -92,7 +92,7 @@ def _asked(layer: Any, name: str) -> Any:
     """What a function of a layer gives, without a graph."""
     if name != "merged":
         return getattr(layer, name)()
-    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    device = device_of(layer)
     weight = torch.ones(layer.kind.out_features, layer.kind.in_features, device=device)
     bias = None if layer.kind.lookup else torch.ones(layer.kind.out_features, device=device)
     kept = weight.clone()
