@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from tests.core.conftest import assert_as_before, different, set_parameters, snapshot
 from tests.models import build, inputs, run
 from torch import Tensor, nn
@@ -676,6 +677,10 @@ def test_weight_that_is_not_there_is_refused_where_it_is_read(net: Outer, traine
     layer.weight = nn.Parameter(own.to("meta"))
     with pytest.raises(ak.UnsupportedError, match=r"is not in memory \(meta device or offloaded\)"):
         net(X)
+    layer.weight = own
+    cpu_offload(net, torch.device("cpu"))
+    with pytest.raises(ak.UnsupportedError, match=r"is not in memory \(meta device or offloaded\)"):
+        ak.effective_weight(layer)
 
 
 @pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])

@@ -20,6 +20,7 @@ from adapterkit.contract import AdapterLayer, LowRankLayer, widened
 from adapterkit.errors import ConfigError, UnsupportedError, usage
 from adapterkit.forward.known_readers import known
 from adapterkit.kinds import LayerKind
+from adapterkit.tensors import offload
 
 if TYPE_CHECKING:
     from adapterkit.forward.plan import Plan
@@ -297,7 +298,7 @@ def _check_in_memory(module: nn.Module, name: str, weight: Tensor, layers: Seque
         what = f"is a {type(weight).__name__} (sharded or quantised)"
     elif layers and name == "weight" and not layers[0].kind.fits(weight):
         what = f"has the shape {tuple(weight.shape)} here (sharded by DeepSpeed's ZeRO-3, or replaced since)"
-    elif weight.is_meta and not all(p.is_meta for layer in layers for p in layer.parameters()):
+    elif weight.is_meta and (offload.is_hooked(module) or any(not p.is_meta for x in layers for p in x.parameters())):
         what = "is not in memory (meta device or offloaded)"
     if what:
         raise UnsupportedError(

@@ -155,7 +155,7 @@ class LayerKind(ABC):
         That is `apply_weight(x, read(module), module.bias)`, as the module is now. Where it is not known, a merge runs
         the forward to prove it, which costs a product with a second weight of that size.
         """
-        return self.module_type is not None and getattr(forward, "__func__", forward) is self.module_type.forward
+        return self.module_type is not None and is_original(forward, self.module_type, "forward")
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """Multiplications that `apply` does for the input `x` with factors of this rank; `None`: `apply_weight`."""
@@ -179,6 +179,16 @@ def dropped(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
     """An input in this dtype, with dropout."""
     x = x if x.dtype == dtype else x.to(dtype)  # this is in every forward, and a call of `to` takes its time
     return F.dropout(x, dropout) if dropout > 0.0 else x
+
+
+def is_original(function: Any, cls: type, name: str) -> bool:
+    """Whether a function or bound method is the method `name` of `cls` that the class was defined with.
+
+    Programs replace methods of torch's classes: `nn.Linear.forward = ...`. Such a function is another module's.
+    """
+    own = getattr(cls, name)
+    same = getattr(function, "__func__", function) is own
+    return same and getattr(own, "__globals__", {}).get("__name__") == cls.__module__
 
 
 def plus(out: Tensor, change: Tensor, scale: float) -> Tensor:

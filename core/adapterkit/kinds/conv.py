@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkit.kinds.base import LayerKind, dropped, is_floating_weight, runs_forward_of
+from adapterkit.kinds.base import LayerKind, dropped, is_floating_weight, is_original, runs_forward_of
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # What may change in a layer that has an adapter, and how messages call it.
@@ -128,9 +128,9 @@ class Conv(LayerKind):
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.computes_plainly`. Programs replace `_conv_forward`, or the padding, of layers that exist."""
-        own: Any = type(module)
-        plain = super().computes_plainly(forward, module) and own._conv_forward is self.module_type._conv_forward
-        return plain and "_conv_forward" not in module.__dict__ and self == self.of(module)
+        convolve: Any = module._conv_forward
+        plain = super().computes_plainly(forward, module) and is_original(convolve, self.module_type, "_conv_forward")
+        return plain and self == self.of(module)
 
     def work(self, x: Tensor, rank: int | None = None) -> int:
         """See `LayerKind.work`; the places are counted without regard to padding."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.kinds.base import LayerKind, is_floating_weight, runs_forward_of
+from adapterkit.kinds.base import LayerKind, is_floating_weight, is_original, runs_forward_of
 from adapterkit.tensors import shape_of
 
 
@@ -47,8 +47,7 @@ class TransposedLinear(LayerKind):
 
     def computes_plainly(self, forward: Callable[..., Any], module: nn.Module) -> bool:
         """See `LayerKind.computes_plainly`."""
-        plain = sys.modules["transformers.pytorch_utils"].Conv1D.forward
-        return getattr(forward, "__func__", forward) is plain
+        return is_original(forward, sys.modules["transformers.pytorch_utils"].Conv1D, "forward")
 
 
 @dataclass(frozen=True)

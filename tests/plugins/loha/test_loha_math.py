@@ -382,14 +382,17 @@ def test_the_weight_is_changed_only_where_the_layer_is_plain(
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("replaced", [True, False])
-def test_a_layer_with_a_forward_of_its_own_is_added_to(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("replaced", ["of the layer", "of torch's class", ""])
+def test_a_layer_with_a_forward_of_its_own_is_added_to(replaced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, "whole")
     monkeypatch.setattr(LoHaLayer, "merged", lambda *_: pytest.fail("the weight was used"))
     model, x = one(nn.Linear(6, 5) if replaced else Louder(6, 5)), torch.randn(2, 6)
-    if replaced:
+    if replaced == "of the layer":
         forward = model.fc.forward
         model.fc.forward = lambda x: 3 * forward(x)
+    if replaced == "of torch's class":
+        of_class = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 3 * of_class(self, x))
     base = model(x)
     ak.attach(model).add("a", LoHaConfig(r=2, init_weights=False, target_modules=["fc"]))
     torch.testing.assert_close(model(x), base + delta(model.fc.adapters["a"], x))
