@@ -69,7 +69,7 @@ def test_a_device_stays_a_device(adapter: Path, tmp_path: Path) -> None:
 def test_the_file_behind_a_link_is_replaced_and_the_link_stays(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "pages").mkdir()
     page, link = tmp_path / "pages" / "page.html", tmp_path / "link.html"
-    page.write_text("old")
+    page.write_text("<!DOCTYPE html>old")
     page.chmod(0o600)
     link.symlink_to(page)
     page_of(adapter, link)

@@ -1,4 +1,4 @@
-"""The door: what others wrote is checked here for its kind, its size and its shapes, before anything else sees it."""
+"""The door: files of others are checked here for their kind, their size and their shapes before they are used."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from adapterkit.formats import (
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-# What a folder's weights may be called, the first that is there counts: PEFT's, PEFT's until 0.5, and mlx-lm's.
+# Names of a folder's weights: PEFT's, PEFT's until 0.5, and mlx-lm's. The first that exists counts.
 WEIGHTS_FILES = (WEIGHTS_FILE, PICKLE_FILE, MLX_WEIGHTS)
 # A save takes longer than a reading: it can come between more than a few of them only by chance.
 _READ_ATTEMPTS = 20
@@ -39,7 +39,7 @@ def local_path(source: object) -> Path:
     """The path that a caller means, `~` expanded.
 
     Raises:
-        ConfigError: not text or a path, empty, or the home of somebody unknown.
+        ConfigError: not text or a path, empty, or the home of an unknown user.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
         shown = f"A {type(source).__name__}" if isinstance(source, nn.Module) else repr(source)
@@ -80,14 +80,14 @@ def read(place: Path, reader: Reader = read_tensors) -> AdapterFiles:
 
 
 def aside(name: str) -> str:
-    """What a file of an adapter is called while a save replaces it."""
+    """The name of a file of an adapter while a save replaces it."""
     return f".{name}.adapterkit-before"
 
 
 def standing(folder: Path) -> tuple[Path, Path | None]:
     """The config and the weights of the adapter in a folder; `None` if it has no weights.
 
-    Without weights, the files that a save has set aside count: it is not at its end, or was killed.
+    Without weights, the files that a save has set aside count: the save has not ended, or was killed.
     """
     for config in (folder / CONFIG_FILE, folder / aside(CONFIG_FILE)):
         names = WEIGHTS_FILES if config.name == CONFIG_FILE else map(aside, WEIGHTS_FILES)
@@ -98,7 +98,7 @@ def standing(folder: Path) -> tuple[Path, Path | None]:
 
 
 def identity(file: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another one that has its name later; `None` if no file is there."""
+    """Inode, time and size, which differ between a file and a later one of its name; `None` if no file is there."""
     try:
         found = file.stat()
     except OSError:
@@ -107,7 +107,7 @@ def identity(file: Path) -> tuple[int, int, int] | None:
 
 
 def _version(folder: Path) -> list[tuple[str, object]]:
-    """What tells one version of an adapter from another: a save puts other files in their places."""
+    """The identities of an adapter's files, which every save changes."""
     return [(file.name, identity(file)) for file in standing(folder) if file is not None]
 
 

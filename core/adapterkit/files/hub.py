@@ -15,7 +15,7 @@ from adapterkit.errors import CheckpointError, nearest, warn
 from adapterkit.files.folder import WEIGHTS_FILES, local_path
 from adapterkit.formats import CONFIG_FILE, warn_of_weights_beside
 
-# What files end in; repositories of the hub do not.
+# Files end like this, and repositories of the hub do not.
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 # What diffusers calls a file of all adapters of a pipeline, which has no config beside it.
 _DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -35,8 +35,8 @@ def adapter_folder(
 ) -> Path:
     """The local folder, or file, of an adapter given by a path or a hub id (`"user/name"`), fetched if need be.
 
-    For a folder in which diffusers saved adapters it is their file. For one that is no adapter and holds one, in a
-    folder below, it is that one, and a warning says so.
+    A folder in which diffusers saved adapters gives their file. A folder that is not an adapter, but has one below,
+    gives that one with a warning.
 
     Raises:
         CheckpointError: neither a folder nor something the hub, or its cache, has; or a folder with several adapters.
@@ -128,7 +128,7 @@ def hub_is_unreachable() -> bool:
 
 
 def _look_beside(repo: str, folder: PurePosixPath, revision: str | None, token: str | bool | None) -> None:
-    """Tell of weights beside an adapter on the hub, which are not fetched; in silence where the hub is not reached.
+    """Warn of weights beside an adapter on the hub, which are not fetched. Without the hub, nothing is checked.
 
     Args:
         folder: the adapter's in the repository.

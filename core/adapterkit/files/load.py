@@ -113,7 +113,7 @@ def _check_of_this_model(
 
 
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
-    """Tell what does not fit, and that a file without `EVERYWHERE` may be PEFT's, trained for one path of a module."""
+    """Warn of what does not fit, and of modules with several paths in a file that may be PEFT's (no `EVERYWHERE`)."""
     if not report.ok:
         warn(AdapterWarning(f"{files.folder}:", report))
     adapted = {*adapter.layers, *({*adapter.heads} - adapter.tables)}
@@ -151,8 +151,8 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
     """Embeddings that the file holds in full, as PEFT writes them when the vocabulary was resized.
 
     Returns:
-        The path of each table, with the path of the table whose tensor it gets. That is its own path, unless it is tied
-        to a table, and the file has only that one's tensor or the same values twice.
+        For the path of each table, the path of the table whose tensor it gets: its own; or that of the table that it is
+        tied to, where the file has only that one's tensor, or the same values twice.
     """
     get = getattr(modules.model, "get_output_embeddings", None)
     output = get() if callable(get) else None
@@ -186,7 +186,7 @@ def _tables_in_file(modules: BaseModules, heads: Collection[str], tensors: Mappi
 
 
 def _labels(model: nn.Module, adapter: Adapter, files: AdapterFiles) -> LabelSet | None:
-    """The label set that the file holds; else the one that the rows of its heads tell."""
+    """The label set that the file holds; else one with as many classes as its heads have rows."""
     labels, own = LabelSet.from_metadata(files.metadata), LabelSet.of(model)
     layers: list[tuple[int, int | None]] = []
     for path, head in adapter.heads.items():

@@ -22,7 +22,7 @@ from adapterkit.files.folder import WEIGHTS_FILE, WEIGHTS_FILES, aside, identity
 from adapterkit.files.tensors import write_tensors
 from adapterkit.formats import CONFIG_FILE
 
-# What killed processes leave ends so.
+# The names of files and folders that are not complete yet end so. Those of killed processes stay.
 _UNFINISHED = ".adapterkit-unfinished"
 # How long a save waits for those of other processes, in seconds, and how long it sleeps in between.
 _PATIENCE, _PAUSE = 120, 0.01
@@ -130,7 +130,7 @@ def _set_aside(folder: Path, weights: Sequence[str]) -> None:
 
 
 def _give_back(folder: Path, *, had_config: bool) -> None:
-    """Undo `_set_aside`, and a new config, if the new weights have not come."""
+    """Undo `_set_aside`, and take a new config away, if the new weights are not there."""
     if not any(identity(folder / file) for file in WEIGHTS_FILES):
         if (folder / aside(CONFIG_FILE)).is_file():
             _copy(folder / aside(CONFIG_FILE), folder / CONFIG_FILE)
@@ -244,7 +244,7 @@ def appearing(path: Path, *, follow: bool = False) -> Iterator[Path]:
     Args:
         follow: for a place that a user named: replace the file behind a link, and write into a device or a pipe.
     """
-    if follow and _takes_bytes(path):
+    if follow and path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder) / "file"
             fresh.touch()
@@ -307,15 +307,6 @@ def _fresh(path: Path) -> Iterator[Path]:
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
-
-
-def _takes_bytes(path: Path) -> bool:
-    """Whether this is a device, a pipe or a socket."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _finish(file: Path, replaced: Path) -> None:

@@ -6,7 +6,7 @@ Uses: errors, kinds, contract, model.
 """
 
 from adapterkit.formats.algorithms import algorithms_in
-from adapterkit.formats.earlier_names import in_order, in_todays_names, renaming, todays_paths
+from adapterkit.formats.earlier_names import in_order, renaming
 from adapterkit.formats.layouts import CONFIG_FILE, PEFT, AdapterFiles, layers_of, shapes_of
 from adapterkit.formats.mlx import MLX_WEIGHTS, mlx_files
 from adapterkit.formats.names import advice_on_names, original_names

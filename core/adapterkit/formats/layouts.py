@@ -1,4 +1,4 @@
-"""An adapter as its files hold it, and what their keys tell before anything is translated."""
+"""An adapter as its files hold it, and what its keys say before they are translated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapterkit.model import BaseModules
 
 CONFIG_FILE = "adapter_config.json"
 PEFT = "PEFT"
-# Whose names the keys of a file without a config are; the first that fits one of them counts.
+# Programs by the form of their keys, for files without a config. The first form that matches a key counts.
 _PROGRAMS = {
     "LyCORIS": re.compile(r"lycoris_"),
     "kohya-ss": re.compile(rf"(?:{'|'.join(FLAT)})_"),

@@ -1,4 +1,4 @@
-"""Files that are no adapter which can be read: what each is, why it cannot be read, and what to do instead."""
+"""Files that cannot be read as an adapter: what each is, why it cannot be read, and what to do instead."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ _SUFFIXES = {
     **dict.fromkeys((".tar", ".zip"), _ARCHIVE),
     ".nemo": "is an archive of NVIDIA NeMo. Export the adapter there to Hugging Face's layout",
 }
-# What lies beside an adapter and says nothing about it: a training's state, a merged model, converted files.
+# Files beside an adapter that do not belong to it: a training's state, a merged model, converted files.
 _KNOWN_BESIDE = re.compile(
     r"(\d+_)?adapters?[_.]|(pytorch_)?model(_\d+|_fsdp|-\d+-of-\d+)?\.|consolidated|ggml|pytorch_lora_weights\.|"
     r"optim|(lr_)?scheduler|(grad_)?scaler|rng_state|random_states|train(ing|er)?_(args|state)|sampler|dl_state|"
@@ -265,7 +265,7 @@ def is_full_model(keys: Collection[str]) -> bool:
 
 
 def warn_of_weights_beside(place: object, names: Iterable[str]) -> None:
-    """Tell of files of tensors beside an adapter's that are not a model's, or of a training's state.
+    """Warn of files of tensors beside an adapter's that are not of a model or of a training's state.
 
     Args:
         names: of all files there.

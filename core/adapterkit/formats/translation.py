@@ -53,7 +53,7 @@ class Translation:
         tensors: by their keys in PEFT's format without its prefix; what no layer has keeps its key.
         layers: the layers that the tensors are for, as far as the files or the model tell. Of a PEFT folder on a model:
             all layers of the model.
-        passed: keys of other models of a pipeline, which are not for this one.
+        passed: keys for other models of a pipeline.
         layout: the program whose layout the files have, and what else they are: `"kohya-ss, SDXL in SGM names"`.
     """
 
@@ -156,7 +156,7 @@ def _with_paths(
 
 
 def _warn_of_the_rest(files: AdapterFiles, tokens: Sequence[str], passed: Iterable[str]) -> None:
-    """Tell what the file, or its folder, has beside the adapter for this model."""
+    """Warn of what the file, or its folder, has beside the adapter for this model."""
     parts = Counter(component(key) for key in passed)
     if tokens:
         warn(
