@@ -88,7 +88,6 @@ class StateDictHooks:
     ) -> None:
         """Refuse a state dict that does not restore every adapter that trains; one of the base alone only warns."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        of_training = any(prefix + key in state for key in (SETTING, ATTRIBUTE))  # as tools write it, with all tensors
         acted = self._setting_in(state, prefix, metadata)
         keys = {name: set(adapter.state_dict_keys()) for name, adapter in adapters._adapters.items()}
         known: set[str] = set().union(*keys.values())
@@ -125,8 +124,6 @@ class StateDictHooks:
         _check_shapes(adapters, own, state, prefix)
         if acted is not None:
             check_setting(adapters, acted, "The state dict", base=partial)
-        if of_training:
-            _check_complete({name: keys[name] - given for name in adapters.trainable})
         if lacking and given and not given & known:
             warn(
                 f"The state dict holds no adapters: {', '.join(map(repr, lacking))} stays as it is. To resume a "
@@ -201,16 +198,6 @@ def _leave_out_own(state: MutableMapping[str, Any], prefix: str, own: Mapping[st
         pair: list[Any] = [getattr(tensor, "_local_tensor", tensor) for tensor in (mine, state.get(prefix + key))]
         if pair[1] is not None and 0 != pair[0].data_ptr() == pair[1].data_ptr():
             del state[prefix + key]
-
-
-def _check_complete(lacking: Mapping[str, Collection[str]]) -> None:
-    """Raise `CheckpointError` if a checkpoint of a training holds only a part of an adapter."""
-    for name, keys in lacking.items():
-        if keys:
-            raise CheckpointError(
-                f"The state dict has {len(keys)} tensors too few for adapter {name!r}, such as {min(keys)!r}: it was "
-                "saved with another config (fewer targets, or bias?). Add the adapter with the config that was saved."
-            )
 
 
 def _check_shapes(adapters: Adapters, own: Mapping[str, Any], state: Mapping[str, Any], prefix: str) -> None:
