@@ -38,6 +38,7 @@ from adapterkit.contract.keys import (
     unwrapped_key,
 )
 from adapterkit.contract.layers import (
+    INPUT_DROPOUT,
     AdapterLayer,
     DenseLayer,
     Holder,

@@ -129,6 +129,10 @@ def _shapes(module: nn.Module, but: str = "") -> str:
     return ", ".join(shape if n == but else f"{n}: {shape}" for n, shape in shapes)
 
 
+# The module of a layer's `dropout`.
+INPUT_DROPOUT = "input_dropout"
+
+
 @usage()
 def kaiming(parameter: Tensor) -> None:
     """Fill a parameter in place as torch fills the weight of `nn.Linear`: uniform within `1 / sqrt(in)`."""
@@ -147,7 +151,8 @@ class AdapterLayer(nn.Module):
     core casts back what the layer returns.
 
     Attributes:
-        dropout: probability of dropping each entry of the change's input, in training.
+        dropout: probability of dropping each entry of the change's input, in training. It is that of an `nn.Dropout` in
+            the layer, so that tools find it that switch off every dropout of a model.
         row_dropout: probability of leaving each row of the change out, in training; the others are divided by the
             share that is left, unless `row_dropout_rescales` is false.
         module_dropout: probability of leaving the whole change out, in each forward in training.
@@ -166,7 +171,6 @@ class AdapterLayer(nn.Module):
     kind: LayerKind
     config: Any
     shared: Any
-    dropout: float = 0.0
     row_dropout: float = 0.0
     row_dropout_rescales: bool = True
     module_dropout: float = 0.0
@@ -187,6 +191,21 @@ class AdapterLayer(nn.Module):
         _check_made(self, given)
         if self.any_module and (self.dropout or self.row_dropout or self.module_dropout):
             raise PluginError(f"{type(self).__name__} has any_module, so its dropouts belong into its forward.")
+
+    @property
+    def dropout(self) -> float:
+        """See the class."""
+        drop: Any = self._modules.get(INPUT_DROPOUT)
+        if drop is None or (self.training and not drop.training):
+            return 0.0
+        p: float = drop.p
+        return p
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if p or INPUT_DROPOUT in self._modules:
+            drop: Any = self._modules.setdefault(INPUT_DROPOUT, nn.Dropout())
+            drop.p = p
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -411,8 +430,9 @@ def _wrong_attributes(module: nn.Module, given: Mapping[str, object]) -> Iterato
             number = " It must be a number" * ("dropout" in name)
             yield f"put a module or a tensor into self.{name}, but the class attribute {name} is what is read.{number}"
     for name in ("dropout", "row_dropout", "module_dropout"):
-        if name in own and misfit(own[name], Probability) is not None:
-            yield f"set self.{name} = {own[name]!r}; it must be a number from 0 to 1"
+        value = getattr(module, name, 0.0)
+        if misfit(value, Probability) is not None:
+            yield f"set self.{name} = {value!r}; it must be a number from 0 to 1"
 
 
 def _wrong_tensors(module: nn.Module) -> Iterator[str]:

@@ -14,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from adapterkit.contract import LAYERS, AdapterLayer
+from adapterkit.contract import INPUT_DROPOUT, LAYERS, AdapterLayer
 from adapterkit.errors import UnsupportedError
 from adapterkit.integrations.peft_names import prefix_of
 
@@ -55,20 +55,6 @@ class Buffers(_Fixed, BufferDict):
     """Buffers by adapter."""
 
 
-class Dropout(nn.Dropout):
-    """The dropout of an adapter layer. Tools switch dropout off with `p = 0` or `eval()` on every `nn.Dropout`."""
-
-    def __init__(self, layer: AdapterLayer) -> None:
-        super().__init__(layer.dropout)
-        self.training = layer.training
-        self.__dict__["_layer"] = layer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if "_layer" in self.__dict__ and name in ("p", "training"):
-            setattr(self.__dict__["_layer"], "dropout" if name == "p" else name, value)
-
-
 class Values(UserDict[str, Any]):
     """Numbers by adapter, such as `r`. `change(name, value)` is called where one is set; without it that is refused."""
 
@@ -105,7 +91,7 @@ def by_adapter(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, Any]:
             (Buffers, part._buffers),
         ):
             for local, value in members.items():
-                if value is not None:
+                if value is not None and local != INPUT_DROPOUT:
                     found.setdefault(local, container()).put(name, value)
     return found
 
@@ -115,8 +101,8 @@ def containers_at(host: nn.Module) -> dict[str, nn.Module]:
     layers: Any = host._modules[LAYERS]
     found = by_adapter(_parts(host))
     for name, layer in layers._modules.items():
-        if local := _dropout_name(layer):
-            found.setdefault(local, ModuleDict()).put(name, Dropout(layer))
+        if local := dropout_name(layer):
+            found.setdefault(local, ModuleDict()).put(name, layer._modules.get(INPUT_DROPOUT) or nn.Identity())
         for local in _names_in_peft(layer):
             found.setdefault(local, ModuleDict())
     return found
@@ -129,7 +115,7 @@ def may_be_at(host: nn.Module, name: str) -> bool:
         return True
     own = layers._modules.values()
     return any(name in _names_in_peft(layer) for layer in own) or (
-        name.endswith("dropout") and any(name == _dropout_name(layer) for layer in own)
+        name.endswith("dropout") and any(name == dropout_name(layer) for layer in own)
     )
 
 
@@ -151,7 +137,7 @@ def _names_in_peft(layer: AdapterLayer) -> tuple[str, ...]:
     return getattr(tuner_class(layer), "adapter_layer_names", ())
 
 
-def _dropout_name(layer: AdapterLayer) -> str:
+def dropout_name(layer: AdapterLayer) -> str:
     """PEFT's name for the dropout of a layer, such as `lora_dropout`. Empty if its method has none."""
     name = prefix_of(layer.config) + "dropout"
     return name if layer.dropout or hasattr(layer.config, name) else ""

@@ -24,10 +24,10 @@ from adapterkit.forward import ACTIVE, Active, original_class, strength_at
 from adapterkit.integrations.peft_containers import (
     NOT_REMOVED,
     Buffers,
-    Dropout,
     ModuleDict,
     Values,
     containers_at,
+    dropout_name,
     may_be_at,
     tuner_class,
 )
@@ -303,7 +303,8 @@ class LayerView(nn.Module):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The names under which adapters have buffers, and their dropouts."""
-        return tuple(n for n, m in self._modules.items() if isinstance(m, Buffers) or _has_dropouts(m))
+        dropouts = {*map(dropout_name, self._layers.values())}
+        return tuple(n for n, m in self._modules.items() if isinstance(m, Buffers) or n in dropouts)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self._layers)
@@ -342,10 +343,6 @@ class LayerView(nn.Module):
         here = [name for name in state.names if name in self._layers]
         off = here and not any(state.strength(name, self._path) is not None for name in here)
         return bool(off) or not (state.names or self._active.merged)
-
-
-def _has_dropouts(container: nn.Module | None) -> bool:
-    return container is not None and any(isinstance(part, Dropout) for part in container._modules.values())
 
 
 _WHOLE_MODEL = (

@@ -18,7 +18,7 @@ from adapterkit.errors import StateError, UnsupportedError, unknown
 from adapterkit.files import file_config
 from adapterkit.forward import PerAdapter, Strength, strength_at
 from adapterkit.integrations.peft_combining import combine
-from adapterkit.integrations.peft_containers import Dropout, by_adapter
+from adapterkit.integrations.peft_containers import by_adapter
 from adapterkit.integrations.peft_layers import LayerView, beside, let_wait, waiting_strength
 from adapterkit.integrations.peft_names import MethodConfig, both, peft_key, pefts_errors, prefix_of, to_peft
 from adapterkit.model import BaseModules
@@ -172,12 +172,10 @@ class Tuner(BaseTuner):
             if not isinstance(module, PerAdapter | AdapterLayer) or module._parameters or module._buffers:
                 yield name, module
             for local, part in beside(module):
-                at = f"{name}.{local}" if local else name
                 if part._parameters or part._buffers:
-                    last.append((at, part))
-                    continue
-                yield at, part
-                yield from ((f"{at}.{n}", child) for n, child in part._modules.items() if isinstance(child, Dropout))
+                    last.append((f"{name}.{local}", part))
+                else:
+                    yield f"{name}.{local}" if local else name, part
         yield from last if remove_duplicate else ()
 
     # Which adapters act
