@@ -141,7 +141,7 @@ def test_other_dtypes_and_devices_are_refused() -> None:
     adapters = ak.attach(build("bert"))
     config = LoraConfig(target_modules=["query"])
     for options, message in (
-        ({"dtype": "file"}, "dtype = 'file' must be .* or more, 'model' or None"),
+        ({"dtype": "file"}, "dtype = 'file' must be .* or more, 'model', or None"),
         ({"dtype": torch.int8}, "dtype = torch.int8 must be"),
         ({"dtype": torch.float8_e4m3fn}, "dtype = torch.float8_e4m3fn must be"),
         ({"device": "cpu"}, "device = 'cpu' must be 'meta' or None"),

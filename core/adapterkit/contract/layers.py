@@ -100,7 +100,8 @@ class Target:
         if not parameter.is_meta:
             with torch.no_grad():
                 made = init(parameter) if callable(init) else parameter.fill_(init)
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            # Fake tensors have a storage, too, and no pointer to its data.
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
                 raise PluginError("The init of target.new must fill its tensor in place: lambda p: p.copy_(values).")
         return parameter
 
