@@ -62,30 +62,6 @@ def test_combine_with_every_choice(here: Path) -> None:
     assert set(report["report"]["ranks"].values()) == {2}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (("mood", "topic"), 1, "Choose one of --heads 'mood', --heads 'topic', --heads 'average'"),
-        (
-            ("mood", "topic", "--heads", "mood", "--method", "ties"),
-            2,
-            "'ties' prunes. Pass --density, the share",
-        ),
-        (("mood", "topic", "--heads", "mood", "--method", "tie"), 2, "Did you mean 'ties'?"),
-        (("mood:much", "topic"), 2, "'much' is not a number. Write, for example, mood:0.5."),
-        (("mood", "--heads", "mood", "--out", "topic"), 1, "Say --overwrite to replace it"),
-    ],
-    ids=str,
-)
-def test_combine_refuses_in_the_words_of_the_command(
-    arguments: tuple[str, ...], status: int, message: str, here: Path
-) -> None:
-    done = run("combine", *(arguments if "--out" in arguments else (*arguments, "--out", "both")))
-    assert (done.exit_code, done.stdout) == (status, "")
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-    assert not (here / "both").exists()
-
-
 def test_convert_is_convert_file(here: Path) -> None:
     done = run("convert", "loha", "--rank", "2", "--dtype", "bfloat16", "--out", "lora")
     assert (done.exit_code, done.stderr) == (0, "")

@@ -69,9 +69,6 @@ def test_help_and_version_are_there() -> None:
     assert "Usage: adapterkit [OPTIONS] COMMAND [ARGS]..." in out
 
 
-def test_it_works_without_docstrings_and_without_streams() -> None:
-    status, out, error = execute("methods", PYTHONOPTIMIZE="2")
-    assert (status, error) == (0, "")
-    assert out.startswith("method ")
-    closed = f"exec {COMMAND} methods >&- 2>&-"
-    assert subprocess.run(["/bin/sh", "-c", closed], env=environment(), timeout=900, check=False).returncode == 0
+def test_it_works_without_streams() -> None:
+    line = ["/bin/sh", "-c", f"exec {COMMAND} methods >&- 2>&-"]
+    assert subprocess.run(line, env=environment(), timeout=900, check=False).returncode == 0

@@ -234,6 +234,7 @@ WRONG_CALLS = {
     "combine a b --out c --space outer": "'--space': 'outer' is not one of",
     "combine a b --out c --density -1": "'--density': it must be greater",
     "combine a b --out c --method cat": "here it is --method 'linear'",
+    "combine a b --out c --method tie": "Did you mean 'ties'?",
     "combine a b --out c --method ties": "'ties' prunes. Pass --density, the share",
     "combine a b --out c --density 0.3": "so --density 0.3 has no effect",
     "combine a:nan b --out c": "give PATH:WEIGHT, with a finite number",
@@ -278,6 +279,7 @@ FAILS = {
     "merge base nowhere --out c": NOWHERE,
     "extract nowhere base --out c --rank 2": NOWHERE,
     "extract base nowhere --out c --rank 2": NOWHERE,
+    "combine mood --heads mood --out topic": "Say --overwrite to replace it",
     "combine mood topic --out c": "Choose one of --heads 'mood', --heads 'topic'",
 }
 

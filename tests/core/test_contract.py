@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -616,3 +617,11 @@ def test_a_hook_is_overridden_without_a_decorator() -> None:
         type("Wrong", (ak.Plugin,), {"from_fil": ShiftPlugin.to_file})
     with pytest.raises(ak.PluginError, match=r"Wrong.formats must be a method: def formats\(self, \.\.\.\)\."):
         type("Wrong", (ak.Plugin,), {"formats": []})
+
+
+def test_configs_need_no_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -OO` compiles without them."""
+    source, module = Path(inspect.getfile(ak.AdapterConfig)), ModuleType("bare_config")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source.read_bytes(), source, "exec", optimize=2), module.__dict__)
+    assert "target_modules" in inspect.signature(module.AdapterConfig).parameters

@@ -29,7 +29,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @dataclass
 class World:
-    """A model in memory with the adapters `a` (LoRA) and `h` (LoHa), and the same in files.
+    """A model with the adapters `a` (LoRA) and `h` (LoHa), the same in files, and two more models.
 
     Attributes:
         files: a folder with the model `base`, the adapters, and `tuned`: the base with `h` merged.
@@ -47,7 +47,10 @@ class World:
         adapters = ak.attach(build("bert"))
         for name in "ah":
             adapters.load(files / name)
-        base, tuned = (type(adapters.model).from_pretrained(files / name) for name in ("base", "tuned"))
+        base, tuned = build("bert"), build("bert")
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.mul_(1.5)
         return cls(files, out, adapters, base, tuned)
 
 
