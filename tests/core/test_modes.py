@@ -64,8 +64,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build("bert")
     model.save_pretrained(folder / "base")
     adapters = ak.attach(model)
-    options: dict[str, Any] = {"r": 3, "target_modules": ["query", "value"], "modules_to_save": None}
-    for name, config in (("a", LoraConfig(**options)), ("h", LoHaConfig(**options))):
+    options: dict[str, Any] = {"target_modules": ["query", "value"], "modules_to_save": None}
+    for name, config in (("a", LoraConfig(r=3, **options)), ("h", LoHaConfig(r=6, **options))):
         adapters.add(name, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ord(name))
