@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from accelerate import cpu_offload
 from tests.core.test_trainer import Wrapped, assert_equal, values
 from tests.core.test_trainer import trainer as plain_trainer
 from tests.models import LABELS, VOCABULARY, build
@@ -359,6 +360,13 @@ def test_a_name_that_no_folder_can_have_is_refused_before_the_training(tmp_path:
     with pytest.raises(ak.SaveError, match=r"Adapter 'v1/s' cannot have a subfolder of that name. Rename it"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_an_offloaded_model_that_would_be_moved_is_refused(tmp_path: Path) -> None:
+    model = cpu_offload(build("bert"), execution_device="cpu")
+    ak.attach(model).add("t", LoraConfig(r=2, target_modules=TARGETS))
+    with pytest.raises(ak.StateError, match=r"offloaded or on the meta device.*dispatch_model\(model, device_map\)"):
+        trainer(model, tmp_path).train()
 
 
 def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ class AdapterTrainerMixin(_Base):
 
     # The training
 
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if getattr(model, "hf_device_map", None) is None and any(p.is_meta for p in model.parameters()):
+            raise StateError(
+                "The model has weights that are offloaded or on the meta device, and Trainer moves it to one device. Load "
+                "weights first, or offload it with accelerate.dispatch_model(model, device_map): that stays in place."
+            )
+        super()._move_model_to_device(model, device)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss, with the penalty in training."""
         found = super().compute_loss(model, inputs, *args, **kwargs)
