@@ -50,7 +50,7 @@ def new_package(name: str, folder: str | Path | None = None) -> Path:
 
     Raises:
         ConfigError: the name is invalid, or the folder exists.
-        PluginError: an installed method has the name, or a prefix that would be confused with the new one.
+        PluginError: an installed method has the name.
         SaveError: the folder cannot be written; nothing of it remains.
     """
     _check_name(name)
@@ -100,12 +100,6 @@ def _check_name(name: str) -> None:
     for method in describe_methods().methods:
         if method.name == name:
             raise PluginError(f"A method {name!r} already exists, from {method.package}. Choose another name.")
-        if method.prefix and (f"{name}_".startswith(method.prefix) or method.prefix.startswith(f"{name}_")):
-            raise PluginError(
-                f"Parameters of a method {name!r} would be called '{name}_...', those of {method.name!r} "
-                f"({method.package}) are called {method.prefix + '...'!r}: they could not be told apart. Choose "
-                "another name."
-            )
     if importlib.util.find_spec(f"adapterkit_{name}") is not None:
         raise UsageError(f"A module adapterkit_{name} already exists. Choose another name.")
 
