@@ -19,6 +19,7 @@ from adapterkit_loha import LoHaConfig
 from adapterkit_lora import LoraConfig
 
 COMMAND = Path(sys.executable).with_name("adapterkit")
+ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: str, path: Sequence[Path] = (), **variables: str) -> subprocess.Popen[str]:
