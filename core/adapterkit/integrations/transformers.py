@@ -90,8 +90,8 @@ class AdapterTrainerMixin(_Base):
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         if getattr(model, "hf_device_map", None) is None and any(p.is_meta for p in model.parameters()):
             raise StateError(
-                "The model has weights that are offloaded or on the meta device, and Trainer moves it to one device. Load "
-                "weights first, or offload it with accelerate.dispatch_model(model, device_map): that stays in place."
+                "The model has weights that are offloaded or on the meta device, and Trainer moves it to one device. "
+                "Load weights first, or offload it with accelerate.dispatch_model(model, device_map), which stays."
             )
         super()._move_model_to_device(model, device)
 
