@@ -209,10 +209,9 @@ class Tuner(BaseTuner):
 
     def _acting(self) -> dict[str, Strength]:
         """The strengths of the adapters that act, or would if they were not disabled."""
-        waiting = self._waiting if self.disabled else None
-        if waiting is None:
+        if self._waiting is None or not self.disabled:
             return self.adapters.strengths
-        return {name: strength for name, strength in waiting.items() if name in self.adapters}
+        return {name: strength for name, strength in self._waiting.items() if name in self.adapters}
 
     def _activate(self, strengths: Mapping[str, Strength], *, trains: bool) -> None:
         if self.adapters.merged:
@@ -233,7 +232,7 @@ class Tuner(BaseTuner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """See `PeftView.disable_adapter`."""
+        """`PeftView.disable_adapter`."""
         if self.disabled:
             yield
             return
