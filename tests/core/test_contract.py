@@ -466,6 +466,15 @@ def test_targets_that_are_no_paths_of_the_model_are_refused(answer: Any) -> None
         ak.attach(model).add("x", config)
 
 
+def test_the_attributes_of_a_format_are_checked_where_it_is_defined() -> None:
+    assert type("Listed", (ak.Format,), {"factors": ["a", "b"]}).factors == {"a", "b"}
+    with pytest.raises(ak.PluginError) as caught:
+        type("Wrong", (ak.Format,), {"factors": "lora_A"})
+    assert str(caught.value) == "Wrong.factors = 'lora_A' is a str; it must be a list of str."
+    with pytest.raises(ak.PluginError, match=r"Wrong\.ranks = .* it must be a mapping from str to int"):
+        type("Wrong", (ak.Format,), {"ranks": {"lora_A": "0"}})
+
+
 def test_formats_that_are_no_objects_are_refused() -> None:
     method = ak.Registry().register(plugin(formats=returning([ak.Format])))
     with pytest.raises(ak.PluginError, match=r"in its list; it must hold objects of ak\.Format"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract.config import AdapterConfig
+from adapterkit.contract.field_types import misfit, readable
 from adapterkit.contract.patterns import Names
 from adapterkit.door import json_object
-from adapterkit.errors import CheckpointError, UnsupportedError, usage, warn
+from adapterkit.errors import CheckpointError, PluginError, UnsupportedError, usage, warn
 from adapterkit.kinds import LayerKind
 
 # Parts of a pipeline as diffusers and ComfyUI name them, before a dot.
@@ -187,6 +189,17 @@ class Format:
     rows: Mapping[str, int] = {}
     unwritten: frozenset[str] = frozenset()
     refused: Mapping[str, str] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, hint in typing.get_type_hints(Format).items():
+            value = getattr(cls, name, None)
+            if value is not None and misfit(value, hint) is not None:
+                raise PluginError(
+                    f"{cls.__name__}.{name} = {value!r} is a {type(value).__name__}; it must be {readable(hint)}."
+                )
+        for name in ("factors", "scaled", "unwritten"):  # an author may write a list
+            setattr(cls, name, frozenset(getattr(cls, name)))
 
     def rank(self, tensors: Tensors) -> int:
         """The rank of a layer's tensors, which have the method's own names; by default as `ranks` says."""
