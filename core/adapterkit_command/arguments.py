@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,7 +52,7 @@ def weighted(texts: Iterable[str]) -> dict[str, float]:
     """The weight of each adapter, from texts `PATH` or `PATH:WEIGHT`. A path that exists as it is written is a path.
 
     Raises:
-        typer.BadParameter: a weight is not a finite number, or an adapter is given twice.
+        typer.BadParameter: a weight is not a number, or an adapter is given twice.
     """
     found: dict[str, float] = {}
     for text in texts:
@@ -65,18 +64,15 @@ def weighted(texts: Iterable[str]) -> dict[str, float]:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    path, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
+    path, _, tail = text.rpartition(":")
+    if not path or Path(text).exists():
         return text, 1.0
     try:
-        weight = float(tail)
+        return path, float(tail)
     except ValueError:
-        if path and Path(path).exists():
+        if Path(path).exists():
             raise typer.BadParameter(f"{text!r}: {tail!r} is not a number. Write, for example, {path}:0.5.") from None
         return text, 1.0  # the path itself has a colon
-    if not path or not math.isfinite(weight):
-        raise typer.BadParameter(f"{text!r}: give PATH:WEIGHT, with a finite number.")
-    return path, weight
 
 
 def names(texts: Sequence[str] | None) -> list[str] | None:

@@ -33,6 +33,7 @@ WEIGHTED = {
     "drive": ([r"C:\adapters\mood"], {r"C:\adapters\mood": 1.0}),
     "drive and weight": ([r"C:\adapters\mood:0.5"], {r"C:\adapters\mood": 0.5}),
     "nothing there": (["nobody:knows"], {"nobody:knows": 1.0}),
+    "no path before it": ([":0.5"], {":0.5": 1.0}),
 }
 
 
@@ -45,9 +46,6 @@ BAD_WEIGHTS = {
     "text": (["A:much"], "'A:much': 'much' is not a number. Write, for example, A:0.5."),
     "comma": (["A:0,5"], "'0,5' is not a number"),
     "nothing": (["A:"], "'' is not a number"),
-    "nan": (["A:nan"], "'A:nan': give PATH:WEIGHT, with a finite number."),
-    "infinite": (["B:-inf"], "with a finite number."),
-    "no path": ([":0.5"], "':0.5': give PATH:WEIGHT"),
     "twice": (["B:1", "B:2"], "'B' is given twice. Give it once, with the sum of its weights."),
 }
 

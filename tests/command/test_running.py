@@ -237,7 +237,7 @@ WRONG_CALLS = {
     "combine a b --out c --method tie": "Did you mean 'ties'?",
     "combine a b --out c --method ties": "'ties' prunes. Pass --density, the share",
     "combine a b --out c --density 0.3": "so --density 0.3 has no effect",
-    "combine a:nan b --out c": "give PATH:WEIGHT, with a finite number",
+    "combine a:nan b --out c": "The weight of 'a' is nan, but it must be a finite number",
     "combine a a --out c": "'a' is given twice",
     "combine mood topic --out c --heads nobody": "Unknown choice of heads 'nobody'",
     "extract a b --out c": "extract needs --rank or --energy",

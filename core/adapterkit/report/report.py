@@ -123,7 +123,7 @@ def write_report(
     """
     if isinstance(sources, str | Path):
         raise UsageError(f"write_report takes a list of adapters, such as [{str(sources)!r}], not a single one.")
-    names = names_of(sources) if names is None else list(names)
+    names = names_of(sources) if names is None else list(map(str, names))
     if len(names) != len(sources):
         raise UsageError(f"names= has {len(names)} names for {len(sources)} adapters. Give one name for each adapter.")
     local_path(out)  # refuse what is not a path before the work
