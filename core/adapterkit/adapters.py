@@ -823,7 +823,8 @@ class Adapters:
         """Restore the weights, every bit as before the first merge.
 
         The adapters that were active when they were merged are active again, in their old order and before those that
-        were activated since, and they train if they trained then.
+        were activated since, and they train if they trained then. Writes to `weight.data` since the merge are lost,
+        because torch does not count them.
 
         Raises:
             StateError: nothing is merged, the base was not kept, or a merged module was replaced or edited since.
