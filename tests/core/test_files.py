@@ -145,6 +145,12 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str, list[s
         "some belong to nothing on this model",
         ["elsewhere.lora_A.weight"],
     ),
+    "another name in a layer": (
+        put(PREFIX + "layers.0.lora_C.weight", torch.ones(2, 8)),
+        "unexpected",
+        "does not fit adapter 'x': some belong to nothing on this model",
+        ["layers.0.lora_C.weight"],
+    ),
     "mismatched": (
         put(A, torch.ones(3, 8)),
         "mismatched",

@@ -63,6 +63,15 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
+def test_a_change_that_is_scaled_by_0_changes_nothing_there(naming: Any, tmp_path: Path) -> None:
+    """An alpha of 0 means the rank in files of kohya-ss and LyCORIS, and 0 in a header of diffusers."""
+    expected = saved(LoraConfig(r=2, lora_alpha=0, target_modules=["to_q"]), tmp_path / "a")
+    torch.testing.assert_close(output(unet()), expected)
+    ak.convert_file(tmp_path / "a", tmp_path / "there.safetensors", naming=naming, base=unet())
+    torch.testing.assert_close(loaded(tmp_path / "there.safetensors"), expected)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_there_and_back_gives_the_same_outputs_and_tensors(case: str, naming: Any, tmp_path: Path) -> None:
     expected = saved(CONFIGS[case], tmp_path / "a")

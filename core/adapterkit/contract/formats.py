@@ -285,7 +285,7 @@ class Format:
                     "adapter_config.json with the right r and lora_alpha."
                 )
             _warn_of_two_scales(f"The header's {HEADER!r}", base, [layers[path] for path in told], ranks)
-        alphas = {path: told.get(path) or other.get(path) or float(ranks[path]) for path in layers}
+        alphas = {path: told.get(path) or float(ranks[path]) for path in layers} | other
         found = self.config_type.with_values({"r": ranks, self.alpha: alphas})
         values = {name: getattr(found, name) for name in ("r", self.alpha, *found.patterns)}
         return (base or found).replace(**values, **fields)
@@ -314,7 +314,8 @@ class Format:
         """The reverse: an adapter as the files of `naming` have it. The core puts the layers' names before these keys.
 
         By default each tensor is what `written` gives and has the first of the `names` for it, and each layer has an
-        alpha, `scaling * r`. Diffusers has PEFT's names and shapes, and the config in the header.
+        alpha, `scaling * r`. An alpha of 0 would mean the rank there, so the factors in `scaled` are zeros instead.
+        Diffusers has PEFT's names and shapes, and the config in the header.
 
         Args:
             tensors: for each layer's path its tensors, as the hook `to_file` gives them.
@@ -336,7 +337,10 @@ class Format:
                 )
             rank = self.rank(held)
             alpha = _scaling(config.at(path), rank) * rank
-            named = {there[local]: tensor for local, tensor in self.written(held, kinds[path]).items()}
+            own = self.written(held, kinds[path])
+            if not alpha:  # which would mean the rank there
+                own, alpha = {n: torch.zeros_like(t) if n in self.scaled else t for n, t in own.items()}, float(rank)
+            named = {there[local]: tensor for local, tensor in own.items()}
             found[path] = {**named, "alpha": torch.tensor(alpha, dtype=torch.float32, device="cpu")}
         return ForeignFile(found)
 

@@ -190,15 +190,16 @@ def _without_config(files: AdapterFiles, fields: Mapping[str, Any]) -> AdapterFi
         UnsupportedError: the scale of its layers is not in the config, or part of them is in the base's weights.
     """
     method, config = default_registry.read_config(fields, files.folder)
-    if not hasattr(config, "scaling") or method.key_rule(config).exempt:
+    layers: Any = {path: config.at(path) for path in method.layers_in_file(shapes_of(files.tensors), config)}
+    # An alpha of 0 would mean the rank.
+    if method.key_rule(config).exempt or not all(getattr(own, "scaling", 0) for own in layers.values()):
         raise UnsupportedError(
             f"{files.folder}: its layers have names of the model's original code, and an adapter of the method "
             f"{method.name!r} with this config cannot be brought to diffusers' layers. Convert it to plain LoRA there."
         )
     tensors = dict(files.tensors)
-    for path in method.layers_in_file(shapes_of(files.tensors), config):
-        own: Any = config.at(path)
-        tensors.setdefault(f"{path}.alpha", torch.tensor(float(own.scaling * own.r), device="cpu"))
+    for path, own in layers.items():
+        tensors.setdefault(f"{path}.alpha", torch.tensor(float(own.scaling * own.r)))
     return dataclasses.replace(files, config=None, tensors=tensors)
 
 
