@@ -398,7 +398,7 @@ def test_an_error_of_a_model_or_a_dataset_is_not_blamed_on_an_argument() -> None
     with pytest.raises(AttributeError, match=r"^in the model$"):
         features(Broken(nn.Linear(4, 4)), samples)
     with pytest.raises(TypeError, match=r"^linear\(\)"):  # a layer of torch gets no tensor
-        features(nn.Sequential(nn.Linear(4, 4)), [{"input": "text"}])
+        features(nn.Sequential(nn.Linear(4, 4)), [{"input": ["text", torch.ones(1)]}])
     with pytest.raises(ak.UsageError, match=r"layer = 1\.5 has the type float"):
         features(nn.Sequential(nn.Linear(4, 4)), samples, layer=1.5)
 
