@@ -120,6 +120,12 @@ def test_trained_biases_are_summed_by_weight() -> None:
         adapters.combine("d", {"a": 1.0})
 
 
+def test_a_density_that_keeps_nothing_is_said() -> None:
+    adapters = tiny("bert", {"a": {}})
+    with pytest.warns(ak.AdapterWarning, match=r"'c' changes no weight: density = 1e-06 keeps none of the entries"):
+        adapters.combine("c", {"a": 1.0}, method="ties", density=1e-6)
+
+
 @pytest.mark.parametrize("name", ["classifier.weight", "bert.pooler.dense.bias"])
 def test_heads_and_biases_that_are_not_finite_are_refused(name: str) -> None:
     adapters = tiny("bert", {"a": {"bias": "all", "modules_to_save": ["classifier"], "target_modules": ["query"]}})

@@ -14,9 +14,9 @@ from adapterkit.combining.heads import combine_heads
 from adapterkit.combining.methods import Choices, combine_factors
 from adapterkit.combining.new_adapter import Changes, check_finite
 from adapterkit.contract import AdapterConfig, AdapterLayer, Method, default_registry
-from adapterkit.errors import ConfigError, StateError, UnsupportedError, UsageError
+from adapterkit.errors import ConfigError, StateError, UnsupportedError, UsageError, warn
 from adapterkit.kinds import Factors, LayerKind
-from adapterkit.model import Adapter, LabelSet, finite_number
+from adapterkit.model import Adapter, LabelSet, finite_number, inside
 from adapterkit.results import CombineReport
 from adapterkit.tensors import module_slots
 
@@ -115,6 +115,18 @@ def _check_same_base(sources: Sequence[Source]) -> None:
         )
 
 
+def _check_not_replaced(sources: Sequence[Source], heads: Collection[str]) -> None:
+    """Raise `ConfigError` if one of the chosen heads replaces a module that a source without it changes."""
+    for source in sources:
+        others = [head for head in heads if head not in source.heads]
+        replaced = [path for path in (*source.kinds, *source.biases) if inside(path, others) is not None]
+        if replaced:
+            raise ConfigError(
+                f"The chosen head replaces {replaced[0]!r}, which {source.name!r} changes, so the result cannot have "
+                "both. Choose another head, or heads='drop'."
+            )
+
+
 @torch.no_grad()
 def mix(
     name: str,
@@ -138,16 +150,10 @@ def mix(
     if not choices.same_base:
         _check_same_base(sources)
     heads, labels = combine_heads(sources, choices.heads)
-    for source in sources:
-        others = [head for head in heads if head not in source.heads]
-        replaced = [p for p in (*source.kinds, *source.biases) for h in others if f"{p}.".startswith(f"{h}.")]
-        if replaced:
-            raise ConfigError(
-                f"The chosen head replaces {replaced[0]!r}, which {source.name!r} changes, so the result cannot have "
-                "both. Choose another head, or heads='drop'."
-            )
+    _check_not_replaced(sources, heads)
     factors: MutableMapping[str, Factors] = {} if store is None else store
     errors, ranks, most = {}, {}, {}
+    pruned = bool(choices.density)
     for path in order:
         having = [source for source in sources if path in source.kinds]
         found = [source.change(path, dtype) for source in having]
@@ -162,6 +168,9 @@ def mix(
             raise ConfigError(f"{path!r}: {error}") from error
         check_finite(name, path, *made[:3])
         factors[path], ranks[path] = made, made.rank
+        pruned = pruned and not (made.up.any() and made.down.any())
+    if pruned:
+        warn(f"{name!r} changes no weight: density = {choices.density} keeps none of the entries.")
     biases = _biases(sources)
     for path, held in (*heads.items(), *((path, {"bias": bias}) for path, bias in biases.items())):
         check_finite(name, path, *held.values())
