@@ -13,6 +13,7 @@ from tests.models import build
 from torch import nn
 
 import adapterkit as ak
+from adapterkit_lora import LoraConfig
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -91,3 +92,13 @@ def test_two_names_that_differ_in_a_dot_s_place_alone_are_two() -> None:
     adapters.add("v10.", ak.config("lora", r=2, target_modules=["query"]))
     with pytest.raises(ak.ConfigError, match=r"There is an adapter 'v1\.0' already"):
         adapters.add("v1·0", ak.config("lora", r=2, target_modules=["query"]))
+
+
+def test_a_module_may_be_called_as_the_adapters_are_kept() -> None:
+    model = nn.Module()
+    model.adapters = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4))})
+    adapters = ak.attach(model)
+    adapters.add("a", LoraConfig(r=2, target_modules=["adapters.a.0"]))
+    found, expected = adapters.state_dict("a", model.state_dict()), adapters.state_dict("a")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
