@@ -361,6 +361,24 @@ def test_the_bias_of_one_adapter_is_merged_beside_another_without_one() -> None:
     torch.testing.assert_close(model(IDS), expected)
 
 
+def test_biases_that_were_added_on_the_meta_device_are_changes_of_the_bare_bias() -> None:
+    fields = {"target_modules": ["linear"], "bias": "all", "modules_to_save": None}
+    with torch.device("meta"):
+        model = Net().double().eval()
+        adapters = ak.attach(model)
+        for name in "ab":
+            adapters.add(name, LoraConfig(r=2, **fields), activate=False)
+    model.to_empty(device="cpu")
+    model.load_state_dict(network().state_dict(), strict=False)
+    for name in "ab":
+        adapters.reset(name)
+        combining.randomise(adapters, name, ord(name))
+    adapters.activate("a", "b")
+    expected = model(IDS)
+    adapters.merge("a")
+    torch.testing.assert_close(model(IDS), expected)
+
+
 def test_merging_active_adapters_keeps_the_head_that_acts() -> None:
     model = classifier()
     adapters = ak.attach(model)
