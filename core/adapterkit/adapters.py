@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoints import StateDictHooks, install, load_training_state, training_state, uninstall
+from adapterkit.checkpoints import StateDictHooks, hook_saving, load_training_state, training_state, unhook_saving
 from adapterkit.combining import (
     Choices,
     Source,
@@ -47,6 +47,7 @@ from adapterkit.files import (
     refuse,
     save_adapter,
     swap_in,
+    warn_of_misfit,
 )
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import State, Strength, check_trained_dtype
@@ -65,8 +66,8 @@ from adapterkit.model import (
     copy_head,
     initial_values,
     inner_model,
-    labels_of_new_head,
     parameter_groups,
+    resize_new_head,
     resized_tables,
     select,
     select_on,
@@ -167,7 +168,7 @@ class Adapters:
     @property
     def model(self) -> nn.Module:
         """The adapted model."""
-        return self._attached.model
+        return self._attached_model.model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -362,7 +363,7 @@ class Adapters:
         adapter, notes = build_adapter(modules, name, builder, selection, self._active, dtype=dtype, device=meta)
         notes += self._model.notes(adapter, modules)
         heads, base = [*adapter.heads.values()], self._model.labels
-        adapter.labels = labels_of_new_head(heads, labels, base, self.model, adapter.seed)
+        adapter.labels = resize_new_head(heads, labels, base, self.model, adapter.seed)
         if selection.unmatched:
             listed = ", ".join(selection.unmatched)
             warn(f"These entries of the config matched nothing: {listed}.")
@@ -396,7 +397,7 @@ class Adapters:
         """Add an independent copy of an adapter under another name. The copy is not active."""
         adapter = self._adapter(source)
         self._check_new_name(target)
-        self._attached.check_unchanged("copy", [source])
+        self._attached_model.check_unchanged("copy", [source])
         shared_with_model = {id(module): module for module in (*adapter.hosts.values(), *adapter.readers)}
         with self._gathered([adapter]):
             duplicate = copy.deepcopy(adapter, shared_with_model)
@@ -457,7 +458,7 @@ class Adapters:
                 should train.
         """
         adapters, block = [self._adapter(name) for name in names], self._active.in_block
-        self._model.activate(self._attached.state("activate", adapters, heads, strengths, trainable, block=block))
+        self._model.activate(self._attached_model.state("activate", adapters, heads, strengths, trainable, block=block))
 
     @contextmanager
     def activated(
@@ -467,14 +468,15 @@ class Adapters:
         heads: str | None = None,
         strengths: Mapping[str, Strength] | None = None,
     ) -> Iterator[None]:
-        """`activate` for a `with` block, in this thread. Afterwards everything is as before.
+        """`activate` for a `with` block, in this thread. Afterwards the adapters act as before.
 
         Threads that are started in the block, and tasks that are given to a `ThreadPoolExecutor` in it, act like the
         block; other threads do not. Tasks of one asyncio loop share a thread, and so its blocks. A `backward` may come
-        after the block. Adapters that do not train act as constants, whatever `requires_grad` is.
+        after the block: what its graph holds keeps requiring gradients. Adapters that do not train act as constants.
         """
         adapters = [self._adapter(name) for name in names]
-        with self._model.block(self._attached.state("activated", adapters, heads, strengths, trainable, block=True)):
+        state = self._attached_model.state("activated", adapters, heads, strengths, trainable, block=True)
+        with self._model.block(state):
             yield
 
     @contextmanager
@@ -487,7 +489,7 @@ class Adapters:
         if self.merged:
             listed = ", ".join(map(repr, self.merged))
             raise StateError(f"There is no bare model while {listed} is merged. Call unmerge() first.")
-        with self._attached.block(State()):
+        with self._attached_model.block(State()):
             yield
 
     @contextmanager
@@ -528,7 +530,7 @@ class Adapters:
             method = default_registry.method_of(self._adapters[name].config)
             method.check_no_call(f"Adapter {name!r} cannot act in per_sample")
         scales = checked_strengths("per_sample", [self._adapters[name] for name in rows.adapters], strengths)
-        entries = self._attached.entries()
+        entries = self._attached_model.entries()
         if not (batch_first or rows.uniform):
             entries.check({name: self._adapters[name].layers for name in rows.adapters})
         self._model.check_unchanged("per_sample", rows.adapters)
@@ -574,8 +576,8 @@ class Adapters:
             values, report = match_adapter(adapter, default_registry.method_of(adapter.config), self.model, tensors)
             if not report.ok:
                 if strict:
-                    refuse(report, name, "The state dict", self.model, adapter.layers, lenient=True)
-                warn(str(report))
+                    refuse(report, name, "The state dict", self.model, adapter.layers, has_strict=True)
+                warn_of_misfit(f"The state dict, loaded into adapter {name!r}", report)
             adapter.write(completed(adapter, self.model, values), self.model)
         return report
 
@@ -696,9 +698,9 @@ class Adapters:
         name = local_path(subfolder or source).name.removesuffix(".safetensors") if name is None else name
         self._check_new_name(name)
         check_trained_dtype(dtype, "model", "file")
-        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
+        files = read(adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token))
         adapter, report = load_adapter(
-            self.model, name, read(folder), self._active, strict=strict, lenient=True, dtype=dtype, component=component
+            self.model, name, files, self._active, strict=strict, has_strict=True, dtype=dtype, component=component
         )
         self._install(adapter, activate=activate, trainable=trainable)
         return dataclasses.replace(report, adapter=adapter.status(active=name in self.active, merged=False))
@@ -733,8 +735,8 @@ class Adapters:
             StateError: the adapter is merged or offloaded.
         """
         self._adapter(name)
-        folder = adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token)
-        return self._swap(name, read(folder), component)
+        files = read(adapter_folder(source, revision=revision, subfolder=subfolder, cache_dir=cache_dir, token=token))
+        return self._swap(name, files, component)
 
     def _swap(self, name: str, files: AdapterFiles, component: str | None = None) -> SwapReport:
         adapter = self._adapter(name)
@@ -787,7 +789,7 @@ class Adapters:
                 values that are not finite.
             UnsupportedError: an adapter that cannot be merged.
         """
-        self._attached.check_not_per_sample("merge")
+        self._attached_model.check_not_per_sample("merge")
         names = names or self.active
         adapters = [self._adapter(name) for name in names]
         if not names or len(set(names)) < len(names):
@@ -850,7 +852,7 @@ class Adapters:
             The plain model, without a trace of adapters.
         """
         wanted = names or self.active
-        self._attached.check_not_per_sample("merge_and_detach")
+        self._attached_model.check_not_per_sample("merge_and_detach")
         if not wanted and not self.merged:
             raise ConfigError(f"merge_and_detach() has nothing to merge: no adapter is active. There is {self.names}.")
         self._model.check_unchanged("merge_and_detach", [n for n in wanted if n in self and n not in self.merged])
@@ -890,7 +892,7 @@ class Adapters:
         Raises:
             StateError: something was merged with `keep_base=False`; `merge_and_detach` keeps that instead.
         """
-        self._attached.check_not_per_sample("detach")
+        self._attached_model.check_not_per_sample("detach")
         if self.merged:
             self._check_can_unmerge()
             for name in self.merged:
@@ -907,7 +909,7 @@ class Adapters:
                 self.remove(name)
             self._model.restore()
             if self._state_dict_hooks is not None:
-                uninstall(model, self._state_dict_hooks)
+                unhook_saving(model, self._state_dict_hooks)
             del model.__dict__[ATTRIBUTE]
             return model
 
@@ -1027,13 +1029,13 @@ class Adapters:
     # What the calls above have in common
 
     @property
-    def _attached(self) -> AdaptedModel:
+    def _attached_model(self) -> AdaptedModel:
         if not self._model.attached:
             raise StateError("These adapters were detached; call ak.attach(model) for new ones.")
         return self._model
 
     def _adapter(self, name: str) -> Adapter:
-        _ = self._attached
+        _ = self._attached_model
         if not isinstance(name, str) or name not in self._adapters:
             several = isinstance(name, list | tuple | set | dict)
             hint = "Give each name by itself, not in one argument." if several else ""
@@ -1049,7 +1051,7 @@ class Adapters:
         with uninterrupted():
             self._model.install(adapter)
             if self._state_dict_hooks is None:
-                self._state_dict_hooks = install(self.model)
+                self._state_dict_hooks = hook_saving(self.model)
             try:
                 if activate:
                     self.activate(adapter.name, trainable=trainable)
@@ -1095,7 +1097,7 @@ class Adapters:
             self._model.set_unmerged([self._adapters[name] for name in names])
 
     def _check_new_name(self, name: str, *, grows: bool = True) -> None:
-        self._attached.check_new_name(name)
+        self._attached_model.check_new_name(name)
         if grows:
             check_can_grow(self.model, name)
 
@@ -1141,7 +1143,7 @@ class Adapters:
             )
 
     def _warn_if_changed(self, name: str, advice: str = "The file holds what was trained there before that.") -> None:
-        _, changed = self._attached.what_changed([name])
+        _, changed = self._attached_model.what_changed([name])
         if changed:
             warn(f"{changed} {advice}")
 

@@ -522,7 +522,7 @@ def test_types_of_fields_that_cannot_be_resolved_are_named() -> None:
         (dict[str, ak.Rank], {"a": 1}, {"a": 0}, "a rank must be at least 1"),
         (dict, {"a": [1]}, [1], "a mapping from"),
     ],
-    ids=str,
+    ids=["set", "list", "pair", "two numbers", "ranks", "dict"],
 )
 def test_fields_of_collections(hint: Any, right: Any, wrong: Any, said: str) -> None:
     config = config_class("shift", size=(hint, field(default_factory=lambda: right)))

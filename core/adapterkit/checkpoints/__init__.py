@@ -6,7 +6,7 @@ Uses: errors, door, results, tensors, contract, model, formats, files, merging.
 """
 
 from adapterkit.checkpoints.load_state_dict import StateDictHooks
-from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, install, subfolder, tidy, uninstall
+from adapterkit.checkpoints.save_pretrained import Saver, WrittenElsewhere, hook_saving, subfolder, tidy, unhook_saving
 from adapterkit.checkpoints.setting import check_setting, setting
 from adapterkit.checkpoints.training_files import (
     STATE_FILE,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PEFT_BASE, _PEFT_HEAD = ("base_layer", "original_module"), "modules_to_save"
 
 # The key of how the adapters acted, in the `model.safetensors` that `save_pretrained` writes.
-SETTING = "adapterkit.setting"
+SETTING_IN_FILE = "adapterkit.setting"
 # The block of `encoded` that holds most settings, so that the tensor seldom changes its shape.
 _LENGTH = 4096
 # The functions, by module and name, that write a training and keep only the tensors of a state dict.
@@ -58,7 +58,7 @@ class StateDictHooks:
         self._prefix = ""
         self._given: set[str] = set()
         self._given_before = _Digests()  # what this model itself has given is not checked
-        self._loads = False
+        self._reads_own = False
         self._handles = (
             root.register_state_dict_post_hook(functools.partial(self._written)),  # torch marks what it is given
             root.register_load_state_dict_pre_hook(self._before),
@@ -75,7 +75,7 @@ class StateDictHooks:
     ) -> None:
         """Say in a state dict how the adapters act, if any trains."""
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
-        if self._loads or not _trains(adapters):
+        if self._reads_own or not _trains(adapters):
             return
         text = metadata[ATTRIBUTE] = setting(adapters, held=adapters.names)
         self._given_before.add(short_hash(text))
@@ -132,18 +132,18 @@ class StateDictHooks:
 
     def _tensors(self) -> dict[str, Any]:
         """The model's state dict, which does not count as one that was given to somebody."""
-        self._loads = True
+        self._reads_own = True
         try:
             return self.root.state_dict(keep_vars=True)
         finally:
-            self._loads = False
+            self._reads_own = False
 
     def _setting_in(self, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> str | None:
         """How the adapters acted in the training that a state dict is of; `None`: it is of none, or of no other.
 
         Where no adapter trains, only the file that `save_pretrained` wrote for a training is one.
         """
-        file, held = (state.pop(prefix + key, None) for key in (SETTING, ATTRIBUTE))
+        file, held = (state.pop(prefix + key, None) for key in (SETTING_IN_FILE, ATTRIBUTE))
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
         if file is not None or not _trains(adapters):
             return None if file is None else decoded(file)

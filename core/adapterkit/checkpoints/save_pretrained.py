@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adapterkit.checkpoints.load_state_dict import SETTING, StateDictHooks
+from adapterkit.checkpoints.load_state_dict import SETTING_IN_FILE, StateDictHooks
 from adapterkit.checkpoints.peft import watch_peft
 from adapterkit.checkpoints.setting import encoded, setting
 from adapterkit.checkpoints.training_files import STATE_FILE
@@ -52,7 +52,7 @@ _REFUSED = {
 }
 
 
-def install(root: nn.Module) -> StateDictHooks:
+def hook_saving(root: nn.Module) -> StateDictHooks:
     """Let the model, and the models inside it, save and load with their adapters. Models around it warn."""
     _let_outer_models_warn()
     explain_unread_adapters()
@@ -71,8 +71,8 @@ def install(root: nn.Module) -> StateDictHooks:
     return StateDictHooks(root)
 
 
-def uninstall(root: nn.Module, hooks: StateDictHooks) -> None:
-    """Undo `install`."""
+def unhook_saving(root: nn.Module, hooks: StateDictHooks) -> None:
+    """Undo `hook_saving`."""
     hooks.remove()
     for _, module in named_modules(root):
         for name in (_SAVE, _SAVE_PART):
@@ -277,12 +277,12 @@ class Saver:
         if groups or given.get("is_main_process", True):
             in_first_process(groups, write)
         if source is None:
-            self._warn_of_base()
+            self._warn_of_unwritten_parameters()
         notes = self.adapters._model.notes_for_file
         for note in (f"Adapter {name!r}: {note}." for name in acting for note in notes(inside[name])):
             warn(note)
 
-    def _warn_of_base(self) -> None:
+    def _warn_of_unwritten_parameters(self) -> None:
         """Warn of parameters that train and are written nowhere."""
         own = {id(p) for adapter in self.adapters._adapters.values() for p in adapter.parameters()}
         tables = resized_keys(BaseModules(self.module))
@@ -297,7 +297,8 @@ class Saver:
     def _training_state(self, inside: Collection[Adapter], source: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         ours = resized_keys(BaseModules(self.module)).union(*map(self._keys, inside))
         text = setting(self.adapters, held=self.adapters.names)
-        acted = {} if self.path else {SETTING: encoded(text)}  # only the whole model's `load_state_dict` knows it
+        # Only the whole model's `load_state_dict` knows it.
+        acted = {} if self.path else {SETTING_IN_FILE: encoded(text)}
         if source is not None:
             found = {key: tensor for key, tensor in source.items() if unwrapped_key(key) in ours}
             return {**dict(zip(found, whole(list(found.values())), strict=True)), **acted}

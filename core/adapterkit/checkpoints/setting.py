@@ -104,10 +104,10 @@ def _compare(adapters: Adapters, then: Any, where: object, *, base: bool) -> Non
                 "the file that was loaded then; if it was trained before that, save it and load that file."
             )
     if base:
-        _warn_of_base(then["base"], now["base"], where)
+        _warn_of_other_base(then["base"], now["base"], where)
 
 
-def _warn_of_base(then: Mapping[str, str], now: Mapping[str, str], where: object) -> None:
+def _warn_of_other_base(then: Mapping[str, str], now: Mapping[str, str], where: object) -> None:
     """Warn if the same frozen parameters have other values than then."""
     if then["names"] != now["names"] or not (then["values"] and now["values"]) or then["values"] == now["values"]:
         return

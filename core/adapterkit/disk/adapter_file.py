@@ -193,11 +193,11 @@ class AdapterFile(AdapterContent):
         mapped = MappedFiles()
         files = read(adapter_folder(source), mapped.read)
         modules = None if base is None else BaseModules(base.model)
-        found = translate(files, modules, part=component, keep_names=keep_names, other_class=False)
+        found = translate(files, modules, component=component, keep_names=keep_names, other_class=False)
         recorded = found.config.base_model_name_or_path
         if base is None and not found.layers and recorded and (Path(recorded) / CONFIG).is_file():
             base = Base(skeleton(recorded), Path(recorded))
-            found = translate(files, BaseModules(base.model), part=component, other_class=False)
+            found = translate(files, BaseModules(base.model), component=component, other_class=False)
         method, config, tensors, kinds = found.method, found.config, dict(found.tensors), found.layers
         if base is not None and files.config is not None:
             splits = [method.key_rule(config).split(key) for key in shapes_of(tensors)]

@@ -22,7 +22,7 @@ from adapterkit.errors import SaveError, UnsupportedError, UsageError, usage
 from adapterkit.files import adapter_folder, load_adapter, local_path, model_folder, read, standing
 from adapterkit.formats import AdapterFiles
 from adapterkit.forward import Active, give_dtypes_back
-from adapterkit.merging import FLAG, Change, Parting, merge_module, nested, part, plan
+from adapterkit.merging import FLAG, Change, Parting, give_own_memory, merge_module, nested, plan
 from adapterkit.model import Adapter, BaseModules, LabelSet, acting_heads, checked_strengths, finite_number
 from adapterkit.results import Printed, counted, in_lines
 from adapterkit.tensors import default_modes
@@ -274,7 +274,7 @@ def _changes(
     changes = plan(adapters, BaseModules(base.model), untie=untie, scales=scales)
     for change in changes:
         if change.head is not None:  # its own copy of the module is in memory, and is written as the head that it is
-            part(change)
+            give_own_memory(change)
             merge_module(change, safe=safe)
     chosen = next((s.name for s in sources if heads in (s.given, s.name)), heads)
     acting = [next(a for a in adapters if a.name == name) for name in acting_heads(adapters, chosen)]

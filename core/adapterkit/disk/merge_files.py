@@ -65,7 +65,7 @@ Progress = Callable[[int, int], object]
 Origin = Entry | Merge | Tensor
 
 
-def merged_module(merge: Merge, *, safe: bool) -> Mapping[str, Any]:
+def read_and_merge(merge: Merge, *, safe: bool) -> Mapping[str, Any]:
     """Read the base's values and merge the whole module; its parameters by name."""
     module, values = copy.copy(merge.change.module), {}
     for local, entry in merge.inputs.items():
@@ -162,7 +162,7 @@ class Output:
         """Write it; the files that an earlier run had finished, and files of the base that are not copied."""
         kept = ""
         try:
-            with held(self.out) as partial:
+            with partial_folder(self.out) as partial:
                 resumed = begin(partial, self, resume=resume)
                 kept = f" What is finished is in {partial}: resume=True goes on from there, or delete it."
                 try:
@@ -246,7 +246,7 @@ def _contents(shard: Shard, origins: Mapping[str, Origin], *, safe: bool) -> Ite
         elif isinstance(origin, Merge):
             if origin.change is not change:  # the weight and the bias of a module follow each other
                 made = {}  # so that one module is in memory at a time
-                change, made = origin.change, merged_module(origin, safe=safe)
+                change, made = origin.change, read_and_merge(origin, safe=safe)
             yield as_bytes(made[origin.local])
         else:
             with origin.file.open("rb", buffering=0) as file:
@@ -311,7 +311,7 @@ def of_others(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[Path]:
+def partial_folder(out: Path) -> Iterator[Path]:
     """The folder in which an output grows, made if need be, for this process alone (not on Windows)."""
     folder = out.with_name(f".{out.name}.partial")
     ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))

@@ -15,7 +15,7 @@ from adapterkit.files.folder import (
 )
 from adapterkit.files.hub import adapter_folder, hub_error, hub_id, hub_is_unreachable, model_folder
 from adapterkit.files.load import EVERYWHERE, load_adapter
-from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values
+from adapterkit.files.match import check_tensors, file_places, match_adapter, refuse, same_values, warn_of_misfit
 from adapterkit.files.save import adapter_tensors, file_config, file_contents, file_tensors, save_adapter, short_names
 from adapterkit.files.serving import ServerName, ServingReport, check_serving, problems_of, server_named
 from adapterkit.files.swap import swap_in

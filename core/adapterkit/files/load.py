@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.contract import AdapterConfig, KeyRule, Names
-from adapterkit.errors import AdapterWarning, CheckpointError, SelectionError, warn
+from adapterkit.errors import CheckpointError, SelectionError, warn
 from adapterkit.files.differences import with_differences
-from adapterkit.files.match import equals_base, ignore_known_keys, no_layer, refuse
+from adapterkit.files.match import equals_base, ignore_known_keys, no_layer, refuse, warn_of_misfit
 from adapterkit.formats import AdapterFiles, translate
 from adapterkit.forward import Active, original_class
 from adapterkit.model import (
@@ -38,7 +38,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     active: Active,
     *,
     strict: bool | None,
-    lenient: bool = False,
+    has_strict: bool = False,
     dtype: torch.dtype | str | None,
     component: str | None = None,
     device: torch.device | None = None,
@@ -47,7 +47,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
 
     Args:
         strict: `None`: what does not fit is in the report, and nowhere else.
-        lenient: whether the caller has an argument `strict`, for messages.
+        has_strict: whether the caller has an argument `strict`, for messages.
         device: of what the file does not hold; `None`: where the model computes.
 
     Raises:
@@ -55,11 +55,11 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
         SelectionError: its config selects nothing on this model.
     """
     modules = BaseModules(model)
-    found = translate(files, modules, part=component)
+    found = translate(files, modules, component=component)
     tensors, method, config = dict(found.tensors), found.method, found.config
-    zeros: tuple[str, ...] = ()
+    zero_differences: tuple[str, ...] = ()  # they change nothing
     if files.config is None:
-        tensors, changed, zeros = with_differences(found, modules)
+        tensors, changed, zero_differences = with_differences(found, modules)
         config = config.replace(modules_to_save=changed or config.modules_to_save)
     config = config.replace(modules_to_save=_heads_in_file(config, modules, tensors))
     try:
@@ -69,7 +69,7 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
         raise
     tables = _tables_in_file(modules, selection.heads, tensors)
     optional = {*(f"{path}.bias" for path in tables), *(f"{p}.weight" for p, first in tables.items() if p != first)}
-    fit = Fit(method.key_rule(config), optional)
+    fit = Fit(method.key_rule(config), optional)  # `build_adapter` fills it
     adapter, _ = build_adapter(
         modules,
         name,
@@ -83,11 +83,11 @@ def load_adapter(  # noqa: PLR0913 - what is loaded onto what, how, and what mes
     adapter.tables = frozenset(tables)
     for path, first in tables.items():
         adapter.heads[path]._parameters["weight"] = adapter.heads[first]._parameters["weight"]
-    fit.ignored += [*zeros, *(key for key in found.passed if key not in tensors)]
+    fit.ignored += [*zero_differences, *(key for key in found.passed if key not in tensors)]
     ignore_known_keys(fit, model, tensors, found.passed)
     report = fit.report()
     if strict and not report.ok:
-        refuse(report, name, str(files.folder), model, adapter.layers, lenient=lenient)
+        refuse(report, name, str(files.folder), model, adapter.layers, has_strict=has_strict)
     if strict is not None:
         _warn(files, adapter, report)
     adapter.labels = _labels(model, adapter, files)
@@ -115,7 +115,7 @@ def _check_of_this_model(
 def _warn(files: AdapterFiles, adapter: Adapter, report: LoadReport) -> None:
     """Warn of what does not fit, and of modules with several paths in a file that may be PEFT's (no `EVERYWHERE`)."""
     if not report.ok:
-        warn(AdapterWarning(f"{files.folder}:", report))
+        warn_of_misfit(files.folder, report)
     adapted = {*adapter.layers, *({*adapter.heads} - adapter.tables)}
     path = next((path for path in adapter.aliases if path in adapted), None)
     if path is not None and files.config is not None and EVERYWHERE not in files.metadata:

@@ -16,7 +16,7 @@ from adapterkit.contract import (
     split_memory_key,
     unwrapped_key,
 )
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import AdapterWarning, CheckpointError, warn
 from adapterkit.formats import algorithms_in, in_names_of, layers_of
 from adapterkit.forward import original_class
 from adapterkit.model import Adapter, BaseModules, Fit, sort_for
@@ -132,6 +132,11 @@ def same_values(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(whole([own])[0].to(tensor.dtype).to(wide), tensor.to(own.device, wide))
 
 
+def warn_of_misfit(where: object, report: LoadReport) -> None:
+    """Warn of what does not fit, for a load that is not strict; `where` is what holds the tensors."""
+    warn(AdapterWarning(f"{where}:", report))
+
+
 def refuse(
     report: LoadReport,
     name: str,
@@ -139,15 +144,15 @@ def refuse(
     model: nn.Module | None = None,
     layers: Collection[str] = (),
     *,
-    lenient: bool = False,
+    has_strict: bool = False,
 ) -> None:
     """Raise the `CheckpointError` of a strict load, which says why it does not fit and names the first keys.
 
     Args:
         layers: the paths of the adapter's layers.
-        lenient: whether the caller has an argument `strict`.
+        has_strict: whether the caller has an argument `strict`.
     """
-    hint = "; strict=False loads what fits" if lenient else ""
+    hint = "; strict=False loads what fits" if has_strict else ""
     whole = [key for key in report.unexpected if model is not None and of_base(model, key) is not None]
     causes = _causes(report, whole, model, layers)
     raise CheckpointError(

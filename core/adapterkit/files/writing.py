@@ -102,8 +102,8 @@ def _write_into(
         with _fresh(config) as new_config, _fresh(weights) as new_weights:
             new_config.write_text(text, encoding="utf-8")
             writer(dict(tensors), new_weights, {"format": "pt", **metadata})
-            _finish(new_config, config)
-            _finish(new_weights, weights)
+            _set_mode_and_sync(new_config, config)
+            _set_mode_and_sync(new_weights, weights)
             # The older formats that were there go as well, but not a file that another process wrote meanwhile.
             replaced = [f for f, found in before.items() if found and (f == name or identity(folder / f) == found)]
             if old != text.encode() or replaced not in ([], [name]):
@@ -154,7 +154,7 @@ def _copy(file: Path, place: Path) -> None:
     """Copy a file with its mode and owner, in one step."""
     with _fresh(place) as fresh:
         fresh.write_bytes(file.read_bytes())
-        _finish(fresh, file)
+        _set_mode_and_sync(fresh, file)
         fresh.replace(place)
 
 
@@ -256,7 +256,7 @@ def appearing(path: Path, *, follow: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _fresh(path) as fresh:
         yield fresh
-        _finish(fresh, path)
+        _set_mode_and_sync(fresh, path)
         fresh.replace(path)
 
 
@@ -309,7 +309,7 @@ def _fresh(path: Path) -> Iterator[Path]:
             raise
 
 
-def _finish(file: Path, replaced: Path) -> None:
+def _set_mode_and_sync(file: Path, replaced: Path) -> None:
     """Give a file the usual mode, or that and the owner of the file that it replaces, and its bytes to the disk."""
     try:
         old = replaced.lstat()

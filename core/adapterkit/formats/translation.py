@@ -69,7 +69,7 @@ def translate(
     files: AdapterFiles,
     modules: BaseModules | None,
     *,
-    part: str | None = None,
+    component: str | None = None,
     keep_names: bool = False,
     other_class: bool = True,
 ) -> Translation:
@@ -77,7 +77,7 @@ def translate(
 
     Args:
         modules: those of the model; `None`: there is no model, and the tensors tell what they can.
-        part: of a file for a whole pipeline, the part to take.
+        component: of a file for a whole pipeline, the part to take.
         keep_names: without a model, keep the names that another program's file has for its layers.
         other_class: on a model with another head than the adapter's, or none, name the layers as this model does.
 
@@ -92,7 +92,7 @@ def translate(
     check_program(files)
     tokens = [key for key in files.tensors if key.startswith(TOKENS)]
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if key not in tokens})
-    chosen = of_component(held, part)
+    chosen = of_component(held, component)
     files = dataclasses.replace(files, tensors=chosen)
     if modules is not None or not keep_names:
         files, moved = _with_paths(files, modules, layers, other_class=other_class)

@@ -40,9 +40,9 @@ class Plan:
             last one with `any_module`, each with its strength, and at the model itself each `Shared` that replaces its
             call.
         layers: the other adapter layers that act, which run around those; the innermost first, each with its strength.
-        wrapping: so many of them, from the first on, run around the forward; the rest only add to its output.
+        wrapping: how many of these, from the first on, run around the forward; the rest only add to its output.
         biases: the trained biases that act, each with its strength.
-        alone: the only layer that acts, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
+        only_layer: the layer that acts alone, if it is a `DenseLayer`: it may compute with `W + dW` in one product.
         kinds: the layer kind of each acting adapter layer.
         checked: whether the module is checked before each forward; see `is_checked`.
         mesh: the processes between which tensor parallelism splits the module, or `None`.
@@ -57,9 +57,10 @@ class Plan:
             self.head, names = head, tuple(n for n in state.names if n == owner)
             self.call_head = callable_head(head, module)
         layers = [(layer, strength) for layer, strength, _ in state.parts(module, LAYERS, names)]
-        whole = max([0, *(i for i, (layer, _) in enumerate(layers, 1) if layer.any_module)])
-        self.calls: list[tuple[Any, float]] = layers[:whole]
-        self.layers = layers[whole:]
+        # One past the last layer that changes the whole call.
+        calls = max([0, *(i for i, (layer, _) in enumerate(layers, 1) if layer.any_module)])
+        self.calls: list[tuple[Any, float]] = layers[:calls]
+        self.layers = layers[calls:]
         self.biases = [(bias, strength) for bias, strength, _ in state.parts(module, BIASES, names)]
         self.kinds = [layer.kind for layer, _ in layers]
         self.checked = is_checked(module, self.kinds)
@@ -68,7 +69,7 @@ class Plan:
         # Under torch.compile the compiler chooses the form.
         one_sum = len(self.layers) == 1 and not self.wrapping and not torch.compiler.is_compiling()
         layer, strength = self.layers[0] if one_sum else (None, 1.0)
-        self.alone = layer if strength == 1.0 and isinstance(layer, DenseLayer) else None
+        self.only_layer = layer if strength == 1.0 and isinstance(layer, DenseLayer) else None
 
     def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`original(*args, **kwargs)`, which is the module's own forward, with all that acts."""
@@ -92,13 +93,13 @@ class Plan:
             original = Call(self.module, original, self.calls, self.constants)
         if not (self.layers or self.biases) or not (args or kwargs):
             return original(*args, **kwargs)
-        alone = len(args) == 1 and not kwargs
-        base, x = (original, args[0]) if alone else of_input(self.module, original, args, kwargs)
+        one_argument = len(args) == 1 and not kwargs
+        base, x = (original, args[0]) if one_argument else of_input(self.module, original, args, kwargs)
         return self.changed(base, x) if self.mesh is None else run_split(self, self.mesh, base, x)
 
     def changed(self, base: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`base(x)` with the adapter layers and trained biases; a sum is rounded to its dtype once."""
-        out = None if self.alone is None else with_weight(self.alone, self.module, base, x)
+        out = None if self.only_layer is None else with_weight(self.only_layer, self.module, base, x)
         if out is not None:
             dtype = out.dtype
         else:

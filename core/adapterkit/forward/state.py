@@ -42,7 +42,7 @@ class State:
     """What acts in a block, or everywhere.
 
     Attributes:
-        asked: the adapters that were activated, merged ones included, and those of them that provide heads.
+        asked: a pair: the names that were activated and the names that provide heads, both with merged adapters.
         names: the active adapters, which are not merged; the first is the innermost.
         heads: the adapters that provide the acting heads, merged ones included.
         trains: the adapters that were activated to train.
@@ -119,15 +119,15 @@ class State:
                     raise StateError(adapters[name].no_values)
             return self.make_plan(module)
         # Detached parameters belong to this forward, and replicas of `DataParallel` live for one forward.
-        once = (self.constants and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
-        found = None if once else self.plans.get(id(module))
+        for_one_forward = (self.constants and torch.is_grad_enabled()) or "_is_replica" in module.__dict__
+        found = None if for_one_forward else self.plans.get(id(module))
         if found is None:
             if self.before_first is not None:
                 self.before_first()
                 self.before_first = None
             ready = all(adapters[name].has_values() for name in (*self.names, *self.heads))
             found = self.make_plan(module)
-            if ready and not once:
+            if ready and not for_one_forward:
                 self.plans[id(module)] = found
         return found
 

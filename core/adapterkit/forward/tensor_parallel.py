@@ -105,7 +105,7 @@ def run_split(plan: Plan, mesh: Any, base: Callable[[Any], Any], x: Tensor) -> A
         return out
 
     split = copy.copy(plan)
-    split.alone = None
+    split.only_layer = None
     for name in ("layers", "biases"):
         setattr(split, name, [(_replicated(part, mesh), strength) for part, strength in getattr(plan, name)])
     out = split.changed(whole_base, _lifted(x, mesh, None if lookup else in_features))

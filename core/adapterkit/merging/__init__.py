@@ -4,7 +4,7 @@ In: adapters on a model. Out: a checked plan, and the weights with the changes i
 Uses: errors, tensors, kinds, contract, forward, model.
 """
 
-from adapterkit.merging.changes import Change, merge_module, part, plan
+from adapterkit.merging.changes import Change, give_own_memory, merge_module, plan
 from adapterkit.merging.obstacles import obstacle
 from adapterkit.merging.places import Place
 from adapterkit.merging.tied_weights import FLAG, Parting, nested

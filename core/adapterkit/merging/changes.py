@@ -204,7 +204,7 @@ def check_in_memory(changes: Sequence[Change]) -> None:
                 )
 
 
-def part(change: Change) -> None:
+def give_own_memory(change: Change) -> None:
     """Give the written tensors that are tied memory of their own."""
     for name, tensor in change.touched.items():
         if name in change.tied:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from adapterkit.contract import BIASES
 from adapterkit.errors import AdapterError, StateError
 from adapterkit.forward import BiasLayer, Strength, give_dtypes_back
-from adapterkit.merging.changes import Change, check_finite, check_in_memory, merge_module, merged_values, part, plan
+from adapterkit.merging.changes import (
+    Change,
+    check_finite,
+    check_in_memory,
+    give_own_memory,
+    merge_module,
+    merged_values,
+    plan,
+)
 from adapterkit.merging.places import Place, own, put
 from adapterkit.merging.tied_weights import Parting
 from adapterkit.model import Adapter, BaseModules
@@ -202,7 +210,7 @@ def _carry_out(
         for layer in biases.children() if biases is not None and "bias" in touched else ():
             assert isinstance(layer, BiasLayer)
             layer.keep_base(touched["bias"])
-        part(change)
+        give_own_memory(change)
         merge_module(change, safe=safe)
         step.whole = True
 

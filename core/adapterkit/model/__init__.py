@@ -7,7 +7,7 @@ Uses: errors, results, tensors, kinds, contract, forward, rows.
 from adapterkit.model.adapted import AdaptedModel
 from adapterkit.model.adapter import Adapter, acting_heads, checked_strengths, finite_number, training_among
 from adapterkit.model.build import LayerBuilder, build_adapter, completed, initial_shared, initial_values
-from adapterkit.model.heads import LabelSet, copy_head, labels_of_new_head, task_type
+from adapterkit.model.heads import LabelSet, copy_head, resize_new_head, task_type
 from adapterkit.model.modules import BaseModules, base_parameters, inner_model, inside, named_modules
 from adapterkit.model.optimizing import parameter_groups
 from adapterkit.model.selection import ALL_LINEAR, Match, Selection, select, select_on

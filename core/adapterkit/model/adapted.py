@@ -181,13 +181,13 @@ class AdaptedModel:
         scales = checked_strengths(call, adapters, strengths)
         self.check_unchanged(call, trains)
         before, merged = self.active.state, self.active.merged
-        hidden: tuple[str, ...] = ()
+        merged_before: tuple[str, ...] = ()
         constants = tuple(name for name in names if name not in trains) if block else ()
         if merged:  # these are active again after `unmerge`
-            hidden = tuple(name for name in before.asked[0] if name in merged)
-            trains = tuple(name for name in hidden if name in before.trains) + trains
-            scales |= {name: before.strengths[name] for name in hidden if name in before.strengths}
-        state = State(hidden + names, acting, trains, constants=constants, merged=merged, strengths=scales)
+            merged_before = tuple(name for name in before.asked[0] if name in merged)
+            trains = tuple(name for name in merged_before if name in before.trains) + trains
+            scales |= {name: before.strengths[name] for name in merged_before if name in before.strengths}
+        state = State(merged_before + names, acting, trains, constants=constants, merged=merged, strengths=scales)
         state.before_first = lambda: self.check_unchanged(call, state.names)
         return state
 
@@ -196,9 +196,9 @@ class AdaptedModel:
         active, adapters = self.active, self.adapters.values()
         block, before, trained = active.in_block, active.state, self._trained_in(state)
         changes_flags = bool(trained) or before.trains or any(a.trains_for_now or a.may_train() for a in adapters)
-        several = changes_flags or len(active.threads) > 1 or self._labels_owner(state.heads) != self.labels_of
+        several_writes = changes_flags or len(active.threads) > 1 or self._labels_owner(state.heads) != self.labels_of
         # Masking Ctrl-C takes as long as all the rest, and one assignment cannot be interrupted halfway.
-        with uninterrupted() if several else nullcontext(), lock:
+        with uninterrupted() if several_writes else nullcontext(), lock:
             for adapter in trained:
                 adapter.train(for_now=block)
             active.become(state)
@@ -228,6 +228,7 @@ class AdaptedModel:
                 raise
 
     def _leave(self, block: Block) -> None:
+        """End a block. What required gradients for the block alone is frozen, unless a graph still holds it."""
         with lock:
             self.active.leave(block)
             if self.attached:

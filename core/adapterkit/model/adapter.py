@@ -301,7 +301,7 @@ class Adapter:
         return [module._parameters for module in modules_below((*parts[:1], *parts[-1:])) if module._parameters]
 
     def train(self, *, for_now: bool) -> None:
-        """Let all parameters require gradients, for good or until `freeze`."""
+        """Let all parameters require gradients until `freeze`; with `for_now`, the end of a block freezes them too."""
         self.trained_before, enabled = [], gradients.enable(self.parameters())
         self.trains_for_now = [*self.trains_for_now, *enabled] if for_now else []
 

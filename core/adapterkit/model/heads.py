@@ -167,7 +167,7 @@ def adopt_rows(head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             set_rows(layer, weight.shape[0])
 
 
-def labels_of_new_head(
+def resize_new_head(
     heads: Sequence[nn.Module], chosen: LabelSet | None, base: LabelSet | None, model: nn.Module, seed: int | None
 ) -> LabelSet | None:
     """The label set of a new adapter with these heads. Their last layer of the model's size is resized to it.
