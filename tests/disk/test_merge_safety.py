@@ -164,7 +164,7 @@ def test_a_finished_file_that_is_not_whole_is_written_again(damage: str, begun: 
 
 def test_two_runs_at_once_on_one_output_are_refused(world: Path, place: Path) -> None:
     refused = pytest.raises(ak.StateError, match=r"Another process is merging into .*out. Wait for it")
-    with merge_files.held(place / "out"), refused:
+    with merge_files.partial_folder(place / "out"), refused:
         merge(world, place / "out")
     merge(world, place / "out")
     assert_same_folder(world / "expected", place / "out")
