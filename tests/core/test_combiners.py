@@ -18,7 +18,7 @@ import adapterkit as ak
 from adapterkit.combining import Choices
 from adapterkit.combining import methods as combine
 from adapterkit.combining.lowrank import common_bases
-from adapterkit.contract.combiners import BUILTIN, Options
+from adapterkit.contract.combiners import BUILTIN, CombinerOptions
 
 SIGNS = ("total", "frequency")
 WEIGHTS = st.sampled_from([1.0, 0.5, -0.7, 2.0, 0.0])
@@ -105,7 +105,7 @@ def test_isotropising_does_not_raise_rounding_to_a_change() -> None:
 def test_dare_drops_with_the_chance_asked_for_and_keeps_the_mean() -> None:
     ones, options = (
         torch.ones(1, 400, 500, dtype=torch.float64),
-        Options(0.2, generator=torch.Generator().manual_seed(0)),
+        CombinerOptions(0.2, generator=torch.Generator().manual_seed(0)),
     )
     kept = BUILTIN["dare_linear"].function(ones, torch.ones(1), options)
     assert set(kept.unique().tolist()) == {0.0, 5.0}
@@ -118,7 +118,7 @@ def test_dare_is_the_rest_of_its_method_behind_its_masks(method: str) -> None:
     draw = torch.Generator().manual_seed(3)
     masks = [torch.bernoulli(torch.full((4, 5), 0.4, dtype=torch.float64), generator=draw) for _ in range(3)]
     dropped = [s * m / 0.4 for s, m in zip(stack, masks, strict=True)]
-    options = Options(0.4, generator=torch.Generator().manual_seed(3))
+    options = CombinerOptions(0.4, generator=torch.Generator().manual_seed(3))
     found = BUILTIN[method].function(stack, torch.tensor(weights), options)
     plain = oracles.linear(dropped, weights) if method == "dare_linear" else oracles.elected(dropped, weights, "total")
     assert torch.allclose(found, plain)
@@ -196,7 +196,7 @@ def extension(answer: Any) -> ModuleType:
     return plugin
 
 
-def first(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def first(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     return stack[0]
 
 
@@ -224,5 +224,5 @@ def test_an_extension_adds_a_way_to_combine_until_it_is_retracted() -> None:
 )
 def test_a_combiner_that_fails_is_named(function: Any, said: str) -> None:
     with pytest.raises(ak.PluginError) as caught:
-        ak.Combiner(function)(torch.ones(2, 4, 4), torch.ones(2), Options())
+        ak.Combiner(function)(torch.ones(2, 4, 4), torch.ones(2), CombinerOptions())
     assert str(caught.value) == said

@@ -139,9 +139,9 @@ class StateDictHooks:
             self._reads_own = False
 
     def _setting_in(self, state: MutableMapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> str | None:
-        """How the adapters acted in the training that a state dict is of; `None`: it is of none, or of no other.
+        """How the adapters acted in the training that wrote a state dict; `None`: none did, or this model itself.
 
-        Where no adapter trains, only the file that `save_pretrained` wrote for a training is one.
+        Where no adapter trains, only the file that `save_pretrained` wrote for a training counts.
         """
         file, held = (state.pop(prefix + key, None) for key in (SETTING_IN_FILE, ATTRIBUTE))
         adapters: Adapters = self.root.__dict__[ATTRIBUTE]
@@ -154,7 +154,7 @@ class StateDictHooks:
         return text if isinstance(text, str) and not is_own else None
 
     def _after(self, module: nn.Module, result: Any) -> None:
-        """Keys that nobody misses are not missing.
+        """Remove from the missing keys those that need not be there.
 
         If no frozen parameter was given, the base stays as it is; adapters without values get them by `Adapters.reset`.
         """

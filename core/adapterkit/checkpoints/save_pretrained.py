@@ -253,7 +253,7 @@ class Saver:
         folder, source = local_path(given["save_directory"]), given.get("state_dict")
         training = "state_dict" in given
         if not self.holds_base(folder, training=training):
-            training |= (folder / _TRAINING_FILE).exists()  # it must be as new as the adapters
+            training |= (folder / _TRAINING_FILE).exists()  # an older one there must not stay beside new adapters
         places = {name: folder if [name] == acting else subfolder(folder, name) for name in inside}
         for name in places:
             self.adapters._warn_if_changed(name)

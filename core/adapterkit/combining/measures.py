@@ -62,7 +62,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def figures(s: Tensor) -> dict[str, Any]:
-    """What the singular values of a change tell, for records with these fields.
+    """What the singular values of a change tell, as arguments of `LayerInspection` and of the report's `LayerFinding`.
 
     Returns:
         Its Frobenius norm `norm`, its `effective_rank`, and `rank_90` and `rank_99`: how few of the values have 90 and

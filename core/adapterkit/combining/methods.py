@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapterkit.combining.lowrank import as_factors, check_size, common_bases, dense_svd, keep, svd, working
 from adapterkit.combining.new_adapter import check_can_result
-from adapterkit.contract import Combiner, MajoritySign, Options, combiners, default_registry
+from adapterkit.contract import Combiner, CombinerOptions, MajoritySign, combiners, default_registry
 from adapterkit.errors import ConfigError, UsageError
 from adapterkit.kinds import Factors, numerical_rank
 
@@ -67,7 +67,7 @@ def combine_factors(
         The factors of the result, and the relative error of truncation.
     """
     combiner, linear = default_registry.combiner(choices.method), choices.method == "linear"
-    options = Options(choices.density or 1.0, choices.majority_sign_method, generator)
+    options = CombinerOptions(choices.density or 1.0, choices.majority_sign_method, generator)
     # The change of the bias is a weighted sum for every method: a vector has few entries.
     shifts = [w * f.scale * working(f.bias) for f, w in zip(sources, weights, strict=True) if f.bias is not None]
     bias = torch.stack(shifts).sum(0) if shifts else None
@@ -98,13 +98,17 @@ def combine_factors(
     return keep(*parts, bias, rank=choices.rank, energy=choices.energy)
 
 
-def _apply(combiner: Combiner, matrices: Sequence[Tensor], weights: Sequence[float], options: Options) -> Tensor:
+def _apply(
+    combiner: Combiner, matrices: Sequence[Tensor], weights: Sequence[float], options: CombinerOptions
+) -> Tensor:
     """Apply the combiner. Matrices with negative weights are negated first, so that the signs of `w X` are elected."""
     stack = torch.stack([-matrix if weight < 0 else matrix for matrix, weight in zip(matrices, weights, strict=True)])
     return combiner(stack, torch.tensor(weights, dtype=stack.dtype, device=stack.device).abs(), options)
 
 
-def _on_factors(sources: Sequence[Factors], weights: Sequence[float], combiner: Combiner, options: Options) -> Factors:
+def _on_factors(
+    sources: Sequence[Factors], weights: Sequence[float], combiner: Combiner, options: CombinerOptions
+) -> Factors:
     """A and B separately, as in PEFT: both have the weight `sqrt(|w s|)` with the scaling `s`; A has the sign."""
     ranks = {f.rank for f in sources}
     if len(ranks) > 1:

@@ -4,7 +4,7 @@ In: plugins, from entry points or `ak.register`. Out: configs, layers, key rules
 Uses: errors, door, migration, results, tensors, kinds.
 """
 
-from adapterkit.contract.combiners import Combiner, MajoritySign, Options
+from adapterkit.contract.combiners import Combiner, CombinerOptions, MajoritySign
 from adapterkit.contract.config import AdapterConfig
 from adapterkit.contract.field_types import Dropout, Limit, Probability, Rank
 from adapterkit.contract.formats import (

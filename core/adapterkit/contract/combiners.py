@@ -19,7 +19,7 @@ MajoritySign = Literal["total", "frequency"]
 
 
 @dataclass(frozen=True)
-class Options:
+class CombinerOptions:
     """The options of a combiner.
 
     Attributes:
@@ -44,11 +44,11 @@ class Combiner:
             computed in a small common basis, never on the dense change, and takes stacks of matrices `(T, m, n)`.
     """
 
-    function: Callable[[Tensor, Tensor, Options], Tensor]
+    function: Callable[[Tensor, Tensor, CombinerOptions], Tensor]
     prunes: bool = False
     rotates: bool = False
 
-    def __call__(self, stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+    def __call__(self, stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
         """The result for these sources.
 
         Raises:
@@ -72,37 +72,38 @@ class Combiner:
         p, q = (torch.linalg.qr(torch.randn(4, 4, generator=random, dtype=torch.float64))[0] for _ in "PQ")
         stack, weights = torch.randn(2, 4, 4, generator=random, dtype=torch.float64), torch.tensor([0.7, 0.3]).double()
         turned, plain = (
-            self(x, weights, Options(0.5, generator=torch.Generator().manual_seed(0))) for x in (p @ stack @ q, stack)
+            self(x, weights, CombinerOptions(0.5, generator=torch.Generator().manual_seed(0)))
+            for x in (p @ stack @ q, stack)
         )
         return torch.allclose(turned, p @ plain @ q)
 
 
-def linear(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def linear(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """`sum of w_t X_t`: task arithmetic (Ilharco et al. 2022, arXiv 2212.04089)."""
     return (stack * weights.to(stack).view(-1, *(1,) * (stack.dim() - 1))).sum(0)
 
 
-def magnitude_prune(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def magnitude_prune(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """`linear` of the sources with only their largest entries, a share of `density` of each."""
     return linear(_keep_largest(stack, options.density), weights, options)
 
 
-def ties(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def ties(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect a sign for each entry, mean of those that agree."""
     return _elect(_keep_largest(stack, options.density), weights, options)
 
 
-def dare_linear(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def dare_linear(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """DARE (Yu et al. 2023, arXiv 2311.03099): drop entries at random, rescale the rest by `1 / density`, add."""
     return linear(_keep_some(stack, options), weights, options)
 
 
-def dare_ties(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def dare_ties(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """DARE's dropping, then the sign election of TIES."""
     return _elect(_keep_some(stack, options), weights, options)
 
 
-def tsv(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def tsv(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     """Task singular vectors (Gargiulo et al. 2025, arXiv 2412.00081).
 
     The leading singular vectors of all sources, as many of each as fit, are concatenated and made orthonormal by
@@ -142,7 +143,7 @@ def _keep_largest(stack: Tensor, density: float) -> Tensor:
     return (flat * mask).view_as(stack)
 
 
-def _keep_some(stack: Tensor, options: Options) -> Tensor:
+def _keep_some(stack: Tensor, options: CombinerOptions) -> Tensor:
     if options.density >= 1.0:
         return stack
     chance = torch.full_like(stack[0], options.density)
@@ -150,7 +151,7 @@ def _keep_some(stack: Tensor, options: Options) -> Tensor:
     return stack * torch.stack(masks) / options.density
 
 
-def _elect(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def _elect(stack: Tensor, weights: Tensor, options: CombinerOptions) -> Tensor:
     votes = stack if options.majority_sign_method == "total" else stack.sign()
     majority = torch.where(votes.sum(0) >= 0, 1.0, -1.0).to(stack.dtype)
     agreeing = (stack * majority).clamp_(min=0)  # zero where a source has no value, or the other sign

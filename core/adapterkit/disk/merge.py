@@ -273,7 +273,7 @@ def _changes(
     scales = checked_strengths("merge_checkpoint", adapters, {source.name: source.weight for source in sources})
     changes = plan(adapters, BaseModules(base.model), untie=untie, scales=scales)
     for change in changes:
-        if change.head is not None:  # its own copy of the module is in memory, and is written as the head that it is
+        if change.head is not None:  # merged now: the copy of the module in the head is written as a part of the head
             give_own_memory(change)
             merge_module(change, safe=safe)
     chosen = next((s.name for s in sources if heads in (s.given, s.name)), heads)

@@ -313,7 +313,7 @@ class MappedModel:
     another one. Values are read when they are used; `release` frees the memory that they take.
 
     Attributes:
-        in_file, fused: the names in the files; see `match_names`.
+        in_file: the name in the files of each key. fused: those of keys that transformers fuses; see `match_names`.
         parameters: every parameter by each of its keys, and `keys` the reverse.
     """
 

@@ -310,7 +310,7 @@ def _fresh(path: Path) -> Iterator[Path]:
 
 
 def _set_mode_and_sync(file: Path, replaced: Path) -> None:
-    """Give a file the usual mode, or that and the owner of the file that it replaces, and its bytes to the disk."""
+    """Give a file the usual mode, or that and the owner of the file that it replaces, and wait for the disk."""
     try:
         old = replaced.lstat()
     except OSError:

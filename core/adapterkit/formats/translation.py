@@ -86,36 +86,38 @@ def translate(
         UnknownNameError: no plugin provides its method.
         UnsupportedError: no method implements a field or a variant that it has.
     """
-    layers, moved = None if modules is None else layers_of(modules), dict[str, str]()
+    model_layers, moved = None if modules is None else layers_of(modules), dict[str, str]()
     program = program_of(files)
-    files = from_mlx(unwrapped(files, layers), layers)
+    files = from_mlx(unwrapped(files, model_layers), model_layers)
     check_program(files)
     tokens = [key for key in files.tensors if key.startswith(TOKENS)]
     held = strip_file_prefix({key: tensor for key, tensor in files.tensors.items() if key not in tokens})
     chosen = of_component(held, component)
     files = dataclasses.replace(files, tensors=chosen)
     if modules is not None or not keep_names:
-        files, moved = _with_paths(files, modules, layers, other_class=other_class)
+        files, moved = _with_paths(files, modules, model_layers, other_class=other_class)
     else:  # the names stay, and tell whose they are
         with suppress(CheckpointError, UnsupportedError):
             files = dataclasses.replace(files, programs=in_diffusers_names(files, None).programs)
     own = files.tensors
     if files.config is None:
-        known = named_layers(own, files.folder, keep_names=keep_names) if layers is None else layers
-        method, config, read = recognise(own, known, files.metadata, files.folder)
-        found = {path: known[path] for path in layer_tensors(read, method.key_rule(config), known)}
+        layers = named_layers(own, files.folder, keep_names=keep_names) if model_layers is None else model_layers
+        method, config, read = recognise(own, layers, files.metadata, files.folder)
+        adapted = {path: layers[path] for path in layer_tensors(read, method.key_rule(config), layers)}
     else:
         fields = {**files.config, _TIED: False} if _TIED in files.config else files.config
         method, config = default_registry.read_config(fields, files.folder)
-        known = found = dict(kinds_of(method.layers_in_file(shapes_of(own), config)) if layers is None else layers)
-        config = _of_these_layers(config, method.key_rule(config), files, modules, known, moved)
-        config, read = (method.read(own, known, {}, config) if known else None) or (config, own)
+        layers = adapted = (
+            kinds_of(method.layers_in_file(shapes_of(own), config)) if model_layers is None else model_layers
+        )
+        config = _of_these_layers(config, method.key_rule(config), files, modules, layers, moved)
+        config, read = (method.read(own, layers, {}, config) if layers else None) or (config, own)
         config = with_heads(config, method.key_rule(config), read)
-    passed = keys_of_other_parts(own, read, known) if files.config is None else set()
+    passed = keys_of_other_parts(own, read, layers) if files.config is None else set()
     _warn_of_the_rest(files, tokens, passed)
     passed |= held.keys() - chosen.keys()
     layout = ", ".join(filter(None, (program, *files.programs)))
-    return Translation(method, config, read, found, frozenset({*passed, *tokens}), layout)
+    return Translation(method, config, read, adapted, frozenset({*passed, *tokens}), layout)
 
 
 def _of_these_layers(

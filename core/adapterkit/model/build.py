@@ -83,8 +83,8 @@ class LayerBuilder:
         """What all layers share, and the layer of each target, by path. See `shared` and `layer`.
 
         Args:
-            seed: each layer draws its random initial values from a generator for this seed and its path. `None`: all
-                draw from torch's global one.
+            seed: for each layer torch's generators are set to this seed and its path, and restored afterwards.
+                `None`: all layers draw from them as they are.
         """
         with seeded(seed, (target.device for target in targets)) as begin:
             begin("")

@@ -189,8 +189,8 @@ def _left_out(
     """Why a module that `target_modules` names is no target, or `None`.
 
     Args:
-        outputs: with `"all-linear"` the model's output layers. It leaves these out, layers that nothing calls, and
-            layers whose output is no tensor, such as routers.
+        outputs: the model's output layers if `target_modules` is `"all-linear"`, else `None`. `"all-linear"` leaves
+            out these, layers that nothing calls, and layers whose output is no tensor, such as routers.
     """
     paths = modules.paths_of[module]
     head = inside(paths[0], heads)

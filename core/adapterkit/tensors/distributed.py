@@ -168,7 +168,10 @@ def agreed(number: int, model: nn.Module, tensors: Iterable[Tensor]) -> int:
 
 
 def in_first_process(groups: Sequence[Any], action: Callable[[], None]) -> None:
-    """Run `action` in the first process of these groups. All others wait, and raise the error that it raises."""
+    """Run `action` in the first process of these groups, and in every process if there are none.
+
+    All others wait, and raise the error that it raises.
+    """
     error: AdapterError | None = None
     if all(dist.get_rank(group) == 0 for group in groups):
         try:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 import adapterkit as ak
-from adapterkit.contract.combiners import Options
 
 
-def slerp(stack: Tensor, weights: Tensor, options: Options) -> Tensor:
+def slerp(stack: Tensor, weights: Tensor, options: ak.CombinerOptions) -> Tensor:
     """Along the arc between two changes, as vectors: `sin((1 - t) a) X / sin a + sin(t a) Y / sin a`.
 
     `a` is the angle between them and `t` the second's share of the weights. Unlike the straight line it does not
