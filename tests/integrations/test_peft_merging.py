@@ -47,6 +47,18 @@ def test_add_weighted_adapter_gives_pefts_change(combination: str, weights: list
     assert torch.allclose(*changes, atol=1e-5)
 
 
+def test_disabled_adapters_are_not_merged() -> None:
+    view, _ = pair()
+    view.base_model.disable_adapter_layers()
+    with pytest.raises(ak.StateError, match="The adapters are disabled, and merged they would act"):
+        view.merge_adapter()
+    view.base_model.enable_adapter_layers()
+    with view.disable_adapter(), pytest.raises(ak.StateError, match="merge outside of the block"):
+        view.merge_adapter()
+    view.merge_adapter()
+    assert view.base_model.adapters.merged == ("one",)
+
+
 def test_add_weighted_adapter_does_not_activate() -> None:
     view, _ = pair(3)
     view.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")

@@ -318,7 +318,13 @@ class Tuner(BaseTuner):
 
         Raises:
             ValueError: with `safe_merge`, values that are not finite.
+            StateError: the adapters are disabled.
         """
+        if self.disabled:
+            raise StateError(
+                "The adapters are disabled, and merged they would act. Call enable_adapter_layers() first, or merge "
+                "outside of the block of disable_adapter()."
+            )
         names = self._not_merged(adapter_names)
         if names:
             with pefts_errors():
