@@ -432,7 +432,7 @@ def _wrong_attributes(module: nn.Module, given: Mapping[str, object]) -> Iterato
             yield f"put a module or a tensor into self.{name}, but the class attribute {name} is what is read.{number}"
     for name in ("dropout", "row_dropout", "module_dropout"):
         value = getattr(module, name, 0.0)
-        if misfit(value, Probability) is not None:
+        if value != 0.0 and misfit(value, Probability) is not None:
             yield f"set self.{name} = {value!r}; it must be a number from 0 to 1"
 
 
@@ -444,9 +444,8 @@ def _wrong_tensors(module: nn.Module) -> Iterator[str]:
                 f"made a parameter {name!r} that does not require gradients. Every parameter trains; register a buffer "
                 "for what does not"
             )
-    for name, value in vars(module).items():
-        held = tree_leaves(value) if isinstance(value, Tensor | list | tuple | dict) else ()
-        if name not in _KEPT and any(isinstance(leaf, Tensor) for leaf in held):
+    for name in vars(module).keys() - _KEPT:  # torch's own registries are dictionaries of tensors
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(vars(module)[name])):
             yield (
                 f"keeps tensors in self.{name}, which are not saved, moved or trained there. Make each a parameter or "
                 "a buffer of its own, or use nn.ParameterList"
