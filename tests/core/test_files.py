@@ -849,7 +849,7 @@ def test_read_only_folder_changes_nothing_and_a_writable_one_inside_is_saved_to(
 
 def test_a_path_with_nul_is_refused(tmp_path: Path) -> None:
     model = adapted()
-    with not_saved(model, tmp_path, "embedded null byte"):
+    with not_saved(model, tmp_path, "embedded null"):
         ak.attach(model).save("a", "a\0b")
 
 

@@ -411,7 +411,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         ({"out": tmp_path / "model"}, ak.SaveError, r"model is a model's folder: it holds model\.safetensors"),
         ({"out": tmp_path / "model", "overwrite": True}, ak.SaveError, "Give the adapter a folder of its own"),
         ({"out": tmp_path / ("x" * 300)}, ak.SaveError, "cannot be written: .*File name too long"),
-        ({"out": "a\0b"}, ak.SaveError, "cannot be written: embedded null byte"),
+        ({"out": "a\0b"}, ak.SaveError, "cannot be written: .*embedded null"),
         ({"out": "/proc/none/out"}, ak.SaveError, r"Nothing can be written in /proc/none"),
     ]
     adapters.save("a", tmp_path / "there")
